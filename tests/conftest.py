@@ -1,0 +1,83 @@
+"""Shared fixtures; the environment is set before anything imports torch or a Hugging Face library.
+
+This folder is put on ``sys.path`` here, so ``from tiny_models import build`` works in every test file under
+every import mode of pytest. ``--import-mode=importlib`` is the one to configure: it allows equal file names
+in two folders without ``__init__.py``.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+TESTS_DIR = Path(__file__).resolve().parent
+REPO_ROOT = TESTS_DIR.parent
+if str(TESTS_DIR) not in sys.path:
+    sys.path.insert(0, str(TESTS_DIR))
+
+import random  # noqa: E402
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Start every test from the same global random state."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder beside the repository with evaluation texts, instruction data and the stories260K checkpoint."""
+    path = REPO_ROOT.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip("the data folder ../shared/data is not beside this checkout")
+    return path
+
+
+@pytest.fixture(scope="session")
+def stories260k_path(shared_data: Path) -> Path:
+    """Checkpoint of a trained 260,032-parameter Llama: hidden 64, 5 layers, 8 heads, 4 KV heads, tied."""
+    return shared_data / "models" / "stories260K"
+
+
+@pytest.fixture
+def stories260k(stories260k_path: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """A fresh ``(model, tokenizer)`` of stories260K, float32, eval mode: a test may change it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(stories260k_path, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(stories260k_path)
+
+
+def _local_checkpoint(variable: str, folder: str) -> Path:
+    path = Path(os.environ.get(variable) or REPO_ROOT / ".models" / folder)
+    if not (path / "config.json").is_file():
+        pytest.skip(f"no checkpoint at {path}: set {variable} to a folder that holds one")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Checkpoint folder of SmolLM2-135M-Instruct: ``PAT_TEST_SMOLLM2`` or ``.models/smollm2``."""
+    return _local_checkpoint("PAT_TEST_SMOLLM2", "smollm2")
+
+
+@pytest.fixture(scope="session")
+def gemma3_270m() -> Path:
+    """Checkpoint folder of Gemma 3 270M: ``PAT_TEST_GEMMA3`` or ``.models/gemma3-270m``."""
+    return _local_checkpoint("PAT_TEST_GEMMA3", "gemma3-270m")
