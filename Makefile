@@ -1,0 +1,47 @@
+# A fresh machine needs make and Python >= 3.11 with the venv module, nothing else.
+#   make demo   the main job on a small model: install, tune, prune, compare (OUT= chooses another folder)
+#   make test   the same set-up, then every test (ARGS= goes to pytest)
+#   make lint   ruff and mypy
+
+PYTHON ?= python3
+OUT ?= runs/demo
+JOBS ?= 2
+ARGS ?=
+
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+
+# Absolute, because pip also hands it to the isolated environment that builds the package.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# Instruction data that may lie beside the checkout; without it `pat demo` finds its own.
+DEMO_DATA := $(wildcard ../shared/data/instruct/instruct_21k.jsonl)
+
+.PHONY: help install demo test lint clean
+help:
+	@sed -n 's/^#   //p' Makefile
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --editable '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(VENV)/bin/pat demo --output_dir $(OUT) $(if $(DEMO_DATA),--dataset_name $(DEMO_DATA))
+
+# One thread a process: two workers share two cores, and sums keep their order from run to run.
+test: export OMP_NUM_THREADS := 1
+test: export HF_HUB_OFFLINE := 1
+test: $(INSTALLED)
+	@$(VENV)/bin/python -m pytest -m "" --numprocesses $(JOBS) --dist worksteal $(ARGS)
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy --strict src
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist

@@ -1,0 +1,13 @@
+"""Errors raised on purpose. Every message says what was given, what was expected and what to do."""
+
+
+class PatError(Exception):
+    """Root of every error PAT raises on purpose; by itself it means that the user's input is wrong."""
+
+    exit_status = 2
+
+
+class RunFailed(PatError):
+    """The input was fine, but the run could not be completed (non-finite loss, parity out of tolerance)."""
+
+    exit_status = 1
