@@ -1,0 +1,296 @@
+"""Negative log-likelihood of responses and of plain text. Pure torch and transformers.
+
+Shapes: B rows of a batch, T tokens of its longest row, V vocabulary, N scored tokens.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from pat.errors import PatError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Example = Mapping[str, Sequence[int]]
+"""One tokenised row: `input_ids` and, of the same length, `labels` (-100: not scored) or `completion_mask`."""
+
+Progress = Callable[[int, int], None]
+"""Called after every batch with (batches done, batches in all)."""
+
+IGNORED = -100
+# Rows of logits turned into float32 at once: a vocabulary of 262,144 takes 1 MB a row.
+LOGIT_ROWS = 256
+
+
+@dataclass(frozen=True)
+class NLL:
+    """Mean negative log-likelihood in nats per token, and over how many tokens."""
+
+    nll: float
+    num_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll); infinite where that overflows."""
+        try:
+            return math.exp(self.nll)
+        except OverflowError:
+            return math.inf
+
+
+def tokenize_row(tokenizer: "PreTrainedTokenizerBase", row: Mapping[str, Any]) -> dict[str, list[int]]:
+    """`input_ids` and `completion_mask` of one row, untruncated, as TRL 1.16's SFTTrainer makes them.
+
+    `row` is one of `{"prompt", "completion"}` (two strings or two message lists), `{"messages"}` and `{"text"}`;
+    without a prompt every token counts as completion. The end-of-sequence token is appended to plain strings; in
+    conversations the chat template does that. The completion starts where the tokens of the prompt and of
+    prompt + completion diverge, which with merging tokenizers may be before the prompt's end.
+
+    Raises:
+        PatError: plain strings and a tokenizer without end-of-sequence token; a template that refuses the row.
+    """
+    prompt, completion = row.get("prompt", ""), row.get("completion", "")
+    if "messages" in row:
+        ids, num_prompt = _chat_ids(tokenizer, row["messages"]), 0
+    elif isinstance(prompt, str):
+        text = prompt + _end(tokenizer, row["text"] if "text" in row else completion)
+        ids = _text_ids(tokenizer, text)
+        num_prompt = _common_prefix(_text_ids(tokenizer, prompt), ids) if "prompt" in row else 0
+    else:
+        ids = _chat_ids(tokenizer, prompt + completion)
+        num_prompt = _common_prefix(_chat_ids(tokenizer, prompt, add_generation_prompt=True), ids)
+    return {"input_ids": ids, "completion_mask": [0] * num_prompt + [1] * (len(ids) - num_prompt)}
+
+
+def tokenize_examples(
+    tokenizer: "PreTrainedTokenizerBase", dataset: Iterable[Mapping[str, Any]], max_length: int | None
+) -> list[dict[str, list[int]]]:
+    """Every row of `dataset` tokenised and cut at `max_length` tokens, exactly as SFTTrainer does it unpacked.
+
+    Like there, the start is kept and rows left without any completion token are dropped.
+
+    Raises:
+        PatError: see `tokenize_row`; the message tells the row, counted from 1.
+    """
+    examples = []
+    for number, row in enumerate(dataset, start=1):
+        try:
+            example = tokenize_row(tokenizer, row)
+        except PatError as error:
+            raise PatError(f"row {number} of the converted data: {error}") from error
+        if max_length is not None:
+            example = {key: values[:max_length] for key, values in example.items()}
+            if 1 not in example["completion_mask"]:
+                continue
+        examples.append(example)
+    return examples
+
+
+def batches_from_examples(
+    examples: Sequence[Example], *, batch_size: int, pad_token_id: int, sort_by_length: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """Right-padded batches of `examples`, each `input_ids`, `attention_mask` and `labels` of shape (B, T), int64.
+
+    Labels are -100 on padding and wherever the example does not score. With `sort_by_length` the longest rows come
+    first: little padding, and what does not fit in memory fails at once.
+    """
+    order = list(range(len(examples)))
+    if sort_by_length:
+        order.sort(key=lambda index: -len(examples[index]["input_ids"]))
+    for start in range(0, len(order), batch_size):
+        rows = [examples[index] for index in order[start : start + batch_size]]
+        shape = (len(rows), max(len(row["input_ids"]) for row in rows))
+        input_ids = torch.full(shape, pad_token_id, dtype=torch.long)
+        attention_mask = torch.zeros(shape, dtype=torch.long)
+        labels = torch.full(shape, IGNORED, dtype=torch.long)
+        for index, row in enumerate(rows):
+            length = len(row["input_ids"])
+            input_ids[index, :length] = torch.tensor(row["input_ids"], dtype=torch.long)
+            attention_mask[index, :length] = 1
+            labels[index, :length] = torch.tensor(_labels(row), dtype=torch.long)
+        yield {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def response_nll(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    progress: Progress | None = None,
+) -> NLL:
+    """Mean NLL of the scored tokens of `examples` under a causal language model, each token weighing the same.
+
+    The first token of a row has nothing to condition on and is never scored. Log-softmax in float32, sum in float64,
+    no gradients; every submodule's train/eval mode is as before afterwards.
+
+    Raises:
+        PatError: there is no token to score.
+    """
+    device = next(model.parameters()).device
+    num_batches = math.ceil(len(examples) / batch_size)
+    total, num_tokens = 0.0, 0
+    with _evaluating(model), torch.no_grad():
+        batches = batches_from_examples(
+            examples, batch_size=batch_size, pad_token_id=pad_token_id, sort_by_length=True
+        )
+        for done, batch in enumerate(batches, start=1):
+            targets_BT = batch["labels"][:, 1:].to(device)
+            scored_BT = targets_BT != IGNORED
+            logits_BTV = model(
+                input_ids=batch["input_ids"].to(device),
+                attention_mask=batch["attention_mask"].to(device),
+                use_cache=False,
+            ).logits
+            logits_NV, targets_N = logits_BTV[:, :-1][scored_BT], targets_BT[scored_BT]
+            for start in range(0, len(targets_N), LOGIT_ROWS):
+                rows = slice(start, start + LOGIT_ROWS)
+                nll_N = cross_entropy(logits_NV[rows].float(), targets_N[rows], reduction="none")
+                total += nll_N.double().sum().item()
+            num_tokens += len(targets_N)
+            if progress is not None:
+                progress(done, num_batches)
+    if num_tokens == 0:
+        raise PatError(
+            f"got {len(examples)} examples without any response token to score; pass data with non-empty responses"
+        )
+    return NLL(nll=total / num_tokens, num_tokens=num_tokens)
+
+
+def text_perplexity(
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    text_or_path: str | os.PathLike[str],
+    *,
+    context: int = 512,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> NLL:
+    """NLL of a text in windows of at most `context` tokens; every token with one before it is scored exactly once.
+
+    Args:
+        text_or_path: a `str` is the text itself, a path object names a UTF-8 file.
+        context: window length, lowered to what the model's positions allow.
+        stride: new tokens scored per window after the first; smaller means more left context for each and more
+            windows. By default as many as leave every token one token of left context.
+        max_tokens: use the first so many tokens of the text only.
+
+    A tokenizer that starts texts with a beginning-of-sequence token gets one at the start of every window: models
+    trained that way (Gemma) predict badly without it.
+
+    Raises:
+        PatError: file missing, not UTF-8 or without text; fewer than two tokens; context or stride out of range.
+    """
+    ids = _text_ids(tokenizer, _read_text(text_or_path))
+    bos = tokenizer.bos_token_id
+    prefix = [int(bos)] if bos is not None and ids[:1] == [bos] else []
+    body = ids[len(prefix) :][:max_tokens]
+    if len(body) < 2:
+        raise PatError(f"got a text of {len(body)} tokens, perplexity needs at least 2; pass a longer text")
+    room = min(context, _max_positions(model) or context) - len(prefix)
+    if room < 2:
+        raise PatError(f"got context {context}, expected at least {2 + len(prefix)} tokens within the model's positions")
+    step = room - 1 if stride is None else stride
+    if not 1 <= step < room:
+        raise PatError(f"got stride {stride} with windows of {room} tokens, expected 1 to {room - 1}")
+    windows = _windows(body, room=room, step=step, prefix=prefix)
+    # Any id serves as padding: it is masked, and with a single length per text there is hardly any.
+    return response_nll(model, windows, batch_size=batch_size, pad_token_id=0, progress=progress)
+
+
+def _windows(body: list[int], *, room: int, step: int, prefix: list[int]) -> list[Example]:
+    """Windows over `body` whose masks mark each token once; `prefix` opens each window and is never scored."""
+    windows: list[Example] = []
+    scored = 0
+    while scored < len(body):
+        end = min(len(body), scored + (step if scored else room))
+        window = body[max(0, end - room) : end]
+        num_new = end - scored
+        mask = [0] * (len(prefix) + len(window) - num_new) + [1] * num_new
+        windows.append({"input_ids": prefix + window, "completion_mask": mask})
+        scored = end
+    return windows
+
+
+def _labels(example: Example) -> list[int]:
+    if "labels" in example:
+        return list(example["labels"])
+    pairs = zip(example["input_ids"], example["completion_mask"], strict=True)
+    return [token if scored else IGNORED for token, scored in pairs]
+
+
+def _text_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    # verbose=False: a whole file is longer than the model's window, which is no reason to warn.
+    return list(tokenizer(text=text, verbose=False)["input_ids"])
+
+
+def _chat_ids(
+    tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]], add_generation_prompt: bool = False
+) -> list[int]:
+    try:
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
+        )
+    except (TemplateError, ValueError) as error:  # ValueError: the tokenizer has no template
+        reason = " ".join(str(error).split())
+        raise PatError(
+            f"the tokenizer's chat template refuses this conversation: {reason}; fix the row or the template"
+        ) from error
+    return list(cast(Mapping[str, Any], encoded)["input_ids"])
+
+
+def _end(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
+    eos = tokenizer.eos_token
+    if not isinstance(eos, str):
+        raise PatError("the tokenizer has no end-of-sequence token, which ends every response; pass --eos_token")
+    return text if text.endswith(eos) else text + eos
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _read_text(text_or_path: str | os.PathLike[str]) -> str:
+    if isinstance(text_or_path, str):
+        text, source = text_or_path, "the given text"
+    else:
+        path = Path(text_or_path).expanduser()
+        source = str(path)
+        if not path.is_file():
+            raise PatError(f"{path}: no such file; expected a UTF-8 text file")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PatError(f"{path}: cannot be read as UTF-8 text ({error}); pass a plain text file") from error
+    if not text.strip():
+        raise PatError(f"{source} is empty; expected some text to measure perplexity on")
+    return text
+
+
+def _max_positions(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
+    return limit if isinstance(limit, int) else None
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,91 @@
+"""The trainable operator D of a hybrid sparsification module (paper, eq. 4, 5 and 10).
+
+An operator is the identity, bit for bit, when it is made: D = I + change, and the change starts as exactly zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pat.errors import PatError
+from pat.sparsification.regularizers import orthogonality_loss
+
+
+class LowRankOperator(nn.Module):
+    """D = I + L1 diag(v) L0 with L0 `(r, d)`, v `(r,)`, L1 `(d, r)`.
+
+    L0 starts with orthonormal rows, L1 with orthonormal columns and v = 0, so that D is the identity and satisfies the
+    identity loss at once.
+    """
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__()
+        if not 1 <= rank <= hidden_size:
+            raise PatError(f"Got operator_rank={rank}; expected 1 to {hidden_size} (the hidden size), or 'dense'.")
+        self.down = nn.Parameter(_orthonormal_rows(rank, hidden_size))
+        self.scale = nn.Parameter(torch.zeros(rank))
+        self.up = nn.Parameter(_orthonormal_rows(rank, hidden_size).mT.contiguous())
+
+    def change(self, y: Tensor) -> Tensor:
+        """Return (D - I) y for `y` of shape `(..., d)`, computed in the dtype of `y`."""
+        down, scale, up = (p.to(y.dtype) for p in (self.down, self.scale, self.up))
+        return F.linear(F.linear(y, down) * scale, up)
+
+    def change_transposed(self, y: Tensor) -> Tensor:
+        """Return (Dᵀ - I) y for `y` of shape `(..., d)`, computed in the dtype of `y`."""
+        down, scale, up = (p.to(y.dtype) for p in (self.down, self.scale, self.up))
+        return F.linear(F.linear(y, up.mT) * scale, down.mT)
+
+    def identity_loss(self) -> Tensor:
+        """Return ||L0 L0ᵀ - I|| + ||L1ᵀ L1 - I|| (eq. 11)."""
+        return orthogonality_loss(self.down) + orthogonality_loss(self.up.mT)
+
+
+class DenseOperator(nn.Module):
+    """D = I + M with a full `(d, d)` matrix M, the "dense" operator of the paper's figure 4."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.zeros(hidden_size, hidden_size))
+
+    def change(self, y: Tensor) -> Tensor:
+        """Return M y for `y` of shape `(..., d)`."""
+        return F.linear(y, self.matrix.to(y.dtype))
+
+    def change_transposed(self, y: Tensor) -> Tensor:
+        """Return Mᵀ y for `y` of shape `(..., d)`."""
+        return F.linear(y, self.matrix.mT.to(y.dtype))
+
+    def identity_loss(self) -> Tensor:
+        """Return ||D Dᵀ - I||, the counterpart of eq. 11 for an operator with a single factor."""
+        matrix = self.matrix
+        return orthogonality_loss(matrix + torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device))
+
+
+Operator = LowRankOperator | DenseOperator
+
+DEFAULT_RANK_SHARE = 0.05
+"""Default rank as a share of the hidden size; the paper uses 200 of 4096."""
+
+
+def build_operator(hidden_size: int, rank: int | str | None) -> Operator:
+    """Build an operator: a low-rank one of the given rank (None: 5 % of the hidden size), or `"dense"`.
+
+    Raises:
+        PatError: the rank is neither a legal number nor `"dense"`.
+    """
+    if rank == "dense":
+        return DenseOperator(hidden_size)
+    if rank is None:
+        return LowRankOperator(hidden_size, max(1, round(DEFAULT_RANK_SHARE * hidden_size)))
+    if isinstance(rank, str) or isinstance(rank, bool):
+        raise PatError(f"Got operator_rank={rank!r}; expected a number of ranks, 'dense', or None for 5 % of the width.")
+    return LowRankOperator(hidden_size, rank)
+
+
+def _orthonormal_rows(rows: int, columns: int) -> Tensor:
+    weight = torch.empty(rows, columns)
+    nn.init.orthogonal_(weight)
+    return weight

@@ -1,0 +1,34 @@
+"""The two losses that depend on parameters alone (paper, eq. 9, 11 and 12)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NORM_EPSILON = 1e-8
+"""Inside the root of every norm. At X = 0 the bare Frobenius norm has a gradient of size one made of rounding, which
+Adam would turn into full-size steps while v = 0 gives L0 and L1 no gradient from the task."""
+
+
+def active_channel_loss(logits: Tensor, num_target: int) -> Tensor:
+    """Return |N_target - N_active| with a straight-through gradient to the proxy weights (eq. 9).
+
+    Args:
+        logits: proxy weights plus prior of the channels that take part in selection, of shape `(d,)`; a channel
+            counts as active if its value is positive.
+        num_target: number of those channels that shall stay.
+    """
+    hard = (logits.detach() > 0).to(logits.dtype)
+    active = hard + (logits - logits.detach())
+    return (num_target - active.sum()).abs()
+
+
+def orthogonality_loss(rows: Tensor) -> Tensor:
+    """Return ||R Rᵀ - I||, the smoothed Frobenius distance of the rows from orthonormality (eq. 11).
+
+    Args:
+        rows: matrix of shape `(r, d)`; pass L1 transposed to measure its columns.
+    """
+    gram = rows @ rows.mT
+    gram = gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return (gram.square().sum() + NORM_EPSILON).sqrt()

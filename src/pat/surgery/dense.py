@@ -1,0 +1,61 @@
+"""Build the small dense model: shrink a configuration, and load folded weights into the base model's own class."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from pat.errors import PatError, RunFailed
+from pat.families import Family
+
+
+def shrink_config(
+    config: PretrainedConfig, family: Family, *, pruned_hidden_size: int, head_dim: int, tied: bool
+) -> PretrainedConfig:
+    """Return a copy of a base model's configuration for the pruned width.
+
+    The epsilon of every norm grows by d/d' (the mean is taken over fewer channels) and `head_dim` becomes explicit,
+    because the number of heads and their size do not change.
+
+    Raises:
+        PatError: the family's configuration refuses that width.
+    """
+    small = copy.deepcopy(config)
+    ratio = getattr(config, family.hidden_size_field) / pruned_hidden_size
+    setattr(small, family.hidden_size_field, pruned_hidden_size)
+    setattr(small, family.eps_field, getattr(config, family.eps_field) * ratio)
+    small.head_dim = head_dim
+    small.tie_word_embeddings = tied
+    if hasattr(small, "quantization_config"):
+        del small.quantization_config
+    try:
+        small.validate()
+    except Exception as error:  # transformers raises its own validation classes; the message is what matters
+        detail = " ".join(str(error).split())
+        raise PatError(
+            f"transformers refuses a {family.model_type} model of hidden size {pruned_hidden_size}: {detail}"
+        ) from error
+    return small
+
+
+def build_dense(
+    base: PreTrainedModel, config: PretrainedConfig, weights: dict[str, Tensor], dtype: torch.dtype
+) -> PreTrainedModel:
+    """Build a model of the base's class from a shrunk configuration and folded weights.
+
+    Raises:
+        RunFailed: a weight is missing, left over, or of the wrong shape.
+    """
+    model, info = type(base).from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+    )
+    problems = {key: value for key, value in cast(dict[str, Any], info).items() if value}
+    if problems:
+        raise RunFailed(f"The folded weights do not fit {type(base).__name__}: {problems}.")
+    if base.generation_config is not None:
+        model.generation_config = copy.deepcopy(base.generation_config)
+    return cast(PreTrainedModel, model)

@@ -1,0 +1,190 @@
+"""Fold operators, gains and a rotation into weights and cut the residual axes: the exact merge.
+
+Pure functions of tensors (specification, "Exact merge"). Notation: d and d' are the widths before and after, K the kept
+channels, Q the basis of the mask (None: the channels themselves), `D` an operator. All arithmetic is float64; results
+are float64 as well, so that the caller rounds once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pat.families import Family
+from pat.surgery.residual import Linear, ResidualBranch, ResidualStream
+
+
+class Operator(Protocol):
+    """What folding needs of an operator D: its action and its transpose's, on rows of shape `(..., d)`."""
+
+    def change(self, y: Tensor) -> Tensor:
+        """Return (D - I) y."""
+        ...
+
+    def change_transposed(self, y: Tensor) -> Tensor:
+        """Return (Dᵀ - I) y."""
+        ...
+
+
+@dataclass(frozen=True)
+class Channels:
+    """The map from d to d' residual channels: a selection, or a rotation followed by one."""
+
+    hidden_size: int
+    keep: Tensor
+    """Kept channels K, ascending, of shape `(d',)`."""
+    basis: Tensor | None = None
+    """Q_K = Q[:, K] of shape `(d, d')` in float64, or None for a plain selection."""
+
+    @classmethod
+    def from_mask(cls, keep: Tensor, basis: Tensor | None) -> Channels:
+        """Build from a boolean mask `(d,)` and the full basis Q `(d, d)`."""
+        indices = keep.nonzero().squeeze(1)
+        return cls(len(keep), indices, None if basis is None else basis.double()[:, indices])
+
+    @property
+    def pruned_hidden_size(self) -> int:
+        """d', the number of kept channels."""
+        return len(self.keep)
+
+    @property
+    def gain(self) -> float:
+        """sqrt(d/d'), by which an RMSNorm over the kept channels must be amplified."""
+        return math.sqrt(self.hidden_size / self.pruned_hidden_size)
+
+    @property
+    def epsilon_ratio(self) -> float:
+        """d/d', by which the epsilon of every RMSNorm must grow for the merge to be exact."""
+        return self.hidden_size / self.pruned_hidden_size
+
+    def cut(self, rows: Tensor) -> Tensor:
+        """Map the last axis from d to d': `rows[..., K]`, or `rows @ Q_K`."""
+        return rows[..., self.keep] if self.basis is None else rows @ self.basis.to(rows.device)
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """How the two ends of the stream are treated."""
+
+    tied: bool
+    """One matrix serves embedding and head, carrying the embedding's operator on both ends."""
+    final_gain: Tensor | None = None
+    """Gain of the final norm in place of the stored one (tied rotation: equalised in the rotated block), `(d,)`."""
+    embedding_ratio: float = 1.0
+    """By how much the model's own scale on its embeddings shrinks (families that multiply by sqrt(hidden size)):
+    about sqrt(d/d'), exactly the ratio of the scales as the two models round them."""
+
+
+def fold_weights(
+    stream: ResidualStream,
+    weight: Callable[[str], Tensor],
+    channels: Channels,
+    operators: Mapping[str, Operator],
+    plan: HeadPlan,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter of the small dense model, one at a time.
+
+    Args:
+        stream: roles of the parameters; `stream.head` must be None exactly if `plan.tied`.
+        weight: returns a base parameter by name, with adapters other than the operators already merged in.
+        channels: the map of the residual channels.
+        operators: D by site (see `ResidualStream.sites`); a site without an entry has the identity.
+        plan: treatment of embedding, final norm and head.
+
+    Yields:
+        (name in the base model, float64 tensor of the new shape). A tied head is not yielded.
+    """
+    family = stream.family
+
+    def load(name: str) -> Tensor:
+        return weight(name).double()
+
+    embedding = cut_writer_rows(load(f"{stream.embedding}.weight"), operators.get(stream.embedding), channels)
+    yield f"{stream.embedding}.weight", embedding * plan.embedding_ratio
+
+    qk_scaled = stream.scaled_projections()
+    for branch in stream.branches:
+        yield from _fold_writer(branch, load, operators.get(branch.site), channels)
+        gain = None if branch.pre_norm is None else _gain(load, branch.pre_norm, family)
+        folded_gain = gain if channels.basis is not None else None
+        for reader in branch.readers:
+            # c q / sqrt(c² mean(q²) + eps d/d') is the old q-norm for c² = d/d': these norms share the grown epsilon.
+            factor = channels.gain if reader.path in qk_scaled else 1.0
+            yield from _fold_reader(reader, load, folded_gain, factor, channels, normed=branch.pre_norm is not None)
+        if branch.pre_norm is not None and gain is not None:
+            yield f"{branch.pre_norm}.weight", _new_gain(gain, channels, family)
+        if branch.post_norm is not None:
+            yield f"{branch.post_norm}.weight", _new_gain(_gain(load, branch.post_norm, family), channels, family)
+
+    yield from _fold_ends(stream, load, channels, plan)
+    for name in stream.untouched:
+        yield name, load(name)
+
+
+def cut_writer_rows(rows: Tensor, operator: Operator | None, channels: Channels) -> Tensor:
+    """Apply D and the cut to vectors in the residual stream, `(..., d)` -> `(..., d')`: an embedding, a bias."""
+    return channels.cut(rows if operator is None else rows + operator.change(rows))
+
+
+def _fold_writer(
+    branch: ResidualBranch, load: Callable[[str], Tensor], operator: Operator | None, channels: Channels
+) -> Iterator[tuple[str, Tensor]]:
+    # A writer's rows lie in the stream: W is (d, in), experts are (num_experts, d, in).
+    yield branch.writer.weight, cut_writer_rows(load(branch.writer.weight).mT, operator, channels).mT
+    if branch.writer.bias is not None:
+        yield branch.writer.bias, cut_writer_rows(load(branch.writer.bias), operator, channels)
+
+
+def _fold_reader(
+    reader: Linear,
+    load: Callable[[str], Tensor],
+    folded_gain: Tensor | None,
+    factor: float,
+    channels: Channels,
+    *,
+    normed: bool,
+) -> Iterator[tuple[str, Tensor]]:
+    weight = load(reader.weight)
+    if folded_gain is not None:
+        # In a rotated stream the gain cannot stay in the norm: W diag(g) Q_K, and sqrt(d/d') beside it because a
+        # gain of 1 is exact in every dtype.
+        weight = weight * folded_gain * (channels.gain if normed else 1.0)
+    yield reader.weight, channels.cut(weight) * factor
+    if reader.bias is not None:
+        yield reader.bias, load(reader.bias) * factor
+
+
+def _fold_ends(
+    stream: ResidualStream, load: Callable[[str], Tensor], channels: Channels, plan: HeadPlan
+) -> Iterator[tuple[str, Tensor]]:
+    family = stream.family
+    name = f"{stream.final_norm}.weight"
+    gain = plan.final_gain.double() if plan.final_gain is not None else _gain(load, stream.final_norm, family)
+    if plan.tied:
+        # The gain stays in the norm (tied block form: it is constant on the rotated block, so K may index it).
+        # The factor that E' carries for the model's own embedding scale reaches the logits too: take it back here.
+        kept = gain[channels.keep] * (channels.gain / plan.embedding_ratio)
+        yield name, kept - family.gain_offset
+        return
+    assert stream.head is not None, "an untied head has a weight of its own"
+    yield from _fold_reader(
+        stream.head, load, gain if channels.basis is not None else None, 1.0, channels, normed=True
+    )
+    yield name, _new_gain(gain, channels, family)
+
+
+def _gain(load: Callable[[str], Tensor], norm: str, family: Family) -> Tensor:
+    """Return the gain a norm multiplies by, `(d,)`, whatever way it is stored."""
+    return load(f"{norm}.weight") + family.gain_offset
+
+
+def _new_gain(gain: Tensor, channels: Channels, family: Family) -> Tensor:
+    """Return the stored weight of a norm after the cut: folded away (gain 1) in a rotated stream, amplified else."""
+    if channels.basis is not None:
+        return torch.full((channels.pruned_hidden_size,), 1.0 - family.gain_offset, dtype=torch.float64)
+    return gain[channels.keep] * channels.gain - family.gain_offset

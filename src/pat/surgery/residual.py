@@ -1,0 +1,163 @@
+"""The residual stream of a model as data: which parameters read it, write it, or normalise it.
+
+Built from parameter names alone, so that the same map serves a model in memory and a checkpoint on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from pat.errors import PatError
+from pat.families import Branch, Family
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear map: the module (or bare parameter) path, and its parameters' full names."""
+
+    path: str
+    weight: str
+    bias: str | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Full parameter names."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class ResidualBranch:
+    """One branch of one layer, by full names; see `pat.families.Branch`."""
+
+    readers: tuple[Linear, ...]
+    writer: Linear
+    site: str
+    pre_norm: str | None
+    post_norm: str | None
+
+
+@dataclass(frozen=True)
+class ResidualStream:
+    """Everything attached to the residual stream of one model, in execution order."""
+
+    family: Family
+    embedding: str
+    branches: tuple[ResidualBranch, ...]
+    final_norm: str
+    head: Linear | None
+    """None if the checkpoint has no head of its own (tied to the embedding)."""
+    untouched: tuple[str, ...]
+    """Names of parameters that do not touch the residual stream (norms over the head dimension)."""
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Modules whose output goes into the residual stream, the embedding first."""
+        return (self.embedding, *(branch.site for branch in self.branches))
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameter tensors the stream accounts for."""
+        return sum(1 for _ in _accounted_names(self))
+
+    def untie(self) -> ResidualStream:
+        """Return the same stream with a head of its own that starts as the embedding's matrix."""
+        return replace(self, head=Linear(self.family.head, f"{self.family.head}.weight", None))
+
+    def scaled_projections(self) -> frozenset[str]:
+        """Paths of the projections that carry the q/k-norm factor (they are followed by a norm of fixed size)."""
+        suffixes = tuple("." + path for path in self.family.qk_projections) if self.family.qk_norm else ()
+        return frozenset(
+            reader.path for branch in self.branches for reader in branch.readers if reader.path.endswith(suffixes)
+        )
+
+
+def map_residual_stream(family: Family, parameter_names: Iterable[str], *, tied: bool) -> ResidualStream:
+    """Map a model's parameters to their roles.
+
+    Args:
+        family: record of the model's type.
+        parameter_names: full names in the base model, without any adapter.
+        tied: whether the head shares the embedding's weight.
+
+    Raises:
+        PatError: a parameter the record expects is missing, or one is left that the record does not account for.
+    """
+    names = set(parameter_names)
+    num_layers = 1 + max(_layer_indices(family, names), default=-1)
+    if num_layers == 0:
+        raise PatError(
+            f"Found no parameter under {family.layers!r} in a model of type {family.model_type!r}; "
+            "expected a causal language model with decoder layers."
+        )
+    branches: list[ResidualBranch] = []
+    untouched: list[str] = []
+    for index in range(num_layers):
+        prefix = f"{family.layers}.{index}."
+        feed_forward = next((b for b in family.feed_forward if _exists(prefix + b.writer, names)), None)
+        if feed_forward is None:
+            raise PatError(f"Layer {index} has no feed-forward writer known to the record of {family.model_type!r}.")
+        branches += [_branch(prefix, branch, names) for branch in (family.attention, feed_forward)]
+        untouched += [f"{prefix}{norm}.weight" for norm in family.qk_norm]
+    stream = ResidualStream(
+        family=family,
+        embedding=family.embedding,
+        branches=tuple(branches),
+        final_norm=family.final_norm,
+        head=None if tied else _linear(family.head, names),
+        untouched=tuple(untouched),
+    )
+    unaccounted = names - set(_accounted_names(stream)) - ({f"{family.head}.weight"} if tied else set())
+    if unaccounted:
+        example = sorted(unaccounted)[0]
+        raise PatError(
+            f"The record of family {family.model_type!r} does not account for {len(unaccounted)} parameter(s) of this "
+            f"model, such as {example!r}; extend the record in pat/families.py before pruning it."
+        )
+    return stream
+
+
+def _branch(prefix: str, branch: Branch, names: set[str]) -> ResidualBranch:
+    return ResidualBranch(
+        readers=tuple(_linear(prefix + reader, names) for reader in branch.readers),
+        writer=_linear(prefix + branch.writer, names),
+        site=prefix + branch.hook_site,
+        pre_norm=None if branch.pre_norm is None else prefix + branch.pre_norm,
+        post_norm=None if branch.post_norm is None else prefix + branch.post_norm,
+    )
+
+
+def _linear(path: str, names: set[str]) -> Linear:
+    """Resolve a path to a module's weight and bias, or to a bare parameter."""
+    if f"{path}.weight" in names:
+        bias = f"{path}.bias"
+        return Linear(path, f"{path}.weight", bias if bias in names else None)
+    if path in names:
+        return Linear(path, path, None)
+    raise PatError(f"The model has no parameter {path}.weight, which its family's record expects.")
+
+
+def _exists(path: str, names: set[str]) -> bool:
+    return f"{path}.weight" in names or path in names
+
+
+def _layer_indices(family: Family, names: set[str]) -> Iterator[int]:
+    prefix = family.layers + "."
+    for name in names:
+        if name.startswith(prefix):
+            yield int(name[len(prefix) :].partition(".")[0])
+
+
+def _accounted_names(stream: ResidualStream) -> Iterator[str]:
+    yield f"{stream.embedding}.weight"
+    yield f"{stream.final_norm}.weight"
+    yield from stream.untouched
+    if stream.head is not None:
+        yield from stream.head.names
+    for branch in stream.branches:
+        yield from branch.writer.names
+        for reader in branch.readers:
+            yield from reader.names
+        for norm in (branch.pre_norm, branch.post_norm):
+            if norm is not None:
+                yield f"{norm}.weight"

@@ -1,0 +1,113 @@
+"""Measure the residual stream on calibration text: second moments for a rotation, importance without one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pat.errors import PatError
+from pat.surgery.residual import ResidualStream
+
+DEFAULT_TOKENS_PER_CHANNEL = 8
+"""Calibration tokens per hidden channel: the second moment of d channels from n tokens settles at a few n/d."""
+
+
+class StreamStatistics:
+    """Second moments of the residual stream, each token scaled to RMS 1 as its reader's norm sees it, summed over
+    the inputs of all branches and of the final norm.
+
+    Without that scaling the few tokens with massive activations, and the last layers, would choose the basis alone.
+    """
+
+    def __init__(self, model: nn.Module, stream: ResidualStream, *, full: bool) -> None:
+        self.model, self.stream, self.full = model, stream, full
+        self.num_tokens = 0
+        self._moments: dict[str, Tensor] = {}
+        self._selected: Tensor | None = None
+
+    @torch.no_grad()
+    def collect(self, batches: Iterable[Mapping[str, Any]], max_tokens: int) -> None:
+        """Run the model over batches (`input_ids`, optional `attention_mask`) until `max_tokens` are seen.
+
+        Raises:
+            PatError: the batches hold no token.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        device = next(self.model.parameters()).device
+        with ExitStack() as hooks:
+            for site in self._sites():
+                handle = self.model.get_submodule(site).register_forward_pre_hook(_Recorder(self, site))
+                hooks.callback(handle.remove)
+            for batch in batches:
+                if self.num_tokens >= max_tokens:
+                    break
+                ids = torch.as_tensor(batch["input_ids"]).to(device)
+                mask = batch.get("attention_mask")
+                mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask).to(device)
+                self._selected = mask.bool().flatten()
+                self.num_tokens += int(self._selected.sum())
+                extra = {"position_ids": batch["position_ids"].to(device)} if "position_ids" in batch else {}
+                self.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1, **extra)
+        self.model.train(was_training)
+        if self.num_tokens == 0:
+            raise PatError("The calibration data holds no tokens; expected batches with input_ids.")
+
+    def covariance(self) -> Tensor:
+        """Return the summed second moment, `(d, d)` in float64."""
+        return torch.stack(list(self._moments.values())).sum(0) / self.num_tokens
+
+    def importance(self, effective: Any) -> Tensor:
+        """Return the importance of each channel, `(d,)`: its energy times what the readers behind it make of it.
+
+        Args:
+            effective: function from parameter name to tensor.
+        """
+        total: Tensor | None = None
+        for site, readers, gain_name in self._read_sites():
+            energy = self._moments[site] / self.num_tokens
+            if gain_name is not None:
+                energy = energy * (effective(gain_name).double() + self.stream.family.gain_offset).square()
+            weight = torch.stack([effective(r).double().square().flatten(0, -2).sum(0) for r in readers]).sum(0)
+            score = energy * weight
+            total = score / score.sum() if total is None else total + score / score.sum()
+        assert total is not None
+        return total
+
+    def record(self, site: str, hidden: Tensor) -> None:
+        """Add one batch of the stream at a site, `(batch, length, d)`."""
+        assert self._selected is not None
+        rows = hidden.detach().flatten(0, -2)[self._selected].float()
+        rows = rows * rows.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+        moment = (rows.mT @ rows if self.full else rows.square().sum(0)).double()
+        self._moments[site] = self._moments[site] + moment if site in self._moments else moment
+
+    def _sites(self) -> list[str]:
+        return [site for site, _, _ in self._read_sites()]
+
+    def _read_sites(self) -> list[tuple[str, list[str], str | None]]:
+        """List (module whose input is the stream, reader weights behind it, gain in between)."""
+        stream = self.stream
+        sites: list[tuple[str, list[str], str | None]] = []
+        for branch in stream.branches:
+            readers = [reader.weight for reader in branch.readers]
+            norm = branch.pre_norm
+            site = branch.readers[0].path if norm is None else norm
+            sites.append((site, readers, None if norm is None else f"{norm}.weight"))
+        head = f"{stream.embedding}.weight" if stream.head is None else stream.head.weight
+        sites.append((stream.final_norm, [head], f"{stream.final_norm}.weight"))
+        return sites
+
+
+class _Recorder:
+    """A forward pre-hook that hands a module's input to the statistics."""
+
+    def __init__(self, statistics: StreamStatistics, site: str) -> None:
+        self.statistics, self.site = statistics, site
+
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.statistics.record(self.site, args[0])

@@ -1,0 +1,107 @@
+"""Layers PAT hangs into a model: the shared mask, and one operator per writer, acting through forward hooks.
+
+Hooks leave the writers themselves to LoRA (or to nothing: operators sit on every writer whatever LoRA targets), cover
+embeddings, MoE blocks and `modules_to_save` alike, and keep every parameter name of the base model as it is.
+Both layers are `BaseTunerLayer`s, so that peft itself switches, freezes, deletes and saves their adapters.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from pat.sparsification.mask import UnifiedMask
+from pat.sparsification.operator import Operator
+
+MASK_NAME = "pat_mask"
+OPERATOR_NAME = "pat_hsm"
+"""Attribute names of the layers on the module that holds the embedding, respectively the writer."""
+
+
+class _HookedLayer(nn.Module, BaseTunerLayer):
+    """What both layers share: they wrap no module, so there is nothing to merge into."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Do nothing: `PatModel` folds operators and mask, layer by layer merging cannot change shapes."""
+
+    def unmerge(self) -> None:
+        """Do nothing, see `merge`."""
+
+    def add_adapter(self, adapter_name: str, module: nn.Module) -> None:
+        """Add the module of a new adapter."""
+        getattr(self, self.adapter_layer_names[0])[adapter_name] = module
+
+
+class MaskLayer(_HookedLayer):
+    """The unified masks of all adapters, one each."""
+
+    adapter_layer_names = ("masks",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks = nn.ModuleDict()
+
+    def mask(self, adapter_name: str) -> UnifiedMask:
+        """Return the mask of an adapter."""
+        return cast(UnifiedMask, self.masks[adapter_name])
+
+
+class HsmLayer(_HookedLayer):
+    """Hybrid sparsification modules behind one writer: z = m * (D y) for the active adapter (paper, eq. 4).
+
+    Args:
+        mask_layer: the layer that holds the shared masks. It is registered once, elsewhere: here it is kept out of the
+            module tree, so that it is neither saved nor moved once per writer.
+    """
+
+    adapter_layer_names = ("operators",)
+
+    def __init__(self, mask_layer: MaskLayer) -> None:
+        super().__init__()
+        self.operators = nn.ModuleDict()
+        self._mask_layer = [mask_layer]
+        self._handles: list[RemovableHandle] = []
+
+    def operator(self, adapter_name: str) -> Operator:
+        """Return the operator D of an adapter."""
+        return cast(Operator, self.operators[adapter_name])
+
+    def attach(self, site: nn.Module, final_norm: nn.Module | None) -> None:
+        """Hook the output of `site`, and of the final norm where the operator also acts before a tied head."""
+        self.detach()
+        # Bound methods, not closures: a deep copy of the model then calls the copied layer.
+        self._handles.append(site.register_forward_hook(self._write))
+        if final_norm is not None:
+            self._handles.append(final_norm.register_forward_hook(self._read_tied))
+
+    def detach(self) -> None:
+        """Remove all hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _active(self) -> list[str]:
+        if self.disable_adapters:
+            return []
+        return [name for name in self.active_adapters if name in self.operators]
+
+    def _write(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+        for name in self._active():
+            changed = output + self.operator(name).change(output).to(output.dtype)
+            output = self._mask_layer[0].mask(name)(changed)
+        return output
+
+    def _read_tied(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Apply D0ᵀ to the final normed state, after the equalised gain's factor (that order is the merged model's).
+
+        On the norm's output, never around the head: fused heads read `lm_head.weight` and would skip a wrapper.
+        """
+        for name in self._active():
+            factor = self._mask_layer[0].mask(name).head_factor
+            if factor is not None:
+                output = (output * factor).to(output.dtype)
+            output = output + self.operator(name).change_transposed(output).to(output.dtype)
+        return output

@@ -1,0 +1,294 @@
+"""The PAT tuner: LoRA with operators behind every writer of the residual stream and one shared mask."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pat.errors import PatError
+from pat.sparsification.mask import UnifiedMask
+from pat.sparsification.operator import Operator, build_operator
+from pat.surgery.dense import build_dense, shrink_config
+from pat.surgery.fold import Channels, HeadPlan, fold_weights
+from pat.surgery.residual import ResidualStream
+from pat.surgery.rotation import ChannelOrder, equalised_gain, gain_block, importance_order, pca_order
+from pat.tuner.calibration import DEFAULT_TOKENS_PER_CHANNEL, StreamStatistics
+from pat.tuner.config import PatConfig
+from pat.tuner.layer import MASK_NAME, OPERATOR_NAME, HsmLayer, MaskLayer
+from pat.tuner.prepare import AttachmentPlan, default_targets, plan_attachment
+from pat.tuner.weights import effective_parameter
+
+
+class PatModel(LoraModel):  # type: ignore[misc]
+    """Pruning-aware tuning of a causal language model (paper, section 3), as a peft tuner.
+
+    Reached as `peft_model.base_model`; its methods can be called on the `PeftModel` as well. Attaching, switching,
+    saving and loading are peft's own. The base model is never modified while an adapter is on it.
+
+    Raises:
+        PatError: on attaching, if the model's family is not supported, the width is illegal, or the adapter does not
+            belong to this base model.
+    """
+
+    # peft's switches then reach the mask and the operators as well as LoRA's layers.
+    tuner_layer_cls = BaseTunerLayer
+
+    residual_stream: ResidualStream | None = None
+    tied = False
+
+    # -- attaching ---------------------------------------------------------------------------------------------
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Attach an adapter: LoRA by peft, then the operators and the mask."""
+        config = cast(PatConfig, self.peft_config[adapter_name])
+        plan = plan_attachment(model, config, known_stream=self.residual_stream)
+        self.residual_stream = plan.stream
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._add_sparsification(model, adapter_name, config, plan)
+
+    def _prepare_adapter_config(self, peft_config: PatConfig, model_config: dict[str, Any]) -> PatConfig:
+        assert self.residual_stream is not None
+        return default_targets(peft_config, self.model, self.residual_stream)
+
+    def _add_sparsification(
+        self, model: nn.Module, adapter_name: str, config: PatConfig, plan: AttachmentPlan
+    ) -> None:
+        stream, width = plan.stream, plan.width
+        device = model.get_submodule(stream.embedding).weight.device
+        holder = model.get_submodule(stream.embedding.rpartition(".")[0])
+        if not hasattr(holder, MASK_NAME):
+            holder.add_module(MASK_NAME, MaskLayer())
+        mask_layer = cast(MaskLayer, getattr(holder, MASK_NAME))
+        mask = UnifiedMask(
+            width.hidden_size,
+            width.pruned_hidden_size,
+            kind=config.mask,  # type: ignore[arg-type]
+            has_basis=plan.rotation == "pca",
+            has_head_factor=plan.rotation == "pca" and plan.tied,
+            lr_multiplier=config.mask_lr_multiplier,
+        )
+        mask_layer.add_adapter(adapter_name, mask.to(device))
+        self._num_operators = len(stream.sites)
+        for site in stream.sites:
+            parent = model.get_submodule(site.rpartition(".")[0])
+            if not hasattr(parent, OPERATOR_NAME):
+                parent.add_module(OPERATOR_NAME, HsmLayer(mask_layer))
+            layer = cast(HsmLayer, getattr(parent, OPERATOR_NAME))
+            site_device = next(model.get_submodule(site).parameters()).device
+            layer.add_adapter(adapter_name, build_operator(width.hidden_size, config.operator_rank).to(site_device))
+            # LoRA and modules_to_save may just have replaced the writer: hook whatever stands there now.
+            final_norm = stream.final_norm if site == stream.embedding and plan.tied else None
+            layer.attach(
+                model.get_submodule(site), None if final_norm is None else model.get_submodule(final_norm)
+            )
+        for layer in self._sparsification_layers():
+            layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    # -- the method's own surface ------------------------------------------------------------------------------
+
+    @property
+    def adapter(self) -> str:
+        """Name of the one active adapter.
+
+        Raises:
+            PatError: none or several are active.
+        """
+        if len(self.active_adapters) != 1:
+            raise PatError(f"Got active adapters {self.active_adapters}; expected exactly one PAT adapter to be active.")
+        return self.active_adapters[0]
+
+    def mask(self, adapter_name: str | None = None) -> UnifiedMask:
+        """Return the unified mask of an adapter, by default the active one."""
+        stream = cast(ResidualStream, self.residual_stream)
+        holder = self.model.get_submodule(stream.embedding.rpartition(".")[0])
+        return cast(MaskLayer, getattr(holder, MASK_NAME)).mask(adapter_name or self.adapter)
+
+    def operators(self, adapter_name: str | None = None) -> dict[str, Operator]:
+        """Return the operators of an adapter by site, in execution order."""
+        name = adapter_name or self.adapter
+        sites = cast(ResidualStream, self.residual_stream).sites
+        layers = {site: self.model.get_submodule(f"{site.rpartition('.')[0]}.{OPERATOR_NAME}") for site in sites}
+        return {site: cast(HsmLayer, layer).operator(name) for site, layer in layers.items()}
+
+    def set_step(self, step: int, milestone_step: int, adapter_name: str | None = None) -> None:
+        """Move the mask to an optimizer step; from `milestone_step` on it is 0/1 and fixed (paper, eq. 6-8)."""
+        self.mask(adapter_name).set_step(step, milestone_step)
+
+    def regularizers(self, adapter_name: str | None = None) -> dict[str, Tensor]:
+        """Return the unweighted losses `active` (eq. 9) and `identity` (eq. 11), scalars with gradients."""
+        operators = self.operators(adapter_name).values()
+        identity = torch.stack([operator.identity_loss() for operator in operators]).sum()
+        return {"active": self.mask(adapter_name).active_loss(), "identity": identity}
+
+    def needs_calibration(self, adapter_name: str | None = None) -> bool:
+        """Tell whether the adapter wants a look at data before training: a rotation, or an order of the channels."""
+        name = adapter_name or self.adapter
+        config = cast(PatConfig, self.peft_config[name])
+        wanted = config.resolved_rotation == "pca" or config.rotation == "auto"
+        mask = self.mask(name)
+        return wanted and not mask.calibrated and not mask.hardened
+
+    def calibrate(self, dataloader: Iterable[Mapping[str, Any]], adapter_name: str | None = None) -> ChannelOrder:
+        """Choose the rotation and the channels' prior order from calibration batches.
+
+        Args:
+            dataloader: batches with `input_ids` `(batch, length)` and optionally `attention_mask`; read until
+                `PatConfig.calibration_tokens` tokens are seen.
+            adapter_name: the adapter to calibrate, by default the active one.
+
+        Raises:
+            PatError: the batches hold no token, or training of the mask has begun.
+        """
+        name = adapter_name or self.adapter
+        mask = self.mask(name)
+        if mask.step > 0 or mask.hardened:
+            raise PatError(
+                f"Got a calibration at step {mask.step}; expected it before training, since it changes the basis the "
+                "mask was trained in."
+            )
+        config = cast(PatConfig, self.peft_config[name])
+        stream = cast(ResidualStream, self.residual_stream)
+        budget = config.calibration_tokens or DEFAULT_TOKENS_PER_CHANNEL * mask.hidden_size
+        rotate = config.resolved_rotation == "pca"
+        statistics = StreamStatistics(self.model, stream, full=rotate)
+        self.disable_adapter_layers()
+        try:
+            statistics.collect(dataloader, budget)
+        finally:
+            self.enable_adapter_layers()
+        if not rotate:
+            order = importance_order(statistics.importance(self._parameter(name)), mask.pruned_hidden_size)
+        else:
+            block = None
+            if mask.head_factor is not None:
+                gain = self._final_gain(name)
+                block = gain_block(gain, config.gain_tolerance)
+                mask.head_factor.copy_(equalised_gain(gain, block) / gain)
+            order = pca_order(statistics.covariance(), mask.pruned_hidden_size, block)
+        mask.set_prior(order.prior, pinned=order.pinned, basis=order.basis)
+        return order
+
+    # -- leaving -----------------------------------------------------------------------------------------------
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> PreTrainedModel:
+        """Return a new, smaller dense model of the base's own class; the masked model stays as it is.
+
+        Args:
+            progressbar: show progress over the parameters.
+            safe_merge: check every folded weight for non-finite values.
+            adapter_names: at most one name; by default the active adapter.
+            dtype: of the dense model, by default the base's (quantised bases: the dtype they compute in).
+
+        Raises:
+            PatError: the mask is not 0/1 yet, several adapters are named, or (`safe_merge`) a weight is not finite.
+        """
+        if adapter_names is not None and len(adapter_names) != 1:
+            raise PatError(f"Got adapter_names={adapter_names}; PAT merges exactly one adapter.")
+        name = adapter_names[0] if adapter_names else self.adapter
+        mask = self.mask(name)
+        if not mask.hardened:
+            raise PatError(
+                f"Got a merge at step {mask.step} of an adapter whose mask is still soft (milestone: step "
+                f"{mask.milestone_step}); train past the milestone first, with PatCallback among the trainer's callbacks."
+            )
+        base = cast(PreTrainedModel, self.model)
+        stream = cast(ResidualStream, self.residual_stream)
+        target = dtype or base.dtype
+        family, untied = stream.family, cast(PatConfig, self.peft_config[name]).untie_word_embeddings
+        tied = stream.head is None and not untied
+        config = shrink_config(
+            base.config,
+            family,
+            pruned_hidden_size=mask.pruned_hidden_size,
+            head_dim=_head_dim(base, stream),
+            tied=tied,
+        )
+        # The embedding's own scale is what the model multiplies by, rounded to the weights' dtype as the model does.
+        old_scale, new_scale = (
+            torch.tensor(float(size) ** 0.5).to(kind).item() if family.scaled_embedding else 1.0
+            for size, kind in ((mask.hidden_size, base.dtype), (mask.pruned_hidden_size, target))
+        )
+        final_gain = None
+        if mask.head_factor is not None:
+            final_gain = self._final_gain(name) * mask.head_factor.double()
+        folded = fold_weights(
+            stream.untie() if untied and stream.head is None else stream,
+            self._parameter(name),
+            Channels.from_mask(mask.keep, mask.basis),
+            {site: _in_double(operator) for site, operator in self.operators(name).items()},
+            HeadPlan(tied=tied, final_gain=final_gain, embedding_ratio=old_scale / new_scale),
+        )
+        weights: dict[str, Tensor] = {}
+        for parameter, tensor in _progress(folded, stream.num_parameters, progressbar):
+            if safe_merge and not tensor.isfinite().all():
+                raise PatError(f"Got non-finite values in the folded weight {parameter}; the adapter is broken.")
+            weights[parameter] = tensor.to(target)
+        return build_dense(base, config, weights, target)
+
+    def unload(self) -> nn.Module:
+        """Return the untouched base model by removing LoRA, operators and mask."""
+        for layer in self._sparsification_layers():
+            if isinstance(layer, HsmLayer):
+                layer.detach()
+        for module in list(self.model.modules()):
+            for name in (MASK_NAME, OPERATOR_NAME):
+                if isinstance(module._modules.get(name), HsmLayer | MaskLayer):
+                    delattr(module, name)
+        return cast(nn.Module, super().unload())
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: merging in place cannot change shapes."""
+        raise PatError("PAT cannot be merged in place, since the merged model is smaller; use merge_and_unload().")
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: masks of different adapters keep different channels."""
+        raise PatError("PAT adapters cannot be combined: their masks keep different channels. Merge one of them.")
+
+    # -- internals ---------------------------------------------------------------------------------------------
+
+    def _sparsification_layers(self) -> list[HsmLayer | MaskLayer]:
+        return [module for module in self.model.modules() if isinstance(module, HsmLayer | MaskLayer)]
+
+    def _parameter(self, adapter_name: str) -> Callable[[str], Tensor]:
+        return lambda name: effective_parameter(self.model, name, adapter_name)
+
+    def _final_gain(self, adapter_name: str) -> Tensor:
+        stream = cast(ResidualStream, self.residual_stream)
+        stored = effective_parameter(self.model, f"{stream.final_norm}.weight", adapter_name)
+        return stored.double() + stream.family.gain_offset
+
+
+def find_tuner(model: nn.Module) -> PatModel | None:
+    """Return the PAT tuner inside a model (wrapped by peft, accelerate or torch.compile), or None."""
+    return next((module for module in model.modules() if isinstance(module, PatModel)), None)
+
+
+def _in_double(operator: Operator) -> Operator:
+    return copy.deepcopy(operator).requires_grad_(False).double()
+
+
+def _head_dim(base: PreTrainedModel, stream: ResidualStream) -> int:
+    attention = base.get_submodule(f"{stream.family.layers}.0.self_attn")
+    return int(attention.head_dim)
+
+
+def _progress(items: Iterable[tuple[str, Tensor]], total: int, show: bool) -> Iterable[tuple[str, Tensor]]:
+    if not show:
+        return items
+    from tqdm import tqdm
+
+    return cast(Iterable[tuple[str, Tensor]], tqdm(items, total=total, desc="Folding", unit="tensor"))

@@ -1,0 +1,182 @@
+"""Checks and decisions before anything is attached: does this adapter fit this base, and what exactly will it be?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from pat.errors import PatError
+from pat.families import Family, get_family
+from pat.surgery.residual import ResidualStream, map_residual_stream
+from pat.surgery.rotation import gain_block
+from pat.tuner.config import PatConfig
+from pat.widths import Width, choose_width
+
+
+@dataclass(frozen=True)
+class AttachmentPlan:
+    """What attaching an adapter to a model comes to."""
+
+    stream: ResidualStream
+    width: Width
+    rotation: str
+    tied: bool
+    """Whether one matrix serves both ends, so that the embedding's operator acts before the head as well."""
+
+
+def plan_attachment(
+    model: nn.Module, config: PatConfig, *, known_stream: ResidualStream | None = None
+) -> AttachmentPlan:
+    """Check an adapter's configuration against a base model and fill in what it leaves open.
+
+    Args:
+        model: the base model; untouched unless `known_stream` says that an adapter is on it already.
+        config: changed in place: `base_shape` and `resolved_rotation` are filled in.
+        known_stream: map of the base's parameters, if known from an earlier adapter.
+
+    Raises:
+        PatError: the family is not supported, the width illegal, an option impossible, or the adapter belongs to
+            another base model.
+    """
+    base_config = getattr(model, "config", None)
+    model_type = getattr(base_config, "model_type", None)
+    if base_config is None or model_type is None or not hasattr(model, "get_output_embeddings"):
+        raise PatError(
+            f"Got a {type(model).__name__} without a transformers config; expected a causal language model such as "
+            "AutoModelForCausalLM returns."
+        )
+    family = get_family(model_type)
+    if model.get_output_embeddings() is None:
+        raise PatError(
+            f"Got a {type(model).__name__}, which has no language-model head; load the checkpoint with "
+            "AutoModelForCausalLM."
+        )
+    shares_head = bool(base_config.tie_word_embeddings)
+    stream = known_stream or map_residual_stream(family, (n for n, _ in model.named_parameters()), tied=shares_head)
+    hidden_size = getattr(base_config, family.hidden_size_field)
+    width = choose_width(
+        hidden_size,
+        base_config.num_attention_heads,
+        pruning_ratio=config.pruning_ratio,
+        pruned_hidden_size=config.pruned_hidden_size,
+        multiple_of=config.multiple_of,
+    )
+    _check_base_shape(config, _shape_of(base_config, family))
+    tied = shares_head and not config.untie_word_embeddings
+    _check_ends(config, family, tied=tied)
+    _check_longrope(base_config, width)
+    rotation = config.resolved_rotation or _resolve_rotation(model, config, stream, width, tied=tied)
+    config.resolved_rotation = rotation
+    return AttachmentPlan(stream, width, rotation, tied)
+
+
+def default_targets(config: PatConfig, model: nn.Module, stream: ResidualStream) -> PatConfig:
+    """Fill in LoRA's targets if none are given: every linear layer on the stream, and expert parameters."""
+    if config.target_modules is None:
+        linears = [linear for branch in stream.branches for linear in (*branch.readers, branch.writer)]
+        paths = {linear.path for linear in linears if linear.path in dict(model.named_modules())}
+        targets = {path for path in paths if _is_linear(model.get_submodule(path))}
+        config.target_modules = {path.rpartition(".")[2] for path in targets}
+        experts = [linear.path for linear in linears if linear.weight == linear.path]
+        if experts and config.target_parameters is None:
+            if config.lora_dropout or config.use_dora:
+                import warnings
+
+                warnings.warn(
+                    "LoRA leaves out the expert parameters: peft supports neither dropout nor DoRA on bare parameters.",
+                    stacklevel=2,
+                )
+            else:
+                config.target_parameters = list(stream.family.expert_parameters)
+    return config
+
+
+def _is_linear(module: nn.Module) -> bool:
+    base = getattr(module, "base_layer", module)
+    return isinstance(base, nn.Linear)
+
+
+def _shape_of(base_config: Any, family: Family) -> dict[str, Any]:
+    fields = (family.hidden_size_field, "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    return {"model_type": family.model_type} | {name: getattr(base_config, name, None) for name in fields}
+
+
+def _check_base_shape(config: PatConfig, shape: dict[str, Any]) -> None:
+    if config.base_shape is None:
+        config.base_shape = shape
+    elif config.base_shape != shape:
+        differing = [k for k in shape if config.base_shape.get(k) != shape[k]]
+        got = ", ".join(f"{k}={shape[k]}" for k in differing)
+        expected = ", ".join(f"{k}={config.base_shape.get(k)}" for k in differing)
+        raise PatError(f"The adapter does not fit this base model: got {got}; the adapter was made for {expected}.")
+
+
+def _check_ends(config: PatConfig, family: Family, *, tied: bool) -> None:
+    """Refuse LoRA on the head, and adapters that would break a tie that is to be kept."""
+    if config.target_modules is not None and check_target_module_exists(config, family.head):
+        raise PatError(
+            f"Got LoRA on {family.head!r}, which PAT does not support; leave it out of target_modules, or train the head "
+            f"as a whole with modules_to_save=['{family.head}'] (untied models)."
+        )
+    if not tied:
+        return
+    embedding = family.embedding
+    saved = {name.rpartition(".")[2] for name in config.modules_to_save or ()}
+    ends = {embedding.rpartition(".")[2], family.head}
+    adapted = config.target_modules is not None and check_target_module_exists(config, embedding)
+    if adapted or (saved & ends and not config.ensure_weight_tying):
+        raise PatError(
+            "Got an adapter on the embedding or the head of a model that ties them, which would break the tie; set "
+            "untie_word_embeddings=True to give the head a matrix of its own"
+            + ("." if adapted else ", or ensure_weight_tying=True to train both as one.")
+        )
+
+
+def _check_longrope(base_config: Any, width: Width) -> None:
+    """Phi-3's longrope validator derives the head size from the hidden size, ignoring an explicit `head_dim`."""
+    rope = getattr(base_config, "rope_parameters", None) or {}
+    if base_config.model_type == "phi3" and rope.get("rope_type") == "longrope":
+        raise PatError(
+            f"Got a phi3 model with longrope, whose configuration transformers cannot load at hidden size "
+            f"{width.pruned_hidden_size}; use a variant with the default rope (such as the 4k one)."
+        )
+
+
+def _resolve_rotation(
+    model: nn.Module, config: PatConfig, stream: ResidualStream, width: Width, *, tied: bool
+) -> str:
+    """Decide between PCA and no rotation (specification, "Rotation": where it is exact and where not)."""
+    if config.rotation == "none":
+        return "none"
+    obstacle = _rotation_obstacle(model, config, stream, width, tied=tied)
+    if obstacle is None:
+        return "pca"
+    if config.rotation == "pca":
+        raise PatError(f"Got rotation='pca', but {obstacle}; use rotation='auto' or 'none'.")
+    return "none"
+
+
+def _rotation_obstacle(
+    model: nn.Module, config: PatConfig, stream: ResidualStream, width: Width, *, tied: bool
+) -> str | None:
+    family = stream.family
+    if family.has_post_norms:
+        return f"{family.model_type} has norms between its writers and the residual add, so no rotation is exact"
+    if not tied:
+        return None
+    if family.final_norm.rpartition(".")[2] in {name.rpartition(".")[2] for name in config.modules_to_save or ()}:
+        return "the final norm of a tied model is trained (modules_to_save), so its gain will not stay equal in a block"
+    gain = model.get_submodule(family.final_norm).weight.detach().float() + family.gain_offset
+    if gain.device == torch.device("meta"):
+        return None
+    num_pinned = int((~gain_block(gain, config.gain_tolerance)).sum())
+    if num_pinned >= width.pruned_hidden_size:
+        return (
+            f"{num_pinned} of {width.hidden_size} channels of this tied model have a final gain too far from the median "
+            f"to be rotated (gain_tolerance={config.gain_tolerance}), as many as the {width.pruned_hidden_size} to keep"
+        )
+    return None

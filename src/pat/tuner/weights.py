@@ -1,0 +1,77 @@
+"""Effective weights of an adapted model: what each base parameter is with LoRA merged in, without touching the base."""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import TrainableTokensWrapper
+from torch import Tensor, nn
+
+from pat.errors import PatError
+
+
+@torch.no_grad()
+def effective_parameter(model: nn.Module, name: str, adapter_name: str) -> Tensor:
+    """Return a base parameter as the adapted model uses it, in float32 or better.
+
+    Args:
+        model: the base model with peft's layers in it.
+        name: full name of the parameter in the untouched base model.
+        adapter_name: the adapter to merge in. Quantised weights are dequantised first.
+
+    Raises:
+        PatError: the adapter uses an option of LoRA that has no merged form.
+    """
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, ModulesToSaveWrapper):
+        module = module.modules_to_save[adapter_name] if adapter_name in module.modules_to_save else module.original_module
+    if isinstance(module, TrainableTokensWrapper):
+        return _upcast(module.token_adapter.get_merged_weights([adapter_name]))
+    if isinstance(module, ParamWrapper):
+        return _expert_parameter(module, leaf, adapter_name)
+    if isinstance(module, LoraLayer):
+        return _lora_parameter(module, name, leaf, adapter_name)
+    return _base_parameter(module, leaf)
+
+
+def _lora_parameter(layer: LoraLayer, name: str, leaf: str, adapter_name: str) -> Tensor:
+    base = _base_parameter(layer.get_base_layer(), leaf)
+    has_adapter = adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A
+    if not has_adapter:
+        return base
+    if leaf == "bias":
+        extra = layer.lora_B[adapter_name].bias if layer.lora_bias.get(adapter_name) else None
+        return base if extra is None else base + layer.scaling[adapter_name] * extra
+    variant = layer.lora_variant.get(adapter_name)
+    if variant is None:
+        return base + layer.get_delta_weight(adapter_name).to(base.dtype)
+    try:
+        return _upcast(variant.merge_safe(layer, adapter_name, base))
+    except NotImplementedError as error:
+        raise PatError(
+            f"The LoRA variant {type(variant).__name__} on {name} has no merged form, so it cannot be folded into a "
+            "smaller model; use plain LoRA or DoRA."
+        ) from error
+
+
+def _expert_parameter(wrapper: nn.Module, leaf: str, adapter_name: str) -> Tensor:
+    """Walk the nested wrappers that adapt several bare parameters of one module."""
+    delta: Tensor | None = None
+    module = wrapper
+    while isinstance(module, ParamWrapper):
+        if module.parameter_name == leaf and adapter_name in module.lora_A:
+            delta = module.get_delta_weight(adapter_name)
+        module = module.base_layer
+    base = _upcast(getattr(module, leaf))
+    return base if delta is None else base + delta.to(base.dtype)
+
+
+def _base_parameter(module: nn.Module, leaf: str) -> Tensor:
+    return _upcast(dequantize_module_weight(module) if leaf == "weight" else getattr(module, leaf))
+
+
+def _upcast(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
