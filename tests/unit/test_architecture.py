@@ -51,7 +51,7 @@ MODULES = {_module_name(path): path for path in sorted((SOURCE / "pat").rglob("*
 
 
 def _imported_names(module: str, path: Path, source: str | None = None) -> Iterator[tuple[int, str]]:
-    """Yield (line, absolute name) of every import; ``from a import b`` is ``a.b`` if that is a module of ours."""
+    """Yield (line, absolute name) of every import; ``from a import b`` is ``a.b`` if that is our module."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8") if source is None else source)):
         if isinstance(node, ast.Import):
