@@ -1,0 +1,36 @@
+"""Calibration batches from a text file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pat.errors import PatError
+
+BATCH_SIZE = 4
+CONTEXT = 512
+"""Tokens per calibration sequence: long enough for attention to settle, short enough for any model."""
+
+
+def batches_from_text_file(path: str, tokenizer: Any) -> Iterator[dict[str, Tensor]]:
+    """Yield batches of consecutive pieces of a text file, `input_ids` of shape `(batch, 512)`, the rest dropped.
+
+    Raises:
+        PatError: the file is missing or holds no text, or there is no tokenizer to read it with.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise PatError(f"Got calibration={path!r}, but there is no such file; expected a plain text file.")
+    if tokenizer is None:
+        raise PatError("Got a calibration text but no tokenizer; pass processing_class to the trainer.")
+    ids = torch.tensor(tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
+    if len(ids) == 0:
+        raise PatError(f"Got calibration={path!r}, but the file holds no text.")
+    length = min(CONTEXT, len(ids))
+    rows = ids[: len(ids) // length * length].view(-1, length)
+    for start in range(0, len(rows), BATCH_SIZE):
+        yield {"input_ids": rows[start : start + BATCH_SIZE]}

@@ -1,0 +1,138 @@
+"""The callback that turns any transformers or TRL trainer into a pruning-aware one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pat.errors import PatError
+from pat.sparsification.schedule import milestone_step
+from pat.training.calibration_text import batches_from_text_file
+from pat.tuner.config import PatConfig
+from pat.tuner.model import PatModel, find_tuner
+
+logger = logging.getLogger(__name__)
+
+
+class PatCallback(TrainerCallback):  # type: ignore[misc]
+    """Drive the mask and the regularisers of a PAT adapter from a trainer's optimizer steps.
+
+    At train begin it calibrates the rotation if nobody has (from `PatConfig.calibration`, else from the first training
+    examples); at every step it sets the mask's schedule (paper, eq. 6-8); before every optimizer step it adds the
+    gradients of both regularisers once (eq. 9 and 11), after gradient clipping and outside the logged loss. It never
+    stops a run and never compacts. Regulariser values are written to `state.log_history` beside the trainer's logs.
+    """
+
+    def __init__(self) -> None:
+        self._adapter: str | None = None
+        self._milestone_step = 0
+        self._last: dict[str, float] = {}
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Undo the cast to bfloat16 that TRL gives adapters of quantised models: the mask needs float32."""
+        tuner = find_tuner(kwargs["model"])
+        if tuner is None:
+            return
+        for module in [tuner.mask(), *tuner.operators().values()]:
+            for tensor in [*module.parameters(), *module.buffers()]:
+                if tensor.dtype in (torch.bfloat16, torch.float16):
+                    tensor.data = tensor.data.float()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the adapter, fix the milestone, calibrate if needed, and set the mask to the first step.
+
+        Raises:
+            PatError: the model carries no PAT adapter.
+        """
+        tuner = self._tuner(kwargs["model"])
+        self._adapter = tuner.adapter
+        config = tuner.peft_config[self._adapter]
+        self._milestone_step = milestone_step(config.milestone, state.max_steps)
+        if tuner.needs_calibration(self._adapter):
+            order = tuner.calibrate(
+                _calibration_batches(config, kwargs.get("train_dataloader"), kwargs.get("processing_class")),
+                self._adapter,
+            )
+            logger.info(
+                "Calibrated %s: the kept channels hold %.1f %% of the residual stream's energy, %d are pinned.",
+                f"rotation ({config.resolved_rotation})",
+                100 * order.energy_kept,
+                int(order.pinned.sum()),
+            )
+        tuner.set_step(state.global_step, self._milestone_step, self._adapter)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the mask for the step that begins."""
+        self._tuner(kwargs["model"]).set_step(state.global_step, self._milestone_step, self._adapter)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add the regularisers' gradients, once per optimizer step whatever the accumulation."""
+        tuner = self._tuner(kwargs["model"])
+        assert self._adapter is not None
+        config = tuner.peft_config[self._adapter]
+        with torch.enable_grad():
+            losses = tuner.regularizers(self._adapter)
+            total = config.active_loss_weight * losses["active"] + config.identity_loss_weight * losses["identity"]
+            if total.requires_grad:
+                total.backward()
+        self._last = {f"pat/{name}_loss": loss.item() for name, loss in losses.items()}
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move the mask on, so that what is evaluated or saved now is the model of the next step."""
+        self._tuner(kwargs["model"]).set_step(state.global_step, self._milestone_step, self._adapter)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log the regularisers apart from the task's loss."""
+        logs = kwargs.get("logs")
+        if self._adapter is None or not self._last or logs is None or "loss" not in logs:
+            return
+        mask = self._tuner(kwargs["model"]).mask(self._adapter)
+        active = int(mask.keep.sum()) if mask.hardened else int((mask.gate() > 0.5).sum())
+        state.log_history.append(self._last | {"pat/active_channels": active, "step": state.global_step})
+
+    def _tuner(self, model: torch.nn.Module) -> PatModel:
+        tuner = find_tuner(model)
+        if tuner is None:
+            raise PatError(
+                f"Got a {type(model).__name__} without a PAT adapter; wrap the model with get_peft_model(base, PatConfig(...)) "
+                "before giving it to the trainer, or leave PatCallback out."
+            )
+        return tuner
+
+
+def _calibration_batches(config: PatConfig, dataloader: Any, tokenizer: Any) -> Iterable[Mapping[str, Any]]:
+    """Return batches to calibrate on, without disturbing the order or the random state of the training data."""
+    if config.calibration is not None:
+        return batches_from_text_file(config.calibration, tokenizer)
+    if dataloader is None:
+        raise PatError(
+            "The rotation needs data, but the trainer has no training data; call model.calibrate(dataloader) before "
+            "training, set PatConfig.calibration to a text file, or use rotation='none'."
+        )
+    dataset = getattr(dataloader, "dataset", None)
+    if dataset is None or isinstance(dataset, IterableDataset):
+        return _input_batches(dataloader)
+    # A loader of its own in the data's own order: iterating the trainer's would move its sampler on.
+    batch_size = getattr(dataloader, "batch_size", None) or 8
+    return _input_batches(DataLoader(dataset, batch_size=batch_size, collate_fn=dataloader.collate_fn))
+
+
+def _input_batches(loader: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
+    with torch.random.fork_rng():
+        for batch in loader:
+            yield {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
