@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pat.errors import PatError
@@ -127,9 +127,10 @@ def _calibration_batches(config: PatConfig, dataloader: Any, tokenizer: Any) -> 
     dataset = getattr(dataloader, "dataset", None)
     if dataset is None or isinstance(dataset, IterableDataset):
         return _input_batches(dataloader)
-    # A loader of its own in the data's own order: iterating the trainer's would move its sampler on.
+    # A loader of its own: iterating the trainer's would move its sampler on. A seeded sample, since files are often sorted.
     batch_size = getattr(dataloader, "batch_size", None) or 8
-    return _input_batches(DataLoader(dataset, batch_size=batch_size, collate_fn=dataloader.collate_fn))
+    sample = Subset(dataset, torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist())
+    return _input_batches(DataLoader(sample, batch_size=batch_size, collate_fn=dataloader.collate_fn))
 
 
 def _input_batches(loader: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:

@@ -1,0 +1,56 @@
+"""The method's own options, one place for their names, defaults and help: `PatConfig` and the command line share them."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class PatOptions:
+    """What pruning-aware tuning adds to a LoRA configuration."""
+
+    pruning_ratio: float | None = field(
+        default=None, metadata={"help": "Share of the hidden size to cut, in (0, 1). Default 0.25."}
+    )
+    pruned_hidden_size: int | None = field(
+        default=None, metadata={"help": "Exact hidden size of the pruned model, instead of a ratio."}
+    )
+    multiple_of: int | None = field(
+        default=None, metadata={"help": "Hard alignment of the pruned hidden size, in channels."}
+    )
+    operator_rank: int | str | None = field(
+        default=None, metadata={"help": "Rank of the operators, 'dense' for full matrices. Default: 5 % of the width."}
+    )
+    mask: str = field(
+        default="trainable", metadata={"help": "'trainable', or 'frozen' (the paper's ablation)."}
+    )
+    rotation: str = field(
+        default="auto",
+        metadata={"help": "'auto' rotates into the PCA basis where that is exact, 'pca' insists on it, 'none' does not."},
+    )
+    milestone: float = field(
+        default=1 / 3, metadata={"help": "Share of the optimizer steps after which the mask is 0/1."}
+    )
+    active_loss_weight: float = field(
+        default=1e-3, metadata={"help": "Weight of the active-channel loss (eq. 9)."}
+    )
+    identity_loss_weight: float = field(
+        default=1e-3, metadata={"help": "Weight of the identity loss (eq. 11)."}
+    )
+    mask_lr_multiplier: float = field(
+        default=40.0, metadata={"help": "Learning rate of the mask as a multiple of the trainer's."}
+    )
+    untie_word_embeddings: bool = field(
+        default=False,
+        metadata={"help": "Give a tied model an output matrix of its own (adds vocabulary x width parameters)."},
+    )
+    calibration: str | None = field(
+        default=None, metadata={"help": "Text file to compute the rotation from, instead of the training data."}
+    )
+    calibration_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens to compute the rotation from. Default: 8 per hidden channel."}
+    )
+    gain_tolerance: float = field(
+        default=0.15,
+        metadata={
+            "help": "Tied models rotate only channels whose final gain lies within this relative distance of the median."
+        },
+    )
