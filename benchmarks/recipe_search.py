@@ -55,7 +55,9 @@ def main() -> None:
     parser.add_argument("--tag", default="")
     args = parser.parse_args()
 
-    cell = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("output", "model", "data")}
+    cell = {
+        k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("output", "model", "data")
+    }
     done = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
     if any(row["cell"] == cell for row in done):
         return

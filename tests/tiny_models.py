@@ -208,9 +208,7 @@ def tiny_tokenizer(directory: Path | None = None) -> PreTrainedTokenizerFast:
     vocabulary = {token: index for index, token in enumerate(special + roles + characters)}
     tokenizer = Tokenizer(BPE(vocabulary, [], unk_token="<unk>"))
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in special + roles]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special + roles])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

@@ -69,9 +69,7 @@ _EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 _ATTENTION = Branch(_QKV, "self_attn.o_proj", pre_norm="input_layernorm")
 _MLP = Branch(_GATE_UP, "mlp.down_proj", pre_norm="post_attention_layernorm")
 _MOE = Branch(("mlp.gate", _EXPERTS[0]), _EXPERTS[1], pre_norm="post_attention_layernorm", site="mlp")
-_SANDWICH_ATTENTION = Branch(
-    _QKV, "self_attn.o_proj", pre_norm="input_layernorm", post_norm="post_attention_layernorm"
-)
+_SANDWICH_ATTENTION = Branch(_QKV, "self_attn.o_proj", pre_norm="input_layernorm", post_norm="post_attention_layernorm")
 _SANDWICH_MLP = Branch(
     _GATE_UP, "mlp.down_proj", pre_norm="pre_feedforward_layernorm", post_norm="post_feedforward_layernorm"
 )

@@ -234,9 +234,7 @@ def test_batch_pads_the_last_row(padding_side: str) -> None:
     assert ids[mask == 1].min() > UNK_ID
     assert ids.max() < VOCAB_SIZE
     assert torch.equal(ids, batch(batch_size=3, length=16, padding_side=padding_side)["input_ids"])
-    assert not torch.equal(
-        ids, batch(seed=1, batch_size=3, length=16, padding_side=padding_side)["input_ids"]
-    )
+    assert not torch.equal(ids, batch(seed=1, batch_size=3, length=16, padding_side=padding_side)["input_ids"])
 
 
 def test_a_single_row_is_not_padded() -> None:

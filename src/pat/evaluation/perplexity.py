@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Example = Mapping[str, Sequence[int]]
-"""One tokenised row: `input_ids` and, of the same length, `labels` (-100: not scored) or `completion_mask`."""
+"""One tokenised row: `input_ids`, and as many `labels` (-100: not scored) or `completion_mask` bits."""
 
 Progress = Callable[[int, int], None]
 """Called after every batch with (batches done, batches in all)."""
@@ -51,19 +51,19 @@ class NLL:
 def tokenize_row(tokenizer: "PreTrainedTokenizerBase", row: Mapping[str, Any]) -> dict[str, list[int]]:
     """`input_ids` and `completion_mask` of one row, untruncated, as TRL 1.16's SFTTrainer makes them.
 
-    `row` is one of `{"prompt", "completion"}` (two strings or two message lists), `{"messages"}` and `{"text"}`;
-    without a prompt every token counts as completion. The end-of-sequence token is appended to plain strings; in
-    conversations the chat template does that. The completion starts where the tokens of the prompt and of
-    prompt + completion diverge, which with merging tokenizers may be before the prompt's end.
+    `row` is one of `{"prompt", "completion"}` (two strings or two message lists), `{"messages"}` and
+    `{"text"}`; without a prompt every token counts as completion. The end-of-sequence token is appended to
+    plain strings; in conversations that is up to the chat template. The completion starts where the tokens of
+    the prompt and of prompt + completion diverge: before the prompt's end if tokens merge across it.
 
     Raises:
-        PatError: plain strings and a tokenizer without end-of-sequence token; a template that refuses the row.
+        PatError: a plain string but no end-of-sequence token; a chat template that refuses the row.
     """
     prompt, completion = row.get("prompt", ""), row.get("completion", "")
     if "messages" in row:
         ids, num_prompt = _chat_ids(tokenizer, row["messages"]), 0
     elif isinstance(prompt, str):
-        text = prompt + _end(tokenizer, row["text"] if "text" in row else completion)
+        text = prompt + _end(tokenizer, row.get("text", completion))
         ids = _text_ids(tokenizer, text)
         num_prompt = _common_prefix(_text_ids(tokenizer, prompt), ids) if "prompt" in row else 0
     else:
@@ -75,7 +75,7 @@ def tokenize_row(tokenizer: "PreTrainedTokenizerBase", row: Mapping[str, Any]) -
 def tokenize_examples(
     tokenizer: "PreTrainedTokenizerBase", dataset: Iterable[Mapping[str, Any]], max_length: int | None
 ) -> list[dict[str, list[int]]]:
-    """Every row of `dataset` tokenised and cut at `max_length` tokens, exactly as SFTTrainer does it unpacked.
+    """All rows of `dataset`, tokenised and cut at `max_length` tokens as SFTTrainer does without packing.
 
     Like there, the start is kept and rows left without any completion token are dropped.
 
@@ -87,7 +87,7 @@ def tokenize_examples(
         try:
             example = tokenize_row(tokenizer, row)
         except PatError as error:
-            raise PatError(f"row {number} of the converted data: {error}") from error
+            raise PatError(f"Row {number} of the converted data: {error}") from error
         if max_length is not None:
             example = {key: values[:max_length] for key, values in example.items()}
             if 1 not in example["completion_mask"]:
@@ -99,10 +99,10 @@ def tokenize_examples(
 def batches_from_examples(
     examples: Sequence[Example], *, batch_size: int, pad_token_id: int, sort_by_length: bool = False
 ) -> Iterator[dict[str, Tensor]]:
-    """Right-padded batches of `examples`, each `input_ids`, `attention_mask` and `labels` of shape (B, T), int64.
+    """Right-padded batches of `input_ids`, `attention_mask` and `labels`, each of shape (B, T), int64.
 
-    Labels are -100 on padding and wherever the example does not score. With `sort_by_length` the longest rows come
-    first: little padding, and what does not fit in memory fails at once.
+    Labels are -100 on padding and wherever the example does not score. With `sort_by_length` the longest rows
+    come first: little padding, and what does not fit in memory fails at once.
     """
     order = list(range(len(examples)))
     if sort_by_length:
@@ -129,10 +129,10 @@ def response_nll(
     pad_token_id: int,
     progress: Progress | None = None,
 ) -> NLL:
-    """Mean NLL of the scored tokens of `examples` under a causal language model, each token weighing the same.
+    """Mean NLL of the scored tokens of `examples` under a causal language model, all weighing the same.
 
-    The first token of a row has nothing to condition on and is never scored. Log-softmax in float32, sum in float64,
-    no gradients; every submodule's train/eval mode is as before afterwards.
+    The first token of a row has nothing to condition on and is never scored. Log-softmax in float32, sum in
+    float64, no gradients; every submodule's train/eval mode is as before afterwards.
 
     Raises:
         PatError: there is no token to score.
@@ -141,9 +141,7 @@ def response_nll(
     num_batches = math.ceil(len(examples) / batch_size)
     total, num_tokens = 0.0, 0
     with _evaluating(model), torch.no_grad():
-        batches = batches_from_examples(
-            examples, batch_size=batch_size, pad_token_id=pad_token_id, sort_by_length=True
-        )
+        batches = batches_from_examples(examples, batch_size=batch_size, pad_token_id=pad_token_id, sort_by_length=True)
         for done, batch in enumerate(batches, start=1):
             targets_BT = batch["labels"][:, 1:].to(device)
             scored_BT = targets_BT != IGNORED
@@ -161,9 +159,7 @@ def response_nll(
             if progress is not None:
                 progress(done, num_batches)
     if num_tokens == 0:
-        raise PatError(
-            f"got {len(examples)} examples without any response token to score; pass data with non-empty responses"
-        )
+        raise PatError(f"Got {len(examples)} examples without a response token to score; pass rows with responses.")
     return NLL(nll=total / num_tokens, num_tokens=num_tokens)
 
 
@@ -178,40 +174,40 @@ def text_perplexity(
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> NLL:
-    """NLL of a text in windows of at most `context` tokens; every token with one before it is scored exactly once.
+    """NLL of a text in windows of at most `context` tokens; each token that follows another is scored once.
 
     Args:
         text_or_path: a `str` is the text itself, a path object names a UTF-8 file.
         context: window length, lowered to what the model's positions allow.
-        stride: new tokens scored per window after the first; smaller means more left context for each and more
-            windows. By default as many as leave every token one token of left context.
+        stride: new tokens scored per window after the first; smaller means more left context for each and
+            more windows. By default as many as leave every token one token of left context.
         max_tokens: use the first so many tokens of the text only.
 
-    A tokenizer that starts texts with a beginning-of-sequence token gets one at the start of every window: models
-    trained that way (Gemma) predict badly without it.
+    If the tokenizer starts texts with a beginning-of-sequence token, so does every window: models trained
+    that way (Gemma) predict badly without it.
 
     Raises:
-        PatError: file missing, not UTF-8 or without text; fewer than two tokens; context or stride out of range.
+        PatError: file missing, not UTF-8 or empty; fewer than two tokens; context or stride out of range.
     """
     ids = _text_ids(tokenizer, _read_text(text_or_path))
     bos = tokenizer.bos_token_id
     prefix = [int(bos)] if bos is not None and ids[:1] == [bos] else []
     body = ids[len(prefix) :][:max_tokens]
     if len(body) < 2:
-        raise PatError(f"got a text of {len(body)} tokens, perplexity needs at least 2; pass a longer text")
+        raise PatError(f"Got a text of {len(body)} tokens, perplexity needs at least 2; pass a longer text.")
     room = min(context, _max_positions(model) or context) - len(prefix)
     if room < 2:
-        raise PatError(f"got context {context}, expected at least {2 + len(prefix)} tokens within the model's positions")
+        raise PatError(f"Got a context of {room + len(prefix)} tokens, expected {2 + len(prefix)} or more.")
     step = room - 1 if stride is None else stride
     if not 1 <= step < room:
-        raise PatError(f"got stride {stride} with windows of {room} tokens, expected 1 to {room - 1}")
+        raise PatError(f"Got stride {stride} with windows of {room} tokens, expected 1 to {room - 1}.")
     windows = _windows(body, room=room, step=step, prefix=prefix)
     # Any id serves as padding: it is masked, and with a single length per text there is hardly any.
     return response_nll(model, windows, batch_size=batch_size, pad_token_id=0, progress=progress)
 
 
 def _windows(body: list[int], *, room: int, step: int, prefix: list[int]) -> list[Example]:
-    """Windows over `body` whose masks mark each token once; `prefix` opens each window and is never scored."""
+    """Windows over `body` whose masks mark each token once; the `prefix` that opens each is never scored."""
     windows: list[Example] = []
     scored = 0
     while scored < len(body):
@@ -246,7 +242,7 @@ def _chat_ids(
     except (TemplateError, ValueError) as error:  # ValueError: the tokenizer has no template
         reason = " ".join(str(error).split())
         raise PatError(
-            f"the tokenizer's chat template refuses this conversation: {reason}; fix the row or the template"
+            f"The tokenizer's chat template refuses this conversation ({reason}); fix the row or template."
         ) from error
     return list(cast(Mapping[str, Any], encoded)["input_ids"])
 
@@ -254,7 +250,7 @@ def _chat_ids(
 def _end(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
     eos = tokenizer.eos_token
     if not isinstance(eos, str):
-        raise PatError("the tokenizer has no end-of-sequence token, which ends every response; pass --eos_token")
+        raise PatError("The tokenizer has no end-of-sequence token to end responses with; pass --eos_token.")
     return text if text.endswith(eos) else text + eos
 
 
@@ -264,18 +260,18 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 def _read_text(text_or_path: str | os.PathLike[str]) -> str:
     if isinstance(text_or_path, str):
-        text, source = text_or_path, "the given text"
+        text, source = text_or_path, "The given text"
     else:
         path = Path(text_or_path).expanduser()
         source = str(path)
         if not path.is_file():
-            raise PatError(f"{path}: no such file; expected a UTF-8 text file")
+            raise PatError(f"{path}: no such file; expected a UTF-8 text file.")
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise PatError(f"{path}: cannot be read as UTF-8 text ({error}); pass a plain text file") from error
+            raise PatError(f"{path}: not readable as UTF-8 text ({error}); pass a plain text file.") from error
     if not text.strip():
-        raise PatError(f"{source} is empty; expected some text to measure perplexity on")
+        raise PatError(f"{source} is empty; expected some text to measure perplexity on.")
     return text
 
 

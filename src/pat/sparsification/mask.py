@@ -200,7 +200,9 @@ class UnifiedMask(nn.Module):
         if self.milestone_step is not None and not self.hardened:
             values = [temperature(self.step, self.milestone_step), offset(self.step, self.milestone_step)]
             self.gate_schedule.copy_(torch.tensor(values, dtype=self.gate_schedule.dtype))
-        self.dropped_basis = self.basis[:, ~self.keep].contiguous() if self.hardened and self.basis is not None else None
+        self.dropped_basis = (
+            self.basis[:, ~self.keep].contiguous() if self.hardened and self.basis is not None else None
+        )
 
 
 def _restore_progress(module: nn.Module, _incompatible_keys: Any) -> None:

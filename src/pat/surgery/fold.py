@@ -172,9 +172,7 @@ def _fold_ends(
         yield name, kept - family.gain_offset
         return
     assert stream.head is not None, "an untied head has a weight of its own"
-    yield from _fold_reader(
-        stream.head, load, gain if channels.basis is not None else None, 1.0, channels, normed=True
-    )
+    yield from _fold_reader(stream.head, load, gain if channels.basis is not None else None, 1.0, channels, normed=True)
     yield name, _new_gain(gain, channels, family)
 
 

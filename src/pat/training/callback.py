@@ -33,9 +33,7 @@ class PatCallback(TrainerCallback):  # type: ignore[misc]
         self._milestone_step = 0
         self._last: dict[str, float] = {}
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Undo the cast to bfloat16 that TRL gives adapters of quantised models: the mask needs float32."""
         tuner = find_tuner(kwargs["model"])
         if tuner is None:
@@ -90,9 +88,7 @@ class PatCallback(TrainerCallback):  # type: ignore[misc]
                 total.backward()
         self._last = {f"pat/{name}_loss": loss.item() for name, loss in losses.items()}
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the mask on, so that what is evaluated or saved now is the model of the next step."""
         self._tuner(kwargs["model"]).set_step(state.global_step, self._milestone_step, self._adapter)
 

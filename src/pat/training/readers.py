@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
+import pyarrow.parquet  # type: ignore[import-untyped]
 
 from pat.errors import PatError
 
@@ -38,19 +38,20 @@ def read_local(path: Path) -> LocalRows:
     Raises:
         PatError: no such file, another suffix, not readable as what the suffix says (with the line), no rows.
     """
+    suffixes = ", ".join(READERS)
     if path.is_dir():
-        raise PatError(f"{path} is a folder; expected one data file ({', '.join(READERS)})")
+        raise PatError(f"{path} is a folder; expected one data file ({suffixes}).")
     if not path.is_file():
-        raise PatError(f"{path}: no such file; expected a data file ({', '.join(READERS)}) or a hub dataset id")
+        raise PatError(f"{path}: no such file; expected a hub dataset id or a file ({suffixes}).")
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise PatError(f"{path}: got suffix {path.suffix!r}, expected one of {', '.join(READERS)}; convert the file")
+        raise PatError(f"{path}: got suffix {path.suffix!r}, expected one of {suffixes}; convert the file.")
     try:
         local = reader(path)
     except (OSError, UnicodeDecodeError) as error:
-        raise PatError(f"{path}: cannot be read ({error}); expected a UTF-8 file you have access to") from error
+        raise PatError(f"{path}: not readable ({error}); expected a UTF-8 file.") from error
     if not local.rows:
-        raise PatError(f"{path} has no rows; expected at least one example")
+        raise PatError(f"{path} has no rows; expected at least one example.")
     return local
 
 
@@ -65,7 +66,7 @@ def _read_jsonl(path: Path) -> LocalRows:
             except json.JSONDecodeError as error:
                 raise PatError(
                     f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno}); "
-                    "expected one JSON object per line"
+                    "expected one JSON object per line."
                 ) from error
             _check_object(row, f"{path}, line {number}")
             rows.append(row)
@@ -83,7 +84,7 @@ def _read_json(path: Path) -> LocalRows:
     except json.JSONDecodeError as error:
         raise PatError(
             f"{path}, line {error.lineno}: not valid JSON ({error.msg} at column {error.colno}); "
-            "expected a list of objects or one object per line"
+            "expected a list of objects or one object per line."
         ) from error
     numbers = list(range(1, len(rows) + 1))
     for number, row in zip(numbers, rows, strict=True):
@@ -101,13 +102,13 @@ def _read_csv(path: Path) -> LocalRows:
                 if None in row or None in row.values():
                     raise PatError(
                         f"{path}, line {reader.line_num}: got another number of fields than the header's "
-                        f"{len(reader.fieldnames or ())}; quote fields that contain commas or line breaks"
+                        f"{len(reader.fieldnames or ())}; quote fields that contain commas or line breaks."
                     )
                 rows.append(row)
                 # Quoted fields may span lines; line_num is the row's last one.
                 numbers.append(reader.line_num - sum(value.count("\n") for value in row.values()))
         except csv.Error as error:
-            raise PatError(f"{path}, line {reader.line_num}: not valid CSV ({error}); fix the quoting") from error
+            raise PatError(f"{path}, line {reader.line_num}: not valid CSV ({error}).") from error
     return LocalRows(path, rows, "line", numbers)
 
 
@@ -115,13 +116,13 @@ def _read_parquet(path: Path) -> LocalRows:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as error:
-        raise PatError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+        raise PatError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]}).") from error
     return LocalRows(path, rows, "row", list(range(1, len(rows) + 1)))
 
 
 def _check_object(row: object, place: str) -> None:
     if not isinstance(row, dict):
-        raise PatError(f'{place}: got a JSON {_json_name(row)}, expected an object like {{"instruction": …}}')
+        raise PatError(f'{place}: got a JSON {_json_name(row)}, expected an object like {{"instruction": …}}.')
 
 
 def _json_name(value: object) -> str:

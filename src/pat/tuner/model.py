@@ -57,9 +57,7 @@ class PatModel(LoraModel):  # type: ignore[misc]
         assert self.residual_stream is not None
         return default_targets(peft_config, self.model, self.residual_stream)
 
-    def _add_sparsification(
-        self, model: nn.Module, adapter_name: str, config: PatConfig, plan: AttachmentPlan
-    ) -> None:
+    def _add_sparsification(self, model: nn.Module, adapter_name: str, config: PatConfig, plan: AttachmentPlan) -> None:
         stream, width = plan.stream, plan.width
         device = model.get_submodule(stream.embedding).weight.device
         holder = model.get_submodule(stream.embedding.rpartition(".")[0])
@@ -85,9 +83,7 @@ class PatModel(LoraModel):  # type: ignore[misc]
             layer.add_adapter(adapter_name, build_operator(width.hidden_size, config.operator_rank).to(site_device))
             # LoRA and modules_to_save may just have replaced the writer: hook whatever stands there now.
             final_norm = stream.final_norm if site == stream.embedding and plan.tied else None
-            layer.attach(
-                model.get_submodule(site), None if final_norm is None else model.get_submodule(final_norm)
-            )
+            layer.attach(model.get_submodule(site), None if final_norm is None else model.get_submodule(final_norm))
         for layer in self._sparsification_layers():
             layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -101,7 +97,9 @@ class PatModel(LoraModel):  # type: ignore[misc]
             PatError: none or several are active.
         """
         if len(self.active_adapters) != 1:
-            raise PatError(f"Got active adapters {self.active_adapters}; expected exactly one PAT adapter to be active.")
+            raise PatError(
+                f"Got active adapters {self.active_adapters}; expected exactly one PAT adapter to be active."
+            )
         return self.active_adapters[0]
 
     def mask(self, adapter_name: str | None = None) -> UnifiedMask:

@@ -19,22 +19,18 @@ class PatOptions:
     operator_rank: int | str | None = field(
         default=None, metadata={"help": "Rank of the operators, 'dense' for full matrices. Default: 5 % of the width."}
     )
-    mask: str = field(
-        default="trainable", metadata={"help": "'trainable', or 'frozen' (the paper's ablation)."}
-    )
+    mask: str = field(default="trainable", metadata={"help": "'trainable', or 'frozen' (the paper's ablation)."})
     rotation: str = field(
         default="auto",
-        metadata={"help": "'auto' rotates into the PCA basis where that is exact, 'pca' insists on it, 'none' does not."},
+        metadata={
+            "help": "'auto' rotates into the PCA basis where that is exact, 'pca' insists on it, 'none' does not."
+        },
     )
     milestone: float = field(
         default=1 / 3, metadata={"help": "Share of the optimizer steps after which the mask is 0/1."}
     )
-    active_loss_weight: float = field(
-        default=1e-3, metadata={"help": "Weight of the active-channel loss (eq. 9)."}
-    )
-    identity_loss_weight: float = field(
-        default=1e-3, metadata={"help": "Weight of the identity loss (eq. 11)."}
-    )
+    active_loss_weight: float = field(default=1e-3, metadata={"help": "Weight of the active-channel loss (eq. 9)."})
+    identity_loss_weight: float = field(default=1e-3, metadata={"help": "Weight of the identity loss (eq. 11)."})
     mask_lr_multiplier: float = field(
         default=40.0, metadata={"help": "Learning rate of the mask as a multiple of the trainer's."}
     )

@@ -146,9 +146,7 @@ def _check_longrope(base_config: Any, width: Width) -> None:
         )
 
 
-def _resolve_rotation(
-    model: nn.Module, config: PatConfig, stream: ResidualStream, width: Width, *, tied: bool
-) -> str:
+def _resolve_rotation(model: nn.Module, config: PatConfig, stream: ResidualStream, width: Width, *, tied: bool) -> str:
     """Decide between PCA and no rotation (specification, "Rotation": where it is exact and where not)."""
     if config.rotation == "none":
         return "none"

@@ -27,7 +27,9 @@ def effective_parameter(model: nn.Module, name: str, adapter_name: str) -> Tenso
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if isinstance(module, ModulesToSaveWrapper):
-        module = module.modules_to_save[adapter_name] if adapter_name in module.modules_to_save else module.original_module
+        module = (
+            module.modules_to_save[adapter_name] if adapter_name in module.modules_to_save else module.original_module
+        )
     if isinstance(module, TrainableTokensWrapper):
         return _upcast(module.token_adapter.get_merged_weights([adapter_name]))
     if isinstance(module, ParamWrapper):

@@ -1,0 +1,1 @@
+"""Recipes: defaults of `pat tune` as YAML files."""

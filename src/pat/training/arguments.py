@@ -1,0 +1,157 @@
+"""What `pat tune` can be told: TRL's own flags, the method's, and a recipe of defaults under them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from trl import ModelConfig, SFTConfig, TrlParser
+
+from pat.errors import PatError
+from pat.tuner.config import PatConfig
+from pat.tuner.options import PatOptions
+
+RECIPES = ("default", "paper")
+
+
+@dataclass
+class RunOptions:
+    """Data and housekeeping of one run."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Hub id, or a local .json, .jsonl, .parquet or .csv file; its format is detected."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of a hub dataset to train on."})
+    template: str = field(
+        default="auto",
+        metadata={"help": "How instructions become prompts: 'chat', 'alpaca', or 'auto' (chat if the tokenizer can)."},
+    )
+    held_out: str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows kept apart for the final figures: a number, a share, or a file. Default 2 %, max. 200."
+        },
+    )
+    recipe: str = field(
+        default="default", metadata={"help": "Defaults under all other flags: 'default' (ours) or 'paper'."}
+    )
+    keep_checkpoints: bool = field(
+        default=False, metadata={"help": "Leave the trainer's checkpoints in OUTPUT_DIR/checkpoints after success."}
+    )
+
+
+@dataclass(frozen=True)
+class TuneArguments:
+    """A parsed command line of `pat tune`."""
+
+    run: RunOptions
+    pat: PatOptions
+    sft: SFTConfig
+    model: ModelConfig
+    output_dir: Path
+
+    def pat_config(self) -> PatConfig:
+        """Return the adapter's configuration."""
+        model = self.model
+        options = {f.name: getattr(self.pat, f.name) for f in fields(PatOptions)}
+        return PatConfig(
+            task_type="CAUSAL_LM",
+            r=model.lora_r,
+            lora_alpha=model.lora_alpha,
+            lora_dropout=model.lora_dropout,
+            target_modules=model.lora_target_modules,
+            target_parameters=model.lora_target_parameters,
+            modules_to_save=model.lora_modules_to_save,
+            use_rslora=model.use_rslora,
+            use_dora=model.use_dora,
+            **options,
+        )
+
+
+class Parser(TrlParser):  # type: ignore[misc]
+    """TRL's parser, with errors as `PatError` (one line) instead of an exit after a page of usage."""
+
+    def __init__(self) -> None:
+        super().__init__((RunOptions, PatOptions, SFTConfig, ModelConfig), prog="pat tune", allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print."""
+        raise PatError(f"{message}; see `pat tune --help`.")
+
+
+def parse_arguments(argv: Sequence[str]) -> TuneArguments:
+    """Parse a command line: recipe below `--config` file below flags.
+
+    Raises:
+        PatError: an unknown flag, a value of the wrong type, or an unknown recipe.
+    """
+    parser = Parser()
+    parser.set_defaults_with_config(**_machine_defaults())
+    parser.set_defaults_with_config(**_recipe(_value_of(argv, "--recipe") or _recipe_in_config(argv) or "default"))
+    try:
+        run, pat, sft, model = parser.parse_args_and_config(list(argv))
+    except (ValueError, OSError) as error:
+        raise PatError(f"{' '.join(str(error).split())} (see `pat tune --help`).") from error
+    return _bundle(run, pat, sft, model)
+
+
+def build_arguments(**flags: Any) -> TuneArguments:
+    """Build arguments from keywords named like the flags of `pat tune`, over a recipe's defaults.
+
+    Raises:
+        PatError: an unknown keyword, a value that does not fit, or an unknown recipe.
+    """
+    merged = {**_machine_defaults(), **_recipe(flags.get("recipe", "default")), **flags}
+    try:
+        run, pat, sft, model = Parser().parse_dict(merged)
+    except (ValueError, TypeError) as error:
+        raise PatError(" ".join(str(error).split())) from error
+    return _bundle(run, pat, sft, model)
+
+
+def _bundle(run: RunOptions, pat: PatOptions, sft: SFTConfig, model: ModelConfig) -> TuneArguments:
+    for flag, value in (("--model_name_or_path", model.model_name_or_path), ("--dataset_name", run.dataset_name)):
+        if not value:
+            raise PatError(f"{flag} is missing; expected a base model and a data file (see `pat tune --help`).")
+    output_dir = Path(sft.output_dir)
+    # The trainer writes its checkpoints below the run's folder, whose other names are the product's.
+    sft.output_dir = str(output_dir / "checkpoints")
+    return TuneArguments(run, pat, sft, model, output_dir)
+
+
+def _machine_defaults() -> dict[str, Any]:
+    """Return what TRL's defaults, made for a GPU, must be without one: it asks for bf16 and recomputes activations."""
+    if torch.accelerator.is_available():
+        return {}
+    return {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    if name not in RECIPES:
+        raise PatError(f"Got recipe={name!r}; expected one of {', '.join(RECIPES)}.")
+    text = resources.files("pat.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    return {"recipe": name} | yaml.safe_load(text)
+
+
+def _value_of(argv: Sequence[str], flag: str) -> str | None:
+    for index, item in enumerate(argv):
+        if item == flag and index + 1 < len(argv):
+            return argv[index + 1]
+        if item.startswith(flag + "="):
+            return item.partition("=")[2]
+    return None
+
+
+def _recipe_in_config(argv: Sequence[str]) -> str | None:
+    path = _value_of(argv, "--config")
+    if path is None or not Path(path).is_file():
+        return None
+    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    return content.get("recipe") if isinstance(content, dict) else None
