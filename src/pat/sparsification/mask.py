@@ -114,11 +114,6 @@ class UnifiedMask(nn.Module):
         return self.calibrated and bool(self.prior.any())
 
     @property
-    def is_identity(self) -> bool:
-        """Whether the gate is exactly 1 for the initial proxy weights (only at step 0 of a soft mask)."""
-        return self.step == 0 and not self.hardened
-
-    @property
     def keep_indices(self) -> Tensor:
         """Kept channels, ascending, of shape `(d',)`; all channels before the milestone."""
         return self.keep.nonzero().squeeze(1)
@@ -145,8 +140,6 @@ class UnifiedMask(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """Apply the gate in its basis to `y` of shape `(..., d)`; the dtype of `y` is kept."""
-        if self.is_identity and not torch.is_grad_enabled():
-            return y
         if self.basis is None:
             return (y * self.gate()).to(y.dtype)
         if self.dropped_basis is not None:
