@@ -64,9 +64,7 @@ def test_operators_differ_from_each_other_at_the_start() -> None:
 def test_change_is_d_minus_identity_and_its_transpose(make) -> None:
     operator, y = trained(make()), random(2, 5, HIDDEN, seed=9)
     d = matrix(operator)
-    torch.testing.assert_close(
-        y + operator.change(y), torch.einsum("ij,btj->bti", d, y), atol=1e-12, rtol=1e-12
-    )
+    torch.testing.assert_close(y + operator.change(y), torch.einsum("ij,btj->bti", d, y), atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(
         y + operator.change_transposed(y), torch.einsum("ji,btj->bti", d, y), atol=1e-12, rtol=1e-12
     )

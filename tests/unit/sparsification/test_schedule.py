@@ -1,6 +1,7 @@
 """Equations 7 and 8 against 50-digit arithmetic and exact fractions, written here from the paper."""
 
 from fractions import Fraction
+from itertools import pairwise
 
 import mpmath
 import pytest
@@ -43,9 +44,7 @@ def test_offset_is_equation_8(step: int, milestone: int) -> None:
     if milestone == 0 or 2 * step >= milestone:
         assert offset(step, milestone) == 0.0
     else:
-        assert offset(step, milestone) == pytest.approx(
-            float(Fraction(1, 2) - Fraction(step, milestone)), abs=1e-16
-        )
+        assert offset(step, milestone) == pytest.approx(float(Fraction(1, 2) - Fraction(step, milestone)), abs=1e-16)
 
 
 @pytest.mark.parametrize("milestone", [m for m in MILESTONES if m > 0])
@@ -58,8 +57,8 @@ def test_at_step_zero_the_mask_of_zero_weights_is_exactly_one(milestone: int) ->
 def test_temperature_grows_and_offset_falls(milestone: int) -> None:
     taus = [temperature(step, milestone) for step in range(1, milestone + 1)]
     betas = [offset(step, milestone) for step in range(milestone + 1)]
-    assert all(a < b for a, b in zip(taus, taus[1:], strict=False))
-    assert all(a >= b for a, b in zip(betas, betas[1:], strict=False))
+    assert all(a < b for a, b in pairwise(taus))
+    assert all(a >= b for a, b in pairwise(betas))
     assert betas[0] == 0.5 and betas[-1] == 0.0
 
 
