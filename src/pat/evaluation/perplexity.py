@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -59,17 +60,24 @@ def tokenize_row(tokenizer: "PreTrainedTokenizerBase", row: Mapping[str, Any]) -
     Raises:
         PatError: a plain string but no end-of-sequence token; a chat template that refuses the row.
     """
-    prompt, completion = row.get("prompt", ""), row.get("completion", "")
-    if "messages" in row:
-        ids, num_prompt = _chat_ids(tokenizer, row["messages"]), 0
-    elif isinstance(prompt, str):
-        text = prompt + _end(tokenizer, row.get("text", completion))
-        ids = _text_ids(tokenizer, text)
-        num_prompt = _common_prefix(_text_ids(tokenizer, prompt), ids) if "prompt" in row else 0
+    if "prompt" not in row:
+        messages, text = row.get("messages"), row.get("text", "")
+        ids = _chat_ids(tokenizer, messages) if messages else _text_ids(tokenizer, _end(tokenizer, text))
+        return {"input_ids": ids, "completion_mask": [1] * len(ids)}
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str):
+        ids = _text_ids(tokenizer, prompt + _end(tokenizer, completion))
     else:
         ids = _chat_ids(tokenizer, prompt + completion)
-        num_prompt = _common_prefix(_chat_ids(tokenizer, prompt, add_generation_prompt=True), ids)
+    num_prompt = _common_prefix(prompt_ids(tokenizer, prompt), ids)
     return {"input_ids": ids, "completion_mask": [0] * num_prompt + [1] * (len(ids) - num_prompt)}
+
+
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str | list[dict[str, str]]) -> list[int]:
+    """Tokens of a prompt on its own, a string or a message list, as a model is asked with it."""
+    if isinstance(prompt, str):
+        return _text_ids(tokenizer, prompt)
+    return _chat_ids(tokenizer, prompt, add_generation_prompt=True)
 
 
 def tokenize_examples(
@@ -254,8 +262,8 @@ def _end(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
     return text if text.endswith(eos) else text + eos
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def _read_text(text_or_path: str | os.PathLike[str]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from datasets import Dataset
 
 from pat.errors import PatError
-from pat.evaluation.perplexity import tokenize_row
+from pat.evaluation.perplexity import prompt_ids, tokenize_row
 from pat.training.formats import Template, split_turns
 from pat.training.sources import TemplateChoice, load_source
 
@@ -107,9 +107,11 @@ def check_truncation(tokenizer: "PreTrainedTokenizerBase", dataset: Dataset, max
     """
     if max_length is None or "prompt" not in dataset.column_names:
         return 0
-    needed = [1 + tokenize_row(tokenizer, row)["completion_mask"].count(0) for row in dataset]
+    # The completion starts at the end of the prompt's own tokens or before it, so most rows need only these.
+    long_rows = [row for row in dataset if len(prompt_ids(tokenizer, row["prompt"])) >= max_length]
+    needed = [1 + tokenize_row(tokenizer, row)["completion_mask"].count(0) for row in long_rows]
     num_cut = sum(length > max_length for length in needed)
-    if num_cut == len(needed):
+    if num_cut == len(dataset):
         raise PatError(
             f"All {num_cut} responses are truncated away: got max_length {max_length}, but even the shortest "
             f"prompt with one response token takes {min(needed)}; pass a larger --max_length."

@@ -166,6 +166,14 @@ def test_conversations_give_one_row_per_answer(tmp_path: Path) -> None:
     ]
 
 
+def test_a_greeting_before_any_question_is_context_not_an_answer(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": role} for role in ("assistant", "user", "assistant")]
+    path = write_jsonl(tmp_path / "data.jsonl", [{"messages": turns}, {"messages": turns[:2]}])
+    data = load_training_data(path, tokenizer=make_tokenizer(CHAT_TEMPLATE), held_out=0)
+    assert data.train.to_list() == [{"prompt": turns[:2], "completion": turns[2:]}]
+    assert data.num_dropped == 1
+
+
 def test_sharegpt_names(tmp_path: Path) -> None:
     conversation = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
     path = write_jsonl(tmp_path / "data.jsonl", [{"conversations": conversation}])
@@ -405,3 +413,17 @@ def test_truncation_is_counted() -> None:
 
 def test_plain_text_has_no_response_to_lose() -> None:
     assert check_truncation(make_tokenizer(), Dataset.from_list([{"text": "word " * 9}]), 2) == 0
+
+
+def test_a_prompt_that_loses_its_end_to_the_response_leaves_room_for_it() -> None:
+    """The template's generation prompt alone is longer than what precedes the answer in the conversation."""
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}</s> </s> {% endif %}"
+    )
+    row = {
+        "prompt": [{"role": "user", "content": "one two"}],
+        "completion": [{"role": "assistant", "content": "three"}],
+    }
+    assert check_truncation(tokenizer, Dataset.from_list([row]), 3) == 0
+    with pytest.raises(PatError, match="takes 3;"):
+        check_truncation(tokenizer, Dataset.from_list([row]), 2)
