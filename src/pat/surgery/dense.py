@@ -50,12 +50,11 @@ def build_dense(
     Raises:
         RunFailed: a weight is missing, left over, or of the wrong shape.
     """
-    model, info = type(base).from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-    )
-    problems = {key: value for key, value in cast(dict[str, Any], info).items() if value}
+    loaded = type(base).from_pretrained(None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True)
+    model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+    problems = {key: value for key, value in info.items() if value}
     if problems:
         raise RunFailed(f"The folded weights do not fit {type(base).__name__}: {problems}.")
     if base.generation_config is not None:
         model.generation_config = copy.deepcopy(base.generation_config)
-    return cast(PreTrainedModel, model)
+    return model

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 PRIOR_SPREAD = 4.0
-"""Range of the prior over all channels, in units of the proxy weights. Wide enough for the soft mask to follow the order
-well before the milestone, narrow enough for training to swap channels near the cut."""
+"""Range of the prior over all channels, in units of the proxy weights. Wide enough for the soft mask to follow the
+order well before the milestone, narrow enough for training to swap channels near the cut."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class ChannelOrder:
     pinned: Tensor
     """Channels that are never cut, boolean `(d,)`."""
     basis: Tensor | None
-    """Orthogonal Q, `(d, d)`, columns in the order of falling energy inside the rotated block; None without rotation."""
+    """Orthogonal Q, `(d, d)`, columns by falling energy inside the rotated block; None without rotation."""
     energy_kept: float
     """Share of the (unpinned) energy that the leading channels hold, in [0, 1]."""
 

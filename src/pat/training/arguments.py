@@ -75,11 +75,12 @@ class TuneArguments:
         )
 
 
-class Parser(TrlParser):  # type: ignore[misc]
+class Parser(TrlParser):
     """TRL's parser, with errors as `PatError` (one line) instead of an exit after a page of usage."""
 
     def __init__(self) -> None:
-        super().__init__((RunOptions, PatOptions, SFTConfig, ModelConfig), prog="pat tune", allow_abbrev=False)
+        dataclasses: list[Any] = [RunOptions, PatOptions, SFTConfig, ModelConfig]
+        super().__init__(dataclasses, prog="pat tune", allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print."""
@@ -120,7 +121,7 @@ def _bundle(run: RunOptions, pat: PatOptions, sft: SFTConfig, model: ModelConfig
     for flag, value in (("--model_name_or_path", model.model_name_or_path), ("--dataset_name", run.dataset_name)):
         if not value:
             raise PatError(f"{flag} is missing; expected a base model and a data file (see `pat tune --help`).")
-    output_dir = Path(sft.output_dir)
+    output_dir = Path(str(sft.output_dir))
     # The trainer writes its checkpoints below the run's folder, whose other names are the product's.
     sft.output_dir = str(output_dir / "checkpoints")
     return TuneArguments(run, pat, sft, model, output_dir)
@@ -137,7 +138,7 @@ def _recipe(name: str) -> dict[str, Any]:
     if name not in RECIPES:
         raise PatError(f"Got recipe={name!r}; expected one of {', '.join(RECIPES)}.")
     text = resources.files("pat.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-    return {"recipe": name} | yaml.safe_load(text)
+    return {"recipe": name, **yaml.safe_load(text)}
 
 
 def _value_of(argv: Sequence[str], flag: str) -> str | None:

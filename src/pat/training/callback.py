@@ -19,7 +19,7 @@ from pat.tuner.model import PatModel, find_tuner
 logger = logging.getLogger(__name__)
 
 
-class PatCallback(TrainerCallback):  # type: ignore[misc]
+class PatCallback(TrainerCallback):
     """Drive the mask and the regularisers of a PAT adapter from a trainer's optimizer steps.
 
     At train begin it calibrates the rotation if nobody has (from `PatConfig.calibration`, else from the first training
@@ -53,7 +53,7 @@ class PatCallback(TrainerCallback):  # type: ignore[misc]
         """
         tuner = self._tuner(kwargs["model"])
         self._adapter = tuner.adapter
-        config = tuner.peft_config[self._adapter]
+        config = tuner.pat_config(self._adapter)
         self._milestone_step = milestone_step(config.milestone, state.max_steps)
         if tuner.needs_calibration(self._adapter):
             order = tuner.calibrate(
@@ -80,7 +80,7 @@ class PatCallback(TrainerCallback):  # type: ignore[misc]
         """Add the regularisers' gradients, once per optimizer step whatever the accumulation."""
         tuner = self._tuner(kwargs["model"])
         assert self._adapter is not None
-        config = tuner.peft_config[self._adapter]
+        config = tuner.pat_config(self._adapter)
         with torch.enable_grad():
             losses = tuner.regularizers(self._adapter)
             total = config.active_loss_weight * losses["active"] + config.identity_loss_weight * losses["identity"]
@@ -105,7 +105,7 @@ class PatCallback(TrainerCallback):  # type: ignore[misc]
         tuner = find_tuner(model)
         if tuner is None:
             raise PatError(
-                f"Got a {type(model).__name__} without a PAT adapter; wrap the model with get_peft_model(base, PatConfig(...)) "
+                f"Got a {type(model).__name__} without a PAT adapter; wrap it by get_peft_model(base, PatConfig(...)) "
                 "before giving it to the trainer, or leave PatCallback out."
             )
         return tuner
@@ -123,7 +123,8 @@ def _calibration_batches(config: PatConfig, dataloader: Any, tokenizer: Any) -> 
     dataset = getattr(dataloader, "dataset", None)
     if dataset is None or isinstance(dataset, IterableDataset):
         return _input_batches(dataloader)
-    # A loader of its own: iterating the trainer's would move its sampler on. A seeded sample, since files are often sorted.
+    # A loader of its own, since iterating the trainer's would move its sampler on; of a seeded sample, since files are
+    # often sorted.
     batch_size = getattr(dataloader, "batch_size", None) or 8
     sample = Subset(dataset, torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist())
     return _input_batches(DataLoader(sample, batch_size=batch_size, collate_fn=dataloader.collate_fn))

@@ -19,7 +19,7 @@ _CHOICES = {
 
 
 @dataclass
-class PatConfig(PatOptions, LoraConfig):  # type: ignore[misc]
+class PatConfig(PatOptions, LoraConfig):
     """Configuration of pruning-aware tuning with LoRA (paper, section 3).
 
     Raises:
@@ -34,7 +34,7 @@ class PatConfig(PatOptions, LoraConfig):  # type: ignore[misc]
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PatType.PAT
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
+from peft import PeftConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from pat.tuner.prepare import AttachmentPlan, default_targets, plan_attachment
 from pat.tuner.weights import effective_parameter
 
 
-class PatModel(LoraModel):  # type: ignore[misc]
+class PatModel(LoraModel):
     """Pruning-aware tuning of a causal language model (paper, section 3), as a peft tuner.
 
     Reached as `peft_model.base_model`; its methods can be called on the `PeftModel` as well. Attaching, switching,
@@ -38,7 +39,7 @@ class PatModel(LoraModel):  # type: ignore[misc]
     """
 
     # peft's switches then reach the mask and the operators as well as LoRA's layers.
-    tuner_layer_cls = BaseTunerLayer
+    tuner_layer_cls = BaseTunerLayer  # type: ignore[assignment]
 
     residual_stream: ResidualStream | None = None
     tied = False
@@ -47,19 +48,19 @@ class PatModel(LoraModel):  # type: ignore[misc]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Attach an adapter: LoRA by peft, then the operators and the mask."""
-        config = cast(PatConfig, self.peft_config[adapter_name])
+        config = self.pat_config(adapter_name)
         plan = plan_attachment(model, config, known_stream=self.residual_stream)
         self.residual_stream = plan.stream
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._add_sparsification(model, adapter_name, config, plan)
 
-    def _prepare_adapter_config(self, peft_config: PatConfig, model_config: dict[str, Any]) -> PatConfig:
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert self.residual_stream is not None
-        return default_targets(peft_config, self.model, self.residual_stream)
+        return default_targets(cast(PatConfig, peft_config), self.model, self.residual_stream)
 
     def _add_sparsification(self, model: nn.Module, adapter_name: str, config: PatConfig, plan: AttachmentPlan) -> None:
         stream, width = plan.stream, plan.width
-        device = model.get_submodule(stream.embedding).weight.device
+        device = next(model.get_submodule(stream.embedding).parameters()).device
         holder = model.get_submodule(stream.embedding.rpartition(".")[0])
         if not hasattr(holder, MASK_NAME):
             holder.add_module(MASK_NAME, MaskLayer())
@@ -84,8 +85,8 @@ class PatModel(LoraModel):  # type: ignore[misc]
             # LoRA and modules_to_save may just have replaced the writer: hook whatever stands there now.
             final_norm = stream.final_norm if site == stream.embedding and plan.tied else None
             layer.attach(model.get_submodule(site), None if final_norm is None else model.get_submodule(final_norm))
-        for layer in self._sparsification_layers():
-            layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        for sparsification_layer in self._sparsification_layers():
+            sparsification_layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     # -- the method's own surface ------------------------------------------------------------------------------
 
@@ -101,6 +102,10 @@ class PatModel(LoraModel):  # type: ignore[misc]
                 f"Got active adapters {self.active_adapters}; expected exactly one PAT adapter to be active."
             )
         return self.active_adapters[0]
+
+    def pat_config(self, adapter_name: str | None = None) -> PatConfig:
+        """Return the configuration of an adapter, by default the active one."""
+        return cast(PatConfig, self.peft_config[adapter_name or self.adapter])
 
     def mask(self, adapter_name: str | None = None) -> UnifiedMask:
         """Return the unified mask of an adapter, by default the active one."""
@@ -128,7 +133,7 @@ class PatModel(LoraModel):  # type: ignore[misc]
     def needs_calibration(self, adapter_name: str | None = None) -> bool:
         """Tell whether the adapter wants a look at data before training: a rotation, or an order of the channels."""
         name = adapter_name or self.adapter
-        config = cast(PatConfig, self.peft_config[name])
+        config = self.pat_config(name)
         wanted = config.resolved_rotation == "pca" or config.rotation == "auto"
         mask = self.mask(name)
         return wanted and not mask.calibrated and not mask.hardened
@@ -151,7 +156,7 @@ class PatModel(LoraModel):  # type: ignore[misc]
                 f"Got a calibration at step {mask.step}; expected it before training, since it changes the basis the "
                 "mask was trained in."
             )
-        config = cast(PatConfig, self.peft_config[name])
+        config = self.pat_config(name)
         stream = cast(ResidualStream, self.residual_stream)
         budget = config.calibration_tokens or DEFAULT_TOKENS_PER_CHANNEL * mask.hidden_size
         rotate = config.resolved_rotation == "pca"
@@ -201,12 +206,12 @@ class PatModel(LoraModel):  # type: ignore[misc]
         if not mask.hardened:
             raise PatError(
                 f"Got a merge at step {mask.step} of an adapter whose mask is still soft (milestone: step "
-                f"{mask.milestone_step}); train past the milestone first, with PatCallback among the trainer's callbacks."
+                f"{mask.milestone_step}); train past the milestone first, with PatCallback in the trainer."
             )
         base = cast(PreTrainedModel, self.model)
         stream = cast(ResidualStream, self.residual_stream)
         target = dtype or base.dtype
-        family, untied = stream.family, cast(PatConfig, self.peft_config[name]).untie_word_embeddings
+        family, untied = stream.family, self.pat_config(name).untie_word_embeddings
         tied = stream.head is None and not untied
         config = shrink_config(
             base.config,
@@ -246,7 +251,7 @@ class PatModel(LoraModel):  # type: ignore[misc]
             for name in (MASK_NAME, OPERATOR_NAME):
                 if isinstance(module._modules.get(name), HsmLayer | MaskLayer):
                     delattr(module, name)
-        return cast(nn.Module, super().unload())
+        return super().unload()
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refuse: merging in place cannot change shapes."""
@@ -281,7 +286,7 @@ def _in_double(operator: Operator) -> Operator:
 
 def _head_dim(base: PreTrainedModel, stream: ResidualStream) -> int:
     attention = base.get_submodule(f"{stream.family.layers}.0.self_attn")
-    return int(attention.head_dim)
+    return int(cast(int, attention.head_dim))
 
 
 def _progress(items: Iterable[tuple[str, Tensor]], total: int, show: bool) -> Iterable[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""The method's own options, one place for their names, defaults and help: `PatConfig` and the command line share them."""
+"""The method's own options: one place for names, defaults and help, shared by `PatConfig` and the command line."""
 
 from dataclasses import dataclass, field
 
@@ -47,6 +47,6 @@ class PatOptions:
     gain_tolerance: float = field(
         default=0.15,
         metadata={
-            "help": "Tied models rotate only channels whose final gain lies within this relative distance of the median."
+            "help": "Tied models rotate only channels whose final gain lies this close (relative) to the median."
         },
     )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
+from transformers import PreTrainedModel
 
 from pat.errors import PatError
 from pat.families import Family, get_family
@@ -42,36 +43,46 @@ def plan_attachment(
         PatError: the family is not supported, the width illegal, an option impossible, or the adapter belongs to
             another base model.
     """
-    base_config = getattr(model, "config", None)
-    model_type = getattr(base_config, "model_type", None)
-    if base_config is None or model_type is None or not hasattr(model, "get_output_embeddings"):
+    if not isinstance(model, PreTrainedModel):
         raise PatError(
-            f"Got a {type(model).__name__} without a transformers config; expected a causal language model such as "
+            f"Got a {type(model).__name__}, which is no transformers model; expected a causal language model such as "
             "AutoModelForCausalLM returns."
         )
-    family = get_family(model_type)
+    base_config = model.config
+    family = get_family(base_config.model_type)
     if model.get_output_embeddings() is None:
         raise PatError(
             f"Got a {type(model).__name__}, which has no language-model head; load the checkpoint with "
             "AutoModelForCausalLM."
         )
+    width = check_config(base_config, family, config)
     shares_head = bool(base_config.tie_word_embeddings)
     stream = known_stream or map_residual_stream(family, (n for n, _ in model.named_parameters()), tied=shares_head)
-    hidden_size = getattr(base_config, family.hidden_size_field)
+    tied = shares_head and not config.untie_word_embeddings
+    rotation = config.resolved_rotation or _resolve_rotation(model, config, stream, width, tied=tied)
+    config.resolved_rotation = rotation
+    return AttachmentPlan(stream, width, rotation, tied)
+
+
+def check_config(base_config: Any, family: Family, config: PatConfig) -> Width:
+    """Check what a base model's configuration alone can tell, without its weights; fills in `config.base_shape`.
+
+    Raises:
+        PatError: the width is illegal, an option impossible, or the adapter belongs to another base model.
+    """
     width = choose_width(
-        hidden_size,
+        getattr(base_config, family.hidden_size_field),
         base_config.num_attention_heads,
         pruning_ratio=config.pruning_ratio,
         pruned_hidden_size=config.pruned_hidden_size,
         multiple_of=config.multiple_of,
     )
     _check_base_shape(config, _shape_of(base_config, family))
-    tied = shares_head and not config.untie_word_embeddings
-    _check_ends(config, family, tied=tied)
+    _check_ends(config, family, tied=bool(base_config.tie_word_embeddings) and not config.untie_word_embeddings)
     _check_longrope(base_config, width)
-    rotation = config.resolved_rotation or _resolve_rotation(model, config, stream, width, tied=tied)
-    config.resolved_rotation = rotation
-    return AttachmentPlan(stream, width, rotation, tied)
+    if config.rotation == "pca" and family.has_post_norms:
+        raise PatError(f"Got rotation='pca', but {_post_norm_obstacle(family)}; use rotation='auto' or 'none'.")
+    return width
 
 
 def default_targets(config: PatConfig, model: nn.Module, stream: ResidualStream) -> PatConfig:
@@ -80,7 +91,7 @@ def default_targets(config: PatConfig, model: nn.Module, stream: ResidualStream)
         linears = [linear for branch in stream.branches for linear in (*branch.readers, branch.writer)]
         paths = {linear.path for linear in linears if linear.path in dict(model.named_modules())}
         targets = {path for path in paths if _is_linear(model.get_submodule(path))}
-        config.target_modules = {path.rpartition(".")[2] for path in targets}
+        config.target_modules = sorted({path.rpartition(".")[2] for path in targets})
         experts = [linear.path for linear in linears if linear.weight == linear.path]
         if experts and config.target_parameters is None:
             if config.lora_dropout or config.use_dora:
@@ -119,7 +130,7 @@ def _check_ends(config: PatConfig, family: Family, *, tied: bool) -> None:
     """Refuse LoRA on the head, and adapters that would break a tie that is to be kept."""
     if config.target_modules is not None and check_target_module_exists(config, family.head):
         raise PatError(
-            f"Got LoRA on {family.head!r}, which PAT does not support; leave it out of target_modules, or train the head "
+            f"Got LoRA on {family.head!r}, which PAT does not support; leave it out of target_modules, or train it "
             f"as a whole with modules_to_save=['{family.head}'] (untied models)."
         )
     if not tied:
@@ -158,23 +169,28 @@ def _resolve_rotation(model: nn.Module, config: PatConfig, stream: ResidualStrea
     return "none"
 
 
+def _post_norm_obstacle(family: Family) -> str:
+    return f"{family.model_type} has norms between its writers and the residual add, so no rotation is exact"
+
+
 def _rotation_obstacle(
     model: nn.Module, config: PatConfig, stream: ResidualStream, width: Width, *, tied: bool
 ) -> str | None:
     family = stream.family
     if family.has_post_norms:
-        return f"{family.model_type} has norms between its writers and the residual add, so no rotation is exact"
+        return _post_norm_obstacle(family)
     if not tied:
         return None
     if family.final_norm.rpartition(".")[2] in {name.rpartition(".")[2] for name in config.modules_to_save or ()}:
         return "the final norm of a tied model is trained (modules_to_save), so its gain will not stay equal in a block"
-    gain = model.get_submodule(family.final_norm).weight.detach().float() + family.gain_offset
+    gain = model.get_parameter(f"{family.final_norm}.weight").detach().float() + family.gain_offset
     if gain.device == torch.device("meta"):
         return None
     num_pinned = int((~gain_block(gain, config.gain_tolerance)).sum())
     if num_pinned >= width.pruned_hidden_size:
         return (
-            f"{num_pinned} of {width.hidden_size} channels of this tied model have a final gain too far from the median "
-            f"to be rotated (gain_tolerance={config.gain_tolerance}), as many as the {width.pruned_hidden_size} to keep"
+            f"{num_pinned} of {width.hidden_size} channels of this tied model have a final gain too far from its "
+            f"median to be rotated (gain_tolerance={config.gain_tolerance}), and only {width.pruned_hidden_size} "
+            "channels are to be kept"
         )
     return None

@@ -27,9 +27,8 @@ def effective_parameter(model: nn.Module, name: str, adapter_name: str) -> Tenso
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if isinstance(module, ModulesToSaveWrapper):
-        module = (
-            module.modules_to_save[adapter_name] if adapter_name in module.modules_to_save else module.original_module
-        )
+        saved = dict(module.modules_to_save.items())
+        module = saved.get(adapter_name, module.original_module)
     if isinstance(module, TrainableTokensWrapper):
         return _upcast(module.token_adapter.get_merged_weights([adapter_name]))
     if isinstance(module, ParamWrapper):
@@ -49,7 +48,8 @@ def _lora_parameter(layer: LoraLayer, name: str, leaf: str, adapter_name: str) -
         return base if extra is None else base + layer.scaling[adapter_name] * extra
     variant = layer.lora_variant.get(adapter_name)
     if variant is None:
-        return base + layer.get_delta_weight(adapter_name).to(base.dtype)
+        delta: Tensor = layer.get_delta_weight(adapter_name)  # type: ignore[attr-defined]
+        return base + delta.to(base.dtype)
     try:
         return _upcast(variant.merge_safe(layer, adapter_name, base))
     except NotImplementedError as error:

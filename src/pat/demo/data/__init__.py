@@ -4,7 +4,7 @@ from importlib.resources import files
 from pathlib import Path
 
 SAMPLE_PROMPTS: tuple[str, ...] = (
-    "What is the capital of France?",
+    "How many days are there in a week?",
     "Name three primary colors.",
     "Explain in one sentence why plants need sunlight.",
     "Give me three tips for staying healthy.",

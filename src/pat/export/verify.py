@@ -1,0 +1,179 @@
+"""Is the dense model the model that was trained? Compare two models on text, and hold the figures against rounding.
+
+Shapes: B rows of a batch, T tokens, V vocabulary, N real (not padded) tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pat.errors import PatError
+from pat.families import get_family
+from pat.surgery.dense import build_dense, shrink_config
+from pat.surgery.fold import Channels, HeadPlan, fold_weights
+from pat.surgery.residual import map_residual_stream
+from pat.tuner.model import find_tuner
+
+LOGIT_ROWS = 256
+"""Rows of logits turned into float32 at once: a vocabulary of 262,144 takes 1 MB a row."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far two models are apart on the same text."""
+
+    max_abs_logit_diff: float
+    mean_kl: float
+    """KL(masked || dense) in nats per token."""
+    top1_agreement: float
+    """Share of the tokens after which both expect the same next token."""
+    num_tokens: int
+    logit_std: float
+    """Mean over the tokens of the standard deviation of the masked model's logits: the scale of the first figure."""
+    dtype: str
+    """The coarser of the two models' computing dtypes, such as `bfloat16`; it decides what `check` allows."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures for `results.json`."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def compare(masked: nn.Module, dense: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Parity:
+    """Compare a masked model with a dense one on the real tokens of some batches.
+
+    Both run in eval mode, without reduced-precision float32 products and outside any mixed-precision wrapper that a
+    trainer has left on the masked model; all of that is as before afterwards.
+
+    Args:
+        masked: a peft model with a PAT adapter, or any causal language model.
+        dense: a causal language model of the same vocabulary.
+        batches: `input_ids`, optional `attention_mask` and `position_ids`, each `(B, T)`; other keys are ignored.
+
+    Raises:
+        PatError: the batches hold no token.
+    """
+    first, second = _network(masked), _network(dense)
+    max_diff = torch.zeros((), dtype=torch.float64)
+    kl = std = 0.0
+    num_agreeing = num_tokens = 0
+    with _evaluating(first), _evaluating(second), _exact_float32():
+        for batch in batches:
+            logits_NV, other_NV = _real_logits(first, batch), _real_logits(second, batch)
+            num_tokens += len(logits_NV)
+            for start in range(0, len(logits_NV), LOGIT_ROWS):
+                a_NV = logits_NV[start : start + LOGIT_ROWS].float()
+                b_NV = other_NV[start : start + LOGIT_ROWS].to(a_NV)
+                # `maximum` hands on a NaN; Python's max would lose it.
+                max_diff = torch.maximum(max_diff, (a_NV - b_NV).abs().max().double().cpu())
+                num_agreeing += int((a_NV.argmax(-1) == b_NV.argmax(-1)).sum())
+                std += a_NV.std(-1).double().sum().item()
+                p_NV, q_NV = a_NV.log_softmax(-1), b_NV.log_softmax(-1)
+                kl += (p_NV.exp() * (p_NV - q_NV)).sum(-1).double().sum().item()
+    if num_tokens == 0:
+        raise PatError("The text to verify the merged model on holds no tokens; pass batches with input_ids.")
+    return Parity(
+        max_abs_logit_diff=max_diff.item(),
+        # Rounding takes the sum of a distribution's terms a little below its true bound, zero.
+        mean_kl=kl / num_tokens if math.isnan(kl) else max(0.0, kl / num_tokens),
+        top1_agreement=num_agreeing / num_tokens,
+        num_tokens=num_tokens,
+        logit_std=std / num_tokens,
+        dtype=str(_coarser(_compute_dtype(first), _compute_dtype(second))).removeprefix("torch."),
+    )
+
+
+def permutation_floor(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], *, seed: int = 0) -> Parity:
+    """Compare a model with itself, its residual channels merely permuted: the noise floor of float arithmetic.
+
+    Nothing but the order of sums differs, so no merge can be expected to do better than a small multiple of this.
+
+    Args:
+        model: an unquantised base model without adapter, of a supported family.
+        batches: see `compare`.
+        seed: of the permutation.
+    """
+    family = get_family(model.config.model_type)
+    tied = bool(model.config.tie_word_embeddings)
+    stream = map_residual_stream(family, (name for name, _ in model.named_parameters()), tied=tied)
+    hidden_size = getattr(model.config, family.hidden_size_field)
+    order = torch.randperm(hidden_size, generator=torch.Generator().manual_seed(seed))
+    config = shrink_config(
+        model.config,
+        family,
+        pruned_hidden_size=hidden_size,
+        head_dim=int(model.get_submodule(f"{family.layers}.0.self_attn").head_dim),
+        tied=tied,
+    )
+    folded = fold_weights(
+        stream, lambda name: model.get_parameter(name).detach(), Channels(hidden_size, order), {}, HeadPlan(tied=tied)
+    )
+    weights = {name: tensor.to(model.dtype) for name, tensor in folded}
+    permuted = build_dense(model, config, weights, model.dtype).to(model.device)
+    return compare(model, permuted, batches)
+
+
+def _network(model: nn.Module) -> nn.Module:
+    """Return the adapted transformers model inside a peft model, past what trainers wrap around the outermost."""
+    tuner = find_tuner(model)
+    return model if tuner is None else cast(nn.Module, tuner.model)
+
+
+def _real_logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    device = next(model.parameters()).device
+    inputs = {
+        key: torch.as_tensor(batch[key]).to(device)
+        for key in ("input_ids", "attention_mask", "position_ids")
+        if batch.get(key) is not None
+    }
+    logits_BTV = model(**inputs, use_cache=False).logits
+    if "attention_mask" not in inputs:
+        return cast(Tensor, logits_BTV.flatten(0, 1))
+    return cast(Tensor, logits_BTV[inputs["attention_mask"].bool()])
+
+
+def _compute_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype a model computes in: a quantised one may differ from the dtype of its other weights."""
+    quantization = getattr(getattr(model, "config", None), "quantization_config", None)
+    own = cast(torch.dtype, getattr(model, "dtype", torch.float32))
+    if quantization is None:
+        return own
+    inner = getattr(quantization, "bnb_4bit_compute_dtype", None)
+    return _coarser(own, inner if isinstance(inner, torch.dtype) else torch.float16)
+
+
+def _coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    return max(a, b, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _exact_float32() -> Iterator[None]:
+    """Switch TensorFloat-32 products off: their 10 bits would drown what is to be measured."""
+    matmul = torch.backends.cuda.matmul
+    # Mixing torch's new setting (2.9) with the old one is an error there.
+    setting, exact = ("fp32_precision", "ieee") if hasattr(torch.backends, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(matmul, setting)
+    setattr(matmul, setting, exact)
+    try:
+        yield
+    finally:
+        setattr(matmul, setting, before)
