@@ -141,7 +141,7 @@ def writer_error(case: Case, branch: ResidualBranch) -> float:
 def reader_error(
     case: Case, branch: ResidualBranch, reader: Linear, *, new_eps: float = NEW_EPS, qk_factor: float = 1.0
 ) -> float:
-    """Norm, reader and, for a query or key, the norm over its heads; `qk_factor` divides what the fold multiplied in."""
+    """Norm, reader and, for a query or key, the norm over its heads; `qk_factor` undoes the fold's."""
     stream_NK = 0.1 * random(SAMPLES, KEPT, seed=12)
     stream_ND = torch.einsum("dk,nk->nd", case.q_DK, stream_NK)
     pre = branch.pre_norm
