@@ -1,0 +1,243 @@
+"""Write the dense checkpoint: fold, save, read back, compare, and only then give it its name."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from pat.errors import PatError, RunFailed
+from pat.export.model_card import Cut, render_card
+from pat.export.verify import Parity, check, compare
+from pat.tuner.config import PatConfig
+from pat.tuner.model import PatModel, find_tuner
+
+MAX_SHARD_SIZE = "5GB"
+
+_SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+def check_output_folder(output_dir: str | os.PathLike[str]) -> Path:
+    """Return an output folder's path if it may be written to: it does not exist, or is empty.
+
+    Raises:
+        PatError: there is something at that path.
+    """
+    path = Path(output_dir).expanduser()
+    if path.is_dir():
+        if any(path.iterdir()):
+            raise PatError(f"{path}: the output folder is not empty; choose another one, or empty it first.")
+    elif path.exists() or path.is_symlink():
+        raise PatError(f"{path}: is not a folder; expected a new or empty output folder.")
+    return path
+
+
+@contextmanager
+def staged_folder(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a hidden folder beside `output_dir` that takes its name if the block ends well and vanishes otherwise.
+
+    Raises:
+        PatError: something is at `output_dir` already, or no folder can be made there.
+    """
+    target = Path(os.path.realpath(check_output_folder(output_dir)))
+    staging = target.parent / f".{target.name}.tmp-{secrets.token_hex(4)}"
+    # Ancestors that are made now go again if nothing comes of it.
+    made = [folder for folder in (staging, *staging.parents) if not folder.exists()]
+    try:
+        try:
+            staging.mkdir(parents=True)
+        except OSError as error:
+            raise PatError(f"{target}: cannot be created ({error.strerror}); choose another output folder.") from error
+        yield staging
+        _rename(staging, target)
+    except BaseException:  # an interrupt must leave nothing behind either
+        shutil.rmtree(staging, ignore_errors=True)
+        for folder in made[1:]:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
+
+
+def write_dense(
+    peft_model: nn.Module,
+    output_dir: str | os.PathLike[str],
+    *,
+    tokenizer: Any,
+    batches: Iterable[Mapping[str, Any]],
+    dtype: torch.dtype | None = None,
+    provenance: Mapping[str, Any],
+    progress: bool = False,
+    max_shard_size: str = MAX_SHARD_SIZE,
+) -> tuple[Parity, Path]:
+    """Merge the active adapter and write a verified dense checkpoint; the masked model stays as it is.
+
+    Args:
+        peft_model: a peft model whose active adapter is a PAT adapter past its milestone.
+        output_dir: a new or empty folder. It appears complete, or not at all.
+        tokenizer: saved along with its chat template; None to leave it out.
+        batches: text to compare on, see `compare`.
+        dtype: of the dense model; by default the base's.
+        provenance: for the model card, see `render_card`.
+        progress: show progress bars.
+        max_shard_size: size limit of one weight file, such as `"5GB"`.
+
+    Returns:
+        Figures of the comparison, and the folder.
+
+    Raises:
+        PatError: no adapter, an adapter before its milestone, or something at `output_dir` already.
+        RunFailed: the checkpoint could not be written, or is not the tuned model; nothing is left behind.
+    """
+    with staged_folder(output_dir) as staging:
+        parity, _ = save_checkpoint(
+            peft_model,
+            staging,
+            tokenizer=tokenizer,
+            batches=batches,
+            dtype=dtype,
+            provenance=provenance,
+            progress=progress,
+            max_shard_size=max_shard_size,
+        )
+    return parity, Path(output_dir).expanduser()
+
+
+def save_checkpoint(
+    peft_model: nn.Module,
+    folder: Path,
+    *,
+    tokenizer: Any,
+    batches: Iterable[Mapping[str, Any]],
+    dtype: torch.dtype | None,
+    provenance: Mapping[str, Any],
+    progress: bool = False,
+    max_shard_size: str = MAX_SHARD_SIZE,
+) -> tuple[Parity, Cut]:
+    """Do the work of `write_dense` in an existing folder, and also return what was cut."""
+    tuner = find_tuner(peft_model)
+    if tuner is None:
+        raise PatError(
+            f"Got a {type(peft_model).__name__} without a PAT adapter; expected a model tuned with PatConfig."
+        )
+    with _transformers_bars(progress):
+        dense = tuner.merge_and_unload(progressbar=progress, safe_merge=True, dtype=dtype)
+        dtype = dense.dtype
+        if dense.generation_config is not None:
+            dense.generation_config = savable_generation_config(dense.generation_config)
+        try:
+            dense.save_pretrained(folder, max_shard_size=max_shard_size)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+        except (OSError, SafetensorError) as error:
+            raise RunFailed(f"Writing the checkpoint failed ({' '.join(str(error).split())}).") from error
+        # What is compared is what lies on the disk, and there is no need to hold it twice.
+        del dense
+        written = load_written(folder, dtype)
+    device = next(tuner.model.parameters()).device
+    parity = compare(peft_model, cast(nn.Module, written).to(device), batches)
+    check(parity)
+    cut = _describe_cut(tuner, written, folder)
+    (folder / "README.md").write_text(render_card(cut, parity, provenance), encoding="utf-8")
+    return parity, cut
+
+
+def load_written(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a checkpoint as any user of transformers does.
+
+    Raises:
+        RunFailed: a weight is missing, left over, or of the wrong shape.
+    """
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, info = loaded
+    problems = {key: value for key, value in info.items() if value}
+    if problems:
+        raise RunFailed(f"The written checkpoint does not load cleanly: {problems}.")
+    return cast(PreTrainedModel, model)
+
+
+def savable_generation_config(config: GenerationConfig) -> GenerationConfig:
+    """Return a copy that transformers agrees to save.
+
+    It refuses sampling parameters beside greedy decoding, which older checkpoints have (Llama 2) and generation
+    ignores: they are unset.
+    """
+    config = copy.deepcopy(config)
+    if not config.do_sample:
+        for flag in _SAMPLING_FLAGS:
+            if hasattr(config, flag):
+                setattr(config, flag, None)
+    return config
+
+
+def count_parameters(config: PretrainedConfig) -> int:
+    """Count the parameters of the model a configuration describes; shared ones (tied embeddings) count once."""
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config  # 4-bit storage holds two weights in one element
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(plain)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def weight_bytes(folder: Path) -> int:
+    """Return the size of a checkpoint's weight files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _describe_cut(tuner: PatModel, dense: PreTrainedModel, folder: Path) -> Cut:
+    mask = tuner.mask()
+    config = cast(PatConfig, tuner.peft_config[tuner.adapter])
+    return Cut(
+        hidden_size=mask.hidden_size,
+        pruned_hidden_size=mask.pruned_hidden_size,
+        num_parameters_base=count_parameters(cast(PreTrainedModel, tuner.model).config),
+        num_parameters=dense.num_parameters(),
+        num_bytes=weight_bytes(folder),
+        rotation=config.resolved_rotation or "none",
+        mask=config.mask,
+        milestone_step=mask.milestone_step,
+    )
+
+
+def _rename(staging: Path, target: Path) -> None:
+    try:
+        if target.is_dir():
+            target.rmdir()  # empty; on Windows a rename does not replace it
+        os.replace(staging, target)
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.EXDEV):
+            raise
+        # A mount point can neither be removed nor replaced: fill it, the configuration last.
+        files = sorted(staging.iterdir(), key=lambda file: file.name == "config.json")
+        try:
+            for file in files:
+                shutil.move(file, target / file.name)
+        except BaseException:
+            for file in files:
+                (target / file.name).unlink(missing_ok=True)
+            raise
+        staging.rmdir()
+
+
+@contextmanager
+def _transformers_bars(show: bool) -> Iterator[None]:
+    """Let transformers show its progress bars, or not, and leave its setting as it was."""
+    shown: Any = transformers_logging
+    before = shown.is_progress_bar_enabled()
+    (shown.enable_progress_bar if show else shown.disable_progress_bar)()
+    try:
+        yield
+    finally:
+        (shown.enable_progress_bar if before else shown.disable_progress_bar)()
