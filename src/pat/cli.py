@@ -82,7 +82,9 @@ def _merge(argv: Sequence[str]) -> None:
 def _plan(argv: Sequence[str]) -> None:
     """Sizes, legal widths, cost and memory of a pruned model, from its configuration alone."""
     parser = _Parser("plan", _plan)
-    parser.add_argument("--model_name_or_path", required=True, help="Base model folder or hub id; only its config is read.")
+    parser.add_argument(
+        "--model_name_or_path", required=True, help="Base model folder or hub id; only its config is read."
+    )
     parser.add_argument("--pruning_ratio", type=float, help="Share of the hidden size to cut (default 0.25).")
     parser.add_argument("--pruned_hidden_size", type=int, help="Exact hidden size instead of a ratio.")
     parser.add_argument("--multiple_of", type=int, help="Hard alignment of the pruned hidden size.")
@@ -135,7 +137,9 @@ def _demo(argv: Sequence[str]) -> None:
     """The main job on a model and data from the package index; no hub needed."""
     parser = _Parser("demo", _demo)
     parser.add_argument("--output_dir", type=Path, default=Path("pat-demo"), help="Where the run goes; empty or new.")
-    parser.add_argument("--dataset_name", help="Instruction data; by default the small set that comes with the package.")
+    parser.add_argument(
+        "--dataset_name", help="Instruction data; by default the small set that comes with the package."
+    )
     parser.add_argument("--cache_dir", type=Path, help="Where the downloaded base model is kept.")
     parser.add_argument("--pruning_ratio", type=float, help="Share of the hidden size to cut.")
     parser.add_argument("--max_steps", type=int, help="Optimizer steps; more give a better model.")
@@ -203,7 +207,12 @@ def _read_config(path: Path, known: set[str]) -> dict[str, object]:
 
 
 def _overview() -> str:
-    lines = [f"pat {__version__}: fine-tune a language model and get it back smaller", "", "usage: pat COMMAND --flags", ""]
+    lines = [
+        f"pat {__version__}: fine-tune a language model and get it back smaller",
+        "",
+        "usage: pat COMMAND --flags",
+        "",
+    ]
     lines += [f"  {name:<10}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return "\n".join([*lines, "", "`pat COMMAND --help` lists a command's flags; `--debug` shows tracebacks."])
 

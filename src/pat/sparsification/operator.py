@@ -80,7 +80,7 @@ def build_operator(hidden_size: int, rank: int | str | None) -> Operator:
         return DenseOperator(hidden_size)
     if rank is None:
         return LowRankOperator(hidden_size, max(1, round(DEFAULT_RANK_SHARE * hidden_size)))
-    if isinstance(rank, str) or isinstance(rank, bool):
+    if isinstance(rank, str | bool):
         raise PatError(
             f"Got operator_rank={rank!r}; expected a number of ranks, 'dense', or None for 5 % of the width."
         )

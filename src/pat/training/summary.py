@@ -23,7 +23,9 @@ def print_summary(result: TuneResult) -> None:
     console.print(table)
     base, dense = result.figures["base"], result.figures["dense"]
     console.print(f"{1 - dense.num_parameters / base.num_parameters:.1%} fewer parameters. {result.parity.describe()}")
-    console.print(f"Model: {result.model_dir}\nAdapter: {result.adapter_dir}\nFigures: {result.output_dir / 'results.json'}")
+    console.print(
+        f"Model: {result.model_dir}\nAdapter: {result.adapter_dir}\nFigures: {result.output_dir / 'results.json'}"
+    )
 
 
 def _cells(figures: ModelFigures) -> tuple[str, str, str]:

@@ -19,7 +19,8 @@ DEFAULT_TOKENS_PER_CHANNEL = 8
 class StreamStatistics:
     """Second moments of the residual stream, summed over the inputs of all branches and of the final norm.
 
-    Each token is scaled to RMS 1, as its reader's norm sees it. Without that scaling the few tokens with massive activations, and the last layers, would choose the basis alone.
+    Each token is scaled to RMS 1, as its reader's norm sees it. Without that scaling the few tokens with massive
+    activations, and the last layers, would choose the basis alone.
     """
 
     def __init__(self, model: nn.Module, stream: ResidualStream, *, full: bool) -> None:
