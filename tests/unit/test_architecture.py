@@ -18,7 +18,7 @@ SOURCE = Path(__file__).resolve().parents[2] / "src"
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "pat.errors pat.families pat.widths",
+        "pat.errors pat.families pat.widths pat.loading",
         "pat.sparsification",
         "pat.surgery",
         "pat.tuner",

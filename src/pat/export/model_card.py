@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
+from pat.export.results import environment
 from pat.export.verify import Parity
-
-PACKAGES = ("pat-llm", "torch", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -41,17 +38,6 @@ def shown_name(name: str) -> str:
     """Return a hub id as it is, and of a path the last component only: a card tells nobody's folders."""
     is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".") and not Path(name).exists()
     return name if is_hub_id else re.split(r"[/\\]", name.rstrip("/\\"))[-1] or "local"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what a merge depends on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def base_license(base_model: str) -> dict[str, str]:
@@ -145,7 +131,7 @@ def _method(cut: Cut, provenance: Mapping[str, Any]) -> list[str]:
         "mask": cut.mask,
         "milestone": None if cut.milestone_step is None else f"the mask is 0/1 from step {cut.milestone_step:,} on",
         "rotation of the residual stream": cut.rotation,
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "versions": ", ".join(f"{name} {version}" for name, version in environment()["versions"].items()),
     }
     return [f"{name}: {fact}" for name, fact in facts.items() if fact is not None]
 

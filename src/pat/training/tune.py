@@ -14,13 +14,14 @@ from trl import SFTTrainer, get_quantization_config
 
 from pat.errors import RunFailed
 from pat.evaluation.perplexity import Example, batches_from_examples, tokenize_examples
+from pat.export.results import environment, write_results
 from pat.export.write import check_output_folder, write_dense
+from pat.loading import load_base, load_config, load_tokenizer
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.callback import PatCallback
 from pat.training.data import TrainingData, check_truncation, load_training_data
 from pat.training.guard import FiniteGuard
-from pat.training.loading import load_base, load_config, load_tokenizer
-from pat.training.results import TuneResult, environment, measure, write_results
+from pat.training.results import TuneResult, measure
 from pat.tuner.model import PatModel, find_tuner
 from pat.tuner.prepare import check_config
 
