@@ -32,6 +32,9 @@ class PatConfig(PatOptions, LoraConfig):
     resolved_rotation: str | None = field(
         default=None, metadata={"help": "Filled in: what `rotation` came to for this base model."}
     )
+    base_quantization: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Filled in: how the base model was quantised when the adapter was made."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]

@@ -24,6 +24,7 @@ from pat.tuner.calibration import DEFAULT_TOKENS_PER_CHANNEL, StreamStatistics
 from pat.tuner.config import PatConfig
 from pat.tuner.layer import MASK_NAME, OPERATOR_NAME, HsmLayer, MaskLayer
 from pat.tuner.prepare import AttachmentPlan, default_targets, plan_attachment
+from pat.tuner.quantized import keep_plain_layout
 from pat.tuner.weights import effective_parameter
 
 
@@ -51,6 +52,7 @@ class PatModel(LoraModel):
         config = self.pat_config(adapter_name)
         plan = plan_attachment(model, config, known_stream=self.residual_stream)
         self.residual_stream = plan.stream
+        keep_plain_layout(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._add_sparsification(model, adapter_name, config, plan)
 

@@ -15,6 +15,7 @@ from pat.families import Family, get_family
 from pat.surgery.residual import ResidualStream, map_residual_stream
 from pat.surgery.rotation import gain_block
 from pat.tuner.config import PatConfig
+from pat.tuner.quantized import quantization_of
 from pat.widths import Width, choose_width
 
 
@@ -36,7 +37,7 @@ def plan_attachment(
 
     Args:
         model: the base model; untouched unless `known_stream` says that an adapter is on it already.
-        config: changed in place: `base_shape` and `resolved_rotation` are filled in.
+        config: changed in place: `base_shape`, `base_quantization` and `resolved_rotation` are filled in.
         known_stream: map of the base's parameters, if known from an earlier adapter.
 
     Raises:
@@ -59,6 +60,8 @@ def plan_attachment(
     shares_head = bool(base_config.tie_word_embeddings)
     stream = known_stream or map_residual_stream(family, (n for n, _ in model.named_parameters()), tied=shares_head)
     tied = shares_head and not config.untie_word_embeddings
+    if config.resolved_rotation is None:  # a new adapter, not a loaded one
+        config.base_quantization = quantization_of(base_config)
     rotation = config.resolved_rotation or _resolve_rotation(model, config, stream, width, tied=tied)
     config.resolved_rotation = rotation
     return AttachmentPlan(stream, width, rotation, tied)
