@@ -241,7 +241,8 @@ class PatModel(LoraModel):
         for parameter, tensor in _progress(folded, stream.num_parameters, progressbar):
             if safe_merge and not tensor.isfinite().all():
                 raise PatError(f"Got non-finite values in the folded weight {parameter}; the adapter is broken.")
-            weights[parameter] = tensor.to(target)
+            # Contiguous: folding leaves transposed views, and a kernel rounds those otherwise than what it loads later.
+            weights[parameter] = tensor.to(target).contiguous()
         return build_dense(base, config, weights, target)
 
     def unload(self) -> nn.Module:
