@@ -5,9 +5,11 @@ The trainers are transformers' and TRL's own, on the CPU in float32, without any
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ from peft import PeftModel, get_peft_model
 from tiny_models import BOS_ID, EOS_ID, NUM_SPECIAL_IDS, PAD_ID, batch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from pat.training.callback import PatCallback
 from pat.tuner import PatConfig, PatModel, find_tuner
+
+gc.freeze()  # Trainer collects garbage at the start of every training: half a second through all imported libraries
 
 GAIN_TOLERANCE = 0.4
 """The tiny models' gains are spread by 0.3 around 1: within the default 0.15 only a third could be rotated."""
@@ -135,3 +139,63 @@ def logits(model: nn.Module, inputs: dict[str, Tensor] | None = None) -> Tensor:
 def largest_difference(a: Tensor, b: Tensor) -> float:
     """Return max |a - b|."""
     return float((a.double() - b.double()).abs().max())
+
+
+# -- the contract: one short training, and everything the tests want to know about it -------------------------------
+
+
+@dataclass
+class Trained:
+    """A tiny model before, during and after a training; the masked model is still there to be looked at."""
+
+    base_weights: dict[str, Tensor]
+    base_logits: Tensor
+    fresh_logits: Tensor
+    """Of the adapter just attached, nothing calibrated."""
+    calibrated_logits: Tensor
+    """At step 0, when training begins."""
+    model: PeftModel
+    masked_logits: Tensor
+    dense: PreTrainedModel
+    dense_logits: Tensor
+    trainer: Trainer
+    warnings: list[str]
+    """Messages of the warnings that attaching gave."""
+
+    @property
+    def tuner(self) -> PatModel:
+        return tuner_of(self.model)
+
+
+class _Snapshot(TrainerCallback):  # type: ignore[misc]
+    """Takes the logits at the start of training: after PatCallback has calibrated, before the first step."""
+
+    logits: Tensor
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.logits = logits(kwargs["model"])
+
+
+def train_and_merge(base: PreTrainedModel, *, training: dict[str, Any] | None = None, **fields: Any) -> Trained:
+    """Attach, train for four steps with the milestone in their middle, merge."""
+    base_weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    base_logits = logits(base)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = get_peft_model(base, pat_config(**({"milestone": 0.5} | fields)))
+    fresh_logits = logits(model)
+    snapshot = _Snapshot()
+    trainer = train(model, callbacks=[snapshot], **({"max_steps": 4} | (training or {})))
+    dense = model.merge_and_unload()
+    return Trained(
+        base_weights=base_weights,
+        base_logits=base_logits,
+        fresh_logits=fresh_logits,
+        calibrated_logits=snapshot.logits,
+        model=model,
+        masked_logits=logits(model),
+        dense=dense,
+        dense_logits=logits(dense),
+        trainer=trainer,
+        warnings=[str(warning.message) for warning in caught],
+    )
