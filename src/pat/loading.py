@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pat.errors import PatError
@@ -23,6 +24,10 @@ def load_config(name_or_path: str, *, revision: str | None = None) -> tuple[Any,
     try:
         config = AutoConfig.from_pretrained(name_or_path, revision=revision)
     except (OSError, ValueError, HFValidationError) as error:
+        if Path(name_or_path).expanduser().is_dir():
+            raise PatError(
+                f"The configuration of the model {name_or_path!r} is not usable: {_first_line(error)}"
+            ) from error
         raise PatError(
             f"Got the model {name_or_path!r}, but there is no such folder and no such model on the hub that could be "
             f"reached: {_first_line(error)}"
@@ -59,9 +64,17 @@ def load_base(
     }
     options |= {name: value for name, value in optional.items() if value is not None}
     try:
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, **options)
-    except (OSError, ValueError, ImportError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **options)
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise PatError(f"Could not load the model {name_or_path!r}: {_first_line(error)}") from error
+    model, info = loaded
+    # transformers only warns, and goes on with random weights.
+    missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if missing:
+        raise PatError(
+            f"The weights of the model {name_or_path!r} are not complete: {len(missing)} are missing or of another "
+            f"shape, such as {missing[0]}; copy or download the model again."
+        )
     return cast(PreTrainedModel, model)
 
 

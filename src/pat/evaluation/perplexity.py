@@ -148,7 +148,7 @@ def response_nll(
     device = next(model.parameters()).device
     num_batches = math.ceil(len(examples) / batch_size)
     total, num_tokens = 0.0, 0
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         batches = batches_from_examples(examples, batch_size=batch_size, pad_token_id=pad_token_id, sort_by_length=True)
         for done, batch in enumerate(batches, start=1):
             targets_BT = batch["labels"][:, 1:].to(device)
@@ -197,7 +197,7 @@ def text_perplexity(
     Raises:
         PatError: file missing, not UTF-8 or empty; fewer than two tokens; context or stride out of range.
     """
-    ids = _text_ids(tokenizer, _read_text(text_or_path))
+    ids = _text_ids(tokenizer, read_text(text_or_path))
     bos = tokenizer.bos_token_id
     prefix = [int(bos)] if bos is not None and ids[:1] == [bos] else []
     body = ids[len(prefix) :][:max_tokens]
@@ -249,9 +249,7 @@ def _chat_ids(
         )
     except (TemplateError, ValueError) as error:  # ValueError: the tokenizer has no template
         reason = " ".join(str(error).split())
-        raise PatError(
-            f"The tokenizer's chat template refuses this conversation ({reason}); fix the row or template."
-        ) from error
+        raise PatError(f"The tokenizer's chat template refuses this conversation ({reason}); fix one.") from error
     return list(cast(Mapping[str, Any], encoded)["input_ids"])
 
 
@@ -266,7 +264,8 @@ def _common_prefix(a: list[int], b: list[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
-def _read_text(text_or_path: str | os.PathLike[str]) -> str:
+def read_text(text_or_path: str | os.PathLike[str]) -> str:
+    """Return a text, or that of a UTF-8 file if given a path object; `PatError` if it is missing or empty."""
     if isinstance(text_or_path, str):
         text, source = text_or_path, "The given text"
     else:
@@ -290,7 +289,8 @@ def _max_positions(model: nn.Module) -> int | None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, and every submodule's mode back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pat.errors import PatError, RunFailed
+from pat.evaluation.perplexity import evaluating
 from pat.families import get_family
 from pat.surgery.dense import build_dense, shrink_config
 from pat.surgery.fold import Channels, HeadPlan, fold_weights
@@ -51,6 +52,13 @@ class Parity:
     def to_dict(self) -> dict[str, Any]:
         """Return the figures for `results.json`."""
         return asdict(self)
+
+    def describe(self) -> str:
+        """Return the figures as one sentence."""
+        return (
+            f"Tuned and written model differ by at most {self.max_abs_logit_diff:.1e} in a logit (KL {self.mean_kl:.1e}"
+            f" nats per token, same top token in {self.top1_agreement:.2%} of {self.num_tokens:,}, {self.dtype})."
+        )
 
 
 def check(parity: Parity) -> None:
@@ -94,7 +102,7 @@ def compare(masked: nn.Module, dense: nn.Module, batches: Iterable[Mapping[str, 
     max_diff = torch.zeros((), dtype=torch.float64)
     kl = std = 0.0
     num_agreeing = num_tokens = 0
-    with _evaluating(first), _evaluating(second), _exact_float32():
+    with evaluating(first), evaluating(second), _exact_float32():
         for batch in batches:
             logits_NV, other_NV = _real_logits(first, batch), _real_logits(second, batch)
             num_tokens += len(logits_NV)
@@ -181,17 +189,6 @@ def _compute_dtype(model: nn.Module) -> torch.dtype:
 
 def _coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     return max(a, b, key=lambda dtype: torch.finfo(dtype).eps)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

@@ -131,7 +131,7 @@ def save_checkpoint(
         raise PatError(
             f"Got a {type(peft_model).__name__} without a PAT adapter; expected a model tuned with PatConfig."
         )
-    with _transformers_bars(progress):
+    with quiet_transformers(not progress):
         dense = tuner.merge_and_unload(progressbar=progress, safe_merge=True, dtype=dtype)
         dtype = dense.dtype
         if dense.generation_config is not None:
@@ -232,12 +232,14 @@ def _rename(staging: Path, target: Path) -> None:
 
 
 @contextmanager
-def _transformers_bars(show: bool) -> Iterator[None]:
-    """Let transformers show its progress bars, or not, and leave its setting as it was."""
+def quiet_transformers(quiet: bool) -> Iterator[None]:
+    """Keep transformers from showing its progress bars, if so wanted, and leave its setting as it was."""
     shown: Any = transformers_logging
     before = shown.is_progress_bar_enabled()
-    (shown.enable_progress_bar if show else shown.disable_progress_bar)()
+    if quiet:
+        shown.disable_progress_bar()
     try:
         yield
     finally:
-        (shown.enable_progress_bar if before else shown.disable_progress_bar)()
+        if before:
+            shown.enable_progress_bar()

@@ -22,12 +22,13 @@ def keep_plain_layout(model: nn.Module) -> None:
     for module in model.modules():
         if not hasattr(module, "support_avx512bf16_for_cpu"):
             continue
-        if getattr(cast(Any, module).weight.quant_state, "packing_format_for_cpu", False):
+        layer = cast(Any, module)
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
             raise PatError(
                 "The 4-bit base model has been run before, and bitsandbytes has repacked its weights for inference on "
                 "this processor; load it again and attach the adapter before using it."
             )
-        module.support_avx512bf16_for_cpu = False
+        layer.support_avx512bf16_for_cpu = False
 
 
 def quantization_of(base_config: Any) -> dict[str, Any] | None:
