@@ -249,7 +249,7 @@ def _chat_ids(
         )
     except (TemplateError, ValueError) as error:  # ValueError: the tokenizer has no template
         reason = " ".join(str(error).split())
-        raise PatError(f"The tokenizer's chat template refuses this conversation ({reason}); fix one.") from error
+        raise PatError(f"The tokenizer's chat template refuses this conversation ({reason}); fix either.") from error
     return list(cast(Mapping[str, Any], encoded)["input_ids"])
 
 
