@@ -25,7 +25,7 @@ from pat.tuner.config import PatConfig
 from pat.tuner.layer import MASK_NAME, OPERATOR_NAME, HsmLayer, MaskLayer
 from pat.tuner.prepare import AttachmentPlan, default_targets, plan_attachment
 from pat.tuner.quantized import keep_plain_layout
-from pat.tuner.weights import effective_parameter
+from pat.tuner.weights import effective_parameter, embedding_ratio
 
 
 class PatModel(LoraModel):
@@ -222,11 +222,9 @@ class PatModel(LoraModel):
             head_dim=_head_dim(base, stream),
             tied=tied,
         )
-        # The embedding's own scale is what the model multiplies by, rounded to the weights' dtype as the model does.
-        old_scale, new_scale = (
-            torch.tensor(float(size) ** 0.5).to(kind).item() if family.scaled_embedding else 1.0
-            for size, kind in ((mask.hidden_size, base.dtype), (mask.pruned_hidden_size, target))
-        )
+        ratio = 1.0
+        if family.scaled_embedding:
+            ratio = embedding_ratio(base.get_submodule(stream.embedding), mask.pruned_hidden_size, target)
         final_gain = None
         if mask.head_factor is not None:
             final_gain = self._final_gain(name) * mask.head_factor.double()
@@ -235,7 +233,7 @@ class PatModel(LoraModel):
             self._parameter(name),
             Channels.from_mask(mask.keep, mask.basis),
             {site: _in_double(operator) for site, operator in self.operators(name).items()},
-            HeadPlan(tied=tied, final_gain=final_gain, embedding_ratio=old_scale / new_scale),
+            HeadPlan(tied=tied, final_gain=final_gain, embedding_ratio=ratio),
         )
         weights: dict[str, Tensor] = {}
         for parameter, tensor in _progress(folded, stream.num_parameters, progressbar):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils import ModulesToSaveWrapper
@@ -36,6 +38,19 @@ def effective_parameter(model: nn.Module, name: str, adapter_name: str) -> Tenso
     if isinstance(module, LoraLayer):
         return _lora_parameter(module, name, leaf, adapter_name)
     return _base_parameter(module, leaf)
+
+
+def embedding_ratio(embedding: nn.Module, pruned_hidden_size: int, dtype: torch.dtype) -> float:
+    """Return by how much the scale that an embedding applies itself shrinks, each side as its model rounds it.
+
+    Args:
+        embedding: the base's, within whatever adapters; its scale may have been rounded by a dtype it once had.
+        pruned_hidden_size: width of the dense model, which multiplies by its root.
+        dtype: of the dense model.
+    """
+    scaled = next(m for m in embedding.modules() if isinstance(m, nn.Embedding) and hasattr(m, "embed_scale"))
+    old = cast(Tensor, scaled.embed_scale).to(scaled.weight.dtype)
+    return old.item() / torch.tensor(pruned_hidden_size**0.5, dtype=dtype).item()
 
 
 def _lora_parameter(layer: LoraLayer, name: str, leaf: str, adapter_name: str) -> Tensor:
