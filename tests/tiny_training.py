@@ -141,7 +141,7 @@ def largest_difference(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).abs().max())
 
 
-# -- the contract: one short training, and everything the tests want to know about it -------------------------------
+# -- the contract: one short training, and everything the tests want to know about it --------------------------------
 
 
 @dataclass

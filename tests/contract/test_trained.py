@@ -175,7 +175,7 @@ def test_the_dense_folder_opens_in_stock_transformers(
     assert all(file.suffix != ".bin" for file in tmp_path.iterdir())
 
 
-# -- where a rotation is refused ---------------------------------------------------------------------------------------
+# -- where a rotation is refused -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [True, False])

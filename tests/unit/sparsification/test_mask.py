@@ -48,7 +48,7 @@ def expected_gate(w: float, p: float, step: int, s0: int) -> float:
         return float(1 / (1 + mpmath.exp(-tau * (w + (1 - 2 * beta) * p))) + beta)
 
 
-# -- soft values (equation 6) --------------------------------------------------------------------------------------
+# -- soft values (equation 6) ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("with_prior", [False, True])
@@ -279,7 +279,7 @@ def test_a_hard_mask_never_changes_again(kind: str, has_basis: bool) -> None:
         assert (mask.step, mask.milestone_step) == (10, 10)  # the record of when it was decided
 
 
-# -- milestone at step 0 -----------------------------------------------------------------------------------------------
+# -- milestone at step 0 ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["trainable", "frozen"])
@@ -301,7 +301,7 @@ def test_milestone_zero_with_a_prior_is_hard_from_the_start(kind: str) -> None:
         assert not mask(y)[:, KEPT:].any()
 
 
-# -- the frozen mask of the paper's ablation ---------------------------------------------------------------------------
+# -- the frozen mask of the paper's ablation -------------------------------------------------------------------------
 
 
 def test_frozen_mask_attenuates_the_first_channels_linearly() -> None:
@@ -323,7 +323,7 @@ def test_frozen_mask_attenuates_the_trailing_channels_of_a_rotation() -> None:
     assert mask.gate().tolist() == pytest.approx([1.0] * KEPT + [0.75] * (HIDDEN - KEPT))
 
 
-# -- state -------------------------------------------------------------------------------------------------------------
+# -- state -----------------------------------------------------------------------------------------------------------
 
 
 def trained_mask(step: int, *, has_basis: bool, kind: str = "trainable") -> UnifiedMask:

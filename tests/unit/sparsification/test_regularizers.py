@@ -15,7 +15,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
 
-# -- identity loss -------------------------------------------------------------------------------------------------
+# -- identity loss ---------------------------------------------------------------------------------------------------
 
 
 def test_orthogonality_loss_is_the_smoothed_frobenius_norm() -> None:

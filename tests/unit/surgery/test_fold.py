@@ -117,7 +117,7 @@ def linear(weights: dict[str, Tensor], module: Linear, x: Tensor) -> Tensor:
     return y if module.bias is None else y + weights[module.bias]
 
 
-# -- the pieces: each returns the largest difference between the masked model's and the dense model's ------------------
+# -- the pieces: each returns the largest difference between the masked model's and the dense model's ----------------
 
 
 def embedding_error(case: Case, *, ratio: float | None = None) -> float:
@@ -196,7 +196,7 @@ def logits_error(case: Case, *, new_eps: float = NEW_EPS, unscaled_gain: bool = 
     return float((masked - dense).abs().max())
 
 
-# -- exactness ---------------------------------------------------------------------------------------------------------
+# -- exactness -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("family", "tied", "rotated"), CASES)
@@ -243,7 +243,7 @@ def test_a_site_without_an_operator_has_the_identity() -> None:
     assert torch.equal(new[f"{stream.embedding}.weight"], case.old[f"{stream.embedding}.weight"][:, keep])
 
 
-# -- a wrong fold would be seen ----------------------------------------------------------------------------------------
+# -- a wrong fold would be seen --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -278,7 +278,7 @@ def test_a_missing_embedding_ratio_is_seen_at_both_ends(family: str, tied: bool)
         assert logits_error(case, unscaled_gain=True) > VISIBLE
 
 
-# -- Channels ----------------------------------------------------------------------------------------------------------
+# -- Channels --------------------------------------------------------------------------------------------------------
 
 
 def test_channels_of_a_selection_and_of_a_rotation() -> None:
