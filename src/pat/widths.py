@@ -59,15 +59,7 @@ def choose_width(
         raise PatError(
             f"Got both pruning_ratio={pruning_ratio} and pruned_hidden_size={pruned_hidden_size}; give one of the two."
         )
-    if multiple_of is not None and multiple_of < 1:
-        raise PatError(f"Got multiple_of={multiple_of}; expected a positive number of channels such as 64.")
-    step = math.lcm(num_attention_heads, multiple_of or 1)
-    legal = range(step, hidden_size, step)
-    if not legal:
-        raise PatError(
-            f"No width smaller than hidden_size={hidden_size} is a multiple of {step} "
-            f"(num_attention_heads={num_attention_heads}, multiple_of={multiple_of}); lower multiple_of."
-        )
+    legal = legal_widths(hidden_size, num_attention_heads, multiple_of=multiple_of)
     if pruned_hidden_size is not None:
         return _check_explicit(hidden_size, num_attention_heads, pruned_hidden_size, multiple_of, legal)
 
@@ -79,13 +71,31 @@ def choose_width(
     asked = hidden_size * (1 - ratio)
     near = [width for width in legal if abs(width - asked) <= ALIGNMENT_SLACK * asked]
     candidates = near or [min(legal, key=lambda width: (abs(width - asked), width))]
-    chosen = min(candidates, key=lambda width: (-_alignment(width), abs(width - asked), width))
-    why = f"asked for {asked:g} of {hidden_size}; multiples of {step} can be loaded"
+    chosen = min(candidates, key=lambda width: (-alignment(width), abs(width - asked), width))
+    why = f"asked for {asked:g} of {hidden_size}; multiples of {legal.step} can be loaded"
     if near:
-        why += f", {len(near)} lie within {ALIGNMENT_SLACK:.0%}, the best aligned is a multiple of {_alignment(chosen)}"
+        why += f", {len(near)} lie within {ALIGNMENT_SLACK:.0%}, the best aligned is a multiple of {alignment(chosen)}"
     else:
         why += f", none lies within {ALIGNMENT_SLACK:.0%}, this is the nearest"
     return Width(hidden_size, chosen, why)
+
+
+def legal_widths(hidden_size: int, num_attention_heads: int, *, multiple_of: int | None = None) -> range:
+    """Return every hidden size below the base's that can be loaded, ascending.
+
+    Raises:
+        PatError: `multiple_of` is not positive, or leaves no width.
+    """
+    if multiple_of is not None and multiple_of < 1:
+        raise PatError(f"Got multiple_of={multiple_of}; expected a positive number of channels such as 64.")
+    step = math.lcm(num_attention_heads, multiple_of or 1)
+    legal = range(step, hidden_size, step)
+    if not legal:
+        raise PatError(
+            f"No width smaller than hidden_size={hidden_size} is a multiple of {step} "
+            f"(num_attention_heads={num_attention_heads}, multiple_of={multiple_of}); lower multiple_of."
+        )
+    return legal
 
 
 def _check_explicit(
@@ -98,6 +108,8 @@ def _check_explicit(
     nearest = " and ".join(str(w) for w in (below, above) if w is not None)
     if width >= hidden_size:
         problem = f"it must be smaller than the base model's hidden size {hidden_size}"
+    elif width < 1:
+        problem = "it must be positive"
     elif width % num_attention_heads:
         problem = f"it must be a multiple of num_attention_heads={num_attention_heads} to be loadable by transformers"
     else:
@@ -105,6 +117,6 @@ def _check_explicit(
     raise PatError(f"Got pruned_hidden_size={width}, but {problem}; nearest legal: {nearest}.")
 
 
-def _alignment(width: int) -> int:
+def alignment(width: int) -> int:
     """Return the largest preferred divisor of `width`, 1 if there is none."""
     return next((a for a in ALIGNMENTS if width % a == 0), 1)

@@ -88,7 +88,6 @@ def test_an_explicit_illegal_width_names_the_constraint_and_the_nearest_legal_on
     assert "\n" not in message
 
 
-@pytest.mark.xfail(reason="the message for widths below 1 speaks of multiple_of=None", strict=True)
 @pytest.mark.parametrize("pruned", [0, -4])
 def test_an_error_does_not_speak_of_an_alignment_nobody_asked_for(pruned: int) -> None:
     with pytest.raises(PatError) as error:
