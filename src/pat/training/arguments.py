@@ -95,7 +95,9 @@ def parse_arguments(argv: Sequence[str]) -> TuneArguments:
     """
     parser = Parser()
     parser.set_defaults_with_config(**_machine_defaults())
-    parser.set_defaults_with_config(**_recipe(_value_of(argv, "--recipe") or _recipe_in_config(argv) or "default"))
+    parser.set_defaults_with_config(
+        **recipe_defaults(_value_of(argv, "--recipe") or _recipe_in_config(argv) or "default")
+    )
     try:
         run, pat, sft, model = parser.parse_args_and_config(list(argv))
     except (ValueError, OSError) as error:
@@ -109,7 +111,7 @@ def build_arguments(**flags: Any) -> TuneArguments:
     Raises:
         PatError: an unknown keyword, a value that does not fit, or an unknown recipe.
     """
-    merged = {**_machine_defaults(), **_recipe(flags.get("recipe", "default")), **flags}
+    merged = {**_machine_defaults(), **recipe_defaults(flags.get("recipe", "default")), **flags}
     try:
         run, pat, sft, model = Parser().parse_dict(merged)
     except (ValueError, TypeError) as error:
@@ -134,7 +136,12 @@ def _machine_defaults() -> dict[str, Any]:
     return {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
 
 
-def _recipe(name: str) -> dict[str, Any]:
+def recipe_defaults(name: str) -> dict[str, Any]:
+    """Return the flags a recipe stands for.
+
+    Raises:
+        PatError: no such recipe.
+    """
     if name not in RECIPES:
         raise PatError(f"Got recipe={name!r}; expected one of {', '.join(RECIPES)}.")
     text = resources.files("pat.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")

@@ -1,0 +1,250 @@
+"""`pat plan`: its counts are those of the written checkpoint, its costs those that torch counts, no weights needed."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny_models import FAMILIES, SLIDING_WINDOW, batch, build
+from tiny_training import attach, tuner_of
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache, PreTrainedModel
+
+from pat.families import get_family
+from pat.plan import Plan, make_plan, print_plan
+from pat.plan.costs import GROUPS, build_skeleton, cost_of
+from pat.plan.training import training_memory
+from pat.tuner import PatConfig
+
+PRUNED = 36
+
+FLOPS_TOLERANCE = 2e-3
+"""Torch also counts the rotary embedding's outer product, a thousandth of a tiny model's work."""
+
+ACTIVATION_TOLERANCE = 0.15
+"""What the estimate's docstring claims for float32."""
+
+
+def save_config(model: PreTrainedModel, folder: Path) -> str:
+    """Leave what `pat plan` may read: a model folder without its weights."""
+    model.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    return str(folder)
+
+
+def tensor_bytes(folder: Path) -> tuple[int, int]:
+    """Count the numbers and bytes of all tensors in a checkpoint's files."""
+    numbers = size = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # not a dict
+                tensor = tensors.get_tensor(name)
+                numbers += tensor.numel()
+                size += tensor.numel() * tensor.element_size()
+    return numbers, size
+
+
+def merged(base: nn.Module, *, untie: bool) -> PreTrainedModel:
+    model = attach(base, pruned_hidden_size=PRUNED, rotation="none", operator_rank=2, untie_word_embeddings=untie)
+    tuner_of(model).set_step(1, 1)
+    return tuner_of(model).merge_and_unload()
+
+
+def assert_counts_are_those_of(model: PreTrainedModel, planned: Plan, folder: Path) -> None:
+    model.save_pretrained(folder)
+    total = planned.pruned.total
+    assert (total.num_parameters, total.num_bytes) == tensor_bytes(folder)
+    assert total.num_parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("tied", "untie"), [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_plan_counts_what_the_merge_writes(family: str, tied: bool, untie: bool, tmp_path: Path) -> None:
+    base = build(family, tied=tied)
+    base.save_pretrained(tmp_path / "base")
+    base_size = tensor_bytes(tmp_path / "base")
+    plan = make_plan(save_config(base, tmp_path / "config"), pruned_hidden_size=PRUNED, untie_word_embeddings=untie)
+    assert (plan.base.total.num_parameters, plan.base.total.num_bytes) == base_size
+    assert_counts_are_those_of(merged(base, untie=untie), plan, tmp_path / "small")
+    assert (plan.pruned.groups["head"].num_parameters > 0) == (untie or not tied)
+    assert plan.pruned.hidden_size == PRUNED
+
+
+def test_bytes_follow_the_stored_dtype(tmp_path: Path) -> None:
+    base = build("llama", tied=True, dtype=torch.bfloat16)
+    plan = make_plan(save_config(base, tmp_path / "base"), pruned_hidden_size=PRUNED)
+    assert plan.dtype == "bfloat16"
+    assert_counts_are_those_of(merged(base, untie=False), plan, tmp_path / "small")
+
+
+def test_groups_hold_the_parameters_they_are_called_after(tmp_path: Path) -> None:
+    model = build("qwen3_moe", tied=False)
+    plan = make_plan(save_config(model, tmp_path), pruned_hidden_size=PRUNED)
+    marks = {"embedding": "embed_tokens", "head": "lm_head", "attention": "_proj", "MLP": "mlp", "norms": "norm"}
+    for group in GROUPS:
+        names = [n for n, _ in model.named_parameters() if marks[group] in n]
+        if group == "attention":
+            names = [n for n in names if "self_attn" in n]
+        assert plan.base.groups[group].num_parameters == sum(model.get_parameter(n).numel() for n in names), group
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3", "mixtral"])
+def test_prefill_flops_are_those_that_torch_counts(family: str) -> None:
+    length = 2 * SLIDING_WINDOW
+    # The counter does not know the grouped products that experts take otherwise.
+    model = build(family, tied=True, attn_implementation="eager", experts_implementation="eager")
+    cost = cost_of(build_skeleton(model.config, get_family(family), torch.float32), length)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=batch(batch_size=1, length=length)["input_ids"])
+    # Eager attention computes all scores, also those that the mask then takes out: length keys for every token.
+    width = model.config.num_attention_heads * cost.head_dim
+    full_attention = 4 * width * length * model.config.num_hidden_layers
+    expected = 2 * cost.num_matmul_parameters + full_attention
+    assert counter.get_total_flops() / length == pytest.approx(expected, rel=FLOPS_TOLERANCE)
+    windows = build_skeleton(model.config, get_family(family), torch.float32).windows()
+    keys = sum(min(i + 1, window or length) for window in windows for i in range(length)) / length
+    assert cost.prefill_flops_per_token == pytest.approx(2 * cost.num_matmul_parameters + 4 * width * keys)
+
+
+def test_windows_limit_the_keys_that_are_counted_and_cached() -> None:
+    length = 4 * SLIDING_WINDOW
+    family = get_family("gemma2")
+    config = build("gemma2", tied=True).config
+    skeleton = build_skeleton(config, family, torch.float32)
+    assert skeleton.windows() == [SLIDING_WINDOW, None, SLIDING_WINDOW]
+    per_key = 2 * config.num_key_value_heads * skeleton.head_dim * 4
+    assert cost_of(skeleton, length).kv_cache_bytes == per_key * (2 * SLIDING_WINDOW + length)
+
+
+def test_the_cache_is_as_large_as_transformers_makes_it() -> None:
+    length = 20
+    model = build("llama", tied=True)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=batch(batch_size=1, length=length)["input_ids"], past_key_values=cache)
+    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    skeleton = build_skeleton(model.config, get_family("llama"), torch.float32)
+    cost = cost_of(skeleton, length)
+    assert cost.kv_cache_bytes == held
+    assert cost.inference_bytes == cost.total.num_bytes + held
+    # A tied model reads everything it has for every token: the embedding's matrix is its head.
+    assert cost.decode_bytes_per_token == cost.inference_bytes
+
+
+def test_decoding_reads_one_row_of_an_embedding_that_is_not_the_head_and_the_routed_experts() -> None:
+    config = build("mixtral", tied=False).config
+    cost = cost_of(build_skeleton(config, get_family("mixtral"), torch.float32), 1)
+    experts = sum(
+        3 * config.hidden_size * config.intermediate_size * config.num_local_experts
+        for _ in range(config.num_hidden_layers)
+    )
+    idle = experts * (1 - config.num_experts_per_tok / config.num_local_experts)
+    read = cost.total.num_parameters - cost.groups["embedding"].num_parameters - idle
+    assert cost.decode_bytes_per_token == 4 * read + cost.kv_cache_bytes
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_the_adapter_is_counted_exactly(family: str) -> None:
+    config = PatConfig(task_type="CAUSAL_LM", r=4)
+    skeleton = build_skeleton(build(family, tied=True).config, get_family(family), torch.float32)
+    memory = training_memory(skeleton, config, batch_size=2, length=8)
+    base = build(family, tied=True)
+    known = {id(t) for t in (*base.parameters(), *base.buffers())}
+    model = attach(base, r=4, operator_rank=None)
+    added = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in known]
+    assert memory.num_trainable_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert memory.adapter_bytes == sum(t.numel() * t.element_size() for t in added)
+
+
+def saved_bytes(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+    """Return the bytes of everything that autograd saves in the decoder layers, weights and buffers excepted."""
+    own = {t.untyped_storage().data_ptr() for t in itertools.chain(model.parameters(), model.buffers())}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(**inputs)
+    del output
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2"])
+def test_the_estimate_of_activations_is_near_what_autograd_saves(family: str) -> None:
+    """The difference of two depths leaves out what does not belong to a layer, such as the logits."""
+    inputs = batch(length=128)
+
+    def both(num_layers: int) -> Iterator[int]:
+        types = {"layer_types": ["full_attention"] * num_layers} if family == "gemma2" else {}
+        shape = {"hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": num_layers} | types
+        base = build(family, tied=False, **shape)
+        skeleton = build_skeleton(base.config, get_family(family), torch.float32)
+        config = PatConfig(task_type="CAUSAL_LM", r=8, rotation="none")
+        yield training_memory(skeleton, config, batch_size=2, length=128).activation_bytes
+        model = attach(base, r=8, rotation="none", operator_rank=None).train()
+        tuner_of(model).set_step(1, 10)
+        yield saved_bytes(model, {"input_ids": inputs["input_ids"]})
+
+    (estimated_1, saved_1), (estimated_3, saved_3) = both(1), both(3)
+    assert estimated_3 - estimated_1 == pytest.approx(saved_3 - saved_1, rel=ACTIVATION_TOLERANCE)
+
+
+def test_widths_near_the_one_taken_are_shown_with_it(tmp_path: Path) -> None:
+    plan = make_plan(save_config(build("llama", tied=True), tmp_path))
+    assert plan.width.pruned_hidden_size == PRUNED
+    assert plan.nearby_widths == (24, 28, 32, 36, 40, 44)
+    assert "36" in plan.width.reason or "48" in plan.width.reason
+    aligned = make_plan(str(tmp_path), multiple_of=16, pruning_ratio=0.3)
+    assert aligned.nearby_widths == (16, 32)
+
+
+def test_speedups_are_ratios_and_above_one(tmp_path: Path) -> None:
+    plan = make_plan(save_config(build("llama", tied=True), tmp_path), pruning_ratio=0.5)
+    ratio = plan.base.prefill_flops_per_token / plan.pruned.prefill_flops_per_token
+    assert plan.prefill_speedup == ratio
+    # Half of the weights, but the whole of attention and cache, which are most of a tiny model's cost.
+    assert 1 < plan.prefill_speedup < 2
+    assert 1 < plan.decode_speedup < 2
+
+
+def test_notes_say_what_was_assumed(tmp_path: Path) -> None:
+    model = build("llama", tied=True)
+    path = tmp_path / save_config(model, tmp_path)
+    stored = json.loads((path / "config.json").read_text())
+    del stored["dtype"]
+    stored["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (path / "config.json").write_text(json.dumps(stored))
+    plan = make_plan(str(path), untie_word_embeddings=True)
+    notes = " ".join(plan.notes)
+    assert "float32" in notes and "quantised" in notes
+    assert f"{plan.pruned.groups['head'].num_parameters:,}" in notes
+
+
+def test_tables_show_the_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = make_plan(save_config(build("mixtral", tied=True), tmp_path))
+    print_plan(plan)
+    printed = capsys.readouterr()
+    for number in (plan.base.total.num_parameters, plan.pruned.total.num_parameters):
+        assert f"{number:,}" in printed.out
+    for words in ("embedding and head, tied", "experts", "Legal widths nearby", f"{plan.decode_speedup:.2f}x faster"):
+        assert words in printed.out
+    assert not printed.err
+
+
+def test_json_holds_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = make_plan(save_config(build("llama", tied=False), tmp_path))
+    print_plan(plan, as_json=True)
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["width"]["pruned_hidden_size"] == PRUNED
+    assert facts["pruned"]["total"]["num_parameters"] == plan.pruned.total.num_parameters
+    assert facts["prefill_speedup"] == plan.prefill_speedup
+    assert facts["training"]["total_bytes"] == plan.training.total_bytes
