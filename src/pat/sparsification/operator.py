@@ -22,8 +22,7 @@ class LowRankOperator(nn.Module):
 
     def __init__(self, hidden_size: int, rank: int) -> None:
         super().__init__()
-        if not 1 <= rank <= hidden_size:
-            raise PatError(f"Got operator_rank={rank}; expected 1 to {hidden_size} (the hidden size), or 'dense'.")
+        assert 1 <= rank <= hidden_size
         self.down = nn.Parameter(_orthonormal_rows(rank, hidden_size))
         self.scale = nn.Parameter(torch.zeros(rank))
         self.up = nn.Parameter(_orthonormal_rows(rank, hidden_size).mT.contiguous())
@@ -76,15 +75,25 @@ def build_operator(hidden_size: int, rank: int | str | None) -> Operator:
     Raises:
         PatError: the rank is neither a legal number nor `"dense"`.
     """
+    check_rank(hidden_size, rank)
     if rank == "dense":
         return DenseOperator(hidden_size)
     if rank is None:
         return LowRankOperator(hidden_size, max(1, round(DEFAULT_RANK_SHARE * hidden_size)))
-    if isinstance(rank, str | bool):
-        raise PatError(
-            f"Got operator_rank={rank!r}; expected a number of ranks, 'dense', or None for 5 % of the width."
-        )
-    return LowRankOperator(hidden_size, rank)
+    return LowRankOperator(hidden_size, int(rank))
+
+
+def check_rank(hidden_size: int, rank: int | str | None) -> None:
+    """Check an operator rank against the width it is meant for.
+
+    Raises:
+        PatError: the rank is neither a legal number nor `"dense"`.
+    """
+    if rank is None or rank == "dense" or (type(rank) is int and 1 <= rank <= hidden_size):
+        return
+    raise PatError(
+        f"Got operator_rank={rank!r}; expected 1 to {hidden_size} (the hidden size), 'dense', or None for 5 % of it."
+    )
 
 
 def _orthonormal_rows(rows: int, columns: int) -> Tensor:

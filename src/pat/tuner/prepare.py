@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from pat.errors import PatError
 from pat.families import Family, get_family
+from pat.sparsification.operator import check_rank
 from pat.surgery.residual import ResidualStream, map_residual_stream
 from pat.surgery.rotation import gain_block
 from pat.tuner.config import PatConfig
@@ -71,7 +72,7 @@ def check_config(base_config: Any, family: Family, config: PatConfig) -> Width:
     """Check what a base model's configuration alone can tell, without its weights; fills in `config.base_shape`.
 
     Raises:
-        PatError: the width is illegal, an option impossible, or the adapter belongs to another base model.
+        PatError: width or operator rank are illegal, an option impossible, or the adapter belongs to another model.
     """
     width = choose_width(
         getattr(base_config, family.hidden_size_field),
@@ -80,6 +81,7 @@ def check_config(base_config: Any, family: Family, config: PatConfig) -> Width:
         pruned_hidden_size=config.pruned_hidden_size,
         multiple_of=config.multiple_of,
     )
+    check_rank(width.hidden_size, config.operator_rank)
     _check_base_shape(config, _shape_of(base_config, family))
     _check_ends(config, family, tied=bool(base_config.tie_word_embeddings) and not config.untie_word_embeddings)
     _check_longrope(base_config, width)
