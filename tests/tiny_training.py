@@ -120,6 +120,16 @@ def train(
     return trainer
 
 
+class StopAt(TrainerCallback):  # type: ignore[misc]
+    """Ends a training after `step` optimizer steps, in the middle of its schedule."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
 def losses(trainer: Trainer) -> list[float]:
     """Return the logged training losses in order."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -1,0 +1,87 @@
+"""The configuration: its fields, what it refuses, and that it survives JSON and pickle."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig, PeftConfig, get_peft_config
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+from pat.errors import PatError
+from pat.tuner import PatConfig, PatModel
+from pat.tuner.register import register
+
+
+def test_it_is_a_lora_config_with_fields_of_its_own() -> None:
+    config = PatConfig(task_type="CAUSAL_LM", r=20, lora_alpha=40, use_dora=True, use_rslora=True, lora_dropout=0.1)
+    assert isinstance(config, LoraConfig)
+    assert (config.r, config.lora_alpha, config.use_dora, config.use_rslora) == (20, 40, True, True)
+    assert config.pruning_ratio == 0.25 and config.pruned_hidden_size is None
+    assert config.milestone == 1 / 3 and config.mask == "trainable" and config.rotation == "auto"
+    assert PatConfig(pruned_hidden_size=36).pruning_ratio is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mask": "soft"}, r"mask='soft'.*'trainable', 'frozen'"),
+        ({"rotation": "svd"}, r"rotation='svd'.*'auto', 'pca', 'none'"),
+        ({"milestone": 1.2}, r"milestone=1\.2"),
+        ({"milestone": -0.1}, r"milestone=-0\.1"),
+        ({"operator_rank": "full"}, r"operator_rank='full'.*'dense'"),
+        ({"active_loss_weight": -1.0}, r"active_loss_weight"),
+        ({"identity_loss_weight": -1.0}, r"identity_loss_weight"),
+        ({"mask_lr_multiplier": -1.0}, r"mask_lr_multiplier"),
+        ({"gain_tolerance": -0.1}, r"gain_tolerance"),
+        ({"layer_replication": [(0, 1)]}, r"layer_replication.*does not support"),
+    ],
+)
+def test_impossible_values_are_refused_in_one_line(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(PatError, match=message) as error:
+        PatConfig(task_type="CAUSAL_LM", **fields)
+    assert "\n" not in str(error.value)
+
+
+def test_a_rank_from_the_command_line_is_a_string() -> None:
+    assert PatConfig(operator_rank="12").operator_rank == 12
+    assert PatConfig(operator_rank="dense").operator_rank == "dense"
+
+
+def example() -> PatConfig:
+    return PatConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        target_modules=["q_proj", "o_proj"],
+        pruned_hidden_size=36,
+        operator_rank="dense",
+        mask="frozen",
+        rotation="none",
+        milestone=0.4,
+        calibration_tokens=100,
+        modules_to_save=["norm"],
+    )
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    config = example()
+    config.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert stored["peft_type"] == "PAT"
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert type(loaded) is PatConfig
+    # peft marks what it loads as meant for inference
+    assert loaded.to_dict() | {"inference_mode": False} == config.to_dict()
+    assert type(get_peft_config({"peft_type": "PAT", "pruning_ratio": 0.5})) is PatConfig
+
+
+def test_pickle_round_trip() -> None:
+    assert pickle.loads(pickle.dumps(example())) == example()
+
+
+def test_registration_is_with_peft_and_can_be_repeated() -> None:
+    register()
+    assert PEFT_TYPE_TO_CONFIG_MAPPING["PAT"] is PatConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING["PAT"] is PatModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING["PAT"] == "lora_"
