@@ -84,7 +84,7 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrai
     Raises:
         PatError: there is no tokenizer.
     """
-    _check_folder(name_or_path)
+    _check_exists(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
     except (OSError, ValueError, HFValidationError) as error:
@@ -96,14 +96,19 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrai
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
-def _check_folder(name_or_path: str) -> None:
-    """Tell a folder without a model from a hub id: a path that looks like one never goes to the hub."""
+def _check_exists(name_or_path: str) -> None:
+    """Tell a missing folder from a hub id: a path that looks like one never goes to the hub."""
     path = Path(name_or_path).expanduser()
     looks_local = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
     if (looks_local and not path.is_dir()) or path.is_file():
         raise PatError(
             f"Got the model {name_or_path!r}, but there is no such folder; expected a model folder or a hub id."
         )
+
+
+def _check_folder(name_or_path: str) -> None:
+    _check_exists(name_or_path)
+    path = Path(name_or_path).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
         raise PatError(f"Got the model folder {name_or_path!r}, which has no config.json; expected a saved model.")
 

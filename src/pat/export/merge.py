@@ -75,8 +75,9 @@ def merge(
     target = _resolve_dtype(dtype)
     config = read_adapter_config(adapter)
     name = base_name(adapter, config, base_model)
-    tokenizer = load_tokenizer(str(adapter) if (Path(adapter) / "tokenizer_config.json").is_file() else name)
     base_config, _ = load_config(name)
+    folder = Path(adapter).expanduser()
+    tokenizer = load_tokenizer(str(folder) if (folder / "tokenizer_config.json").is_file() else name)
     batches = verification_batches(
         tokenizer, text_file, max_positions=getattr(base_config, "max_position_embeddings", None)
     )

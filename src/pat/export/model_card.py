@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from pat.export.results import environment
@@ -48,7 +49,7 @@ def base_license(base_model: str) -> dict[str, str]:
         return {}
     try:
         data = ModelCard.load(cached, ignore_metadata_errors=True).data
-    except (ValueError, OSError):  # a card that is broken is as good as none
+    except (ValueError, OSError, yaml.YAMLError):  # a card that is broken is as good as none
         return {}
     found = {key: getattr(data, key, None) for key in ("license", "license_name", "license_link")}
     return {key: value for key, value in found.items() if isinstance(value, str)}

@@ -1,0 +1,149 @@
+"""Masked against dense on trained models and real text, held against the noise floor of the same model and text.
+
+`pytest -s` shows the figures. The floor is the model compared with itself, its residual channels merely permuted.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hardened import hardened
+from tiny_training import tuner_of
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pat.export.model_card import Cut
+from pat.export.verification_text import verification_batches
+from pat.export.verify import Parity, check, compare, permutation_floor
+from pat.export.write import save_checkpoint
+
+MAX_LOGIT_DIFF = 1e-3
+MAX_FLOORS = 5
+"""The merge may cost some roundings more than a permutation: the masked model has three operators a layer and a basis to
+go through, the dense one has none."""
+
+MOVED = 0.1
+"""How far the adapter is moved from its start: the operators then change the residual stream by some percent."""
+
+MAX_SMOLLM2_PARAMETERS = 102_000_000
+"""At 25 %, if tied stays tied; untied it would be 122 million."""
+
+
+def batches_of(tokenizer: PreTrainedTokenizerBase, shared_data: Path, num: int) -> list[dict[str, Tensor]]:
+    return verification_batches(tokenizer, shared_data / "text" / "wiki_demo.txt")[:num]
+
+
+def measured(
+    base: PreTrainedModel, batches: list[dict[str, Tensor]], folder: Path, **fields: Any
+) -> tuple[Parity, Parity, Cut]:
+    """Return (parity, floor, cut) of an adapter on `base`, the dense model read back from disk."""
+    floor = permutation_floor(base, batches)
+    calibration = [] if fields.get("rotation") == "none" else batches
+    model = hardened(base, calibration=calibration, scale=MOVED, gain_tolerance=0.15, **fields)
+    folder.mkdir()
+    parity, cut = save_checkpoint(model, folder, tokenizer=None, batches=batches, dtype=None, provenance={})
+    mask = tuner_of(model).mask()
+    assert int(mask.keep.sum()) == cut.pruned_hidden_size
+    print(
+        f"\n{base.config.model_type} {cut.hidden_size} -> {cut.pruned_hidden_size} {fields} rotation {cut.rotation}, "
+        f"{cut.num_parameters:,} parameters: max |Δlogit| {parity.max_abs_logit_diff:.2e}, floor "
+        f"{floor.max_abs_logit_diff:.2e}, KL {parity.mean_kl:.1e}, top-1 {parity.top1_agreement:.4f}, "
+        f"logit deviation {parity.logit_std:.2f}, {parity.num_tokens} tokens"
+    )
+    return parity, floor, cut
+
+
+def assert_rounding_only(parity: Parity, floor: Parity) -> None:
+    assert parity.max_abs_logit_diff <= MAX_LOGIT_DIFF
+    assert parity.max_abs_logit_diff <= MAX_FLOORS * floor.max_abs_logit_diff
+
+
+@pytest.mark.parametrize("untied", [False, True])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("rotation", ["none", "pca"])
+def test_stories260k(
+    stories260k: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    shared_data: Path,
+    tmp_path: Path,
+    rotation: str,
+    dora: bool,
+    untied: bool,
+) -> None:
+    base, tokenizer = stories260k
+    fields = {"rotation": rotation, "use_dora": dora, "untie_word_embeddings": untied}
+    parity, floor, _ = measured(base, batches_of(tokenizer, shared_data, 4), tmp_path / "dense", **fields)
+    assert_rounding_only(parity, floor)
+
+
+@pytest.mark.parametrize("wrong", ["epsilon", "gain"])
+def test_a_wrong_fold_is_far_above_the_floor(
+    stories260k: tuple[PreTrainedModel, PreTrainedTokenizerBase], shared_data: Path, wrong: str
+) -> None:
+    """What the bounds are worth: leave one factor of the exact merge out and see."""
+    base, tokenizer = stories260k
+    batches = batches_of(tokenizer, shared_data, 1)
+    floor = permutation_floor(base, batches)
+    model = hardened(base, scale=MOVED, rotation="none")
+    dense = model.merge_and_unload()
+    for module in dense.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            if wrong == "epsilon":
+                module.variance_epsilon *= 48 / 64
+            else:
+                module.weight.data *= (48 / 64) ** 0.5
+    error = compare(model, dense, batches).max_abs_logit_diff
+    print(f"\n{wrong} left as it was: {error:.2e}, floor {floor.max_abs_logit_diff:.2e}")
+    assert error > MAX_FLOORS * floor.max_abs_logit_diff
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_stories260k_in_reduced_precision(
+    stories260k_path: Path, shared_data: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(stories260k_path, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(stories260k_path)
+    parity, _, _ = measured(base, batches_of(tokenizer, shared_data, 1), tmp_path / "dense")
+    assert parity.dtype == str(dtype).removeprefix("torch.")
+    check(parity)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{}, {"rotation": "none", "use_dora": True}], ids=["default", "unrotated-dora"])
+def test_smollm2(smollm2: Path, shared_data: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    parity, floor, cut = measured(base, batches_of(tokenizer, shared_data, 2), tmp_path / "dense", **fields)
+    assert_rounding_only(parity, floor)
+    assert cut.pruned_hidden_size == 432
+    assert cut.num_parameters <= MAX_SMOLLM2_PARAMETERS
+
+
+@pytest.mark.slow
+def test_smollm2_in_4_bit(smollm2: Path, shared_data: Path, tmp_path: Path) -> None:
+    """Computing in float32 the masked model has no rounding of its own, and the dequantised merge is as exact as any."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32, quantization_config=quantization)
+    batches = batches_of(AutoTokenizer.from_pretrained(smollm2), shared_data, 1)
+    model = hardened(base, calibration=batches, scale=MOVED)
+    parity = compare(model, model.merge_and_unload(), batches)
+    print(f"\nSmolLM2 in NF4: {parity.describe()}")
+    assert parity.max_abs_logit_diff <= MAX_LOGIT_DIFF
+
+
+@pytest.mark.slow
+def test_gemma3_270m(gemma3_270m: Path, shared_data: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(gemma3_270m, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gemma3_270m)
+    parity, floor, cut = measured(base, batches_of(tokenizer, shared_data, 1), tmp_path / "dense")
+    assert_rounding_only(parity, floor)
+    assert cut.rotation == "none"
+    assert cut.num_parameters < 0.76 * cut.num_parameters_base, "tied stays tied"
