@@ -71,8 +71,11 @@ class PatCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Set the mask for the step that begins."""
-        self._tuner(kwargs["model"]).set_step(state.global_step, self._milestone_step, self._adapter)
+        """Set the mask for the step that begins; a best checkpoint is only picked among those that can be merged."""
+        tuner = self._tuner(kwargs["model"])
+        tuner.set_step(state.global_step, self._milestone_step, self._adapter)
+        if not tuner.mask(self._adapter).hardened:
+            state.best_metric = state.best_model_checkpoint = None
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

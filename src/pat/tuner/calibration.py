@@ -59,7 +59,7 @@ class StreamStatistics:
 
     def covariance(self) -> Tensor:
         """Return the summed second moment, `(d, d)` in float64."""
-        return torch.stack(list(self._moments.values())).sum(0) / self.num_tokens
+        return self._moments[""] / self.num_tokens
 
     def importance(self, effective: Any) -> Tensor:
         """Return the importance of each channel, `(d,)`: its energy times what the readers behind it make of it.
@@ -83,8 +83,10 @@ class StreamStatistics:
         assert self._selected is not None
         rows = hidden.detach().flatten(0, -2)[self._selected].float()
         rows = rows * rows.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+        # A rotation needs one sum over all sites; d x d numbers for each would not fit beside a large model.
+        key = "" if self.full else site
         moment = (rows.mT @ rows if self.full else rows.square().sum(0)).double()
-        self._moments[site] = self._moments[site] + moment if site in self._moments else moment
+        self._moments[key] = self._moments[key] + moment if key in self._moments else moment
 
     def _sites(self) -> list[str]:
         return [site for site, _, _ in self._read_sites()]
