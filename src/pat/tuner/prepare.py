@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -45,6 +45,11 @@ def plan_attachment(
         PatError: the family is not supported, the width illegal, an option impossible, or the adapter belongs to
             another base model.
     """
+    if known_stream is None and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise PatError(
+            "Got a model that carries adapter layers already; load the base model again, call unload() on its PeftModel, "
+            "or put a second adapter on that with add_adapter()."
+        )
     if not isinstance(model, PreTrainedModel):
         raise PatError(
             f"Got a {type(model).__name__}, which is no transformers model; expected a causal language model such as "
