@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from tiny_models import BOS_ID, EOS_ID, NUM_SPECIAL_IDS, PAD_ID, batch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -144,6 +145,20 @@ def logits(model: nn.Module, inputs: dict[str, Tensor] | None = None) -> Tensor:
     output: Tensor = model(**inputs).logits
     model.train(was_training)
     return output[inputs["attention_mask"].bool()]
+
+
+class Float64(TorchFunctionMode):
+    """Turn every cast to float32 into one to float64.
+
+    transformers computes norms, softmax, router, rotary angles and losses in float32 whatever the model's dtype.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        kwargs = {key: torch.float64 if arg is torch.float32 else arg for key, arg in (kwargs or {}).items()}
+        return func(*args, **kwargs)
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import FAMILIES, batch, build
-from tiny_training import attach, largest_difference, logits, tuner_of
+from tiny_training import Float64, attach, largest_difference, logits, tuner_of
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from pat.families import get_family
@@ -26,17 +25,6 @@ EXACT = 1e-11
 
 VISIBLE = 1e-3
 """What a wrong merge must at least amount to: ten times the tolerance that users' models are verified with."""
-
-
-class Float64(TorchFunctionMode):
-    """Turn every cast to float32 into one to float64."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.float:
-            func = Tensor.double
-        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
-        kwargs = {key: torch.float64 if arg is torch.float32 else arg for key, arg in (kwargs or {}).items()}
-        return func(*args, **kwargs)
 
 
 def logits64(model: nn.Module) -> Tensor:

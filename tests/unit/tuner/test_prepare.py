@@ -48,6 +48,16 @@ def test_a_model_with_a_parameter_of_unknown_role_is_refused() -> None:
     refused(model, r"sinks.*families\.py")
 
 
+def test_a_model_with_an_adapter_already_is_refused() -> None:
+    """A notebook's cell that is run twice."""
+    base = build("llama", tied=True)
+    model = attach(base)
+    for again in (base, model):
+        with pytest.raises(PatError, match=r"adapter layers already.*unload\(\).*add_adapter\(\)"):
+            attach(again)
+    attach(model.unload())
+
+
 @pytest.mark.parametrize("family", ["phi3"])
 def test_longrope_is_refused_before_any_work(family: str) -> None:
     factors = [1.0] * 2
