@@ -62,6 +62,8 @@ class HsmLayer(_HookedLayer):
     def __init__(self, mask_layer: MaskLayer) -> None:
         super().__init__()
         self.operators = nn.ModuleDict()
+        self.tied_adapters: set[str] = set()
+        """Adapters whose operator also acts before the head that shares this embedding's matrix."""
         self._mask_layer = [mask_layer]
         self._handles: list[RemovableHandle] = []
 
@@ -70,11 +72,11 @@ class HsmLayer(_HookedLayer):
         return cast(Operator, self.operators[adapter_name])
 
     def attach(self, site: nn.Module, final_norm: nn.Module | None) -> None:
-        """Hook the output of `site`, and of the final norm where the operator also acts before a tied head."""
+        """Hook the output of `site`, and of the final norm if an operator also acts before a tied head."""
         self.detach()
         # Bound methods, not closures: a deep copy of the model then calls the copied layer.
         self._handles.append(site.register_forward_hook(self._write))
-        if final_norm is not None:
+        if final_norm is not None and self.tied_adapters:
             self._handles.append(final_norm.register_forward_hook(self._read_tied))
 
     def detach(self) -> None:
@@ -100,6 +102,8 @@ class HsmLayer(_HookedLayer):
         On the norm's output, never around the head: fused heads read `lm_head.weight` and would skip a wrapper.
         """
         for name in self._active():
+            if name not in self.tied_adapters:
+                continue
             factor = self._mask_layer[0].mask(name).head_factor
             if factor is not None:
                 output = (output * factor).to(output.dtype)

@@ -85,8 +85,10 @@ class PatModel(LoraModel):
             site_device = next(model.get_submodule(site).parameters()).device
             layer.add_adapter(adapter_name, build_operator(width.hidden_size, config.operator_rank).to(site_device))
             # LoRA and modules_to_save may just have replaced the writer: hook whatever stands there now.
-            final_norm = stream.final_norm if site == stream.embedding and plan.tied else None
-            layer.attach(model.get_submodule(site), None if final_norm is None else model.get_submodule(final_norm))
+            final_norm = model.get_submodule(stream.final_norm) if site == stream.embedding else None
+            if final_norm is not None and plan.tied:
+                layer.tied_adapters.add(adapter_name)
+            layer.attach(model.get_submodule(site), final_norm)
         for sparsification_layer in self._sparsification_layers():
             sparsification_layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
