@@ -47,7 +47,7 @@ def plan_attachment(
     """
     if known_stream is None and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise PatError(
-            "Got a model that carries adapter layers already; load the base model again, call unload() on its PeftModel "
+            "Got a model with adapter layers already; load the base model again, call unload() on its PeftModel "
             "first, or put a second adapter on that with add_adapter()."
         )
     if not isinstance(model, PreTrainedModel):
