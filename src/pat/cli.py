@@ -7,9 +7,11 @@ shows the traceback.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from pat import __version__
 from pat.errors import PatError
@@ -26,26 +28,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
         return 0 if arguments else 2
-    name, rest = arguments[0], arguments[1:]
     try:
-        if name not in COMMANDS:
-            raise PatError(f"Got the command {name!r}; expected one of {', '.join(COMMANDS)}.")
-        COMMANDS[name](rest)
-    except PatError as error:
+        return _run(arguments[0], arguments[1:])
+    except BrokenPipeError:  # nobody reads on, as in `pat tune --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        return 1
+    except KeyboardInterrupt:
         if debug:
             raise
-        print(f"pat: {error}", file=sys.stderr)
-        return error.exit_status
-    except KeyboardInterrupt:
         print("pat: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         if debug:
             raise
-        detail = " ".join(str(error).split()) or "no message"
-        print(f"pat: {type(error).__name__}: {detail} (run again with --debug for the traceback)", file=sys.stderr)
-        return 1
+        print(f"pat: {_one_line(error)}", file=sys.stderr)
+        return error.exit_status if isinstance(error, PatError) else 1
+
+
+def _run(name: str, argv: Sequence[str]) -> int:
+    if name not in COMMANDS:
+        raise PatError(f"Got the command {name!r}; expected one of {', '.join(COMMANDS)} (see `pat --help`).")
+    try:
+        COMMANDS[name](argv)
+    except SystemExit as leave:  # argparse's way to end after --help
+        if leave.code:
+            raise
+    sys.stdout.flush()
     return 0
+
+
+def _one_line(error: Exception) -> str:
+    message = " ".join(str(error).split())
+    if isinstance(error, PatError):
+        return message
+    return f"{type(error).__name__}: {message or 'no message'} (run again with --debug for the traceback)"
 
 
 def _tune(argv: Sequence[str]) -> None:
@@ -171,39 +187,38 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, name: str, command: Callable[[Sequence[str]], None]) -> None:
         super().__init__(prog=f"pat {name}", description=command.__doc__, allow_abbrev=False)
 
-    def error(self, message: str):  # type: ignore[no-untyped-def]  # argparse types this as NoReturn
+    def error(self, message: str) -> NoReturn:
         """Raise what argparse would print."""
-        raise PatError(f"{message}; see `{self.prog} --help`.")
+        raise PatError(f"{message} (see `{self.prog} --help`).")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse with the defaults of a `--config` YAML file, if one is named, below the flags."""
-        self.add_argument("--config", type=Path, help="YAML file of defaults for these flags.")
-        known, _ = argparse.ArgumentParser.parse_known_args(_ConfigOnly(), list(argv))
-        if known.config is not None:
-            self.set_defaults(**_read_config(known.config, {action.dest for action in self._actions}))
-            for action in self._actions:
-                action.required = action.required and self.get_default(action.dest) is None
-        return self.parse_args(list(argv))
+        """Parse a command line, below it the flags of a `--config` YAML file if one is named."""
+        from pat.config_file import read_config, split_config
+
+        self.add_argument("--config", metavar="FILE", help="YAML file of flags; those typed here win.")
+        path, flags = split_config(argv)
+        config = {} if path is None else read_config(path)
+        known = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
+        unknown = sorted(set(config) - set(known))
+        if unknown:
+            self.error(f"{path}: got the unknown flag(s) {', '.join(unknown)}; expected some of {', '.join(known)}")
+        # As typed flags, the file's values go through the same checks.
+        typed = [item for name, value in config.items() for item in _as_typed(known[name], value)]
+        return self.parse_args([*typed, *map(_underscored, flags)])
 
 
-class _ConfigOnly(argparse.ArgumentParser):
-    def __init__(self) -> None:
-        super().__init__(add_help=False, allow_abbrev=False)
-        self.add_argument("--config", type=Path)
+def _underscored(argument: str) -> str:
+    """Allow `--pruning-ratio` for `--pruning_ratio`, as TRL's parser does."""
+    flag, equals, value = argument.partition("=")
+    return f"--{flag[2:].replace('-', '_')}{equals}{value}" if flag.startswith("--") else argument
 
 
-def _read_config(path: Path, known: set[str]) -> dict[str, object]:
-    import yaml
-
-    if not path.is_file():
-        raise PatError(f"Got --config {path}, but there is no such file; expected a YAML file of flags.")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise PatError(f"Got --config {path}, which is no YAML mapping; expected lines such as `pruning_ratio: 0.25`.")
-    unknown = sorted(set(content) - known)
-    if unknown:
-        raise PatError(f"Got the unknown flag(s) {', '.join(unknown)} in {path}; remove them.")
-    return content
+def _as_typed(action: argparse.Action, value: object) -> list[str]:
+    """Return a flag and its value the way they would be typed; nothing for null and for a switch that is off."""
+    flag = action.option_strings[-1]
+    if value is None or (action.nargs == 0 and value is False):
+        return []
+    return [flag] if action.nargs == 0 and value is True else [f"{flag}={value}"]
 
 
 def _overview() -> str:

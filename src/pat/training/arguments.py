@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from importlib import resources
@@ -12,11 +13,19 @@ import torch
 import yaml
 from trl import ModelConfig, SFTConfig, TrlParser
 
+from pat.config_file import read_config, split_config
 from pat.errors import PatError
+from pat.training.help import USAGE, Formatter, render_help, unknown_flags
 from pat.tuner.config import PatConfig
 from pat.tuner.options import PatOptions
 
 RECIPES = ("default", "paper")
+
+_OUR_HELP = {
+    "model_name_or_path": "Base model: a folder or a hub id.",
+    "output_dir": "Where the run goes, a new or empty folder: model/, adapter/, results.json.",
+}
+"""What flags of the libraries mean here."""
 
 
 @dataclass
@@ -36,7 +45,7 @@ class RunOptions:
     held_out: str | None = field(
         default=None,
         metadata={
-            "help": "Rows kept apart for the final figures: a number, a share, or a file. Default 2 %, max. 200."
+            "help": "Rows kept apart for the final figures: a number, a share, or a file. Default: 1 in 50, up to 200."
         },
     )
     recipe: str = field(
@@ -76,32 +85,52 @@ class TuneArguments:
 
 
 class Parser(TrlParser):
-    """TRL's parser, with errors as `PatError` (one line) instead of an exit after a page of usage."""
+    """TRL's parser with our flags first in its help, and errors as `PatError` (one line) instead of a page of usage."""
 
     def __init__(self) -> None:
         dataclasses: list[Any] = [RunOptions, PatOptions, SFTConfig, ModelConfig]
-        super().__init__(dataclasses, prog="pat tune", allow_abbrev=False)
+        super().__init__(dataclasses, prog="pat tune", usage=USAGE, formatter_class=Formatter, allow_abbrev=False)
+        for action in self._actions:
+            action.help = _OUR_HELP.get(action.dest, action.help)
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print."""
-        raise PatError(f"{message}; see `pat tune --help`.")
+        raise PatError(f"{message} (see `pat tune --help`).")
+
+    def format_help(self) -> str:
+        """Return the help page, in sections by where a flag comes from."""
+        owners: dict[str, Any] = {
+            "data and run": RunOptions,
+            "pruning": PatOptions,
+            "model and adapter (TRL's ModelConfig)": ModelConfig,
+            "training (TRL's SFTConfig, transformers' TrainingArguments)": SFTConfig,
+        }
+        names = {heading: [f.name for f in fields(owner)] for heading, owner in owners.items()}
+        return render_help(self, [*names.items(), ("other", ("help",))])
 
 
 def parse_arguments(argv: Sequence[str]) -> TuneArguments:
     """Parse a command line: recipe below `--config` file below flags.
 
     Raises:
-        PatError: an unknown flag, a value of the wrong type, or an unknown recipe.
+        PatError: an unknown flag, a value of the wrong type, an unknown recipe, or a config file that cannot be read.
     """
     parser = Parser()
+    path, flags = split_config(argv)
+    config = {} if path is None else read_config(path)
+    _set_environment(config.pop("env", {}))
     parser.set_defaults_with_config(**_machine_defaults())
-    parser.set_defaults_with_config(
-        **recipe_defaults(_value_of(argv, "--recipe") or _recipe_in_config(argv) or "default")
-    )
+    parser.set_defaults_with_config(**recipe_defaults(_value_of(flags, "--recipe") or config.get("recipe", "default")))
+    unknown = parser.set_defaults_with_config(**config)
+    if unknown:
+        parser.error(f"{path}: {unknown_flags(unknown, parser)}")
     try:
-        run, pat, sft, model = parser.parse_args_and_config(list(argv))
-    except (ValueError, OSError) as error:
+        parsed: Any = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True, look_for_args_file=False)
+    except (ValueError, TypeError, OSError) as error:
         raise PatError(f"{' '.join(str(error).split())} (see `pat tune --help`).") from error
+    run, pat, sft, model, rest = parsed
+    if rest:
+        parser.error(unknown_flags(rest, parser))
     return _bundle(run, pat, sft, model)
 
 
@@ -157,9 +186,8 @@ def _value_of(argv: Sequence[str], flag: str) -> str | None:
     return None
 
 
-def _recipe_in_config(argv: Sequence[str]) -> str | None:
-    path = _value_of(argv, "--config")
-    if path is None or not Path(path).is_file():
-        return None
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    return content.get("recipe") if isinstance(content, dict) else None
+def _set_environment(variables: Any) -> None:
+    """Set what a config file lists under `env`, as TRL's parser does."""
+    if not isinstance(variables, dict):
+        raise PatError(f"Got env: {variables!r} in the config file; expected a mapping of names to values.")
+    os.environ.update({str(name): str(value) for name, value in variables.items()})

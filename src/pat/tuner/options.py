@@ -17,7 +17,7 @@ class PatOptions:
         default=None, metadata={"help": "Hard alignment of the pruned hidden size, in channels."}
     )
     operator_rank: int | str | None = field(
-        default=None, metadata={"help": "Rank of the operators, 'dense' for full matrices. Default: 5 % of the width."}
+        default=None, metadata={"help": "Rank of the operators, or 'dense'. Default: a twentieth of the width."}
     )
     mask: str = field(default="trainable", metadata={"help": "'trainable', or 'frozen' (the paper's ablation)."})
     rotation: str = field(

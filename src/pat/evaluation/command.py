@@ -1,0 +1,220 @@
+"""`pat evaluate`: perplexity on a text and likelihood of responses, of a dense checkpoint or a PAT adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from pat.errors import PatError
+from pat.evaluation.perplexity import NLL, Progress, response_nll, text_perplexity, tokenize_examples
+from pat.export.merge import base_name, load_adapted, read_adapter_config
+from pat.export.results import environment, write_results
+from pat.loading import load_base, load_config, load_tokenizer
+from pat.training.data import check_truncation, load_training_data
+from pat.training.sources import TemplateChoice
+from pat.tuner.model import find_tuner
+
+TEMPLATES = ("auto", "chat", "alpaca")
+
+BATCH_SIZE = 8
+
+TOKENS_PER_LIMIT = 1000
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one model."""
+
+    model: str
+    base_model: str | None
+    """For an adapter, the base it was put on; None for a dense checkpoint."""
+    mask: str | None
+    """For an adapter: `hard` (0/1, as after the merge), or `soft at step ...`."""
+    num_parameters: int
+    dtype: str
+    max_length: int
+    text_file: str | None
+    text: NLL | None
+    """Over the tokens of the text."""
+    dataset_name: str | None
+    responses: NLL | None
+    """Over the response tokens of the data."""
+    num_rows: int
+    """Rows of the data whose response was scored."""
+    num_truncated: int
+    """Rows left out because nothing of their response fits into `max_length`."""
+
+
+def evaluate(
+    model: str,
+    *,
+    text_file: str | None = None,
+    dataset_name: str | None = None,
+    template: str = "auto",
+    max_length: int = 512,
+    limit: int | None = None,
+    output: Path | None = None,
+) -> Evaluation:
+    """Measure a model on a text, on instruction data, or on both.
+
+    Args:
+        model: folder or hub id of a dense checkpoint, or the folder of a PAT adapter (its base is found through it).
+        text_file: plain text for token perplexity.
+        dataset_name: instruction data, see `load_training_data`; all of it is scored.
+        template: how instructions become prompts: "auto", "chat" or "alpaca".
+        max_length: longest context, in tokens.
+        limit: at most this many rows, and thousand tokens of the text.
+        output: JSON file to write as well.
+
+    Raises:
+        PatError: nothing to evaluate on, or model, text or data cannot be used.
+    """
+    _check(text_file, dataset_name, template, max_length, limit, output)
+    adapter = read_adapter_config(model) if is_adapter(model) else None
+    name = model if adapter is None else base_name(model, adapter, None)
+    load_config(name)
+    tokenizer = load_tokenizer(model if has_tokenizer(model) else name)
+    # Read before the weights: a wrong column should not take minutes to be found.
+    examples, num_truncated = _examples(dataset_name, tokenizer, template, max_length, limit)
+
+    network: nn.Module = load_base(name) if adapter is None else load_adapted(model)
+    network = network.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
+    text = responses = None
+    if text_file is not None:
+        with _progress("Text") as progress:
+            text = text_perplexity(
+                network,
+                tokenizer,
+                Path(text_file),
+                context=max_length,
+                max_tokens=None if limit is None else limit * TOKENS_PER_LIMIT,
+                batch_size=BATCH_SIZE,
+                progress=progress,
+            )
+    if examples:
+        with _progress("Responses") as progress:
+            pad_token_id = cast(int, tokenizer.pad_token_id)
+            responses = response_nll(
+                network, examples, batch_size=BATCH_SIZE, pad_token_id=pad_token_id, progress=progress
+            )
+    evaluation = Evaluation(
+        model=model,
+        base_model=None if adapter is None else name,
+        mask=_describe_mask(network),
+        num_parameters=sum(parameter.numel() for parameter in network.parameters()),
+        dtype=str(next(network.parameters()).dtype).removeprefix("torch."),
+        max_length=max_length,
+        text_file=text_file,
+        text=text,
+        dataset_name=dataset_name,
+        responses=responses,
+        num_rows=len(examples),
+        num_truncated=num_truncated,
+    )
+    if output is not None:
+        write_results(output, {"command": "evaluate", **environment(), **to_dict(evaluation)})
+    return evaluation
+
+
+def to_dict(evaluation: Evaluation) -> dict[str, Any]:
+    """Return the figures ready for JSON, perplexities included."""
+    facts = asdict(evaluation)
+    for name in ("text", "responses"):
+        nll: NLL | None = getattr(evaluation, name)
+        if nll is not None:
+            facts[name]["perplexity"] = nll.perplexity
+    return facts
+
+
+def print_evaluation(evaluation: Evaluation) -> None:
+    """Print the figures as a table on standard output."""
+    console = Console(highlight=False, markup=False)
+    kind = "" if evaluation.mask is None else f", PAT adapter on {evaluation.base_model}, mask {evaluation.mask}"
+    console.print(f"{evaluation.model} ({evaluation.num_parameters:,} parameters, {evaluation.dtype}{kind})")
+    table = Table()
+    table.add_column("")
+    for heading in ("tokens", "NLL", "perplexity"):
+        table.add_column(heading, justify="right")
+    for source, nll in ((evaluation.text_file, evaluation.text), (evaluation.dataset_name, evaluation.responses)):
+        if nll is not None:
+            table.add_row(source, f"{nll.num_tokens:,}", f"{nll.nll:.4f}", f"{nll.perplexity:,.2f}")
+    console.print(table)
+    num_truncated, max_length = evaluation.num_truncated, evaluation.max_length
+    if num_truncated:
+        console.print(f"{num_truncated} rows were left out: no response token fits into {max_length} tokens.")
+
+
+def is_adapter(model: str) -> bool:
+    """Tell whether a folder holds an adapter rather than a model."""
+    return (Path(model).expanduser() / "adapter_config.json").is_file()
+
+
+def has_tokenizer(model: str) -> bool:
+    """Tell whether a folder holds a tokenizer; a hub id is no folder and does not count."""
+    return (Path(model).expanduser() / "tokenizer_config.json").is_file()
+
+
+def _check(
+    text_file: str | None, dataset_name: str | None, template: str, max_length: int, limit: int | None, output: Any
+) -> None:
+    if text_file is None and dataset_name is None:
+        raise PatError(
+            "Got nothing to evaluate on; give --text_file (plain text) or --dataset_name (instruction data)."
+        )
+    if text_file is not None and not Path(text_file).expanduser().is_file():
+        raise PatError(f"{text_file}: no such file; expected a UTF-8 text file.")
+    if template not in TEMPLATES:
+        raise PatError(f"Got template={template!r}; expected one of {', '.join(TEMPLATES)}.")
+    for flag, value in (("max_length", max_length), ("limit", limit)):
+        if value is not None and value < 1:
+            raise PatError(f"Got {flag}={value}; expected a whole number above 0.")
+    if output is not None and output.is_dir():
+        raise PatError(f"Got output={output}, which is a folder; expected the name of a JSON file.")
+
+
+def _examples(
+    dataset_name: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    max_length: int,
+    limit: int | None,
+) -> tuple[list[dict[str, list[int]]], int]:
+    """Tokenise the rows to score; also return how many lose their whole response."""
+    if dataset_name is None:
+        return [], 0
+    choice = cast(TemplateChoice, template)
+    rows = load_training_data(dataset_name, tokenizer=tokenizer, template=choice, held_out=0).train
+    if limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
+    num_truncated = check_truncation(tokenizer, rows, max_length)
+    return tokenize_examples(tokenizer, rows, max_length), num_truncated
+
+
+def _describe_mask(network: nn.Module) -> str | None:
+    tuner = find_tuner(network)
+    if tuner is None:
+        return None
+    mask = tuner.mask()
+    return "hard" if mask.hardened else f"soft at step {mask.step}"
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Progress]:
+    """Yield a progress function that draws a bar on stderr if a person is looking."""
+    with tqdm(desc=what, unit="batch", disable=None, leave=False) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield cast(Callable[[int, int], None], report)
