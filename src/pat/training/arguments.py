@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
@@ -125,7 +127,10 @@ def parse_arguments(argv: Sequence[str]) -> TuneArguments:
     if unknown:
         parser.error(f"{path}: {unknown_flags(unknown, parser)}")
     try:
-        parsed: Any = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True, look_for_args_file=False)
+        with _trls_own_deprecations_ignored():
+            parsed: Any = parser.parse_args_into_dataclasses(
+                flags, return_remaining_strings=True, look_for_args_file=False
+            )
     except (ValueError, TypeError, OSError) as error:
         raise PatError(f"{' '.join(str(error).split())} (see `pat tune --help`).") from error
     run, pat, sft, model, rest = parsed
@@ -142,7 +147,8 @@ def build_arguments(**flags: Any) -> TuneArguments:
     """
     merged = {**_machine_defaults(), **recipe_defaults(flags.get("recipe", "default")), **flags}
     try:
-        run, pat, sft, model = Parser().parse_dict(merged)
+        with _trls_own_deprecations_ignored():
+            run, pat, sft, model = Parser().parse_dict(merged)
     except (ValueError, TypeError) as error:
         raise PatError(" ".join(str(error).split())) from error
     return _bundle(run, pat, sft, model)
@@ -156,6 +162,14 @@ def _bundle(run: RunOptions, pat: PatOptions, sft: SFTConfig, model: ModelConfig
     # The trainer writes its checkpoints below the run's folder, whose other names are the product's.
     sft.output_dir = str(output_dir / "checkpoints")
     return TuneArguments(run, pat, sft, model, output_dir)
+
+
+@contextmanager
+def _trls_own_deprecations_ignored() -> Iterator[None]:
+    """Silence what transformers says about the old name of a flag that TRL's defaults still use."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
+        yield
 
 
 def _machine_defaults() -> dict[str, Any]:
