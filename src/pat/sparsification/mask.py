@@ -65,9 +65,9 @@ class UnifiedMask(nn.Module):
         self.register_buffer("basis", torch.eye(hidden_size) if has_basis else None)
         self.register_buffer("dropped_basis", None, persistent=False)
         self.register_buffer("head_factor", torch.ones(hidden_size) if has_head_factor else None)
-        # (step, milestone step, hardened, calibrated): saved with the adapter, mirrored in plain attributes because
-        # the forward pass must not read a tensor to choose its branch (a device synchronisation, a graph break).
-        self.register_buffer("progress", torch.zeros(4, dtype=torch.int64))
+        # (step, milestone step or -1, hardened, calibrated): saved with the adapter, mirrored in plain attributes: the
+        # forward pass must not read a tensor to choose its branch (a device synchronisation, a graph break).
+        self.register_buffer("progress", torch.tensor([0, -1, 0, 0]))
         # (tau, beta) as a tensor, so that a compiled forward pass is not specialised on every step's value.
         self.register_buffer("gate_schedule", torch.tensor([1.0, 0.5]), persistent=False)
         self.step = 0
