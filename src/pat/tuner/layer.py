@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -22,7 +23,21 @@ OPERATOR_NAME = "pat_hsm"
 
 
 class _HookedLayer(nn.Module, BaseTunerLayer):
-    """What both layers share: they wrap no module, so there is nothing to merge into."""
+    """What both layers share: they wrap no module, so there is no base layer to merge into, follow or look through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._devices: dict[str, torch.device] = {}
+
+    @property
+    def weight(self) -> Tensor:
+        """Not there: peft would look for it in a base layer without end."""
+        raise AttributeError(f"{type(self).__name__} has no weight")
+
+    @property
+    def bias(self) -> Tensor:
+        """Not there, see `weight`."""
+        raise AttributeError(f"{type(self).__name__} has no bias")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Do nothing: `PatModel` folds operators and mask, layer by layer merging cannot change shapes."""
@@ -30,9 +45,24 @@ class _HookedLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Do nothing, see `merge`."""
 
-    def add_adapter(self, adapter_name: str, module: nn.Module) -> None:
+    def add_adapter(self, adapter_name: str, module: nn.Module, device: torch.device) -> None:
         """Add the module of a new adapter."""
-        getattr(self, self.adapter_layer_names[0])[adapter_name] = module
+        self._modules_by_adapter()[adapter_name] = module
+        self._devices[adapter_name] = device
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Put an adapter beside what it acts on, in float32 as it is; peft asks for it after loading as well.
+
+        With `low_cpu_mem_usage` peft makes parameters on the meta device, and gives them values on loading.
+        """
+        if adapter_name in self._modules_by_adapter():
+            place = device or self._devices[adapter_name]
+            module = self._modules_by_adapter()[adapter_name]
+            module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(place))
+
+    def _modules_by_adapter(self) -> nn.ModuleDict:
+        return cast(nn.ModuleDict, getattr(self, self.adapter_layer_names[0]))
 
 
 class MaskLayer(_HookedLayer):

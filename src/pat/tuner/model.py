@@ -75,7 +75,7 @@ class PatModel(LoraModel):
             has_head_factor=plan.rotation == "pca" and plan.tied,
             lr_multiplier=config.mask_lr_multiplier,
         )
-        mask_layer.add_adapter(adapter_name, mask.to(device))
+        mask_layer.add_adapter(adapter_name, mask, device)
         self._num_operators = len(stream.sites)
         for site in stream.sites:
             parent = model.get_submodule(site.rpartition(".")[0])
@@ -83,7 +83,7 @@ class PatModel(LoraModel):
                 parent.add_module(OPERATOR_NAME, HsmLayer(mask_layer))
             layer = cast(HsmLayer, getattr(parent, OPERATOR_NAME))
             site_device = next(model.get_submodule(site).parameters()).device
-            layer.add_adapter(adapter_name, build_operator(width.hidden_size, config.operator_rank).to(site_device))
+            layer.add_adapter(adapter_name, build_operator(width.hidden_size, config.operator_rank), site_device)
             # LoRA and modules_to_save may just have replaced the writer: hook whatever stands there now.
             final_norm = model.get_submodule(stream.final_norm) if site == stream.embedding else None
             if final_norm is not None and plan.tied:
