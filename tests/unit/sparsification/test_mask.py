@@ -364,6 +364,16 @@ def test_a_copy_is_the_same_function_and_goes_on_alike(
     assert torch.equal(other(y), mask(y))
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_mask_that_was_never_moved_stays_the_identity_when_it_is_loaded(calibrated: bool) -> None:
+    mask = make()
+    if calibrated:
+        mask.set_prior(random(HIDDEN))
+    other = through_state_dict(mask)
+    assert other.milestone_step is None and not other.hardened and other.calibrated == calibrated
+    assert torch.equal(other.gate().detach(), torch.ones(HIDDEN))
+
+
 def test_a_mask_is_a_module_whose_only_parameter_is_the_proxy_weights() -> None:
     mask = UnifiedMask(HIDDEN, KEPT, has_basis=True, has_head_factor=True)
     assert [name for name, _ in mask.named_parameters()] == ["weight"]
