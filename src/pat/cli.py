@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -49,7 +50,10 @@ def _run(name: str, argv: Sequence[str]) -> int:
     if name not in COMMANDS:
         raise PatError(f"Got the command {name!r}; expected one of {', '.join(COMMANDS)} (see `pat --help`).")
     try:
-        COMMANDS[name](argv)
+        with warnings.catch_warnings():
+            # What the libraries will change in their next versions is nothing a person at the terminal can act on.
+            warnings.simplefilter("ignore", FutureWarning)
+            COMMANDS[name](argv)
     except SystemExit as leave:  # argparse's way to end after --help
         if leave.code:
             raise

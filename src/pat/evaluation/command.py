@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pat.errors import PatError
-from pat.evaluation.perplexity import NLL, Progress, response_nll, text_perplexity, tokenize_examples
+from pat.evaluation.perplexity import NLL, Progress, read_text, response_nll, text_perplexity, tokenize_examples
 from pat.export.merge import base_name, load_adapted, read_adapter_config
 from pat.export.results import environment, write_results
 from pat.loading import load_base, load_config, load_tokenizer
@@ -85,17 +85,18 @@ def evaluate(
     load_config(name)
     tokenizer = load_tokenizer(model if has_tokenizer(model) else name)
     # Read before the weights: a wrong column should not take minutes to be found.
+    content = None if text_file is None else read_text(Path(text_file))
     examples, num_truncated = _examples(dataset_name, tokenizer, template, max_length, limit)
 
     network: nn.Module = load_base(name) if adapter is None else load_adapted(model)
     network = network.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
     text = responses = None
-    if text_file is not None:
+    if content is not None:
         with _progress("Text") as progress:
             text = text_perplexity(
                 network,
                 tokenizer,
-                Path(text_file),
+                content,
                 context=max_length,
                 max_tokens=None if limit is None else limit * TOKENS_PER_LIMIT,
                 batch_size=BATCH_SIZE,
@@ -171,8 +172,6 @@ def _check(
         raise PatError(
             "Got nothing to evaluate on; give --text_file (plain text) or --dataset_name (instruction data)."
         )
-    if text_file is not None and not Path(text_file).expanduser().is_file():
-        raise PatError(f"{text_file}: no such file; expected a UTF-8 text file.")
     if template not in TEMPLATES:
         raise PatError(f"Got template={template!r}; expected one of {', '.join(TEMPLATES)}.")
     for flag, value in (("max_length", max_length), ("limit", limit)):

@@ -10,24 +10,35 @@ import torch
 from torch import Tensor
 
 from pat.errors import PatError
+from pat.evaluation.perplexity import read_text
 
 BATCH_SIZE = 4
 CONTEXT = 512
 """Tokens per calibration sequence: long enough for attention to settle, short enough for any model."""
 
 
+def read_calibration(path: str) -> str:
+    """Return the text of a calibration file.
+
+    Raises:
+        PatError: the file is missing, not UTF-8 or blank.
+    """
+    try:
+        return read_text(Path(path))
+    except PatError as error:
+        raise PatError(f"The calibration text cannot be used: {error}") from error
+
+
 def batches_from_text_file(path: str, tokenizer: Any) -> Iterator[dict[str, Tensor]]:
     """Yield batches of consecutive pieces of a text file, `input_ids` of shape `(batch, 512)`, the rest dropped.
 
     Raises:
-        PatError: the file is missing or holds no text, or there is no tokenizer to read it with.
+        PatError: see `read_calibration`; or there is no tokenizer to read it with.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise PatError(f"Got calibration={path!r}, but there is no such file; expected a plain text file.")
+    text = read_calibration(path)
     if tokenizer is None:
         raise PatError("Got a calibration text but no tokenizer; pass processing_class to the trainer.")
-    ids = torch.tensor(tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
     if len(ids) == 0:
         raise PatError(f"Got calibration={path!r}, but the file holds no text.")
     length = min(CONTEXT, len(ids))

@@ -18,6 +18,7 @@ from pat.export.results import environment, write_results
 from pat.export.write import check_output_folder, write_dense
 from pat.loading import load_base, load_config, load_tokenizer
 from pat.training.arguments import TuneArguments, build_arguments
+from pat.training.calibration_text import read_calibration
 from pat.training.callback import PatCallback
 from pat.training.data import TrainingData, check_truncation, load_training_data
 from pat.training.guard import FiniteGuard
@@ -55,6 +56,8 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
     pat_config = arguments.pat_config()
     base_config, family = load_config(name, revision=arguments.model.model_revision)
     check_config(base_config, family, pat_config)
+    if pat_config.calibration is not None:
+        read_calibration(pat_config.calibration)
     tokenizer = load_tokenizer(name, revision=arguments.model.model_revision)
     data = _load_data(arguments, tokenizer)
     num_truncated = check_truncation(tokenizer, data.train, sft.max_length)
