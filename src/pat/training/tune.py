@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any, cast
 
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTTrainer, get_quantization_config
 
 from pat.errors import RunFailed
@@ -64,11 +64,11 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
     held_out = _examples(tokenizer, data, arguments)
 
     set_seed(sft.seed)
-    model = _attach(arguments, pat_config)
-    tuner = cast(PatModel, find_tuner(model))
+    base = _load_base(arguments)
     pad_token_id = cast(int, tokenizer.pad_token_id)
-    with model.disable_adapter():
-        figures = {"base": measure(model.get_base_model(), held_out, pad_token_id)}
+    figures = {"base": measure(base, held_out, pad_token_id)}
+    model = cast(PeftModel, get_peft_model(base, pat_config))
+    tuner = cast(PatModel, find_tuner(model))
 
     trainer = SFTTrainer(
         model=model,
@@ -132,8 +132,8 @@ def _load_data(arguments: TuneArguments, tokenizer: PreTrainedTokenizerBase) -> 
     )
 
 
-def _attach(arguments: TuneArguments, pat_config: Any) -> PeftModel:
-    """Load the base (quantised if asked for) and put the adapter on it."""
+def _load_base(arguments: TuneArguments) -> PreTrainedModel:
+    """Load the base, quantised if asked for."""
     options = arguments.model
     quantization = get_quantization_config(options)
     base = load_base(
@@ -147,7 +147,7 @@ def _attach(arguments: TuneArguments, pat_config: Any) -> PeftModel:
         base = prepare_model_for_kbit_training(
             base, use_gradient_checkpointing=bool(arguments.sft.gradient_checkpointing)
         )
-    return cast(PeftModel, get_peft_model(base, pat_config))
+    return base
 
 
 def _examples(
