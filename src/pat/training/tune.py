@@ -81,9 +81,9 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=_resume_from(arguments))
-    except RunFailed:
+    except RunFailed as error:
         trainer.save_model(str(checkpoints / "last-finite"))
-        raise
+        raise RunFailed(f"{error} The adapter before that step is in {checkpoints / 'last-finite'}.") from error
     train_seconds = time.perf_counter() - started
 
     model.save_pretrained(str(output_dir / "adapter"))

@@ -34,18 +34,20 @@ class StreamStatistics:
         """Run the model over batches (`input_ids`, optional `attention_mask`) until `max_tokens` are seen.
 
         Raises:
-            PatError: the batches hold no token.
+            PatError: the batches hold no token, or no `input_ids`.
         """
-        was_training = self.model.training
-        self.model.eval()
         device = next(self.model.parameters()).device
-        with ExitStack() as hooks:
+        with ExitStack() as restore:
+            restore.callback(self.model.train, self.model.training)
+            self.model.eval()
             for site in self._sites():
                 handle = self.model.get_submodule(site).register_forward_pre_hook(_Recorder(self, site))
-                hooks.callback(handle.remove)
+                restore.callback(handle.remove)
             for batch in batches:
                 if self.num_tokens >= max_tokens:
                     break
+                if "input_ids" not in batch:
+                    raise PatError(f"Got calibration batches without input_ids; they have {sorted(batch)}.")
                 ids = torch.as_tensor(batch["input_ids"]).to(device)
                 mask = batch.get("attention_mask")
                 mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask).to(device)
@@ -53,7 +55,6 @@ class StreamStatistics:
                 self.num_tokens += int(self._selected.sum())
                 extra = {"position_ids": batch["position_ids"].to(device)} if "position_ids" in batch else {}
                 self.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1, **extra)
-        self.model.train(was_training)
         if self.num_tokens == 0:
             raise PatError("The calibration data holds no tokens; expected batches with input_ids.")
 
