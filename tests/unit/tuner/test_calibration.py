@@ -1,0 +1,223 @@
+"""Calibration: what it measures, on which tokens, and that it leaves no trace but its result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny_models import PAD_ID, batch, build
+from tiny_training import attach, logits, tuner_of
+from torch import Tensor
+
+from pat.errors import PatError
+from pat.families import get_family
+from pat.tuner.calibration import DEFAULT_TOKENS_PER_CHANNEL
+
+HIDDEN, KEPT = 48, 36
+
+FLOAT32 = 1e-5
+"""Relative: the stream is read in float32."""
+
+
+def batches() -> list[dict[str, Tensor]]:
+    return [batch(seed=seed, batch_size=4) for seed in (3, 4)]
+
+
+def read_inputs(model: PeftModel, inputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What every branch and the final norm read, `(tokens, d)`, each token scaled to a mean square of 1."""
+    base = model.base_model.model
+    family = get_family(base.config.model_type)
+    read: dict[str, list[Tensor]] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: Any, args: tuple[Tensor, ...]) -> None:
+            read.setdefault(name, []).append(args[0].double())
+
+        return hook
+
+    handles = []
+    for index, layer in enumerate(base.model.layers):
+        for kind, branch in (("attention", family.attention), ("mlp", family.feed_forward[-1])):
+            module = branch.pre_norm or branch.readers[0]
+            handles.append(layer.get_submodule(module).register_forward_pre_hook(keep(f"{index}.{kind}")))
+    handles.append(base.model.norm.register_forward_pre_hook(keep("final")))
+    result: dict[str, list[Tensor]] = {}
+    with torch.no_grad(), model.disable_adapter():
+        for each in inputs:
+            read.clear()
+            model(**each)
+            for name, (hidden,) in read.items():
+                rows = [
+                    hidden[row, position]
+                    for row in range(hidden.shape[0])
+                    for position in range(hidden.shape[1])
+                    if each["attention_mask"][row, position]
+                ]
+                result.setdefault(name, []).extend(row / row.square().mean().sqrt() for row in rows)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.stack(rows) for name, rows in result.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "mixtral"])
+def test_the_basis_is_the_pca_of_what_the_stream_s_readers_read(family: str) -> None:
+    model = attach(build(family, tied=False), rotation="pca")
+    order = tuner_of(model).calibrate(batches())
+    inputs = read_inputs(model, batches())
+    assert len(inputs) == 2 * 3 + 1
+    num_tokens = len(inputs["final"])
+    moment = sum(torch.einsum("ti,tj->ij", rows, rows) for rows in inputs.values()) / num_tokens
+    rotated = order.basis.mT @ moment @ order.basis
+    energy = rotated.diagonal()
+    assert (rotated - torch.diag(energy)).abs().max() < FLOAT32 * energy.max()
+    assert (energy.diff() <= FLOAT32 * energy.max()).all()
+    assert order.energy_kept == pytest.approx((energy[:KEPT].sum() / energy.sum()).item(), rel=1e-4)
+    assert torch.equal(tuner_of(model).mask().basis, order.basis.float())
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo2"])
+def test_without_a_rotation_importance_is_energy_times_what_the_readers_make_of_it(family: str) -> None:
+    model = attach(build(family, tied=True), rotation="auto")
+    order = tuner_of(model).calibrate(batches())
+    base, record = model.base_model.model, get_family(family)
+    inputs = read_inputs(model, batches())
+    importance = torch.zeros(HIDDEN, dtype=torch.float64)
+    with model.disable_adapter(), torch.no_grad():
+        for name, rows in inputs.items():
+            energy = rows.square().mean(0)
+            if name == "final":
+                weights, norm = [base.model.embed_tokens.weight], base.model.norm
+            else:
+                index, kind = name.split(".")
+                layer = base.model.layers[int(index)]
+                branch = record.attention if kind == "attention" else record.feed_forward[0]
+                weights = [layer.get_submodule(reader).weight for reader in branch.readers]
+                norm = layer.get_submodule(branch.pre_norm) if branch.pre_norm else None
+            gain = 1.0 if norm is None else norm.weight.double() + record.gain_offset
+            score = energy * torch.as_tensor(gain).square() * sum(w.double().square().sum(0) for w in weights)
+            importance += score / score.sum()
+    kept = set(importance.topk(KEPT).indices.tolist())
+    assert set((order.prior > 0).nonzero().flatten().tolist()) == kept
+    assert order.energy_kept == pytest.approx(
+        (importance.sort(descending=True).values[:KEPT].sum() / 7).item(), rel=1e-4
+    )
+
+
+def test_padding_does_not_count() -> None:
+    one = batch(seed=3, batch_size=2)
+    garbled = {name: tensor.clone() for name, tensor in one.items()}
+    garbled["input_ids"][garbled["attention_mask"] == 0] = 77
+    bases = []
+    for inputs in (one, garbled):
+        model = attach(build("llama", tied=False), rotation="pca")
+        bases.append(tuner_of(model).calibrate([inputs]).basis)
+    assert torch.equal(*bases)
+    assert (one["input_ids"] == PAD_ID).any()
+
+
+def test_a_missing_attention_mask_means_no_padding() -> None:
+    one = {"input_ids": batch(seed=3, batch_size=1)["input_ids"]}
+    with_mask = one | {"attention_mask": torch.ones_like(one["input_ids"])}
+    first, second = (tuner_of(attach(build("llama", tied=False), rotation="pca")) for _ in range(2))
+    assert torch.equal(first.calibrate([one]).basis, second.calibrate([with_mask]).basis)
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(100, 2), (96, 1), (None, 4)])
+def test_reading_stops_at_the_budget(budget: int | None, expected: int) -> None:
+    """A full batch of 4 x 24 holds 96 tokens; by default 8 tokens a channel are read."""
+    assert DEFAULT_TOKENS_PER_CHANNEL * HIDDEN == 4 * 96
+    read = 0
+
+    def endless() -> Iterator[dict[str, Tensor]]:
+        nonlocal read
+        while True:
+            read += 1
+            yield {"input_ids": batch(seed=read, batch_size=4)["input_ids"]}
+
+    model = attach(build("llama", tied=False), rotation="pca", calibration_tokens=budget)
+    tuner_of(model).calibrate(endless())
+    assert read in (expected, expected + 1)  # whether the batch after the last is fetched is the loop's affair
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_calibration_leaves_no_trace(training: bool) -> None:
+    model = attach(build("llama", tied=False), rotation="pca", lora_dropout=0.1).train(training)
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "pat_mask" not in name}
+    hooks = sum(len(module._forward_pre_hooks) for module in model.modules())
+    state = torch.get_rng_state()
+    tuner_of(model).calibrate(batches())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training == training for module in model.modules())
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trainable
+    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == hooks
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert model.base_model.active_adapters == ["default"]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_trained_adapter_does_not_influence_the_basis() -> None:
+    """The basis belongs to the base: whatever an adapter adds is measured out."""
+    bases = []
+    for scale in (0.0, 0.3):
+        model = attach(build("llama", tied=False), rotation="pca")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name or "scale" in name:
+                    parameter.add_(scale)
+        bases.append(tuner_of(model).calibrate(batches()).basis)
+    assert torch.equal(*bases)
+
+
+PADDING = {name: torch.zeros(1, 4, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+
+
+@pytest.mark.parametrize("data", [[], [PADDING]], ids=["no batch", "only padding"])
+def test_data_without_tokens_is_an_error(data: list[dict[str, Tensor]]) -> None:
+    model = attach(build("llama", tied=False), rotation="pca").train()
+    with pytest.raises(PatError, match=r"no tokens.*input_ids"):
+        tuner_of(model).calibrate(data)
+    assert not tuner_of(model).mask().calibrated
+
+
+def test_batches_without_input_ids_are_an_error_that_says_so() -> None:
+    model = attach(build("llama", tied=False), rotation="pca").train()
+    expected = logits(model)
+    with pytest.raises(PatError, match=r"input_ids.*'prompt_ids'"):
+        tuner_of(model).calibrate([{"prompt_ids": torch.zeros(1, 4, dtype=torch.long)}])
+    assert model.training and torch.equal(logits(model), expected)
+    assert tuner_of(model).needs_calibration()
+
+
+@pytest.mark.parametrize("step", [1, 9, 10])
+def test_calibration_after_the_first_step_is_refused(step: int) -> None:
+    model = attach(build("llama", tied=False), rotation="pca")
+    tuner_of(model).set_step(step, 10)
+    with pytest.raises(PatError, match=f"step {step}.*before training"):
+        tuner_of(model).calibrate(batches())
+
+
+@pytest.mark.parametrize(
+    ("family", "rotation", "expected"),
+    [("llama", "none", False), ("llama", "pca", True), ("llama", "auto", True), ("olmo2", "auto", True)],
+)
+def test_who_needs_a_calibration(family: str, rotation: str, expected: bool) -> None:
+    tuner = tuner_of(attach(build(family, tied=False), rotation=rotation))
+    assert tuner.needs_calibration() == expected
+    if expected:
+        tuner.calibrate(batches())
+        assert not tuner.needs_calibration()
+
+
+def test_calibrating_again_before_training_replaces_the_first() -> None:
+    again = tuner_of(attach(build("llama", tied=True), rotation="pca"))
+    again.calibrate(batches()[:1])
+    again.calibrate(batches())
+    once = tuner_of(attach(build("llama", tied=True), rotation="pca"))
+    once.calibrate(batches())
+    for name in ("basis", "prior", "pinned", "head_factor"):
+        assert torch.equal(getattr(again.mask(), name), getattr(once.mask(), name)), name
