@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--recipe", choices=["lora", "paper", "default"], required=True)
     parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--mask_lr_multiplier", type=float, default=40.0)
+    parser.add_argument("--operator_lr_multiplier", type=float, default=1.0)
     parser.add_argument("--milestone", type=float)
     parser.add_argument("--pruning_ratio", type=float, default=0.25)
     parser.add_argument("--operator_rank", type=int)
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--scheduler", default="cosine")
+    parser.add_argument("--use_rslora", action="store_true")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="further PatConfig fields")
     parser.add_argument("--tag", default="")
     args = parser.parse_args()
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     held_out = tokenize_examples(tokenizer, data.held_out, args.max_eval_length)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
-    lora = {"task_type": "CAUSAL_LM", "r": args.r, "lora_alpha": args.lora_alpha}
+    lora = {"task_type": "CAUSAL_LM", "r": args.r, "lora_alpha": args.lora_alpha, "use_rslora": args.use_rslora}
     if args.recipe == "lora":
         config = LoraConfig(**lora, target_modules="all-linear")
     else:
@@ -93,6 +95,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
             rotation="none" if paper else "auto",
             milestone=milestone,
             mask_lr_multiplier=args.mask_lr_multiplier,
+            operator_lr_multiplier=args.operator_lr_multiplier,
             active_loss_weight=args.active_loss_weight,
             **{k: json.loads(v) for k, v in (item.split("=", 1) for item in args.set)},
         )

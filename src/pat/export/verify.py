@@ -30,8 +30,12 @@ MAX_LOGIT_DIFF = 1e-3
 """Float32 and better. A mere permutation of the residual channels moves the logits of SmolLM2-135M by 1e-4, those of
 stories260K by 3e-5; a norm's epsilon left as it was moves them by 1e-2 and more."""
 
-MAX_KL_REDUCED = 1e-2
-MAX_DISAGREEMENT_REDUCED = 0.1
+MAX_KL = {"float16": 1e-3, "bfloat16": 1e-2}
+MAX_DISAGREEMENT = {"float16": 0.05, "bfloat16": 0.15}
+"""Reduced precision: mean KL in nats per token, share of tokens with another top-1. The masked model rounds after every
+operator, the merged weights are rounded once, so single logits say little (up to 1.9 apart in bfloat16). Measured on
+SmolLM2-135M and stories260K, tuned and merged: 0.0025 nats and 6.6 % at most in bfloat16, with a 4-bit base computing in
+bfloat16 as well, and 0.00005 nats and 0.5 % in float16; permuting the channels of the base in bfloat16: 0.0013 and 2 %."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,8 @@ def check(parity: Parity) -> None:
         limits = {"max |Δlogit|": (parity.max_abs_logit_diff, MAX_LOGIT_DIFF)}
     else:
         limits = {
-            "mean KL": (parity.mean_kl, MAX_KL_REDUCED),
-            "top-1 disagreement": (1 - parity.top1_agreement, MAX_DISAGREEMENT_REDUCED),
+            "mean KL": (parity.mean_kl, MAX_KL[parity.dtype]),
+            "top-1 disagreement": (1 - parity.top1_agreement, MAX_DISAGREEMENT[parity.dtype]),
         }
     # Written so that a NaN fails.
     missed = [f"{name} {value:.3g} > {limit:g}" for name, (value, limit) in limits.items() if not value <= limit]

@@ -18,23 +18,34 @@ class LowRankOperator(nn.Module):
 
     L0 starts with orthonormal rows, L1 with orthonormal columns and v = 0, so that D is the identity and satisfies the
     identity loss at once.
+
+    Args:
+        hidden_size: d.
+        rank: r.
+        lr_multiplier: v is `lr_multiplier * scale`, see `UnifiedMask`. The columns of L1 have entries of about 1/sqrt(d),
+            so at an adapter's learning rate v alone would hardly move the operator in a short run.
     """
 
-    def __init__(self, hidden_size: int, rank: int) -> None:
+    def __init__(self, hidden_size: int, rank: int, *, lr_multiplier: float = 1.0) -> None:
         super().__init__()
+        self.lr_multiplier = lr_multiplier
         assert 1 <= rank <= hidden_size
         self.down = nn.Parameter(_orthonormal_rows(rank, hidden_size))
         self.scale = nn.Parameter(torch.zeros(rank))
         self.up = nn.Parameter(_orthonormal_rows(rank, hidden_size).mT.contiguous())
 
+    def v(self) -> Tensor:
+        """Return v of shape `(r,)`."""
+        return self.lr_multiplier * self.scale
+
     def change(self, y: Tensor) -> Tensor:
         """Return (D - I) y for `y` of shape `(..., d)`, computed in the dtype of `y`."""
-        down, scale, up = (p.to(y.dtype) for p in (self.down, self.scale, self.up))
+        down, scale, up = (p.to(y.dtype) for p in (self.down, self.v(), self.up))
         return F.linear(F.linear(y, down) * scale, up)
 
     def change_transposed(self, y: Tensor) -> Tensor:
         """Return (Dᵀ - I) y for `y` of shape `(..., d)`, computed in the dtype of `y`."""
-        down, scale, up = (p.to(y.dtype) for p in (self.down, self.scale, self.up))
+        down, scale, up = (p.to(y.dtype) for p in (self.down, self.v(), self.up))
         return F.linear(F.linear(y, up.mT) * scale, down.mT)
 
     def identity_loss(self) -> Tensor:
@@ -69,7 +80,7 @@ DEFAULT_RANK_SHARE = 0.05
 """Default rank as a share of the hidden size; the paper uses 200 of 4096."""
 
 
-def build_operator(hidden_size: int, rank: int | str | None) -> Operator:
+def build_operator(hidden_size: int, rank: int | str | None, *, lr_multiplier: float = 1.0) -> Operator:
     """Build an operator: a low-rank one of the given rank (None: 5 % of the hidden size), or `"dense"`.
 
     Raises:
@@ -79,8 +90,8 @@ def build_operator(hidden_size: int, rank: int | str | None) -> Operator:
     if rank == "dense":
         return DenseOperator(hidden_size)
     if rank is None:
-        return LowRankOperator(hidden_size, max(1, round(DEFAULT_RANK_SHARE * hidden_size)))
-    return LowRankOperator(hidden_size, int(rank))
+        rank = max(1, round(DEFAULT_RANK_SHARE * hidden_size))
+    return LowRankOperator(hidden_size, int(rank), lr_multiplier=lr_multiplier)
 
 
 def check_rank(hidden_size: int, rank: int | str | None) -> None:

@@ -50,7 +50,13 @@ class PatConfig(PatOptions, LoraConfig):
             if not self.operator_rank.isdigit():
                 raise PatError(f"Got operator_rank={self.operator_rank!r}; expected a number of ranks or 'dense'.")
             self.operator_rank = int(self.operator_rank)
-        for name in ("active_loss_weight", "identity_loss_weight", "mask_lr_multiplier", "gain_tolerance"):
+        for name in (
+            "active_loss_weight",
+            "identity_loss_weight",
+            "mask_lr_multiplier",
+            "operator_lr_multiplier",
+            "gain_tolerance",
+        ):
             if getattr(self, name) < 0:
                 raise PatError(f"Got {name}={getattr(self, name)}; expected a number that is not negative.")
         if self.layer_replication:

@@ -83,7 +83,10 @@ class PatModel(LoraModel):
                 parent.add_module(OPERATOR_NAME, HsmLayer(mask_layer))
             layer = cast(HsmLayer, getattr(parent, OPERATOR_NAME))
             site_device = next(model.get_submodule(site).parameters()).device
-            layer.add_adapter(adapter_name, build_operator(width.hidden_size, config.operator_rank), site_device)
+            operator = build_operator(
+                width.hidden_size, config.operator_rank, lr_multiplier=config.operator_lr_multiplier
+            )
+            layer.add_adapter(adapter_name, operator, site_device)
             # LoRA and modules_to_save may just have replaced the writer: hook whatever stands there now.
             final_norm = model.get_submodule(stream.final_norm) if site == stream.embedding else None
             if final_norm is not None and plan.tied:

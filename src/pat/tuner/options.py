@@ -34,6 +34,9 @@ class PatOptions:
     mask_lr_multiplier: float = field(
         default=40.0, metadata={"help": "Learning rate of the mask as a multiple of the trainer's."}
     )
+    operator_lr_multiplier: float = field(
+        default=1.0, metadata={"help": "Learning rate of the operators' v as a multiple of the trainer's."}
+    )
     untie_word_embeddings: bool = field(
         default=False,
         metadata={"help": "Give a tied model an output matrix of its own (adds vocabulary x width parameters)."},
