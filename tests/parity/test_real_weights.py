@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from hardened import hardened
-from tiny_training import tuner_of
+from peft import PeftModel
+from tiny_training import attach, tuner_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,11 +21,14 @@ from pat.export.write import save_checkpoint
 
 MAX_LOGIT_DIFF = 1e-3
 MAX_FLOORS = 5
-"""The merge may cost some roundings more than a permutation: the masked model has three operators a layer and a basis to
+"""The merge may cost some roundings more than a permutation: the masked model has two operators a layer and a basis to
 go through, the dense one has none."""
 
 MOVED = 0.1
 """How far the adapter is moved from its start: the operators then change the residual stream by some percent."""
+
+GAIN_TOLERANCE = 0.15
+"""The method's default; the tiny models' helpers have another."""
 
 MAX_SMOLLM2_PARAMETERS = 102_000_000
 """At 25 %, if tied stays tied; untied it would be 122 million."""
@@ -34,24 +38,35 @@ def batches_of(tokenizer: PreTrainedTokenizerBase, shared_data: Path, num: int) 
     return verification_batches(tokenizer, shared_data / "text" / "wiki_demo.txt")[:num]
 
 
-def measured(
-    base: PreTrainedModel, batches: list[dict[str, Tensor]], folder: Path, **fields: Any
-) -> tuple[Parity, Parity, Cut]:
-    """Return (parity, floor, cut) of an adapter on `base`, the dense model read back from disk."""
-    floor = permutation_floor(base, batches)
-    calibration = [] if fields.get("rotation") == "none" else batches
-    model = hardened(base, calibration=calibration, scale=MOVED, gain_tolerance=0.15, **fields)
+def measured(model: PeftModel, floor: Parity, batches: list[dict[str, Tensor]], folder: Path) -> tuple[Parity, Cut]:
+    """Write the dense model and return (parity, cut), the dense model read back from disk; print all figures."""
     folder.mkdir()
     parity, cut = save_checkpoint(model, folder, tokenizer=None, batches=batches, dtype=None, provenance={})
-    mask = tuner_of(model).mask()
-    assert int(mask.keep.sum()) == cut.pruned_hidden_size
+    assert int(tuner_of(model).mask().keep.sum()) == cut.pruned_hidden_size
     print(
-        f"\n{base.config.model_type} {cut.hidden_size} -> {cut.pruned_hidden_size} {fields} rotation {cut.rotation}, "
-        f"{cut.num_parameters:,} parameters: max |Δlogit| {parity.max_abs_logit_diff:.2e}, floor "
-        f"{floor.max_abs_logit_diff:.2e}, KL {parity.mean_kl:.1e}, top-1 {parity.top1_agreement:.4f}, "
-        f"logit deviation {parity.logit_std:.2f}, {parity.num_tokens} tokens"
+        f"\n{cut.hidden_size} -> {cut.pruned_hidden_size}, rotation {cut.rotation}, {cut.num_parameters:,} parameters: "
+        f"max |Δlogit| {parity.max_abs_logit_diff:.2e} (floor {floor.max_abs_logit_diff:.2e}), KL {parity.mean_kl:.1e},"
+        f" top-1 {parity.top1_agreement:.4f}, logit deviation {parity.logit_std:.2f}, {parity.num_tokens} tokens"
     )
-    return parity, floor, cut
+    return parity, cut
+
+
+def trained(base: PreTrainedModel, batches: list[dict[str, Tensor]], *, num_steps: int, **fields: Any) -> PeftModel:
+    """Attach, calibrate and tune for some real steps on single rows, the milestone at a third of them."""
+    model = attach(base, gain_tolerance=GAIN_TOLERANCE, **fields)
+    tuner = tuner_of(model)
+    if tuner.needs_calibration():
+        tuner.calibrate(batches)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model.train()
+    for step in range(num_steps):
+        tuner.set_step(step, num_steps // 3)
+        ids = batches[step % len(batches)]["input_ids"][:, :128]
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    tuner.set_step(num_steps, num_steps // 3)
+    return model.eval()
 
 
 def assert_rounding_only(parity: Parity, floor: Parity) -> None:
@@ -71,8 +86,12 @@ def test_stories260k(
     untied: bool,
 ) -> None:
     base, tokenizer = stories260k
+    batches = batches_of(tokenizer, shared_data, 4)
+    floor = permutation_floor(base, batches)
+    calibration = batches if rotation == "pca" else []
     fields = {"rotation": rotation, "use_dora": dora, "untie_word_embeddings": untied}
-    parity, floor, _ = measured(base, batches_of(tokenizer, shared_data, 4), tmp_path / "dense", **fields)
+    model = hardened(base, calibration=calibration, scale=MOVED, gain_tolerance=GAIN_TOLERANCE, **fields)
+    parity, _ = measured(model, floor, batches, tmp_path / "dense")
     assert_rounding_only(parity, floor)
 
 
@@ -102,26 +121,29 @@ def test_stories260k_in_reduced_precision(
     stories260k_path: Path, shared_data: Path, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     base = AutoModelForCausalLM.from_pretrained(stories260k_path, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(stories260k_path)
-    parity, _, _ = measured(base, batches_of(tokenizer, shared_data, 1), tmp_path / "dense")
+    batches = batches_of(AutoTokenizer.from_pretrained(stories260k_path), shared_data, 1)
+    floor = permutation_floor(base, batches)
+    model = hardened(base, calibration=batches, scale=MOVED, gain_tolerance=GAIN_TOLERANCE)
+    parity, _ = measured(model, floor, batches, tmp_path / "dense")
     assert parity.dtype == str(dtype).removeprefix("torch.")
     check(parity)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fields", [{}, {"rotation": "none", "use_dora": True}], ids=["default", "unrotated-dora"])
-def test_smollm2(smollm2: Path, shared_data: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+def test_smollm2(smollm2: Path, shared_data: Path, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    parity, floor, cut = measured(base, batches_of(tokenizer, shared_data, 2), tmp_path / "dense", **fields)
+    batches = batches_of(AutoTokenizer.from_pretrained(smollm2), shared_data, 2)
+    floor = permutation_floor(base, batches)
+    model = trained(base, batches, num_steps=6)
+    parity, cut = measured(model, floor, batches, tmp_path / "dense")
     assert_rounding_only(parity, floor)
-    assert cut.pruned_hidden_size == 432
+    assert (cut.pruned_hidden_size, cut.rotation) == (432, "pca")
     assert cut.num_parameters <= MAX_SMOLLM2_PARAMETERS
 
 
 @pytest.mark.slow
 def test_smollm2_in_4_bit(smollm2: Path, shared_data: Path, tmp_path: Path) -> None:
-    """Computing in float32 the masked model has no rounding of its own, and the dequantised merge is as exact as any."""
+    """Computing in float32, the masked model adds no rounding of its own to the dequantised weights."""
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
@@ -133,7 +155,7 @@ def test_smollm2_in_4_bit(smollm2: Path, shared_data: Path, tmp_path: Path) -> N
     )
     base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32, quantization_config=quantization)
     batches = batches_of(AutoTokenizer.from_pretrained(smollm2), shared_data, 1)
-    model = hardened(base, calibration=batches, scale=MOVED)
+    model = hardened(base, calibration=batches, scale=MOVED, gain_tolerance=GAIN_TOLERANCE)
     parity = compare(model, model.merge_and_unload(), batches)
     print(f"\nSmolLM2 in NF4: {parity.describe()}")
     assert parity.max_abs_logit_diff <= MAX_LOGIT_DIFF
@@ -142,8 +164,10 @@ def test_smollm2_in_4_bit(smollm2: Path, shared_data: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_gemma3_270m(gemma3_270m: Path, shared_data: Path, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(gemma3_270m, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gemma3_270m)
-    parity, floor, cut = measured(base, batches_of(tokenizer, shared_data, 1), tmp_path / "dense")
+    batches = batches_of(AutoTokenizer.from_pretrained(gemma3_270m), shared_data, 1)
+    floor = permutation_floor(base, batches)
+    model = trained(base, batches, num_steps=3)
+    parity, cut = measured(model, floor, batches, tmp_path / "dense")
     assert_rounding_only(parity, floor)
-    assert cut.rotation == "none"
+    assert (cut.pruned_hidden_size, cut.rotation) == (480, "none")
     assert cut.num_parameters < 0.76 * cut.num_parameters_base, "tied stays tied"

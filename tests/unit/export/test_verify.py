@@ -154,11 +154,12 @@ def test_float32_is_judged_by_its_largest_difference() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_reduced_precision_is_judged_by_what_the_model_expects(dtype: str) -> None:
     parity = replace(NO_DIFFERENCE, dtype=dtype, max_abs_logit_diff=1.0)
-    check(replace(parity, mean_kl=verify.MAX_KL_REDUCED, top1_agreement=1 - verify.MAX_DISAGREEMENT_REDUCED))
+    max_kl, max_disagreement = verify.MAX_KL[dtype], verify.MAX_DISAGREEMENT[dtype]
+    check(replace(parity, mean_kl=max_kl, top1_agreement=1.001 - max_disagreement))
     with pytest.raises(RunFailed, match="mean KL"):
-        check(replace(parity, mean_kl=1.01 * verify.MAX_KL_REDUCED))
+        check(replace(parity, mean_kl=1.01 * max_kl))
     with pytest.raises(RunFailed, match="disagreement"):
-        check(replace(parity, top1_agreement=0.99 - verify.MAX_DISAGREEMENT_REDUCED))
+        check(replace(parity, top1_agreement=0.999 - max_disagreement))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
