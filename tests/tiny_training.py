@@ -104,6 +104,7 @@ def train(
     num_examples: int = 16,
     callbacks: Sequence[TrainerCallback] = (),
     dataset: Any = None,
+    eval_dataset: Any = None,
     resume_from: str | Path | None = None,
     output_dir: str | Path | None = None,
     before: Callable[[Trainer], None] | None = None,
@@ -113,7 +114,13 @@ def train(
     with tempfile.TemporaryDirectory() as temporary:
         args = TrainingArguments(**arguments(output_dir or temporary, **fields))
         data = Examples(num_examples) if dataset is None else dataset
-        trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[PatCallback(), *callbacks])
+        trainer = Trainer(
+            model=model,
+            args=args,
+            train_dataset=data,
+            eval_dataset=eval_dataset,
+            callbacks=[PatCallback(), *callbacks],
+        )
         if before is not None:
             before(trainer)
         trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))

@@ -1,0 +1,360 @@
+"""PatCallback in a stock Trainer: when the mask moves, what the regularisers add, and what calibration leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import build, tiny_tokenizer
+from tiny_training import Examples, StopAt, arguments, attach, losses, train, tuner_of
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from pat.errors import PatError
+from pat.sparsification.schedule import offset, temperature
+from pat.training.callback import PatCallback
+from pat.tuner import PatModel
+
+KEPT = 36
+
+
+class Recorder(TrainerCallback):
+    """Calls a function at chosen events; later in the list than PatCallback, so after it."""
+
+    def __init__(self, **handlers: Callable[[nn.Module, Any], None]) -> None:
+        for event, handler in handlers.items():
+            setattr(self, event, self._bind(handler))
+
+    @staticmethod
+    def _bind(handler: Callable[[nn.Module, Any], None]) -> Any:
+        return lambda args, state, control, **kwargs: handler(kwargs["model"], state)
+
+
+def llama(*, tied: bool = True, **fields: Any) -> Any:
+    return attach(build("llama", tied=tied), **fields)
+
+
+# -- the mask's schedule -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_mask_follows_the_optimizer_steps_not_the_micro_batches(accumulation: int) -> None:
+    model = llama(rotation="none", milestone=0.5)
+    mask, seen = tuner_of(model).mask(), []
+
+    def forward(_module: nn.Module, _args: Any) -> None:
+        seen.append((mask.step, mask.hardened, *mask.gate_schedule.tolist()))
+
+    handle = model.base_model.model.model.register_forward_pre_hook(forward)
+    train(model, max_steps=8, per_device_train_batch_size=2, gradient_accumulation_steps=accumulation, num_examples=48)
+    handle.remove()
+    steps = [step for step in range(8) for _ in range(accumulation)]
+    assert len(seen) == len(steps)
+    for step, (mask_step, hardened, tau, beta) in zip(steps, seen, strict=True):
+        assert hardened == (step >= 4)
+        assert mask_step == min(step, 4)
+        if step < 4:
+            assert tau == pytest.approx(temperature(step, 4), rel=1e-6)
+            assert beta == pytest.approx(offset(step, 4), abs=1e-7)
+
+
+@pytest.mark.parametrize(("milestone", "max_steps", "s0"), [(1 / 3, 6, 2), (0.25, 10, 2), (1.0, 3, 3), (0.2, 5, 1)])
+def test_the_milestone_is_the_rounded_share_of_all_steps(milestone: float, max_steps: int, s0: int) -> None:
+    model = llama(rotation="none", milestone=milestone)
+    hard_at = []
+    recorder = Recorder(
+        on_step_end=lambda model, state: hard_at.append(state.global_step) if tuner_of(model).mask().hardened else None
+    )
+    train(model, max_steps=max_steps, callbacks=[recorder], num_examples=40)
+    assert hard_at == list(range(s0, max_steps + 1))
+    assert len(tuner_of(model).mask().keep_indices) == KEPT
+
+
+@pytest.mark.parametrize("rotation", ["none", "pca"])
+@pytest.mark.parametrize("fields", [{"learning_rate": 1e-6}, {"learning_rate": 1e-2}, {"weight_decay": 0.5}], ids=str)
+def test_hardening_depends_on_no_learning_rate_and_the_mask_never_changes_again(
+    fields: dict[str, float], rotation: str
+) -> None:
+    model = llama(rotation=rotation, milestone=0.4)
+    mask = tuner_of(model).mask()
+    kept: list[Tensor] = []
+    weights: list[Tensor] = []
+
+    def record(_model: nn.Module, _state: Any) -> None:
+        weights.append(mask.weight.detach().clone())
+        kept.append(mask.keep.clone())
+
+    train(model, max_steps=5, callbacks=[Recorder(on_step_end=record)], num_examples=20, **fields)
+    assert [int(each.sum()) for each in kept] == [48, KEPT, KEPT, KEPT, KEPT]
+    assert all(torch.equal(each, kept[1]) for each in kept[2:])
+    score = (mask.lr_multiplier * weights[1] + mask.prior).masked_fill(mask.pinned, torch.inf).tolist()
+    best = sorted(range(48), key=lambda index: (-score[index], index))[:KEPT]
+    assert kept[1].nonzero().flatten().tolist() == sorted(best)
+    moved = [float((b - a).abs().max()) for a, b in pairwise(weights)]
+    assert all(moved)  # weight decay and Adam's momentum go on with them: it is the mask that must not follow
+
+
+def test_milestone_zero_needs_a_prior() -> None:
+    with pytest.raises(PatError, match="milestone at step 0"):
+        train(llama(rotation="none", milestone=0.0))
+    model = llama(rotation="pca", milestone=0.0)
+    first = []
+    train(model, callbacks=[Recorder(on_step_begin=lambda m, s: first.append(tuner_of(m).mask().hardened))])
+    assert first == [True, True, True]
+    model.merge_and_unload()
+
+
+def test_a_best_checkpoint_is_only_picked_from_the_milestone_on(tmp_path: Path) -> None:
+    """Whatever the metric says: the best one, of a soft mask, would bring back a model that cannot be merged."""
+    model = llama(rotation="none", milestone=0.5)
+    trainer = train(
+        model,
+        max_steps=4,
+        learning_rate=5e-2,
+        output_dir=tmp_path,
+        eval_dataset=Examples(4, seed=7),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+    )
+    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert evaluated[0] == max(evaluated)
+    assert int(trainer.state.best_model_checkpoint.rpartition("-")[2]) == 2 + evaluated[1:].index(max(evaluated[1:]))
+    assert tuner_of(model).mask().hardened
+    model.merge_and_unload()
+
+
+# -- the regularisers --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Counts how often the tuner's methods are called."""
+    counted = {"regularizers": 0, "calibrate": 0}
+    for name in counted:
+        original = getattr(PatModel, name)
+
+        def counting(self: PatModel, *args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
+            counted[name] += 1
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(PatModel, name, counting)
+    return counted
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_regularisers_are_computed_once_per_optimizer_step(calls: dict[str, int], accumulation: int) -> None:
+    train(
+        llama(),
+        max_steps=3,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=accumulation,
+        num_examples=12,
+    )
+    assert calls["regularizers"] == 3
+
+
+class BeforePat(TrainerCallback):
+    """Looks at the gradients that PatCallback finds."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.gradients.append(gradients(kwargs["model"]))
+
+
+class AfterPat(BeforePat):
+    """Looks at what PatCallback leaves, and at what it should have added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expected: list[dict[str, Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_pre_optimizer_step(args, state, control, **kwargs)
+        tuner = tuner_of(kwargs["model"])
+        config = tuner.peft_config["default"]
+        losses = tuner.regularizers()
+        total = config.active_loss_weight * losses["active"] + config.identity_loss_weight * losses["identity"]
+        named = [(n, p) for n, p in kwargs["model"].named_parameters() if p.requires_grad]
+        found = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
+        self.expected.append({n: g for (n, _), g in zip(named, found, strict=True) if g is not None})
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_what_is_added_to_the_gradients_are_those_of_both_weighted_regularisers() -> None:
+    """After clipping: the sum of the additions is larger than the whole clipped gradient may be."""
+    model = llama(rotation="none", milestone=1.0, active_loss_weight=0.3, identity_loss_weight=0.7)
+    with torch.no_grad():
+        for operator in tuner_of(model).operators().values():
+            operator.down.mul_(1.2)  # away from the identity loss's zero
+    before, after = BeforePat(), AfterPat()
+    train(
+        model,
+        max_steps=2,
+        max_grad_norm=1e-3,
+        before=lambda trainer: trainer.callback_handler.callbacks.insert(0, before),
+        callbacks=[after],
+    )
+    assert len(before.gradients) == len(after.gradients) == 2
+    for found, left, expected in zip(before.gradients, after.gradients, after.expected, strict=True):
+        assert sum(1 for name in expected if "pat_hsm" in name) == 2 * 7
+        assert sum(1 for name in expected if "pat_mask" in name) == 1
+        for name in left:
+            added = left[name] - found[name] if name in found else left[name]
+            torch.testing.assert_close(added, expected.get(name, torch.zeros_like(added)), atol=1e-6, rtol=1e-5)
+        assert sum(float(g.square().sum()) for g in expected.values()) ** 0.5 > 0.1
+        assert sum(float(g.square().sum()) for g in found.values()) ** 0.5 < 2e-3
+
+
+def test_regularisers_are_logged_apart_from_the_loss() -> None:
+    trainer = train(llama(rotation="none", milestone=1.0, identity_loss_weight=1e3), max_steps=3)
+    plain = train(llama(rotation="none", milestone=1.0, identity_loss_weight=0.0), max_steps=3)
+    assert losses(trainer)[0] == losses(plain)[0]  # a weight of 1000 is not in the logged loss
+    entries = [entry for entry in trainer.state.log_history if "pat/identity_loss" in entry]
+    assert [entry["step"] for entry in entries] == [1, 2, 3]
+    assert entries[0]["pat/active_loss"] == KEPT
+    assert entries[0]["pat/active_channels"] >= 0
+
+
+def test_a_frozen_mask_trains_the_operators_only() -> None:
+    model = llama(rotation="none", mask="frozen", milestone=0.5)
+    train(model, max_steps=4)
+    assert not any("pat_mask" in name for name, _ in model.named_parameters())
+    assert tuner_of(model).mask().keep_indices.tolist() == list(range(48 - KEPT, 48))
+    model.merge_and_unload()
+
+
+# -- calibration -------------------------------------------------------------------------------------------------------
+
+
+def trained_on(model: nn.Module, **fields: Any) -> tuple[list[list[int]], Tensor]:
+    """Train; return the rows in the order in which training (not calibration) saw them, and the first random state."""
+    rows: list[list[int]] = []
+    states: list[Tensor] = []
+
+    def forward(module: nn.Module, _args: Any, kwargs: dict[str, Tensor]) -> None:
+        if module.training:
+            rows.extend(kwargs["input_ids"].tolist())
+
+    handle = model.register_forward_pre_hook(forward, with_kwargs=True)
+    train(model, callbacks=[Recorder(on_step_begin=lambda m, s: states.append(torch.get_rng_state()))], **fields)
+    handle.remove()
+    return rows, states[0]
+
+
+class Stream(IterableDataset):
+    """The examples one after the other, anew for every iterator."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        examples = Examples(24)
+        return (examples[index] for index in range(len(examples)))
+
+
+@pytest.mark.parametrize("dataset", [None, Stream()], ids=["shuffled", "stream"])
+def test_calibration_disturbs_neither_the_order_of_the_data_nor_the_random_state(
+    calls: dict[str, int], dataset: Any
+) -> None:
+    fields = {"dataset": dataset, "max_steps": 4}
+    torch.manual_seed(3)
+    without, state = trained_on(llama(rotation="none", lora_dropout=0.1), **fields)
+    assert calls["calibrate"] == 0
+    torch.manual_seed(3)
+    calibrated, calibrated_state = trained_on(llama(rotation="pca", lora_dropout=0.1), **fields)
+    assert calls["calibrate"] == 1
+    assert len(without) == 16
+    assert calibrated == without
+    assert torch.equal(calibrated_state, state)
+
+
+def test_a_calibration_made_before_is_kept(calls: dict[str, int]) -> None:
+    model = llama(rotation="pca")
+    tuner_of(model).calibrate([{"input_ids": Examples(8, seed=9).ids}])
+    basis = tuner_of(model).mask().basis.clone()
+    train(model)
+    assert calls["calibrate"] == 1
+    assert torch.equal(tuner_of(model).mask().basis, basis)
+
+
+def test_calibration_reads_a_seeded_sample_of_the_training_data() -> None:
+    """Instruction files are often sorted: the first rows would all be alike."""
+    bases = []
+    for seed in (1, 2):
+        model = llama(rotation="pca", calibration_tokens=64)
+        train(model, num_examples=64, seed=seed)
+        bases.append(tuner_of(model).mask().basis)
+    assert torch.equal(*bases)
+    other = llama(rotation="pca", calibration_tokens=64)
+    tuner_of(other).calibrate([{"input_ids": Examples(64).ids[:4]}])
+    assert not torch.allclose(bases[0], tuner_of(other).mask().basis)
+
+
+def test_calibration_from_a_text_file(tmp_path: Path, calls: dict[str, int]) -> None:
+    text = tmp_path / "calibration.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
+    model = llama(rotation="pca", calibration=str(text))
+    with pytest.raises(PatError, match="processing_class"):
+        train(model)
+    assert not tuner_of(model).mask().calibrated
+
+    def with_tokenizer(trainer: Trainer) -> None:
+        trainer.processing_class = trainer.callback_handler.processing_class = tiny_tokenizer()
+
+    train(model, before=with_tokenizer)
+    assert tuner_of(model).mask().calibrated
+    assert tuner_of(model).mask().prior.any()
+
+
+def test_a_missing_calibration_file_is_an_error() -> None:
+    with pytest.raises(PatError, match=r"nowhere\.txt"):
+        train(llama(rotation="pca", calibration="/nowhere.txt"))
+
+
+# -- misuse ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_without_an_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PatError, match=r"LlamaForCausalLM without a PAT adapter.*get_peft_model"):
+        train(build("llama", tied=True))
+
+
+def test_adapters_cast_to_half_precision_are_put_right_before_the_optimizer_is_made() -> None:
+    """As TRL does with the trainable parameters of quantised models."""
+    model = llama(rotation="pca")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    train(model)
+    ours = {p.dtype for n, p in model.named_parameters() if "pat_mask" in n or "pat_hsm" in n}
+    assert ours == {torch.float32}
+
+
+def test_the_callback_never_stops_a_run_and_never_compacts() -> None:
+    model = llama(milestone=0.25)
+    trainer = train(model, max_steps=4)
+    assert trainer.state.global_step == 4
+    assert model.base_model.model.config.hidden_size == 48
+    stopped = train(llama(), max_steps=4, callbacks=[StopAt(2)])
+    assert stopped.state.global_step == 2
+
+
+def test_one_callback_can_serve_one_run_after_the_other(tmp_path: Path) -> None:
+    callback = PatCallback()
+    for family, milestone in (("llama", 0.25), ("qwen2", 0.75)):
+        model = attach(build(family, tied=True), rotation="none", milestone=milestone)
+        args = TrainingArguments(**arguments(tmp_path, max_steps=4))
+        Trainer(model=model, args=args, train_dataset=Examples(16), callbacks=[callback]).train()
+        assert tuner_of(model).mask().milestone_step == 4 * milestone
