@@ -138,7 +138,8 @@ def base_name(adapter: str | os.PathLike[str], config: PatConfig, base_model: st
     recorded = config.base_model_name_or_path
     if not recorded:
         raise PatError(f"{adapter}: does not say which base model it belongs to; pass --base_model.")
-    if os.path.isabs(recorded) and not os.path.isdir(recorded):
+    looks_local = os.path.isabs(recorded) or recorded.startswith((".", "~")) or recorded.count("/") > 1
+    if looks_local and not Path(recorded).expanduser().is_dir():
         raise PatError(
             f"{adapter}: belongs to the base model in {recorded}, which is not there; pass --base_model with its "
             "folder or hub id."

@@ -194,6 +194,12 @@ def test_no_such_base(work: Path) -> None:
     assert "no such model" in refused(work, base_model="no-such-org/no-such-model")
 
 
+@pytest.mark.parametrize("recorded", ["./models/base", "runs/models/base", "~/no-such-folder-anywhere"])
+def test_a_recorded_folder_that_is_gone(work: Path, recorded: str) -> None:
+    edit_config(work / "adapter", base_model_name_or_path=recorded)
+    assert f"{recorded}, which is not there; pass --base_model" in refused(work)
+
+
 def test_an_adapter_that_names_no_base(work: Path) -> None:
     edit_config(work / "adapter", base_model_name_or_path=None)
     assert "--base_model" in refused(work)
