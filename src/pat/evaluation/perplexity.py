@@ -265,11 +265,6 @@ def _common_prefix(a: list[int], b: list[int]) -> int:
 
 
 def read_text(text_or_path: str | os.PathLike[str]) -> str:
-    """Text that is not blank: a `str` is the text itself, a path object names a UTF-8 file.
-
-    Raises:
-        PatError: file missing or not UTF-8, or the text is blank.
-    """
     """Return a text, or that of a UTF-8 file if given a path object; `PatError` if it is missing or empty."""
     if isinstance(text_or_path, str):
         text, source = text_or_path, "The given text"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
+import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTTrainer, get_quantization_config
@@ -64,7 +65,7 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
     held_out = _examples(tokenizer, data, arguments)
 
     set_seed(sft.seed)
-    base = _load_base(arguments)
+    base, written_dtype = _load_base(arguments)
     pad_token_id = cast(int, tokenizer.pad_token_id)
     figures = {"base": measure(base, held_out, pad_token_id)}
     model = cast(PeftModel, get_peft_model(base, pat_config))
@@ -87,13 +88,14 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
     train_seconds = time.perf_counter() - started
 
     model.save_pretrained(str(output_dir / "adapter"))
-    figures["tuned"] = measure(model, held_out, pad_token_id)
+    figures["tuned"] = measure(model.get_base_model(), held_out, pad_token_id)
     verify_on = (held_out or _examples(tokenizer, data, arguments, of_training=True))[:NUM_VERIFY_ROWS]
     parity, model_dir = write_dense(
         model,
         output_dir / "model",
         tokenizer=tokenizer,
         batches=list(batches_from_examples(verify_on, batch_size=VERIFY_BATCH_SIZE, pad_token_id=pad_token_id)),
+        dtype=written_dtype,
         provenance=_provenance(arguments, tuner, data),
     )
     dense = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").to(model.device)
@@ -132,8 +134,8 @@ def _load_data(arguments: TuneArguments, tokenizer: PreTrainedTokenizerBase) -> 
     )
 
 
-def _load_base(arguments: TuneArguments) -> PreTrainedModel:
-    """Load the base, quantised if asked for."""
+def _load_base(arguments: TuneArguments) -> tuple[PreTrainedModel, torch.dtype]:
+    """Load the base, quantised if asked for; also return the dtype of its checkpoint, which the small one keeps."""
     options = arguments.model
     quantization = get_quantization_config(options)
     base = load_base(
@@ -143,11 +145,13 @@ def _load_base(arguments: TuneArguments) -> PreTrainedModel:
         attn_implementation=options.attn_implementation,
         quantization_config=quantization,
     )
+    dtype = base.dtype
     if quantization is not None:
+        # Casts what is not quantised to float32, for stable training only.
         base = prepare_model_for_kbit_training(
             base, use_gradient_checkpointing=bool(arguments.sft.gradient_checkpointing)
         )
-    return base
+    return base, dtype
 
 
 def _examples(

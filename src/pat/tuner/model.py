@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
@@ -16,16 +15,15 @@ from transformers import PreTrainedModel
 from pat.errors import PatError
 from pat.sparsification.mask import UnifiedMask
 from pat.sparsification.operator import Operator, build_operator
-from pat.surgery.dense import build_dense, shrink_config
-from pat.surgery.fold import Channels, HeadPlan, fold_weights
 from pat.surgery.residual import ResidualStream
 from pat.surgery.rotation import ChannelOrder, equalised_gain, gain_block, importance_order, pca_order
 from pat.tuner.calibration import DEFAULT_TOKENS_PER_CHANNEL, StreamStatistics
 from pat.tuner.config import PatConfig
 from pat.tuner.layer import MASK_NAME, OPERATOR_NAME, HsmLayer, MaskLayer
+from pat.tuner.merging import MaskedModel, merge_dense
 from pat.tuner.prepare import AttachmentPlan, default_targets, plan_attachment
 from pat.tuner.quantized import keep_plain_layout
-from pat.tuner.weights import effective_parameter, embedding_ratio
+from pat.tuner.weights import effective_parameter
 
 
 class PatModel(LoraModel):
@@ -215,38 +213,16 @@ class PatModel(LoraModel):
                 f"Got a merge at step {mask.step} of an adapter whose mask is still soft (milestone: step "
                 f"{mask.milestone_step}); train past the milestone first, with PatCallback in the trainer."
             )
-        base = cast(PreTrainedModel, self.model)
-        stream = cast(ResidualStream, self.residual_stream)
-        target = dtype or base.dtype
-        family, untied = stream.family, self.pat_config(name).untie_word_embeddings
-        tied = stream.head is None and not untied
-        config = shrink_config(
-            base.config,
-            family,
-            pruned_hidden_size=mask.pruned_hidden_size,
-            head_dim=_head_dim(base, stream),
-            tied=tied,
+        masked = MaskedModel(
+            base=cast(PreTrainedModel, self.model),
+            stream=cast(ResidualStream, self.residual_stream),
+            parameter=self._parameter(name),
+            mask=mask,
+            operators=self.operators(name),
+            final_gain=self._final_gain(name),
+            untie=self.pat_config(name).untie_word_embeddings,
         )
-        ratio = 1.0
-        if family.scaled_embedding:
-            ratio = embedding_ratio(base.get_submodule(stream.embedding), mask.pruned_hidden_size, target)
-        final_gain = None
-        if mask.head_factor is not None:
-            final_gain = self._final_gain(name) * mask.head_factor.double()
-        folded = fold_weights(
-            stream.untie() if untied and stream.head is None else stream,
-            self._parameter(name),
-            Channels.from_mask(mask.keep, mask.basis),
-            {site: _in_double(operator) for site, operator in self.operators(name).items()},
-            HeadPlan(tied=tied, final_gain=final_gain, embedding_ratio=ratio),
-        )
-        weights: dict[str, Tensor] = {}
-        for parameter, tensor in _progress(folded, stream.num_parameters, progressbar):
-            if safe_merge and not tensor.isfinite().all():
-                raise PatError(f"Got non-finite values in the folded weight {parameter}; the adapter is broken.")
-            # Contiguous: folding leaves transposed views, and a kernel rounds those otherwise than what it loads later.
-            weights[parameter] = tensor.to(target).contiguous()
-        return build_dense(base, config, weights, target)
+        return merge_dense(masked, dtype or masked.base.dtype, check_finite=safe_merge, progress=progressbar)
 
     def unload(self) -> nn.Module:
         """Return the untouched base model by removing LoRA, operators and mask."""
@@ -284,20 +260,3 @@ class PatModel(LoraModel):
 def find_tuner(model: nn.Module) -> PatModel | None:
     """Return the PAT tuner inside a model (wrapped by peft, accelerate or torch.compile), or None."""
     return next((module for module in model.modules() if isinstance(module, PatModel)), None)
-
-
-def _in_double(operator: Operator) -> Operator:
-    return copy.deepcopy(operator).requires_grad_(False).double()
-
-
-def _head_dim(base: PreTrainedModel, stream: ResidualStream) -> int:
-    attention = base.get_submodule(f"{stream.family.layers}.0.self_attn")
-    return int(cast(int, attention.head_dim))
-
-
-def _progress(items: Iterable[tuple[str, Tensor]], total: int, show: bool) -> Iterable[tuple[str, Tensor]]:
-    if not show:
-        return items
-    from tqdm import tqdm
-
-    return cast(Iterable[tuple[str, Tensor]], tqdm(items, total=total, desc="Folding", unit="tensor"))

@@ -1,0 +1,94 @@
+"""From a masked model to its dense form: fold, cut, and build (specification, "Exact merge")."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pat.errors import PatError
+from pat.sparsification.mask import UnifiedMask
+from pat.sparsification.operator import Operator
+from pat.surgery.dense import build_dense, shrink_config
+from pat.surgery.fold import Channels, HeadPlan, fold_weights
+from pat.surgery.residual import ResidualStream
+from pat.tuner.weights import embedding_ratio
+
+
+@dataclass(frozen=True)
+class MaskedModel:
+    """A base model with one hardened adapter, as the merge sees it."""
+
+    base: PreTrainedModel
+    stream: ResidualStream
+    parameter: Callable[[str], Tensor]
+    """Base parameters by name, with LoRA merged in."""
+    mask: UnifiedMask
+    operators: Mapping[str, Operator]
+    final_gain: Tensor
+    """Gain of the final norm as stored in the base, `(d,)`."""
+    untie: bool
+    """Whether a tied model gets a head of its own."""
+
+
+def merge_dense(model: MaskedModel, dtype: torch.dtype, *, check_finite: bool, progress: bool) -> PreTrainedModel:
+    """Return the small dense model; nothing of the masked model is changed.
+
+    Args:
+        model: what to merge; its mask must be 0/1.
+        dtype: of the dense model.
+        check_finite: check every folded weight.
+        progress: show a bar over the parameters.
+
+    Raises:
+        PatError: `check_finite`, and a folded weight is infinite or not a number.
+    """
+    base, stream, mask = model.base, model.stream, model.mask
+    tied = stream.head is None and not model.untie
+    config = shrink_config(
+        base.config,
+        stream.family,
+        pruned_hidden_size=mask.pruned_hidden_size,
+        head_dim=_head_dim(base, stream),
+        tied=tied,
+    )
+    ratio = 1.0
+    if stream.family.scaled_embedding:
+        ratio = embedding_ratio(base.get_submodule(stream.embedding), mask.pruned_hidden_size, dtype)
+    final_gain = None if mask.head_factor is None else model.final_gain * mask.head_factor.double()
+    folded = fold_weights(
+        stream.untie() if model.untie and stream.head is None else stream,
+        model.parameter,
+        Channels.from_mask(mask.keep, mask.basis),
+        {site: _in_double(operator) for site, operator in model.operators.items()},
+        HeadPlan(tied=tied, final_gain=final_gain, embedding_ratio=ratio),
+    )
+    weights: dict[str, Tensor] = {}
+    for name, tensor in _progress(folded, stream.num_parameters, progress):
+        if check_finite and not tensor.isfinite().all():
+            raise PatError(f"Got non-finite values in the folded weight {name}; the adapter is broken.")
+        # Contiguous: folding leaves transposed views, and a kernel rounds those otherwise than what it loads later.
+        weights[name] = tensor.to(dtype).contiguous()
+    return build_dense(base, config, weights, dtype)
+
+
+def _in_double(operator: Operator) -> Operator:
+    return copy.deepcopy(operator).requires_grad_(False).double()
+
+
+def _head_dim(base: PreTrainedModel, stream: ResidualStream) -> int:
+    attention = base.get_submodule(f"{stream.family.layers}.0.self_attn")
+    return int(cast(int, attention.head_dim))
+
+
+def _progress(items: Iterable[tuple[str, Tensor]], total: int, show: bool) -> Iterable[tuple[str, Tensor]]:
+    if not show:
+        return items
+    from tqdm import tqdm
+
+    return cast(Iterable[tuple[str, Tensor]], tqdm(items, total=total, desc="Folding", unit="tensor"))
