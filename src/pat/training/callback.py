@@ -34,14 +34,12 @@ class PatCallback(TrainerCallback):
         self._last: dict[str, float] = {}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Undo the cast to bfloat16 that TRL gives adapters of quantised models: the mask needs float32."""
+        """Put right what trainers do to adapters without knowing of the mask: halved precision, copies half made."""
         tuner = find_tuner(kwargs["model"])
         if tuner is None:
             return
-        for module in [tuner.mask(), *tuner.operators().values()]:
-            for tensor in [*module.parameters(), *module.buffers()]:
-                if tensor.dtype in (torch.bfloat16, torch.float16):
-                    tensor.data = tensor.data.float()
+        _restore_float32(tuner)
+        _complete_copies(tuner)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -112,6 +110,33 @@ class PatCallback(TrainerCallback):
                 "before giving it to the trainer, or leave PatCallback out."
             )
         return tuner
+
+
+def _restore_float32(tuner: PatModel) -> None:
+    """Undo the cast to bfloat16 that TRL gives adapters of quantised models."""
+    for module in [tuner.mask(), *tuner.operators().values()]:
+        for tensor in [*module.parameters(), *module.buffers()]:
+            if tensor.dtype in (torch.bfloat16, torch.float16):
+                tensor.data = tensor.data.float()
+
+
+def _complete_copies(tuner: PatModel) -> None:
+    """Give the mask's state to copies of the active adapter that were made of its parameters alone.
+
+    TRL's DPOTrainer makes its reference "ref" so. Order, basis and kept channels are buffers: without them the
+    reference of a tuned adapter would be another model than the policy starts from.
+    """
+    source = tuner.adapter
+    for name in tuner.peft_config:
+        mask = tuner.mask(name)
+        untouched = mask.milestone_step is None and not mask.calibrated
+        if name == source or not untouched or tuner.pat_config(name) != tuner.pat_config(source):
+            continue
+        pairs = zip(tuner.operators(name).values(), tuner.operators(source).values(), strict=True)
+        if all(
+            torch.equal(a, b) for one, other in pairs for a, b in zip(one.parameters(), other.parameters(), strict=True)
+        ):
+            mask.load_state_dict(tuner.mask(source).state_dict())
 
 
 def _calibration_batches(config: PatConfig, dataloader: Any, tokenizer: Any) -> Iterable[Mapping[str, Any]]:
