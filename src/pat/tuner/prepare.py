@@ -65,6 +65,7 @@ def plan_attachment(
     width = check_config(base_config, family, config)
     shares_head = bool(base_config.tie_word_embeddings)
     stream = known_stream or map_residual_stream(family, (n for n, _ in model.named_parameters()), tied=shares_head)
+    _check_lora_bias(config, stream)
     tied = shares_head and not config.untie_word_embeddings
     if config.resolved_rotation is None:  # a new adapter, not a loaded one
         config.base_quantization = quantization_of(base_config)
@@ -155,6 +156,21 @@ def _check_ends(config: PatConfig, family: Family, *, tied: bool) -> None:
             "untie_word_embeddings=True to give the head a matrix of its own"
             + ("." if adapted else ", or ensure_weight_tying=True to train both as one.")
         )
+
+
+def _check_lora_bias(config: PatConfig, stream: ResidualStream) -> None:
+    """Refuse a trained bias where the model has none to merge it into; found after training it would be too late."""
+    if not config.lora_bias:
+        return
+    targets_all = config.target_modules is None or config.target_modules == "all-linear"
+    for branch in stream.branches:
+        for linear in (*branch.readers, branch.writer):
+            is_module = linear.weight != linear.path
+            if is_module and linear.bias is None and (targets_all or check_target_module_exists(config, linear.path)):
+                raise PatError(
+                    f"Got lora_bias=True, but {linear.path} has no bias in this model to merge a trained one into; leave "
+                    "lora_bias out, or name layers with a bias in target_modules."
+                )
 
 
 def _check_longrope(base_config: Any, width: Width) -> None:
