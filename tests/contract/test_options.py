@@ -1,0 +1,195 @@
+"""What a PEFT user may set: with each option the adapter is trained, merged and the dense model is the masked one."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny_models import batch, build
+from tiny_training import Trained, largest_difference, logits, train_and_merge
+
+from pat.errors import PatError
+
+PARITY = 1e-4
+
+HALF_PARITY = {torch.bfloat16: 0.25, torch.float16: 0.03}
+"""Some thirty roundings, of weights and activations, of 2^-8 respectively 2^-11 of values up to four."""
+
+SAMPLE = ("llama", "gemma3_text", "qwen3_moe")
+"""A plain family, one with post-norms and a scaled embedding, one with experts and a q/k-norm."""
+
+
+def check(trained: Trained, record_property: Any) -> None:
+    difference = largest_difference(trained.masked_logits, trained.dense_logits)
+    record_property("max_logit_difference", difference)
+    assert largest_difference(trained.masked_logits, trained.base_logits) > 0.3
+    assert difference <= PARITY
+    with trained.model.disable_adapter():
+        assert torch.equal(logits(trained.model), trained.base_logits)
+
+
+FOR_EVERY_MODEL: dict[str, dict[str, Any]] = {
+    "dense-operator": {"operator_rank": "dense"},
+    "rank-1-operator": {"operator_rank": 1},
+    "full-rank-operator": {"operator_rank": 48},
+    "default-operator": {"operator_rank": None},
+    "rslora": {"use_rslora": True},
+    "rslora-dora": {"use_rslora": True, "use_dora": True},
+    "frozen-mask": {"mask": "frozen"},
+    "frozen-mask-rotated": {"mask": "frozen", "rotation": "auto"},
+    "pruned-to-4": {"pruned_hidden_size": 12},
+    "hardly-pruned": {"pruning_ratio": 0.01, "pruned_hidden_size": None},
+    "dropout": {"lora_dropout": 0.2},
+    "one-target": {"target_modules": ["q_proj"]},
+    "readers-only": {"target_modules": ["q_proj", "k_proj", "v_proj"]},
+    "all-linear": {"target_modules": "all-linear"},
+    "some-layers": {"target_modules": ["o_proj", "v_proj"], "layers_to_transform": [1]},
+    "rank-pattern": {"rank_pattern": {"q_proj": 2, "o_proj": 7}, "alpha_pattern": {"o_proj": 1}},
+    "excluded": {"exclude_modules": ["o_proj"]},
+    "saved-norms": {"modules_to_save": ["input_layernorm", "norm"]},
+    "saved-writer": {"target_modules": ["q_proj"], "modules_to_save": ["o_proj"]},
+    "gaussian-init": {"init_lora_weights": "gaussian"},
+    "trainable-tokens": {"trainable_token_indices": [1, 5, 77]},
+    "milestone-at-the-end": {"milestone": 1.0},
+    "milestone-at-the-first-step": {"milestone": 0.25},
+}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("option", FOR_EVERY_MODEL, ids=str)
+@pytest.mark.parametrize("family", SAMPLE)
+def test_option(family: str, option: str, tied: bool, record_property: Any) -> None:
+    fields = {"rotation": "none"} | FOR_EVERY_MODEL[option]
+    check(train_and_merge(build(family, tied=tied), **fields), record_property)
+
+
+@pytest.mark.parametrize("rotation", ["none", "auto"])
+@pytest.mark.parametrize("family", [*SAMPLE, "gemma"])
+def test_untying_gives_the_head_a_matrix_of_its_own(family: str, rotation: str, record_property: Any) -> None:
+    trained = train_and_merge(build(family, tied=True), untie_word_embeddings=True, rotation=rotation)
+    check(trained, record_property)
+    dense = trained.dense
+    assert dense.config.tie_word_embeddings is False
+    assert dense.lm_head.weight is not dense.model.embed_tokens.weight
+    assert trained.tuner.model.lm_head.weight is trained.tuner.model.model.embed_tokens.weight
+    assert torch.equal(trained.fresh_logits, trained.base_logits)
+
+
+@pytest.mark.parametrize(
+    ("tied", "fields"),
+    [
+        (False, {"modules_to_save": ["lm_head"]}),
+        (False, {"modules_to_save": ["embed_tokens"]}),
+        (False, {"modules_to_save": ["embed_tokens", "lm_head", "norm"]}),
+        (False, {"target_modules": ["embed_tokens", "q_proj"]}),
+        (True, {"untie_word_embeddings": True, "modules_to_save": ["lm_head"]}),
+        (True, {"untie_word_embeddings": True, "modules_to_save": ["embed_tokens"]}),
+        (True, {"untie_word_embeddings": True, "target_modules": ["embed_tokens", "q_proj"]}),
+        (True, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+        (True, {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rotation", ["none", "auto"])
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_training_the_ends_of_the_stream(
+    family: str, tied: bool, fields: dict[str, Any], rotation: str, record_property: Any
+) -> None:
+    trained = train_and_merge(build(family, tied=tied), rotation=rotation, **fields)
+    check(trained, record_property)
+    names = {name for name, parameter in trained.model.named_parameters() if parameter.requires_grad}
+    assert any("embed_tokens" in name or "lm_head" in name for name in names)
+    stays_tied = tied and not fields.get("untie_word_embeddings")
+    assert (trained.dense.lm_head.weight is trained.dense.model.embed_tokens.weight) == stays_tied
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("targets", "parameters"),
+    [
+        (None, ["mlp.experts.gate_up_proj"]),
+        (None, ["mlp.experts.down_proj"]),
+        (["q_proj"], ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+        (None, []),
+    ],
+)
+def test_experts(family: str, targets: Any, parameters: list[str], record_property: Any) -> None:
+    trained = train_and_merge(
+        build(family, tied=True), rotation="pca", target_modules=targets, target_parameters=parameters
+    )
+    check(trained, record_property)
+    adapted = {name for name, _ in trained.model.named_parameters() if "experts" in name and "lora_B" in name}
+    assert bool(adapted) == bool(parameters)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_dora_leaves_the_experts_out_with_a_warning(family: str, record_property: Any) -> None:
+    trained = train_and_merge(build(family, tied=True), use_dora=True, rotation="none")
+    assert any("expert parameters" in message for message in trained.warnings)
+    check(trained, record_property)
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"), [("llama", None), ("granite", "all-linear"), ("gemma3_text", ["q_proj", "o_proj"])]
+)
+def test_lora_with_a_bias(family: str, targets: Any, record_property: Any) -> None:
+    trained = train_and_merge(build(family, tied=True), rotation="auto", lora_bias=True, target_modules=targets)
+    assert any(p.any() for name, p in trained.model.named_parameters() if name.endswith("lora_B.default.bias"))
+    check(trained, record_property)
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"), [("gemma3_text", None), ("qwen2", "all-linear"), ("mistral", ["q_proj"])]
+)
+def test_lora_with_a_bias_that_nothing_could_be_merged_into_is_refused(family: str, targets: Any) -> None:
+    with pytest.raises(PatError, match=r"lora_bias=True.*has no bias in this model"):
+        train_and_merge(build(family, tied=True), lora_bias=True, target_modules=targets)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_initialisations_that_change_the_base_merge_exactly(init: str, record_property: Any) -> None:
+    """peft subtracts the initial product from the base weights; only its own unload() knows the way back."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trained = train_and_merge(build("llama", tied=True), init_lora_weights=init, rotation="none")
+    difference = largest_difference(trained.masked_logits, trained.dense_logits)
+    record_property("max_logit_difference", difference)
+    assert difference <= PARITY
+
+
+def test_a_variant_without_a_merged_form_is_refused() -> None:
+    """aLoRA acts from a token on: no single weight does the same."""
+    with pytest.raises(PatError, match=r"aLoRA|ALora|alora"):
+        train_and_merge(
+            build("llama", tied=True), rotation="none", alora_invocation_tokens=[5], target_modules=["q_proj"]
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", SAMPLE)
+def test_half_precision_bases(family: str, tied: bool, dtype: torch.dtype, record_property: Any) -> None:
+    """Both models round everywhere, in different places: what is left is the resolution of the dtype."""
+    pruned = 40 if family == "qwen3_moe" else 36
+    # 40, not 36: the experts' kernel wants rows of a multiple of 16 bytes.
+    trained = train_and_merge(build(family, tied=tied, dtype=dtype), rotation="auto", pruned_hidden_size=pruned)
+    assert {parameter.dtype for parameter in trained.dense.parameters()} == {dtype}
+    by_token = (trained.masked_logits.float() - trained.dense_logits.float()).abs().amax(-1)
+    # A token between two experts may go to the other one for a rounding: it is then another function of it.
+    difference = float(by_token.quantile(0.9) if family == "qwen3_moe" else by_token.max())
+    record_property("max_logit_difference_half", difference)
+    assert difference <= HALF_PARITY[dtype]
+    assert largest_difference(trained.masked_logits, trained.base_logits) > 0.5
+
+
+def test_the_dense_model_can_be_asked_for_in_another_dtype() -> None:
+    trained = train_and_merge(build("llama", tied=True), rotation="pca")
+    model: PeftModel = trained.model
+    for dtype in (torch.bfloat16, torch.float64):
+        dense = model.merge_and_unload(dtype=dtype)
+        assert {parameter.dtype for parameter in dense.parameters()} == {dtype}
+        assert dense.config.dtype == dtype
+    assert largest_difference(logits(dense, batch()), trained.masked_logits) < 1e-5
