@@ -168,8 +168,8 @@ def _check_lora_bias(config: PatConfig, stream: ResidualStream) -> None:
             is_module = linear.weight != linear.path
             if is_module and linear.bias is None and (targets_all or check_target_module_exists(config, linear.path)):
                 raise PatError(
-                    f"Got lora_bias=True, but {linear.path} has no bias in this model to merge a trained one into; leave "
-                    "lora_bias out, or name layers with a bias in target_modules."
+                    f"Got lora_bias=True, but {linear.path} has no bias in this model to merge a trained one into; "
+                    "leave lora_bias out, or name layers with a bias in target_modules."
                 )
 
 
