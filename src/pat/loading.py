@@ -9,9 +9,13 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pat.errors import PatError
 from pat.families import Family, get_family
+
+_CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+"""Class names of the causal language models in transformers; older ones have names of their own (GPT2LMHeadModel)."""
 
 
 def load_config(name_or_path: str, *, revision: str | None = None) -> tuple[Any, Family]:
@@ -33,7 +37,7 @@ def load_config(name_or_path: str, *, revision: str | None = None) -> tuple[Any,
             f"reached: {_first_line(error)}"
         ) from error
     architectures = config.architectures or []
-    if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
+    if architectures and not any(name in _CAUSAL or name.endswith("ForCausalLM") for name in architectures):
         raise PatError(
             f"Got the model {name_or_path!r} of type {', '.join(architectures)}; expected a causal language model "
             "(…ForCausalLM)."
@@ -94,6 +98,14 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrai
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def stored_dtype(config: Any) -> torch.dtype | None:
+    """Return the dtype a configuration says its weights are stored in, if it does."""
+    dtype = getattr(config, "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def _check_exists(name_or_path: str) -> None:

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from pat.demo.data import SAMPLE_PROMPTS, demo_data_path
 from pat.demo.model import prepare_smollm2
 from pat.export.write import check_output_folder
+from pat.loading import load_tokenizer
 from pat.training.arguments import build_arguments
-from pat.training.loading import load_tokenizer
 from pat.training.results import TuneResult
 from pat.training.summary import print_summary
 from pat.training.tune import run_tune
@@ -71,8 +71,8 @@ def run_demo(
     check_output_folder(output_dir)
     base = prepare_smollm2(cache_dir, progress=console.print)
     data = dataset_name or str(demo_data_path())
-    flags = RECIPE | {"pruning_ratio": pruning_ratio or RECIPE["pruning_ratio"]}
-    flags |= {"max_steps": max_steps or RECIPE["max_steps"]}
+    chosen = {"pruning_ratio": pruning_ratio, "max_steps": max_steps}
+    flags = RECIPE | {flag: value for flag, value in chosen.items() if value is not None}
     console.print(
         f"Tuning {base.name} on {Path(data).name}: {flags['max_steps']} steps, cutting {flags['pruning_ratio']:.1%}"
     )
@@ -99,7 +99,7 @@ def answer_side_by_side(base: Path, small: Path) -> list[Sample]:
 def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     answers = []
     for prompt in SAMPLE_PROMPTS:
-        inputs = tokenizer.apply_chat_template(
+        inputs: Any = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)  # type: ignore[operator]

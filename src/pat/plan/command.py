@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from pat.loading import load_config
-from pat.plan.costs import ModelCost, build_skeleton, cost_of, stored_dtype
+from pat.loading import load_config, stored_dtype
+from pat.plan.costs import ModelCost, build_skeleton, cost_of
 from pat.plan.training import TrainingMemory, training_memory
 from pat.surgery.dense import shrink_config
 from pat.training.arguments import recipe_defaults

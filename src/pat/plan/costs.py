@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -175,11 +175,3 @@ def _mean_visible(length: int, window: int | None) -> float:
     """Return how many keys a token attends to, itself included, on average over a causal text of `length` tokens."""
     w = min(length, window or length)
     return (w * (w + 1) / 2 + (length - w) * w) / length
-
-
-def stored_dtype(config: Any) -> torch.dtype | None:
-    """Return the dtype a configuration says its weights are stored in, if it does."""
-    dtype = getattr(config, "dtype", None)
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, None)
-    return dtype if isinstance(dtype, torch.dtype) else None

@@ -22,8 +22,8 @@ class LowRankOperator(nn.Module):
     Args:
         hidden_size: d.
         rank: r.
-        lr_multiplier: v is `lr_multiplier * scale`, see `UnifiedMask`. The columns of L1 have entries of about 1/sqrt(d),
-            so at an adapter's learning rate v alone would hardly move the operator in a short run.
+        lr_multiplier: v is `lr_multiplier * scale`, see `UnifiedMask`. The columns of L1 have entries of about
+            1/sqrt(d), so at an adapter's learning rate v alone would hardly move the operator in a short run.
     """
 
     def __init__(self, hidden_size: int, rank: int, *, lr_multiplier: float = 1.0) -> None:

@@ -158,6 +158,16 @@ def _bundle(run: RunOptions, pat: PatOptions, sft: SFTConfig, model: ModelConfig
     for flag, value in (("--model_name_or_path", model.model_name_or_path), ("--dataset_name", run.dataset_name)):
         if not value:
             raise PatError(f"{flag} is missing; expected a base model and a data file (see `pat tune --help`).")
+    if sft.eval_strategy != "no" and run.held_out in ("0", 0):
+        raise PatError(
+            f"Got eval_strategy={str(sft.eval_strategy)!r} with held_out=0; expected rows to evaluate on: leave "
+            "--held_out at its default, or set --eval_strategy no."
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise PatError(
+            f"Got {os.environ['WORLD_SIZE']} processes; `pat tune` runs in one. Train with PatCallback in a script of "
+            "your own, and merge with `pat merge`."
+        )
     output_dir = Path(str(sft.output_dir))
     # The trainer writes its checkpoints below the run's folder, whose other names are the product's.
     sft.output_dir = str(output_dir / "checkpoints")
@@ -173,10 +183,15 @@ def _trls_own_deprecations_ignored() -> Iterator[None]:
 
 
 def _machine_defaults() -> dict[str, Any]:
-    """Return what TRL's defaults, made for a GPU, must be without one: it asks for bf16 and recomputes activations."""
+    """Return what differs from TRL's defaults by machine.
+
+    With an accelerator the base is loaded in its checkpoint's dtype (TRL would load float32, twice the memory).
+    Without one, TRL's bf16 autocast is refused and its recomputing of activations only costs time, and arithmetic in
+    bf16 is many times slower on most CPUs than in float32.
+    """
     if torch.accelerator.is_available():
-        return {}
-    return {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+        return {"dtype": "auto"}
+    return {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "dtype": "float32"}
 
 
 def recipe_defaults(name: str) -> dict[str, Any]:

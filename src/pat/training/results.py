@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
+from tqdm import tqdm
 
-from pat.evaluation.perplexity import NLL, Example, Progress, response_nll
+from pat.evaluation.perplexity import NLL, Example, response_nll
 from pat.export.verify import Parity
 
 EVAL_BATCH_SIZE = 8
@@ -21,6 +23,7 @@ class ModelFigures:
 
     num_parameters: int
     num_bytes: int
+    """Of the weights as they are stored in a checkpoint."""
     held_out_nll: float | None
     """Mean over response tokens, in nats; None without held-out data."""
     num_held_out_tokens: int
@@ -41,19 +44,41 @@ class TuneResult:
 
 
 def measure(
-    model: nn.Module, examples: Sequence[Example], pad_token_id: int, *, progress: Progress | None = None
+    model: nn.Module,
+    examples: Sequence[Example],
+    pad_token_id: int,
+    *,
+    stage: str,
+    num_parameters: int,
+    num_bytes: int,
+    show_progress: bool = True,
 ) -> ModelFigures:
-    """Count a model's parameters and bytes, and time its held-out likelihood."""
-    parameters = list(model.parameters())
+    """Time a model's held-out likelihood, with a progress bar on stderr, and put its sizes beside it.
+
+    Args:
+        model: scored as it is, in its own device and dtype.
+        examples: tokenised held-out rows; none leave likelihood and speed open.
+        pad_token_id: for padding batches.
+        stage: name on the progress bar.
+        num_parameters: number of weights (given, because quantised storage holds several in one element).
+        num_bytes: size of the weights as stored.
+        show_progress: whether there is a bar.
+    """
     nll: NLL | None = None
     speed: float | None = None
     if examples:
-        start = time.perf_counter()
-        nll = response_nll(model, examples, batch_size=EVAL_BATCH_SIZE, pad_token_id=pad_token_id, progress=progress)
-        speed = sum(len(example["input_ids"]) for example in examples) / (time.perf_counter() - start)
+        with tqdm(desc=f"Scoring {stage}", unit="batch", file=sys.stderr, disable=not show_progress) as bar:
+
+            def advance(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            start = time.perf_counter()
+            nll = response_nll(model, examples, batch_size=EVAL_BATCH_SIZE, pad_token_id=pad_token_id, progress=advance)
+            speed = sum(len(example["input_ids"]) for example in examples) / (time.perf_counter() - start)
     return ModelFigures(
-        num_parameters=sum(p.numel() for p in parameters),
-        num_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        num_parameters=num_parameters,
+        num_bytes=num_bytes,
         held_out_nll=None if nll is None else nll.nll,
         num_held_out_tokens=0 if nll is None else nll.num_tokens,
         tokens_per_second=speed,

@@ -6,18 +6,20 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, cast
 
-import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer, get_quantization_config
 
-from pat.errors import RunFailed
+from pat.errors import PatError, RunFailed
 from pat.evaluation.perplexity import Example, batches_from_examples, tokenize_examples
+from pat.export.model_card import shown_name
 from pat.export.results import environment, write_results
-from pat.export.write import check_output_folder, write_dense
-from pat.loading import load_base, load_config, load_tokenizer
+from pat.export.write import check_output_folder, count_parameters, save_checkpoint, staged_folder
+from pat.loading import load_base, load_config, load_tokenizer, stored_dtype
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.calibration_text import read_calibration
 from pat.training.callback import PatCallback
@@ -52,22 +54,27 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
     output_dir, checkpoints = arguments.output_dir, arguments.output_dir / "checkpoints"
 
     # Everything that can be wrong is found before the weights are loaded, and before anything is written.
-    if not sft.resume_from_checkpoint:
-        check_output_folder(output_dir)
+    resume_from = _resume_from(arguments)
     pat_config = arguments.pat_config()
     base_config, family = load_config(name, revision=arguments.model.model_revision)
     check_config(base_config, family, pat_config)
     if pat_config.calibration is not None:
         read_calibration(pat_config.calibration)
-    tokenizer = load_tokenizer(name, revision=arguments.model.model_revision)
+    tokenizer = _load_tokenizer(arguments)
     data = _load_data(arguments, tokenizer)
     num_truncated = check_truncation(tokenizer, data.train, sft.max_length)
     held_out = _examples(tokenizer, data, arguments)
 
     set_seed(sft.seed)
-    base, written_dtype = _load_base(arguments)
+    base = _load_base(arguments)
+    # Training may load float32 for speed or stability; what is written keeps the dtype of the base's checkpoint.
+    stored = stored_dtype(base_config) or base.dtype
+    num_parameters = count_parameters(base_config)
+    num_bytes = num_parameters * stored.itemsize
     pad_token_id = cast(int, tokenizer.pad_token_id)
-    figures = {"base": measure(base, held_out, pad_token_id)}
+    figures = {
+        "base": measure(base, held_out, pad_token_id, stage="base", num_parameters=num_parameters, num_bytes=num_bytes)
+    }
     model = cast(PeftModel, get_peft_model(base, pat_config))
     tuner = cast(PatModel, find_tuner(model))
 
@@ -81,44 +88,86 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
     )
     started = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=_resume_from(arguments))
+        trainer.train(resume_from_checkpoint=resume_from)
     except RunFailed as error:
         trainer.save_model(str(checkpoints / "last-finite"))
         raise RunFailed(f"{error} The adapter before that step is in {checkpoints / 'last-finite'}.") from error
+    except PatError:
+        _remove_if_empty(checkpoints, output_dir)  # the trainer makes its folder before it starts
+        raise
     train_seconds = time.perf_counter() - started
 
+    # The adapter is the training; it stays even if the checkpoint made from it should be refused.
     model.save_pretrained(str(output_dir / "adapter"))
-    figures["tuned"] = measure(model.get_base_model(), held_out, pad_token_id)
-    verify_on = (held_out or _examples(tokenizer, data, arguments, of_training=True))[:NUM_VERIFY_ROWS]
-    parity, model_dir = write_dense(
-        model,
-        output_dir / "model",
-        tokenizer=tokenizer,
-        batches=list(batches_from_examples(verify_on, batch_size=VERIFY_BATCH_SIZE, pad_token_id=pad_token_id)),
-        dtype=written_dtype,
-        provenance=_provenance(arguments, tuner, data),
+    adapter_parameters = [p for p in model.parameters() if p.requires_grad]
+    figures["tuned"] = measure(
+        model.get_base_model(),
+        held_out,
+        pad_token_id,
+        stage="tuned, masked",
+        num_parameters=num_parameters + sum(p.numel() for p in adapter_parameters),
+        num_bytes=num_bytes + sum(p.numel() * p.element_size() for p in adapter_parameters),
     )
-    dense = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").to(model.device)
-    figures["dense"] = measure(dense, held_out, pad_token_id)
+    nlls = {stage: figure.held_out_nll for stage, figure in figures.items() if figure.held_out_nll is not None}
+    provenance = _provenance(arguments, data) | {"num_steps": trainer.state.global_step, "held_out_nll": nlls}
+    verify_on = (held_out or _examples(tokenizer, data, arguments, of_training=True))[:NUM_VERIFY_ROWS]
+    with staged_folder(output_dir / "model") as staging:
+        parity, cut = save_checkpoint(
+            model,
+            staging,
+            tokenizer=tokenizer,
+            batches=list(batches_from_examples(verify_on, batch_size=VERIFY_BATCH_SIZE, pad_token_id=pad_token_id)),
+            dtype=stored,
+            provenance=provenance,
+            progress=not sft.disable_tqdm,
+        )
+    dense = AutoModelForCausalLM.from_pretrained(output_dir / "model", dtype=base.dtype).to(model.device)
+    figures["dense"] = measure(
+        dense,
+        held_out,
+        pad_token_id,
+        stage="dense, written",
+        num_parameters=cut.num_parameters,
+        num_bytes=cut.num_parameters * stored.itemsize,
+    )
 
     write_results(
         output_dir / "results.json",
         {
             "command": "tune",
             **environment(),
-            **_provenance(arguments, tuner, data),
-            "pat_config": model.peft_config[tuner.adapter].to_dict(),
-            "training_arguments": sft.to_sanitized_dict(),
+            **provenance,
+            "model_name_or_path": shown_name(name),
+            "dataset": shown_name(data.source),
+            "cut": asdict(cut),
+            "pat_config": _config_dict(tuner) | {"base_model_name_or_path": shown_name(name)},
+            "training_arguments": sft.to_sanitized_dict() | {"output_dir": output_dir.name, "logging_dir": None},
             "data": _describe(data) | {"num_truncated": num_truncated, "num_held_out": len(held_out)},
             "figures": {stage: asdict(figure) for stage, figure in figures.items()},
             "parity": parity.to_dict(),
-            "timings": {"train_seconds": train_seconds, "num_steps": trainer.state.global_step},
+            "timings": {"train_seconds": train_seconds},
             "log_history": trainer.state.log_history,
         },
     )
     if not arguments.run.keep_checkpoints:
         shutil.rmtree(checkpoints, ignore_errors=True)
-    return TuneResult(output_dir, model_dir, output_dir / "adapter", figures, parity)
+    return TuneResult(output_dir, output_dir / "model", output_dir / "adapter", figures, parity)
+
+
+def _load_tokenizer(arguments: TuneArguments) -> PreTrainedTokenizerBase:
+    """Load the tokenizer with TRL's overrides applied, since data is looked at before the trainer applies them."""
+    sft = arguments.sft
+    tokenizer = load_tokenizer(str(arguments.model.model_name_or_path), revision=arguments.model.model_revision)
+    if sft.eos_token is not None:
+        if sft.eos_token not in tokenizer.get_vocab():
+            raise PatError(f"Got --eos_token {sft.eos_token!r}, which the tokenizer does not know; give one it has.")
+        tokenizer.eos_token = sft.eos_token
+    template = Path(str(sft.chat_template_path)) if sft.chat_template_path is not None else None
+    if template is not None and template.suffix in (".jinja", ".j2"):
+        if not template.is_file():
+            raise PatError(f"Got --chat_template_path {template}, but there is no such file; give a Jinja file.")
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
 
 
 def _load_data(arguments: TuneArguments, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
@@ -134,8 +183,8 @@ def _load_data(arguments: TuneArguments, tokenizer: PreTrainedTokenizerBase) -> 
     )
 
 
-def _load_base(arguments: TuneArguments) -> tuple[PreTrainedModel, torch.dtype]:
-    """Load the base, quantised if asked for; also return the dtype of its checkpoint, which the small one keeps."""
+def _load_base(arguments: TuneArguments) -> PreTrainedModel:
+    """Load the base onto the trainer's device, quantised if asked for."""
     options = arguments.model
     quantization = get_quantization_config(options)
     base = load_base(
@@ -145,13 +194,12 @@ def _load_base(arguments: TuneArguments) -> tuple[PreTrainedModel, torch.dtype]:
         attn_implementation=options.attn_implementation,
         quantization_config=quantization,
     )
-    dtype = base.dtype
-    if quantization is not None:
-        # Casts what is not quantised to float32, for stable training only.
-        base = prepare_model_for_kbit_training(
-            base, use_gradient_checkpointing=bool(arguments.sft.gradient_checkpointing)
-        )
-    return base, dtype
+    if quantization is None:
+        return cast(PreTrainedModel, base.to(arguments.sft.device))  # type: ignore[arg-type]
+    return cast(
+        PreTrainedModel,
+        prepare_model_for_kbit_training(base, use_gradient_checkpointing=bool(arguments.sft.gradient_checkpointing)),
+    )
 
 
 def _examples(
@@ -162,27 +210,50 @@ def _examples(
     return [] if rows is None else tokenize_examples(tokenizer, rows, arguments.sft.max_length)
 
 
-def _resume_from(arguments: TuneArguments) -> str | bool | None:
-    given = arguments.sft.resume_from_checkpoint
+def _resume_from(arguments: TuneArguments) -> str | None:
+    """Return the checkpoint to resume from, after checking that what this run will write is free to be written.
+
+    Raises:
+        PatError: there is no such checkpoint, the output folder is in use, or it holds a finished model.
+    """
+    given: Any = arguments.sft.resume_from_checkpoint  # TRL's parser leaves "true" a string
     if isinstance(given, str) and given.lower() in ("true", "false"):
-        return given.lower() == "true"
-    return cast("str | bool | None", given)
+        given = given.lower() == "true"
+    if not given:
+        check_output_folder(arguments.output_dir)
+        return None
+    check_output_folder(arguments.output_dir / "model")
+    checkpoints = arguments.output_dir / "checkpoints"
+    found = get_last_checkpoint(str(checkpoints)) if given is True and checkpoints.is_dir() else given
+    if not isinstance(found, str) or not Path(found).is_dir():
+        raise PatError(
+            f"Got resume_from_checkpoint={given}, but there is no checkpoint "
+            f"{'in ' + str(checkpoints) if given is True else 'at that path'}; leave the flag out to start anew."
+        )
+    return found
+
+
+def _config_dict(tuner: PatModel) -> dict[str, Any]:
+    return cast(dict[str, Any], tuner.pat_config().to_dict())  # type: ignore[no-untyped-call]
+
+
+def _remove_if_empty(*folders: Path) -> None:
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _describe(data: TrainingData) -> dict[str, Any]:
-    facts = ("source", "held_out_source", "format", "template", "fingerprint", "num_rows", "num_dropped")
-    return {fact: getattr(data, fact) for fact in facts}
+    paths = {"source": data.source, "held_out_source": data.held_out_source}
+    facts = ("format", "template", "fingerprint", "num_rows", "num_dropped")
+    shown = {key: path and shown_name(path) for key, path in paths.items()}
+    return shown | {fact: getattr(data, fact) for fact in facts}
 
 
-def _provenance(arguments: TuneArguments, tuner: PatModel, data: TrainingData) -> dict[str, Any]:
-    mask = tuner.mask()
+def _provenance(arguments: TuneArguments, data: TrainingData) -> dict[str, Any]:
     return {
         "model_name_or_path": arguments.model.model_name_or_path,
         "dataset": data.source,
         "recipe": arguments.run.recipe,
         "seed": arguments.sft.seed,
-        "hidden_size": mask.hidden_size,
-        "pruned_hidden_size": mask.pruned_hidden_size,
-        "rotation": tuner.pat_config().resolved_rotation,
-        "milestone_step": mask.milestone_step,
     }

@@ -12,7 +12,7 @@ import enum
 from peft import mapping
 
 
-class PatType(str, enum.Enum):
+class PatType(enum.StrEnum):
     """The one method name this package adds to peft."""
 
     PAT = "PAT"
