@@ -24,8 +24,6 @@ from pat.training.data import check_truncation, load_training_data
 from pat.training.sources import TemplateChoice
 from pat.tuner.model import find_tuner
 
-TEMPLATES = ("auto", "chat", "alpaca")
-
 BATCH_SIZE = 8
 
 TOKENS_PER_LIMIT = 1000
@@ -79,7 +77,7 @@ def evaluate(
     Raises:
         PatError: nothing to evaluate on, or model, text or data cannot be used.
     """
-    _check(text_file, dataset_name, template, max_length, limit, output)
+    _check(text_file, dataset_name, max_length, limit, output)
     adapter = read_adapter_config(model) if is_adapter(model) else None
     name = model if adapter is None else base_name(model, adapter, None)
     load_config(name)
@@ -166,14 +164,12 @@ def has_tokenizer(model: str) -> bool:
 
 
 def _check(
-    text_file: str | None, dataset_name: str | None, template: str, max_length: int, limit: int | None, output: Any
+    text_file: str | None, dataset_name: str | None, max_length: int, limit: int | None, output: Path | None
 ) -> None:
     if text_file is None and dataset_name is None:
         raise PatError(
             "Got nothing to evaluate on; give --text_file (plain text) or --dataset_name (instruction data)."
         )
-    if template not in TEMPLATES:
-        raise PatError(f"Got template={template!r}; expected one of {', '.join(TEMPLATES)}.")
     for flag, value in (("max_length", max_length), ("limit", limit)):
         if value is not None and value < 1:
             raise PatError(f"Got {flag}={value}; expected a whole number above 0.")

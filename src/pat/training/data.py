@@ -4,7 +4,7 @@ import math
 import os
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from datasets import Dataset
 
@@ -70,6 +70,8 @@ def load_training_data(
     """
     name = os.fspath(name_or_path)
     has_chat_template = tokenizer is not None and bool(tokenizer.chat_template)
+    if template not in get_args(TemplateChoice):
+        raise PatError(f"Got template={template!r}; expected one of {', '.join(get_args(TemplateChoice))}.")
     if template == "chat" and not has_chat_template:
         raise PatError("Got template='chat', but the tokenizer has no chat template; pass 'alpaca' or 'auto'.")
     source = load_source(

@@ -30,6 +30,6 @@ class FiniteGuard(TrainerCallback):
         norms = torch._foreach_norm(gradients) if gradients else []
         if norms and not torch.stack([norm.float() for norm in norms]).isfinite().all():
             raise RunFailed(
-                f"The loss or its gradients became non-finite at step {state.global_step}; expected finite numbers: lower "
-                "--learning_rate or --mask_lr_multiplier, or check the base model and the data."
+                f"The loss or its gradients became non-finite at step {state.global_step}; expected finite numbers: "
+                "lower --learning_rate or --mask_lr_multiplier, or check the base model and the data."
             )

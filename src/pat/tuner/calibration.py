@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pat.errors import PatError
+from pat.errors import PatError, RunFailed
 from pat.surgery.residual import ResidualStream
 
 DEFAULT_TOKENS_PER_CHANNEL = 8
@@ -35,6 +35,7 @@ class StreamStatistics:
 
         Raises:
             PatError: the batches hold no token, or no `input_ids`.
+            RunFailed: the model's activations are not finite.
         """
         device = next(self.model.parameters()).device
         with ExitStack() as restore:
@@ -57,6 +58,11 @@ class StreamStatistics:
                 self.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1, **extra)
         if self.num_tokens == 0:
             raise PatError("The calibration data holds no tokens; expected batches with input_ids.")
+        if not all(moment.isfinite().all() for moment in self._moments.values()):
+            raise RunFailed(
+                "The base model's activations on the calibration data became non-finite; expected finite numbers: "
+                "check its weights, or load it in another dtype."
+            )
 
     def covariance(self) -> Tensor:
         """Return the summed second moment, `(d, d)` in float64."""
