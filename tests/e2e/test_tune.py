@@ -1,0 +1,163 @@
+"""The main job end to end, on a tiny model: what a run leaves, what it keeps, and what it refuses to overwrite."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import build, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+import pat
+from pat.cli import main
+from pat.demo import command as demo
+
+STEPS = 6
+
+LOADS_WITHOUT_PAT = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder = sys.argv[1]
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+model.generate(**tokenizer("say", return_tensors="pt"), max_new_tokens=3, do_sample=False)
+assert not any(name == "pat" or name.startswith("pat.") for name in sys.modules)
+print(model.config.hidden_size)
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny tied Llama in bfloat16 with a tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    build("llama", tied=True, dtype=torch.bfloat16).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Instruction data."""
+    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [{"instruction": f"say {i}", "output": f"it is {i * i}"} for i in range(40)]
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return file
+
+
+def flags(base: Path, data: Path, out: Path, **more: Any) -> dict[str, Any]:
+    chosen = {
+        "model_name_or_path": str(base),
+        "dataset_name": str(data),
+        "output_dir": str(out),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "max_length": 64,
+        "milestone": 0.34,
+        "held_out": "8",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "gain_tolerance": 0.4,
+    }
+    return chosen | more
+
+
+def as_argv(values: dict[str, Any]) -> list[str]:
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One finished run."""
+    out = tmp_path_factory.mktemp("runs") / "out"
+    result = pat.tune(**flags(base, data, out))
+    assert result.model_dir == out / "model"
+    return out
+
+
+def test_what_a_run_leaves(run: Path) -> None:
+    assert {path.name for path in run.iterdir()} == {"model", "adapter", "results.json"}
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    expected = {"schema_version", "versions", "machine", "seed", "recipe", "cut", "figures", "parity", "data"}
+    assert expected <= set(results)
+    assert set(results["figures"]) == {"base", "tuned", "dense"}
+    assert results["cut"]["pruned_hidden_size"] == 36
+    assert results["num_steps"] == STEPS
+    figures = results["figures"]
+    assert figures["dense"]["num_parameters"] < figures["base"]["num_parameters"] < figures["tuned"]["num_parameters"]
+    assert figures["dense"]["held_out_nll"] == pytest.approx(figures["tuned"]["held_out_nll"], abs=0.05)  # bf16 weights
+    assert str(run.parent) not in (run / "results.json").read_text(encoding="utf-8")
+    assert str(run.parent) not in (run / "model" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_checkpoint_keeps_the_bases_dtype_and_is_smaller(run: Path, base: Path) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(run / "model", dtype="auto")
+    assert dense.dtype == torch.bfloat16
+    size = sum(file.stat().st_size for file in (run / "model").glob("*.safetensors"))
+    assert size < sum(file.stat().st_size for file in base.glob("*.safetensors"))
+
+
+def test_the_checkpoint_loads_where_there_is_no_pat(run: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS_WITHOUT_PAT, str(run / "model")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "36"
+
+
+def test_merging_the_saved_adapter_gives_the_same_checkpoint(run: Path, tmp_path: Path) -> None:
+    assert main(["merge", "--adapter", str(run / "adapter"), "--output_dir", str(tmp_path / "again")]) == 0
+    first, second = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (run / "model", tmp_path / "again")
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("given", ["false", "true", "nowhere"])
+def test_a_finished_run_is_not_overwritten(
+    run: Path, base: Path, data: Path, given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    assert main(["tune", *as_argv(flags(base, data, run, resume_from_checkpoint=given))]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_was_cut_off_is_resumed(base: Path, data: Path, run: Path, tmp_path: Path) -> None:
+    options = flags(base, data, tmp_path / "out", save_strategy="steps", save_steps=3, keep_checkpoints=True)
+    pat.tune(**options)
+    for path in (tmp_path / "out").iterdir():
+        if path.name != "checkpoints":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / f"checkpoint-{STEPS}")
+    pat.tune(**options, resume_from_checkpoint="true")
+    whole, resumed = (
+        [row["loss"] for row in json.loads((out / "results.json").read_text())["log_history"] if "loss" in row]
+        for out in (run, tmp_path / "out")
+    )
+    assert resumed == whole
+
+
+def test_packing_and_picking_the_best_checkpoint(base: Path, data: Path, tmp_path: Path) -> None:
+    best = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    result = pat.tune(**flags(base, data, tmp_path / "out", load_best_model_at_end=True, packing=True, **best))
+    assert result.parity.num_tokens > 0
+    assert AutoModelForCausalLM.from_pretrained(result.model_dir).config.hidden_size == 36
+
+
+def test_the_demo_shows_both_models(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "prepare_smollm2", lambda *args, **kwargs: base)
+    monkeypatch.setattr(demo, "RECIPE", demo.RECIPE | {"max_length": 64, "held_out": 4, "gain_tolerance": 0.4})
+    monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 3)
+    out = tmp_path / "demo"
+    assert main(["demo", "--output_dir", str(out), "--dataset_name", str(data), "--max_steps", "3"]) == 0
+    assert (out / "samples.md").read_text(encoding="utf-8").count("**Small:**") == len(demo.SAMPLE_PROMPTS)
+    assert "Greedy answers" in capsys.readouterr().out
