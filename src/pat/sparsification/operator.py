@@ -39,13 +39,13 @@ class LowRankOperator(nn.Module):
         return self.lr_multiplier * self.scale
 
     def change(self, y: Tensor) -> Tensor:
-        """Return (D - I) y for `y` of shape `(..., d)`, computed in the dtype of `y`."""
-        down, scale, up = (p.to(y.dtype) for p in (self.down, self.v(), self.up))
+        """Return (D - I) y for `y` of shape `(..., d)`, computed in the dtype and on the device of `y`."""
+        down, scale, up = (p.to(y) for p in (self.down, self.v(), self.up))
         return F.linear(F.linear(y, down) * scale, up)
 
     def change_transposed(self, y: Tensor) -> Tensor:
-        """Return (Dᵀ - I) y for `y` of shape `(..., d)`, computed in the dtype of `y`."""
-        down, scale, up = (p.to(y.dtype) for p in (self.down, self.v(), self.up))
+        """Return (Dᵀ - I) y for `y` of shape `(..., d)`, computed in the dtype and on the device of `y`."""
+        down, scale, up = (p.to(y) for p in (self.down, self.v(), self.up))
         return F.linear(F.linear(y, up.mT) * scale, down.mT)
 
     def identity_loss(self) -> Tensor:
@@ -62,11 +62,11 @@ class DenseOperator(nn.Module):
 
     def change(self, y: Tensor) -> Tensor:
         """Return M y for `y` of shape `(..., d)`."""
-        return F.linear(y, self.matrix.to(y.dtype))
+        return F.linear(y, self.matrix.to(y))
 
     def change_transposed(self, y: Tensor) -> Tensor:
         """Return Mᵀ y for `y` of shape `(..., d)`."""
-        return F.linear(y, self.matrix.mT.to(y.dtype))
+        return F.linear(y, self.matrix.mT.to(y))
 
     def identity_loss(self) -> Tensor:
         """Return ||D Dᵀ - I||, the counterpart of eq. 11 for an operator with a single factor."""

@@ -51,7 +51,8 @@ def pca_order(covariance: Tensor, num_keep: int, block: Tensor | None = None) ->
         block: channels to rotate, boolean `(d,)`; the others are pinned. None rotates all.
     """
     d = len(covariance)
-    rotated = torch.ones(d, dtype=torch.bool, device=covariance.device) if block is None else block
+    rotated = torch.ones(d, dtype=torch.bool) if block is None else block
+    rotated = rotated.to(covariance.device)
     where = rotated.nonzero().squeeze(1)
     energy, vectors = torch.linalg.eigh(covariance[where][:, where])
     energy, vectors = energy.flip(0).clamp_min(0), vectors.flip(1)

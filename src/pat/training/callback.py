@@ -34,7 +34,11 @@ class PatCallback(TrainerCallback):
         self._last: dict[str, float] = {}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put right what trainers do to adapters without knowing of the mask: halved precision, copies half made."""
+        """Put right what trainers do to adapters without knowing of the mask: halved precision, copies half made.
+
+        Raises:
+            PatError: the outcome of a calibration has been cast to half precision.
+        """
         tuner = find_tuner(kwargs["model"])
         if tuner is None:
             return
@@ -113,11 +117,16 @@ class PatCallback(TrainerCallback):
 
 
 def _restore_float32(tuner: PatModel) -> None:
-    """Undo the cast to bfloat16 that TRL gives adapters of quantised models."""
+    """Undo the cast to bfloat16 that TRL gives adapters of quantised models.
+
+    Raises:
+        PatError: the outcome of a calibration was cast as well, which cannot be undone.
+    """
+    tuner.mask().restore_float32()
     for module in [tuner.mask(), *tuner.operators().values()]:
-        for tensor in [*module.parameters(), *module.buffers()]:
-            if tensor.dtype in (torch.bfloat16, torch.float16):
-                tensor.data = tensor.data.float()
+        for parameter in module.parameters():
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
 
 
 def _complete_copies(tuner: PatModel) -> None:

@@ -101,6 +101,18 @@ class HsmLayer(_HookedLayer):
         """Return the operator D of an adapter."""
         return cast(Operator, self.operators[adapter_name])
 
+    def set_tied(self, adapter_name: str, *, tied: bool) -> None:
+        """Note whether an adapter's operator also acts before the head; to be followed by `attach`."""
+        if tied:
+            self.tied_adapters.add(adapter_name)
+        else:
+            self.tied_adapters.discard(adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter: a later one of the same name may be untied."""
+        super().delete_adapter(adapter_name)
+        self.tied_adapters.discard(adapter_name)
+
     def attach(self, site: nn.Module, final_norm: nn.Module | None) -> None:
         """Hook the output of `site`, and of the final norm if an operator also acts before a tied head."""
         self.detach()
@@ -136,6 +148,6 @@ class HsmLayer(_HookedLayer):
                 continue
             factor = self._mask_layer[0].mask(name).head_factor
             if factor is not None:
-                output = (output * factor).to(output.dtype)
+                output = (output * factor.to(output.device)).to(output.dtype)
             output = output + self.operator(name).change_transposed(output).to(output.dtype)
         return output

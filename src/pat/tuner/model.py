@@ -74,7 +74,6 @@ class PatModel(LoraModel):
             lr_multiplier=config.mask_lr_multiplier,
         )
         mask_layer.add_adapter(adapter_name, mask, device)
-        self._num_operators = len(stream.sites)
         for site in stream.sites:
             parent = model.get_submodule(site.rpartition(".")[0])
             if not hasattr(parent, OPERATOR_NAME):
@@ -87,8 +86,7 @@ class PatModel(LoraModel):
             layer.add_adapter(adapter_name, operator, site_device)
             # LoRA and modules_to_save may just have replaced the writer: hook whatever stands there now.
             final_norm = model.get_submodule(stream.final_norm) if site == stream.embedding else None
-            if final_norm is not None and plan.tied:
-                layer.tied_adapters.add(adapter_name)
+            layer.set_tied(adapter_name, tied=final_norm is not None and plan.tied)
             layer.attach(model.get_submodule(site), final_norm)
         for sparsification_layer in self._sparsification_layers():
             sparsification_layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -132,7 +130,8 @@ class PatModel(LoraModel):
     def regularizers(self, adapter_name: str | None = None) -> dict[str, Tensor]:
         """Return the unweighted losses `active` (eq. 9) and `identity` (eq. 11), scalars with gradients."""
         operators = self.operators(adapter_name).values()
-        identity = torch.stack([operator.identity_loss() for operator in operators]).sum()
+        device = self.mask(adapter_name).prior.device  # a model may be spread over several
+        identity = torch.stack([operator.identity_loss().to(device) for operator in operators]).sum()
         return {"active": self.mask(adapter_name).active_loss(), "identity": identity}
 
     def needs_calibration(self, adapter_name: str | None = None) -> bool:
@@ -166,11 +165,14 @@ class PatModel(LoraModel):
         budget = config.calibration_tokens or DEFAULT_TOKENS_PER_CHANNEL * mask.hidden_size
         rotate = config.resolved_rotation == "pca"
         statistics = StreamStatistics(self.model, stream, full=rotate)
+        were_enabled = any(not layer.disable_adapters for layer in self._sparsification_layers())
         self.disable_adapter_layers()
         try:
             statistics.collect(dataloader, budget)
         finally:
-            self.enable_adapter_layers()
+            if were_enabled:
+                self.enable_adapter_layers()
+        head_factor = None
         if not rotate:
             order = importance_order(statistics.importance(self._parameter(name)), mask.pruned_hidden_size)
         else:
@@ -178,9 +180,9 @@ class PatModel(LoraModel):
             if mask.head_factor is not None:
                 gain = self._final_gain(name)
                 block = gain_block(gain, config.gain_tolerance)
-                mask.head_factor.copy_(equalised_gain(gain, block) / gain)
+                head_factor = equalised_gain(gain, block) / gain
             order = pca_order(statistics.covariance(), mask.pruned_hidden_size, block)
-        mask.set_prior(order.prior, pinned=order.pinned, basis=order.basis)
+        mask.set_prior(order.prior, pinned=order.pinned, basis=order.basis, head_factor=head_factor)
         return order
 
     # -- leaving -----------------------------------------------------------------------------------------------

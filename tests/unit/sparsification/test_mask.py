@@ -4,11 +4,14 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import mpmath
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.overrides import TorchFunctionMode
 
 from pat.errors import PatError
 from pat.sparsification.mask import UnifiedMask
@@ -379,3 +382,118 @@ def test_a_mask_is_a_module_whose_only_parameter_is_the_proxy_weights() -> None:
     assert [name for name, _ in mask.named_parameters()] == ["weight"]
     assert not mask.weight.any() and isinstance(mask, nn.Module)
     assert {"keep", "prior", "pinned", "basis", "head_factor", "progress"} <= set(mask.state_dict())
+
+
+# -- what a large model asks of it: several devices, memory, compilation -----------------------------------------------
+
+
+class OneDevice(TorchFunctionMode):
+    """Refuse operations over several devices, as accelerators do; meta matrix products alone would not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        devices = {arg.device for arg in args if isinstance(arg, Tensor) and arg.dim()}
+        assert len(devices) <= 1 or func in (torch.where, Tensor.to), f"{func} over {devices}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("has_basis", [False, True])
+@pytest.mark.parametrize("step", [1, 20])
+@pytest.mark.parametrize("kind", ["trainable", "frozen"])
+def test_writers_on_other_devices_get_their_own_copy(has_basis: bool, step: int, kind: str) -> None:
+    mask = trained_mask(step, has_basis=has_basis, kind=kind)
+    y = torch.randn(2, HIDDEN, device="meta", dtype=torch.bfloat16)
+    with OneDevice():
+        output = mask(y)
+    assert (output.device, output.dtype, output.shape) == (y.device, y.dtype, y.shape)
+    assert {buffer.device.type for buffer in mask.buffers()} == {"cpu"}
+
+
+@pytest.mark.parametrize("step", [1, 20])
+def test_all_writers_share_one_cast_of_the_basis(step: int) -> None:
+    """Autograd keeps what it needs for the backward pass: a cast per writer would be a matrix per writer."""
+    mask = trained_mask(step, has_basis=True)
+    num_columns = HIDDEN if step < 20 else HIDDEN - KEPT
+    saved = set()
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.shape[-2:] in ((HIDDEN, num_columns), (num_columns, HIDDEN)):
+            saved.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    y = torch.randn(2, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    with torch.inference_mode():
+        mask(y)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        for _ in range(4):
+            y = mask(y)
+        y.sum().backward()
+    assert len(saved) == 1
+
+
+def new_basis(mask: UnifiedMask) -> None:
+    mask.set_prior(mask.prior, basis=orthogonal(seed=8))
+
+
+def loaded(mask: UnifiedMask) -> None:
+    mask.load_state_dict(mask.state_dict() | {"basis": orthogonal(seed=8).float()})
+
+
+def replaced(mask: UnifiedMask) -> None:
+    mask._apply(lambda tensor: orthogonal(seed=8).float() if tensor.shape == (HIDDEN, HIDDEN) else tensor)
+
+
+@pytest.mark.parametrize("change", [new_basis, loaded, replaced])
+def test_the_shared_cast_follows_the_basis(change: Callable[[UnifiedMask], None]) -> None:
+    mask, y = trained_mask(3, has_basis=True), torch.randn(3, HIDDEN, dtype=torch.bfloat16)
+    before = mask(y)
+    change(mask)
+    assert not torch.equal(mask(y), before)
+    assert torch.equal(mask(y), through_state_dict(mask)(y))
+    mask.set_step(20, 20)
+    assert torch.equal(mask(y), through_state_dict(mask)(y))
+
+
+def test_the_shared_cast_is_neither_saved_nor_copied() -> None:
+    mask, y = trained_mask(3, has_basis=True), torch.randn(3, HIDDEN, dtype=torch.bfloat16)
+    names, size = set(mask.state_dict()), len(pickle.dumps(mask))
+    expected = mask(y)
+    assert set(mask.state_dict()) == names and len(pickle.dumps(mask)) == size
+    other = copy.deepcopy(mask)
+    assert torch.equal(other(y), expected)
+    with torch.no_grad():
+        new_basis(other)
+    assert not torch.equal(other(y), expected) and torch.equal(mask(y), expected)
+
+
+@pytest.mark.parametrize("kind", ["trainable", "frozen"])
+@pytest.mark.parametrize("has_basis", [False, True])
+def test_a_compiled_mask_is_not_compiled_anew_for_every_step(kind: str, has_basis: bool) -> None:
+    mask, y = trained_mask(1, has_basis=has_basis, kind=kind), torch.randn(2, HIDDEN, dtype=torch.bfloat16)
+    counter = CompileCounter()
+    compiled = torch.compile(mask, backend=counter, fullgraph=True)
+    for step in (1, 2, 3, 12):
+        mask.set_step(step, 20)
+        assert torch.equal(compiled(y), mask(y))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_that_rounded_a_calibration_is_an_error(dtype: torch.dtype) -> None:
+    mask = trained_mask(0, has_basis=True).to(dtype)
+    with pytest.raises(PatError, match=r"prior, basis in torch\.\w*float16; expected float32.*calibrate\(\) again"):
+        mask.restore_float32()
+    prior, basis = random(HIDDEN, seed=3), orthogonal()
+    mask.set_prior(prior, basis=basis)
+    mask.restore_float32()
+    assert torch.equal(mask.prior, prior.float()) and torch.equal(mask.basis, basis.float())
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_cast_before_the_calibration_is_undone(step: int) -> None:
+    mask = make(has_basis=True, has_head_factor=True)
+    mask.set_step(step, 20)
+    expected = {name: buffer.clone() for name, buffer in mask.named_buffers()}
+    mask.bfloat16()
+    mask.restore_float32()
+    for name, buffer in mask.named_buffers():
+        assert buffer.dtype == expected[name].dtype and torch.equal(buffer, expected[name]), name

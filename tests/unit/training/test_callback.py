@@ -342,6 +342,22 @@ def test_adapters_cast_to_half_precision_are_put_right_before_the_optimizer_is_m
     assert ours == {torch.float32}
 
 
+def test_a_calibration_cast_to_half_precision_is_an_error_before_any_step() -> None:
+    model = llama(rotation="pca")
+    tuner_of(model).calibrate([{"input_ids": Examples(8, seed=9).ids}])
+    model.to(torch.bfloat16)
+    with pytest.raises(PatError, match=r"basis.*bfloat16; expected float32"):
+        train(model)
+
+
+def test_a_cast_of_the_whole_model_before_the_calibration_leaves_no_trace() -> None:
+    model = llama(rotation="pca").to(torch.bfloat16)
+    train(model)
+    mask = tuner_of(model).mask()
+    assert {buffer.dtype for buffer in mask.buffers()} == {torch.float32, torch.bool, torch.int64}
+    torch.testing.assert_close(mask.basis.mT @ mask.basis, torch.eye(48), atol=1e-5, rtol=0)
+
+
 def test_the_callback_never_stops_a_run_and_never_compacts() -> None:
     model = llama(milestone=0.25)
     trainer = train(model, max_steps=4)

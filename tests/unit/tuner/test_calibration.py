@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny_models import PAD_ID, batch, build
 from tiny_training import attach, logits, tuner_of
 from torch import Tensor
@@ -221,3 +222,14 @@ def test_calibrating_again_before_training_replaces_the_first() -> None:
     once.calibrate(batches())
     for name in ("basis", "prior", "pinned", "head_factor"):
         assert torch.equal(getattr(again.mask(), name), getattr(once.mask(), name)), name
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_disabled_adapters_stay_disabled(enabled: bool) -> None:
+    model = attach(build("llama", tied=True), rotation="pca")
+    tuner = tuner_of(model)
+    if not enabled:
+        tuner.disable_adapter_layers()
+    tuner.calibrate(batches())
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    assert {layer.disable_adapters for layer in layers} == {not enabled}

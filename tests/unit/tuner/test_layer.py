@@ -6,11 +6,11 @@ import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny_models import build
-from tiny_training import attach, logits, tuner_of
+from tiny_training import attach, logits, pat_config, tuner_of
 from torch import nn
 
 from pat.sparsification.mask import UnifiedMask
-from pat.sparsification.operator import LowRankOperator
+from pat.sparsification.operator import DenseOperator, LowRankOperator
 from pat.tuner.layer import HsmLayer, MaskLayer
 
 HIDDEN = 8
@@ -100,3 +100,33 @@ def test_moving_the_model_moves_everything() -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
     assert logits(model).dtype == torch.float64
     assert {buffer.dtype for buffer in tuner_of(model).mask().buffers()} == {torch.float64, torch.bool, torch.int64}
+
+
+def test_a_head_on_another_device_than_the_embedding() -> None:
+    """Models spread over devices: factor and operator live beside the embedding, the final norm beside the head."""
+    layer, _, final_norm = hsm(tied=True)
+    layer._mask_layer[0].mask("default").head_factor = torch.rand(HIDDEN) + 0.5
+    x = torch.randn(2, HIDDEN, device="meta")
+    assert final_norm(x).device == x.device
+    assert layer.operator("default").down.device == CPU
+    layer.operators["default"] = DenseOperator(HIDDEN)
+    assert final_norm(x).device == x.device
+
+
+def test_the_regularisers_of_a_model_on_several_devices_are_summed_on_the_mask_s() -> None:
+    tuner = tuner_of(attach(build("llama", tied=True), rotation="none", mask="frozen"))
+    tuner.mask().to("meta")
+    assert {loss.device.type for loss in tuner.regularizers().values()} == {"meta"}
+
+
+def test_a_name_that_was_tied_can_be_used_again_untied() -> None:
+    model = attach(build("llama", tied=True), rotation="none")
+    model.add_adapter("other", pat_config(rotation="none"))
+    layers = [module for module in model.modules() if isinstance(module, HsmLayer) and module.tied_adapters]
+    assert [layer.tied_adapters for layer in layers] == [{"default", "other"}]
+    model.delete_adapter("other")
+    assert layers[0].tied_adapters == {"default"}
+    model.add_adapter("other", pat_config(rotation="none", untie_word_embeddings=True))
+    assert layers[0].tied_adapters == {"default"}
+    layers[0].set_tied("default", tied=False)
+    assert not layers[0].tied_adapters
