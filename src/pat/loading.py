@@ -122,7 +122,9 @@ def _check_folder(name_or_path: str) -> None:
     _check_exists(name_or_path)
     path = Path(name_or_path).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
-        raise PatError(f"Got the model folder {name_or_path!r}, which has no config.json; expected a saved model.")
+        inner = path / "model"
+        hint = f"pass {inner}" if (inner / "config.json").is_file() else "expected a saved model"
+        raise PatError(f"Got the model folder {name_or_path!r}, which has no config.json; {hint}.")
 
 
 def _first_line(error: BaseException) -> str:

@@ -54,6 +54,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save("broken", broken)
     (root / "no-config").mkdir()
     (root / "no-config" / "model.safetensors").write_bytes(b"weights")
+    (root / "run" / "model").mkdir(parents=True)
+    (root / "run" / "model" / "config.json").write_text("{}")
     (root / "no-tokenizer").mkdir()
     for file in ("config.json", "model.safetensors"):
         (root / "no-tokenizer" / file).write_bytes((root / "base" / file).read_bytes())
@@ -161,6 +163,7 @@ WIDTHS: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 DATA: dict[str, tuple[dict[str, Any], list[str]]] = {
     "missing": ({"dataset_name": "nowhere.jsonl"}, ["nowhere.jsonl", "no such file", "expected"]),
+    "no such hub id": ({"dataset_name": "nobody/nothing"}, ["nobody/nothing", "no such file", "hub", ".jsonl"]),
     "of no known kind": ({"dataset_name": "./data.txt"}, ["data.txt", "'.txt'", ".jsonl"]),
     "empty": ({"dataset_name": "empty.jsonl"}, ["empty.jsonl", "no rows", "expected"]),
     "malformed": ({"dataset_name": "malformed.jsonl"}, ["malformed.jsonl, line 3", "not valid JSON", "expected"]),
@@ -266,6 +269,7 @@ def test_merge_refuses(
         ({"text_file": None}, ["--text_file", "--dataset_name"]),
         ({"model": "./nowhere"}, ["'./nowhere'", "no such folder"]),
         ({"model": "gpt2"}, ["'gpt2'", "not supported"]),
+        ({"model": "run"}, ["'run'", "no config.json", "pass run/model"]),
         ({"text_file": "empty.jsonl"}, ["empty.jsonl", "empty"]),
         ({"dataset_name": "columns.jsonl"}, ["columns.jsonl", "answer, question"]),
         ({"max_length": "many"}, ["max_length", "'many'"]),

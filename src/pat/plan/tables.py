@@ -65,7 +65,7 @@ def _label(group: str, plan: Plan) -> str:
     if group == "embedding" and plan.base.tied and plan.pruned.tied:
         return "embedding and head, tied"
     if group == "MLP" and FAMILIES[plan.model_type].expert_parameters:
-        return "MLP, experts and router"
+        return "MLP, experts"
     return group
 
 
@@ -117,7 +117,7 @@ def _table(title: str, *headings: str) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 
