@@ -25,7 +25,16 @@ class PatCallback(TrainerCallback):
     At train begin it calibrates the rotation if nobody has (from `PatConfig.calibration`, else from the first training
     examples); at every step it sets the mask's schedule (paper, eq. 6-8); before every optimizer step it adds the
     gradients of both regularisers once (eq. 9 and 11), after gradient clipping and outside the logged loss. It never
-    stops a run and never compacts. Regulariser values are written to `state.log_history` beside the trainer's logs.
+    stops a run and never compacts.
+
+    Regulariser values are written to `state.log_history` beside the trainer's logs, and added to the logs themselves,
+    so that every callback after this one shows them: the console's (the trainer adds it last) and whatever follows in
+    `callbacks`. The reporters that the trainer makes of `report_to` come first and do not see them; to have them there
+    set `report_to="none"` and pass `callbacks=[PatCallback(), TensorBoardCallback()]`.
+
+    Gradients must not carry a float16 loss scale when they reach `on_pre_optimizer_step`, or the regularisers' share of
+    them would be that much too small. transformers takes the scale away before, clipping or not (it measures the
+    gradients' norm); a trainer of one's own has to do so, too.
     """
 
     def __init__(self) -> None:
@@ -57,6 +66,13 @@ class PatCallback(TrainerCallback):
         self._adapter = tuner.adapter
         config = tuner.pat_config(self._adapter)
         self._milestone_step = milestone_step(config.milestone, state.max_steps)
+        if config.milestone > 0 and self._milestone_step == 0:
+            logger.warning(
+                "A milestone of %g of %d optimizer steps rounds to step 0: the mask is hard from the start, its "
+                "channels chosen by the calibration alone. Train longer or raise the milestone to train the mask.",
+                config.milestone,
+                state.max_steps,
+            )
         if tuner.needs_calibration(self._adapter):
             order = tuner.calibrate(
                 _calibration_batches(config, kwargs.get("train_dataloader"), kwargs.get("processing_class")),
@@ -104,7 +120,9 @@ class PatCallback(TrainerCallback):
             return
         mask = self._tuner(kwargs["model"]).mask(self._adapter)
         active = int(mask.keep.sum()) if mask.hardened else int((mask.gate() > 0.5).sum())
-        state.log_history.append(self._last | {"pat/active_channels": active, "step": state.global_step})
+        values = self._last | {"pat/active_channels": active}
+        logs.update(values)
+        state.log_history.append(values | {"step": state.global_step})
 
     def _tuner(self, model: torch.nn.Module) -> PatModel:
         tuner = find_tuner(model)

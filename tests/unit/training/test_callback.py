@@ -75,6 +75,15 @@ def test_the_milestone_is_the_rounded_share_of_all_steps(milestone: float, max_s
     assert len(tuner_of(model).mask().keep_indices) == KEPT
 
 
+@pytest.mark.parametrize(("milestone", "warned"), [(0.1, True), (0.2, False), (0.0, False)])
+def test_a_milestone_that_rounds_to_step_zero_is_warned_about(
+    milestone: float, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(llama(rotation="pca", milestone=milestone), max_steps=3)
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any("0.1 of 3 optimizer steps rounds to step 0" in message for message in messages) == warned
+
+
 @pytest.mark.parametrize("rotation", ["none", "pca"])
 @pytest.mark.parametrize("fields", [{"learning_rate": 1e-6}, {"learning_rate": 1e-2}, {"weight_decay": 0.5}], ids=str)
 def test_hardening_depends_on_no_learning_rate_and_the_mask_never_changes_again(
@@ -228,6 +237,45 @@ def test_regularisers_are_logged_apart_from_the_loss() -> None:
     assert [entry["step"] for entry in entries] == [1, 2, 3]
     assert entries[0]["pat/active_loss"] == KEPT
     assert entries[0]["pat/active_channels"] >= 0
+
+
+class Reporter(TrainerCallback):
+    """Keeps the logs it is given, as the callbacks of the console and of the trackers do."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        self.logs.append(dict(logs))
+
+
+def test_callbacks_that_come_later_see_the_regularisers_in_the_logs() -> None:
+    reporter, console = Reporter(), Reporter()
+    train(
+        llama(rotation="none", milestone=0.5),
+        max_steps=2,
+        callbacks=[reporter],
+        before=lambda trainer: trainer.add_callback(console),
+    )
+    for logs in (reporter.logs, console.logs):
+        steps = [entry for entry in logs if "loss" in entry]
+        assert len(steps) == 2
+        assert all({"pat/active_loss", "pat/identity_loss", "pat/active_channels"} <= entry.keys() for entry in steps)
+        assert not any(name.startswith("pat/") for entry in logs if "train_runtime" in entry for name in entry)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_loss_scale_is_gone_before_the_regularisers_are_added(max_grad_norm: float) -> None:
+    """Whether the trainer clips or not: it measures the gradients' norm, for which it unscales them."""
+    events: list[str] = []
+
+    def watch(trainer: Trainer) -> None:
+        unscale = trainer.accelerator.unscale_gradients
+        trainer.accelerator.unscale_gradients = lambda *args: (events.append("unscale"), unscale(*args))
+
+    recorder = Recorder(on_pre_optimizer_step=lambda model, state: events.append("regularise"))
+    train(llama(rotation="none"), max_steps=2, max_grad_norm=max_grad_norm, callbacks=[recorder], before=watch)
+    assert events == ["unscale", "regularise"] * 2
 
 
 def test_a_frozen_mask_trains_the_operators_only() -> None:
