@@ -30,6 +30,7 @@ RECIPE: dict[str, Any] = {
     "learning_rate": 5e-4,
     "milestone": 0.1,
     "held_out": 64,
+    "dataset_train_split": "train[:2000]",
     "save_strategy": "no",
     "logging_steps": 10,
 }
