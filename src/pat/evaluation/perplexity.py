@@ -162,7 +162,7 @@ def response_nll(
             for start in range(0, len(targets_N), LOGIT_ROWS):
                 rows = slice(start, start + LOGIT_ROWS)
                 nll_N = cross_entropy(logits_NV[rows].float(), targets_N[rows], reduction="none")
-                total += nll_N.double().sum().item()
+                total += nll_N.cpu().double().sum().item()
             num_tokens += len(targets_N)
             if progress is not None:
                 progress(done, num_batches)

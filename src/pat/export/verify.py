@@ -114,11 +114,11 @@ def compare(masked: nn.Module, dense: nn.Module, batches: Iterable[Mapping[str, 
                 a_NV = logits_NV[start : start + LOGIT_ROWS].float()
                 b_NV = other_NV[start : start + LOGIT_ROWS].to(a_NV)
                 # `maximum` hands on a NaN; Python's max would lose it.
-                max_diff = torch.maximum(max_diff, (a_NV - b_NV).abs().max().double().cpu())
+                max_diff = torch.maximum(max_diff, (a_NV - b_NV).abs().max().cpu().double())
                 num_agreeing += int((a_NV.argmax(-1) == b_NV.argmax(-1)).sum())
-                std += a_NV.std(-1).double().sum().item()
+                std += a_NV.std(-1).cpu().double().sum().item()
                 p_NV, q_NV = a_NV.log_softmax(-1), b_NV.log_softmax(-1)
-                kl += (p_NV.exp() * (p_NV - q_NV)).sum(-1).double().sum().item()
+                kl += (p_NV.exp() * (p_NV - q_NV)).sum(-1).cpu().double().sum().item()
     if num_tokens == 0:
         raise PatError("The text to verify the merged model on holds no tokens; pass batches with input_ids.")
     return Parity(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pat.families import Family
+from pat.surgery.precision import to_float64
 from pat.surgery.residual import Linear, ResidualBranch, ResidualStream
 
 
@@ -45,7 +46,7 @@ class Channels:
     def from_mask(cls, keep: Tensor, basis: Tensor | None) -> Channels:
         """Build from a boolean mask `(d,)` and the full basis Q `(d, d)`."""
         indices = keep.nonzero().squeeze(1)
-        return cls(len(keep), indices, None if basis is None else basis.double()[:, indices])
+        return cls(len(keep), indices, None if basis is None else to_float64(basis[:, indices]))
 
     @property
     def pruned_hidden_size(self) -> int:
@@ -64,7 +65,11 @@ class Channels:
 
     def cut(self, rows: Tensor) -> Tensor:
         """Map the last axis from d to d': `rows[..., K]`, or `rows @ Q_K`."""
-        return rows[..., self.keep] if self.basis is None else rows @ self.basis.to(rows.device)
+        return self.select(rows) if self.basis is None else rows @ self.basis.to(rows.device)
+
+    def select(self, rows: Tensor) -> Tensor:
+        """Return `rows[..., K]`, whatever device they are on."""
+        return rows[..., self.keep.to(rows.device)]
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def fold_weights(
     family = stream.family
 
     def load(name: str) -> Tensor:
-        return weight(name).double()
+        return to_float64(weight(name))
 
     embedding = cut_writer_rows(load(f"{stream.embedding}.weight"), operators.get(stream.embedding), channels)
     yield f"{stream.embedding}.weight", embedding * plan.embedding_ratio
@@ -164,11 +169,11 @@ def _fold_ends(
 ) -> Iterator[tuple[str, Tensor]]:
     family = stream.family
     name = f"{stream.final_norm}.weight"
-    gain = plan.final_gain.double() if plan.final_gain is not None else _gain(load, stream.final_norm, family)
+    gain = to_float64(plan.final_gain) if plan.final_gain is not None else _gain(load, stream.final_norm, family)
     if plan.tied:
         # The gain stays in the norm (tied block form: it is constant on the rotated block, so K may index it).
         # The factor that E' carries for the model's own embedding scale reaches the logits too: take it back here.
-        kept = gain[channels.keep] * (channels.gain / plan.embedding_ratio)
+        kept = channels.select(gain) * (channels.gain / plan.embedding_ratio)
         yield name, kept - family.gain_offset
         return
     assert stream.head is not None, "an untied head has a weight of its own"
@@ -185,4 +190,4 @@ def _new_gain(gain: Tensor, channels: Channels, family: Family) -> Tensor:
     """Return the stored weight of a norm after the cut: folded away (gain 1) in a rotated stream, amplified else."""
     if channels.basis is not None:
         return torch.full((channels.pruned_hidden_size,), 1.0 - family.gain_offset, dtype=torch.float64)
-    return gain[channels.keep] * channels.gain - family.gain_offset
+    return channels.select(gain) * channels.gain - family.gain_offset

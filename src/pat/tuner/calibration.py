@@ -7,9 +7,11 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from pat.errors import PatError, RunFailed
+from pat.evaluation.perplexity import evaluating
+from pat.surgery.precision import to_float64
 from pat.surgery.residual import ResidualStream
 
 DEFAULT_TOKENS_PER_CHANNEL = 8
@@ -39,8 +41,7 @@ class StreamStatistics:
         """
         device = next(self.model.parameters()).device
         with ExitStack() as restore:
-            restore.callback(self.model.train, self.model.training)
-            self.model.eval()
+            restore.enter_context(evaluating(self.model))
             for site in self._sites():
                 handle = self.model.get_submodule(site).register_forward_pre_hook(_Recorder(self, site))
                 restore.callback(handle.remove)
@@ -50,12 +51,17 @@ class StreamStatistics:
                 if "input_ids" not in batch:
                     raise PatError(f"Got calibration batches without input_ids; they have {sorted(batch)}.")
                 ids = torch.as_tensor(batch["input_ids"]).to(device)
-                mask = batch.get("attention_mask")
-                mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask).to(device)
-                self._selected = mask.bool().flatten()
-                self.num_tokens += int(self._selected.sum())
-                extra = {"position_ids": batch["position_ids"].to(device)} if "position_ids" in batch else {}
-                self.model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1, **extra)
+                # Only what the batch has: with a mask, be it all ones, transformers no longer looks at the position ids
+                # to tell packed rows apart.
+                given = {
+                    key: torch.as_tensor(batch[key]).to(device)
+                    for key in ("attention_mask", "position_ids")
+                    if batch.get(key) is not None
+                }
+                real = given.get("attention_mask", torch.ones_like(ids))
+                self._selected = real.flatten().nonzero().squeeze(1)
+                self.num_tokens += len(self._selected)
+                self.model(input_ids=ids, use_cache=False, logits_to_keep=1, **given)
         if self.num_tokens == 0:
             raise PatError("The calibration data holds no tokens; expected batches with input_ids.")
         if not all(moment.isfinite().all() for moment in self._moments.values()):
@@ -78,22 +84,26 @@ class StreamStatistics:
         for site, readers, gain_name in self._read_sites():
             energy = self._moments[site] / self.num_tokens
             if gain_name is not None:
-                energy = energy * (effective(gain_name).double() + self.stream.family.gain_offset).square()
-            weight = torch.stack([effective(r).double().square().flatten(0, -2).sum(0) for r in readers]).sum(0)
-            score = energy * weight
-            total = score / score.sum() if total is None else total + score / score.sum()
+                gain = to_float64(effective(gain_name)) + self.stream.family.gain_offset
+                energy = energy * gain.square().to(energy.device)
+            weight = torch.stack([to_float64(effective(r)).square().flatten(0, -2).sum(0) for r in readers]).sum(0)
+            score = energy * weight.to(energy.device)
+            share = score / score.sum()
+            total = share if total is None else total + share.to(total.device)
         assert total is not None
         return total
 
     def record(self, site: str, hidden: Tensor) -> None:
         """Add one batch of the stream at a site, `(batch, length, d)`."""
         assert self._selected is not None
-        rows = hidden.detach().flatten(0, -2)[self._selected].float()
+        rows = hidden.detach().flatten(0, -2)[self._selected.to(hidden.device)].float()
         rows = rows * rows.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
         # A rotation needs one sum over all sites; d x d numbers for each would not fit beside a large model.
         key = "" if self.full else site
-        moment = (rows.mT @ rows if self.full else rows.square().sum(0)).double()
-        self._moments[key] = self._moments[key] + moment if key in self._moments else moment
+        moment = to_float64(rows.mT @ rows if self.full else rows.square().sum(0))
+        # On the device of the first site, if the model is spread over several.
+        known = self._moments.get(key)
+        self._moments[key] = moment if known is None else known + moment.to(known.device)
 
     def _sites(self) -> list[str]:
         return [site for site, _, _ in self._read_sites()]
@@ -110,6 +120,17 @@ class StreamStatistics:
         head = f"{stream.embedding}.weight" if stream.head is None else stream.head.weight
         sites.append((stream.final_norm, [head], f"{stream.final_norm}.weight"))
         return sites
+
+
+def share_from_first_process(*tensors: Tensor | None) -> None:
+    """Overwrite tensors by those of the first process, in a distributed run."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    # Each process has read its own share of the data (and rounds in its own way): with bases of their own they would
+    # average gradients of different functions.
+    for tensor in tensors:
+        if tensor is not None:
+            distributed.broadcast(tensor, src=0)
 
 
 class _Recorder:

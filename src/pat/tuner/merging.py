@@ -16,6 +16,7 @@ from pat.sparsification.mask import UnifiedMask
 from pat.sparsification.operator import Operator
 from pat.surgery.dense import build_dense, shrink_config
 from pat.surgery.fold import Channels, HeadPlan, fold_weights
+from pat.surgery.precision import to_float64
 from pat.surgery.residual import ResidualStream
 from pat.tuner.weights import embedding_ratio
 
@@ -60,7 +61,11 @@ def merge_dense(model: MaskedModel, dtype: torch.dtype, *, check_finite: bool, p
     ratio = 1.0
     if stream.family.scaled_embedding:
         ratio = embedding_ratio(base.get_submodule(stream.embedding), mask.pruned_hidden_size, dtype)
-    final_gain = None if mask.head_factor is None else model.final_gain * mask.head_factor.double()
+    final_gain = (
+        None
+        if mask.head_factor is None
+        else model.final_gain * to_float64(mask.head_factor).to(model.final_gain.device)
+    )
     folded = fold_weights(
         stream.untie() if model.untie and stream.head is None else stream,
         model.parameter,
@@ -78,7 +83,10 @@ def merge_dense(model: MaskedModel, dtype: torch.dtype, *, check_finite: bool, p
 
 
 def _in_double(operator: Operator) -> Operator:
-    return copy.deepcopy(operator).requires_grad_(False).double()
+    twin = copy.deepcopy(operator).requires_grad_(False)
+    for parameter in twin.parameters():
+        parameter.data = to_float64(parameter.data)
+    return twin
 
 
 def _head_dim(base: PreTrainedModel, stream: ResidualStream) -> int:

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from pat.errors import PatError
 from pat.sparsification.mask import UnifiedMask
 from pat.sparsification.operator import Operator, build_operator
+from pat.surgery.precision import to_float64
 from pat.surgery.residual import ResidualStream
 from pat.surgery.rotation import ChannelOrder, equalised_gain, gain_block, importance_order, pca_order
-from pat.tuner.calibration import DEFAULT_TOKENS_PER_CHANNEL, StreamStatistics
+from pat.tuner.calibration import DEFAULT_TOKENS_PER_CHANNEL, StreamStatistics, share_from_first_process
 from pat.tuner.config import PatConfig
 from pat.tuner.layer import MASK_NAME, OPERATOR_NAME, HsmLayer, MaskLayer
 from pat.tuner.merging import MaskedModel, merge_dense
@@ -145,6 +146,8 @@ class PatModel(LoraModel):
     def calibrate(self, dataloader: Iterable[Mapping[str, Any]], adapter_name: str | None = None) -> ChannelOrder:
         """Choose the rotation and the channels' prior order from calibration batches.
 
+        In a distributed run every process has to call it, and all get what the first one measures.
+
         Args:
             dataloader: batches with `input_ids` `(batch, length)` and optionally `attention_mask`; read until
                 `PatConfig.calibration_tokens` tokens are seen.
@@ -182,6 +185,7 @@ class PatModel(LoraModel):
                 block = gain_block(gain, config.gain_tolerance)
                 head_factor = equalised_gain(gain, block) / gain
             order = pca_order(statistics.covariance(), mask.pruned_hidden_size, block)
+        share_from_first_process(order.prior, order.pinned, order.basis, head_factor)
         mask.set_prior(order.prior, pinned=order.pinned, basis=order.basis, head_factor=head_factor)
         return order
 
@@ -256,7 +260,7 @@ class PatModel(LoraModel):
     def _final_gain(self, adapter_name: str) -> Tensor:
         stream = cast(ResidualStream, self.residual_stream)
         stored = effective_parameter(self.model, f"{stream.final_norm}.weight", adapter_name)
-        return stored.double() + stream.family.gain_offset
+        return to_float64(stored) + stream.family.gain_offset
 
 
 def find_tuner(model: nn.Module) -> PatModel | None:

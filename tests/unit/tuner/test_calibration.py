@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +13,11 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny_models import PAD_ID, batch, build
 from tiny_training import attach, logits, tuner_of
-from torch import Tensor
+from torch import Tensor, distributed
 
 from pat.errors import PatError
 from pat.families import get_family
-from pat.tuner.calibration import DEFAULT_TOKENS_PER_CHANNEL
+from pat.tuner.calibration import DEFAULT_TOKENS_PER_CHANNEL, StreamStatistics
 
 HIDDEN, KEPT = 48, 36
 
@@ -233,3 +235,77 @@ def test_disabled_adapters_stay_disabled(enabled: bool) -> None:
     tuner.calibrate(batches())
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     assert {layer.disable_adapters for layer in layers} == {not enabled}
+
+
+def forward_arguments(model: PeftModel, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """What the base model is called with when the adapter is calibrated on `inputs`."""
+    seen: dict[str, Any] = {}
+    base = model.base_model.model
+    handle = base.register_forward_pre_hook(lambda _m, _a, kwargs: seen.update(kwargs), with_kwargs=True)
+    tuner_of(model).calibrate([inputs])
+    handle.remove()
+    return seen
+
+
+def test_packed_rows_are_told_apart_by_their_position_ids() -> None:
+    """transformers does so only where there is no attention mask: none may be invented."""
+    ids = batch(seed=3, batch_size=4)["input_ids"].flatten().unsqueeze(0)
+    length = ids.shape[1] // 4
+    packed = {"input_ids": ids, "position_ids": torch.arange(length).repeat(4).unsqueeze(0)}
+    rows = {"input_ids": ids.view(4, length)}
+    first, second = (attach(build("llama", tied=False), rotation="pca") for _ in range(2))
+    assert "attention_mask" not in forward_arguments(first, packed)
+    assert "position_ids" not in forward_arguments(second, rows)
+    moments = []
+    for model in (first, second):
+        mask = tuner_of(model).mask()
+        moments.append(mask.basis @ torch.diag(mask.prior) @ mask.basis.mT)
+    torch.testing.assert_close(*moments, atol=1e-3, rtol=0)
+
+
+def test_every_submodule_s_mode_is_as_before() -> None:
+    model = attach(build("llama", tied=False), rotation="pca").train()
+    model.base_model.model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    tuner_of(model).calibrate(batches())
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_sites_on_other_devices_are_added_on_the_first_one_s() -> None:
+    model = attach(build("gemma3_text", tied=False))
+    stream = tuner_of(model).residual_stream
+    rotation = StreamStatistics(model, stream, full=True)
+    rotation._selected, rotation.num_tokens = torch.arange(3), 3
+    rotation.record("", torch.randn(1, 4, HIDDEN, device="meta"))
+    rotation.record("", torch.randn(1, 4, HIDDEN))
+    assert rotation.covariance().device.type == "meta"
+    importance = StreamStatistics(model, stream, full=False)
+    importance._selected, importance.num_tokens = torch.arange(3), 3
+    for index, site in enumerate(importance._sites()):
+        importance.record(site, torch.randn(1, 4, HIDDEN, device="meta" if index == 0 else "cpu"))
+    assert importance.importance(model.base_model.model.get_parameter).device.type == "meta"
+
+
+def calibrate_in_a_process(rank: int, folder: str) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    tuner = tuner_of(attach(build("llama", tied=True), rotation="pca"))
+    order = tuner.calibrate([batch(seed=rank, batch_size=4)] * 4)
+    mask = tuner.mask()
+    found = [mask.prior, mask.pinned, mask.basis, mask.head_factor, order.prior, order.pinned, order.basis]
+    torch.save(found, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_all_processes_of_a_distributed_run_get_the_first_one_s_calibration(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")  # a new interpreter would import everything again
+    processes = [context.Process(target=calibrate_in_a_process, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    alone = tuner_of(attach(build("llama", tied=True), rotation="pca"))
+    alone.calibrate([batch(seed=0, batch_size=4)] * 4)
+    torch.testing.assert_close(first[2], alone.mask().basis)

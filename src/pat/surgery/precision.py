@@ -1,0 +1,13 @@
+"""float64 on every device: where exactness is decided, and sums over many tokens or layers."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+WITHOUT_FLOAT64 = frozenset({"mps"})
+"""Device types without the type; Apple's raises on a mere conversion."""
+
+
+def to_float64(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64, on its own device or, if that cannot hold it, on the CPU."""
+    return (tensor.cpu() if tensor.device.type in WITHOUT_FLOAT64 else tensor).double()
