@@ -32,6 +32,13 @@ class PatConfig(PatOptions, LoraConfig):
     resolved_rotation: str | None = field(
         default=None, metadata={"help": "Filled in: what `rotation` came to for this base model."}
     )
+    resolved_width: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Filled in: the hidden size chosen, and the options it was chosen by. Loading takes it as it is, "
+            "so that adapters outlive a change of the rule."
+        },
+    )
     base_quantization: dict[str, Any] | None = field(
         default=None, metadata={"help": "Filled in: how the base model was quantised when the adapter was made."}
     )

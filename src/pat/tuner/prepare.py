@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,7 @@ def plan_attachment(
 
     Args:
         model: the base model; untouched unless `known_stream` says that an adapter is on it already.
-        config: changed in place: `base_shape`, `base_quantization` and `resolved_rotation` are filled in.
+        config: changed in place: what it calls "filled in" is.
         known_stream: map of the base's parameters, if known from an earlier adapter.
 
     Raises:
@@ -75,24 +76,37 @@ def plan_attachment(
 
 
 def check_config(base_config: Any, family: Family, config: PatConfig) -> Width:
-    """Check what a base model's configuration alone can tell, without its weights; fills in `config.base_shape`.
+    """Check what a base model's configuration alone can tell, without its weights.
+
+    Fills in `config.base_shape` and `config.resolved_width`.
 
     Raises:
         PatError: width or operator rank are illegal, an option impossible, or the adapter belongs to another model.
     """
-    width = choose_width(
-        getattr(base_config, family.hidden_size_field),
-        base_config.num_attention_heads,
-        pruning_ratio=config.pruning_ratio,
-        pruned_hidden_size=config.pruned_hidden_size,
-        multiple_of=config.multiple_of,
-    )
+    width = _resolve_width(base_config, family, config)
     check_rank(width.hidden_size, config.operator_rank)
     _check_base_shape(config, _shape_of(base_config, family))
     _check_ends(config, family, tied=bool(base_config.tie_word_embeddings) and not config.untie_word_embeddings)
     _check_longrope(base_config, width)
     if config.rotation == "pca" and family.has_post_norms:
         raise PatError(f"Got rotation='pca', but {_post_norm_obstacle(family)}; use rotation='auto' or 'none'.")
+    return width
+
+
+def _resolve_width(base_config: Any, family: Family, config: PatConfig) -> Width:
+    """Take the width on record, or choose one and record it.
+
+    The record holds what was asked for as well: a configuration may be changed and used for another adapter.
+    """
+    hidden_size = getattr(base_config, family.hidden_size_field)
+    asked = {name: getattr(config, name) for name in ("pruning_ratio", "pruned_hidden_size", "multiple_of")}
+    asked["base_hidden_size"] = hidden_size
+    record = config.resolved_width
+    if record is not None and {name: record.get(name) for name in asked} == asked:
+        return Width(hidden_size, record["hidden_size"], "chosen when the adapter was made")
+    del asked["base_hidden_size"]
+    width = choose_width(hidden_size, base_config.num_attention_heads, **asked)
+    config.resolved_width = {"hidden_size": width.pruned_hidden_size, "base_hidden_size": hidden_size, **asked}
     return width
 
 
@@ -106,8 +120,6 @@ def default_targets(config: PatConfig, model: nn.Module, stream: ResidualStream)
         experts = [linear.path for linear in linears if linear.weight == linear.path]
         if experts and config.target_parameters is None:
             if config.lora_dropout or config.use_dora:
-                import warnings
-
                 warnings.warn(
                     "LoRA leaves out the expert parameters: peft supports neither dropout nor DoRA on bare parameters.",
                     stacklevel=2,

@@ -1,5 +1,7 @@
 """What is refused before anything is attached, and what an adapter's open questions are answered with."""
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,41 @@ def test_a_ratio_outside_the_open_interval_is_refused(ratio: float) -> None:
 @pytest.mark.parametrize("rank", [0, 49])
 def test_an_operator_rank_outside_the_width_is_refused(rank: int) -> None:
     refused(build("llama", tied=True), f"operator_rank={rank}", operator_rank=rank)
+
+
+def test_the_chosen_width_is_recorded_beside_what_was_asked_for() -> None:
+    config = attach(build("llama", tied=True), rotation="none").peft_config["default"]
+    assert (config.pruning_ratio, config.pruned_hidden_size) == (0.25, None)
+    assert config.resolved_width["hidden_size"] == 36
+
+
+def test_a_loaded_adapter_keeps_its_width_whatever_the_rule_is_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = attach(build("llama", tied=True), rotation="none", pruning_ratio=0.4)
+    expected = tuner_of(model).mask().pruned_hidden_size
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("pat.widths.ALIGNMENT_SLACK", 0.5)
+    other = attach(build("llama", tied=True), rotation="none", pruning_ratio=0.4)
+    assert tuner_of(other).mask().pruned_hidden_size != expected  # the rule has changed
+    loaded = PeftModel.from_pretrained(build("llama", tied=True), tmp_path)
+    assert tuner_of(loaded).mask().pruned_hidden_size == expected
+
+
+def test_an_adapter_without_a_record_of_its_width_chooses_it_as_before(tmp_path: Path) -> None:
+    attach(build("llama", tied=True), rotation="none").save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    del stored["resolved_width"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(stored))
+    assert tuner_of(PeftModel.from_pretrained(build("llama", tied=True), tmp_path)).mask().pruned_hidden_size == 36
+
+
+@pytest.mark.parametrize("change", [{"pruning_ratio": 0.5}, {"pruning_ratio": None, "pruned_hidden_size": 24}])
+def test_a_configuration_changed_after_its_first_use_gets_another_width(change: dict[str, Any]) -> None:
+    config = pat_config(rotation="none")
+    get_peft_model(build("llama", tied=True), config)
+    model = get_peft_model(build("llama", tied=True), dataclasses.replace(config, **change))
+    assert tuner_of(model).mask().pruned_hidden_size == 24
 
 
 # -- the ends of the stream --------------------------------------------------------------------------------------------
