@@ -30,6 +30,7 @@ def shrink_config(
     setattr(small, family.eps_field, getattr(config, family.eps_field) * ratio)
     small.head_dim = head_dim
     small.tie_word_embeddings = tied
+    small.use_cache = True  # trainers switch it off, for training alone
     if hasattr(small, "quantization_config"):
         del small.quantization_config
     try:

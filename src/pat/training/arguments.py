@@ -155,9 +155,16 @@ def build_arguments(**flags: Any) -> TuneArguments:
 
 
 def _bundle(run: RunOptions, pat: PatOptions, sft: SFTConfig, model: ModelConfig) -> TuneArguments:
-    for flag, value in (("--model_name_or_path", model.model_name_or_path), ("--dataset_name", run.dataset_name)):
+    needed = {
+        "--model_name_or_path": model.model_name_or_path,
+        "--dataset_name": run.dataset_name,
+        "--output_dir": sft.output_dir,
+    }
+    for flag, value in needed.items():
         if not value:
-            raise PatError(f"{flag} is missing; expected a base model and a data file (see `pat tune --help`).")
+            raise PatError(
+                f"{flag} is missing; expected a base model, a data file and an output folder (see `pat tune --help`)."
+            )
     if sft.eval_strategy != "no" and run.held_out in ("0", 0):
         raise PatError(
             f"Got eval_strategy={str(sft.eval_strategy)!r} with held_out=0; expected rows to evaluate on: leave "
@@ -189,9 +196,10 @@ def _machine_defaults() -> dict[str, Any]:
     Without one, TRL's bf16 autocast is refused and its recomputing of activations only costs time, and arithmetic in
     bf16 is many times slower on most CPUs than in float32.
     """
+    everywhere = {"output_dir": ""}  # instead of a folder of transformers' own choice
     if torch.accelerator.is_available():
-        return {"dtype": "auto"}
-    return {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "dtype": "float32"}
+        return everywhere | {"dtype": "auto"}
+    return everywhere | {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "dtype": "float32"}
 
 
 def recipe_defaults(name: str) -> dict[str, Any]:

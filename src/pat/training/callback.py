@@ -145,6 +145,11 @@ def _restore_float32(tuner: PatModel) -> None:
         for parameter in module.parameters():
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()
+    if getattr(tuner.model, "is_loaded_in_4bit", False) or getattr(tuner.model, "is_loaded_in_8bit", False):
+        # LoRA's factors, too: peft keeps them in float32, and cast, the live model would not be the one that is saved.
+        for parameter in tuner.model.parameters():
+            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
 
 
 def _complete_copies(tuner: PatModel) -> None:

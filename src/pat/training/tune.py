@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ from pat.training.guard import FiniteGuard
 from pat.training.results import TuneResult, measure
 from pat.tuner.model import PatModel, find_tuner
 from pat.tuner.prepare import check_config
+
+logger = logging.getLogger(__name__)
 
 NUM_VERIFY_ROWS = 16
 """Held-out rows on which the written checkpoint is compared with the model that was trained."""
@@ -64,6 +67,16 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
     data = _load_data(arguments, tokenizer)
     num_truncated = check_truncation(tokenizer, data.train, sft.max_length)
     held_out = _examples(tokenizer, data, arguments)
+
+    if num_truncated:
+        logger.warning(
+            "%d of %d rows have no response left within --max_length %s and are not trained on; raise it to use them.",
+            num_truncated,
+            len(data.train),
+            sft.max_length,
+        )
+    if data.held_out is not None and len(held_out) < len(data.held_out):
+        logger.warning("Held-out figures stand on %d of %d rows, likewise.", len(held_out), len(data.held_out))
 
     set_seed(sft.seed)
     base = _load_base(arguments)
