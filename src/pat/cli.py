@@ -109,6 +109,9 @@ def _plan(argv: Sequence[str]) -> None:
     parser.add_argument("--pruned_hidden_size", type=int, help="Exact hidden size instead of a ratio.")
     parser.add_argument("--multiple_of", type=int, help="Hard alignment of the pruned hidden size.")
     parser.add_argument("--untie_word_embeddings", action="store_true", help="Give a tied model its own output matrix.")
+    parser.add_argument(
+        "--context", type=int, help="Tokens that costs are for (default 2048, or all the model can read)."
+    )
     parser.add_argument("--json", action="store_true", help="Print JSON instead of tables.")
     options = parser.parse(argv)
 
@@ -121,6 +124,7 @@ def _plan(argv: Sequence[str]) -> None:
             pruned_hidden_size=options.pruned_hidden_size,
             multiple_of=options.multiple_of,
             untie_word_embeddings=options.untie_word_embeddings,
+            context=options.context,
         ),
         as_json=options.json,
     )

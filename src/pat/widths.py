@@ -72,7 +72,7 @@ def choose_width(
     near = [width for width in legal if abs(width - asked) <= ALIGNMENT_SLACK * asked]
     candidates = near or [min(legal, key=lambda width: (abs(width - asked), width))]
     chosen = min(candidates, key=lambda width: (-alignment(width), abs(width - asked), width))
-    why = f"asked for {asked:g} of {hidden_size}; multiples of {legal.step} can be loaded"
+    why = f"cutting {ratio:.4g} of {hidden_size} leaves {asked:g}; multiples of {legal.step} can be loaded"
     if near:
         why += f", {len(near)} lie within {ALIGNMENT_SLACK:.0%}, the best aligned is a multiple of {alignment(chosen)}"
     else:

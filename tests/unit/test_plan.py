@@ -4,6 +4,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
+from pat.errors import PatError
 from pat.families import get_family
 from pat.plan import Plan, make_plan, print_plan
-from pat.plan.costs import GROUPS, build_skeleton, cost_of
+from pat.plan.costs import GROUPS, build_skeleton, cost_at, cost_of
 from pat.plan.training import training_memory
 from pat.tuner import PatConfig
 
@@ -93,22 +95,29 @@ def test_groups_hold_the_parameters_they_are_called_after(tmp_path: Path) -> Non
         assert plan.base.groups[group].num_parameters == sum(model.get_parameter(n).numel() for n in names), group
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3", "mixtral"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_prefill_flops_are_those_that_torch_counts(family: str) -> None:
-    length = 2 * SLIDING_WINDOW
+    length, batch_size = 2 * SLIDING_WINDOW, 3
     # The counter does not know the grouped products that experts take otherwise.
     model = build(family, tied=True, attn_implementation="eager", experts_implementation="eager")
-    cost = cost_of(build_skeleton(model.config, get_family(family), torch.float32), length)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(input_ids=batch(batch_size=1, length=length)["input_ids"])
+    skeleton = build_skeleton(model.config, get_family(family), torch.float32)
+    input_ids = batch(batch_size=batch_size, length=length)["input_ids"]
+
+    def counted(**options: Any) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(input_ids=input_ids, **options)
+        return counter.get_total_flops()
+
     # Eager attention computes all scores, also those that the mask then takes out: length keys for every token.
-    width = model.config.num_attention_heads * cost.head_dim
-    full_attention = 4 * width * length * model.config.num_hidden_layers
-    expected = 2 * cost.num_matmul_parameters + full_attention
-    assert counter.get_total_flops() / length == pytest.approx(expected, rel=FLOPS_TOLERANCE)
-    windows = build_skeleton(model.config, get_family(family), torch.float32).windows()
-    keys = sum(min(i + 1, window or length) for window in windows for i in range(length)) / length
-    assert cost.prefill_flops_per_token == pytest.approx(2 * cost.num_matmul_parameters + 4 * width * keys)
+    cost = cost_at(skeleton, batch_size=batch_size, context=length)
+    keys = sum(min(i + 1, window or length) for window in skeleton.windows() for i in range(length)) / length
+    all_keys = length * model.config.num_hidden_layers
+    per_key = 4 * model.config.num_attention_heads * skeleton.head_dim
+    masked_out = batch_size * length * per_key * (all_keys - keys)
+    assert counted(logits_to_keep=1) == pytest.approx(cost.prefill_flops + masked_out, rel=FLOPS_TOLERANCE)
+    # With the logits of all tokens every matmul parameter multiplies every token.
+    num_matmul = cost_of(skeleton, length).num_matmul_parameters
+    assert counted() / (batch_size * length) == pytest.approx(2 * num_matmul + per_key * all_keys, rel=FLOPS_TOLERANCE)
 
 
 def test_windows_limit_the_keys_that_are_counted_and_cached() -> None:
@@ -146,6 +155,36 @@ def test_decoding_reads_one_row_of_an_embedding_that_is_not_the_head_and_the_rou
     idle = experts * (1 - config.num_experts_per_tok / config.num_local_experts)
     read = cost.total.num_parameters - cost.groups["embedding"].num_parameters - idle
     assert cost.decode_bytes_per_token == 4 * read + cost.kv_cache_bytes
+
+
+def test_a_batch_reads_the_weights_once_and_its_own_caches() -> None:
+    skeleton = build_skeleton(build("llama", tied=True).config, get_family("llama"), torch.float32)
+    one, eight = (cost_at(skeleton, batch_size=size, context=20) for size in (1, 8))
+    assert eight.kv_cache_bytes == 8 * one.kv_cache_bytes
+    assert eight.decode_bytes - eight.kv_cache_bytes == one.decode_bytes - one.kv_cache_bytes
+    assert eight.prefill_flops == 8 * one.prefill_flops
+
+
+def test_a_batch_reads_more_experts_than_a_token_and_in_the_end_all() -> None:
+    skeleton = build_skeleton(build("mixtral", tied=False).config, get_family("mixtral"), torch.float32)
+    everything = cost_of(skeleton, 1).total.num_parameters - cost_of(skeleton, 1).groups["embedding"].num_parameters
+    read = [
+        (cost.decode_bytes - cost.kv_cache_bytes) / 4
+        for cost in (cost_at(skeleton, batch_size=size, context=1) for size in (1, 2, 100))
+    ]
+    assert read[0] < read[1] < read[2] == pytest.approx(everything)
+    # Two tokens with two of four experts each miss one with a chance of a quarter.
+    assert (everything - read[1]) / (everything - read[0]) == pytest.approx(0.5)
+
+
+def test_costs_are_for_the_context_that_was_asked_for(tmp_path: Path) -> None:
+    path = save_config(build("llama", tied=True), tmp_path)
+    default, short = make_plan(path), make_plan(path, context=32)
+    assert (default.context, short.context) == (128, 32)  # all that the model can read, rather than 2048
+    assert default.base.kv_cache_bytes == 4 * short.base.kv_cache_bytes
+    for context in (0, 129):
+        with pytest.raises(PatError, match=f"context={context}; expected a number of tokens from 1 to 128"):
+            make_plan(path, context=context)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
@@ -202,7 +241,7 @@ def test_widths_near_the_one_taken_are_shown_with_it(tmp_path: Path) -> None:
     plan = make_plan(save_config(build("llama", tied=True), tmp_path))
     assert plan.width.pruned_hidden_size == PRUNED
     assert plan.nearby_widths == (24, 28, 32, 36, 40, 44)
-    assert "36" in plan.width.reason or "48" in plan.width.reason
+    assert plan.width.reason.startswith("cutting 0.25 of 48 leaves 36;")
     aligned = make_plan(str(tmp_path), multiple_of=16, pruning_ratio=0.3)
     assert aligned.nearby_widths == (16, 32)
 
@@ -237,6 +276,7 @@ def test_tables_show_the_figures(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert f"{number:,}" in printed.out
     for words in ("embedding and head, tied", "experts", "Legal widths nearby", f"{plan.decode_speedup:.2f}x faster"):
         assert words in printed.out
+    assert all(heading in printed.out for heading in ("part", "quantity", "purpose", "bytes"))
     assert not printed.err
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pat.errors import PatError
 from pat.loading import load_config, stored_dtype
 from pat.plan.costs import ModelCost, build_skeleton, cost_of
 from pat.plan.training import TrainingMemory, training_memory
@@ -17,7 +18,7 @@ from pat.tuner.prepare import check_config
 from pat.widths import Width, legal_widths
 
 CONTEXT = 2048
-"""Tokens that costs and memory refer to."""
+"""Tokens that costs and memory refer to unless others are asked for; fewer if the model cannot read as many."""
 
 NUM_NEIGHBOURS = 3
 """Legal widths shown on either side of the one taken."""
@@ -64,6 +65,7 @@ def make_plan(
     pruned_hidden_size: int | None = None,
     multiple_of: int | None = None,
     untie_word_embeddings: bool = False,
+    context: int | None = None,
 ) -> Plan:
     """Plan the pruning of a model from its configuration alone.
 
@@ -73,11 +75,14 @@ def make_plan(
         pruned_hidden_size: exact width instead of a ratio.
         multiple_of: hard alignment of the width.
         untie_word_embeddings: give a tied model an output matrix of its own.
+        context: tokens that costs and memory are for; by default 2048, or as many as the model can read.
 
     Raises:
-        PatError: no such model, not a causal language model, unsupported family, or no such width.
+        PatError: no such model, not a causal language model, unsupported family, no such width, or a context that the
+            model cannot read.
     """
     base_config, family = load_config(model_name_or_path)
+    context = _resolve_context(context, base_config)
     recipe = recipe_defaults(RECIPE)
     pat_config = PatConfig(
         task_type="CAUSAL_LM",
@@ -98,8 +103,8 @@ def make_plan(
         head_dim=base.head_dim,
         tied=bool(base_config.tie_word_embeddings) and not untie_word_embeddings,
     )
-    base_cost = cost_of(base, CONTEXT)
-    pruned_cost = cost_of(build_skeleton(small_config, family, dtype), CONTEXT)
+    base_cost = cost_of(base, context)
+    pruned_cost = cost_of(build_skeleton(small_config, family, dtype), context)
     training = training_memory(
         base, pat_config, batch_size=recipe["per_device_train_batch_size"], length=recipe["max_length"]
     )
@@ -110,12 +115,22 @@ def make_plan(
         width=width,
         nearby_widths=_nearby(base_config.num_attention_heads, width, multiple_of),
         rotation=pat_config.resolved_rotation or "none",
-        context=CONTEXT,
+        context=context,
         base=base_cost,
         pruned=pruned_cost,
         training=training,
-        notes=tuple(_notes(base_config, pat_config, base_cost, pruned_cost)),
+        notes=tuple(_notes(base_config, pat_config, base_cost, pruned_cost, context)),
     )
+
+
+def _resolve_context(context: int | None, base_config: Any) -> int:
+    limit = getattr(base_config, "max_position_embeddings", None)
+    if context is None:
+        return min(CONTEXT, limit or CONTEXT)
+    if context < 1 or (limit is not None and context > limit):
+        most = "" if limit is None else f" to {limit}, the model's max_position_embeddings"
+        raise PatError(f"Got context={context}; expected a number of tokens from 1{most}.")
+    return context
 
 
 def _nearby(num_attention_heads: int, width: Width, multiple_of: int | None) -> tuple[int, ...]:
@@ -124,11 +139,11 @@ def _nearby(num_attention_heads: int, width: Width, multiple_of: int | None) -> 
     return tuple(legal[max(0, position - NUM_NEIGHBOURS) : position + NUM_NEIGHBOURS + 1])
 
 
-def _notes(base_config: Any, pat_config: PatConfig, base: ModelCost, pruned: ModelCost) -> list[str]:
+def _notes(base_config: Any, pat_config: PatConfig, base: ModelCost, pruned: ModelCost, context: int) -> list[str]:
     notes = [
         "Prefill: 2 x matmul parameters + 4 x heads x head size x layers x mean number of keys, per token of a text of "
-        f"{CONTEXT} tokens; the head counts, the embedding's lookup does not. Expected where arithmetic is the limit.",
-        f"Decode: weights in use and cache, read per token after {CONTEXT} tokens at batch size 1. Expected where "
+        f"{context} tokens; the head counts for the last of them only. Expected where arithmetic is the limit.",
+        f"Decode: weights in use and cache, read per token after {context} tokens at batch size 1. Expected where "
         "memory bandwidth is the limit. Number and size of the attention heads, hence the cache, do not change.",
         f"Training: rank {pat_config.r} on every linear layer; adapter, gradients and Adam take 16 bytes per trainable "
         "parameter. Activations are an estimate; logits (computed in chunks) and the framework itself come on top.",

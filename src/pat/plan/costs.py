@@ -38,8 +38,7 @@ class ModelCost:
     num_matmul_parameters: int
     """Weights that multiply every token: all linear maps and the head, of experts only the routed share."""
     prefill_flops_per_token: float
-    """`2 * num_matmul_parameters + 4 * heads * head_dim * layers * keys`, keys being the mean number that a token of a
-    text as long as the context attends to."""
+    """Of reading a text as long as the context, see `SettingCost.prefill_flops`, on average over its tokens."""
     kv_cache_bytes: int
     """Of one sequence as long as the context."""
     decode_bytes_per_token: int
@@ -55,6 +54,19 @@ class ModelCost:
     def inference_bytes(self) -> int:
         """Memory for generating one sequence up to the context: weights and cache, without working memory."""
         return self.total.num_bytes + self.kv_cache_bytes
+
+
+@dataclass(frozen=True)
+class SettingCost:
+    """What a batch of equally long sequences takes; bytes are of the weights' dtype."""
+
+    prefill_flops: float
+    """For all tokens `2 * matmul parameters + 4 * heads * head_dim * layers * keys`, keys being the mean number that a
+    token attends to; the head's product once a sequence, for the token to come. The embedding's lookup is none."""
+    decode_bytes: float
+    """Read from memory to generate one token for each sequence after the context: weights in use, and the caches."""
+    kv_cache_bytes: int
+    """Of all sequences together."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +97,30 @@ class Skeleton:
         """Return every parameter's shape by name; a tied head is not listed apart."""
         return {name: parameter.shape for name, parameter in self.model.named_parameters()}
 
-    def share_in_use(self, linear: Linear) -> float:
-        """Return the share of a linear map that multiplies a token: 1, or the routed share of stacked experts."""
-        if linear.weight != linear.path:
-            return 1.0
-        return float(self.model.config.num_experts_per_tok / self.shapes()[linear.weight][0])
+    @property
+    def head(self) -> Linear:
+        """The linear map that gives the logits, tied or not."""
+        return self.stream.head or Linear(self.stream.embedding, f"{self.stream.embedding}.weight", None)
+
+    def linears(self) -> list[Linear]:
+        """Return the linear maps of all layers, the head not among them."""
+        return [linear for branch in self.stream.branches for linear in (*branch.readers, branch.writer)]
+
+    def num_in_use(self, batch_size: int = 1) -> float:
+        """Return how many weights of the layers' linear maps multiply at least one token of a batch.
+
+        Args:
+            batch_size: tokens in the batch; of stacked experts those count that one of them is routed to, on average if
+                the router has no preference.
+        """
+        shapes = self.shapes()
+
+        def share(linear: Linear) -> float:
+            if linear.weight != linear.path:
+                return 1.0
+            return float(1 - (1 - self.model.config.num_experts_per_tok / shapes[linear.weight][0]) ** batch_size)
+
+        return sum(shapes[linear.weight].numel() * share(linear) for linear in self.linears())
 
 
 def build_skeleton(config: PretrainedConfig, family: Family, dtype: torch.dtype) -> Skeleton:
@@ -122,30 +153,42 @@ def cost_of(skeleton: Skeleton, context: int) -> ModelCost:
         context: tokens of the text read, or held in the cache.
     """
     stream, parameters = skeleton.stream, dict(skeleton.model.named_parameters())
-    groups = {group: _size(parameters, names) for group, names in _names_by_group(stream).items()}
-    matmuls = [linear for branch in stream.branches for linear in (*branch.readers, branch.writer)]
-    head = stream.head or Linear(stream.embedding, f"{stream.embedding}.weight", None)
-    num_matmul = parameters[head.weight].numel() + sum(
-        parameters[linear.weight].numel() * skeleton.share_in_use(linear) for linear in matmuls
+    setting = cost_at(skeleton, batch_size=1, context=context)
+    return ModelCost(
+        hidden_size=parameters[f"{stream.final_norm}.weight"].numel(),
+        head_dim=skeleton.head_dim,
+        tied=stream.head is None,
+        groups={group: _size(parameters, names) for group, names in _names_by_group(stream).items()},
+        num_matmul_parameters=round(skeleton.num_in_use()) + parameters[skeleton.head.weight].numel(),
+        prefill_flops_per_token=setting.prefill_flops / context,
+        kv_cache_bytes=setting.kv_cache_bytes,
+        decode_bytes_per_token=round(setting.decode_bytes),
     )
+
+
+def cost_at(skeleton: Skeleton, *, batch_size: int, context: int) -> SettingCost:
+    """Count what a batch of sequences takes that are as long as the context.
+
+    Args:
+        skeleton: the model.
+        batch_size: sequences.
+        context: tokens of each that are read, or held in its cache.
+    """
+    shapes = skeleton.shapes()
+    head = shapes[skeleton.head.weight].numel()
     query_width, key_width = skeleton.attention_widths()
     windows = skeleton.windows()
     keys = sum(_mean_visible(context, window) for window in windows)
     element = skeleton.dtype.itemsize
     cached = sum(min(context, window or context) for window in windows)
-    kv_cache_bytes = 2 * cached * key_width * element
-    in_vectors = groups["norms"].num_parameters + sum(
-        parameters[linear.bias].numel() for linear in matmuls if linear.bias is not None
+    kv_cache_bytes = 2 * batch_size * cached * key_width * element
+    vectors = sum(shapes[name].numel() for name in _names_by_group(skeleton.stream)["norms"]) + sum(
+        shapes[linear.bias].numel() for linear in skeleton.linears() if linear.bias is not None
     )
-    return ModelCost(
-        hidden_size=parameters[f"{stream.final_norm}.weight"].numel(),
-        head_dim=skeleton.head_dim,
-        tied=stream.head is None,
-        groups=groups,
-        num_matmul_parameters=round(num_matmul),
-        prefill_flops_per_token=2 * num_matmul + 4 * query_width * keys,
+    return SettingCost(
+        prefill_flops=batch_size * (context * (2 * skeleton.num_in_use() + 4 * query_width * keys) + 2 * head),
+        decode_bytes=(skeleton.num_in_use(batch_size) + head + vectors) * element + kv_cache_bytes,
         kv_cache_bytes=kv_cache_bytes,
-        decode_bytes_per_token=round(num_matmul + in_vectors) * element + kv_cache_bytes,
     )
 
 

@@ -51,7 +51,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
 
 
 def _sizes(plan: Plan) -> Table:
-    table = _table("Parameters and bytes", "base", "", "pruned", "", "change")
+    table = _table("Parameters and bytes", "part", "base", "bytes", "pruned", "bytes", "change")
     for group in GROUPS:
         before, after = plan.base.groups[group], plan.pruned.groups[group]
         if before.num_parameters or after.num_parameters:
@@ -81,7 +81,7 @@ def _size_cells(before: Size, after: Size) -> tuple[str, ...]:
 
 
 def _costs(plan: Plan) -> Table:
-    table = _table(f"Running it, context of {plan.context} tokens", "base", "pruned", "expected")
+    table = _table(f"Running it, context of {plan.context} tokens", "quantity", "base", "pruned", "expected")
 
     def row(name: str, base: str, pruned: str, expected: str = "") -> None:
         table.add_row(name, base, pruned, expected)
@@ -99,7 +99,7 @@ def _costs(plan: Plan) -> Table:
 def _training(plan: Plan) -> Table:
     memory = plan.training
     title = f"Memory for training, batches of {memory.batch_size} x {memory.length} tokens"
-    table = _table(title, "plain", "with gradient checkpointing")
+    table = _table(title, "purpose", "plain", "with gradient checkpointing")
     for name, size in (
         ("base, frozen", memory.base_bytes),
         (f"adapter, {memory.num_trainable_parameters:,} parameters", memory.adapter_bytes),
@@ -113,9 +113,9 @@ def _training(plan: Plan) -> Table:
     return table
 
 
-def _table(title: str, *headings: str) -> Table:
+def _table(title: str, first: str, *headings: str) -> Table:
     table = Table(title=title, title_justify="left")
-    table.add_column("")
+    table.add_column(first)
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     return table
