@@ -37,7 +37,14 @@ class MaskedModel:
     """Whether a tied model gets a head of its own."""
 
 
-def merge_dense(model: MaskedModel, dtype: torch.dtype, *, check_finite: bool, progress: bool) -> PreTrainedModel:
+def merge_dense(
+    model: MaskedModel,
+    dtype: torch.dtype,
+    *,
+    check_finite: bool,
+    progress: bool,
+    instead: Mapping[str, Tensor] | None = None,
+) -> PreTrainedModel:
     """Return the small dense model; nothing of the masked model is changed.
 
     Args:
@@ -45,6 +52,7 @@ def merge_dense(model: MaskedModel, dtype: torch.dtype, *, check_finite: bool, p
         dtype: of the dense model.
         check_finite: check every folded weight.
         progress: show a bar over the parameters.
+        instead: parameters of the dense model that are not to be folded but taken as given.
 
     Raises:
         PatError: `check_finite`, and a folded weight is infinite or not a number.
@@ -70,7 +78,7 @@ def merge_dense(model: MaskedModel, dtype: torch.dtype, *, check_finite: bool, p
         stream.untie() if model.untie and stream.head is None else stream,
         model.parameter,
         Channels.from_mask(mask.keep, mask.basis),
-        {site: _in_double(operator) for site, operator in model.operators.items()},
+        {site: in_double(operator) for site, operator in model.operators.items()},
         HeadPlan(tied=tied, final_gain=final_gain, embedding_ratio=ratio),
     )
     weights: dict[str, Tensor] = {}
@@ -78,11 +86,12 @@ def merge_dense(model: MaskedModel, dtype: torch.dtype, *, check_finite: bool, p
         if check_finite and not tensor.isfinite().all():
             raise PatError(f"Got non-finite values in the folded weight {name}; the adapter is broken.")
         # Contiguous: folding leaves transposed views, and a kernel rounds those otherwise than what it loads later.
-        weights[name] = tensor.to(dtype).contiguous()
+        weights[name] = (instead or {}).get(name, tensor).to(dtype).contiguous()
     return build_dense(base, config, weights, dtype)
 
 
-def _in_double(operator: Operator) -> Operator:
+def in_double(operator: Operator) -> Operator:
+    """Return a copy of an operator in float64, without gradients."""
     twin = copy.deepcopy(operator).requires_grad_(False)
     for parameter in twin.parameters():
         parameter.data = to_float64(parameter.data)

@@ -19,6 +19,7 @@ from pat.surgery.precision import to_float64
 from pat.surgery.residual import ResidualStream
 from pat.surgery.rotation import ChannelOrder, equalised_gain, gain_block, importance_order, pca_order
 from pat.tuner.calibration import DEFAULT_TOKENS_PER_CHANNEL, StreamStatistics, share_from_first_process
+from pat.tuner.compaction import CompactModel, compact
 from pat.tuner.config import PatConfig
 from pat.tuner.layer import MASK_NAME, OPERATOR_NAME, HsmLayer, MaskLayer
 from pat.tuner.merging import MaskedModel, merge_dense
@@ -212,14 +213,29 @@ class PatModel(LoraModel):
         """
         if adapter_names is not None and len(adapter_names) != 1:
             raise PatError(f"Got adapter_names={adapter_names}; PAT merges exactly one adapter.")
-        name = adapter_names[0] if adapter_names else self.adapter
+        masked = self._masked_model(adapter_names[0] if adapter_names else self.adapter, "a merge")
+        return merge_dense(masked, dtype or masked.base.dtype, check_finite=safe_merge, progress=progressbar)
+
+    def compact(self, adapter_name: str | None = None) -> CompactModel:
+        """Return a small model with an ordinary LoRA adapter to train on; the masked model stays as it is.
+
+        The same function to rounding: LoRA is cut, and every low-rank operator becomes more rank of its writer's LoRA
+        (specification, "Compaction").
+
+        Raises:
+            PatError: the mask is not 0/1 yet, or the base model is quantised.
+        """
+        name = adapter_name or self.adapter
+        return compact(self._masked_model(name, "a compaction"), self.pat_config(name), name)
+
+    def _masked_model(self, name: str, purpose: str) -> MaskedModel:
         mask = self.mask(name)
         if not mask.hardened:
             raise PatError(
-                f"Got a merge at step {mask.step} of an adapter whose mask is still soft (milestone: step "
+                f"Got {purpose} at step {mask.step} of an adapter whose mask is still soft (milestone: step "
                 f"{mask.milestone_step}); train past the milestone first, with PatCallback in the trainer."
             )
-        masked = MaskedModel(
+        return MaskedModel(
             base=cast(PreTrainedModel, self.model),
             stream=cast(ResidualStream, self.residual_stream),
             parameter=self._parameter(name),
@@ -228,7 +244,6 @@ class PatModel(LoraModel):
             final_gain=self._final_gain(name),
             untie=self.pat_config(name).untie_word_embeddings,
         )
-        return merge_dense(masked, dtype or masked.base.dtype, check_finite=safe_merge, progress=progressbar)
 
     def unload(self) -> nn.Module:
         """Return the untouched base model by removing LoRA, operators and mask."""

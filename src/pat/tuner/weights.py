@@ -40,6 +40,14 @@ def effective_parameter(model: nn.Module, name: str, adapter_name: str) -> Tenso
     return _base_parameter(module, leaf)
 
 
+@torch.no_grad()
+def base_parameter(model: nn.Module, name: str) -> Tensor:
+    """Return a base parameter without any adapter, in float32 or better; quantised weights are dequantised."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    return _base_parameter(module.get_base_layer() if isinstance(module, LoraLayer) else module, leaf)
+
+
 def embedding_ratio(embedding: nn.Module, pruned_hidden_size: int, dtype: torch.dtype) -> float:
     """Return by how much the scale that an embedding applies itself shrinks, each side as its model rounds it.
 

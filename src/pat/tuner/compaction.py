@@ -1,0 +1,289 @@
+"""Compaction: a hard masked model becomes a small model with an ordinary LoRA adapter, to be trained on.
+
+The same function to rounding (specification, "Compaction"). For a writer with LoRA (A, B, scale k) and a low-rank
+operator D = I + L1 diag(v) L0, on the kept channels K:
+
+    z[K] = W[K] x + k B[K] A x + (L1 diag(v))[K] (L0 W + k L0 B A) x
+
+so the small model has the frozen weight W[K] and one adapter of more rank. The scale stays k here, and the operator's
+share of B is divided by it, so that what was LoRA before goes on moving at the speed it had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pat.errors import PatError
+from pat.families import get_family
+from pat.sparsification.operator import LowRankOperator
+from pat.surgery.fold import Channels, Operator, cut_writer_rows
+from pat.surgery.precision import to_float64
+from pat.surgery.residual import Linear, ResidualBranch
+from pat.tuner.config import PatConfig
+from pat.tuner.merging import MaskedModel, in_double, merge_dense
+from pat.tuner.weights import base_parameter
+
+_NAMES_OF_EXPERTS = frozenset({"gate_proj", "up_proj", "down_proj"})
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One module's LoRA factors in the small model: A `(r, in)`, B `(out, r)` and the scale k of B A."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    # What the optimizer may carry over: the parameter that a factor was, if it is it still, cut by index at most.
+    a_was: nn.Parameter | None = None
+    b_was: nn.Parameter | None = None
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """A parameter of the compact model that is one of the masked model's, along `axis` cut to the kept channels."""
+
+    parameter: nn.Parameter
+    axis: int | None
+    keep: Tensor
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """Cut a tensor that has the shape of the old parameter (an optimizer's moment)."""
+        return tensor if self.axis is None else tensor.index_select(self.axis, self.keep.to(tensor.device))
+
+
+@dataclass(frozen=True)
+class CompactModel:
+    """The small model with its LoRA adapter, and which of its trainable parameters continue one of before."""
+
+    model: PeftModel
+    inherited: dict[nn.Parameter, Inherited]
+
+
+def check_compactable(config: PatConfig) -> None:
+    """Check that an adapter can be compacted.
+
+    Raises:
+        PatError: the base is quantised: its small form would be dequantised, and so larger than what it replaces.
+    """
+    if config.base_quantization is not None:
+        raise PatError("Got a quantised base model, whose compact form would not be quantised; use no_compact.")
+
+
+def compact(model: MaskedModel, config: PatConfig, adapter: str) -> CompactModel:
+    """Return the compact form of a masked model; the masked model stays as it is.
+
+    LoRA on readers is cut; LoRA and operator of a writer become one adapter. With dropout, or the dense operator, D
+    goes into the frozen weight and into B. DoRA, experts and other variants are folded and start anew, which is the
+    same function as well.
+
+    Args:
+        model: what to compact; its mask must be 0/1.
+        config: of its adapter.
+        adapter: name of that adapter.
+    """
+    check_compactable(config)
+    channels = Channels.from_mask(model.mask.keep, model.mask.basis)
+    splitter = _Splitter(model, config, adapter, channels)
+    factors: dict[str, Factors] = {}
+    # One configuration cannot describe plain LoRA beside a variant of it: then all is folded and starts anew.
+    for branch in model.stream.branches if splitter.all_plain() else ():
+        for reader in branch.readers:
+            if (layer := splitter.lora(reader)) is not None:
+                factors[reader.path] = splitter.reader(branch, reader, layer)
+        if (writer := splitter.writer(branch)) is not None:
+            factors[branch.writer.path] = writer
+    # The frozen weights: without LoRA where it lives on as an adapter, without the operator where that does.
+    split = {linear.weight for linear in splitter.split}
+
+    def parameter(name: str) -> Tensor:
+        return base_parameter(model.base, name) if name in split else model.parameter(name)
+
+    operators = {site: op for site, op in model.operators.items() if site not in splitter.operators_in_rank}
+    frozen = replace(model, parameter=parameter, operators=operators)
+    base = merge_dense(frozen, model.base.dtype, check_finite=False, progress=False, instead=splitter.biases)
+    return _attach(base.to(model.base.device), config, adapter, factors, channels)  # type: ignore[arg-type]
+
+
+class _Splitter:
+    """Turns LoRA layers and operators into factors, and notes what the frozen weights must then leave out."""
+
+    def __init__(self, model: MaskedModel, config: PatConfig, adapter: str, channels: Channels) -> None:
+        self.model, self.config, self.adapter, self.channels = model, config, adapter, channels
+        self.qk_scaled = model.stream.scaled_projections()
+        self.split: list[Linear] = []
+        self.operators_in_rank: set[str] = set()
+        self.biases: dict[str, Tensor] = {}
+
+    def all_plain(self) -> bool:
+        """Tell whether two factors are all there is to every LoRA layer on a module."""
+        layers = (_lora_layer(module) for module in self.model.base.modules())
+        return all(
+            layer is None or (layer.lora_variant.get(self.adapter) is None and not layer.lora_bias.get(self.adapter))
+            for layer in layers
+        )
+
+    def lora(self, linear: Linear) -> LoraLayer | None:
+        """Return the LoRA layer on a linear module, if there is one."""
+        layer = None if self._is_out_of_reach(linear) else _lora_layer(self.model.base.get_submodule(linear.path))
+        return layer if layer is not None and self.adapter in layer.lora_A else None
+
+    def reader(self, branch: ResidualBranch, reader: Linear, layer: LoraLayer) -> Factors:
+        """Cut A along the residual stream; in a rotated stream the norm's gain goes into it as into the weight."""
+        self.split.append(reader)
+        a, b, scale = self._factors(layer)
+        rotated = self.channels.basis is not None
+        if rotated and branch.pre_norm is not None:
+            gain = to_float64(self.model.parameter(f"{branch.pre_norm}.weight")) + self.model.stream.family.gain_offset
+            a = a * gain * self.channels.gain
+        scaled = reader.path in self.qk_scaled
+        return Factors(
+            self.channels.cut(a),
+            b * self.channels.gain if scaled else b,
+            scale,
+            a_was=None if rotated else cast(nn.Parameter, layer.lora_A[self.adapter].weight),
+            b_was=None if scaled else cast(nn.Parameter, layer.lora_B[self.adapter].weight),
+        )
+
+    def writer(self, branch: ResidualBranch) -> Factors | None:
+        """Return the factors of a writer, None if it is folded as a whole."""
+        writer = branch.writer
+        if self._is_out_of_reach(writer):
+            return None
+        layer, operator = self.lora(writer), self.model.operators.get(branch.site)
+        dropout = layer is not None and not isinstance(layer.lora_dropout[self.adapter], nn.Identity)
+        if isinstance(operator, LowRankOperator) and not dropout:
+            return self._writer_with_operator(branch, layer, cast(LowRankOperator, in_double(operator)))
+        if layer is None:
+            return None
+        self.split.append(writer)
+        a, b, scale = self._factors(layer)
+        folded = None if operator is None else in_double(operator)
+        return Factors(a, cut_writer_rows(b.mT, folded, self.channels).mT, scale)
+
+    def _writer_with_operator(
+        self, branch: ResidualBranch, layer: LoraLayer | None, operator: LowRankOperator
+    ) -> Factors:
+        writer = branch.writer
+        self.split.append(writer)
+        self.operators_in_rank.add(branch.site)
+        weight = to_float64(base_parameter(self.model.base, writer.weight))
+        if writer.bias is not None:
+            bias = to_float64(self.model.parameter(writer.bias))
+            self.biases[writer.bias] = cut_writer_rows(bias, cast(Operator, operator), self.channels)
+        down, up = operator.down.to(weight), (operator.up * operator.v()).to(weight)
+        up = self.channels.cut(up.mT).mT
+        if layer is None:
+            return Factors(down @ weight, up, 1.0)
+        a, b, scale = self._factors(layer)
+        through = down @ weight + scale * (down @ b) @ a
+        return Factors(torch.cat([a, through]), torch.cat([self.channels.cut(b.mT).mT, up / scale], dim=1), scale)
+
+    def _is_out_of_reach(self, linear: Linear) -> bool:
+        """Tell whether ordinary LoRA cannot have two factors of ours on a linear map.
+
+        Bare parameters (experts) are wrapped in another way. In families with experts peft takes these names, on the
+        few layers that have a dense MLP instead, for those of experts in older checkpoints.
+        """
+        is_bare = linear.weight == linear.path
+        leaf = linear.path.rpartition(".")[2]
+        return is_bare or (bool(self.model.stream.family.expert_parameters) and leaf in _NAMES_OF_EXPERTS)
+
+    def _factors(self, layer: LoraLayer) -> tuple[Tensor, Tensor, float]:
+        weights = (cast(Tensor, factor[self.adapter].weight) for factor in (layer.lora_A, layer.lora_B))
+        a, b = (to_float64(weight.detach()) for weight in weights)
+        return a, b, float(layer.scaling[self.adapter])
+
+
+@torch.no_grad()
+def _attach(
+    base: PreTrainedModel, config: PatConfig, adapter: str, factors: Mapping[str, Factors], channels: Channels
+) -> CompactModel:
+    """Put ordinary LoRA on the small model and give it the factors."""
+    model = cast(PeftModel, get_peft_model(base, _lora_config(base, config, factors), adapter_name=adapter))
+    inherited: dict[nn.Parameter, Inherited] = {}
+    for path, given in factors.items():
+        layer = cast(LoraLayer, model.get_base_model().get_submodule(path))
+        for factor, value, was, axis in (
+            (layer.lora_A[adapter].weight, given.a, given.a_was, 1),
+            (layer.lora_B[adapter].weight, given.b, given.b_was, None),
+        ):
+            parameter = cast(nn.Parameter, factor)
+            parameter.copy_(value)
+            if was is not None:
+                inherited[parameter] = Inherited(was, axis, channels.keep)
+    return CompactModel(model, inherited)
+
+
+def _lora_config(base: PreTrainedModel, config: PatConfig, factors: Mapping[str, Factors]) -> LoraConfig:
+    """Return the ordinary LoRA configuration that describes the factors; modules without any start anew as before."""
+    shared: dict[str, Any] = {
+        "task_type": config.task_type,
+        "r": config.r,
+        "lora_dropout": config.lora_dropout,
+        "bias": config.bias,
+        "modules_to_save": config.modules_to_save,
+        "trainable_token_indices": config.trainable_token_indices,
+        "ensure_weight_tying": config.ensure_weight_tying,
+        "target_parameters": config.target_parameters,
+    }
+    if not factors:
+        return LoraConfig(
+            **shared,
+            lora_alpha=config.lora_alpha,
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            target_modules=_within_reach(base, config.target_modules),
+            exclude_modules=config.exclude_modules,
+            layers_to_transform=config.layers_to_transform,
+            layers_pattern=config.layers_pattern,
+            rank_pattern=config.rank_pattern,
+            alpha_pattern=config.alpha_pattern,
+        )
+    # The patterns give every module its scale, so the root in rsLoRA's is not taken again.
+    alpha = config.lora_alpha * (config.r**0.5 if config.use_rslora else 1)
+    ranks = {path: len(given.a) for path, given in factors.items()}
+    alphas = {path: given.scale * ranks[path] for path, given in factors.items()}
+    linears = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
+    return LoraConfig(
+        **shared,
+        lora_alpha=_whole(alpha),  # type: ignore[arg-type]
+        target_modules=sorted(_by_leaf(dict.fromkeys(factors, True), linears)),
+        rank_pattern={key: rank for key, rank in _by_leaf(ranks, linears).items() if rank != config.r},
+        alpha_pattern={key: _whole(a) for key, a in _by_leaf(alphas, linears).items() if _whole(a) != _whole(alpha)},
+    )
+
+
+def _within_reach(base: PreTrainedModel, targets: Any) -> Any:
+    """Leave out of LoRA's targets what peft would take for experts, see `_Splitter._is_out_of_reach`."""
+    if not get_family(base.config.model_type).expert_parameters or isinstance(targets, str):
+        return targets
+    return sorted(name for name in targets if name.rpartition(".")[2] not in _NAMES_OF_EXPERTS)
+
+
+def _by_leaf(values: Mapping[str, Any], linears: list[str]) -> dict[str, Any]:
+    """Key values by the last part of the path (`o_proj`) where all modules of that name share one, else by path."""
+    result: dict[str, Any] = {}
+    for path, value in values.items():
+        leaf = path.rpartition(".")[2]
+        same = [values.get(other) == value for other in linears if other.rpartition(".")[2] == leaf]
+        result[leaf if all(same) else path] = value
+    return result
+
+
+def _whole(value: float) -> float:
+    """Return a number as an integer if it is one up to rounding, as it was given then."""
+    return round(value) if abs(value - round(value)) < 1e-9 else value
+
+
+def _lora_layer(module: nn.Module) -> LoraLayer | None:
+    """Return a module if it is LoRA on a whole module; `ParamWrapper` is LoRA on a bare parameter."""
+    layer: Any = module
+    return layer if isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper) else None
