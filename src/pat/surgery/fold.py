@@ -1,23 +1,28 @@
 """Fold operators, gains and a rotation into weights and cut the residual axes: the exact merge.
 
 Pure functions of tensors (specification, "Exact merge"). Notation: d and d' are the widths before and after, K the kept
-channels, Q the basis of the mask (None: the channels themselves), `D` an operator. All arithmetic is float64; results
-are float64 as well, so that the caller rounds once.
+channels, Q the basis of the mask (None: the channels themselves), `D` an operator. All arithmetic is float64 unless
+asked otherwise, and every result is rounded once. Matrices are folded a few vectors of the stream at a time: a
+vocabulary of 32,000 by 4,096 channels would take a gigabyte in float64.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pat.families import Family
-from pat.surgery.precision import to_float64
+from pat.surgery.precision import lift, to_float64
 from pat.surgery.residual import Linear, ResidualBranch, ResidualStream
+
+CHUNK_ELEMENTS = 2**20
+"""Of a matrix, how much is folded at once: 8 MB in float64."""
 
 
 class Operator(Protocol):
@@ -47,6 +52,10 @@ class Channels:
         """Build from a boolean mask `(d,)` and the full basis Q `(d, d)`."""
         indices = keep.nonzero().squeeze(1)
         return cls(len(keep), indices, None if basis is None else to_float64(basis[:, indices]))
+
+    def to(self, precision: torch.dtype) -> Channels:
+        """Return the same map with its basis in another dtype."""
+        return self if self.basis is None else replace(self, basis=self.basis.to(precision))
 
     @property
     def pruned_hidden_size(self) -> int:
@@ -85,12 +94,55 @@ class HeadPlan:
     about sqrt(d/d'), exactly the ratio of the scales as the two models round them."""
 
 
+@dataclass(frozen=True)
+class _Fold:
+    """One merge: where weights come from, and in which dtypes they are folded and handed on."""
+
+    weight: Callable[[str], Tensor]
+    channels: Channels
+    precision: torch.dtype
+    dtype: torch.dtype
+
+    def load(self, name: str) -> Tensor:
+        """Return a vector in float64; nothing is gained by folding those in less."""
+        return to_float64(self.weight(name))
+
+    def vector(self, tensor: Tensor) -> Tensor:
+        """Round a folded vector."""
+        return tensor.to(self.dtype)
+
+    def matrix(self, weight: Tensor, cut: Callable[[Tensor], Tensor], *, writer: bool = False) -> Tensor:
+        """Cut a matrix or a stack of them, some residual vectors at a time.
+
+        Args:
+            weight: `(..., n, d)`, of a writer `(..., d, n)`.
+            cut: maps vectors `(m, d)` to `(m, d')`, row by row.
+            writer: whether the residual vectors are the columns.
+        """
+        vectors = weight.mT if writer else weight
+        *stack, num_rows, width = vectors.shape
+        small = self.channels.pruned_hidden_size
+        device = lift(weight.new_empty(0), self.precision).device
+        shape = (*stack, small, num_rows) if writer else (*stack, num_rows, small)
+        result = torch.empty(shape, dtype=self.dtype, device=device)
+        target = result.mT if writer else result
+        step = max(1, CHUNK_ELEMENTS // width)
+        for index in itertools.product(*map(range, stack)):
+            for start in range(0, num_rows, step):
+                rows = lift(vectors[index][start : start + step], self.precision)
+                target[index][start : start + step] = cut(rows)
+        return result
+
+
 def fold_weights(
     stream: ResidualStream,
     weight: Callable[[str], Tensor],
     channels: Channels,
     operators: Mapping[str, Operator],
     plan: HeadPlan,
+    *,
+    precision: torch.dtype = torch.float64,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every parameter of the small dense model, one at a time.
 
@@ -98,37 +150,41 @@ def fold_weights(
         stream: roles of the parameters; `stream.head` must be None exactly if `plan.tied`.
         weight: returns a base parameter by name, with adapters other than the operators already merged in.
         channels: the map of the residual channels.
-        operators: D by site (see `ResidualStream.sites`); a site without an entry has the identity.
+        operators: D by site (see `ResidualStream.sites`); a site without an entry has the identity. Each is asked for
+            once, when its site is folded.
         plan: treatment of embedding, final norm and head.
+        precision: in which matrices are folded; the operators must be in it.
+        dtype: of the results, rounded once; by default `precision`.
 
     Yields:
-        (name in the base model, float64 tensor of the new shape). A tied head is not yielded.
+        (name in the base model, contiguous tensor of the new shape). A tied head is not yielded.
     """
     family = stream.family
+    fold = _Fold(weight, channels.to(precision), precision, dtype or precision)
+    channels = fold.channels
 
-    def load(name: str) -> Tensor:
-        return to_float64(weight(name))
-
-    embedding = cut_writer_rows(load(f"{stream.embedding}.weight"), operators.get(stream.embedding), channels)
-    yield f"{stream.embedding}.weight", embedding * plan.embedding_ratio
+    operator = operators.get(stream.embedding)
+    name = f"{stream.embedding}.weight"
+    yield name, fold.matrix(weight(name), lambda rows: cut_writer_rows(rows, operator, channels) * plan.embedding_ratio)
 
     qk_scaled = stream.scaled_projections()
     for branch in stream.branches:
-        yield from _fold_writer(branch, load, operators.get(branch.site), channels)
-        gain = None if branch.pre_norm is None else _gain(load, branch.pre_norm, family)
+        yield from _fold_writer(branch, fold, operators.get(branch.site))
+        gain = None if branch.pre_norm is None else _gain(fold, branch.pre_norm, family)
         folded_gain = gain if channels.basis is not None else None
         for reader in branch.readers:
             # c q / sqrt(c² mean(q²) + eps d/d') is the old q-norm for c² = d/d': these norms share the grown epsilon.
             factor = channels.gain if reader.path in qk_scaled else 1.0
-            yield from _fold_reader(reader, load, folded_gain, factor, channels, normed=branch.pre_norm is not None)
+            yield from _fold_reader(reader, fold, folded_gain, factor, normed=branch.pre_norm is not None)
         if branch.pre_norm is not None and gain is not None:
-            yield f"{branch.pre_norm}.weight", _new_gain(gain, channels, family)
+            yield f"{branch.pre_norm}.weight", fold.vector(_new_gain(gain, channels, family))
         if branch.post_norm is not None:
-            yield f"{branch.post_norm}.weight", _new_gain(_gain(load, branch.post_norm, family), channels, family)
+            post_gain = _gain(fold, branch.post_norm, family)
+            yield f"{branch.post_norm}.weight", fold.vector(_new_gain(post_gain, channels, family))
 
-    yield from _fold_ends(stream, load, channels, plan)
+    yield from _fold_ends(stream, fold, plan)
     for name in stream.untouched:
-        yield name, load(name)
+        yield name, fold.vector(fold.load(name))
 
 
 def cut_writer_rows(rows: Tensor, operator: Operator | None, channels: Channels) -> Tensor:
@@ -136,54 +192,51 @@ def cut_writer_rows(rows: Tensor, operator: Operator | None, channels: Channels)
     return channels.cut(rows if operator is None else rows + operator.change(rows))
 
 
-def _fold_writer(
-    branch: ResidualBranch, load: Callable[[str], Tensor], operator: Operator | None, channels: Channels
-) -> Iterator[tuple[str, Tensor]]:
+def _fold_writer(branch: ResidualBranch, fold: _Fold, operator: Operator | None) -> Iterator[tuple[str, Tensor]]:
     # A writer's rows lie in the stream: W is (d, in), experts are (num_experts, d, in).
-    yield branch.writer.weight, cut_writer_rows(load(branch.writer.weight).mT, operator, channels).mT
+    def cut(rows: Tensor) -> Tensor:
+        return cut_writer_rows(rows, operator, fold.channels)
+
+    yield branch.writer.weight, fold.matrix(fold.weight(branch.writer.weight), cut, writer=True)
     if branch.writer.bias is not None:
-        yield branch.writer.bias, cut_writer_rows(load(branch.writer.bias), operator, channels)
+        bias = fold.load(branch.writer.bias).to(fold.precision)
+        yield branch.writer.bias, fold.vector(cut(bias))
 
 
 def _fold_reader(
-    reader: Linear,
-    load: Callable[[str], Tensor],
-    folded_gain: Tensor | None,
-    factor: float,
-    channels: Channels,
-    *,
-    normed: bool,
+    reader: Linear, fold: _Fold, folded_gain: Tensor | None, factor: float, *, normed: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    weight = load(reader.weight)
-    if folded_gain is not None:
-        # In a rotated stream the gain cannot stay in the norm: W diag(g) Q_K, and sqrt(d/d') beside it because a
-        # gain of 1 is exact in every dtype.
-        weight = weight * folded_gain * (channels.gain if normed else 1.0)
-    yield reader.weight, channels.cut(weight) * factor
+    channels = fold.channels
+    # In a rotated stream the gain cannot stay in the norm: W diag(g) Q_K, and sqrt(d/d') beside it because a
+    # gain of 1 is exact in every dtype.
+    scale = None if folded_gain is None else (folded_gain * (channels.gain if normed else 1.0)).to(fold.precision)
+
+    def cut(rows: Tensor) -> Tensor:
+        return channels.cut(rows if scale is None else rows * scale.to(rows.device)) * factor
+
+    yield reader.weight, fold.matrix(fold.weight(reader.weight), cut)
     if reader.bias is not None:
-        yield reader.bias, load(reader.bias) * factor
+        yield reader.bias, fold.vector(fold.load(reader.bias) * factor)
 
 
-def _fold_ends(
-    stream: ResidualStream, load: Callable[[str], Tensor], channels: Channels, plan: HeadPlan
-) -> Iterator[tuple[str, Tensor]]:
-    family = stream.family
+def _fold_ends(stream: ResidualStream, fold: _Fold, plan: HeadPlan) -> Iterator[tuple[str, Tensor]]:
+    family, channels = stream.family, fold.channels
     name = f"{stream.final_norm}.weight"
-    gain = to_float64(plan.final_gain) if plan.final_gain is not None else _gain(load, stream.final_norm, family)
+    gain = to_float64(plan.final_gain) if plan.final_gain is not None else _gain(fold, stream.final_norm, family)
     if plan.tied:
         # The gain stays in the norm (tied block form: it is constant on the rotated block, so K may index it).
         # The factor that E' carries for the model's own embedding scale reaches the logits too: take it back here.
         kept = channels.select(gain) * (channels.gain / plan.embedding_ratio)
-        yield name, kept - family.gain_offset
+        yield name, fold.vector(kept - family.gain_offset)
         return
     assert stream.head is not None, "an untied head has a weight of its own"
-    yield from _fold_reader(stream.head, load, gain if channels.basis is not None else None, 1.0, channels, normed=True)
-    yield name, _new_gain(gain, channels, family)
+    yield from _fold_reader(stream.head, fold, gain if channels.basis is not None else None, 1.0, normed=True)
+    yield name, fold.vector(_new_gain(gain, channels, family))
 
 
-def _gain(load: Callable[[str], Tensor], norm: str, family: Family) -> Tensor:
+def _gain(fold: _Fold, norm: str, family: Family) -> Tensor:
     """Return the gain a norm multiplies by, `(d,)`, whatever way it is stored."""
-    return load(f"{norm}.weight") + family.gain_offset
+    return fold.load(f"{norm}.weight") + family.gain_offset
 
 
 def _new_gain(gain: Tensor, channels: Channels, family: Family) -> Tensor:
