@@ -157,6 +157,32 @@ def _evaluate(argv: Sequence[str]) -> None:
     )
 
 
+def _benchmark(argv: Sequence[str]) -> None:
+    """Speed and memory of a model beside its base, measured in turns and predicted."""
+    parser = _Parser("benchmark", _benchmark)
+    parser.add_argument("--model", required=True, help="Folder or hub id of the smaller model.")
+    parser.add_argument("--baseline", required=True, help="Folder or hub id of the model it is compared with.")
+    parser.add_argument("--contexts", nargs="+", help="Tokens of each sequence (default 128 512 2048).")
+    parser.add_argument("--batch_sizes", nargs="+", help="Sequences in a batch (default 1 8 16).")
+    parser.add_argument("--new_tokens", type=int, help="Tokens to generate for each sequence (default 32); 0 for none.")
+    parser.add_argument("--repetitions", type=int, help="Measurements of each model at each setting (default 5).")
+    parser.add_argument("--warmup", type=int, help="Runs at each setting before those that count (default 1).")
+    parser.add_argument("--dtype", help="Of both models, such as float32; by default the one each is stored in.")
+    parser.add_argument("--device", help="cpu, or an accelerator such as cuda:0; by default one that is there.")
+    parser.add_argument("--threads", type=int, help="CPU threads of each model; by default torch's choice.")
+    parser.add_argument("--output_dir", type=Path, help="Where JSON, table and figure go; empty or new.")
+    options = vars(parser.parse(argv))
+
+    from pat.benchmark import BenchmarkOptions, print_benchmark, run_benchmark
+    from pat.benchmark.options import parse_counts
+
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in ("contexts", "batch_sizes"):
+        if name in given:
+            given[name] = parse_counts(",".join(given[name]), name)
+    print_benchmark(run_benchmark(BenchmarkOptions(**given)))
+
+
 def _demo(argv: Sequence[str]) -> None:
     """The main job on a model and data from the package index; no hub needed."""
     parser = _Parser("demo", _demo)
@@ -185,6 +211,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "plan": _plan,
     "merge": _merge,
     "evaluate": _evaluate,
+    "benchmark": _benchmark,
     "demo": _demo,
 }
 

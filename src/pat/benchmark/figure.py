@@ -1,0 +1,109 @@
+"""The figure of a benchmark: measured and predicted speed-up at each setting."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pat.benchmark.measure import PHASES, Phase
+from pat.benchmark.record import Benchmark
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MISSING = "No figure was drawn, because matplotlib is not installed: pip install 'pat-llm[figures]'."
+
+_TITLES: dict[Phase, str] = {"prefill": "Prefill", "decode": "Decode"}
+_COUNTED: dict[Phase, str] = {"prefill": "FLOPs", "decode": "bytes read"}
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+"""Okabe and Ito's: told apart by colour-blind people, and in grey by the order in which they stand."""
+
+_SLOT = 0.8
+"""Share of the space of one batch size that its contexts fill."""
+
+
+def can_draw() -> bool:
+    """Tell whether matplotlib, an optional dependency, is installed."""
+    return find_spec("matplotlib") is not None
+
+
+def draw(benchmark: Benchmark, path: Path) -> None:
+    """Draw measured speed-ups as points with quartiles, predicted ones as lines across them, and save a PNG.
+
+    Batch sizes stand side by side, within each its contexts. A setting without a figure says so.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    phases = [phase for phase in PHASES if any(row.phase == phase for row in benchmark.rows)]
+    options = benchmark.options
+    contexts, sizes = options.contexts, options.batch_sizes
+    figure = Figure(figsize=(1.4 + 1.25 * len(phases) * max(2, 0.33 * len(sizes) * len(contexts) + 1), 4.2), dpi=150)
+    axes = figure.subplots(1, len(phases), sharey=True, squeeze=False)[0]
+    step = _SLOT / len(contexts)
+    missing: list[tuple[Axes, float, float, str, str]] = []
+    for axis, phase in zip(axes, phases, strict=True):
+        for row in benchmark.rows:
+            if row.phase != phase:
+                continue
+            rank = contexts.index(row.context)
+            color = _COLORS[rank % len(_COLORS)]
+            x = sizes.index(row.batch_size) + (rank - (len(contexts) - 1) / 2) * step
+            predicted, measured = benchmark.predicted_speedup(row), row.speedup
+            axis.hlines(predicted, x - 0.42 * step, x + 0.42 * step, color=color, linewidth=2.2, alpha=0.55)
+            if measured is None:
+                words = ", ".join(sorted({r.status.replace("_", " ") for r in row.results.values()} - {"ok"}))
+                missing.append((axis, x, predicted, words, color))
+                continue
+            bars = [[measured.median - measured.lower_quartile], [measured.upper_quartile - measured.median]]
+            axis.errorbar(x, measured.median, yerr=bars, fmt="o", color=color, markersize=5, capsize=3)
+        axis.axhline(1, color="0.5", linewidth=0.8, linestyle=":")
+        axis.set_title(f"{_TITLES[phase]} (predicted from {_COUNTED[phase]})", fontsize=10)
+        axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+        axis.set_xlim(-0.5, len(sizes) - 0.5)
+        for edge in range(1, len(sizes)):
+            axis.axvline(edge - 0.5, color="0.9", linewidth=0.8)
+        axis.set_xlabel("batch size (sequences)")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="0.92")
+        axis.set_axisbelow(True)
+    axes[0].set_ylabel("speed-up over the baseline")
+    low, high = axes[0].get_ylim()
+    low, high = min(low, 0.95), max(high, 1.05)
+    axes[0].set_ylim(low, high)
+    axes[0].yaxis.set_major_formatter("{x:g}×")
+    for axis, x, y, words, color in missing:  # where there is room, now that the limits are known
+        above = y < (low + high) / 2
+        axis.annotate(
+            words,
+            (x, y),
+            (0, 6 if above else -6),
+            textcoords="offset points",
+            rotation=90,
+            ha="center",
+            va="bottom" if above else "top",
+            fontsize=7,
+            color=color,
+        )
+    handles = [
+        Line2D([], [], color=_COLORS[rank % len(_COLORS)], marker="s", linestyle="", label=f"context {context} tokens")
+        for rank, context in enumerate(contexts)
+    ]
+    handles += [
+        Line2D([], [], color="0.3", marker="o", linestyle="", label="measured: median, quartiles"),
+        Line2D([], [], color="0.3", linewidth=2.2, alpha=0.55, label="predicted"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), fontsize=8, frameon=False)
+    figure.suptitle(
+        f"{_short(options.model)} against the baseline {_short(options.baseline)} "
+        f"({benchmark.device}, {benchmark.facts['model']['dtype']})",
+        fontsize=11,
+    )
+    figure.set_layout_engine("constrained")
+    figure.savefig(path)
+
+
+def _short(name: str) -> str:
+    """Keep what tells models apart: most runs call their folder `model`."""
+    return "/".join(Path(name).parts[-2:])

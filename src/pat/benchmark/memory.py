@@ -1,0 +1,78 @@
+"""How much memory this process takes, now and at its highest, on a CPU or an accelerator."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"
+"""What Linux expects in `clear_refs` to start the highest resident size anew."""
+
+_OUT_OF_MEMORY = ("not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
+"""Words of errors that have no type of their own and that accelerate's list leaves out."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that memory, of whatever device, did not suffice."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and (
+        should_reduce_batch_size(error) or any(words in str(error) for words in _OUT_OF_MEMORY)
+    )
+
+
+class MemoryMeter:
+    """Memory of this process on one device: what the allocator has given out, or the resident size on a CPU.
+
+    The resident size includes mapped files that have been read, and the interpreter with its libraries.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        module: Any = None if device.type == "cpu" else torch.get_device_module(device)
+        self._on_cpu = device.type == "cpu"
+        self._device = device
+        self._module = module if hasattr(module, "max_memory_allocated") else None
+
+    @property
+    def scope(self) -> str:
+        """What a peak refers to: one `request`, all of the `process` so far, or `none` if it cannot be known."""
+        if not self._on_cpu:
+            return "none" if self._module is None else "request"
+        return "request" if _CLEAR.exists() else "process"
+
+    def reset(self) -> None:
+        """Forget the peak so far, where the system allows it."""
+        if self._module is not None:
+            self._module.reset_peak_memory_stats(self._device)
+        elif self._on_cpu and _CLEAR.exists():
+            _CLEAR.write_text(_RESET_PEAK)
+
+    def peak_bytes(self) -> int | None:
+        """Return the highest amount since `reset`."""
+        if self._module is not None:
+            return int(self._module.max_memory_allocated(self._device))
+        return _resident("VmHWM") if self._on_cpu else None
+
+    def current_bytes(self) -> int | None:
+        """Return the amount in use."""
+        if self._module is not None:
+            return int(self._module.memory_allocated(self._device))
+        return _resident("VmRSS") if self._on_cpu else None
+
+
+def _resident(field: str) -> int:
+    """Read a size from Linux' account of this process; elsewhere only the highest so far can be had."""
+    if _STATUS.exists():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    import resource  # not on every system
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
