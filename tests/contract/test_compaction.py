@@ -8,17 +8,17 @@ import pytest
 import torch
 from masked64 import CASES, KEPT, logits64, masked_model
 from peft import LoraConfig
-from tiny_training import largest_difference, tuner_of
+from tiny_models import batch, build
+from tiny_training import OPERATOR_RANK, RANK, attach, largest_difference, logits, tuner_of
 from torch import nn
 
+from pat.errors import PatError
 from pat.tuner.compaction import CompactModel
-
-FLOAT32 = 1e-4
-"""What a user's float32 model may differ by."""
+from pat.tuner.merging import merge_lora
 
 
 def compacted(model: nn.Module) -> CompactModel:
-    compact = tuner_of(model).compact()
+    compact = tuner_of(model).compact().attach()
     if next(p for p in model.parameters()).dtype == torch.float64:
         compact.model.double()
     compact.model.eval()
@@ -39,3 +39,71 @@ def test_masked_and_compact_model_agree_in_float64(
     assert torch.equal(logits64(model), masked)  # and the masked model is as it was
     assert compact.get_base_model().config.hidden_size == KEPT
     assert type(compact.peft_config["default"]) is LoraConfig
+
+
+@pytest.mark.parametrize("rotation", ["none", "pca"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"operator_rank": "dense"},
+        {"lora_dropout": 0.2},
+        {"use_rslora": True},
+        {"target_modules": ["q_proj", "up_proj"]},
+        {"target_modules": r".*\.1\.(self_attn\.q_proj|mlp\.down_proj)"},
+        {"target_modules": "all-linear"},
+        {"lora_bias": True},
+        {"untie_word_embeddings": True},
+        {"untie_word_embeddings": True, "modules_to_save": ["lm_head", "norm"]},
+        {"rank_pattern": {"down_proj": 3}, "alpha_pattern": {"q_proj": 20}},
+    ],
+    ids=str,
+)
+def test_options_of_lora_and_of_the_method_are_kept(fields: dict[str, Any], rotation: str) -> None:
+    model = masked_model("llama", tied=True, rotation=rotation, **fields)
+    assert largest_difference(logits64(model), logits64(compacted(model).model)) <= 1e-6
+
+
+def test_lora_stays_and_the_operator_becomes_rank() -> None:
+    model = masked_model("qwen2", tied=True)
+    compact = compacted(model)
+    adapted = tuner_of(model).model.model.layers[0]
+    layer = compact.model.get_base_model().model.layers[0]
+    keep = tuner_of(model).mask().keep_indices
+    query, writer = layer.self_attn.q_proj, layer.mlp.down_proj
+    # Readers: A is cut, B is what it was, and the optimizer may go on with both.
+    assert torch.equal(query.lora_A.default.weight, adapted.self_attn.q_proj.lora_A.default.weight[:, keep])
+    assert torch.equal(query.lora_B.default.weight, adapted.self_attn.q_proj.lora_B.default.weight)
+    for factor in (query.lora_A.default, query.lora_B.default):
+        inherited = compact.inherited[factor.weight]
+        assert torch.equal(inherited.cut(inherited.parameter), factor.weight)
+    # Writers: RANK rows of A as before, the operator's below them; the scale is LoRA's own.
+    assert writer.r["default"] == RANK + OPERATOR_RANK and query.r["default"] == RANK
+    assert torch.equal(writer.lora_A.default.weight[:RANK], adapted.mlp.down_proj.lora_A.default.weight)
+    assert writer.scaling["default"] == adapted.mlp.down_proj.scaling["default"] == 2
+    assert writer.lora_A.default.weight not in compact.inherited
+    assert compact.model.peft_config["default"].rank_pattern == dict.fromkeys(
+        ("o_proj", "down_proj"), RANK + OPERATOR_RANK
+    )
+
+
+def test_the_compact_model_trains_and_merges_as_any_lora_model() -> None:
+    compact = compacted(masked_model("mistral", tied=True, rotation="pca")).model.float()
+    before = logits(compact)
+    compact(**batch(), labels=batch()["input_ids"]).loss.backward()
+    trainable = [p for p in compact.parameters() if p.requires_grad]
+    assert trainable and all(p.grad is not None and p.grad.abs().sum() > 0 for p in trainable)
+    torch.optim.SGD(trainable, lr=0.1).step()
+    assert largest_difference(logits(compact), before) > 1e-3
+    after = logits(compact)
+    assert largest_difference(logits(merge_lora(compact, torch.float32)), after) <= 1e-5
+    assert largest_difference(logits(compact.merge_and_unload()), after) <= 1e-5
+
+
+def test_what_cannot_be_compacted_is_refused() -> None:
+    soft = attach(build("llama", tied=True))
+    with pytest.raises(PatError, match="soft"):
+        tuner_of(soft).compact()
+    model = masked_model("llama", tied=True)
+    tuner_of(model).pat_config().base_quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    with pytest.raises(PatError, match="quantised"):
+        tuner_of(model).compact()

@@ -81,7 +81,7 @@ def run(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_what_a_run_leaves(run: Path) -> None:
-    assert {path.name for path in run.iterdir()} == {"model", "adapter", "results.json"}
+    assert {path.name for path in run.iterdir()} == {"model", "adapter", "compact", "results.json"}
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     expected = {"schema_version", "versions", "machine", "seed", "recipe", "cut", "figures", "parity", "data"}
     assert expected <= set(results)
@@ -129,19 +129,32 @@ def test_a_finished_run_is_not_overwritten(
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_a_run_that_was_cut_off_is_resumed(base: Path, data: Path, run: Path, tmp_path: Path) -> None:
-    options = flags(base, data, tmp_path / "out", save_strategy="steps", save_steps=3, keep_checkpoints=True)
+@pytest.mark.parametrize("stage", ["one", "the end of one", "two"])
+def test_a_run_that_was_cut_off_is_resumed(stage: str, base: Path, data: Path, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = flags(base, data, out, save_strategy="steps", save_steps=1, keep_checkpoints=True)
     pat.tune(**options)
-    for path in (tmp_path / "out").iterdir():
-        if path.name != "checkpoints":
+    kept = {"one": ["checkpoint-1"], "the end of one": ["checkpoint-2"], "two": ["checkpoint-2", "compact"]}[stage]
+    for path in [*out.iterdir(), *(out / "checkpoints").iterdir()]:
+        left = (
+            path.name in kept
+            if path.parent.name == "checkpoints"
+            else path.name in ("checkpoints", "compact", "adapter")
+        )
+        if not left:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    shutil.rmtree(tmp_path / "out" / "checkpoints" / f"checkpoint-{STEPS}")
+    if stage == "two":
+        for step in (STEPS, STEPS - 1):
+            shutil.rmtree(out / "checkpoints" / "compact" / f"checkpoint-{step}")
     pat.tune(**options, resume_from_checkpoint="true")
     whole, resumed = (
-        [row["loss"] for row in json.loads((out / "results.json").read_text())["log_history"] if "loss" in row]
-        for out in (run, tmp_path / "out")
+        [row["loss"] for row in json.loads((folder / "results.json").read_text())["log_history"] if "loss" in row]
+        for folder in (run, out)
     )
-    assert resumed == whole
+    assert resumed == whole and len(whole) == STEPS
+    weights = (AutoModelForCausalLM.from_pretrained(folder / "model").state_dict() for folder in (run, out))
+    first, second = weights
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_packing_and_picking_the_best_checkpoint(base: Path, data: Path, tmp_path: Path) -> None:

@@ -35,6 +35,33 @@ class Cut:
         return self.num_parameters / self.num_parameters_base
 
 
+@dataclass(frozen=True)
+class Compaction:
+    """What was cut at the milestone, where training went on with the small model."""
+
+    hidden_size: int
+    pruned_hidden_size: int
+    num_parameters_base: int
+    rotation: str
+    mask: str
+    milestone_step: int | None
+    parity: dict[str, Any]
+    """Figures of the masked model against its compact form, see `Parity`."""
+
+    def cut(self, num_parameters: int, num_bytes: int) -> Cut:
+        """Return what was cut, for a dense checkpoint of these sizes."""
+        return Cut(
+            self.hidden_size,
+            self.pruned_hidden_size,
+            self.num_parameters_base,
+            num_parameters,
+            num_bytes,
+            self.rotation,
+            self.mask,
+            self.milestone_step,
+        )
+
+
 def shown_name(name: str) -> str:
     """Return a hub id as it is, and of a path the last component only: a card tells nobody's folders."""
     is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".") and not Path(name).exists()

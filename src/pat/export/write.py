@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from pat.errors import PatError, RunFailed
-from pat.export.model_card import Cut, render_card
+from pat.export.model_card import Compaction, Cut, render_card
 from pat.export.verify import Parity, check, compare
 from pat.tuner.config import PatConfig
+from pat.tuner.merging import merge_lora
 from pat.tuner.model import PatModel, find_tuner
 
 MAX_SHARD_SIZE = "5GB"
@@ -122,17 +124,25 @@ def save_checkpoint(
     batches: Iterable[Mapping[str, Any]],
     dtype: torch.dtype | None,
     provenance: Mapping[str, Any],
+    compaction: Compaction | None = None,
     progress: bool = False,
     max_shard_size: str = MAX_SHARD_SIZE,
 ) -> tuple[Parity, Cut]:
-    """Do the work of `write_dense` in an existing folder, and also return what was cut."""
+    """Do the work of `write_dense` in an existing folder, and also return what was cut.
+
+    With the record of a `compaction` the model is a compact one with its ordinary LoRA adapter.
+    """
     tuner = find_tuner(peft_model)
-    if tuner is None:
+    if tuner is None and compaction is None:
         raise PatError(
             f"Got a {type(peft_model).__name__} without a PAT adapter; expected a model tuned with PatConfig."
         )
     with quiet_transformers(not progress):
-        dense = tuner.merge_and_unload(progressbar=progress, safe_merge=True, dtype=dtype)
+        if tuner is not None:
+            dense = tuner.merge_and_unload(progressbar=progress, safe_merge=True, dtype=dtype)
+        else:
+            compact = cast(PeftModel, peft_model)
+            dense = merge_lora(compact, dtype or cast(Any, compact).dtype, check_finite=True)
         dtype = dense.dtype
         if dense.generation_config is not None:
             dense.generation_config = savable_generation_config(dense.generation_config)
@@ -145,10 +155,14 @@ def save_checkpoint(
         # What is compared is what lies on the disk, and there is no need to hold it twice.
         del dense
         written = load_written(folder, dtype)
-    device = next(tuner.model.parameters()).device
+    device = next(peft_model.parameters()).device
     parity = compare(peft_model, cast(nn.Module, written).to(device), batches)
     check(parity)
-    cut = _describe_cut(tuner, written, folder)
+    if tuner is not None:
+        cut = _describe_cut(tuner, written, folder)
+    else:
+        assert compaction is not None
+        cut = compaction.cut(written.num_parameters(), weight_bytes(folder))
     (folder / "README.md").write_text(render_card(cut, parity, provenance), encoding="utf-8")
     return parity, cut
 

@@ -25,7 +25,7 @@ RECIPES = ("default", "paper")
 
 _OUR_HELP = {
     "model_name_or_path": "Base model: a folder or a hub id.",
-    "output_dir": "Where the run goes, a new or empty folder: model/, adapter/, results.json.",
+    "output_dir": "Where the run goes, a new or empty folder: model/, adapter/, compact/, results.json.",
 }
 """What flags of the libraries mean here."""
 
@@ -52,6 +52,10 @@ class RunOptions:
     )
     recipe: str = field(
         default="default", metadata={"help": "Defaults under all other flags: 'default' (ours) or 'paper'."}
+    )
+    no_compact: bool = field(
+        default=False,
+        metadata={"help": "Train at full width to the end, instead of shrinking the model at the milestone."},
     )
     keep_checkpoints: bool = field(
         default=False, metadata={"help": "Leave the trainer's checkpoints in OUTPUT_DIR/checkpoints after success."}

@@ -75,7 +75,7 @@ class PatCallback(TrainerCallback):
             )
         if tuner.needs_calibration(self._adapter):
             order = tuner.calibrate(
-                _calibration_batches(config, kwargs.get("train_dataloader"), kwargs.get("processing_class")),
+                calibration_batches(config, kwargs.get("train_dataloader"), kwargs.get("processing_class")),
                 self._adapter,
             )
             logger.info(
@@ -171,7 +171,7 @@ def _complete_copies(tuner: PatModel) -> None:
             mask.load_state_dict(tuner.mask(source).state_dict())
 
 
-def _calibration_batches(config: PatConfig, dataloader: Any, tokenizer: Any) -> Iterable[Mapping[str, Any]]:
+def calibration_batches(config: PatConfig, dataloader: Any, tokenizer: Any) -> Iterable[Mapping[str, Any]]:
     """Return batches to calibrate on, without disturbing the order or the random state of the training data."""
     if config.calibration is not None:
         return batches_from_text_file(config.calibration, tokenizer)

@@ -8,13 +8,39 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 from tqdm import tqdm
+from transformers import PretrainedConfig
 
 from pat.evaluation.perplexity import NLL, Example, response_nll
 from pat.export.verify import Parity
+from pat.export.write import count_parameters
 
 EVAL_BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a model is."""
+
+    num_parameters: int
+    num_bytes: int
+    """Of the weights as they are stored in a checkpoint."""
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, dtype: torch.dtype) -> Size:
+        """Return the size of the model that a configuration describes, stored in a dtype."""
+        num_parameters = count_parameters(config)
+        return cls(num_parameters, num_parameters * dtype.itemsize)
+
+    def with_adapter(self, model: nn.Module) -> Size:
+        """Add what is trainable in an adapted model."""
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return Size(
+            self.num_parameters + sum(p.numel() for p in trainable),
+            self.num_bytes + sum(p.numel() * p.element_size() for p in trainable),
+        )
 
 
 @dataclass(frozen=True)
@@ -49,8 +75,7 @@ def measure(
     pad_token_id: int,
     *,
     stage: str,
-    num_parameters: int,
-    num_bytes: int,
+    size: Size,
     show_progress: bool = True,
 ) -> ModelFigures:
     """Time a model's held-out likelihood, with a progress bar on stderr, and put its sizes beside it.
@@ -60,8 +85,7 @@ def measure(
         examples: tokenised held-out rows; none leave likelihood and speed open.
         pad_token_id: for padding batches.
         stage: name on the progress bar.
-        num_parameters: number of weights (given, because quantised storage holds several in one element).
-        num_bytes: size of the weights as stored.
+        size: of its weights (given, because quantised storage holds several in one element).
         show_progress: whether there is a bar.
     """
     nll: NLL | None = None
@@ -77,8 +101,8 @@ def measure(
             nll = response_nll(model, examples, batch_size=EVAL_BATCH_SIZE, pad_token_id=pad_token_id, progress=advance)
             speed = sum(len(example["input_ids"]) for example in examples) / (time.perf_counter() - start)
     return ModelFigures(
-        num_parameters=num_parameters,
-        num_bytes=num_bytes,
+        num_parameters=size.num_parameters,
+        num_bytes=size.num_bytes,
         held_out_nll=None if nll is None else nll.nll,
         num_held_out_tokens=0 if nll is None else nll.num_tokens,
         tokens_per_second=speed,

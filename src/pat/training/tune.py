@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import logging
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTTrainer, get_quantization_config
+from trl import get_quantization_config
 
-from pat.errors import PatError, RunFailed
+from pat.errors import PatError
 from pat.evaluation.perplexity import Example, batches_from_examples, tokenize_examples
 from pat.export.model_card import shown_name
 from pat.export.results import environment, write_results
-from pat.export.write import check_output_folder, count_parameters, save_checkpoint, staged_folder
+from pat.export.write import check_output_folder, save_checkpoint, staged_folder
 from pat.loading import load_base, load_config, load_tokenizer, stored_dtype
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.calibration_text import read_calibration
-from pat.training.callback import PatCallback
 from pat.training.data import TrainingData, check_truncation, load_training_data
-from pat.training.guard import FiniteGuard
-from pat.training.results import TuneResult, measure
-from pat.tuner.model import PatModel, find_tuner
+from pat.training.results import Size, TuneResult, measure
+from pat.training.stages import Stages, last_checkpoint
 from pat.tuner.prepare import check_config
 
 logger = logging.getLogger(__name__)
@@ -79,70 +75,43 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
         logger.warning("Held-out figures stand on %d of %d rows, likewise.", len(held_out), len(data.held_out))
 
     set_seed(sft.seed)
-    base = _load_base(arguments)
-    # Training may load float32 for speed or stability; what is written keeps the dtype of the base's checkpoint.
-    stored = stored_dtype(base_config) or base.dtype
-    num_parameters = count_parameters(base_config)
-    num_bytes = num_parameters * stored.itemsize
+    verify_on = (held_out or _examples(tokenizer, data, arguments, of_training=True))[:NUM_VERIFY_ROWS]
     pad_token_id = cast(int, tokenizer.pad_token_id)
-    figures = {
-        "base": measure(base, held_out, pad_token_id, stage="base", num_parameters=num_parameters, num_bytes=num_bytes)
-    }
-    model = cast(PeftModel, get_peft_model(base, pat_config))
-    tuner = cast(PatModel, find_tuner(model))
+    batches = list(batches_from_examples(verify_on, batch_size=VERIFY_BATCH_SIZE, pad_token_id=pad_token_id))
+    stages = Stages(arguments, data, tokenizer, batches, base=_load_base(arguments))
+    assert stages.base is not None
+    # Training may load float32 for speed or stability; what is written keeps the dtype of the base's checkpoint.
+    dtype = stages.base.dtype
+    stored = stored_dtype(base_config) or dtype
+    base_size = Size.of(base_config, stored)
+    figures = {"base": measure(stages.base, held_out, pad_token_id, stage="base", size=base_size)}
 
-    trainer = SFTTrainer(
-        model=model,
-        args=sft,
-        train_dataset=data.train,
-        eval_dataset=data.held_out if sft.eval_strategy != "no" else None,
-        processing_class=tokenizer,
-        callbacks=[PatCallback(), FiniteGuard()],
+    trained = stages.run(resume_from)
+    model = trained.model
+    inner_size = (
+        base_size
+        if trained.compaction is None
+        else Size.of(cast(PreTrainedModel, model.get_base_model()).config, stored)
     )
-    started = time.perf_counter()
-    try:
-        trainer.train(resume_from_checkpoint=resume_from)
-    except RunFailed as error:
-        trainer.save_model(str(checkpoints / "last-finite"))
-        raise RunFailed(f"{error} The adapter before that step is in {checkpoints / 'last-finite'}.") from error
-    except PatError:
-        _remove_if_empty(checkpoints, output_dir)  # the trainer makes its folder before it starts
-        raise
-    train_seconds = time.perf_counter() - started
-
-    # The adapter is the training; it stays even if the checkpoint made from it should be refused.
-    model.save_pretrained(str(output_dir / "adapter"))
-    adapter_parameters = [p for p in model.parameters() if p.requires_grad]
     figures["tuned"] = measure(
-        model.get_base_model(),
-        held_out,
-        pad_token_id,
-        stage="tuned, masked",
-        num_parameters=num_parameters + sum(p.numel() for p in adapter_parameters),
-        num_bytes=num_bytes + sum(p.numel() * p.element_size() for p in adapter_parameters),
+        model.get_base_model(), held_out, pad_token_id, stage="tuned", size=inner_size.with_adapter(model)
     )
     nlls = {stage: figure.held_out_nll for stage, figure in figures.items() if figure.held_out_nll is not None}
-    provenance = _provenance(arguments, data) | {"num_steps": trainer.state.global_step, "held_out_nll": nlls}
-    verify_on = (held_out or _examples(tokenizer, data, arguments, of_training=True))[:NUM_VERIFY_ROWS]
+    provenance = _provenance(arguments, data) | {"num_steps": trained.num_steps, "held_out_nll": nlls}
     with staged_folder(output_dir / "model") as staging:
         parity, cut = save_checkpoint(
             model,
             staging,
             tokenizer=tokenizer,
-            batches=list(batches_from_examples(verify_on, batch_size=VERIFY_BATCH_SIZE, pad_token_id=pad_token_id)),
+            batches=batches,
             dtype=stored,
             provenance=provenance,
+            compaction=trained.compaction,
             progress=not sft.disable_tqdm,
         )
-    dense = AutoModelForCausalLM.from_pretrained(output_dir / "model", dtype=base.dtype).to(model.device)
-    figures["dense"] = measure(
-        dense,
-        held_out,
-        pad_token_id,
-        stage="dense, written",
-        num_parameters=cut.num_parameters,
-        num_bytes=cut.num_parameters * stored.itemsize,
-    )
+    dense = AutoModelForCausalLM.from_pretrained(output_dir / "model", dtype=dtype).to(model.device)
+    dense_size = Size(cut.num_parameters, cut.num_parameters * stored.itemsize)
+    figures["dense"] = measure(dense, held_out, pad_token_id, stage="dense", size=dense_size)
 
     write_results(
         output_dir / "results.json",
@@ -153,18 +122,23 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
             "model_name_or_path": shown_name(name),
             "dataset": shown_name(data.source),
             "cut": asdict(cut),
-            "pat_config": _config_dict(tuner) | {"base_model_name_or_path": shown_name(name)},
+            "pat_config": trained.pat_config | {"base_model_name_or_path": shown_name(name)},
             "training_arguments": sft.to_sanitized_dict() | {"output_dir": output_dir.name, "logging_dir": None},
             "data": _describe(data) | {"num_truncated": num_truncated, "num_held_out": len(held_out)},
             "figures": {stage: asdict(figure) for stage, figure in figures.items()},
             "parity": parity.to_dict(),
-            "timings": {"train_seconds": train_seconds},
-            "log_history": trainer.state.log_history,
+            "compaction": None if trained.compaction is None else asdict(trained.compaction),
+            "timings": {
+                "train_seconds": sum(trained.seconds.values()),
+                **{f"{part}_seconds": seconds for part, seconds in trained.seconds.items()},
+            },
+            "log_history": trained.log_history,
         },
     )
     if not arguments.run.keep_checkpoints:
         shutil.rmtree(checkpoints, ignore_errors=True)
-    return TuneResult(output_dir, output_dir / "model", output_dir / "adapter", figures, parity)
+    adapter_dir = output_dir / "adapter" if trained.compaction is None else output_dir / "compact" / "adapter"
+    return TuneResult(output_dir, output_dir / "model", adapter_dir, figures, parity)
 
 
 def _load_tokenizer(arguments: TuneArguments) -> PreTrainedTokenizerBase:
@@ -237,23 +211,13 @@ def _resume_from(arguments: TuneArguments) -> str | None:
         return None
     check_output_folder(arguments.output_dir / "model")
     checkpoints = arguments.output_dir / "checkpoints"
-    found = get_last_checkpoint(str(checkpoints)) if given is True and checkpoints.is_dir() else given
+    found = last_checkpoint(checkpoints) if given is True else given
     if not isinstance(found, str) or not Path(found).is_dir():
         raise PatError(
             f"Got resume_from_checkpoint={given}, but there is no checkpoint "
             f"{'in ' + str(checkpoints) if given is True else 'at that path'}; leave the flag out to start anew."
         )
     return found
-
-
-def _config_dict(tuner: PatModel) -> dict[str, Any]:
-    return cast(dict[str, Any], tuner.pat_config().to_dict())  # type: ignore[no-untyped-call]
-
-
-def _remove_if_empty(*folders: Path) -> None:
-    for folder in folders:
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
 
 
 def _describe(data: TrainingData) -> dict[str, Any]:

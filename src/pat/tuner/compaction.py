@@ -67,6 +67,36 @@ class CompactModel:
     inherited: dict[nn.Parameter, Inherited]
 
 
+@dataclass(frozen=True)
+class Compacted:
+    """The two parts of a compact model: a small base model as any other, and LoRA for it."""
+
+    base: PreTrainedModel
+    config: LoraConfig
+    factors: dict[str, Factors]
+    """By module path; LoRA on other modules starts anew."""
+    adapter: str
+    keep: Tensor
+    """Kept channels, ascending, `(d',)`."""
+
+    @torch.no_grad()
+    def attach(self) -> CompactModel:
+        """Put LoRA on the base, in place, and give it the factors."""
+        model = cast(PeftModel, get_peft_model(self.base, self.config, adapter_name=self.adapter))
+        inherited: dict[nn.Parameter, Inherited] = {}
+        for path, given in self.factors.items():
+            layer = cast(LoraLayer, self.base.get_submodule(path))
+            for factor, value, was, axis in (
+                (layer.lora_A[self.adapter].weight, given.a, given.a_was, 1),
+                (layer.lora_B[self.adapter].weight, given.b, given.b_was, None),
+            ):
+                parameter = cast(nn.Parameter, factor)
+                parameter.copy_(value)
+                if was is not None:
+                    inherited[parameter] = Inherited(was, axis, self.keep)
+        return CompactModel(model, inherited)
+
+
 def check_compactable(config: PatConfig) -> None:
     """Check that an adapter can be compacted.
 
@@ -77,7 +107,7 @@ def check_compactable(config: PatConfig) -> None:
         raise PatError("Got a quantised base model, whose compact form would not be quantised; use no_compact.")
 
 
-def compact(model: MaskedModel, config: PatConfig, adapter: str) -> CompactModel:
+def compact(model: MaskedModel, config: PatConfig, adapter: str) -> Compacted:
     """Return the compact form of a masked model; the masked model stays as it is.
 
     LoRA on readers is cut; LoRA and operator of a writer become one adapter. With dropout, or the dense operator, D
@@ -109,7 +139,8 @@ def compact(model: MaskedModel, config: PatConfig, adapter: str) -> CompactModel
     operators = {site: op for site, op in model.operators.items() if site not in splitter.operators_in_rank}
     frozen = replace(model, parameter=parameter, operators=operators)
     base = merge_dense(frozen, model.base.dtype, check_finite=False, progress=False, instead=splitter.biases)
-    return _attach(base.to(model.base.device), config, adapter, factors, channels)  # type: ignore[arg-type]
+    base = cast(PreTrainedModel, base.to(model.base.device))  # type: ignore[arg-type]
+    return Compacted(base, _lora_config(base, config, factors), factors, adapter, channels.keep)
 
 
 class _Splitter:
@@ -200,26 +231,6 @@ class _Splitter:
         weights = (cast(Tensor, factor[self.adapter].weight) for factor in (layer.lora_A, layer.lora_B))
         a, b = (to_float64(weight.detach()) for weight in weights)
         return a, b, float(layer.scaling[self.adapter])
-
-
-@torch.no_grad()
-def _attach(
-    base: PreTrainedModel, config: PatConfig, adapter: str, factors: Mapping[str, Factors], channels: Channels
-) -> CompactModel:
-    """Put ordinary LoRA on the small model and give it the factors."""
-    model = cast(PeftModel, get_peft_model(base, _lora_config(base, config, factors), adapter_name=adapter))
-    inherited: dict[nn.Parameter, Inherited] = {}
-    for path, given in factors.items():
-        layer = cast(LoraLayer, model.get_base_model().get_submodule(path))
-        for factor, value, was, axis in (
-            (layer.lora_A[adapter].weight, given.a, given.a_was, 1),
-            (layer.lora_B[adapter].weight, given.b, given.b_was, None),
-        ):
-            parameter = cast(nn.Parameter, factor)
-            parameter.copy_(value)
-            if was is not None:
-                inherited[parameter] = Inherited(was, axis, channels.keep)
-    return CompactModel(model, inherited)
 
 
 def _lora_config(base: PreTrainedModel, config: PatConfig, factors: Mapping[str, Factors]) -> LoraConfig:

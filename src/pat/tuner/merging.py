@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,7 +19,7 @@ from pat.surgery.dense import build_dense, shrink_config
 from pat.surgery.fold import Channels, HeadPlan, fold_weights
 from pat.surgery.precision import to_float64
 from pat.surgery.residual import ResidualStream
-from pat.tuner.weights import embedding_ratio
+from pat.tuner.weights import effective_parameter, embedding_ratio
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,39 @@ def merge_dense(
         {site: in_double(operator) for site, operator in model.operators.items()},
         HeadPlan(tied=tied, final_gain=final_gain, embedding_ratio=ratio),
     )
-    weights: dict[str, Tensor] = {}
-    for name, tensor in _progress(folded, stream.num_parameters, progress):
+    given = instead or {}
+    chosen = ((name, given.get(name, tensor)) for name, tensor in folded)
+    shown = _progress(chosen, stream.num_parameters, progress)
+    weights = _rounded(shown, dtype, check_finite=check_finite)
+    return build_dense(base, config, weights, dtype)
+
+
+def merge_lora(model: PeftModel, dtype: torch.dtype, *, check_finite: bool = False) -> PreTrainedModel:
+    """Return a dense model of an ordinary LoRA model (a compact one), built anew; nothing of that model is changed.
+
+    Args:
+        model: a peft model with one active LoRA adapter.
+        dtype: of the dense model.
+        check_finite: check every merged weight.
+
+    Raises:
+        PatError: `check_finite`, and a merged weight is infinite or not a number.
+    """
+    base = cast(PreTrainedModel, model.get_base_model())
+    with torch.device("meta"):
+        names = [name for name, _ in type(base)(base.config).named_parameters()]
+    merged = ((name, effective_parameter(base, name, model.active_adapter)) for name in names)
+    return build_dense(base, base.config, _rounded(merged, dtype, check_finite=check_finite), dtype)
+
+
+def _rounded(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, *, check_finite: bool) -> dict[str, Tensor]:
+    result: dict[str, Tensor] = {}
+    for name, tensor in weights:
         if check_finite and not tensor.isfinite().all():
             raise PatError(f"Got non-finite values in the folded weight {name}; the adapter is broken.")
         # Contiguous: folding leaves transposed views, and a kernel rounds those otherwise than what it loads later.
-        weights[name] = (instead or {}).get(name, tensor).to(dtype).contiguous()
-    return build_dense(base, config, weights, dtype)
+        result[name] = tensor.to(dtype).contiguous()
+    return result
 
 
 def in_double(operator: Operator) -> Operator:

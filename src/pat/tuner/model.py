@@ -19,7 +19,7 @@ from pat.surgery.precision import to_float64
 from pat.surgery.residual import ResidualStream
 from pat.surgery.rotation import ChannelOrder, equalised_gain, gain_block, importance_order, pca_order
 from pat.tuner.calibration import DEFAULT_TOKENS_PER_CHANNEL, StreamStatistics, share_from_first_process
-from pat.tuner.compaction import CompactModel, compact
+from pat.tuner.compaction import Compacted, compact
 from pat.tuner.config import PatConfig
 from pat.tuner.layer import MASK_NAME, OPERATOR_NAME, HsmLayer, MaskLayer
 from pat.tuner.merging import MaskedModel, merge_dense
@@ -216,7 +216,7 @@ class PatModel(LoraModel):
         masked = self._masked_model(adapter_names[0] if adapter_names else self.adapter, "a merge")
         return merge_dense(masked, dtype or masked.base.dtype, check_finite=safe_merge, progress=progressbar)
 
-    def compact(self, adapter_name: str | None = None) -> CompactModel:
+    def compact(self, adapter_name: str | None = None) -> Compacted:
         """Return a small model with an ordinary LoRA adapter to train on; the masked model stays as it is.
 
         The same function to rounding: LoRA is cut, and every low-rank operator becomes more rank of its writer's LoRA

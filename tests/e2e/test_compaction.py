@@ -1,0 +1,154 @@
+"""Training in two stages is the run it would have been at full width, and leaves an ordinary LoRA model."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_models import build, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+import pat
+from pat.training.arguments import build_arguments
+from pat.training.stages import Stages
+from pat.training.tune import run_tune
+from pat.tuner import PatModel
+
+STEPS, MILESTONE = 6, 2
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny tied Llama in float32 with a tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    build("llama", tied=True).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Instruction data: three steps an epoch, so that the second stage crosses one."""
+    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [{"instruction": f"say {i}", "output": f"it is {i * i}"} for i in range(20)]
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return file
+
+
+def flags(base: Path, data: Path, out: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "model_name_or_path": str(base),
+        "dataset_name": str(data),
+        "output_dir": str(out),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "max_length": 64,
+        "milestone": MILESTONE / STEPS,
+        "held_out": "8",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "gain_tolerance": 0.4,
+        "learning_rate": 5e-3,
+        "max_grad_norm": 0,  # the norm is over other parameters in the second stage
+        **more,
+    }
+
+
+def logged(out: Path, name: str) -> list[float]:
+    history = json.loads((out / "results.json").read_text(encoding="utf-8"))["log_history"]
+    return [row[name] for row in history if "loss" in row]
+
+
+@pytest.fixture(scope="module", params=["none", "pca"])
+def runs(request: pytest.FixtureRequest, base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The same run with and without compaction."""
+    folder = tmp_path_factory.mktemp("runs")
+    options = {"rotation": request.param, "keep_checkpoints": True}
+    pat.tune(**flags(base, data, folder / "compact", **options))
+    pat.tune(**flags(base, data, folder / "full", no_compact=True, save_strategy="steps", save_steps=1, **options))
+    return request.param, folder / "compact", folder / "full"
+
+
+def test_the_loss_has_no_jump_and_the_schedule_runs_on(runs: Any) -> None:
+    _, compact, full = runs
+    assert logged(compact, "learning_rate") == logged(full, "learning_rate")
+    losses, expected = logged(compact, "loss"), logged(full, "loss")
+    assert len(losses) == len(expected) == STEPS
+    # The step after the milestone computes its loss on the compact model, with the same weights and rows.
+    assert losses[: MILESTONE + 1] == pytest.approx(expected[: MILESTONE + 1], abs=1e-5)
+    # Later the second stage trains other factors, on the same rows.
+    assert losses[MILESTONE + 1 :] == pytest.approx(expected[MILESTONE + 1 :], abs=0.3)
+    assert losses[MILESTONE + 1 :] != expected[MILESTONE + 1 :]
+
+
+def test_the_optimizer_goes_on_where_the_parameters_do(runs: Any, base: Path, data: Path, tmp_path: Path) -> None:
+    """One step after the milestone LoRA on readers is, bit for bit but rounding, what it is at full width."""
+    rotation, _, full = runs
+    out = tmp_path / "out"
+    pat.tune(**flags(base, data, out, rotation=rotation, save_strategy="steps", save_steps=1, keep_checkpoints=True))
+    step = f"checkpoint-{MILESTONE + 1}"
+    small = load_file(out / "checkpoints" / "compact" / step / "adapter_model.safetensors")
+    large = load_file(full / "checkpoints" / step / "adapter_model.safetensors")
+    before = load_file(full / "checkpoints" / f"checkpoint-{MILESTONE}" / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+    assert torch.allclose(small[name], large[name], atol=1e-5)
+    assert not torch.allclose(before[name], large[name], atol=1e-3)
+    if rotation == "none":
+        name = name.replace("lora_B", "lora_A")
+        keep = torch.tensor([i for i in range(48) if large["base_model.model.model.pat_mask.masks.keep"][i]])
+        assert torch.allclose(small[name], large[name][:, keep], atol=1e-5)
+
+
+def test_what_the_folder_of_the_compact_model_holds(runs: Any) -> None:
+    _, compact, full = runs
+    assert not (full / "compact").exists()
+    small = AutoModelForCausalLM.from_pretrained(compact / "compact" / "model")
+    assert small.config.hidden_size == 36
+    model = PeftModel.from_pretrained(small, str(compact / "compact" / "adapter")).eval()
+    dense = AutoModelForCausalLM.from_pretrained(compact / "model").eval()
+    ids = torch.arange(4, 40)[None]
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, dense(ids).logits, atol=1e-4)
+    results = json.loads((compact / "results.json").read_text(encoding="utf-8"))
+    assert results["compaction"]["parity"]["max_abs_logit_diff"] <= 1e-4
+    assert results["compaction"]["milestone_step"] == MILESTONE
+    assert set(results["timings"]) == {"train_seconds", "stage_one_seconds", "compaction_seconds", "stage_two_seconds"}
+
+
+def test_a_milestone_at_zero_skips_stage_one(base: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pat.tune(**flags(base, data, out, milestone=0.0))
+    assert len(logged(out, "loss")) == STEPS
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert "stage_one_seconds" not in results["timings"] and results["cut"]["milestone_step"] == 0
+    assert results["num_steps"] == STEPS
+
+
+def test_a_milestone_at_the_end_never_compacts(base: Path, data: Path, tmp_path: Path) -> None:
+    pat.tune(**flags(base, data, tmp_path / "out", milestone=1.0))
+    assert not (tmp_path / "out" / "compact").exists()
+
+
+def test_the_large_model_is_gone_while_the_small_one_trains(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, int] = {}
+    original = Stages._train
+
+    def counting(self: Stages, trainer: Any, part: str, resume_from: Any) -> None:
+        gc.collect()
+        seen[part] = sum(isinstance(thing, PatModel) for thing in gc.get_objects()) - alive
+        original(self, trainer, part, resume_from)
+
+    gc.collect()
+    alive = sum(isinstance(thing, PatModel) for thing in gc.get_objects())
+    monkeypatch.setattr(Stages, "_train", counting)
+    run_tune(build_arguments(**flags(base, data, tmp_path / "out")))
+    assert seen == {"stage_one": 1, "stage_two": 0}
