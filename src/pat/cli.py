@@ -167,6 +167,9 @@ def _benchmark(argv: Sequence[str]) -> None:
     parser.add_argument("--new_tokens", type=int, help="Tokens to generate for each sequence (default 32); 0 for none.")
     parser.add_argument("--repetitions", type=int, help="Measurements of each model at each setting (default 5).")
     parser.add_argument("--warmup", type=int, help="Runs at each setting before those that count (default 1).")
+    parser.add_argument(
+        "--max_seconds", type=float, help="Begin no repetition of a setting after as many seconds, once 3 are measured."
+    )
     parser.add_argument("--dtype", help="Of both models, such as float32; by default the one each is stored in.")
     parser.add_argument("--device", help="cpu, or an accelerator such as cuda:0; by default one that is there.")
     parser.add_argument("--threads", type=int, help="CPU threads of each model; by default torch's choice.")

@@ -14,8 +14,8 @@ TOO_LARGE = 10**13
 """Sequences whose token ids alone are more than a process can address."""
 
 
-def flags(model: Path, baseline: Path, **more: object) -> list[str]:
-    given = {"model": model, "baseline": baseline, "contexts": 8, "batch_sizes": 2, "repetitions": 2} | more
+def flags(models: tuple[Path, Path], **more: object) -> list[str]:
+    given = {"model": models[0], "baseline": models[1], "contexts": 8, "batch_sizes": 2, "repetitions": 2} | more
     return ["benchmark", "--device=cpu", *(f"--{name}={value}" for name, value in given.items())]
 
 
@@ -40,7 +40,7 @@ def test_two_models_are_compared_and_the_record_is_complete(
     out = tmp_path / "out"
     config = tmp_path / "benchmark.yaml"
     config.write_text(f"contexts: [8, 126]\nbatch_sizes: [1, {TOO_LARGE}]\nnew_tokens: 4\nwarmup: 0\nthreads: 1\n")
-    arguments = [flag for flag in flags(*models) if "contexts" not in flag and "batch_sizes" not in flag]
+    arguments = [flag for flag in flags(models) if "contexts" not in flag and "batch_sizes" not in flag]
     assert cli.main([*arguments, "--config", str(config), "--output_dir", str(out), "--debug"]) == 0
     printed = capfd.readouterr()
     assert "out of" in printed.out and "too long" in printed.out
@@ -72,7 +72,7 @@ def test_two_models_are_compared_and_the_record_is_complete(
 def test_a_model_beside_itself_is_predicted_to_be_as_fast_and_as_large(
     models: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    assert cli.main(flags(models[0], models[0], output_dir=tmp_path / "out")) == 0
+    assert cli.main(flags((models[0], models[0]), output_dir=tmp_path / "out")) == 0
     record = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {row["predicted_speedup"] for row in record["settings"]} == {1.0}
     assert record["models"]["model"]["weight_bytes"] == record["models"]["baseline"]["weight_bytes"]
@@ -83,7 +83,7 @@ def test_weights_that_cannot_be_read_are_one_line(
     models: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     build("llama", tied=True).config.save_pretrained(tmp_path / "empty")
-    assert cli.main(flags(tmp_path / "empty", models[1], output_dir=tmp_path / "out")) == 2
+    assert cli.main(flags((tmp_path / "empty", models[1]), output_dir=tmp_path / "out")) == 2
     error = capfd.readouterr().err
     assert error.count("\n") == 1 and "Could not load the model" in error
     assert not (tmp_path / "out").exists()
@@ -101,7 +101,7 @@ def test_weights_that_cannot_be_read_are_one_line(
 def test_bad_input_is_one_line_and_nothing_is_written(
     more: dict[str, Any], words: str, models: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(flags(*models, **({"output_dir": tmp_path / "out"} | more))) == 2
+    assert cli.main(flags(models, **({"output_dir": tmp_path / "out"} | more))) == 2
     printed = capfd.readouterr()
     assert printed.err.count("\n") == 1 and words in printed.err
     assert not printed.out and not (tmp_path / "out").exists()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pat import __version__, cli
+from pat.benchmark import BenchmarkOptions
 from pat.errors import PatError, RunFailed
 from pat.training.arguments import TuneArguments, parse_arguments
 
@@ -136,6 +137,19 @@ def test_evaluate_passes_its_flags_on(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = {"text_file": "t", "dataset_name": None, "template": "auto", "max_length": 512, "limit": 3}
     assert calls == [(("m",), expected | {"output": Path("o.json")})]
     assert shown == [(("figures",), {})]
+
+
+def test_benchmark_passes_its_flags_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = replace(monkeypatch, "pat.benchmark.run_benchmark", "figures")
+    shown = replace(monkeypatch, "pat.benchmark.print_benchmark")
+    models = ["--model", "m", "--baseline", "b"]
+    assert cli.main(["benchmark", *models]) == 0
+    file = tmp_path / "benchmark.yaml"
+    file.write_text("contexts: [512, 128]\nrepetitions: 3\n")
+    assert cli.main(["benchmark", *models, "--batch_sizes", "1", "8,4", "--threads=2", "--config", str(file)]) == 0
+    expected = BenchmarkOptions("m", "b", contexts=(128, 512), batch_sizes=(1, 4, 8), repetitions=3, threads=2)
+    assert [arguments[0] for arguments, _ in calls] == [BenchmarkOptions("m", "b"), expected]
+    assert shown == [(("figures",), {})] * 2
 
 
 def test_merge_passes_its_flags_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
-from pat.benchmark.options import BenchmarkOptions
+from pat.benchmark.options import FEWEST_REPETITIONS, BenchmarkOptions
 from pat.benchmark.statistics import Spread, paired_ratios, spread_of
 
 ROLES = ("baseline", "model")
@@ -140,7 +141,11 @@ def _measure_setting(
         phase: {role: limits[role].before_trying(phase, batch_size, context, options.new_tokens) for role in ROLES}
         for phase in phases
     }
+    start = time.monotonic()
     for repetition in range(options.warmup + options.repetitions):
+        late = options.max_seconds is not None and time.monotonic() - start > options.max_seconds
+        if late and repetition >= options.warmup + FEWEST_REPETITIONS:
+            break
         for role in ROLES if repetition % 2 == 0 else reversed(ROLES):
             for phase in phases:
                 before = results[phase][role]

@@ -16,6 +16,9 @@ CONTEXTS = (128, 512, 2048)
 
 BATCH_SIZES = (1, 8, 16)
 
+FEWEST_REPETITIONS = 3
+"""With fewer there is no spread to speak of."""
+
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
@@ -34,6 +37,8 @@ class BenchmarkOptions:
     """Measurements of each model at each setting, taken in turns."""
     warmup: int = 1
     """Runs of each model at each setting before those that count."""
+    max_seconds: float | None = None
+    """No repetition of a setting is begun after as many seconds, once `FEWEST_REPETITIONS` are measured."""
     dtype: str | None = None
     """Of both models; by default each in the dtype that it is stored in."""
     device: str = "auto"
@@ -86,6 +91,8 @@ def check_options(options: BenchmarkOptions) -> None:
     ):
         if value < least:
             raise PatError(f"Got {flag}={value}; expected a whole number from {least}.")
+    if options.max_seconds is not None and not options.max_seconds > 0:
+        raise PatError(f"Got max_seconds={options.max_seconds}; expected a number above 0.")
     _check_device(options.device)
     if options.dtype is not None:
         resolve_dtype(options.dtype)

@@ -75,9 +75,10 @@ def _summary(benchmark: Benchmark) -> str:
     options, facts = benchmark.options, benchmark.facts
     dtypes = " and ".join(dict.fromkeys(facts[role]["dtype"] for role in ROLES))
     threads = f", {facts['model']['num_threads']} threads each" if benchmark.device == "cpu" else ""
+    limited = "" if options.max_seconds is None else "up to "
     return (
         f"{options.model} beside {options.baseline} on {benchmark.device}, {dtypes}{threads}; "
-        f"{options.repetitions} repetitions in turns, {options.warmup} for warming up."
+        f"{limited}{options.repetitions} repetitions in turns, {options.warmup} for warming up."
     )
 
 
