@@ -78,13 +78,16 @@ def _tune(argv: Sequence[str]) -> None:
 
 
 def _merge(argv: Sequence[str]) -> None:
-    """PAT adapter -> dense checkpoint, verified."""
+    """PAT adapter -> dense checkpoint, streamed and verified."""
     parser = _Parser("merge", _merge)
     parser.add_argument("--adapter", required=True, help="Folder of a PAT adapter.")
     parser.add_argument("--output_dir", required=True, type=Path, help="Where the dense checkpoint goes; empty or new.")
     parser.add_argument("--base_model", help="Base model, if it has moved since the adapter was trained.")
     parser.add_argument("--dtype", help="Of the written weights, such as bfloat16; by default the base's.")
     parser.add_argument("--text_file", help="Text to compare masked and dense model on; by default a built-in one.")
+    parser.add_argument("--max_shard_size", help="Largest weight file, such as 5GB; by default as large as the base's.")
+    parser.add_argument("--fold_dtype", default="float64", help="To fold in: float64, or float32, which is faster.")
+    parser.add_argument("--device", default="cpu", help="Where to compute, such as cuda.")
     options = parser.parse(argv)
 
     from pat.export.merge import merge
@@ -95,6 +98,9 @@ def _merge(argv: Sequence[str]) -> None:
         base_model=options.base_model,
         dtype=options.dtype,
         text_file=options.text_file,
+        max_shard_size=options.max_shard_size,
+        fold_dtype=options.fold_dtype,
+        device=options.device,
     )
     print(f"Wrote {result.model_dir} ({result.num_parameters:,} parameters); {result.parity.describe()}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -75,11 +76,16 @@ def load_base(
     # transformers only warns, and goes on with random weights.
     missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if missing:
-        raise PatError(
-            f"The weights of the model {name_or_path!r} are not complete: {len(missing)} are missing or of another "
-            f"shape, such as {missing[0]}; copy or download the model again."
-        )
+        raise incomplete_weights(name_or_path, missing)
     return cast(PreTrainedModel, model)
+
+
+def incomplete_weights(name_or_path: str, missing: Sequence[str]) -> PatError:
+    """Return the error for a checkpoint in which parameters are missing or of another shape."""
+    return PatError(
+        f"The weights of the model {name_or_path!r} are not complete: {len(missing)} are missing or of another shape, "
+        f"such as {missing[0]}; copy or download the model again."
+    )
 
 
 def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pat.errors import PatError
 from pat.evaluation.perplexity import NLL, Progress, read_text, response_nll, text_perplexity, tokenize_examples
-from pat.export.merge import base_name, load_adapted, read_adapter_config
+from pat.export.adapter import base_name, load_adapted, read_adapter_config
 from pat.export.results import environment, write_results
 from pat.loading import load_base, load_config, load_tokenizer
 from pat.training.data import check_truncation, load_training_data

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
-from transformers.quantizers.auto import AutoQuantizationConfig
+from huggingface_hub import split_torch_state_dict_into_shards
 
 from pat.errors import PatError
+from pat.export.adapter import base_name, load_adapted, read_adapter_config
 from pat.export.model_card import Cut, shown_name
 from pat.export.results import environment, write_results
-from pat.export.verification_text import verification_batches
+from pat.export.streamed import load_hollow, stream_checkpoint
+from pat.export.verification_text import MAX_TOKENS, verification_batches
 from pat.export.verify import Parity
-from pat.export.write import MAX_SHARD_SIZE, check_output_folder, quiet_transformers, save_checkpoint, staged_folder
-from pat.loading import load_base, load_config, load_tokenizer
+from pat.export.write import MAX_SHARD_SIZE, check_output_folder, count_parameters, save_checkpoint, staged_folder
+from pat.loading import load_config, load_tokenizer
 from pat.tuner import PatConfig
-from pat.tuner.prepare import check_config
-from pat.tuner.register import PatType
 
-CONFIG_NAME = "adapter_config.json"
+LARGE_MODEL = 10**9
+LARGE_MODEL_TOKENS = 128
+"""From how many parameters on how few tokens are compared: every window costs one more reading of both models."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +49,14 @@ def merge(
     dtype: str | torch.dtype | None = None,
     text_file: str | os.PathLike[str] | None = None,
     device: str | torch.device = "cpu",
-    max_shard_size: str = MAX_SHARD_SIZE,
+    fold_dtype: str | torch.dtype = torch.float64,
+    max_shard_size: str | None = None,
     progress: bool = True,
 ) -> MergeResult:
     """Merge a saved PAT adapter into a dense checkpoint in `output_dir`, with a model card and `results.json`.
+
+    Neither model is ever in memory: tensors are read, folded and written one at a time. Bases that are quantised, or
+    not stored as safetensors, are the exception.
 
     Args:
         adapter: folder of the adapter.
@@ -64,7 +65,8 @@ def merge(
         dtype: of the dense weights, by default the base's.
         text_file: text to compare masked and dense model on; by default one that comes with the package.
         device: where to compute.
-        max_shard_size: size limit of one weight file, such as `"5GB"`.
+        fold_dtype: to fold matrices in, float64 or float32.
+        max_shard_size: size limit of one weight file, such as `"5GB"`; by default that of the base's.
         progress: show progress bars.
 
     Raises:
@@ -72,150 +74,70 @@ def merge(
         RunFailed: the checkpoint could not be written, or is not the tuned model; nothing is left behind.
     """
     check_output_folder(output_dir)
-    target = _resolve_dtype(dtype)
+    target = None if dtype is None else _resolve_dtype("dtype", dtype, _DTYPES)
+    precision = _resolve_dtype("fold_dtype", fold_dtype, _FOLD_DTYPES)
+    _check_shard_size(max_shard_size)
+    _check_device(device)
     config = read_adapter_config(adapter)
     name = base_name(adapter, config, base_model)
     base_config, _ = load_config(name)
     folder = Path(adapter).expanduser()
     tokenizer = load_tokenizer(str(folder) if (folder / "tokenizer_config.json").is_file() else name)
+    large = count_parameters(base_config) >= LARGE_MODEL
     batches = verification_batches(
-        tokenizer, text_file, max_positions=getattr(base_config, "max_position_embeddings", None)
+        tokenizer,
+        text_file,
+        max_positions=getattr(base_config, "max_position_embeddings", None),
+        max_tokens=LARGE_MODEL_TOKENS if large else MAX_TOKENS,
     )
-    model = load_adapted(adapter, base_model=base_model, device=device, progress=progress)
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "batches": batches,
+        "dtype": target,
+        "provenance": {"model_name_or_path": name},
+        "progress": progress,
+    }
+    hollow = load_hollow(adapter, name, config, device=device)
+    if hollow is None:
+        model = load_adapted(adapter, base_model=base_model, device=device, progress=progress)
     with staged_folder(output_dir) as staging:
-        parity, cut = save_checkpoint(
-            model,
-            staging,
-            tokenizer=tokenizer,
-            batches=batches,
-            dtype=target,
-            provenance={"model_name_or_path": name},
-            progress=progress,
-            max_shard_size=max_shard_size,
-        )
+        if hollow is not None:
+            parity, cut = stream_checkpoint(
+                hollow, staging, precision=precision, max_shard_size=max_shard_size, **options
+            )
+        else:
+            parity, cut = save_checkpoint(model, staging, max_shard_size=max_shard_size or MAX_SHARD_SIZE, **options)
         write_results(staging / "results.json", _results(name, config, parity, cut))
     return MergeResult(Path(output_dir).expanduser(), parity, cut)
 
 
-def read_adapter_config(adapter: str | os.PathLike[str]) -> PatConfig:
-    """Read the configuration of a saved PAT adapter.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FOLD_DTYPES = (torch.float64, torch.float32)
 
-    Raises:
-        PatError: no such folder, no adapter in it, or an adapter of another method.
-    """
-    folder = Path(adapter).expanduser()
-    if not folder.is_dir():
-        raise PatError(f"{adapter}: no such folder; expected the folder of a PAT adapter.")
-    if not (folder / CONFIG_NAME).is_file():
-        inner = next((name for name in ("adapter", "compact") if (folder / name / CONFIG_NAME).is_file()), None)
-        hint = f"pass {folder / inner}" if inner else "pass what model.save_pretrained or `pat tune` wrote as adapter"
-        raise PatError(f"{adapter}: has no {CONFIG_NAME}, so it is not the folder of an adapter; {hint}.")
+
+def _resolve_dtype(option: str, dtype: str | torch.dtype, allowed: Sequence[torch.dtype]) -> torch.dtype:
+    resolved = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if isinstance(dtype, str) and resolved not in allowed:
+        names = [str(choice).removeprefix("torch.") for choice in allowed]
+        raise PatError(f"Got {option}={dtype!r}; expected {', '.join(names[:-1])} or {names[-1]}.")
+    return cast(torch.dtype, resolved)
+
+
+def _check_shard_size(size: str | None) -> None:
     try:
-        stored = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        kind = stored.get("peft_type")
-    except (ValueError, AttributeError, OSError) as error:
-        raise PatError(f"{folder / CONFIG_NAME}: not readable as JSON ({_one_line(error)}).") from error
-    if kind != PatType.PAT:
-        raise PatError(
-            f"{adapter}: is an adapter of type {kind}, expected PAT; peft's own merge_and_unload merges others."
-        )
-    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        raise PatError(f"{adapter}: has no {SAFETENSORS_WEIGHTS_NAME}; the adapter was not saved completely.")
+        split_torch_state_dict_into_shards({}, max_shard_size=size or MAX_SHARD_SIZE)
+    except ValueError as error:
+        raise PatError(f"Got max_shard_size={size!r}; expected a size such as '5GB' or '500MB'.") from error
+
+
+def _check_device(device: str | torch.device) -> None:
     try:
-        return cast(PatConfig, PatConfig.from_pretrained(str(folder)))
-    except (TypeError, ValueError) as error:
-        raise PatError(f"{folder / CONFIG_NAME}: not a usable configuration ({_one_line(error)}).") from error
-
-
-def base_name(adapter: str | os.PathLike[str], config: PatConfig, base_model: str | None) -> str:
-    """Return the base model to put an adapter on: the one given, else the one recorded.
-
-    Raises:
-        PatError: none is given and none recorded, or the recorded folder is gone.
-    """
-    if base_model is not None:
-        return base_model
-    recorded = config.base_model_name_or_path
-    if not recorded:
-        raise PatError(f"{adapter}: does not say which base model it belongs to; pass --base_model.")
-    looks_local = os.path.isabs(recorded) or recorded.startswith((".", "~")) or recorded.count("/") > 1
-    if looks_local and not Path(recorded).expanduser().is_dir():
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        detail = str(error).strip().split("\n")[0]
         raise PatError(
-            f"{adapter}: belongs to the base model in {recorded}, which is not there; pass --base_model with its "
-            "folder or hub id."
-        )
-    return recorded
-
-
-def load_adapted(
-    adapter: str | os.PathLike[str],
-    *,
-    base_model: str | None = None,
-    device: str | torch.device = "cpu",
-    progress: bool = True,
-) -> PeftModel:
-    """Load a base model in its own dtype and put a saved PAT adapter on it.
-
-    A base that was quantised for tuning (`base_quantization` in the adapter's configuration) is quantised again in the
-    same way, because it is the dequantised weights that the adapter was trained on: merged into the original ones it
-    would be another function than the one that was tuned and evaluated. It can still be had, by loading base and
-    adapter by hand.
-
-    Raises:
-        PatError: adapter or base cannot be read, or do not fit each other.
-    """
-    config = read_adapter_config(adapter)
-    name = base_name(adapter, config, base_model)
-    base_config, family = load_config(name)
-    check_config(base_config, family, config)  # before minutes of loading weights
-    quantization = None
-    if config.base_quantization is not None and getattr(base_config, "quantization_config", None) is None:
-        quantization = AutoQuantizationConfig.from_dict(dict(config.base_quantization))
-    folder = str(Path(adapter).expanduser())
-    with quiet_transformers(not progress), _fitting(name, adapter):
-        # On the CPU no map: peft would take one as an invitation to spread the model over what devices there are.
-        device_map = None if torch.device(device).type == "cpu" else {"": torch.device(device)}
-        base = load_base(name, quantization_config=quantization, device_map=device_map)
-        model = PeftModel.from_pretrained(base, folder)
-        _check_complete(model, adapter)
-    return model
-
-
-@contextmanager
-def _fitting(name: str, adapter: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn peft's and torch's many ways to say that adapter and base do not match into one line."""
-    try:
-        yield
-    except PatError:
-        raise
-    except (RuntimeError, ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
-        mismatches = str(error).count("size mismatch for")
-        detail = f"{mismatches} tensors have other shapes" if mismatches else _one_line(error)
-        raise PatError(
-            f"The adapter {adapter} does not fit the base model {shown_name(name)}: {detail}. Expected the base it was "
-            "trained on; pass it with --base_model."
+            f"Got device={str(device)!r}, which cannot be used here ({detail}); expected cpu or cuda."
         ) from error
-
-
-def _check_complete(model: PeftModel, adapter: str | os.PathLike[str]) -> None:
-    """Refuse a partial adapter file: peft leaves what is missing at its initial value."""
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    with safe_open(Path(adapter).expanduser() / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
-        missing = expected - set(file.keys())
-    if missing:
-        raise PatError(
-            f"{adapter}: lacks {len(missing)} of {len(expected)} tensors, such as {min(missing)}; the adapter is not "
-            "complete, or made by another version."
-        )
-
-
-def _resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    resolved = getattr(torch, dtype.removeprefix("torch."), None)
-    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point or resolved.itemsize < 2:
-        raise PatError(f"Got dtype={dtype!r}; expected float32, bfloat16 or float16.")
-    return resolved
 
 
 def _results(name: str, config: PatConfig, parity: Parity, cut: Cut) -> dict[str, Any]:
@@ -229,7 +151,3 @@ def _results(name: str, config: PatConfig, parity: Parity, cut: Cut) -> dict[str
         "cut": asdict(cut),
         "parity": parity.to_dict(),
     }
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

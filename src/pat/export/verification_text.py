@@ -17,9 +17,13 @@ MAX_TOKENS = 1024
 
 
 def verification_batches(
-    tokenizer: Any, text_file: str | os.PathLike[str] | None = None, *, max_positions: int | None = None
+    tokenizer: Any,
+    text_file: str | os.PathLike[str] | None = None,
+    *,
+    max_positions: int | None = None,
+    max_tokens: int = MAX_TOKENS,
 ) -> list[dict[str, Tensor]]:
-    """Return batches of one sequence each, at most 256 tokens long, of the first 1,024 tokens of a text.
+    """Return batches of one sequence each, at most 256 tokens long, of the first tokens of a text.
 
     Where the tokenizer starts texts with a beginning-of-sequence token, every sequence does.
 
@@ -27,6 +31,7 @@ def verification_batches(
         tokenizer: of both models.
         text_file: a UTF-8 text; by default a few hundred words of prose, code, tables and figures.
         max_positions: positions the model knows, if fewer.
+        max_tokens: how much of the text to use.
 
     Raises:
         PatError: file missing, not UTF-8 or empty.
@@ -36,7 +41,7 @@ def verification_batches(
     ids = list(tokenizer(text=text, verbose=False)["input_ids"])
     bos = tokenizer.bos_token_id
     prefix = [bos] if bos is not None and ids[:1] == [bos] else []
-    body = ids[len(prefix) : MAX_TOKENS]
+    body = ids[len(prefix) : max_tokens]
     room = min(CONTEXT, max_positions or CONTEXT) - len(prefix)
     rows = [prefix + body[start : start + room] for start in range(0, len(body), room)]
     examples = [{"input_ids": row, "labels": row} for row in rows]

@@ -18,7 +18,8 @@ from tiny_training import attach, largest_difference, logits, tuner_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pat.errors import PatError
-from pat.export.merge import load_adapted, merge
+from pat.export.adapter import load_adapted
+from pat.export.merge import merge
 from pat.export.verification_text import CONTEXT, MAX_TOKENS, verification_batches
 
 ROUNDING = 2e-5
