@@ -65,12 +65,18 @@ def judge(settings: list[dict[str, Any]], phase: str) -> dict[str, Any]:
     least_batch, mark = MARKS[phase]
     rows = [row for row in settings if row["phase"] == phase and row["batch_size"] >= least_batch]
     figures = {f"{row['batch_size']} x {row['context']}": row["measured_over_predicted"] for row in rows}
+    by_cpu = {
+        f"{row['batch_size']} x {row['context']}": row["cpu_speedup"]["median"] / row["predicted_speedup"]
+        for row in rows
+        if row["cpu_speedup"] is not None
+    }
     complete = bool(figures) and None not in figures.values()
     worst = min(figures, key=lambda name: figures[name]) if complete else None
     return {
         "mark": mark,
         "from_batch_size": least_batch,
         "measured_over_predicted": figures,
+        "cpu_time_over_predicted": by_cpu,
         "worst": worst,
         "met": worst is not None and figures[worst] >= mark,
     }
@@ -125,6 +131,8 @@ def main() -> None:
         worst = verdict["worst"]
         share = "not complete" if worst is None else f"{figures[worst]:.3f} at {worst} (batch x context)"
         print(f"{phase}: worst {share}, mark {verdict['mark']}: {'met' if verdict['met'] else 'NOT MET'}")
+        for name, by_cpu in verdict["cpu_time_over_predicted"].items():
+            print(f"  {name}: {figures[name]:.3f} by wall time, {by_cpu:.3f} by CPU time")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -35,6 +35,8 @@ class Measurement:
     """Why there are no figures."""
     seconds: tuple[float, ...] = ()
     """Of every repetition: the whole batch read, or all new tokens generated."""
+    cpu_seconds: tuple[float, ...] = ()
+    """Of all threads of the process; on a CPU that other programs use as well, less noisy than seconds."""
     peak_bytes: int | None = None
     cache_bytes: int | None = None
     """Held by the cache at the end of generation."""
@@ -54,6 +56,7 @@ class Measurement:
         return replace(
             self,
             seconds=(*self.seconds, answer["seconds"]),
+            cpu_seconds=(*self.cpu_seconds, answer["cpu_seconds"]),
             peak_bytes=max(peaks, default=None),
             cache_bytes=answer.get("cache_bytes"),
         )
@@ -72,9 +75,18 @@ class Row:
     @property
     def speedup(self) -> Spread | None:
         """Seconds of the baseline over the model's; None if one of them has none."""
-        baseline, model = (self.results[role] for role in ROLES)
-        both = baseline.status == "ok" and model.status == "ok"
-        return paired_ratios(baseline.seconds, model.seconds) if both else None
+        return self._ratio(lambda result: result.seconds)
+
+    @property
+    def cpu_speedup(self) -> Spread | None:
+        """The same of CPU seconds, which says something where the CPU does the work."""
+        return self._ratio(lambda result: result.cpu_seconds)
+
+    def _ratio(self, seconds: Callable[[Measurement], Sequence[float]]) -> Spread | None:
+        results = [self.results[role] for role in ROLES]
+        if any(result.status != "ok" for result in results):
+            return None
+        return paired_ratios(*map(seconds, results))
 
 
 Progress = Callable[[int, int], None]

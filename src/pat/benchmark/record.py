@@ -8,6 +8,7 @@ from typing import Any
 from pat.benchmark.measure import ROLES, Row
 from pat.benchmark.options import BenchmarkOptions
 from pat.benchmark.prediction import SettingPrediction
+from pat.benchmark.statistics import Spread
 from pat.export.results import environment
 
 
@@ -85,11 +86,16 @@ def _row(benchmark: Benchmark, row: Row) -> dict[str, Any]:
         "phase": row.phase,
         "batch_size": row.batch_size,
         "context": row.context,
-        "speedup": None if measured is None else asdict(measured),
+        "speedup": _plain(measured),
+        **({"cpu_speedup": _plain(row.cpu_speedup)} if benchmark.device == "cpu" else {}),
         "predicted_speedup": predicted,
         "measured_over_predicted": None if measured is None else measured.median / predicted,
         **{role: _side(benchmark, row, role) for role in ROLES},
     }
+
+
+def _plain(spread: Spread | None) -> dict[str, float] | None:
+    return None if spread is None else asdict(spread)
 
 
 def _side(benchmark: Benchmark, row: Row, role: str) -> dict[str, Any]:
@@ -99,7 +105,8 @@ def _side(benchmark: Benchmark, row: Row, role: str) -> dict[str, Any]:
         "status": result.status,
         "detail": result.detail,
         "seconds": result.seconds,
-        "spread": None if result.spread is None else asdict(result.spread),
+        "cpu_seconds": result.cpu_seconds,
+        "spread": _plain(result.spread),
         "tokens_per_second": benchmark.tokens_per_second(row, role),
         **{f"counted_{name}": number for name, number in count.items()},
         **benchmark.memory(row, role),

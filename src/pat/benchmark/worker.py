@@ -71,13 +71,13 @@ class Host:
         ids = torch.randint(int(vocab_size), (batch_size, context), generator=generator).to(self.device)
         cache = DynamicCache(config=self.model.config)
         self._synchronize()
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         self._synchronize()
-        seconds = time.perf_counter() - start
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         if keep:
             self._cache, self._next_ids = cache, logits[:, -1:].argmax(-1)
-        return {"seconds": seconds, "peak_bytes": self.meter.peak_bytes()}
+        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": self.meter.peak_bytes()}
 
     @torch.inference_mode()
     def decode(self, *, new_tokens: int) -> dict[str, Any]:
@@ -86,16 +86,21 @@ class Host:
         assert cache is not None and ids is not None
         self.meter.reset()
         self._synchronize()
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         for _ in range(new_tokens):
             logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             ids = logits[:, -1:].argmax(-1)
         self._synchronize()
-        seconds = time.perf_counter() - start
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         held = [getattr(layer, name) for layer in cache.layers for name in ("keys", "values")]
         cache_bytes = sum(int(tensor.numel() * tensor.element_size()) for tensor in held)
         self._drop()
-        return {"seconds": seconds, "peak_bytes": self.meter.peak_bytes(), "cache_bytes": cache_bytes}
+        return {
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
+            "peak_bytes": self.meter.peak_bytes(),
+            "cache_bytes": cache_bytes,
+        }
 
     def release(self) -> dict[str, Any]:
         """Give memory back that only the last requests needed: on a shared device the other model may want it."""

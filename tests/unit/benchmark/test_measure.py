@@ -26,7 +26,12 @@ class FakeWorker:
         if self.tokens > self.capacity.get(action, self.tokens):
             return {"error": "out_of_memory", "message": "no room"}
         self.num_asked += 1
-        return {"seconds": self.seconds, "peak_bytes": 100 + self.num_asked, "cache_bytes": 7}
+        return {
+            "seconds": self.seconds,
+            "cpu_seconds": 2 * self.seconds,
+            "peak_bytes": 100 + self.num_asked,
+            "cache_bytes": 7,
+        }
 
 
 def run(
@@ -69,6 +74,7 @@ def test_the_warm_up_does_not_count() -> None:
     prefill = find(rows, "prefill", 1)
     assert prefill.results["model"].seconds == (2.0,) * 4
     assert prefill.speedup is not None and prefill.speedup.median == 1.5
+    assert prefill.cpu_speedup is not None and prefill.results["model"].cpu_seconds == (4.0,) * 4
     assert find(rows, "decode", 1).results["baseline"].cache_bytes == 7
 
 

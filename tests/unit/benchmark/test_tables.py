@@ -21,7 +21,9 @@ LONG_ERROR = "CUDA out of memory. " + "Tried to allocate very much. " * 20
 def row(phase: Phase, batch_size: int, baseline: tuple[float, ...], model: tuple[float, ...]) -> Row:
     cache = 1_000_000 if phase == "decode" else None
     sides = {
-        role: Measurement(seconds=seconds, peak_bytes=peak, cache_bytes=cache)
+        role: Measurement(
+            seconds=seconds, cpu_seconds=tuple(2 * s for s in seconds), peak_bytes=peak, cache_bytes=cache
+        )
         if seconds
         else Measurement("out_of_memory", LONG_ERROR)
         for role, seconds, peak in (("baseline", baseline, 900_000_000), ("model", model, 700_000_000))
@@ -68,6 +70,7 @@ def test_the_record_holds_measured_and_predicted_side_by_side(benchmark: Benchma
     record = json.loads(json.dumps(to_dict(benchmark), default=str))
     prefill, decode, failed, _ = record["settings"]
     assert prefill["speedup"]["median"] == pytest.approx(1.25)
+    assert prefill["cpu_speedup"]["median"] == pytest.approx(1.25)
     assert prefill["predicted_speedup"] == pytest.approx(4 / 3)
     assert prefill["measured_over_predicted"] == pytest.approx(1.25 * 0.75)
     assert prefill["baseline"]["tokens_per_second"] == pytest.approx(128 / 0.2)

@@ -46,6 +46,7 @@ def test_a_model_is_loaded_read_with_and_generated_from(model: str) -> None:
     assert facts["weight_bytes"] == predictor.weight_bytes
     assert facts["dtype"] == "float32"
     assert read["seconds"] > 0 and generated["seconds"] > 0
+    assert read["cpu_seconds"] > 0
     assert read["peak_bytes"] > facts["process_bytes"] > 0
     # The measured memory of weights and cache is the predicted one.
     assert generated["cache_bytes"] == predictor.at(2, 8).kv_cache_bytes
