@@ -32,13 +32,13 @@ from pat.export.shards import ShardWriter
 from pat.export.verify import Parity, check, compare
 from pat.export.write import (
     MAX_SHARD_SIZE,
-    _describe_cut,
+    describe_cut,
     quiet_transformers,
     savable_generation_config,
 )
 from pat.loading import load_config, stored_dtype
 from pat.tuner import PatConfig
-from pat.tuner.forms import DenseForm, adapted_form, masked_form
+from pat.tuner.merging import DenseForm, adapted_form, masked_form
 from pat.tuner.model import find_tuner
 from pat.tuner.prepare import check_config
 from pat.tuner.register import PREFIX
@@ -162,7 +162,7 @@ def stream_checkpoint(
     check(parity)
     tuner = find_tuner(hollow.model)
     assert tuner is not None
-    cut = _describe_cut(tuner, dense, folder)
+    cut = describe_cut(tuner, dense, folder)
     (folder / "README.md").write_text(render_card(cut, parity, provenance), encoding="utf-8")
     return parity, cut
 
@@ -176,7 +176,7 @@ def _dense_form(hollow: HollowModel, dtype: torch.dtype, precision: torch.dtype)
     tuner = find_tuner(hollow.model)
     if tuner is None:
         return adapted_form(hollow.base, hollow.weights.shapes, hollow.parameter)
-    masked = replace(tuner._masked_model(tuner.adapter, "a merge"), parameter=hollow.parameter)
+    masked = replace(tuner.masked_model(tuner.adapter, "a merge"), parameter=hollow.parameter)
     return masked_form(masked, dtype, precision=precision)
 
 

@@ -159,7 +159,7 @@ def save_checkpoint(
     parity = compare(peft_model, cast(nn.Module, written).to(device), batches)
     check(parity)
     if tuner is not None:
-        cut = _describe_cut(tuner, written, folder)
+        cut = describe_cut(tuner, written, folder)
     else:
         assert compaction is not None
         cut = compaction.cut(written.num_parameters(), weight_bytes(folder))
@@ -210,7 +210,8 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _describe_cut(tuner: PatModel, dense: PreTrainedModel, folder: Path) -> Cut:
+def describe_cut(tuner: PatModel, dense: PreTrainedModel, folder: Path) -> Cut:
+    """Return what merging the active adapter cut, for the dense model written to a folder."""
     mask = tuner.mask()
     config = cast(PatConfig, tuner.peft_config[tuner.adapter])
     return Cut(

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pat.errors import PatError
 from pat.sparsification.mask import UnifiedMask
 from pat.sparsification.operator import Operator
 from pat.surgery.dense import build_dense, shrink_config
 from pat.surgery.fold import Channels, HeadPlan, fold_weights
-from pat.surgery.precision import to_float64
+from pat.surgery.precision import lift, to_float64
 from pat.surgery.residual import ResidualStream
 from pat.tuner.weights import effective_parameter, embedding_ratio
 
@@ -36,6 +36,67 @@ class MaskedModel:
     """Gain of the final norm as stored in the base, `(d,)`."""
     untie: bool
     """Whether a tied model gets a head of its own."""
+
+
+@dataclass(frozen=True)
+class DenseForm:
+    """What a dense model is made of."""
+
+    config: PretrainedConfig
+    weights: Iterable[tuple[str, Tensor]]
+    """Name and value of each parameter, computed when it is asked for."""
+    num_weights: int
+
+
+def masked_form(model: MaskedModel, dtype: torch.dtype, *, precision: torch.dtype = torch.float64) -> DenseForm:
+    """Return the small dense form of a masked model (specification, "Exact merge").
+
+    Args:
+        model: what to merge; its mask must be 0/1.
+        dtype: of the dense model and its weights.
+        precision: to fold matrices in.
+
+    Raises:
+        PatError: transformers refuses a model of that width.
+    """
+    base, stream, mask = model.base, model.stream, model.mask
+    tied = stream.head is None and not model.untie
+    config = shrink_config(
+        base.config,
+        stream.family,
+        pruned_hidden_size=mask.pruned_hidden_size,
+        head_dim=_head_dim(base, stream),
+        tied=tied,
+    )
+    ratio = 1.0
+    if stream.family.scaled_embedding:
+        ratio = embedding_ratio(base.get_submodule(stream.embedding), mask.pruned_hidden_size, dtype)
+    final_gain = None
+    if mask.head_factor is not None:
+        final_gain = model.final_gain * to_float64(mask.head_factor).to(model.final_gain.device)
+    folded_stream = stream.untie() if model.untie and stream.head is None else stream
+    weights = fold_weights(
+        folded_stream,
+        model.parameter,
+        Channels.from_mask(mask.keep, mask.basis),
+        _Lifted(model.operators, precision),
+        HeadPlan(tied=tied, final_gain=final_gain, embedding_ratio=ratio),
+        precision=precision,
+        dtype=dtype,
+    )
+    return DenseForm(config, weights, folded_stream.num_parameters)
+
+
+def adapted_form(base: PreTrainedModel, names: Iterable[str], parameter: Callable[[str], Tensor]) -> DenseForm:
+    """Return the dense form of a model with an ordinary LoRA adapter: its own configuration, nothing cut.
+
+    Args:
+        base: the adapted model.
+        names: of its parameters without adapter.
+        parameter: those parameters with LoRA merged in.
+    """
+    listed = list(names)
+    return DenseForm(copy.deepcopy(base.config), ((name, parameter(name)) for name in listed), len(listed))
 
 
 def merge_dense(
@@ -58,35 +119,11 @@ def merge_dense(
     Raises:
         PatError: `check_finite`, and a folded weight is infinite or not a number.
     """
-    base, stream, mask = model.base, model.stream, model.mask
-    tied = stream.head is None and not model.untie
-    config = shrink_config(
-        base.config,
-        stream.family,
-        pruned_hidden_size=mask.pruned_hidden_size,
-        head_dim=_head_dim(base, stream),
-        tied=tied,
-    )
-    ratio = 1.0
-    if stream.family.scaled_embedding:
-        ratio = embedding_ratio(base.get_submodule(stream.embedding), mask.pruned_hidden_size, dtype)
-    final_gain = (
-        None
-        if mask.head_factor is None
-        else model.final_gain * to_float64(mask.head_factor).to(model.final_gain.device)
-    )
-    folded = fold_weights(
-        stream.untie() if model.untie and stream.head is None else stream,
-        model.parameter,
-        Channels.from_mask(mask.keep, mask.basis),
-        {site: in_double(operator) for site, operator in model.operators.items()},
-        HeadPlan(tied=tied, final_gain=final_gain, embedding_ratio=ratio),
-    )
+    form = masked_form(model, dtype)
     given = instead or {}
-    chosen = ((name, given.get(name, tensor)) for name, tensor in folded)
-    shown = _progress(chosen, stream.num_parameters, progress)
-    weights = _rounded(shown, dtype, check_finite=check_finite)
-    return build_dense(base, config, weights, dtype)
+    chosen = ((name, given.get(name, tensor)) for name, tensor in form.weights)
+    shown = _progress(chosen, form.num_weights, progress)
+    return build_dense(model.base, form.config, _rounded(shown, dtype, check_finite=check_finite), dtype)
 
 
 def merge_lora(model: PeftModel, dtype: torch.dtype, *, check_finite: bool = False) -> PreTrainedModel:
@@ -103,8 +140,8 @@ def merge_lora(model: PeftModel, dtype: torch.dtype, *, check_finite: bool = Fal
     base = cast(PreTrainedModel, model.get_base_model())
     with torch.device("meta"):
         names = [name for name, _ in type(base)(base.config).named_parameters()]
-    merged = ((name, effective_parameter(base, name, model.active_adapter)) for name in names)
-    return build_dense(base, base.config, _rounded(merged, dtype, check_finite=check_finite), dtype)
+    form = adapted_form(base, names, lambda name: effective_parameter(base, name, model.active_adapter))
+    return build_dense(base, form.config, _rounded(form.weights, dtype, check_finite=check_finite), dtype)
 
 
 def _rounded(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, *, check_finite: bool) -> dict[str, Tensor]:
@@ -119,9 +156,29 @@ def _rounded(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, *, check
 
 def in_double(operator: Operator) -> Operator:
     """Return a copy of an operator in float64, without gradients."""
+    return _lifted(operator, torch.float64)
+
+
+class _Lifted(Mapping[str, Operator]):
+    """Operators in another precision, made when they are asked for: all at once would take as much as a model."""
+
+    def __init__(self, operators: Mapping[str, Operator], precision: torch.dtype) -> None:
+        self.operators, self.precision = operators, precision
+
+    def __getitem__(self, site: str) -> Operator:
+        return _lifted(self.operators[site], self.precision)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.operators)
+
+    def __len__(self) -> int:
+        return len(self.operators)
+
+
+def _lifted(operator: Operator, precision: torch.dtype) -> Operator:
     twin = copy.deepcopy(operator).requires_grad_(False)
     for parameter in twin.parameters():
-        parameter.data = to_float64(parameter.data)
+        parameter.data = lift(parameter.data, precision)
     return twin
 
 

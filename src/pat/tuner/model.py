@@ -213,7 +213,7 @@ class PatModel(LoraModel):
         """
         if adapter_names is not None and len(adapter_names) != 1:
             raise PatError(f"Got adapter_names={adapter_names}; PAT merges exactly one adapter.")
-        masked = self._masked_model(adapter_names[0] if adapter_names else self.adapter, "a merge")
+        masked = self.masked_model(adapter_names[0] if adapter_names else self.adapter, "a merge")
         return merge_dense(masked, dtype or masked.base.dtype, check_finite=safe_merge, progress=progressbar)
 
     def compact(self, adapter_name: str | None = None) -> Compacted:
@@ -226,9 +226,14 @@ class PatModel(LoraModel):
             PatError: the mask is not 0/1 yet, or the base model is quantised.
         """
         name = adapter_name or self.adapter
-        return compact(self._masked_model(name, "a compaction"), self.pat_config(name), name)
+        return compact(self.masked_model(name, "a compaction"), self.pat_config(name), name)
 
-    def _masked_model(self, name: str, purpose: str) -> MaskedModel:
+    def masked_model(self, name: str, purpose: str) -> MaskedModel:
+        """Return the model with one adapter as a merge or a compaction sees it.
+
+        Raises:
+            PatError: the adapter's mask is not 0/1 yet; the message names the purpose.
+        """
         mask = self.mask(name)
         if not mask.hardened:
             raise PatError(
