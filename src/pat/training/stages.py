@@ -53,7 +53,7 @@ class Trained:
     num_steps: int
     log_history: list[dict[str, Any]]
     seconds: dict[str, float]
-    """By part: `stage_one`, `compaction`, `stage_two`."""
+    """By part: `preparation` (of the rows), `stage_one`, `compaction`, `stage_two`."""
     pat_config: dict[str, Any]
     compaction: Compaction | None = None
 
@@ -100,7 +100,9 @@ class Stages:
         if compacts:
             # Its last checkpoint has to hold everything, and the best one is picked among those of stage two.
             args.save_only_model, args.load_best_model_at_end = False, False
+        started = time.perf_counter()
         trainer = self._trainer(model, args, [PatCallback(), *([_StopAtMilestone()] if compacts else [])])
+        self.seconds["preparation"] = time.perf_counter() - started
         if compacts and pat_config.milestone == 0:
             batches = calibration_batches(pat_config, trainer.get_train_dataloader(), self.tokenizer)
             if tuner.needs_calibration():

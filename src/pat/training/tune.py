@@ -129,7 +129,7 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
             "parity": parity.to_dict(),
             "compaction": None if trained.compaction is None else asdict(trained.compaction),
             "timings": {
-                "train_seconds": sum(trained.seconds.values()),
+                "train_seconds": sum(v for part, v in trained.seconds.items() if part != "preparation"),
                 **{f"{part}_seconds": seconds for part, seconds in trained.seconds.items()},
             },
             "log_history": trained.log_history,

@@ -14,8 +14,10 @@ from pat.evaluation.perplexity import evaluating
 from pat.surgery.precision import to_float64
 from pat.surgery.residual import ResidualStream
 
-DEFAULT_TOKENS_PER_CHANNEL = 8
-"""Calibration tokens per hidden channel: the second moment of d channels from n tokens settles at a few n/d."""
+DEFAULT_TOKENS_PER_CHANNEL = 4
+"""Calibration tokens per hidden channel. The second moment of d channels from n tokens settles at a few n/d; each token
+counts at every branch. SmolLM2-135M cut to 432 of 576 channels, before any tuning, two samples each: 4.85 and 4.77 nats
+with 1 token a channel, 4.66 and 4.71 with 2, 4.57 and 4.63 with 4."""
 
 
 class StreamStatistics:

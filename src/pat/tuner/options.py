@@ -45,7 +45,7 @@ class PatOptions:
         default=None, metadata={"help": "Text file to compute the rotation from, instead of the training data."}
     )
     calibration_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens to compute the rotation from. Default: 8 per hidden channel."}
+        default=None, metadata={"help": "Tokens to compute the rotation from. Default: 4 per hidden channel."}
     )
     gain_tolerance: float = field(
         default=0.15,
