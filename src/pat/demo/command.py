@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from pat.demo.data import SAMPLE_PROMPTS, demo_data_path
 from pat.demo.model import prepare_smollm2
-from pat.export.write import check_output_folder
+from pat.export.staging import check_output_folder
 from pat.loading import load_tokenizer
 from pat.training.arguments import build_arguments
 from pat.training.results import TuneResult

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from pat.errors import PatError
 from pat.export.model_card import Compaction
+from pat.export.staging import staged_folder
 from pat.export.verify import Parity, check, compare
-from pat.export.write import count_parameters, quiet_transformers, savable_generation_config, staged_folder
+from pat.export.write import count_parameters, quiet_transformers, savable_generation_config
 from pat.tuner.compaction import CompactModel
 from pat.tuner.model import PatModel
 

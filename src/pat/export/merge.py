@@ -15,10 +15,11 @@ from pat.errors import PatError
 from pat.export.adapter import base_name, load_adapted, read_adapter_config
 from pat.export.model_card import Cut, shown_name
 from pat.export.results import environment, write_results
+from pat.export.staging import check_output_folder, staged_folder
 from pat.export.streamed import load_hollow, stream_checkpoint
 from pat.export.verification_text import MAX_TOKENS, verification_batches
 from pat.export.verify import Parity
-from pat.export.write import MAX_SHARD_SIZE, check_output_folder, count_parameters, save_checkpoint, staged_folder
+from pat.export.write import MAX_SHARD_SIZE, count_parameters, save_checkpoint
 from pat.loading import load_config, load_tokenizer
 from pat.tuner import PatConfig
 

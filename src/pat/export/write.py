@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import errno
 import os
-import secrets
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +18,8 @@ from transformers.utils import logging as transformers_logging
 
 from pat.errors import PatError, RunFailed
 from pat.export.model_card import Compaction, Cut, render_card
+from pat.export.staging import check_output_folder as check_output_folder
+from pat.export.staging import staged_folder as staged_folder
 from pat.export.verify import Parity, check, compare
 from pat.tuner.config import PatConfig
 from pat.tuner.merging import merge_lora
@@ -29,47 +28,6 @@ from pat.tuner.model import PatModel, find_tuner
 MAX_SHARD_SIZE = "5GB"
 
 _SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-
-
-def check_output_folder(output_dir: str | os.PathLike[str]) -> Path:
-    """Return an output folder's path if it may be written to: it does not exist, or is empty.
-
-    Raises:
-        PatError: there is something at that path.
-    """
-    path = Path(output_dir).expanduser()
-    if path.is_dir():
-        if any(path.iterdir()):
-            raise PatError(f"{path}: the output folder is not empty; choose another one, or empty it first.")
-    elif path.exists() or path.is_symlink():
-        raise PatError(f"{path}: is not a folder; expected a new or empty output folder.")
-    return path
-
-
-@contextmanager
-def staged_folder(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a hidden folder beside `output_dir` that takes its name if the block ends well and vanishes otherwise.
-
-    Raises:
-        PatError: something is at `output_dir` already, or no folder can be made there.
-    """
-    target = Path(os.path.realpath(check_output_folder(output_dir)))
-    staging = target.parent / f".{target.name}.tmp-{secrets.token_hex(4)}"
-    # Ancestors that are made now go again if nothing comes of it.
-    made = [folder for folder in (staging, *staging.parents) if not folder.exists()]
-    try:
-        try:
-            staging.mkdir(parents=True)
-        except OSError as error:
-            raise PatError(f"{target}: cannot be created ({error.strerror}); choose another output folder.") from error
-        yield staging
-        _rename(staging, target)
-    except BaseException:  # an interrupt must leave nothing behind either
-        shutil.rmtree(staging, ignore_errors=True)
-        for folder in made[1:]:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-        raise
 
 
 def write_dense(
@@ -224,26 +182,6 @@ def describe_cut(tuner: PatModel, dense: PreTrainedModel, folder: Path) -> Cut:
         mask=config.mask,
         milestone_step=mask.milestone_step,
     )
-
-
-def _rename(staging: Path, target: Path) -> None:
-    try:
-        if target.is_dir():
-            target.rmdir()  # empty; on Windows a rename does not replace it
-        os.replace(staging, target)
-    except OSError as error:
-        if error.errno not in (errno.EBUSY, errno.EXDEV):
-            raise
-        # A mount point can neither be removed nor replaced: fill it, the configuration last.
-        files = sorted(staging.iterdir(), key=lambda file: file.name == "config.json")
-        try:
-            for file in files:
-                shutil.move(file, target / file.name)
-        except BaseException:
-            for file in files:
-                (target / file.name).unlink(missing_ok=True)
-            raise
-        staging.rmdir()
 
 
 @contextmanager

@@ -21,7 +21,8 @@ from transformers.utils import logging as transformers_logging
 
 from pat.errors import PatError, RunFailed
 from pat.export import verify, write
-from pat.export.write import check_output_folder, count_parameters, staged_folder, write_dense
+from pat.export.staging import check_output_folder, staged_folder
+from pat.export.write import count_parameters, write_dense
 from pat.tuner import find_tuner
 
 PROVENANCE = {"model_name_or_path": "tiny/llama", "recipe": "default"}

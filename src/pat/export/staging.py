@@ -1,0 +1,140 @@
+"""Output folders that appear complete or not at all, whenever a run ends."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pat.errors import PatError
+
+if sys.platform != "win32":
+    import fcntl
+
+
+def check_output_folder(output_dir: str | os.PathLike[str]) -> Path:
+    """Return an output folder's path if it may be written to: it does not exist, or is empty.
+
+    Raises:
+        PatError: there is something at that path.
+    """
+    path = Path(output_dir).expanduser()
+    if path.is_dir():
+        if any(path.iterdir()):
+            raise PatError(f"{path}: the output folder is not empty; choose another one, or empty it first.")
+    elif path.exists() or path.is_symlink():
+        raise PatError(f"{path}: is not a folder; expected a new or empty output folder.")
+    return path
+
+
+@contextmanager
+def staged_folder(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a hidden folder beside `output_dir` that takes its name if the block ends well and vanishes otherwise.
+
+    Before it takes the name everything in it is on the disk. What runs that were killed have left beside the same
+    `output_dir` is removed first.
+
+    Raises:
+        PatError: something is at `output_dir` already, or no folder can be made there.
+    """
+    target = Path(os.path.realpath(check_output_folder(output_dir)))
+    prefix = f".{target.name}.tmp-"
+    _remove_stale(target.parent, prefix)
+    staging = target.parent / f"{prefix}{secrets.token_hex(4)}"
+    # Ancestors that are made now go again if nothing comes of it.
+    made = [folder for folder in (staging, *staging.parents) if not folder.exists()]
+    lock: int | None = None
+    try:
+        try:
+            staging.mkdir(parents=True)
+        except OSError as error:
+            raise PatError(f"{target}: cannot be created ({error.strerror}); choose another output folder.") from error
+        lock = _lock(staging)
+        yield staging
+        _sync(staging)
+        _rename(staging, target)
+        _sync_folder(target.parent)
+    except BaseException:  # an interrupt must leave nothing behind either
+        shutil.rmtree(staging, ignore_errors=True)
+        for folder in made[1:]:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Mark a folder as in use for as long as this process lives, None if that is already so or cannot be done."""
+    if sys.platform == "win32":  # folders can be neither opened nor locked there
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_stale(parent: Path, prefix: str) -> None:
+    """Remove the staging folders of processes that are no more: nobody holds their lock."""
+    if not parent.is_dir():
+        return
+    for folder in parent.iterdir():
+        if not folder.name.startswith(prefix) or not folder.is_dir():
+            continue
+        with suppress(OSError):
+            lock = _lock(folder)
+            if lock is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
+
+
+def _sync(folder: Path) -> None:
+    """Have everything in a folder on the disk, so that its name cannot outlive its contents in a power failure."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir():
+            _sync_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # file systems that know no such thing
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _rename(staging: Path, target: Path) -> None:
+    try:
+        if target.is_dir():
+            target.rmdir()  # empty; on Windows a rename does not replace it
+        os.replace(staging, target)
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.EXDEV):
+            raise
+        # A mount point can neither be removed nor replaced: fill it, the configuration last.
+        files = sorted(staging.iterdir(), key=lambda file: file.name == "config.json")
+        try:
+            for file in files:
+                shutil.move(file, target / file.name)
+        except BaseException:
+            for file in files:
+                (target / file.name).unlink(missing_ok=True)
+            raise
+        staging.rmdir()
