@@ -89,7 +89,7 @@ def main() -> None:
         make_inputs(args)
         for part in args.parts.split(","):
             results[part] = {"steps": time_steps, "memory": measure_memory, "runs": time_runs}[part](args)
-            print(json.dumps({part: results[part]["ratios"]}, indent=2))
+            print(json.dumps({part: {key: results[part][key] for key in results[part] if "ratios" in key}}, indent=2))
             if args.output:
                 args.output.parent.mkdir(parents=True, exist_ok=True)
                 args.output.write_text(json.dumps(results, indent=2) + "\n")
@@ -168,9 +168,9 @@ class Stepper:
         self.optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
         self.step = 0
 
-    def __call__(self) -> float:
-        """Take one step and return its seconds."""
-        started = time.perf_counter()
+    def __call__(self) -> tuple[float, float]:
+        """Take one step and return its wall and CPU seconds."""
+        started = time.perf_counter(), time.process_time()
         if self.tuner is not None and not self.tuner.mask().hardened:
             self.tuner.set_step(1 + self.step % 50, 100)
         self.model(**self.batch, use_cache=False).loss.backward()
@@ -187,7 +187,7 @@ class Stepper:
         if self.batch["input_ids"].is_cuda:
             torch.cuda.synchronize()
         self.step += 1
-        return time.perf_counter() - started
+        return time.perf_counter() - started[0], time.process_time() - started[1]
 
 
 def pat(args: argparse.Namespace, rank: int, **fields: Any) -> PeftModel:
@@ -220,14 +220,16 @@ def time_steps(args: argparse.Namespace) -> dict[str, Any]:
         stepper()
         stepper()
     seconds: dict[str, list[float]] = {name: [] for name in ("lora", *steppers)}
-    ratios: dict[str, list[float]] = {name: [] for name in steppers}
+    wall: dict[str, list[float]] = {name: [] for name in steppers}
+    cpu: dict[str, list[float]] = {name: [] for name in steppers}
     for index in range(args.pairs):
         for name, stepper in steppers.items():
             first, second = (stepper, reference) if index % 2 else (reference, stepper)
             times = {first: first(), second: second()}
-            seconds["lora"].append(times[reference])
-            seconds[name].append(times[stepper])
-            ratios[name].append(times[stepper] / times[reference])
+            seconds["lora"].append(times[reference][0])
+            seconds[name].append(times[stepper][0])
+            wall[name].append(times[stepper][0] / times[reference][0])
+            cpu[name].append(times[stepper][1] / times[reference][1])
     return {
         "batch_size": args.batch_size,
         "max_length": args.max_length,
@@ -235,7 +237,8 @@ def time_steps(args: argparse.Namespace) -> dict[str, Any]:
         "trainable": {"lora": num_trainable(reference.model)}
         | {name: num_trainable(stepper.model) for name, stepper in steppers.items()},
         "seconds": {name: quartiles(values) for name, values in seconds.items()},
-        "ratios": {f"{name}_to_lora": quartiles(values) for name, values in ratios.items()},
+        "ratios": {f"{name}_to_lora": quartiles(values) for name, values in wall.items()},
+        "cpu_ratios": {f"{name}_to_lora": quartiles(values) for name, values in cpu.items()},
     }
 
 
