@@ -98,17 +98,18 @@ def merge(
         "provenance": {"model_name_or_path": name},
         "progress": progress,
     }
+    timings: dict[str, float] = {}
     hollow = load_hollow(adapter, name, config, device=device)
     if hollow is None:
         model = load_adapted(adapter, base_model=base_model, device=device, progress=progress)
     with staged_folder(output_dir) as staging:
         if hollow is not None:
             parity, cut = stream_checkpoint(
-                hollow, staging, precision=precision, max_shard_size=max_shard_size, **options
+                hollow, staging, precision=precision, max_shard_size=max_shard_size, timings=timings, **options
             )
         else:
             parity, cut = save_checkpoint(model, staging, max_shard_size=max_shard_size or MAX_SHARD_SIZE, **options)
-        write_results(staging / "results.json", _results(name, config, parity, cut))
+        write_results(staging / "results.json", _results(name, config, parity, cut) | {"timings": timings})
     return MergeResult(Path(output_dir).expanduser(), parity, cut)
 
 

@@ -6,6 +6,7 @@ In memory at once: the adapter, one module's weights, and the last tensor on its
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -123,6 +124,7 @@ def stream_checkpoint(
     provenance: Mapping[str, Any],
     progress: bool = False,
     max_shard_size: int | str | None = None,
+    timings: dict[str, float] | None = None,
 ) -> tuple[Parity, Cut]:
     """Fold, write, read back and compare, tensor by tensor, in an existing folder; `save_checkpoint` in little memory.
 
@@ -136,11 +138,14 @@ def stream_checkpoint(
         provenance: for the model card, see `render_card`.
         progress: show a bar over the tensors.
         max_shard_size: size limit of one weight file; by default that of the base's.
+        timings: takes down the seconds that folding with writing, and comparing, have taken.
 
     Raises:
         PatError: the adapter is before its milestone, or a folded weight is not finite.
         RunFailed: the checkpoint could not be written, or is not the tuned model.
     """
+    timings = {} if timings is None else timings
+    started = time.perf_counter()
     dtype = dtype or hollow.weights.dtype
     form = _dense_form(hollow, dtype, precision)
     dense = hollow_model(form.config, dtype, hollow.weights.device)
@@ -152,13 +157,16 @@ def stream_checkpoint(
             if not rounded.isfinite().all():
                 raise PatError(f"Got non-finite values in the folded weight {name}; the adapter is broken.")
             writer.write(name, rounded)
+    timings["fold_seconds"] = time.perf_counter() - started
     _write_configuration(hollow, dense, folder)
     try:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     except OSError as error:
         raise RunFailed(f"Writing the checkpoint failed ({' '.join(str(error).split())}).") from error
+    started = time.perf_counter()
     parity = _compare(hollow, dense, folder, batches)
+    timings["verify_seconds"] = time.perf_counter() - started
     check(parity)
     tuner = find_tuner(hollow.model)
     assert tuner is not None
