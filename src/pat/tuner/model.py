@@ -236,9 +236,14 @@ class PatModel(LoraModel):
         """
         mask = self.mask(name)
         if not mask.hardened:
+            if mask.milestone_step is None:
+                raise PatError(
+                    f"Got {purpose} of an adapter whose mask has never been trained and is still soft; put PatCallback() "
+                    "into the trainer's callbacks and train past the milestone first."
+                )
             raise PatError(
                 f"Got {purpose} at step {mask.step} of an adapter whose mask is still soft (milestone: step "
-                f"{mask.milestone_step}); train past the milestone first, with PatCallback in the trainer."
+                f"{mask.milestone_step}); train past the milestone first."
             )
         return MaskedModel(
             base=cast(PreTrainedModel, self.model),
