@@ -26,6 +26,9 @@ from pat.loading import load_base
 OUT_OF_MEMORY, BAD_INPUT, FAILED = "out_of_memory", "bad_input", "failed"
 """Kinds of errors in answers."""
 
+_PAGE = 4096
+"""Bytes that the system reads of a mapped file at least."""
+
 
 class Host:
     """A model on a device, and what is left of the last request."""
@@ -34,13 +37,13 @@ class Host:
         if threads is not None:
             torch.set_num_threads(threads)
         self.device = torch.device(device)
-        if self.device.type != "cpu":
-            torch.accelerator.set_device_index(self.device.index or 0)
         self.meter = MemoryMeter(self.device)
         before = self.meter.current_bytes()
         self.model = load_base(name, dtype=dtype).to(self.device).eval()  # type: ignore[arg-type]
-        self._synchronize()
         weights = list(self.model.parameters())
+        for weight in weights if self.device.type == "cpu" else ():
+            weight.detach().flatten()[:: _PAGE // weight.element_size()].sum()  # what is mapped is read only now
+        self._synchronize()
         after = self.meter.current_bytes()
         self.facts = {
             "num_parameters": sum(p.numel() for p in weights),
@@ -116,7 +119,7 @@ class Host:
 
     def _synchronize(self) -> None:
         if self.device.type != "cpu":
-            torch.accelerator.synchronize()
+            torch.accelerator.synchronize(self.device)
 
 
 def serve(requests: TextIO, answers: TextIO) -> None:

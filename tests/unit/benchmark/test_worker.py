@@ -52,6 +52,14 @@ def test_a_model_is_loaded_read_with_and_generated_from(model: str) -> None:
     assert generated["cache_bytes"] == predictor.at(2, 8).kv_cache_bytes
 
 
+def test_mapped_weights_are_in_memory_once_the_model_is_loaded(tmp_path: Path) -> None:
+    """Else the first measurement would read the file, and the memory that loading takes would be that of nothing."""
+    build("llama", tied=False, vocab_size=200_000).save_pretrained(tmp_path)
+    (facts,) = served(load(str(tmp_path)))
+    assert facts["weight_bytes"] > 70_000_000
+    assert facts["loaded_bytes"] > 0.8 * facts["weight_bytes"]
+
+
 def test_both_models_can_be_brought_to_one_dtype(model: str) -> None:
     full, half = served(load(model))[0], served(load(model, dtype="bfloat16"))[0]
     assert half["dtype"] == "bfloat16"
