@@ -43,6 +43,16 @@ class LowRankOperator(nn.Module):
         down, scale, up = (p.to(y) for p in (self.down, self.v(), self.up))
         return F.linear(F.linear(y, down) * scale, up)
 
+    def gated(self, y: Tensor, gate: Tensor) -> Tensor:
+        """Return m * (D y) for a gate m of shape `(d,)`, in the dtype and on the device of `y`.
+
+        The gate goes into the small factor, which leaves it one pass over `y`: m * y + (m * L1 diag(v)) L0 y.
+        """
+        gate = gate.to(y)
+        down, up = self.down.to(y), (self.up * self.v()).to(y) * gate.unsqueeze(1)
+        flat = y.reshape(-1, y.shape[-1])
+        return torch.addmm(flat * gate, F.linear(flat, down), up.mT).view_as(y)
+
     def change_transposed(self, y: Tensor) -> Tensor:
         """Return (Dᵀ - I) y for `y` of shape `(..., d)`, computed in the dtype and on the device of `y`."""
         down, scale, up = (p.to(y) for p in (self.down, self.v(), self.up))
@@ -64,6 +74,10 @@ class DenseOperator(nn.Module):
         """Return M y for `y` of shape `(..., d)`."""
         return F.linear(y, self.matrix.to(y))
 
+    def gated(self, y: Tensor, gate: Tensor) -> Tensor:
+        """Return m * (D y) for a gate m of shape `(d,)`."""
+        return (y + self.change(y)) * gate.to(y)
+
     def change_transposed(self, y: Tensor) -> Tensor:
         """Return Mᵀ y for `y` of shape `(..., d)`."""
         return F.linear(y, self.matrix.mT.to(y))
@@ -79,9 +93,13 @@ Operator = LowRankOperator | DenseOperator
 DEFAULT_RANK_SHARE = 0.05
 """Default rank as a share of the hidden size; the paper uses 200 of 4096."""
 
+RANK_MULTIPLE = 8
+"""Default ranks are multiples of it where they can be: products with a rank of 51 take a third longer than with 48 on a
+CPU's vector units, and tensor cores need it."""
+
 
 def build_operator(hidden_size: int, rank: int | str | None, *, lr_multiplier: float = 1.0) -> Operator:
-    """Build an operator: a low-rank one of the given rank (None: 5 % of the hidden size), or `"dense"`.
+    """Build an operator: a low-rank one of the given rank (None: about 5 % of the hidden size), or `"dense"`.
 
     Raises:
         PatError: the rank is neither a legal number nor `"dense"`.
@@ -90,8 +108,14 @@ def build_operator(hidden_size: int, rank: int | str | None, *, lr_multiplier: f
     if rank == "dense":
         return DenseOperator(hidden_size)
     if rank is None:
-        rank = max(1, round(DEFAULT_RANK_SHARE * hidden_size))
+        rank = default_rank(hidden_size)
     return LowRankOperator(hidden_size, int(rank), lr_multiplier=lr_multiplier)
+
+
+def default_rank(hidden_size: int) -> int:
+    """Return the default rank for a hidden size: about 5 % of it."""
+    rank = DEFAULT_RANK_SHARE * hidden_size
+    return RANK_MULTIPLE * round(rank / RANK_MULTIPLE) if rank >= RANK_MULTIPLE else max(1, round(rank))
 
 
 def check_rank(hidden_size: int, rank: int | str | None) -> None:
@@ -103,7 +127,7 @@ def check_rank(hidden_size: int, rank: int | str | None) -> None:
     if rank is None or rank == "dense" or (type(rank) is int and 1 <= rank <= hidden_size):
         return
     raise PatError(
-        f"Got operator_rank={rank!r}; expected 1 to {hidden_size} (the hidden size), 'dense', or None for 5 % of it."
+        f"Got operator_rank={rank!r}; expected 1 to {hidden_size} (the hidden size), 'dense', or None (5 %)."
     )
 
 

@@ -134,8 +134,11 @@ class HsmLayer(_HookedLayer):
 
     def _write(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
         for name in self._active():
-            changed = output + self.operator(name).change(output).to(output.dtype)
-            output = self._mask_layer[0].mask(name)(changed)
+            operator, mask = self.operator(name), self._mask_layer[0].mask(name)
+            if mask.basis is None:
+                output = operator.gated(output, mask.gate())
+            else:
+                output = mask(output + operator.change(output).to(output.dtype))
         return output
 
     def _read_tied(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:

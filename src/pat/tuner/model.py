@@ -238,7 +238,7 @@ class PatModel(LoraModel):
         if not mask.hardened:
             if mask.milestone_step is None:
                 raise PatError(
-                    f"Got {purpose} of an adapter whose mask has never been trained and is still soft; put PatCallback() "
+                    f"Got {purpose} of an adapter whose mask has never been trained and is soft; put PatCallback() "
                     "into the trainer's callbacks and train past the milestone first."
                 )
             raise PatError(

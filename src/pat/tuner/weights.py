@@ -62,17 +62,18 @@ def embedding_ratio(embedding: nn.Module, pruned_hidden_size: int, dtype: torch.
 
 
 def _lora_parameter(layer: LoraLayer, name: str, leaf: str, adapter_name: str) -> Tensor:
-    base = _base_parameter(layer.get_base_layer(), leaf)
     has_adapter = adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A
+    variant = layer.lora_variant.get(adapter_name)
+    if has_adapter and leaf == "weight" and variant is None:
+        delta: Tensor = layer.get_delta_weight(adapter_name)  # type: ignore[attr-defined]
+        return _sum(delta, dequantize_module_weight(layer.get_base_layer()))
+    base = _base_parameter(layer.get_base_layer(), leaf)
     if not has_adapter:
         return base
     if leaf == "bias":
         extra = layer.lora_B[adapter_name].bias if layer.lora_bias.get(adapter_name) else None
         return base if extra is None else base + layer.scaling[adapter_name] * extra
-    variant = layer.lora_variant.get(adapter_name)
-    if variant is None:
-        delta: Tensor = layer.get_delta_weight(adapter_name)  # type: ignore[attr-defined]
-        return base + delta.to(base.dtype)
+    assert variant is not None
     try:
         return _upcast(variant.merge_safe(layer, adapter_name, base))
     except NotImplementedError as error:
@@ -90,12 +91,18 @@ def _expert_parameter(wrapper: nn.Module, leaf: str, adapter_name: str) -> Tenso
         if module.parameter_name == leaf and adapter_name in module.lora_A:
             delta = module.get_delta_weight(adapter_name)
         module = module.base_layer
-    base = _upcast(getattr(module, leaf))
-    return base if delta is None else base + delta.to(base.dtype)
+    base = getattr(module, leaf)
+    return _upcast(base) if delta is None else _sum(delta, base)
 
 
 def _base_parameter(module: nn.Module, leaf: str) -> Tensor:
     return _upcast(dequantize_module_weight(module) if leaf == "weight" else getattr(module, leaf))
+
+
+def _sum(delta: Tensor, base: Tensor) -> Tensor:
+    """Add a base weight to LoRA's delta, in place: large matrices decide how much memory a merge takes."""
+    dtype = torch.promote_types(torch.promote_types(base.dtype, delta.dtype), torch.float32)
+    return delta.to(dtype).add_(base.detach())
 
 
 def _upcast(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from pat.errors import PatError
-from pat.sparsification.operator import DenseOperator, LowRankOperator, build_operator
+from pat.sparsification.operator import DenseOperator, LowRankOperator, build_operator, default_rank
 
 HIDDEN, RANK = 8, 3
 
@@ -70,11 +70,23 @@ def test_change_is_d_minus_identity_and_its_transpose(make) -> None:
     )
 
 
-@pytest.mark.parametrize("method", ["change", "change_transposed"])
+@pytest.mark.parametrize("make", OPERATORS)
+def test_gated_is_the_gate_times_d(make) -> None:
+    operator, y, gate = trained(make()), random(2, 5, HIDDEN, seed=9), random(HIDDEN, seed=11)
+    expected = gate * torch.einsum("ij,btj->bti", matrix(operator), y)
+    torch.testing.assert_close(operator.gated(y, gate), expected, atol=1e-12, rtol=1e-12)
+    assert torch.autograd.gradcheck(lambda m: operator.gated(y, m), gate.requires_grad_())
+    fresh, ones = make(), torch.ones(HIDDEN)
+    assert torch.equal(fresh.gated(y.float(), ones), y.float())
+
+
+@pytest.mark.parametrize("method", ["change", "change_transposed", "gated"])
 @pytest.mark.parametrize("name", ["down", "scale", "up", "y"])
 def test_gradients_by_finite_differences(name: str, method: str) -> None:
     operator, y = trained(LowRankOperator(HIDDEN, RANK)), random(2, HIDDEN, seed=9)
     point = (y if name == "y" else getattr(operator, name)).detach().clone().requires_grad_()
+
+    gate = (random(HIDDEN, seed=11),) if method == "gated" else ()
 
     class Call(nn.Module):
         def __init__(self) -> None:
@@ -82,11 +94,11 @@ def test_gradients_by_finite_differences(name: str, method: str) -> None:
             self.operator = operator
 
         def forward(self, y: Tensor) -> Tensor:
-            return getattr(operator, method)(y)
+            return getattr(operator, method)(y, *gate)
 
     def function(value: Tensor) -> Tensor:
         if name == "y":
-            return getattr(operator, method)(value)
+            return getattr(operator, method)(value, *gate)
         return torch.func.functional_call(Call(), {f"operator.{name}": value}, (y,))
 
     assert torch.autograd.gradcheck(function, point)
@@ -113,6 +125,8 @@ def test_parameters_stay_float32_and_the_output_has_the_inputs_dtype(dtype: torc
 
 def test_build_operator() -> None:
     assert build_operator(40, None).scale.shape == (2,)  # 5 %
+    # From 160 channels on multiples of 8: the paper's 200 of 4096, SmolLM2's 29 of 576.
+    assert [default_rank(size) for size in (158, 160, 576, 1024, 4096)] == [8, 8, 32, 48, 208]
     assert build_operator(8, None).scale.shape == (1,)
     assert build_operator(40, 7).scale.shape == (7,)
     assert build_operator(40, 40).scale.shape == (40,)

@@ -128,10 +128,10 @@ def test_a_missing_attention_mask_means_no_padding() -> None:
     assert torch.equal(first.calibrate([one]).basis, second.calibrate([with_mask]).basis)
 
 
-@pytest.mark.parametrize(("budget", "expected"), [(100, 2), (96, 1), (None, 4)])
+@pytest.mark.parametrize(("budget", "expected"), [(100, 2), (96, 1), (None, 2)])
 def test_reading_stops_at_the_budget(budget: int | None, expected: int) -> None:
-    """A full batch of 4 x 24 holds 96 tokens; by default 8 tokens a channel are read."""
-    assert DEFAULT_TOKENS_PER_CHANNEL * HIDDEN == 4 * 96
+    """A full batch of 4 x 24 holds 96 tokens; by default 4 tokens a channel are read."""
+    assert DEFAULT_TOKENS_PER_CHANNEL * HIDDEN == 2 * 96
     read = 0
 
     def endless() -> Iterator[dict[str, Tensor]]:
