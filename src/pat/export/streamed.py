@@ -38,6 +38,7 @@ from pat.export.write import (
     savable_generation_config,
 )
 from pat.loading import load_config, stored_dtype
+from pat.surgery.fold import CHUNK_ELEMENTS
 from pat.tuner import PatConfig
 from pat.tuner.merging import DenseForm, adapted_form, masked_form
 from pat.tuner.model import find_tuner
@@ -150,13 +151,15 @@ def stream_checkpoint(
     form = _dense_form(hollow, dtype, precision)
     dense = hollow_model(form.config, dtype, hollow.weights.device)
     limit = max_shard_size or hollow.weights.checkpoint.shard_bytes() or MAX_SHARD_SIZE
-    with ShardWriter(folder, dense, dtype, max_shard_size=limit) as writer:
-        shown = tqdm(form.weights, total=form.num_weights, desc="Folding", unit="tensor", disable=not progress)
-        for name, tensor in shown:
-            rounded = tensor.to(dtype)
-            if not rounded.isfinite().all():
+    bar = tqdm(total=form.num_weights, desc="Folding", unit="tensor", disable=not progress)
+    with bar, ShardWriter(folder, dense, dtype, max_shard_size=limit) as writer:
+        for name, tensor in form.weights:
+            rounded = tensor.to(dtype).contiguous()
+            if not all(part.isfinite().all() for part in rounded.view(-1).split(CHUNK_ELEMENTS)):
                 raise PatError(f"Got non-finite values in the folded weight {name}; the adapter is broken.")
             writer.write(name, rounded)
+            del tensor, rounded  # or they would be there while the next one is folded
+            bar.update()
     timings["fold_seconds"] = time.perf_counter() - started
     _write_configuration(hollow, dense, folder)
     try:

@@ -111,12 +111,12 @@ class _Fold:
         """Round a folded vector."""
         return tensor.to(self.dtype)
 
-    def matrix(self, weight: Tensor, cut: Callable[[Tensor], Tensor], *, writer: bool = False) -> Tensor:
+    def matrix(self, weight: Tensor, cut: Callable[[Tensor], Tensor] | None, *, writer: bool = False) -> Tensor:
         """Cut a matrix or a stack of them, some residual vectors at a time.
 
         Args:
             weight: `(..., n, d)`, of a writer `(..., d, n)`.
-            cut: maps vectors `(m, d)` to `(m, d')`, row by row.
+            cut: maps vectors `(m, d)` to `(m, d')`, row by row; None for a mere selection, which needs no precision.
             writer: whether the residual vectors are the columns.
         """
         vectors = weight.mT if writer else weight
@@ -129,8 +129,9 @@ class _Fold:
         step = max(1, CHUNK_ELEMENTS // width)
         for index in itertools.product(*map(range, stack)):
             for start in range(0, num_rows, step):
-                rows = lift(vectors[index][start : start + step], self.precision)
-                target[index][start : start + step] = cut(rows)
+                rows = vectors[index][start : start + step]
+                rows = self.channels.select(rows) if cut is None else cut(lift(rows, self.precision))
+                target[index][start : start + step] = rows
         return result
 
 
@@ -214,7 +215,8 @@ def _fold_reader(
     def cut(rows: Tensor) -> Tensor:
         return channels.cut(rows if scale is None else rows * scale.to(rows.device)) * factor
 
-    yield reader.weight, fold.matrix(fold.weight(reader.weight), cut)
+    plain = channels.basis is None and scale is None and factor == 1.0
+    yield reader.weight, fold.matrix(fold.weight(reader.weight), None if plain else cut)
     if reader.bias is not None:
         yield reader.bias, fold.vector(fold.load(reader.bias) * factor)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -54,13 +55,15 @@ class PatModel(LoraModel):
         self.residual_stream = plan.stream
         keep_plain_layout(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._add_sparsification(model, adapter_name, config, plan)
+        self._add_sparsification(model, adapter_name, config, plan, empty=bool(kwargs.get("low_cpu_mem_usage")))
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert self.residual_stream is not None
         return default_targets(cast(PatConfig, peft_config), self.model, self.residual_stream)
 
-    def _add_sparsification(self, model: nn.Module, adapter_name: str, config: PatConfig, plan: AttachmentPlan) -> None:
+    def _add_sparsification(
+        self, model: nn.Module, adapter_name: str, config: PatConfig, plan: AttachmentPlan, *, empty: bool
+    ) -> None:
         stream, width = plan.stream, plan.width
         device = next(model.get_submodule(stream.embedding).parameters()).device
         holder = model.get_submodule(stream.embedding.rpartition(".")[0])
@@ -82,9 +85,10 @@ class PatModel(LoraModel):
                 parent.add_module(OPERATOR_NAME, HsmLayer(mask_layer))
             layer = cast(HsmLayer, getattr(parent, OPERATOR_NAME))
             site_device = next(model.get_submodule(site).parameters()).device
-            operator = build_operator(
-                width.hidden_size, config.operator_rank, lr_multiplier=config.operator_lr_multiplier
-            )
+            with torch.device("meta") if empty else nullcontext():  # about to be loaded: orthogonalising takes minutes
+                operator = build_operator(
+                    width.hidden_size, config.operator_rank, lr_multiplier=config.operator_lr_multiplier
+                )
             layer.add_adapter(adapter_name, operator, site_device)
             # LoRA and modules_to_save may just have replaced the writer: hook whatever stands there now.
             final_norm = model.get_submodule(stream.final_norm) if site == stream.embedding else None
