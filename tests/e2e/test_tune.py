@@ -111,12 +111,32 @@ def test_the_checkpoint_loads_where_there_is_no_pat(run: Path) -> None:
 
 
 def test_merging_the_saved_adapter_gives_the_same_checkpoint(run: Path, tmp_path: Path) -> None:
-    assert main(["merge", "--adapter", str(run / "adapter"), "--output_dir", str(tmp_path / "again")]) == 0
+    moved = shutil.copytree(run / "compact", tmp_path / "moved")  # its base is found beside it
+    again = ["merge", "--adapter", str(moved / "adapter"), "--output_dir", str(tmp_path / "again")]
+    assert main([*again, "--dtype", "bfloat16"]) == 0  # it was trained, and is kept, in float32
     first, second = (
         AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (run / "model", tmp_path / "again")
     )
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+    card = (tmp_path / "again" / "README.md").read_text(encoding="utf-8")
+    assert "hidden size 36" in card and "| hidden size | 48 | 36 (−25.0 %) |" in card
+
+
+def test_the_adapter_of_the_milestone_merges_as_well(run: Path, tmp_path: Path) -> None:
+    assert main(["merge", "--adapter", str(run / "adapter"), "--output_dir", str(tmp_path / "early")]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "early").config.hidden_size == 36
+
+
+def test_an_adapter_of_either_kind_can_be_evaluated(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in (run / "adapter", run / "compact" / "adapter"):
+        assert main(["evaluate", "--model", str(folder), "--dataset_name", str(data), "--limit", "4"]) == 0
+
+
+def test_another_lora_adapter_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alone = shutil.copytree(run / "compact" / "adapter", tmp_path / "alone")
+    assert main(["merge", "--adapter", str(alone), "--output_dir", str(tmp_path / "again")]) == 2
+    assert "type LORA" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", ["false", "true", "nowhere"])

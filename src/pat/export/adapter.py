@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from pat.errors import PatError
-from pat.export.model_card import shown_name
+from pat.export.compact import MODEL, RECORD, read_compaction
+from pat.export.model_card import Compaction, shown_name
 from pat.export.write import quiet_transformers
 from pat.loading import load_base, load_config
 from pat.tuner import PatConfig
@@ -26,8 +27,8 @@ from pat.tuner.register import PatType
 CONFIG_NAME = "adapter_config.json"
 
 
-def read_adapter_config(adapter: str | os.PathLike[str]) -> PatConfig:
-    """Read the configuration of a saved PAT adapter.
+def read_adapter_config(adapter: str | os.PathLike[str]) -> LoraConfig:
+    """Read the configuration of a saved PAT adapter, or of the ordinary LoRA adapter of a compact model.
 
     Raises:
         PatError: no such folder, no adapter in it, or an adapter of another method.
@@ -36,7 +37,7 @@ def read_adapter_config(adapter: str | os.PathLike[str]) -> PatConfig:
     if not folder.is_dir():
         raise PatError(f"{adapter}: no such folder; expected the folder of a PAT adapter.")
     if not (folder / CONFIG_NAME).is_file():
-        inner = next((name for name in ("adapter", "compact") if (folder / name / CONFIG_NAME).is_file()), None)
+        inner = next((n for n in ("compact/adapter", "adapter") if (folder / n / CONFIG_NAME).is_file()), None)
         hint = f"pass {folder / inner}" if inner else "pass what model.save_pretrained or `pat tune` wrote as adapter"
         raise PatError(f"{adapter}: has no {CONFIG_NAME}, so it is not the folder of an adapter; {hint}.")
     try:
@@ -44,26 +45,40 @@ def read_adapter_config(adapter: str | os.PathLike[str]) -> PatConfig:
         kind = stored.get("peft_type")
     except (ValueError, AttributeError, OSError) as error:
         raise PatError(f"{folder / CONFIG_NAME}: not readable as JSON ({_one_line(error)}).") from error
-    if kind != PatType.PAT:
+    config_class = PatConfig if kind == PatType.PAT else LoraConfig
+    if kind != PatType.PAT and not (kind == PeftType.LORA.value and compaction_of(adapter) is not None):
         raise PatError(
             f"{adapter}: is an adapter of type {kind}, expected PAT; peft's own merge_and_unload merges others."
         )
     if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         raise PatError(f"{adapter}: has no {SAFETENSORS_WEIGHTS_NAME}; the adapter was not saved completely.")
     try:
-        return cast(PatConfig, PatConfig.from_pretrained(str(folder)))
+        return cast(LoraConfig, config_class.from_pretrained(str(folder)))
     except (TypeError, ValueError) as error:
         raise PatError(f"{folder / CONFIG_NAME}: not a usable configuration ({_one_line(error)}).") from error
 
 
-def base_name(adapter: str | os.PathLike[str], config: PatConfig, base_model: str | None) -> str:
-    """Return the base model to put an adapter on: the one given, else the one recorded.
+def compaction_of(adapter: str | os.PathLike[str]) -> Compaction | None:
+    """Return what was cut to get to the model that an adapter is for, if it is the adapter of a compact model.
+
+    Raises:
+        PatError: the record is not readable.
+    """
+    folder = Path(adapter).expanduser().resolve().parent
+    return read_compaction(folder) if (folder / RECORD).is_file() else None
+
+
+def base_name(adapter: str | os.PathLike[str], config: LoraConfig, base_model: str | None) -> str:
+    """Return the base model to put an adapter on: the one given, the compact one beside the adapter, or the recorded.
 
     Raises:
         PatError: none is given and none recorded, or the recorded folder is gone.
     """
     if base_model is not None:
         return base_model
+    beside = Path(adapter).expanduser().resolve().parent / MODEL
+    if not isinstance(config, PatConfig) and beside.is_dir():
+        return str(beside)
     recorded = config.base_model_name_or_path
     if not recorded:
         raise PatError(f"{adapter}: does not say which base model it belongs to; pass --base_model.")
@@ -96,9 +111,14 @@ def load_adapted(
     config = read_adapter_config(adapter)
     name = base_name(adapter, config, base_model)
     base_config, family = load_config(name)
-    check_config(base_config, family, config)  # before minutes of loading weights
     quantization = None
-    if config.base_quantization is not None and getattr(base_config, "quantization_config", None) is None:
+    if isinstance(config, PatConfig):
+        check_config(base_config, family, config)  # before minutes of loading weights
+    if (
+        isinstance(config, PatConfig)
+        and config.base_quantization is not None
+        and getattr(base_config, "quantization_config", None) is None
+    ):
         quantization = AutoQuantizationConfig.from_dict(dict(config.base_quantization))
     folder = str(Path(adapter).expanduser())
     with quiet_transformers(not progress), fitting(name, adapter):

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from pat.errors import PatError
-from pat.export.model_card import Compaction
+from pat.export.model_card import Compaction, shown_name
 from pat.export.staging import staged_folder
 from pat.export.verify import Parity, check, compare
 from pat.export.write import count_parameters, quiet_transformers, savable_generation_config
@@ -28,6 +28,7 @@ def describe_compaction(tuner: PatModel, parity: Parity) -> Compaction:
     """Return the record of a compaction of the active adapter."""
     mask, config = tuner.mask(), tuner.pat_config()
     return Compaction(
+        base_model=shown_name(config.base_model_name_or_path or "unknown"),
         hidden_size=mask.hidden_size,
         pruned_hidden_size=mask.pruned_hidden_size,
         num_parameters_base=count_parameters(cast(PreTrainedModel, tuner.model).config),

@@ -10,9 +10,10 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from peft import LoraConfig
 
 from pat.errors import PatError
-from pat.export.adapter import base_name, load_adapted, read_adapter_config
+from pat.export.adapter import base_name, compaction_of, load_adapted, read_adapter_config
 from pat.export.model_card import Cut, shown_name
 from pat.export.results import environment, write_results
 from pat.export.staging import check_output_folder, staged_folder
@@ -91,11 +92,13 @@ def merge(
         max_positions=getattr(base_config, "max_position_embeddings", None),
         max_tokens=LARGE_MODEL_TOKENS if large else MAX_TOKENS,
     )
+    compaction = None if isinstance(config, PatConfig) else compaction_of(adapter)
     options: dict[str, Any] = {
         "tokenizer": tokenizer,
         "batches": batches,
         "dtype": target,
-        "provenance": {"model_name_or_path": name},
+        "provenance": {"model_name_or_path": name if compaction is None else compaction.base_model},
+        "compaction": compaction,
         "progress": progress,
     }
     timings: dict[str, float] = {}
@@ -142,14 +145,15 @@ def _check_device(device: str | torch.device) -> None:
         ) from error
 
 
-def _results(name: str, config: PatConfig, parity: Parity, cut: Cut) -> dict[str, Any]:
+def _results(name: str, config: LoraConfig, parity: Parity, cut: Cut) -> dict[str, Any]:
     stored: dict[str, Any] = cast(Any, config).to_dict()
-    paths = {"base_model_name_or_path": name, "calibration": config.calibration}
+    paths = {"base_model_name_or_path": name, "calibration": getattr(config, "calibration", None)}
     return {
         "command": "merge",
         **environment(),
         "model_name_or_path": shown_name(name),
-        "pat_config": stored | {key: path and shown_name(path) for key, path in paths.items()},
+        ("pat_config" if isinstance(config, PatConfig) else "lora_config"): stored
+        | {key: path and shown_name(path) for key, path in paths.items()},
         "cut": asdict(cut),
         "parity": parity.to_dict(),
     }

@@ -39,6 +39,8 @@ class Cut:
 class Compaction:
     """What was cut at the milestone, where training went on with the small model."""
 
+    base_model: str
+    """Name of the model that was cut, as it may be shown."""
     hidden_size: int
     pruned_hidden_size: int
     num_parameters_base: int

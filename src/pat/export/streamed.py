@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -28,7 +28,7 @@ from pat.export.adapter import check_complete, fitting
 from pat.export.checkpoint import open_checkpoint
 from pat.export.hollow import StoredWeights, hollow_model
 from pat.export.layout import UnknownLayoutError
-from pat.export.model_card import Cut, render_card
+from pat.export.model_card import Compaction, Cut, render_card
 from pat.export.shards import ShardWriter
 from pat.export.verify import Parity, check, compare
 from pat.export.write import (
@@ -36,6 +36,7 @@ from pat.export.write import (
     describe_cut,
     quiet_transformers,
     savable_generation_config,
+    weight_bytes,
 )
 from pat.loading import load_config, stored_dtype
 from pat.surgery.fold import CHUNK_ELEMENTS
@@ -72,7 +73,7 @@ class HollowModel:
 
 
 def load_hollow(
-    adapter: str | os.PathLike[str], name: str, config: PatConfig, *, device: str | torch.device = "cpu"
+    adapter: str | os.PathLike[str], name: str, config: LoraConfig, *, device: str | torch.device = "cpu"
 ) -> HollowModel | None:
     """Put a saved adapter on a base model that stays on disk, None if that base or adapter has to be in memory.
 
@@ -83,8 +84,10 @@ def load_hollow(
         PatError: adapter or base cannot be read, or do not fit each other.
     """
     base_config, family = load_config(name)
-    check_config(base_config, family, config)
-    quantised = config.base_quantization is not None or getattr(base_config, "quantization_config", None) is not None
+    quantised = getattr(base_config, "quantization_config", None) is not None
+    if isinstance(config, PatConfig):
+        check_config(base_config, family, config)
+        quantised = quantised or config.base_quantization is not None
     if quantised or config.init_lora_weights not in _INITIALISATIONS:
         return None
     with fitting(name, adapter):
@@ -123,6 +126,7 @@ def stream_checkpoint(
     dtype: torch.dtype | None,
     precision: torch.dtype = torch.float64,
     provenance: Mapping[str, Any],
+    compaction: Compaction | None = None,
     progress: bool = False,
     max_shard_size: int | str | None = None,
     timings: dict[str, float] | None = None,
@@ -137,6 +141,7 @@ def stream_checkpoint(
         dtype: of the dense model; by default the base's.
         precision: to fold matrices in.
         provenance: for the model card, see `render_card`.
+        compaction: what was cut before, if this is a compact model with its ordinary LoRA adapter.
         progress: show a bar over the tensors.
         max_shard_size: size limit of one weight file; by default that of the base's.
         timings: takes down the seconds that folding with writing, and comparing, have taken.
@@ -172,8 +177,11 @@ def stream_checkpoint(
     timings["verify_seconds"] = time.perf_counter() - started
     check(parity)
     tuner = find_tuner(hollow.model)
-    assert tuner is not None
-    cut = describe_cut(tuner, dense, folder)
+    if tuner is not None:
+        cut = describe_cut(tuner, dense, folder)
+    else:
+        assert compaction is not None
+        cut = compaction.cut(dense.num_parameters(), weight_bytes(folder))
     (folder / "README.md").write_text(render_card(cut, parity, provenance), encoding="utf-8")
     return parity, cut
 

@@ -5,6 +5,9 @@ An operator is the identity, bit for bit, when it is made: D = I + change, and t
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -59,6 +62,12 @@ class LowRankOperator(nn.Module):
         down, scale, up = (p.to(y) for p in (self.down, self.v(), self.up))
         return F.linear(F.linear(y, up.mT) * scale, down.mT)
 
+    def cut_outputs(self, cut: Callable[[Tensor], Tensor]) -> LowRankOperator:
+        """Return an operator whose `change` is already cut: `cut` maps rows `(..., d)` to `(..., d')`, linearly."""
+        twin = copy.deepcopy(self)
+        twin.up = nn.Parameter(cut(self.up.detach().mT).mT.contiguous(), requires_grad=False)
+        return twin
+
     def identity_loss(self) -> Tensor:
         """Return ||L0 L0ᵀ - I|| + ||L1ᵀ L1 - I|| (eq. 11)."""
         return orthogonality_loss(self.down) + orthogonality_loss(self.up.mT)
@@ -82,6 +91,12 @@ class DenseOperator(nn.Module):
     def change_transposed(self, y: Tensor) -> Tensor:
         """Return Mᵀ y for `y` of shape `(..., d)`."""
         return F.linear(y, self.matrix.mT.to(y))
+
+    def cut_outputs(self, cut: Callable[[Tensor], Tensor]) -> DenseOperator:
+        """Return an operator whose `change` is already cut, see `LowRankOperator`."""
+        twin = copy.deepcopy(self)
+        twin.matrix = nn.Parameter(cut(self.matrix.detach().mT).mT.contiguous(), requires_grad=False)
+        return twin
 
     def identity_loss(self) -> Tensor:
         """Return ||D Dᵀ - I||, the counterpart of eq. 11 for an operator with a single factor."""

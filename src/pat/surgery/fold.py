@@ -36,6 +36,10 @@ class Operator(Protocol):
         """Return (Dᵀ - I) y."""
         ...
 
+    def cut_outputs(self, cut: Callable[[Tensor], Tensor]) -> Operator:
+        """Return an operator whose `change` is already cut, for a linear map `cut` of rows `(..., d)`."""
+        ...
+
 
 @dataclass(frozen=True)
 class Channels:
@@ -111,6 +115,14 @@ class _Fold:
         """Round a folded vector."""
         return tensor.to(self.dtype)
 
+    def writer(self, operator: Operator | None) -> Callable[[Tensor], Tensor]:
+        """Return what applies D and the cut to vectors in the residual stream, `(..., d)` -> `(..., d')`."""
+        cut = self.channels.cut
+        if operator is None:
+            return cut
+        short = operator.cut_outputs(cut)  # the channels that go need not be computed
+        return lambda rows: cut(rows) + short.change(rows)
+
     def matrix(self, weight: Tensor, cut: Callable[[Tensor], Tensor] | None, *, writer: bool = False) -> Tensor:
         """Cut a matrix or a stack of them, some residual vectors at a time.
 
@@ -164,9 +176,8 @@ def fold_weights(
     fold = _Fold(weight, channels.to(precision), precision, dtype or precision)
     channels = fold.channels
 
-    operator = operators.get(stream.embedding)
-    name = f"{stream.embedding}.weight"
-    yield name, fold.matrix(weight(name), lambda rows: cut_writer_rows(rows, operator, channels) * plan.embedding_ratio)
+    name, write = f"{stream.embedding}.weight", fold.writer(operators.get(stream.embedding))
+    yield name, fold.matrix(weight(name), lambda rows: write(rows) * plan.embedding_ratio)
 
     qk_scaled = stream.scaled_projections()
     for branch in stream.branches:
@@ -195,9 +206,7 @@ def cut_writer_rows(rows: Tensor, operator: Operator | None, channels: Channels)
 
 def _fold_writer(branch: ResidualBranch, fold: _Fold, operator: Operator | None) -> Iterator[tuple[str, Tensor]]:
     # A writer's rows lie in the stream: W is (d, in), experts are (num_experts, d, in).
-    def cut(rows: Tensor) -> Tensor:
-        return cut_writer_rows(rows, operator, fold.channels)
-
+    cut = fold.writer(operator)
     yield branch.writer.weight, fold.matrix(fold.weight(branch.writer.weight), cut, writer=True)
     if branch.writer.bias is not None:
         bias = fold.load(branch.writer.bias).to(fold.precision)
