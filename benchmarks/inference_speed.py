@@ -1,4 +1,4 @@
-"""Is a 25 % smaller model as much faster as FLOP and byte counts say? `pat benchmark` on random Llamas, float32, CPU.
+"""Is a 25 % smaller model as much faster as FLOP and byte counts say? `pat benchmark` on random Llamas.
 
     OMP_NUM_THREADS=1 python benchmarks/inference_speed.py --output benchmarks/results/inference_speed.json
 
@@ -36,7 +36,7 @@ MARKS = {"prefill": (8, 0.95), "decode": (1, 0.90)}
 """Smallest batch size that counts, and least share of the predicted speed-up, by phase."""
 
 
-def make_models(folder: Path, hidden_size: int) -> dict[str, str]:
+def make_models(folder: Path, hidden_size: int, dtype: torch.dtype) -> dict[str, str]:
     """Write a random hidden-dominated Llama and one with a hidden size that is a quarter smaller."""
     config = LlamaConfig(
         hidden_size=hidden_size,
@@ -60,7 +60,7 @@ def make_models(folder: Path, hidden_size: int) -> dict[str, str]:
     paths = {}
     for role, shape in (("baseline", config), ("model", small)):
         paths[role] = str(folder / f"{role}-{shape.hidden_size}")
-        AutoModelForCausalLM.from_config(shape, dtype=torch.float32).save_pretrained(paths[role])
+        AutoModelForCausalLM.from_config(shape, dtype=dtype).save_pretrained(paths[role])
     return paths
 
 
@@ -69,7 +69,7 @@ def run(
 ) -> dict[str, Any]:
     """Compare the two models of a shape; print the tables and return the record."""
     with tempfile.TemporaryDirectory(prefix="inference_speed-") as scratch:
-        paths = make_models(Path(scratch), hidden_size)
+        paths = make_models(Path(scratch), hidden_size, getattr(torch, args.dtype))
         benchmark = run_benchmark(
             BenchmarkOptions(
                 **paths,
@@ -79,7 +79,7 @@ def run(
                 repetitions=args.repetitions,
                 warmup=args.warmup,
                 max_seconds=args.max_seconds,
-                device="cpu",
+                device=args.device,
                 threads=args.threads,
                 output_dir=Path(scratch) / "out",
             )
@@ -134,6 +134,8 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--max_seconds", type=float, default=120, help="See `pat benchmark`.")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
 
     load_before = os.getloadavg()

@@ -69,16 +69,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--parts", default="steps,memory,runs")
-    parser.add_argument("--steps", type=int, default=60, help="Optimizer steps of a whole run.")
+    parser.add_argument("--steps", type=int, default=120, help="Optimizer steps of a whole run.")
     parser.add_argument("--pairs", type=int, default=12, help="Timed steps of every model.")
     parser.add_argument("--repetitions", type=int, default=3, help="Whole runs of every method.")
-    parser.add_argument("--batch_size", type=int, default=2)
+    parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--max_length", type=int, default=256)
+    parser.add_argument("--hidden_size", type=int, default=SHAPE["hidden_size"])
+    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    set_shape(args)
     if args.worker:
         print(json.dumps(work(args)))
         return
@@ -93,6 +96,17 @@ def main() -> None:
             if args.output:
                 args.output.parent.mkdir(parents=True, exist_ok=True)
                 args.output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def set_shape(args: argparse.Namespace) -> None:
+    """Set the shape of the base model: heads of 64 channels, an MLP of 2.75 times the hidden size."""
+    SHAPE.update(
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden_size // 64,
+        num_key_value_heads=args.hidden_size // 64,
+        intermediate_size=args.hidden_size * 11 // 4,
+    )
 
 
 # -- inputs ------------------------------------------------------------------------------------------------------------
@@ -334,6 +348,7 @@ def fresh(args: argparse.Namespace, worker: str, steps: int | None = None) -> di
     flags = ["--worker", worker, "--folder", str(args.folder), "--steps", str(steps or args.steps)]
     flags += ["--batch_size", str(args.batch_size), "--max_length", str(args.max_length)]
     flags += ["--device", args.device, "--dtype", args.dtype]
+    flags += ["--hidden_size", str(args.hidden_size), "--layers", str(args.layers)]
     done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-4000:])
