@@ -35,6 +35,23 @@ class Width:
         return 1 - self.pruned_hidden_size / self.hidden_size
 
 
+def check_request(pruning_ratio: float | None, pruned_hidden_size: int | None) -> None:
+    """Check what can be said of a request without knowing the model.
+
+    Raises:
+        PatError: both are given, or the ratio is outside (0, 1).
+    """
+    if pruning_ratio is not None and pruned_hidden_size is not None:
+        raise PatError(
+            f"Got both pruning_ratio={pruning_ratio} and pruned_hidden_size={pruned_hidden_size}; give one of the two."
+        )
+    if pruning_ratio is not None and not 0 < pruning_ratio < 1:
+        raise PatError(
+            f"Got pruning_ratio={pruning_ratio}; expected a share of the hidden size strictly between 0 and 1, such as "
+            "0.25."
+        )
+
+
 def choose_width(
     hidden_size: int,
     num_attention_heads: int,
@@ -55,19 +72,12 @@ def choose_width(
     Raises:
         PatError: the ratio is outside (0, 1), both are given, or the width is illegal or not smaller than the base.
     """
-    if pruning_ratio is not None and pruned_hidden_size is not None:
-        raise PatError(
-            f"Got both pruning_ratio={pruning_ratio} and pruned_hidden_size={pruned_hidden_size}; give one of the two."
-        )
+    check_request(pruning_ratio, pruned_hidden_size)
     legal = legal_widths(hidden_size, num_attention_heads, multiple_of=multiple_of)
     if pruned_hidden_size is not None:
         return _check_explicit(hidden_size, num_attention_heads, pruned_hidden_size, multiple_of, legal)
 
     ratio = DEFAULT_PRUNING_RATIO if pruning_ratio is None else pruning_ratio
-    if not 0 < ratio < 1:
-        raise PatError(
-            f"Got pruning_ratio={ratio}; expected a share of the hidden size strictly between 0 and 1, such as 0.25."
-        )
     asked = hidden_size * (1 - ratio)
     near = [width for width in legal if abs(width - asked) <= ALIGNMENT_SLACK * asked]
     candidates = near or [min(legal, key=lambda width: (abs(width - asked), width))]

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from pat.errors import PatError
 from pat.tuner.options import PatOptions
 from pat.tuner.register import PatType
-from pat.widths import DEFAULT_PRUNING_RATIO
+from pat.widths import DEFAULT_PRUNING_RATIO, check_request
 
 _CHOICES = {
     "mask": ("trainable", "frozen"),
@@ -51,6 +51,7 @@ class PatConfig(PatOptions, LoraConfig):
                 raise PatError(f"Got {name}={getattr(self, name)!r}; expected one of {', '.join(map(repr, choices))}.")
         if not 0 <= self.milestone <= 1:
             raise PatError(f"Got milestone={self.milestone}; expected a share of the optimizer steps in [0, 1].")
+        check_request(self.pruning_ratio, self.pruned_hidden_size)
         if self.pruning_ratio is None and self.pruned_hidden_size is None:
             self.pruning_ratio = DEFAULT_PRUNING_RATIO
         if isinstance(self.operator_rank, str) and self.operator_rank != "dense":

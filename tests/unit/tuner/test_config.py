@@ -26,6 +26,8 @@ def test_it_is_a_lora_config_with_fields_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"pruning_ratio": 25}, r"pruning_ratio=25.*between 0 and 1"),
+        ({"pruning_ratio": 0.2, "pruned_hidden_size": 8}, r"one of the two"),
         ({"mask": "soft"}, r"mask='soft'.*'trainable', 'frozen'"),
         ({"rotation": "svd"}, r"rotation='svd'.*'auto', 'pca', 'none'"),
         ({"milestone": 1.2}, r"milestone=1\.2"),
