@@ -6,6 +6,9 @@ steps   one process holds every model and takes training steps in turns; medians
 memory  a fresh process each; peak resident set size, of which what the process had before it made a model is part
 runs    a fresh process each, in turns: wall and CPU time of whole runs from a base model in memory to the tuned
         adapter, with calibration, checkpoints, compaction and its verification
+whole   computed: a run of `WHOLE_TOKENS` tokens from the medians of `steps`, and from what `runs` spent beside steps.
+        Calibration and compaction take as long however long a run is, so a run short enough to be repeated on a CPU
+        says more about them than about training
 
     python benchmarks/train_cost.py --output benchmarks/results/train_cost.json
 """
@@ -49,6 +52,9 @@ MARKS = {
 }
 """What is held against which limit."""
 
+WHOLE_TOKENS = 2**20
+"""Tokens of the computed run: a fifth of the instruction data, once."""
+
 LORA_RANK = 64
 RATIO = 0.25
 
@@ -68,7 +74,7 @@ def main() -> None:
     """Measure what is asked for, and merge it into the results file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--parts", default="steps,memory,runs")
+    parser.add_argument("--parts", default="steps,memory,runs,whole")
     parser.add_argument("--steps", type=int, default=120, help="Optimizer steps of a whole run.")
     parser.add_argument("--pairs", type=int, default=12, help="Timed steps of every model.")
     parser.add_argument("--repetitions", type=int, default=3, help="Whole runs of every method.")
@@ -91,7 +97,10 @@ def main() -> None:
         args.folder = Path(folder)
         make_inputs(args)
         for part in args.parts.split(","):
-            results[part] = {"steps": time_steps, "memory": measure_memory, "runs": time_runs}[part](args)
+            if part == "whole":
+                results[part] = compose(results["steps"], results["runs"])
+            else:
+                results[part] = {"steps": time_steps, "memory": measure_memory, "runs": time_runs}[part](args)
             print(json.dumps({part: {key: results[part][key] for key in results[part] if "ratios" in key}}, indent=2))
             if args.output:
                 args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -394,6 +403,23 @@ def time_runs(args: argparse.Namespace) -> dict[str, Any]:
             for kind, found in pairs.items()
         },
     }
+
+
+def compose(steps: dict[str, Any], runs: dict[str, Any]) -> dict[str, Any]:
+    """Compute the time of long runs as a share of LoRA's: steps of both stages, and what does not grow with the run."""
+    seconds = {name: values["median"] for name, values in steps["seconds"].items()}
+    stage_one = {"default": seconds["stage_one_rotated"], "paper": seconds["stage_one"]}
+    num_steps = WHOLE_TOKENS // (steps["batch_size"] * steps["max_length"])
+    result: dict[str, Any] = {"num_steps": num_steps, "fixed_seconds": {}, "ratios": {}}
+    for kind, step_one in stage_one.items():
+        milestone = recipe_defaults(kind)["milestone"]
+        short = round(milestone * runs["steps"]) * step_one * runs["batch_size"] / steps["batch_size"]
+        parts = [row["stage_one"] - short + row["compaction"] for row in runs["parts"][kind]]
+        fixed = result["fixed_seconds"][kind] = max(0.0, statistics.median(parts))
+        soft = round(milestone * num_steps)
+        total = fixed + soft * step_one + (num_steps - soft) * seconds["stage_two"]
+        result["ratios"][f"run_{kind}_to_lora"] = total / (num_steps * seconds["lora"])
+    return result
 
 
 def quartiles(values: list[float]) -> dict[str, float]:
