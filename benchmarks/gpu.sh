@@ -27,8 +27,9 @@ part() {  # part SECONDS NAME COMMAND...
     local limit=$1 name=$2
     shift 2
     echo "== $name"
-    timeout "$limit" "$@" 2>&1 | tee "$OUT/$name.log" | grep -v Warning || true
-    [ "${PIPESTATUS[0]}" -eq 0 ] || { echo "== $name did not finish"; failed=1; }
+    timeout "$limit" "$@" 2>&1 | tee "$OUT/$name.log"
+    local status=${PIPESTATUS[0]}
+    [ "$status" -eq 0 ] || { echo "== $name ended with status $status"; failed=1; }
 }
 
 part 200 train_cost "$PYTHON" benchmarks/train_cost.py --hidden_size 4096 --layers 4 --batch_size 8 --steps 200 \

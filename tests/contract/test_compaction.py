@@ -54,6 +54,8 @@ def test_masked_and_compact_model_agree_in_float64(
         {"lora_bias": True},
         {"untie_word_embeddings": True},
         {"untie_word_embeddings": True, "modules_to_save": ["lm_head", "norm"]},
+        {"modules_to_save": ["down_proj"]},
+        {"untie_word_embeddings": True, "target_modules": ["q_proj", "embed_tokens"]},
         {"rank_pattern": {"down_proj": 3}, "alpha_pattern": {"q_proj": 20}},
     ],
     ids=str,
@@ -84,6 +86,31 @@ def test_lora_stays_and_the_operator_becomes_rank() -> None:
     assert compact.model.peft_config["default"].rank_pattern == dict.fromkeys(
         ("o_proj", "down_proj"), RANK + OPERATOR_RANK
     )
+
+
+def test_lora_on_an_embedding_starts_anew_and_dense_layers_beside_experts_are_said_to_be_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fields: dict[str, Any] = {"untie_word_embeddings": True, "target_modules": ["q_proj", "embed_tokens"]}
+    embedding = compacted(masked_model("llama", tied=True, **fields)).model.get_base_model().model.embed_tokens
+    assert embedding.r["default"] == RANK and not embedding.lora_embedding_A["default"].any()
+    assert not caplog.messages
+    compacted(masked_model("qwen3_moe", tied=False))
+    assert "is folded and not trained on" in caplog.text
+
+
+def test_what_starts_anew_is_the_same_whenever_it_is_made() -> None:
+    """A run that was cut off between the stages goes on from the same values."""
+    model = masked_model("llama", tied=True, use_dora=True)
+    torch.manual_seed(1)
+    first = compacted(model).model
+    torch.manual_seed(2)
+    expected = torch.rand(1)
+    torch.manual_seed(2)
+    second = compacted(model).model
+    assert torch.equal(torch.rand(1), expected)
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_the_compact_model_trains_and_merges_as_any_lora_model() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from tiny_models import build, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import pat
+from pat.cli import main
+from pat.errors import PatError
 from pat.training.arguments import build_arguments
-from pat.training.stages import Stages
+from pat.training.stages import Stages, last_checkpoint
 from pat.training.tune import run_tune
 from pat.tuner import PatModel
 
@@ -153,3 +156,80 @@ def test_the_large_model_is_gone_while_the_small_one_trains(
     monkeypatch.setattr(Stages, "_train", counting)
     run_tune(build_arguments(**flags(base, data, tmp_path / "out")))
     assert seen == {"stage_one": 1, "stage_two": 0}
+
+
+# -- interrupted, resumed, refused -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kept(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with all its checkpoints; experts start anew at the milestone."""
+    out = tmp_path_factory.mktemp("kept") / "out"
+    pat.tune(**flags(base, data, out, use_dora=True, save_strategy="steps", save_steps=1, keep_checkpoints=True))
+    return out
+
+
+def test_a_checkpoint_of_another_folder_is_resumed_between_the_stages(
+    kept: Path, base: Path, data: Path, tmp_path: Path
+) -> None:
+    checkpoint = kept / "checkpoints" / f"checkpoint-{MILESTONE}"
+    out = tmp_path / "out"
+    pat.tune(**flags(base, data, out, use_dora=True, resume_from_checkpoint=str(checkpoint)))
+    assert logged(out, "loss") == logged(kept, "loss")
+
+
+def test_a_second_training_leaves_no_stage_two_of_the_first(
+    kept: Path, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(kept / "checkpoints", out / "checkpoints")
+    first = out / "checkpoints" / "checkpoint-1"
+
+    def cut_off(self: Stages, trainer: Any, part: str, resume_from: Any) -> None:
+        if part == "stage_two":
+            raise KeyboardInterrupt
+        original(self, trainer, part, resume_from)
+
+    original = Stages._train
+    monkeypatch.setattr(Stages, "_train", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        pat.tune(**flags(base, data, out, use_dora=True, resume_from_checkpoint=str(first)))
+    assert last_checkpoint(out / "checkpoints") == str(out / "checkpoints" / "compact" / f"checkpoint-{MILESTONE}")
+
+
+def test_a_hard_checkpoint_is_gone_on_from_whatever_the_milestone_is(
+    kept: Path, base: Path, data: Path, tmp_path: Path
+) -> None:
+    checkpoint = kept / "checkpoints" / f"checkpoint-{MILESTONE}"
+    out = tmp_path / "out"
+    pat.tune(**flags(base, data, out, use_dora=True, milestone=0.0, resume_from_checkpoint=str(checkpoint)))
+    assert logged(out, "loss") == logged(kept, "loss")
+
+
+def test_checkpoints_of_stage_two_can_be_merged(kept: Path, tmp_path: Path) -> None:
+    checkpoint = kept / "checkpoints" / "compact" / f"checkpoint-{STEPS}"
+    assert main(["merge", "--adapter", str(checkpoint), "--output_dir", str(tmp_path / "again")]) == 0
+    first, second = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (kept / "model", tmp_path / "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_full_width_cannot_be_had_from_a_checkpoint_of_the_compact_model(
+    kept: Path, base: Path, data: Path, tmp_path: Path
+) -> None:
+    checkpoint = kept / "checkpoints" / "compact" / f"checkpoint-{STEPS - 1}"
+    with pytest.raises(PatError, match="no_compact"):
+        pat.tune(**flags(base, data, tmp_path / "out", no_compact=True, resume_from_checkpoint=str(checkpoint)))
+
+
+def test_without_an_order_of_the_channels_nothing_is_left(base: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(PatError, match="no prior order"):
+        pat.tune(**flags(base, data, out, milestone=0.0, rotation="none"))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("rotation", ["none", "pca"])
+def test_mixed_precision(rotation: str, base: Path, data: Path, tmp_path: Path) -> None:
+    """The masked and the compact model are compared without the autocast that the trainer puts around them."""
+    result = pat.tune(**flags(base, data, tmp_path / "out", rotation=rotation, bf16=True))
+    assert result.parity.dtype == "float32" and result.parity.max_abs_logit_diff <= 1e-4

@@ -11,7 +11,7 @@ from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers.quantizers.auto import AutoQuantizationConfig
 
@@ -23,8 +23,6 @@ from pat.loading import load_base, load_config
 from pat.tuner import PatConfig
 from pat.tuner.prepare import check_config
 from pat.tuner.register import PatType
-
-CONFIG_NAME = "adapter_config.json"
 
 
 def read_adapter_config(adapter: str | os.PathLike[str]) -> LoraConfig:
@@ -64,8 +62,11 @@ def compaction_of(adapter: str | os.PathLike[str]) -> Compaction | None:
     Raises:
         PatError: the record is not readable.
     """
-    folder = Path(adapter).expanduser().resolve().parent
-    return read_compaction(folder) if (folder / RECORD).is_file() else None
+    folder = Path(adapter).expanduser().resolve()
+    stored = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    # Beside the adapter, or (a checkpoint of stage two) beside the base that it names.
+    places = [folder.parent, Path(stored.get("base_model_name_or_path") or "").parent]
+    return next((read_compaction(place) for place in places if (place / RECORD).is_file()), None)
 
 
 def base_name(adapter: str | os.PathLike[str], config: LoraConfig, base_model: str | None) -> str:
@@ -77,7 +78,7 @@ def base_name(adapter: str | os.PathLike[str], config: LoraConfig, base_model: s
     if base_model is not None:
         return base_model
     beside = Path(adapter).expanduser().resolve().parent / MODEL
-    if not isinstance(config, PatConfig) and beside.is_dir():
+    if not isinstance(config, PatConfig) and beside.is_dir() and (beside.parent / RECORD).is_file():
         return str(beside)
     recorded = config.base_model_name_or_path
     if not recorded:

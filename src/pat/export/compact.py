@@ -24,6 +24,12 @@ MODEL, ADAPTER, RECORD = "model", "adapter", "compaction.json"
 """What the folder holds."""
 
 
+COMPACTION_REFUSED = (
+    "The compact model is not the masked one: {missed}. The adapter as of the milestone and the checkpoints are kept; "
+    "go on at full width with --resume_from_checkpoint true --no_compact true."
+)
+
+
 def describe_compaction(tuner: PatModel, parity: Parity) -> Compaction:
     """Return the record of a compaction of the active adapter."""
     mask, config = tuner.mask(), tuner.pat_config()
@@ -40,7 +46,7 @@ def describe_compaction(tuner: PatModel, parity: Parity) -> Compaction:
 
 
 def write_compact(
-    masked: PeftModel, tuner: PatModel, folder: Path, *, tokenizer: Any, batches: Iterable[Mapping[str, Any]]
+    masked: PeftModel, tuner: PatModel, folder: Path, *, tokenizer: Any, batches: Iterable[Mapping[str, Any]], seed: int
 ) -> tuple[CompactModel, Compaction]:
     """Compact the active adapter, compare both models, and write the small one; the folder appears complete or not.
 
@@ -50,6 +56,7 @@ def write_compact(
         folder: a new or empty folder.
         tokenizer: saved beside the small base.
         batches: text to compare on, see `compare`.
+        seed: of LoRA that starts anew.
 
     Raises:
         RunFailed: the compact model is not the masked one; nothing is written.
@@ -60,9 +67,9 @@ def write_compact(
             parts.base.generation_config = savable_generation_config(parts.base.generation_config)
         parts.base.save_pretrained(staging / MODEL)
         tokenizer.save_pretrained(staging / MODEL)
-        compact = parts.attach()
+        compact = parts.attach(seed)
         parity = compare(masked, compact.model, batches)
-        check(parity)
+        check(parity, COMPACTION_REFUSED)
         record = describe_compaction(tuner, parity)
         parts.config.base_model_name_or_path = str(staging / MODEL)  # peft looks for the configuration there
         compact.model.save_pretrained(str(staging / ADAPTER))

@@ -52,8 +52,9 @@ class StoredWeights:
         checkpoint: what its parameters are stored in.
 
     Raises:
-        PatError: the checkpoint lacks a parameter, or has it in another shape.
-        UnknownLayoutError: the checkpoint stores something that cannot be read piece by piece.
+        PatError: the checkpoint has a parameter in another shape.
+        UnknownLayoutError: the checkpoint stores something that cannot be read piece by piece, or lacks a parameter
+            under the names known here.
     """
 
     def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
@@ -177,7 +178,9 @@ class StoredWeights:
             if not ways:
                 bare = tuple(Piece(p.name.removeprefix(prefix), p.shape, p.start) for p in pieces)
                 ways = [bare] if all(piece.name in stored for piece in bare) else []
-            if not ways or any(stored[piece.name].shape != piece.shape for piece in ways[0]):
+            if not ways:  # under a name that transformers may know, and will judge
+                raise UnknownLayoutError(f"{name} is not stored under its own name")
+            if any(stored[piece.name].shape != piece.shape for piece in ways[0]):
                 missing.append(name)
             elif any(stored[piece.name].dtype is None for piece in ways[0]):
                 raise UnknownLayoutError(f"{name} is stored in a format of its own")

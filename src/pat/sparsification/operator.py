@@ -54,8 +54,10 @@ class LowRankOperator(nn.Module):
         gate = gate.to(y)
         down, up = self.down.to(y), (self.up * self.v()).to(y) * gate.unsqueeze(1)
         flat = y.reshape(-1, y.shape[-1])
-        # In place on the new tensor: on a CPU, fresh memory for another one costs more than the product.
-        return (flat * gate).addmm_(F.linear(flat, down), up.mT).view_as(y)
+        small = F.linear(flat, down)
+        if small.dtype != flat.dtype:  # under autocast, which leaves products in place alone
+            return (flat * gate + F.linear(small, up).to(flat.dtype)).view_as(y)
+        return (flat * gate).addmm_(small, up.mT).view_as(y)
 
     def change_transposed(self, y: Tensor) -> Tensor:
         """Return (Dᵀ - I) y for `y` of shape `(..., d)`, computed in the dtype and on the device of `y`."""

@@ -28,20 +28,10 @@ def continue_from(done: Path, trainer: Trainer, compact: CompactModel, stage_two
     state = json.loads((done / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     # Where the best checkpoint so far was one of the masked model, it cannot be loaded into the compact one.
     state |= {"best_metric": None, "best_model_checkpoint": None, "best_global_step": None}
-    state["stateful_callbacks"] = _without_stop(state.get("stateful_callbacks", {}))
     compact.model.save_pretrained(str(folder))
     torch.save(_inherited_state(trainer, compact, stage_two), folder / OPTIMIZER_NAME)
     (folder / TRAINER_STATE_NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     return folder.rename(target)
-
-
-def _without_stop(callbacks: dict[str, Any]) -> dict[str, Any]:
-    """Take back the order to stop, which the trainer saves with the rest of its control."""
-    control = callbacks.get("TrainerControl", {})
-    for group in control.values():
-        for flag in [name for name in group if name.startswith("should_")]:
-            group[flag] = False
-    return callbacks
 
 
 def _inherited_state(trainer: Trainer, compact: CompactModel, stage_two: Trainer) -> dict[str, Any]:

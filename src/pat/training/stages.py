@@ -13,7 +13,8 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +23,7 @@ import torch
 from peft import PeftModel, PeftType, get_peft_model
 from peft.utils import CONFIG_NAME
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
@@ -30,6 +31,7 @@ from pat.errors import PatError, RunFailed
 from pat.export.compact import ADAPTER, MODEL, read_compaction, write_compact
 from pat.export.model_card import Compaction
 from pat.loading import load_base
+from pat.sparsification.schedule import milestone_step
 from pat.training.arguments import TuneArguments
 from pat.training.callback import PatCallback, calibration_batches
 from pat.training.data import TrainingData
@@ -91,6 +93,11 @@ class Stages:
         base, self.base = self.base, None
         if resume_from is not None and is_compact(resume_from):
             del base
+            if self.arguments.run.no_compact:
+                raise PatError(
+                    f"Got --no_compact and the checkpoint {resume_from} of the compact model; leave the flag out, or "
+                    "resume from a checkpoint of stage one."
+                )
             return self._resume_compact(resume_from)
         pat_config = self.arguments.pat_config()
         model = cast(PeftModel, get_peft_model(cast(PreTrainedModel, base), pat_config))
@@ -103,17 +110,16 @@ class Stages:
         started = time.perf_counter()
         trainer = self._trainer(model, args, [PatCallback(), *([_StopAtMilestone()] if compacts else [])])
         self.seconds["preparation"] = time.perf_counter() - started
-        if compacts and pat_config.milestone == 0:
-            batches = calibration_batches(pat_config, trainer.get_train_dataloader(), self.tokenizer)
-            if tuner.needs_calibration():
-                tuner.calibrate(batches)
-            tuner.set_step(0, 0)
-        elif not (compacts and resume_from is not None and _load_hard(trainer, tuner, resume_from)):
-            self._train(trainer, "stage_one", resume_from)
+        if not (compacts and resume_from is not None and _load_hard(trainer, tuner, resume_from)):
+            if compacts and resume_from is None and _is_hard_at_once(trainer, pat_config):
+                self._calibrate(trainer, tuner)
+            else:
+                self._train(trainer, "stage_one", resume_from)
+            resume_from = None
         if not compacts or not tuner.mask().hardened or 0 < trainer.state.max_steps <= trainer.state.global_step:
             return self._trained(trainer, None, tuner.pat_config())
         config = tuner.pat_config()
-        stage_two, start, record = self._compact(trainer, model, tuner)
+        stage_two, start, record = self._compact(trainer, model, tuner, resume_from)
         # Before the small model trains, the large one has to go.
         del model, tuner, trainer, base
         gc.collect()
@@ -124,7 +130,10 @@ class Stages:
 
     def _resume_compact(self, checkpoint: str) -> Trained:
         record = read_compaction(self.compact_dir)
-        base: Any = load_base(str(self.compact_dir / MODEL), dtype=self.arguments.model.dtype)
+        options = self.arguments.model
+        base: Any = load_base(
+            str(self.compact_dir / MODEL), dtype=options.dtype, attn_implementation=options.attn_implementation
+        )
         model = PeftModel.from_pretrained(base.to(self.arguments.sft.device), checkpoint, is_trainable=True)
         trainer = self._trainer(model, self._stage_args(self.checkpoints / STAGE_TWO), [])
         self._train(trainer, "stage_two", checkpoint)
@@ -167,34 +176,57 @@ class Stages:
             callbacks=[*callbacks, FiniteGuard()],
         )
 
+    def _calibrate(self, trainer: SFTTrainer, tuner: PatModel) -> None:
+        """Choose the channels before the first step, instead of stage one."""
+        with self._leaving_no_empty_folders():
+            if tuner.needs_calibration():
+                dataloader = trainer.get_train_dataloader()
+                tuner.calibrate(calibration_batches(tuner.pat_config(), dataloader, self.tokenizer))
+            tuner.set_step(0, 0)
+
     def _train(self, trainer: SFTTrainer, part: str, resume_from: Any) -> None:
         started = time.perf_counter()
         try:
-            trainer.train(resume_from_checkpoint=resume_from or None)
+            with self._leaving_no_empty_folders():
+                trainer.train(resume_from_checkpoint=resume_from or None)
         except RunFailed as error:
-            last = self.checkpoints / "last-finite"
+            last = Path(cast(str, trainer.args.output_dir)) / "last-finite"
             trainer.save_model(str(last))
             raise RunFailed(f"{error} The adapter before that step is in {last}.") from error
-        except PatError:
-            _remove_if_empty(self.checkpoints, self.arguments.output_dir)  # the trainer makes it before it starts
-            raise
         self.seconds[part] = time.perf_counter() - started
 
-    def _compact(self, trainer: SFTTrainer, model: PeftModel, tuner: PatModel) -> tuple[SFTTrainer, str | None, Any]:
-        """Write the compact model and the adapter as of the milestone, and prepare stage two's trainer."""
+    @contextmanager
+    def _leaving_no_empty_folders(self) -> Iterator[None]:
+        """If the user's input turns out to be wrong, take back the folders that the trainer makes before it starts."""
+        try:
+            yield
+        except PatError:
+            _remove_if_empty(self.checkpoints, self.arguments.output_dir)
+            raise
+
+    def _compact(
+        self, trainer: SFTTrainer, model: PeftModel, tuner: PatModel, done: str | None
+    ) -> tuple[SFTTrainer, str | None, Any]:
+        """Write the compact model and the adapter as of the milestone, and prepare stage two's trainer.
+
+        `done` is the checkpoint that was loaded; by default the one that stage one has just ended with.
+        """
         started = time.perf_counter()
         model.save_pretrained(str(self.arguments.output_dir / "adapter"))
-        shutil.rmtree(self.compact_dir, ignore_errors=True)  # of a run that was cut off before stage two began
+        # Of an earlier run: its stage two belongs to other channels, and must not be what a resumed run finds.
+        for folder in (self.checkpoints / STAGE_TWO, self.compact_dir):
+            shutil.rmtree(folder, ignore_errors=True)
+        seed = self.arguments.sft.seed
         compact, record = write_compact(
-            model, tuner, self.compact_dir, tokenizer=self.tokenizer, batches=self.verify_on
+            model, tuner, self.compact_dir, tokenizer=self.tokenizer, batches=self.verify_on, seed=seed
         )
         logger.info("Compacted hidden size %d to %d.", record.hidden_size, record.pruned_hidden_size)
         args = self._stage_args(self.checkpoints / STAGE_TWO)
         stage_two = self._trainer(compact.model, args, [], prepared=trainer)
         start = None
         if trainer.state.global_step > 0:
-            done = self.checkpoints / f"checkpoint-{trainer.state.global_step}"
-            start = str(continue_from(done, trainer, compact, stage_two))
+            last = Path(done) if done else self.checkpoints / f"checkpoint-{trainer.state.global_step}"
+            start = str(continue_from(last, trainer, compact, stage_two))
         self.seconds["compaction"] = time.perf_counter() - started
         return stage_two, start, record
 
@@ -209,9 +241,16 @@ class Stages:
 
 
 def is_compact(checkpoint: str) -> bool:
-    """Tell whether a checkpoint is one of stage two: an ordinary LoRA adapter."""
+    """Tell whether a checkpoint is one of stage two: an ordinary LoRA adapter.
+
+    Raises:
+        PatError: it is not readable.
+    """
     path = Path(checkpoint) / CONFIG_NAME
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("peft_type") == PeftType.LORA.value
+    try:
+        return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("peft_type") == PeftType.LORA.value
+    except ValueError as error:
+        raise PatError(f"{path}: not readable as JSON; resume from another checkpoint.") from error
 
 
 def last_checkpoint(checkpoints: Path) -> str | None:
@@ -220,12 +259,23 @@ def last_checkpoint(checkpoints: Path) -> str | None:
     return next((found for folder in folders if (found := get_last_checkpoint(folder)) is not None), None)
 
 
+def _is_hard_at_once(trainer: SFTTrainer, config: PatConfig) -> bool:
+    """Tell whether the milestone comes to step 0 of this run."""
+    values: Any = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    return milestone_step(config.milestone, values[-1]) == 0
+
+
 def _load_hard(trainer: SFTTrainer, tuner: PatModel, checkpoint: str) -> bool:
     """Load a checkpoint whose mask is hard already, as a run leaves it that was cut off between the stages."""
     model = cast(PeftModel, trainer.model)
     model.load_adapter(checkpoint, model.active_adapter, is_trainable=True)
     if not tuner.mask().hardened:
         return False
+    for name in (OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME):
+        if not (Path(checkpoint) / name).is_file():
+            raise PatError(
+                f"{checkpoint}: has no {name}, so it cannot be gone on from; resume from another checkpoint."
+            )
     trainer.create_optimizer().load_state_dict(torch.load(Path(checkpoint) / OPTIMIZER_NAME, weights_only=True))
     trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
     return True

@@ -11,6 +11,7 @@ share of B is divided by it, so that what was LoRA before goes on moving at the 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -18,20 +19,21 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pat.errors import PatError
-from pat.families import get_family
 from pat.sparsification.operator import LowRankOperator
 from pat.surgery.fold import Channels, Operator, cut_writer_rows
 from pat.surgery.precision import to_float64
 from pat.surgery.residual import Linear, ResidualBranch
+from pat.tuner.compact_config import NAMES_OF_EXPERTS, compact_lora_config
 from pat.tuner.config import PatConfig
 from pat.tuner.merging import MaskedModel, in_double, merge_dense
 from pat.tuner.weights import base_parameter
 
-_NAMES_OF_EXPERTS = frozenset({"gate_proj", "up_proj", "down_proj"})
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,14 @@ class Compacted:
     """Kept channels, ascending, `(d',)`."""
 
     @torch.no_grad()
-    def attach(self) -> CompactModel:
-        """Put LoRA on the base, in place, and give it the factors."""
-        model = cast(PeftModel, get_peft_model(self.base, self.config, adapter_name=self.adapter))
+    def attach(self, seed: int = 0) -> CompactModel:
+        """Put LoRA on the base, in place, and give it the factors; what starts anew is drawn from `seed`.
+
+        The global random state is left alone, so that a run that is resumed here finds the same values.
+        """
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = cast(PeftModel, get_peft_model(self.base, self.config, adapter_name=self.adapter))
         inherited: dict[nn.Parameter, Inherited] = {}
         for path, given in self.factors.items():
             layer = cast(LoraLayer, self.base.get_submodule(path))
@@ -140,7 +147,9 @@ def compact(model: MaskedModel, config: PatConfig, adapter: str) -> Compacted:
     frozen = replace(model, parameter=parameter, operators=operators)
     base = merge_dense(frozen, model.base.dtype, check_finite=False, progress=False, instead=splitter.biases)
     base = cast(PreTrainedModel, base.to(model.base.device))  # type: ignore[arg-type]
-    return Compacted(base, _lora_config(base, config, factors), factors, adapter, channels.keep)
+    shapes = {path: (len(given.a), given.scale) for path, given in factors.items()}
+    others = splitter.lora_without(factors)
+    return Compacted(base, compact_lora_config(base, config, shapes, others), factors, adapter, channels.keep)
 
 
 class _Splitter:
@@ -160,6 +169,20 @@ class _Splitter:
             layer is None or (layer.lora_variant.get(self.adapter) is None and not layer.lora_bias.get(self.adapter))
             for layer in layers
         )
+
+    def lora_without(self, factors: Mapping[str, Factors]) -> list[str]:
+        """Return the modules with LoRA that bring no factors along and can be targeted again (an embedding)."""
+        paths = [path for path, module in self.model.base.named_modules() if _lora_layer(module) is not None]
+        out_of_reach = {
+            linear.path
+            for branch in self.model.stream.branches
+            for linear in (*branch.readers, branch.writer)
+            if self._is_out_of_reach(linear)
+        }
+        lost = sorted(out_of_reach.intersection(paths))
+        if lost:
+            logger.warning("LoRA on %d modules such as %s is folded and not trained on.", len(lost), lost[0])
+        return [path for path in paths if path not in factors and path not in out_of_reach]
 
     def lora(self, linear: Linear) -> LoraLayer | None:
         """Return the LoRA layer on a linear module, if there is one."""
@@ -220,78 +243,18 @@ class _Splitter:
     def _is_out_of_reach(self, linear: Linear) -> bool:
         """Tell whether ordinary LoRA cannot have two factors of ours on a linear map.
 
-        Bare parameters (experts) are wrapped in another way. In families with experts peft takes these names, on the
-        few layers that have a dense MLP instead, for those of experts in older checkpoints.
+        Bare parameters (experts) are wrapped in another way; see also `NAMES_OF_EXPERTS`.
         """
         is_bare = linear.weight == linear.path
         leaf = linear.path.rpartition(".")[2]
-        return is_bare or (bool(self.model.stream.family.expert_parameters) and leaf in _NAMES_OF_EXPERTS)
+        if not is_bare and isinstance(self.model.base.get_submodule(linear.path), AuxiliaryTrainingWrapper):
+            return True  # trained as a whole (modules_to_save), and so in stage two
+        return is_bare or (bool(self.model.stream.family.expert_parameters) and leaf in NAMES_OF_EXPERTS)
 
     def _factors(self, layer: LoraLayer) -> tuple[Tensor, Tensor, float]:
         weights = (cast(Tensor, factor[self.adapter].weight) for factor in (layer.lora_A, layer.lora_B))
         a, b = (to_float64(weight.detach()) for weight in weights)
         return a, b, float(layer.scaling[self.adapter])
-
-
-def _lora_config(base: PreTrainedModel, config: PatConfig, factors: Mapping[str, Factors]) -> LoraConfig:
-    """Return the ordinary LoRA configuration that describes the factors; modules without any start anew as before."""
-    shared: dict[str, Any] = {
-        "task_type": config.task_type,
-        "r": config.r,
-        "lora_dropout": config.lora_dropout,
-        "bias": config.bias,
-        "modules_to_save": config.modules_to_save,
-        "trainable_token_indices": config.trainable_token_indices,
-        "ensure_weight_tying": config.ensure_weight_tying,
-        "target_parameters": config.target_parameters,
-    }
-    if not factors:
-        return LoraConfig(
-            **shared,
-            lora_alpha=config.lora_alpha,
-            use_rslora=config.use_rslora,
-            use_dora=config.use_dora,
-            target_modules=_within_reach(base, config.target_modules),
-            exclude_modules=config.exclude_modules,
-            layers_to_transform=config.layers_to_transform,
-            layers_pattern=config.layers_pattern,
-            rank_pattern=config.rank_pattern,
-            alpha_pattern=config.alpha_pattern,
-        )
-    # The patterns give every module its scale, so the root in rsLoRA's is not taken again.
-    alpha = config.lora_alpha * (config.r**0.5 if config.use_rslora else 1)
-    ranks = {path: len(given.a) for path, given in factors.items()}
-    alphas = {path: given.scale * ranks[path] for path, given in factors.items()}
-    linears = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
-    return LoraConfig(
-        **shared,
-        lora_alpha=_whole(alpha),  # type: ignore[arg-type]
-        target_modules=sorted(_by_leaf(dict.fromkeys(factors, True), linears)),
-        rank_pattern={key: rank for key, rank in _by_leaf(ranks, linears).items() if rank != config.r},
-        alpha_pattern={key: _whole(a) for key, a in _by_leaf(alphas, linears).items() if _whole(a) != _whole(alpha)},
-    )
-
-
-def _within_reach(base: PreTrainedModel, targets: Any) -> Any:
-    """Leave out of LoRA's targets what peft would take for experts, see `_Splitter._is_out_of_reach`."""
-    if not get_family(base.config.model_type).expert_parameters or isinstance(targets, str):
-        return targets
-    return sorted(name for name in targets if name.rpartition(".")[2] not in _NAMES_OF_EXPERTS)
-
-
-def _by_leaf(values: Mapping[str, Any], linears: list[str]) -> dict[str, Any]:
-    """Key values by the last part of the path (`o_proj`) where all modules of that name share one, else by path."""
-    result: dict[str, Any] = {}
-    for path, value in values.items():
-        leaf = path.rpartition(".")[2]
-        same = [values.get(other) == value for other in linears if other.rpartition(".")[2] == leaf]
-        result[leaf if all(same) else path] = value
-    return result
-
-
-def _whole(value: float) -> float:
-    """Return a number as an integer if it is one up to rounding, as it was given then."""
-    return round(value) if abs(value - round(value)) < 1e-9 else value
 
 
 def _lora_layer(module: nn.Module) -> LoraLayer | None:

@@ -80,6 +80,17 @@ def test_gated_is_the_gate_times_d(make) -> None:
     assert torch.equal(fresh.gated(y.float(), ones), y.float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", OPERATORS)
+def test_gated_under_autocast_keeps_the_streams_dtype(make, dtype: torch.dtype) -> None:
+    operator, y = trained(make()).float(), random(2, 5, HIDDEN, seed=9).to(dtype)
+    gate = random(HIDDEN, seed=11).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        result = operator.gated(y, gate)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.float(), operator.gated(y.float(), gate), atol=0.1, rtol=0.05)
+
+
 @pytest.mark.parametrize("method", ["change", "change_transposed", "gated"])
 @pytest.mark.parametrize("name", ["down", "scale", "up", "y"])
 def test_gradients_by_finite_differences(name: str, method: str) -> None:

@@ -1,0 +1,88 @@
+"""The ordinary LoRA configuration of a compact model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from peft import LoraConfig
+from torch import nn
+from transformers import PreTrainedModel
+
+from pat.families import get_family
+from pat.tuner.config import PatConfig
+
+NAMES_OF_EXPERTS = frozenset({"gate_proj", "up_proj", "down_proj"})
+"""In families with experts peft takes these names, on the few layers that have a dense MLP instead, for those of
+experts in older checkpoints, and targets the experts."""
+
+
+def compact_lora_config(
+    base: PreTrainedModel, config: PatConfig, factors: Mapping[str, tuple[int, float]], others: Iterable[str]
+) -> LoraConfig:
+    """Return the ordinary LoRA configuration of a compact model.
+
+    Args:
+        base: the small model.
+        config: of the PAT adapter it comes from.
+        factors: rank and scale of the LoRA factors that modules bring along, by path; if there are none, all of LoRA
+            starts anew as `config` has it.
+        others: paths of further modules whose LoRA starts anew.
+    """
+    shared: dict[str, Any] = {
+        "task_type": config.task_type,
+        "r": config.r,
+        "lora_dropout": config.lora_dropout,
+        "bias": config.bias,
+        "modules_to_save": config.modules_to_save,
+        "trainable_token_indices": config.trainable_token_indices,
+        "ensure_weight_tying": config.ensure_weight_tying,
+        "target_parameters": config.target_parameters,
+    }
+    if not factors:
+        return LoraConfig(
+            **shared,
+            lora_alpha=config.lora_alpha,
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            target_modules=_within_reach(base, config.target_modules),
+            exclude_modules=config.exclude_modules,
+            layers_to_transform=config.layers_to_transform,
+            layers_pattern=config.layers_pattern,
+            rank_pattern=config.rank_pattern,
+            alpha_pattern=config.alpha_pattern,
+        )
+    # The patterns give every module its scale, so the root in rsLoRA's is not taken again.
+    alpha = config.lora_alpha * (config.r**0.5 if config.use_rslora else 1)
+    ranks = {path: rank for path, (rank, _) in factors.items()}
+    alphas = {path: scale * rank for path, (rank, scale) in factors.items()}
+    linears = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
+    return LoraConfig(
+        **shared,
+        lora_alpha=_whole(alpha),  # type: ignore[arg-type]
+        target_modules=sorted([*_by_leaf(dict.fromkeys(factors, True), linears), *others]),
+        rank_pattern={key: rank for key, rank in _by_leaf(ranks, linears).items() if rank != config.r},
+        alpha_pattern={key: _whole(a) for key, a in _by_leaf(alphas, linears).items() if _whole(a) != _whole(alpha)},
+    )
+
+
+def _within_reach(base: PreTrainedModel, targets: Any) -> Any:
+    """Leave out of LoRA's targets what peft would take for experts, see `NAMES_OF_EXPERTS`."""
+    if not get_family(base.config.model_type).expert_parameters or isinstance(targets, str):
+        return targets
+    return sorted(name for name in targets if name.rpartition(".")[2] not in NAMES_OF_EXPERTS)
+
+
+def _by_leaf(values: Mapping[str, Any], linears: list[str]) -> dict[str, Any]:
+    """Key values by the last part of the path (`o_proj`) where all modules of that name share one, else by path."""
+    result: dict[str, Any] = {}
+    for path, value in values.items():
+        leaf = path.rpartition(".")[2]
+        same = [values.get(other) == value for other in linears if other.rpartition(".")[2] == leaf]
+        result[leaf if all(same) else path] = value
+    return result
+
+
+def _whole(value: float) -> float:
+    """Return a number as an integer if it is one up to rounding, as it was given then."""
+    return round(value) if abs(value - round(value)) < 1e-9 else value
