@@ -19,7 +19,8 @@ import pat
 from pat.cli import main
 from pat.errors import PatError
 from pat.training.arguments import build_arguments
-from pat.training.stages import Stages, last_checkpoint
+from pat.training.checkpoints import last_checkpoint
+from pat.training.stages import Stages
 from pat.training.tune import run_tune
 from pat.tuner import PatModel
 
@@ -233,3 +234,29 @@ def test_mixed_precision(rotation: str, base: Path, data: Path, tmp_path: Path) 
     """The masked and the compact model are compared without the autocast that the trainer puts around them."""
     result = pat.tune(**flags(base, data, tmp_path / "out", rotation=rotation, bf16=True))
     assert result.parity.dtype == "float32" and result.parity.max_abs_logit_diff <= 1e-4
+
+
+def test_a_checkpoint_that_was_not_finished_is_passed_over(kept: Path, tmp_path: Path) -> None:
+    checkpoints = shutil.copytree(kept / "checkpoints", tmp_path / "checkpoints")
+    assert last_checkpoint(checkpoints) == str(checkpoints / "compact" / f"checkpoint-{STEPS}")
+    (checkpoints / "compact" / f"checkpoint-{STEPS}" / "trainer_state.json").unlink()
+    assert last_checkpoint(checkpoints) == str(checkpoints / "compact" / f"checkpoint-{STEPS - 1}")
+    shutil.rmtree(checkpoints / "compact")
+    assert last_checkpoint(checkpoints) == str(checkpoints / f"checkpoint-{MILESTONE}")
+    assert last_checkpoint(tmp_path / "nothing") is None
+
+
+def test_a_run_that_can_be_gone_on_with_is_not_called_a_full_folder(kept: Path, base: Path, data: Path) -> None:
+    with pytest.raises(PatError, match="--resume_from_checkpoint true"):
+        pat.tune(**flags(base, data, kept))
+
+
+def test_a_dense_model_uses_its_cache(kept: Path) -> None:
+    assert AutoModelForCausalLM.from_pretrained(kept / "model").config.use_cache
+
+
+def test_merging_the_adapter_of_the_milestone_points_to_the_last_one(
+    kept: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main(["merge", "--adapter", str(kept / "adapter"), "--output_dir", str(tmp_path / "early")]) == 0
+    assert str(kept / "compact" / "adapter") in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from peft import LoraConfig
 
 from pat.errors import PatError
 from pat.export.adapter import base_name, compaction_of, load_adapted, read_adapter_config
+from pat.export.compact import ADAPTER, RECORD
 from pat.export.model_card import Cut, shown_name
 from pat.export.results import environment, write_results
 from pat.export.staging import check_output_folder, staged_folder
@@ -24,8 +26,10 @@ from pat.export.write import MAX_SHARD_SIZE, count_parameters, save_checkpoint
 from pat.loading import load_config, load_tokenizer
 from pat.tuner import PatConfig
 
+logger = logging.getLogger(__name__)
+
 LARGE_MODEL = 10**9
-LARGE_MODEL_TOKENS = 128
+LARGE_MODEL_TOKENS = 64
 """From how many parameters on how few tokens are compared: every window costs one more reading of both models."""
 
 
@@ -81,6 +85,7 @@ def merge(
     _check_shard_size(max_shard_size)
     _check_device(device)
     config = read_adapter_config(adapter)
+    _point_to_the_last_adapter(adapter)
     name = base_name(adapter, config, base_model)
     base_config, _ = load_config(name)
     folder = Path(adapter).expanduser()
@@ -114,6 +119,13 @@ def merge(
             parity, cut = save_checkpoint(model, staging, max_shard_size=max_shard_size or MAX_SHARD_SIZE, **options)
         write_results(staging / "results.json", _results(name, config, parity, cut) | {"timings": timings})
     return MergeResult(Path(output_dir).expanduser(), parity, cut)
+
+
+def _point_to_the_last_adapter(adapter: str | os.PathLike[str]) -> None:
+    """Say so if this is the adapter as of the milestone, and the run went on."""
+    compact = Path(adapter).expanduser().resolve().parent / "compact"
+    if Path(adapter).expanduser().resolve().name == "adapter" and (compact / RECORD).is_file():
+        logger.warning("%s is the adapter as of the milestone; the run went on in %s.", adapter, compact / ADAPTER)
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

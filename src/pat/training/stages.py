@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import logging
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,11 +20,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel, PeftType, get_peft_model
-from peft.utils import CONFIG_NAME
+from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from pat.errors import PatError, RunFailed
@@ -34,6 +32,7 @@ from pat.loading import load_base
 from pat.sparsification.schedule import milestone_step
 from pat.training.arguments import TuneArguments
 from pat.training.callback import PatCallback, calibration_batches
+from pat.training.checkpoints import STAGE_TWO, is_compact
 from pat.training.data import TrainingData
 from pat.training.guard import FiniteGuard
 from pat.training.handover import continue_from
@@ -41,9 +40,6 @@ from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel, find_tuner
 
 logger = logging.getLogger(__name__)
-
-STAGE_TWO = "compact"
-"""Folder of stage two below the checkpoints, so that a resumed run finds the stage it was in."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +216,12 @@ class Stages:
         compact, record = write_compact(
             model, tuner, self.compact_dir, tokenizer=self.tokenizer, batches=self.verify_on, seed=seed
         )
-        logger.info("Compacted hidden size %d to %d.", record.hidden_size, record.pruned_hidden_size)
+        if not self.arguments.sft.disable_tqdm:
+            print(
+                f"Milestone: hidden size {record.hidden_size} becomes {record.pruned_hidden_size}; training goes on as "
+                "LoRA on the small model.",
+                file=sys.stderr,
+            )
         args = self._stage_args(self.checkpoints / STAGE_TWO)
         stage_two = self._trainer(compact.model, args, [], prepared=trainer)
         start = None
@@ -238,25 +239,6 @@ class Stages:
             model.save_pretrained(str(self.arguments.output_dir / "adapter"))
         state = trainer.state
         return Trained(model, state.global_step, state.log_history, self.seconds, config.to_dict(), record)
-
-
-def is_compact(checkpoint: str) -> bool:
-    """Tell whether a checkpoint is one of stage two: an ordinary LoRA adapter.
-
-    Raises:
-        PatError: it is not readable.
-    """
-    path = Path(checkpoint) / CONFIG_NAME
-    try:
-        return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("peft_type") == PeftType.LORA.value
-    except ValueError as error:
-        raise PatError(f"{path}: not readable as JSON; resume from another checkpoint.") from error
-
-
-def last_checkpoint(checkpoints: Path) -> str | None:
-    """Return the last checkpoint of a run, of stage two if that has begun."""
-    folders = [str(folder) for folder in (checkpoints / STAGE_TWO, checkpoints) if folder.is_dir()]
-    return next((found for folder in folders if (found := get_last_checkpoint(folder)) is not None), None)
 
 
 def _is_hard_at_once(trainer: SFTTrainer, config: PatConfig) -> bool:

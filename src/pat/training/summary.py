@@ -7,7 +7,7 @@ from rich.table import Table
 
 from pat.training.results import ModelFigures, TuneResult
 
-STAGES = {"base": "base", "tuned": "tuned, masked", "dense": "dense, written"}
+STAGES = {"base": "base", "tuned": "tuned", "dense": "dense, written"}
 
 
 def print_summary(result: TuneResult) -> None:

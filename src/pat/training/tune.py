@@ -21,9 +21,10 @@ from pat.export.write import check_output_folder, save_checkpoint, staged_folder
 from pat.loading import load_base, load_config, load_tokenizer, stored_dtype
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.calibration_text import read_calibration
+from pat.training.checkpoints import last_checkpoint
 from pat.training.data import TrainingData, check_truncation, load_training_data
 from pat.training.results import Size, TuneResult, measure
-from pat.training.stages import Stages, last_checkpoint
+from pat.training.stages import Stages
 from pat.tuner.prepare import check_config
 
 logger = logging.getLogger(__name__)
@@ -207,6 +208,11 @@ def _resume_from(arguments: TuneArguments) -> str | None:
     if isinstance(given, str) and given.lower() in ("true", "false"):
         given = given.lower() == "true"
     if not given:
+        if last_checkpoint(arguments.output_dir / "checkpoints") is not None:
+            raise PatError(
+                f"{arguments.output_dir}: holds the checkpoints of a run; go on with it by "
+                "--resume_from_checkpoint true, or choose another output folder."
+            )
         check_output_folder(arguments.output_dir)
         return None
     check_output_folder(arguments.output_dir / "model")

@@ -96,7 +96,9 @@ def adapted_form(base: PreTrainedModel, names: Iterable[str], parameter: Callabl
         parameter: those parameters with LoRA merged in.
     """
     listed = list(names)
-    return DenseForm(copy.deepcopy(base.config), ((name, parameter(name)) for name in listed), len(listed))
+    config = copy.deepcopy(base.config)
+    config.use_cache = True  # trainers switch it off, for training alone
+    return DenseForm(config, ((name, parameter(name)) for name in listed), len(listed))
 
 
 def merge_dense(

@@ -1,0 +1,39 @@
+"""The checkpoints of a run of two stages: where they are, and which of them to go on from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from peft import PeftType
+from peft.utils import CONFIG_NAME
+from transformers.trainer import TRAINER_STATE_NAME
+
+from pat.errors import PatError
+
+STAGE_TWO = "compact"
+"""Folder of stage two below the checkpoints, so that a resumed run finds the stage it was in."""
+
+
+def is_compact(checkpoint: str) -> bool:
+    """Tell whether a checkpoint is one of stage two: an ordinary LoRA adapter.
+
+    Raises:
+        PatError: it is not readable.
+    """
+    path = Path(checkpoint) / CONFIG_NAME
+    try:
+        return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("peft_type") == PeftType.LORA.value
+    except ValueError as error:
+        raise PatError(f"{path}: not readable as JSON; resume from another checkpoint.") from error
+
+
+def last_checkpoint(checkpoints: Path) -> str | None:
+    """Return the last whole checkpoint of a run, of stage two if that has begun."""
+    for folder in (checkpoints / STAGE_TWO, checkpoints):
+        # The trainer writes its state last: a run that was killed meanwhile leaves a folder without it.
+        whole = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
+        steps = {int(path.name.rpartition("-")[2]): path for path in whole if path.name[11:].isdigit()}
+        if steps:
+            return str(steps[max(steps)])
+    return None
