@@ -26,7 +26,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from pat.errors import PatError, RunFailed
 from pat.export.adapter import check_complete, fitting
 from pat.export.checkpoint import open_checkpoint
-from pat.export.hollow import StoredWeights, hollow_model
+from pat.export.hollow import StoredWeights, hollow_model, return_freed_memory
 from pat.export.layout import UnknownLayoutError
 from pat.export.model_card import Compaction, Cut, render_card
 from pat.export.shards import ShardWriter
@@ -114,6 +114,7 @@ def load_hollow(
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.modules_to_save.to(dtype).to(fine)  # as loading rounds it, and then to compute in
+    return_freed_memory()
     return HollowModel(model.eval(), weights)
 
 
@@ -166,6 +167,7 @@ def stream_checkpoint(
             del tensor, rounded  # or they would be there while the next one is folded
             bar.update()
     timings["fold_seconds"] = time.perf_counter() - started
+    return_freed_memory()
     _write_configuration(hollow, dense, folder)
     try:
         if tokenizer is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import TrainableTokensWrapper
@@ -65,8 +65,11 @@ def _lora_parameter(layer: LoraLayer, name: str, leaf: str, adapter_name: str) -
     has_adapter = adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A
     variant = layer.lora_variant.get(adapter_name)
     if has_adapter and leaf == "weight" and variant is None:
+        weight = dequantize_module_weight(layer.get_base_layer())
+        if type(layer) is Linear and not layer.fan_in_fan_out:
+            return _with_product(weight, layer, adapter_name)
         delta: Tensor = layer.get_delta_weight(adapter_name)  # type: ignore[attr-defined]
-        return _sum(delta, dequantize_module_weight(layer.get_base_layer()))
+        return _sum(delta, weight)
     base = _base_parameter(layer.get_base_layer(), leaf)
     if not has_adapter:
         return base
@@ -99,8 +102,16 @@ def _base_parameter(module: nn.Module, leaf: str) -> Tensor:
     return _upcast(dequantize_module_weight(module) if leaf == "weight" else getattr(module, leaf))
 
 
+def _with_product(weight: Tensor, layer: LoraLayer, adapter_name: str) -> Tensor:
+    """Add scaling * B A to a weight without ever holding the product: large matrices decide what a merge takes."""
+    a, b = (cast(nn.Linear, factor[adapter_name]).weight.detach() for factor in (layer.lora_A, layer.lora_B))
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
+    merged = weight.detach().to(dtype, copy=True)
+    return merged.addmm_(b.to(merged), a.to(merged), alpha=layer.scaling[adapter_name])
+
+
 def _sum(delta: Tensor, base: Tensor) -> Tensor:
-    """Add a base weight to LoRA's delta, in place: large matrices decide how much memory a merge takes."""
+    """Add a base weight to LoRA's delta, in place."""
     dtype = torch.promote_types(torch.promote_types(base.dtype, delta.dtype), torch.float32)
     return delta.to(dtype).add_(base.detach())
 
