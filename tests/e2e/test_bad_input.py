@@ -249,7 +249,7 @@ def test_plan_refuses(
         ({"base_model": "./nowhere"}, ["'./nowhere'", "no such folder"]),
         ({"adapter": "nowhere"}, ["nowhere", "no such folder", "expected"]),
         ({"adapter": "base"}, ["base", "adapter_config.json"]),
-        ({"adapter": "soft"}, ["still soft", "milestone"]),
+        ({"adapter": "soft"}, ["never been trained", "PatCallback", "milestone"]),
         ({"output_dir": "full"}, ["full", "not empty"]),
         ({"dtype": "int8"}, ["'int8'", "bfloat16"]),
         ({"fold_dtype": "bfloat16"}, ["'bfloat16'", "float64 or float32"]),

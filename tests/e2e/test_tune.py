@@ -135,6 +135,9 @@ def test_an_adapter_of_either_kind_can_be_evaluated(run: Path, data: Path, capsy
 
 def test_another_lora_adapter_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     alone = shutil.copytree(run / "compact" / "adapter", tmp_path / "alone")
+    config = json.loads((alone / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = str(run / "model")  # no compact model
+    (alone / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     assert main(["merge", "--adapter", str(alone), "--output_dir", str(tmp_path / "again")]) == 2
     assert "type LORA" in capsys.readouterr().err
 
