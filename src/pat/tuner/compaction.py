@@ -5,8 +5,9 @@ operator D = I + L1 diag(v) L0, on the kept channels K:
 
     z[K] = W[K] x + k B[K] A x + (L1 diag(v))[K] (L0 W + k L0 B A) x
 
-so the small model has the frozen weight W[K] and one adapter of more rank. The scale stays k here, and the operator's
-share of B is divided by it, so that what was LoRA before goes on moving at the speed it had.
+so the small model has the frozen weight W[K] and one adapter of more rank. The scale stays k here, so that what was
+LoRA before goes on moving at the speed it had; the operator's share of A is divided by it, so that this share moves as
+with a scale of 1.
 """
 
 from __future__ import annotations
@@ -238,7 +239,9 @@ class _Splitter:
             return Factors(down @ weight, up, 1.0)
         a, b, scale = self._factors(layer)
         through = down @ weight + scale * (down @ b) @ a
-        return Factors(torch.cat([a, through]), torch.cat([self.channels.cut(b.mT).mT, up / scale], dim=1), scale)
+        # The scale is divided out of A's share, not of B's: it is B that moves what the adapter writes, and k times an
+        # optimizer's step on so many new ranks at once is more than a model survives.
+        return Factors(torch.cat([a, through / scale]), torch.cat([self.channels.cut(b.mT).mT, up], dim=1), scale)
 
     def _is_out_of_reach(self, linear: Linear) -> bool:
         """Tell whether ordinary LoRA cannot have two factors of ours on a linear map.
