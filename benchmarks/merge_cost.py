@@ -37,6 +37,7 @@ from pat.export.checkpoint import open_checkpoint
 from pat.export.hollow import StoredWeights, hollow_model
 from pat.export.results import environment, write_results
 from pat.export.shards import ShardWriter
+from pat.sparsification.operator import default_rank
 from pat.tuner import PatConfig, find_tuner
 
 MARKS = {"peak_rss_gb": 2.0, "wall_to_copy": 4.0}
@@ -145,17 +146,17 @@ def time_copy(base: Path, scratch: Path, repetitions: int) -> dict[str, Any]:
     return {"bytes": size, "seconds": seconds, "bytes_per_second": [size / s for s in seconds]}
 
 
-def command(adapter: Path, output: Path, fold_dtype: str) -> list[str]:
+def command(adapter: Path, output: Path, fold_dtype: str, device: str = "cpu") -> list[str]:
     """Return the command line of a merge."""
-    options = ["--adapter", str(adapter), "--output_dir", str(output), "--fold_dtype", fold_dtype]
+    options = ["--device", device, "--adapter", str(adapter), "--output_dir", str(output), "--fold_dtype", fold_dtype]
     return [sys.executable, "-m", "pat", "merge", *options]
 
 
-def time_merge(base: Path, adapter: Path, output: Path, fold_dtype: str) -> dict[str, Any]:
+def time_merge(base: Path, adapter: Path, output: Path, fold_dtype: str, device: str) -> dict[str, Any]:
     """Merge in a process of its own and return what it took."""
     forget(base)
     forget(adapter)
-    launched = [sys.executable, "-I", "-S", "-c", LAUNCHER, *command(adapter, output, fold_dtype)]
+    launched = [sys.executable, "-I", "-S", "-c", LAUNCHER, *command(adapter, output, fold_dtype, device)]
     usage = json.loads(subprocess.run(launched, check=True, stdout=subprocess.PIPE).stdout)
     results = json.loads((output / "results.json").read_text())
     files = sorted(path.stat().st_size for path in output.glob("*.safetensors"))
@@ -169,25 +170,29 @@ def time_merge(base: Path, adapter: Path, output: Path, fold_dtype: str) -> dict
 
 
 def fold_flops(config: LlamaConfig, rank: int, small: int, *, rotated: bool) -> float:
-    """Count the multiplications and additions of folding: LoRA's products, operators, and the rotation."""
+    """Count the multiplications and additions of folding: LoRA's products, operators, and the rotation.
+
+    Without a rotation an operator's second factor is only multiplied out for the channels that are kept.
+    """
     d, inner, layers, vocabulary = (
         config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.vocab_size
     )  # fmt: skip
-    operator_rank = round(0.05 * d)
     lora = layers * 2 * rank * (4 * d * d + 3 * d * inner)
     writer_vectors = vocabulary + layers * (d + inner)
-    operators = 2 * writer_vectors * 2 * operator_rank * d
+    operators = 2 * writer_vectors * default_rank(d) * (d + (d if rotated else small))
     stream_vectors = 2 * vocabulary + layers * (4 * d + 3 * inner)
     rotation = 2 * stream_vectors * d * small if rotated else 0
     return float(lora + operators + rotation)
 
 
-def measure_merges(base: Path, adapters: Path, scratch: Path, config: LlamaConfig, names: list[str]) -> dict[str, Any]:
+def measure_merges(
+    base: Path, adapters: Path, scratch: Path, config: LlamaConfig, names: list[str], device: str
+) -> dict[str, Any]:
     """Merge every adapter in every precision asked for."""
     rows = {}
     for name in names:
         rotation, fold_dtype = MERGES[name]
-        row = time_merge(base, adapters / rotation, scratch / "out", fold_dtype)
+        row = time_merge(base, adapters / rotation, scratch / "out", fold_dtype, device)
         small = json.loads((adapters / rotation / "adapter_config.json").read_text())["resolved_width"]["hidden_size"]
         row["fold_flops"] = fold_flops(config, 20, small, rotated=rotation == "pca")
         row["fold_flops_per_second"] = row["fold_flops"] / row["fold_seconds"]
@@ -267,6 +272,7 @@ def main() -> None:
     parser.add_argument("--kill_shape", default="1gb", choices=SHAPES)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--repetitions", type=int, default=2, help="Of the copy.")
+    parser.add_argument("--device", default="cpu", help="Of the merges that are timed.")
     parser.add_argument("--scratch", type=Path, help="Folder for 30 GB of scratch files, on the disk to measure.")
     args = parser.parse_args()
     parts, names = args.parts.split(","), args.merges.split(",")
@@ -289,7 +295,7 @@ def main() -> None:
             if "merges" in parts:
                 for rotation in dict.fromkeys(MERGES[name][0] for name in names):
                     make_adapter(scratch / "base", scratch / "adapters" / rotation, rotation)
-                measured = measure_merges(scratch / "base", scratch / "adapters", scratch, config, names)
+                measured = measure_merges(scratch / "base", scratch / "adapters", scratch, config, names, args.device)
                 results["merges"] = cast(dict[str, Any], results.get("merges", {})) | measured
             shutil.rmtree(scratch / "base")
         if "kills" in parts:

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import build, tiny_tokenizer
+from tiny_runs import STEPS, tune_flags
 from transformers import AutoModelForCausalLM
 
 import pat
@@ -24,7 +25,7 @@ from pat.training.stages import Stages
 from pat.training.tune import run_tune
 from pat.tuner import PatModel
 
-STEPS, MILESTONE = 6, 2
+MILESTONE = 2
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +47,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(base: Path, data: Path, out: Path, **more: Any) -> dict[str, Any]:
-    return {
-        "model_name_or_path": str(base),
-        "dataset_name": str(data),
-        "output_dir": str(out),
-        "max_steps": STEPS,
+    return tune_flags(base, data, out) | {
         "per_device_train_batch_size": 4,
-        "max_length": 64,
         "milestone": MILESTONE / STEPS,
-        "held_out": "8",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "gain_tolerance": 0.4,
         "learning_rate": 5e-3,
         "max_grad_norm": 0,  # the norm is over other parameters in the second stage
         **more,

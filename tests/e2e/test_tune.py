@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import build, tiny_tokenizer
+from tiny_runs import STEPS, tune_flags
 from transformers import AutoModelForCausalLM
 
 import pat
 from pat.cli import main
 from pat.demo import command as demo
-
-STEPS = 6
 
 LOADS_WITHOUT_PAT = """
 import sys
@@ -50,21 +49,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(base: Path, data: Path, out: Path, **more: Any) -> dict[str, Any]:
-    chosen = {
-        "model_name_or_path": str(base),
-        "dataset_name": str(data),
-        "output_dir": str(out),
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 2,
-        "max_length": 64,
-        "milestone": 0.34,
-        "held_out": "8",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "gain_tolerance": 0.4,
-    }
-    return chosen | more
+    return tune_flags(base, data, out, **({"per_device_train_batch_size": 2, "milestone": 0.34} | more))
 
 
 def as_argv(values: dict[str, Any]) -> list[str]:

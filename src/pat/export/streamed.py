@@ -28,15 +28,14 @@ from pat.export.adapter import check_complete, fitting
 from pat.export.checkpoint import open_checkpoint
 from pat.export.hollow import StoredWeights, hollow_model, return_freed_memory
 from pat.export.layout import UnknownLayoutError
-from pat.export.model_card import Compaction, Cut, render_card
+from pat.export.model_card import Compaction, Cut
 from pat.export.shards import ShardWriter
 from pat.export.verify import Parity, check, compare
 from pat.export.write import (
     MAX_SHARD_SIZE,
-    describe_cut,
     quiet_transformers,
     savable_generation_config,
-    weight_bytes,
+    write_card,
 )
 from pat.loading import load_config, stored_dtype
 from pat.surgery.fold import CHUNK_ELEMENTS
@@ -178,14 +177,7 @@ def stream_checkpoint(
     parity = _compare(hollow, dense, folder, batches)
     timings["verify_seconds"] = time.perf_counter() - started
     check(parity)
-    tuner = find_tuner(hollow.model)
-    if tuner is not None:
-        cut = describe_cut(tuner, dense, folder)
-    else:
-        assert compaction is not None
-        cut = compaction.cut(dense.num_parameters(), weight_bytes(folder))
-    (folder / "README.md").write_text(render_card(cut, parity, provenance), encoding="utf-8")
-    return parity, cut
+    return parity, write_card(folder, dense, find_tuner(hollow.model), compaction, parity, provenance)
 
 
 def _carries_base_weights(adapter: str | os.PathLike[str]) -> bool:

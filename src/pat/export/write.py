@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +17,6 @@ from transformers.utils import logging as transformers_logging
 
 from pat.errors import PatError, RunFailed
 from pat.export.model_card import Compaction, Cut, render_card
-from pat.export.staging import check_output_folder as check_output_folder
-from pat.export.staging import staged_folder as staged_folder
 from pat.export.verify import Parity, check, compare
 from pat.tuner.config import PatConfig
 from pat.tuner.merging import merge_lora
@@ -28,50 +25,6 @@ from pat.tuner.model import PatModel, find_tuner
 MAX_SHARD_SIZE = "5GB"
 
 _SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-
-
-def write_dense(
-    peft_model: nn.Module,
-    output_dir: str | os.PathLike[str],
-    *,
-    tokenizer: Any,
-    batches: Iterable[Mapping[str, Any]],
-    dtype: torch.dtype | None = None,
-    provenance: Mapping[str, Any],
-    progress: bool = False,
-    max_shard_size: str = MAX_SHARD_SIZE,
-) -> tuple[Parity, Path]:
-    """Merge the active adapter and write a verified dense checkpoint; the masked model stays as it is.
-
-    Args:
-        peft_model: a peft model whose active adapter is a PAT adapter past its milestone.
-        output_dir: a new or empty folder. It appears complete, or not at all.
-        tokenizer: saved along with its chat template; None to leave it out.
-        batches: text to compare on, see `compare`.
-        dtype: of the dense model; by default the base's.
-        provenance: for the model card, see `render_card`.
-        progress: show progress bars.
-        max_shard_size: size limit of one weight file, such as `"5GB"`.
-
-    Returns:
-        Figures of the comparison, and the folder.
-
-    Raises:
-        PatError: no adapter, an adapter before its milestone, or something at `output_dir` already.
-        RunFailed: the checkpoint could not be written, or is not the tuned model; nothing is left behind.
-    """
-    with staged_folder(output_dir) as staging:
-        parity, _ = save_checkpoint(
-            peft_model,
-            staging,
-            tokenizer=tokenizer,
-            batches=batches,
-            dtype=dtype,
-            provenance=provenance,
-            progress=progress,
-            max_shard_size=max_shard_size,
-        )
-    return parity, Path(output_dir).expanduser()
 
 
 def save_checkpoint(
@@ -86,9 +39,25 @@ def save_checkpoint(
     progress: bool = False,
     max_shard_size: str = MAX_SHARD_SIZE,
 ) -> tuple[Parity, Cut]:
-    """Do the work of `write_dense` in an existing folder, and also return what was cut.
+    """Merge the active adapter and write a verified dense checkpoint; the adapted model stays as it is.
 
-    With the record of a `compaction` the model is a compact one with its ordinary LoRA adapter.
+    Args:
+        peft_model: a peft model whose active adapter is a PAT adapter past its milestone, or a compact model.
+        folder: an existing folder, such as `staged_folder` gives, so that it appears complete or not at all.
+        tokenizer: saved along with its chat template; None to leave it out.
+        batches: text to compare on, see `compare`.
+        dtype: of the dense model; None for the base's.
+        provenance: for the model card, see `render_card`.
+        compaction: what was cut before, if this is a compact model with its ordinary LoRA adapter.
+        progress: show progress bars.
+        max_shard_size: size limit of one weight file, such as `"5GB"`.
+
+    Returns:
+        Figures of the comparison, and what was cut.
+
+    Raises:
+        PatError: no adapter, or an adapter before its milestone.
+        RunFailed: the checkpoint could not be written, or is not the tuned model.
     """
     tuner = find_tuner(peft_model)
     if tuner is None and compaction is None:
@@ -116,13 +85,28 @@ def save_checkpoint(
     device = next(peft_model.parameters()).device
     parity = compare(peft_model, cast(nn.Module, written).to(device), batches)
     check(parity)
+    return parity, write_card(folder, written, tuner, compaction, parity, provenance)
+
+
+def write_card(
+    folder: Path,
+    dense: PreTrainedModel,
+    tuner: PatModel | None,
+    compaction: Compaction | None,
+    parity: Parity,
+    provenance: Mapping[str, Any],
+) -> Cut:
+    """Write the model card of a checkpoint whose weights are in `folder`, and return what was cut.
+
+    That is known from the adapter's `tuner`, or from the record of the `compaction` that a compact model comes from.
+    """
     if tuner is not None:
-        cut = describe_cut(tuner, written, folder)
+        cut = describe_cut(tuner, dense, folder)
     else:
         assert compaction is not None
-        cut = compaction.cut(written.num_parameters(), weight_bytes(folder))
+        cut = compaction.cut(dense.num_parameters(), weight_bytes(folder))
     (folder / "README.md").write_text(render_card(cut, parity, provenance), encoding="utf-8")
-    return parity, cut
+    return cut
 
 
 def load_written(folder: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -8,6 +8,7 @@ from pathlib import Path
 from peft import PeftType
 from peft.utils import CONFIG_NAME
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pat.errors import PatError
 
@@ -32,8 +33,9 @@ def last_checkpoint(checkpoints: Path) -> str | None:
     """Return the last whole checkpoint of a run, of stage two if that has begun."""
     for folder in (checkpoints / STAGE_TWO, checkpoints):
         # The trainer writes its state last: a run that was killed meanwhile leaves a folder without it.
-        whole = [path.parent for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
-        steps = {int(path.name.rpartition("-")[2]): path for path in whole if path.name[11:].isdigit()}
+        whole = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+        numbered = {path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"): path for path in whole}
+        steps = {int(number): path for number, path in numbered.items() if number.isdigit()}
         if steps:
             return str(steps[max(steps)])
     return None

@@ -36,6 +36,7 @@ from pat.training.checkpoints import STAGE_TWO, is_compact
 from pat.training.data import TrainingData
 from pat.training.guard import FiniteGuard
 from pat.training.handover import continue_from
+from pat.tuner.compaction import check_compactable
 from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel, find_tuner
 
@@ -139,11 +140,10 @@ class Stages:
     def _compacts(self, tuner: PatModel) -> bool:
         if self.arguments.run.no_compact:
             return False
-        if tuner.pat_config().base_quantization is not None:
-            logger.warning(
-                "Training goes on at full width after the milestone: the compact form of a quantised base would not be "
-                "quantised. Pass --no_compact to say so yourself."
-            )
+        try:
+            check_compactable(tuner.pat_config())
+        except PatError as obstacle:
+            logger.warning("Training goes on at full width after the milestone. %s", obstacle)
             return False
         return True
 

@@ -17,7 +17,8 @@ from pat.errors import PatError
 from pat.evaluation.perplexity import Example, batches_from_examples, tokenize_examples
 from pat.export.model_card import shown_name
 from pat.export.results import environment, write_results
-from pat.export.write import check_output_folder, save_checkpoint, staged_folder
+from pat.export.staging import check_output_folder, staged_folder
+from pat.export.write import save_checkpoint
 from pat.loading import load_base, load_config, load_tokenizer, stored_dtype
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.calibration_text import read_calibration

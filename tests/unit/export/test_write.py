@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from pat.errors import PatError, RunFailed
 from pat.export import verify, write
 from pat.export.staging import check_output_folder, staged_folder
-from pat.export.write import count_parameters, write_dense
+from pat.export.write import count_parameters, save_checkpoint
 from pat.tuner import find_tuner
 
 PROVENANCE = {"model_name_or_path": "tiny/llama", "recipe": "default"}
@@ -36,8 +36,10 @@ def tuned(tied: bool = True, family: str = "llama", **fields: Any) -> PeftModel:
 
 
 def export(model: Any, output_dir: Path, **options: Any) -> tuple[verify.Parity, Path]:
-    defaults = {"tokenizer": tiny_tokenizer(), "batches": [batch()], "provenance": PROVENANCE}
-    return write_dense(model, output_dir, **(defaults | options))
+    defaults = {"tokenizer": tiny_tokenizer(), "batches": [batch()], "provenance": PROVENANCE, "dtype": None}
+    with staged_folder(output_dir) as staging:
+        parity, _ = save_checkpoint(model, staging, **(defaults | options))
+    return parity, output_dir
 
 
 def test_the_folder_is_a_stock_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
