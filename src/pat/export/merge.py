@@ -61,8 +61,8 @@ def merge(
 ) -> MergeResult:
     """Merge a saved PAT adapter into a dense checkpoint in `output_dir`, with a model card and `results.json`.
 
-    Neither model is ever in memory: tensors are read, folded and written one at a time. Bases that are quantised, or
-    not stored as safetensors, are the exception.
+    Neither model is ever in memory: tensors are read, folded and written one at a time. For what is an exception see
+    `load_hollow`.
 
     Args:
         adapter: folder of the adapter.

@@ -167,8 +167,8 @@ def stream_checkpoint(
             bar.update()
     timings["fold_seconds"] = time.perf_counter() - started
     return_freed_memory()
-    _write_configuration(hollow, dense, folder)
     try:
+        _write_configuration(hollow, dense, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     except OSError as error:
