@@ -1,0 +1,80 @@
+"""One way to call every baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pat.errors import PatError
+from pat.families import get_family
+
+from .budget import num_parameters
+from .calibration import describe
+from .channels import cut_channels, keep_largest, keep_random, magnitude_scores
+from .llm_pruner import llm_pruner
+
+METHODS = ("llm_pruner", "magnitude", "random")
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""What LoRA adapts in a pruned model. Not peft's "all-linear": that would take in SliceGPT's shortcut matrices."""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned model and what there is to know about it."""
+
+    model: nn.Module
+    """Takes `input_ids`, `attention_mask`, `labels` and so on like any causal language model of transformers."""
+    num_parameters: int
+    """All of them, shortcut matrices included; a tied matrix counts once."""
+    description: str
+    """One sentence for a table's footnote: what was cut, and on which data."""
+
+
+def prune(
+    method: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    target_parameters: int,
+    pruned_hidden_size: int,
+    calibration: Sequence[Tensor],
+    seed: int = 0,
+) -> Pruned:
+    """Prune a base model by one of `METHODS`; the model passed in stays as it is.
+
+    Args:
+        method: which baseline.
+        model: a dense causal language model without adapters, of a family that PAT supports.
+        tokenizer: the model's; no method needs it so far, since calibration comes as tokens.
+        target_parameters: size of the result in parameters, see `pat_parameters`. "llm_pruner" and "slicegpt" take the
+            setting that comes nearest; "magnitude" and "random" have no choice but PAT's width.
+        pruned_hidden_size: PAT's width d', the width of "magnitude" and "random".
+        calibration: token sequences `(T,)`, see `calibration_sequences`; unused by "magnitude" and "random".
+        seed: of "random".
+
+    Raises:
+        PatError: no such method, or one that cannot treat this family or size.
+    """
+    if method == "llm_pruner":
+        pruned, shape = llm_pruner(model, calibration, target_parameters=target_parameters)
+        base = model.config
+        description = (
+            f"LLM-Pruner (block-wise, first-order Taylor, every layer alike): {shape.num_attention_heads} of "
+            f"{base.num_attention_heads} heads, {shape.num_key_value_heads} of {base.num_key_value_heads} key/value "
+            f"heads, {shape.intermediate_size} of {base.intermediate_size} MLP channels; {describe(calibration)}."
+        )
+        return Pruned(pruned, num_parameters(pruned), description)
+    if method in ("magnitude", "random"):
+        hidden_size = getattr(model.config, get_family(model.config.model_type).hidden_size_field)
+        if method == "magnitude":
+            keep = keep_largest(magnitude_scores(model), pruned_hidden_size)
+        else:
+            keep = keep_random(hidden_size, pruned_hidden_size, seed=seed)
+        dense = cut_channels(model, keep)
+        how = "of largest magnitude" if method == "magnitude" else f"drawn at random (seed {seed})"
+        return Pruned(dense, num_parameters(dense), f"{pruned_hidden_size} of {hidden_size} hidden channels, {how}.")
+    raise PatError(f"Got the baseline {method!r}; expected one of {', '.join(METHODS)}.")
