@@ -1,0 +1,154 @@
+"""Accuracies on tasks: records, and the files that make an evaluation resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from torch import nn
+
+from pat.errors import PatError
+from pat.evaluation.tasks.hub import Row
+
+SAMPLED_VALUES = 4096
+"""Values of each parameter that go into a model's fingerprint; smaller ones are read whole."""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Accuracy of one model on one task under one protocol, as fractions of 1."""
+
+    task: str
+    protocol: str
+    num_questions: int
+    acc: float
+    acc_stderr: float | None
+    """Standard error of the mean; None for a single question."""
+    acc_norm: float | None
+    """Choices compared by likelihood per character; None under the letter protocol."""
+    acc_norm_stderr: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TaskEvaluation:
+    """All scores of one model."""
+
+    scores: tuple[TaskScore, ...]
+    limit: int | None
+    """First so many questions of each task; None for all."""
+
+    def mean(self, protocol: str, metric: str = "acc") -> float | None:
+        """Return the unweighted mean over the tasks, or None if a protocol has no such metric."""
+        values = [getattr(score, metric) for score in self.scores if score.protocol == protocol]
+        return fmean(values) if values and None not in values else None
+
+    def get(self, task: str, protocol: str) -> TaskScore | None:
+        """Return one score, if it was measured."""
+        return next((s for s in self.scores if (s.task, s.protocol) == (task, protocol)), None)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, in the order asked for."""
+        return list(dict.fromkeys(score.task for score in self.scores))
+
+    @property
+    def protocols(self) -> list[str]:
+        """Names of the protocols, in the order asked for."""
+        return list(dict.fromkeys(score.protocol for score in self.scores))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the scores ready for JSON, means included."""
+        means = {
+            protocol: {metric: self.mean(protocol, metric) for metric in ("acc", "acc_norm")}
+            for protocol in self.protocols
+        }
+        return {"limit": self.limit, "mean": means, "scores": [asdict(score) for score in self.scores]}
+
+
+def fingerprint_rows(rows: Iterable[Row]) -> str:
+    """Return a digest of questions."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def fingerprint_model(model: nn.Module) -> str:
+    """Return a digest of a model: its class, and names, shapes, types and a sample of the values of its tensors."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // SAMPLED_VALUES)]
+        if sample.is_floating_point():
+            sample = sample.float()  # numpy knows no bfloat16
+        digest.update(sample.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class ScoreStore:
+    """Finished scores in a folder, each with the settings it belongs to."""
+
+    def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
+        self.folder = None if folder is None else Path(folder).expanduser()
+        self.settings = dict(settings)
+
+    def samples_path(self, score: TaskScore) -> Path:
+        """Return the file for the answers behind a score; only a store with a folder has one."""
+        assert self.folder is not None
+        return self.folder / "samples" / f"{score.task}.{score.protocol}.jsonl"
+
+    def read(self, task: str, protocol: str, rows: Sequence[Row]) -> TaskScore | None:
+        """Return a finished score, or None.
+
+        Raises:
+            PatError: the folder holds this score of another model, of other questions, or what is no score.
+        """
+        path = self._path(task, protocol)
+        if path is None or not path.is_file():
+            return None
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            score, settings = TaskScore(**stored["score"]), stored["settings"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise PatError(f"{path}: is not a finished score ({error}); remove it or choose another folder.") from error
+        expected = self._settings(rows)
+        different = sorted(name for name in expected if settings.get(name) != expected[name])
+        if different:
+            raise PatError(
+                f"{path}: is a score with another {' and '.join(different)}; choose another --output_dir, or remove "
+                "what is in this one."
+            )
+        return score
+
+    def write(self, score: TaskScore, rows: Sequence[Row], samples: Iterable[Mapping[str, Any]] | None) -> None:
+        """Keep a score, and before it the answers if there are any."""
+        path = self._path(score.task, score.protocol)
+        if path is None:
+            return
+        if samples is not None:
+            lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+            _write_whole(self.samples_path(score), lines)
+        record = {"settings": self._settings(rows), "score": asdict(score)}
+        _write_whole(path, json.dumps(record, indent=2) + "\n")
+
+    def _settings(self, rows: Sequence[Row]) -> dict[str, Any]:
+        return self.settings | {"questions": fingerprint_rows(rows)}
+
+    def _path(self, task: str, protocol: str) -> Path | None:
+        return None if self.folder is None else self.folder / "scores" / f"{task}.{protocol}.json"
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file that is there either whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
