@@ -9,14 +9,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pat.errors import PatError
+from pat.export.write import quiet_transformers
 from pat.families import get_family
 
 from .budget import num_parameters
 from .calibration import describe
 from .channels import cut_channels, keep_largest, keep_random, magnitude_scores
 from .llm_pruner import llm_pruner
+from .slicegpt import choose_sliced_width, slice_model
 
-METHODS = ("llm_pruner", "magnitude", "random")
+METHODS = ("llm_pruner", "slicegpt", "magnitude", "random")
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """What LoRA adapts in a pruned model. Not peft's "all-linear": that would take in SliceGPT's shortcut matrices."""
@@ -59,6 +61,20 @@ def prune(
     Raises:
         PatError: no such method, or one that cannot treat this family or size.
     """
+    if method not in METHODS:
+        raise PatError(f"Got the baseline {method!r}; expected one of {', '.join(METHODS)}.")
+    with quiet_transformers(True):
+        return _prune(method, model, target_parameters, pruned_hidden_size, calibration, seed)
+
+
+def _prune(
+    method: str,
+    model: PreTrainedModel,
+    target_parameters: int,
+    pruned_hidden_size: int,
+    calibration: Sequence[Tensor],
+    seed: int,
+) -> Pruned:
     if method == "llm_pruner":
         pruned, shape = llm_pruner(model, calibration, target_parameters=target_parameters)
         base = model.config
@@ -68,13 +84,20 @@ def prune(
             f"heads, {shape.intermediate_size} of {base.intermediate_size} MLP channels; {describe(calibration)}."
         )
         return Pruned(pruned, num_parameters(pruned), description)
-    if method in ("magnitude", "random"):
-        hidden_size = getattr(model.config, get_family(model.config.model_type).hidden_size_field)
-        if method == "magnitude":
-            keep = keep_largest(magnitude_scores(model), pruned_hidden_size)
-        else:
-            keep = keep_random(hidden_size, pruned_hidden_size, seed=seed)
-        dense = cut_channels(model, keep)
-        how = "of largest magnitude" if method == "magnitude" else f"drawn at random (seed {seed})"
-        return Pruned(dense, num_parameters(dense), f"{pruned_hidden_size} of {hidden_size} hidden channels, {how}.")
-    raise PatError(f"Got the baseline {method!r}; expected one of {', '.join(METHODS)}.")
+    hidden_size = getattr(model.config, get_family(model.config.model_type).hidden_size_field)
+    if method == "slicegpt":
+        sliced = slice_model(model, calibration, width=choose_sliced_width(model, target_parameters))
+        width = sliced.get_input_embeddings().embedding_dim
+        untied = ", embedding and head untied" if model.config.tie_word_embeddings else ""
+        description = (
+            f"SliceGPT: {width} of {hidden_size} directions at every point of the residual stream, "
+            f"{2 * model.config.num_hidden_layers} shortcut matrices{untied}; {describe(calibration)}."
+        )
+        return Pruned(sliced, num_parameters(sliced), description)
+    if method == "magnitude":
+        keep, how = keep_largest(magnitude_scores(model), pruned_hidden_size), "of largest magnitude"
+    else:
+        keep = keep_random(hidden_size, pruned_hidden_size, seed=seed)
+        how = f"drawn at random (seed {seed})"
+    dense = cut_channels(model, keep)
+    return Pruned(dense, num_parameters(dense), f"{pruned_hidden_size} of {hidden_size} hidden channels, {how}.")
