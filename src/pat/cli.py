@@ -140,14 +140,22 @@ def _plan(argv: Sequence[str]) -> None:
 
 
 def _evaluate(argv: Sequence[str]) -> None:
-    """Perplexity on a text file, and held-out likelihood of responses."""
+    """Accuracy on the paper's 14 tasks, perplexity on a text file, held-out likelihood of responses."""
     parser = _Parser("evaluate", _evaluate)
     parser.add_argument("--model", required=True, help="Model folder or hub id, or the folder of a PAT adapter.")
     parser.add_argument("--text_file", help="Plain text: token perplexity over sliding windows.")
     parser.add_argument("--dataset_name", help="Instruction data: mean NLL of its responses.")
     parser.add_argument("--template", default="auto", help="Prompt template of instruction data (auto, chat, alpaca).")
     parser.add_argument("--max_length", type=int, default=512, help="Context in tokens.")
-    parser.add_argument("--limit", type=int, help="At most this many rows, or thousand tokens of text.")
+    parser.add_argument(
+        "--limit", type=int, help="At most this many rows, thousand tokens of text, or questions of each task."
+    )
+    parser.add_argument("--tasks", help="Accuracy on tasks: names with commas between, or 'paper' for its 14.")
+    parser.add_argument("--data_dir", type=Path, help="Folder with a <task>.jsonl for each; by default from the hub.")
+    parser.add_argument("--protocol", help="How tasks are asked: letter, likelihood, or both (the default).")
+    parser.add_argument("--batch_size", type=int, help="Rows of a forward pass.")
+    parser.add_argument("--log_samples", action="store_true", help="Keep the answer to every question of the tasks.")
+    parser.add_argument("--output_dir", type=Path, help="Keep finished tasks here; started again, none is repeated.")
     parser.add_argument("--output", type=Path, help="Also write the figures to this JSON file.")
     options = parser.parse(argv)
 
@@ -161,6 +169,12 @@ def _evaluate(argv: Sequence[str]) -> None:
             template=options.template,
             max_length=options.max_length,
             limit=options.limit,
+            tasks=options.tasks,
+            protocols=options.protocol or ("letter", "likelihood"),
+            data_dir=options.data_dir,
+            batch_size=options.batch_size,
+            log_samples=options.log_samples,
+            output_dir=options.output_dir,
             output=options.output,
         )
     )
@@ -195,6 +209,54 @@ def _benchmark(argv: Sequence[str]) -> None:
     print_benchmark(run_benchmark(BenchmarkOptions(**given)))
 
 
+def _compare(argv: Sequence[str]) -> None:
+    """Methods, ratios and seeds under one budget -> the paper's table, at home."""
+    parser = _Parser("compare", _compare)
+    parser.add_argument("--models", nargs="+", help="Folders or hub ids of the base models.")
+    parser.add_argument("--data", help="Instruction data: a file or hub id, as for `pat tune`.")
+    parser.add_argument("--output_dir", type=Path, help="New, empty, or that of the comparison to go on with.")
+    parser.add_argument("--methods", nargs="+", help="Such as lora slicegpt pat; run at every ratio.")
+    parser.add_argument("--ablations", nargs="+", help="Methods that are run at --ablation_ratio alone.")
+    parser.add_argument("--ratios", nargs="+", help="Shares of the hidden size to cut (default 0.2 0.25 0.3).")
+    parser.add_argument("--ablation_ratio", help="Also where learning rates are searched (default 0.25).")
+    parser.add_argument("--seeds", nargs="+", help="Runs of each method at each ratio (default 0 1 2).")
+    parser.add_argument("--learning_rates", nargs="+", help="Searched for every method.")
+    parser.add_argument("--search_steps", help="Steps of the runs of that search; by default --steps.")
+    parser.add_argument("--rank", help="Of LoRA on the whole model; other methods train as many parameters.")
+    parser.add_argument("--lora_alpha", help="Of every method.")
+    parser.add_argument("--use_rslora", help="Of every method: true or false.")
+    parser.add_argument("--lora_dropout", help="Of every method.")
+    parser.add_argument("--steps", help="Optimizer steps of every method.")
+    parser.add_argument("--epochs", help="Instead of steps.")
+    parser.add_argument("--batch_size", help="Rows of a batch.")
+    parser.add_argument("--gradient_accumulation_steps", help="Batches of a step.")
+    parser.add_argument("--max_length", help="Tokens of a row at most.")
+    parser.add_argument("--template", help="How instructions become prompts: alpaca (default), chat or auto.")
+    parser.add_argument("--rows", help="Train on at most so many rows of the data.")
+    parser.add_argument("--held_out", help="Rows to report on.")
+    parser.add_argument("--validation", help="Rows to choose learning rates by.")
+    parser.add_argument("--tasks", help="For accuracies: 'paper', or names with commas between; 'none' for none.")
+    parser.add_argument("--data_dir", help="Folder of the tasks' questions; by default they come from the hub.")
+    parser.add_argument("--protocols", nargs="+", help="letter, likelihood, or both.")
+    parser.add_argument("--limit", help="Questions of each task at most.")
+    parser.add_argument("--eval_batch_size", help="Questions evaluated at once.")
+    parser.add_argument("--calibration_rows", help="Rows that the baselines prune by.")
+    parser.add_argument("--workers", help="Cells to run at once.")
+    parser.add_argument("--threads", help="CPU threads of each worker.")
+    parser.add_argument("--baselines", help="Folder of the baselines, if pat is not run from its sources.")
+    from pat.compare.config import config_path
+
+    ready_made = [str(config_path(argument) or argument) for argument in argv]
+    options = vars(parser.parse(ready_made))
+    options.pop("config")
+
+    from pat.compare.command import run_compare
+
+    comparison = run_compare(options)
+    print(comparison.table)
+    print("Wrote " + ", ".join(str(path) for path in comparison.files))
+
+
 def _demo(argv: Sequence[str]) -> None:
     """The main job on a model and data from the package index; no hub needed."""
     parser = _Parser("demo", _demo)
@@ -224,6 +286,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "merge": _merge,
     "evaluate": _evaluate,
     "benchmark": _benchmark,
+    "compare": _compare,
     "demo": _demo,
 }
 

@@ -1,0 +1,1 @@
+"""`pat compare`: methods x ratios x seeds under one budget, and the table and figures of it."""

@@ -1,0 +1,68 @@
+"""The rows of a comparison, the same for every method: to train on, to choose learning rates by, to report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from pat.compare.config import CompareConfig
+from pat.errors import PatError
+from pat.training.data import load_training_data
+
+SEED = 0
+"""Of the split, so that all seeds of a comparison are judged by the same rows."""
+
+PARTS = ("train", "validation", "held_out")
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """Where a model's rows lie, as JSON lines with a prompt and a completion."""
+
+    train: Path
+    validation: Path
+    held_out: Path
+
+
+def data_files(folder: Path) -> DataFiles:
+    """Return the files in a folder, which may not be there yet."""
+    return DataFiles(*(folder / f"{part}.jsonl" for part in PARTS))
+
+
+def prepare_data(config: CompareConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> DataFiles:
+    """Split the data once and write the parts, unless they are there.
+
+    Raises:
+        PatError: the data cannot be read, or has too few rows.
+    """
+    files = data_files(folder)
+    if all(path.is_file() for path in (files.train, files.validation, files.held_out)):
+        return files
+    apart = config.held_out + config.validation
+    data = load_training_data(config.data, tokenizer=tokenizer, template=config.template, held_out=apart, seed=SEED)  # type: ignore[arg-type]
+    assert data.held_out is not None
+    if "prompt" not in data.train.column_names:
+        raise PatError(f"{config.data}: got texts without responses; a comparison is judged by its responses' NLL.")
+    train = data.train.shuffle(seed=SEED)
+    train = train.select(range(min(config.rows or len(train), len(train))))
+    held_out = data.held_out.select(range(config.validation, len(data.held_out)))
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(files.held_out, held_out)
+    _write(files.validation, data.held_out.select(range(config.validation)))
+    _write(files.train, train)  # last: with it, all are there
+    return files
+
+
+def _write(path: Path, rows: Iterable[Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(_plain(row), ensure_ascii=False) + "\n")
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("prompt", "completion")}

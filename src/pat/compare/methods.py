@@ -1,0 +1,64 @@
+"""What is compared: how each method tunes, how it prunes, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Order = Literal["", "FT", "P→FT", "FT→P", "PAT"]
+
+PAPER: dict[str, Any] = {
+    "rotation": "none",
+    "milestone": 1 / 3,
+    # The paper's short-run starting point: adapters at 5e-4, the mask at 2e-2 (`PatConfig.mask_lr_multiplier`).
+    "mask_lr_multiplier": 40.0,
+    "operator_lr_multiplier": 1.0,
+}
+"""The paper's method, under the comparison's own budget, rank and learning rates."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the table."""
+
+    label: str
+    order: Order
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    """Of `pat tune`, over the comparison's own."""
+    baseline: str | None = None
+    """Name of the way to prune among the baselines, where it is not PAT that prunes."""
+
+    @property
+    def prunes(self) -> bool:
+        """Whether there is a result for each ratio."""
+        return self.order in ("P→FT", "FT→P", "PAT")
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a learning rate of its own to be searched."""
+        return self.order in ("FT", "P→FT", "PAT")
+
+
+METHODS: dict[str, Method] = {
+    "base": Method("Untuned", ""),
+    "lora": Method("LoRA", "FT"),
+    "dora": Method("DoRA", "FT", {"use_dora": True}),
+    "llm_pruner": Method("LLM-Pruner", "P→FT", baseline="llm_pruner"),
+    "llm_pruner_after": Method("LLM-Pruner", "FT→P", baseline="llm_pruner"),
+    "slicegpt": Method("SliceGPT", "P→FT", baseline="slicegpt"),
+    "slicegpt_after": Method("SliceGPT", "FT→P", baseline="slicegpt"),
+    "magnitude": Method("Magnitude channels", "P→FT", baseline="magnitude"),
+    "random": Method("Random channels", "P→FT", baseline="random"),
+    "pat": Method("PAT", "PAT"),
+    "pat_dora": Method("PAT + DoRA", "PAT", {"use_dora": True}),
+    "pat_full_width": Method("PAT, no compaction", "PAT", {"no_compact": True}),
+    "pat_paper": Method("PAT, paper's recipe", "PAT", PAPER),
+    "pat_paper_frozen_mask": Method("PAT, paper's, frozen mask", "PAT", {**PAPER, "mask": "frozen"}),
+    "pat_paper_no_identity": Method(
+        "PAT, paper's, without identity loss", "PAT", {**PAPER, "identity_loss_weight": 0.0}
+    ),
+}
+
+TUNED = "lora"
+"""The method whose tuned models are what FT→P prunes."""

@@ -1,0 +1,232 @@
+"""One cell of a comparison: tune and prune in the method's order, then measure."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
+from trl import SFTTrainer
+
+from pat.compare.baselines import load_baselines
+from pat.compare.budget import Target, lora_parameters_per_rank, lora_rank, pat_rank, target_of, tuned_linears
+from pat.compare.cells import Cell, short_name
+from pat.compare.config import CompareConfig
+from pat.compare.data import DataFiles, data_files
+from pat.compare.methods import METHODS, TUNED
+from pat.evaluation.perplexity import response_nll, tokenize_examples
+from pat.loading import load_base, load_tokenizer
+from pat.training.arguments import TuneArguments, build_arguments
+from pat.training.data import load_training_data
+from pat.training.guard import FiniteGuard
+from pat.training.tune import run_tune
+
+EVAL_BATCH_SIZE = 8
+
+
+def run_cell(config: CompareConfig, cell: Cell, tuned: Path | None) -> dict[str, Any]:
+    """Run a cell and return its row for `results.jsonl`.
+
+    Args:
+        config: of the comparison; its data are prepared.
+        cell: what to run.
+        tuned: where LoRA's tuned model lies (FT→P), or goes (LoRA itself, None if nobody needs it).
+    """
+    run = _Run(config, cell, tuned)
+    started = time.perf_counter()
+    model = run.make_model()
+    run.facts["make_seconds"] = time.perf_counter() - started
+    started = time.perf_counter()
+    run.measure(model)
+    run.facts["measure_seconds"] = time.perf_counter() - started
+    return {"cell": cell.to_dict(), "identity": config.identity(), **run.facts}
+
+
+class _Run:
+    def __init__(self, config: CompareConfig, cell: Cell, tuned: Path | None) -> None:
+        self.config, self.cell, self.tuned = config, cell, tuned
+        self.method = METHODS[cell.method]
+        self.source = next(model for model in config.models if short_name(model) == cell.model)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.source)
+        self.files: DataFiles = data_files(config.output_dir / "data" / cell.model)
+        self.folder = config.output_dir / "work" / cell.name
+        self.facts: dict[str, Any] = {}
+
+    def make_model(self) -> nn.Module:
+        """Return the cell's dense model."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        arguments = self._arguments()
+        order = self.method.order
+        if order == "PAT":
+            return self._pat(arguments)
+        base = self._load(self.source, arguments)
+        if order in ("", "FT"):
+            model = base if order == "" else self._tune(base, arguments)
+            if self.cell.method == TUNED and self.tuned is not None:
+                cast(Any, model).save_pretrained(self.tuned)
+                self.tokenizer.save_pretrained(self.tuned)
+            return model
+        if order == "FT→P":
+            assert self.tuned is not None
+            del base
+            return self._prune(self._load(str(self.tuned), arguments), arguments)
+        budget = self._trainable_budget(base)
+        return self._tune(self._prune(base, arguments), arguments, budget)
+
+    def measure(self, model: nn.Module) -> None:
+        """Note the sizes, losses and accuracies of a dense model."""
+        model.eval()
+        self.facts["num_parameters"] = _count(model)
+        parts = {"validation": self.files.validation} if self.cell.search else {"held_out": self.files.held_out}
+        for part, path in parts.items():
+            rows = load_training_data(path, tokenizer=self.tokenizer, held_out=0).train
+            examples = tokenize_examples(self.tokenizer, rows, self.config.max_length)
+            pad = cast(int, self.tokenizer.pad_token_id)
+            nll = response_nll(model, examples, batch_size=EVAL_BATCH_SIZE, pad_token_id=pad)
+            self.facts[f"{part}_nll"], self.facts[f"num_{part}_tokens"] = nll.nll, nll.num_tokens
+        if self.config.tasks is not None and not self.cell.search:
+            from pat.evaluation.tasks import evaluate_tasks  # needs lm-eval, which a comparison without tasks does not
+
+            evaluation = evaluate_tasks(
+                model,
+                self.tokenizer,
+                tasks=self.config.tasks,
+                protocols=self.config.protocols,
+                data_dir=self.config.data_dir,
+                limit=self.config.limit,
+                batch_size=self.config.eval_batch_size,
+            )
+            self.facts["tasks"] = evaluation.to_dict()
+
+    # -- parts -------------------------------------------------------------------------------------------------
+
+    def _arguments(self) -> TuneArguments:
+        config, cell = self.config, self.cell
+        steps = config.search_steps if cell.search and config.search_steps is not None else config.steps
+        flags: dict[str, Any] = {
+            "recipe": "default",
+            "model_name_or_path": self.source,
+            "dataset_name": str(self.files.train),
+            "held_out": "0",
+            "output_dir": str(self.folder),
+            "seed": cell.seed,
+            "learning_rate": cell.learning_rate or 1e-4,  # trainers refuse 0, where nothing is trained
+            "lora_r": config.rank,
+            "lora_alpha": config.lora_alpha,
+            "lora_dropout": config.lora_dropout,
+            "use_rslora": config.use_rslora,
+            "per_device_train_batch_size": config.batch_size,
+            "gradient_accumulation_steps": config.gradient_accumulation_steps,
+            "max_length": config.max_length,
+            "max_steps": -1 if steps is None else steps,
+            "num_train_epochs": config.epochs or 1,
+            "disable_tqdm": True,
+            "report_to": "none",
+            "save_strategy": "no",
+        }
+        if self.method.order == "PAT":
+            flags |= {"pruning_ratio": cell.ratio, **self.method.flags}
+        else:
+            flags |= {name: value for name, value in self.method.flags.items() if name == "use_dora"}
+        return build_arguments(**flags)
+
+    def _load(self, name: str, arguments: TuneArguments) -> nn.Module:
+        base: Any = load_base(name, dtype=arguments.model.dtype)
+        return cast(nn.Module, base.to(arguments.sft.device))
+
+    def _trainable_budget(self, base: nn.Module) -> int:
+        return self.config.rank * lora_parameters_per_rank(base)
+
+    def _pat(self, arguments: TuneArguments) -> nn.Module:
+        base = self._load(self.source, arguments)
+        budget = self._trainable_budget(base)
+        device = arguments.sft.device
+        del base
+        rank = pat_rank(arguments, budget)
+        arguments.model.lora_r = rank
+        target = target_of(self.source, self.cell.ratio)
+        started = time.perf_counter()
+        result = run_tune(arguments)
+        self.facts |= {
+            "rank": rank,
+            "trainable_budget": budget,
+            "tune_seconds": time.perf_counter() - started,
+            "hidden_size": target.hidden_size,
+            "pruned_hidden_size": target.pruned_hidden_size,
+            "parity": result.parity.to_dict(),
+        }
+        dense: Any = AutoModelForCausalLM.from_pretrained(result.model_dir, dtype=arguments.model.dtype)
+        shutil.rmtree(self.folder)
+        return cast(nn.Module, dense.to(device))
+
+    def _tune(self, model: nn.Module, arguments: TuneArguments, budget: int | None = None) -> nn.Module:
+        budget = budget or self._trainable_budget(model)
+        rank = lora_rank(model, budget)
+        set_seed(self.cell.seed)
+        adapter = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=rank,
+            lora_alpha=self.config.lora_alpha,
+            lora_dropout=self.config.lora_dropout,
+            use_rslora=self.config.use_rslora,
+            use_dora=arguments.model.use_dora,
+            target_modules=sorted({name.rpartition(".")[2] for name in tuned_linears(model)}),
+        )
+        peft_model = get_peft_model(cast(Any, model), adapter)
+        self.facts |= {
+            "rank": rank,
+            "num_trainable": sum(p.numel() for p in peft_model.parameters() if p.requires_grad),
+            "trainable_budget": budget,
+        }
+        data = load_training_data(self.files.train, tokenizer=self.tokenizer, held_out=0)
+        trainer = SFTTrainer(
+            model=cast(Any, peft_model),
+            args=arguments.sft,
+            train_dataset=data.train,
+            processing_class=self.tokenizer,
+            callbacks=[FiniteGuard()],
+        )
+        started = time.perf_counter()
+        trainer.train()
+        self.facts["tune_seconds"] = time.perf_counter() - started
+        merged: nn.Module = peft_model.merge_and_unload()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return merged
+
+    def _prune(self, model: nn.Module, arguments: TuneArguments) -> nn.Module:
+        target: Target = target_of(self.source, self.cell.ratio)
+        rows = load_training_data(self.files.train, tokenizer=self.tokenizer, held_out=0).train
+        some = rows.select(range(min(self.config.calibration_rows, len(rows))))
+        examples = tokenize_examples(self.tokenizer, some, self.config.max_length)
+        pruned = load_baselines(self.config.baselines).prune(
+            self.method.baseline,
+            model,
+            self.tokenizer,
+            target_parameters=target.num_parameters,
+            pruned_hidden_size=target.pruned_hidden_size,
+            calibration=[torch.tensor(example["input_ids"]) for example in examples],
+            seed=self.cell.seed,
+        )
+        self.facts |= {
+            "hidden_size": target.hidden_size,
+            "pruned_hidden_size": target.pruned_hidden_size,
+            "target_parameters": target.num_parameters,
+            "pruning": pruned.description,
+        }
+        return cast(nn.Module, pruned.model)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def failed_row(config: CompareConfig, cell: Cell, error: BaseException) -> Mapping[str, Any]:
+    """Return the row of a cell that could not be run."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return {"cell": cell.to_dict(), "identity": config.identity(), "failed": reason[:500]}

@@ -1,0 +1,132 @@
+"""Run all cells of a comparison in worker processes; what is done is never done again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from typing import Any
+
+from pat.compare.baselines import load_baselines
+from pat.compare.cells import Cell, done_cells, num_cells, ready_cells, short_name, tuned_cell
+from pat.compare.config import CompareConfig
+from pat.compare.data import prepare_data
+from pat.compare.methods import METHODS, TUNED
+from pat.compare.results import append_row, read_rows
+from pat.errors import PatError, RunFailed
+from pat.loading import load_config, load_tokenizer
+
+
+def run_cells(config: CompareConfig) -> list[dict[str, Any]]:
+    """Run what is not done yet, and return all rows.
+
+    Raises:
+        PatError: models, data or baselines cannot be used, or the output folder is another comparison's.
+        RunFailed: cells failed; the others are done.
+    """
+    rows = read_rows(config)
+    prepare(config)
+    done = _without_lost_models(config, done_cells(rows))
+    total, failed = num_cells(config), dict[Cell, str]()
+    started, num_before = time.perf_counter(), len(done)
+    running: dict[Future[dict[str, Any]], Cell] = {}
+    threads = config.threads or max(1, (os.cpu_count() or 1) // config.workers)
+    context = get_context("spawn")  # torch's threads do not survive a fork
+    with ProcessPoolExecutor(config.workers, mp_context=context, initializer=_start, initargs=(threads,)) as pool:
+        try:
+            while True:
+                waiting = [c for c in ready_cells(config, done) if c not in failed and c not in running.values()]
+                for cell in waiting[: config.workers - len(running)]:
+                    running[pool.submit(_run, config, cell, _tuned_model(config, cell, done))] = cell
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    cell = running.pop(future)
+                    row = future.result()
+                    append_row(config, row)
+                    if "failed" in row:
+                        failed[cell] = row["failed"]
+                    else:
+                        done[cell] = row
+                        rows.append(row)
+                    _report(cell, row, len(done), total, started, num_before)
+        except BrokenProcessPool as error:
+            raise RunFailed(
+                "A worker process died, most likely for want of memory; start again with fewer --workers."
+            ) from error
+        except KeyboardInterrupt:
+            for process in active_children():
+                process.terminate()
+            raise
+    if failed:
+        cell, reason = next(iter(failed.items()))
+        raise RunFailed(f"{len(failed)} cells failed, such as {cell.describe()}: {reason}")
+    shutil.rmtree(config.output_dir / "tuned", ignore_errors=True)
+    shutil.rmtree(config.output_dir / "work", ignore_errors=True)
+    return rows
+
+
+def prepare(config: CompareConfig) -> None:
+    """Check models and baselines, and write the rows that every cell reads."""
+    names = [short_name(model) for model in config.models]
+    if len(set(names)) < len(names):
+        raise PatError(f"Got the models {', '.join(names)}; expected names that differ in their last part.")
+    if any(METHODS[name].baseline for name in config.all_methods):
+        load_baselines(config.baselines)
+    for model, name in zip(config.models, names, strict=True):
+        load_config(model)
+        prepare_data(config, load_tokenizer(model), config.output_dir / "data" / name)
+
+
+def _tuned_model(config: CompareConfig, cell: Cell, done: dict[Cell, dict[str, Any]]) -> Path | None:
+    """Return where LoRA's tuned model goes, or lies, for a cell that makes or prunes one."""
+    order = METHODS[cell.method].order
+    source: Cell | None = None
+    if cell.method == TUNED and not cell.search and any(METHODS[n].order == "FT→P" for n in config.all_methods):
+        source = cell
+    elif order == "FT→P":
+        source = tuned_cell(config, cell, done)
+    return None if source is None else config.output_dir / "tuned" / source.name
+
+
+def _without_lost_models(config: CompareConfig, done: dict[Cell, dict[str, Any]]) -> dict[Cell, dict[str, Any]]:
+    """Leave out LoRA's cells whose model is gone but still to be pruned: a finished comparison keeps no models."""
+    lost = set()
+    for cell in ready_cells(config, done):
+        if METHODS[cell.method].order == "FT→P":
+            path = _tuned_model(config, cell, done)
+            if path is not None and not path.is_dir():
+                lost.add(tuned_cell(config, cell, done))
+    return {cell: row for cell, row in done.items() if cell not in lost}
+
+
+def _start(threads: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _run(config: CompareConfig, cell: Cell, tuned: Path | None) -> dict[str, Any]:
+    from pat.compare.run_cell import failed_row, run_cell
+
+    try:
+        return run_cell(config, cell, tuned)
+    except Exception as error:  # one cell's failure is a row of its own, not the end of a night's work
+        return dict(failed_row(config, cell, error))
+
+
+def _report(cell: Cell, row: dict[str, Any], num_done: int, total: int, started: float, num_before: int) -> None:
+    if "failed" in row:
+        outcome = f"failed: {row['failed']}"
+    else:
+        nll = row.get("validation_nll", row.get("held_out_nll"))
+        outcome = f"NLL {nll:.3f}, {row['make_seconds'] + row['measure_seconds']:.0f} s"
+    spent = time.perf_counter() - started
+    left = spent / max(1, num_done - num_before) * (total - num_done)
+    print(f"[{num_done}/{total}, {left / 60:.0f} min to go] {cell.describe()}: {outcome}", file=sys.stderr, flush=True)

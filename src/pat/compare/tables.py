@@ -1,0 +1,110 @@
+"""The tables of a comparison, in Markdown, in the order of the paper's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from pat.compare.config import CompareConfig
+from pat.compare.summary import Line, Spread
+from pat.export.results import environment
+
+
+def markdown(config: CompareConfig, lines: Sequence[Line]) -> str:
+    """Return the whole report."""
+    parts = ["# Comparison", _preface(config, lines)]
+    for model in dict.fromkeys(line.model for line in lines):
+        own = [line for line in lines if line.model == model]
+        parts += [f"## {model}", _main_table(config, own)]
+        for protocol in own[0].tasks if own else ():
+            parts += [f"### {model}: accuracy by task, {protocol} (%)", _task_table(own, protocol)]
+        parts += [f"### {model}: budgets", _budget_table(own)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _preface(config: CompareConfig, lines: Sequence[Line]) -> str:
+    length = f"{config.steps} steps" if config.steps is not None else f"{config.epochs:g} epochs"
+    rows = config.batch_size * config.gradient_accumulation_steps
+    seeds = ", ".join(map(str, config.seeds))
+    rates = ", ".join(f"{rate:g}" for rate in config.learning_rates)
+    facts = environment()
+    text = (
+        f"Every method trains {length} of {rows} rows of at most {config.max_length} tokens, the same rows in the same "
+        f"order; learning rate of each from {rates} by validation loss; seeds {seeds}, mean ± standard deviation. "
+        "The ratio is the share of the hidden size that PAT cuts; every other method is cut to the number of "
+        "parameters that PAT then has, as closely as it can. NLL: nats per held-out response token."
+    )
+    if config.tasks is not None:
+        first = "" if config.limit is None else f", the first {config.limit} questions of each"
+        text += f" Accuracy: unweighted mean over the tasks{first}."
+    missing = [line for line in lines if line.num_missing]
+    if missing:
+        text += f" **{sum(line.num_missing for line in missing)} cells are missing.**"
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    return f"{text}\n\nOn {facts['machine']['device']}; {versions}."
+
+
+def _main_table(config: CompareConfig, lines: Sequence[Line]) -> str:
+    protocols = list(lines[0].accuracy) if lines else []
+    head = ["Ratio", "Method", "Order", "Parameters", "NLL", *(f"Accuracy, {protocol} (%)" for protocol in protocols)]
+    largest = max(line.num_parameters.mean for line in lines)
+    whole = next((line.num_parameters.mean for line in lines if line.ratio == 0), largest)
+    body = []
+    for line in lines:
+        mark = " ¹" if line.name in config.ablations and line.name not in config.methods else ""
+        body.append(
+            [
+                f"{line.ratio:.1%}" if line.method.prunes else "0",
+                line.method.label + mark,
+                line.method.order or "none",
+                f"{line.num_parameters.mean / 1e6:,.3f} M ({line.num_parameters.mean / whole:.1%})",
+                _show(line.nll, 3),
+                *(_show(line.accuracy.get(protocol), 2, 100) for protocol in protocols),
+            ]
+        )
+    note = "\n\n¹ At this ratio alone." if any("¹" in row[1] for row in body) else ""
+    return _table(head, body) + note
+
+
+def _task_table(lines: Sequence[Line], protocol: str) -> str:
+    tasks = list(lines[0].tasks[protocol])
+    body = [
+        [f"{line.ratio:.1%}" if line.method.prunes else "0", line.method.label, line.method.order or "none"]
+        + [_show(line.tasks.get(protocol, {}).get(task), 1, 100, with_deviation=False) for task in tasks]
+        for line in lines
+    ]
+    return _table(["Ratio", "Method", "Order", *tasks], body)
+
+
+def _budget_table(lines: Sequence[Line]) -> str:
+    body = []
+    for line in lines:
+        facts = line.facts
+        width = facts.get("pruned_hidden_size")
+        body.append(
+            [
+                f"{line.ratio:.1%}" if line.method.prunes else "0",
+                line.method.label,
+                line.method.order or "none",
+                "" if width is None else f"{facts['hidden_size']} → {width}",
+                f"{line.learning_rate:g}" if line.method.trains else "",
+                str(facts.get("rank", "")),
+                f"{facts['tune_seconds']:.0f}" if "tune_seconds" in facts else "",
+                str(facts.get("pruning", "")),
+            ]
+        )
+    head = ["Ratio", "Method", "Order", "Hidden size (PAT's)", "Learning rate", "Rank", "Tuning (s)", "How it was cut"]
+    return _table(head, body)
+
+
+def _show(spread: Spread | None, digits: int, factor: float = 1, *, with_deviation: bool = True) -> str:
+    if spread is None:
+        return ""
+    text = f"{spread.mean * factor:.{digits}f}"
+    if spread.deviation is None or not with_deviation:
+        return text
+    return f"{text} ± {spread.deviation * factor:.{digits}f}"
+
+
+def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
