@@ -134,9 +134,15 @@ def test_evaluate_passes_its_flags_on(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = replace(monkeypatch, "pat.evaluation.command.evaluate", "figures")
     shown = replace(monkeypatch, "pat.evaluation.command.print_evaluation")
     assert cli.main(["evaluate", "--model", "m", "--text_file", "t", "--limit", "3", "--output", "o.json"]) == 0
-    expected = {"text_file": "t", "dataset_name": None, "template": "auto", "max_length": 512, "limit": 3}
-    assert calls == [(("m",), expected | {"output": Path("o.json")})]
-    assert shown == [(("figures",), {})]
+    tasks = ["--tasks", "paper", "--data_dir", "d", "--protocol", "letter", "--batch_size", "4", "--log_samples"]
+    assert cli.main(["evaluate", "--model", "m", *tasks, "--output_dir", "out"]) == 0
+    common = {"dataset_name": None, "template": "auto", "max_length": 512}
+    text = {"text_file": "t", "limit": 3, "output": Path("o.json"), "tasks": None, "data_dir": None}
+    text |= {"protocols": ("letter", "likelihood"), "batch_size": None, "log_samples": False, "output_dir": None}
+    asked = {"text_file": None, "limit": None, "output": None, "tasks": "paper", "data_dir": Path("d")}
+    asked |= {"protocols": "letter", "batch_size": 4, "log_samples": True, "output_dir": Path("out")}
+    assert calls == [(("m",), common | text), (("m",), common | asked)]
+    assert shown == [(("figures",), {})] * 2
 
 
 def test_benchmark_passes_its_flags_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
-"""`pat evaluate`: perplexity on a text and likelihood of responses, of a dense checkpoint or a PAT adapter."""
+"""`pat evaluate`: perplexity on a text, likelihood of responses, accuracy on tasks; of a checkpoint or an adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from pat.errors import PatError
 from pat.evaluation.perplexity import NLL, Progress, read_text, response_nll, text_perplexity, tokenize_examples
+from pat.evaluation.tasks import TaskEvaluation, evaluate_tasks, load_questions
+from pat.evaluation.tasks.protocols import PROTOCOLS, resolve_protocols
+from pat.evaluation.tasks.report import score_table
 from pat.export.adapter import base_name, load_adapted, read_adapter_config
 from pat.export.results import environment, write_results
 from pat.loading import load_base, load_config, load_tokenizer
@@ -25,8 +28,11 @@ from pat.training.sources import TemplateChoice
 from pat.tuner.model import find_tuner
 
 BATCH_SIZE = 8
+"""Of text and responses; that of the tasks depends on the device, see `evaluate_tasks`."""
 
 TOKENS_PER_LIMIT = 1000
+
+RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ class Evaluation:
     """Rows of the data whose response was scored."""
     num_truncated: int
     """Rows left out because nothing of their response fits into `max_length`."""
+    tasks: TaskEvaluation | None
+    """Accuracy on tasks of choices."""
 
 
 def evaluate(
@@ -61,9 +69,15 @@ def evaluate(
     template: str = "auto",
     max_length: int = 512,
     limit: int | None = None,
+    tasks: str | Sequence[str] | None = None,
+    protocols: str | Sequence[str] = PROTOCOLS,
+    data_dir: Path | None = None,
+    batch_size: int | None = None,
+    log_samples: bool = False,
+    output_dir: Path | None = None,
     output: Path | None = None,
 ) -> Evaluation:
-    """Measure a model on a text, on instruction data, or on both.
+    """Measure a model on a text, on instruction data, on tasks, or on several of them.
 
     Args:
         model: folder or hub id of a dense checkpoint, or the folder of a PAT adapter (its base is found through it).
@@ -71,13 +85,21 @@ def evaluate(
         dataset_name: instruction data, see `load_training_data`; all of it is scored.
         template: how instructions become prompts: "auto", "chat" or "alpaca".
         max_length: longest context, in tokens.
-        limit: at most this many rows, and thousand tokens of the text.
+        limit: at most this many rows, thousand tokens of the text, and questions of each task.
+        tasks: names of tasks, or `paper` for its 14.
+        protocols: how tasks are asked: `letter`, `likelihood` or both, see `pat.evaluation.tasks.protocols`.
+        data_dir: folder with a `<task>.jsonl` for each task; without one the data comes from the hub.
+        batch_size: rows of a forward pass.
+        log_samples: keep the answer to every question of the tasks, in `output_dir`.
+        output_dir: where finished tasks are kept, which are not repeated when started again, and `results.json`.
         output: JSON file to write as well.
 
     Raises:
         PatError: nothing to evaluate on, or model, text or data cannot be used.
     """
-    _check(text_file, dataset_name, max_length, limit, output)
+    _check(text_file, dataset_name, tasks, max_length, limit, batch_size, output)
+    _check_task_options(tasks, data_dir, log_samples, output_dir)
+    resolve_protocols(protocols)
     adapter = read_adapter_config(model) if is_adapter(model) else None
     name = model if adapter is None else base_name(model, adapter, None)
     load_config(name)
@@ -85,6 +107,7 @@ def evaluate(
     # Read before the weights: a wrong column should not take minutes to be found.
     content = None if text_file is None else read_text(Path(text_file))
     examples, num_truncated = _examples(dataset_name, tokenizer, template, max_length, limit)
+    questions = None if tasks is None else load_questions(tasks, data_dir, limit)
 
     network: nn.Module = load_base(name) if adapter is None else load_adapted(model)
     network = network.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
@@ -97,15 +120,27 @@ def evaluate(
                 content,
                 context=max_length,
                 max_tokens=None if limit is None else limit * TOKENS_PER_LIMIT,
-                batch_size=BATCH_SIZE,
+                batch_size=batch_size or BATCH_SIZE,
                 progress=progress,
             )
     if examples:
         with _progress("Responses") as progress:
             pad_token_id = cast(int, tokenizer.pad_token_id)
             responses = response_nll(
-                network, examples, batch_size=BATCH_SIZE, pad_token_id=pad_token_id, progress=progress
+                network, examples, batch_size=batch_size or BATCH_SIZE, pad_token_id=pad_token_id, progress=progress
             )
+    accuracies = None
+    if questions is not None:
+        accuracies = evaluate_tasks(
+            network,
+            tokenizer,
+            tasks=questions,
+            protocols=protocols,
+            limit=limit,
+            batch_size=batch_size,
+            log_samples=log_samples,
+            output_dir=output_dir,
+        )
     evaluation = Evaluation(
         model=model,
         base_model=None if adapter is None else name,
@@ -119,9 +154,11 @@ def evaluate(
         responses=responses,
         num_rows=len(examples),
         num_truncated=num_truncated,
+        tasks=accuracies,
     )
-    if output is not None:
-        write_results(output, {"command": "evaluate", **environment(), **to_dict(evaluation)})
+    files = [output] if output is not None else []
+    for file in [*files, output_dir / RESULTS] if output_dir is not None else files:
+        write_results(file, {"command": "evaluate", **environment(), **to_dict(evaluation)})
     return evaluation
 
 
@@ -132,11 +169,12 @@ def to_dict(evaluation: Evaluation) -> dict[str, Any]:
         nll: NLL | None = getattr(evaluation, name)
         if nll is not None:
             facts[name]["perplexity"] = nll.perplexity
+    facts["tasks"] = None if evaluation.tasks is None else evaluation.tasks.to_dict()
     return facts
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    """Print the figures as a table on standard output."""
+    """Print the figures as tables on standard output."""
     console = Console(highlight=False, markup=False)
     kind = "" if evaluation.mask is None else f", PAT adapter on {evaluation.base_model}, mask {evaluation.mask}"
     console.print(f"{evaluation.model} ({evaluation.num_parameters:,} parameters, {evaluation.dtype}{kind})")
@@ -147,7 +185,10 @@ def print_evaluation(evaluation: Evaluation) -> None:
     for source, nll in ((evaluation.text_file, evaluation.text), (evaluation.dataset_name, evaluation.responses)):
         if nll is not None:
             table.add_row(source, f"{nll.num_tokens:,}", f"{nll.nll:.4f}", f"{nll.perplexity:,.2f}")
-    console.print(table)
+    if table.row_count:
+        console.print(table)
+    if evaluation.tasks is not None:
+        console.print(score_table(evaluation.tasks))
     num_truncated, max_length = evaluation.num_truncated, evaluation.max_length
     if num_truncated:
         console.print(f"{num_truncated} rows were left out: no response token fits into {max_length} tokens.")
@@ -164,17 +205,34 @@ def has_tokenizer(model: str) -> bool:
 
 
 def _check(
-    text_file: str | None, dataset_name: str | None, max_length: int, limit: int | None, output: Path | None
+    text_file: str | None,
+    dataset_name: str | None,
+    tasks: str | Sequence[str] | None,
+    max_length: int,
+    limit: int | None,
+    batch_size: int | None,
+    output: Path | None,
 ) -> None:
-    if text_file is None and dataset_name is None:
+    if text_file is None and dataset_name is None and tasks is None:
         raise PatError(
-            "Got nothing to evaluate on; give --text_file (plain text) or --dataset_name (instruction data)."
+            "Got nothing to evaluate on; give --text_file (plain text), --dataset_name (instruction data) or --tasks."
         )
-    for flag, value in (("max_length", max_length), ("limit", limit)):
+    for flag, value in (("max_length", max_length), ("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise PatError(f"Got {flag}={value}; expected a whole number above 0.")
     if output is not None and output.is_dir():
         raise PatError(f"Got output={output}, which is a folder; expected the name of a JSON file.")
+
+
+def _check_task_options(
+    tasks: str | Sequence[str] | None, data_dir: Path | None, log_samples: bool, output_dir: Path | None
+) -> None:
+    if tasks is None and (data_dir is not None or log_samples or output_dir is not None):
+        raise PatError("Got --data_dir, --log_samples or --output_dir without --tasks; expected --tasks with them.")
+    if log_samples and output_dir is None:
+        raise PatError("Got --log_samples without --output_dir; expected a folder for the answers.")
+    if output_dir is not None and output_dir.exists() and not output_dir.is_dir():
+        raise PatError(f"Got output_dir={output_dir}, which is a file; expected a folder.")
 
 
 def _examples(
