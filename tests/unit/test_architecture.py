@@ -22,6 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "pat.tuner",
         "pat.training pat.export",
         "pat.evaluation pat.benchmark pat.report pat.plan pat.demo",
+        "pat.compare",
         "pat",  # the public names
         "pat.cli",
         "pat.__main__",

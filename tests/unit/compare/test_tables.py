@@ -1,0 +1,100 @@
+"""From rows to tables and figures."""
+
+from pathlib import Path
+
+import pytest
+
+from pat.compare.cells import Cell
+from pat.compare.config import CompareConfig, make_config
+from pat.compare.figure import draw_accuracy, draw_nll
+from pat.compare.results import FILE, append_row, read_rows
+from pat.compare.summary import summarise
+from pat.compare.tables import markdown
+
+
+def config(folder: Path, **overrides: object) -> CompareConfig:
+    settings = {
+        "models": "models/small",
+        "data": "rows.jsonl",
+        "methods": "lora,pat",
+        "ratios": "0.25",
+        "seeds": "0,1,2",
+        "learning_rates": "1e-3",
+        "output_dir": str(folder),
+        "steps": 3,
+    }
+    return make_config(settings | overrides)
+
+
+def row(settings: CompareConfig, method: str, seed: int, nll: float, accuracy: float) -> dict[str, object]:
+    ratio = 0.25 if method == "pat" else 0.0
+    scores = [
+        {"task": task, "protocol": "likelihood", "acc": accuracy + shift, "acc_norm": accuracy, "num_questions": 4}
+        for task, shift in (("piqa", 0.1), ("rte", -0.1))
+    ]
+    return {
+        "cell": Cell("small", method, ratio, seed, 1e-3).to_dict(),
+        "identity": settings.identity(),
+        "held_out_nll": nll,
+        "num_parameters": 750 if method == "pat" else 1000,
+        "tasks": {"scores": scores},
+    }
+
+
+def rows(settings: CompareConfig) -> list[dict[str, object]]:
+    lora = [row(settings, "lora", seed, 2.0, 0.5) for seed in range(3)]
+    return lora + [row(settings, "pat", seed, 2.0 + 0.1 * seed, 0.4) for seed in range(3)]
+
+
+def test_means_and_spreads_over_seeds(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    _, line = summarise(settings, rows(settings))
+    assert line.name == "pat" and line.num_seeds == 3 and line.num_missing == 0
+    assert line.nll.mean == pytest.approx(2.1) and line.nll.deviation == pytest.approx(0.1)
+    assert line.accuracy["likelihood"].mean == pytest.approx(0.4)
+    assert line.tasks["likelihood"]["piqa"].mean == pytest.approx(0.5)
+
+
+def test_the_table_says_what_is_missing_and_what_share_is_left(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    table = markdown(settings, summarise(settings, rows(settings)[:-1]))
+    assert "1 cells are missing" in table
+    assert "(75.0%)" in table and "2.050 ± 0.071" in table and "40.00 ± 0.00" in table
+
+
+def test_one_seed_has_no_spread(tmp_path: Path) -> None:
+    settings = config(tmp_path, seeds="0")
+    table = markdown(settings, summarise(settings, rows(settings)))
+    main = table.split("###")[0]
+    assert "2.000 |" in main and "2.000 ±" not in main
+
+
+def test_figures_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    settings = config(tmp_path)
+    lines = summarise(settings, rows(settings))
+    for name, draw in (("nll.png", draw_nll), ("accuracy.png", draw_accuracy)):
+        draw(lines, tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_come_back_but_those_of_failed_cells_and_torn_lines_do_not(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    first, second, *_ = rows(settings)
+    append_row(settings, first)
+    append_row(settings, second | {"failed": "out of memory"})
+    with (tmp_path / FILE).open("a") as file:
+        file.write('{"cell": {"mod')
+    append_row(settings, second)
+    assert [r["cell"] for r in read_rows(settings)] == [first["cell"], second["cell"]]
+
+
+def test_another_comparisons_folder_is_refused(tmp_path: Path) -> None:
+    from pat import PatError
+
+    settings = config(tmp_path)
+    append_row(settings, rows(settings)[0])
+    with pytest.raises(PatError, match=r"steps=3, got 4.*--output_dir"):
+        read_rows(config(tmp_path, steps=4))
+    # More seeds, ratios and methods go on with what is there.
+    assert len(read_rows(config(tmp_path, seeds="0,1,2,3", methods="base,lora,pat"))) == 1
