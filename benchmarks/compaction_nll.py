@@ -4,7 +4,7 @@
         --seeds 0 --steps 120 --output benchmarks/results/compaction_nll.json
 
 Both runs of a pair see the same rows in the same order from the same initial adapter. Further flags go to `pat tune`.
-Results of other models and recipes in the output file stay.
+Results of other models and recipes in the output file stay; a pair that is in it with the same flags is not run again.
 """
 
 from __future__ import annotations
@@ -37,30 +37,35 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path)
     args, flags = parser.parse_known_args()
 
-    pairs = []
-    for seed in map(int, args.seeds.split(",")):
-        pair: dict[str, Any] = {"seed": seed}
-        for name, more in (("compact", []), ("full_width", ["--no_compact", "true"])):
-            pair[name] = tune(args, [*flags, *more, "--seed", str(seed)])
-        pair["difference"] = pair["compact"]["nll"] - pair["full_width"]["nll"]
-        print(f"seed {seed}: {pair['difference']:+.4f} nats", flush=True)
-        pairs.append(pair)
-    differences = [pair["difference"] for pair in pairs]
+    settings = {"flags": flags, "max_length": args.max_length, "held_out": args.held_out, "data": Path(args.data).name}
     key = f"{Path(args.model).name}, {args.recipe} recipe, {args.steps} steps"
-    record = {
-        "mark": MARK,
-        "flags": flags,
-        "max_length": args.max_length,
-        "data": Path(args.data).name,
-        "pairs": pairs,
-        "mean_difference": statistics.mean(differences),
-        "standard_deviation": statistics.stdev(differences) if len(differences) > 1 else None,
-    }
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
-    results |= environment()
-    results.setdefault("comparisons", {})[key] = record
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(results, indent=2) + "\n")
+    earlier = results.get("comparisons", {}).get(key, {})
+    pairs = {p["seed"]: p for p in earlier.get("pairs", [])} if settings.items() <= earlier.items() else {}
+    for seed in map(int, args.seeds.split(",")):
+        if seed not in pairs:
+            pairs[seed] = compare(args, flags, seed)
+        differences = [pair["difference"] for pair in pairs.values()]
+        record = settings | {
+            "mark": MARK,
+            "pairs": [pairs[key] for key in sorted(pairs)],
+            "mean_difference": statistics.mean(differences),
+            "standard_deviation": statistics.stdev(differences) if len(differences) > 1 else None,
+        }
+        results = results | environment()
+        results.setdefault("comparisons", {})[key] = record
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def compare(args: argparse.Namespace, flags: list[str], seed: int) -> dict[str, Any]:
+    """Run one pair."""
+    pair: dict[str, Any] = {"seed": seed}
+    for name, more in (("compact", []), ("full_width", ["--no_compact", "true"])):
+        pair[name] = tune(args, [*flags, *more, "--seed", str(seed)])
+    pair["difference"] = pair["compact"]["nll"] - pair["full_width"]["nll"]
+    print(f"seed {seed}: {pair['difference']:+.4f} nats", flush=True)
+    return pair
 
 
 def tune(args: argparse.Namespace, flags: list[str]) -> dict[str, Any]:

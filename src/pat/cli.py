@@ -6,15 +6,14 @@ shows the traceback.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from pat import __version__
+from pat.command_parser import CommandParser
 from pat.errors import PatError
 
 
@@ -79,7 +78,7 @@ def _tune(argv: Sequence[str]) -> None:
 
 def _merge(argv: Sequence[str]) -> None:
     """PAT adapter -> dense checkpoint, streamed and verified."""
-    parser = _Parser("merge", _merge)
+    parser = CommandParser("merge", _merge)
     parser.add_argument("--adapter", required=True, help="Folder of a PAT adapter.")
     parser.add_argument("--output_dir", required=True, type=Path, help="Where the dense checkpoint goes; empty or new.")
     parser.add_argument("--base_model", help="Base model, if it has moved since the adapter was trained.")
@@ -110,7 +109,7 @@ def _merge(argv: Sequence[str]) -> None:
 
 def _plan(argv: Sequence[str]) -> None:
     """Sizes, legal widths, cost and memory of a pruned model, from its configuration alone."""
-    parser = _Parser("plan", _plan)
+    parser = CommandParser("plan", _plan)
     parser.add_argument(
         "--model_name_or_path", required=True, help="Base model folder or hub id; only its config is read."
     )
@@ -141,7 +140,7 @@ def _plan(argv: Sequence[str]) -> None:
 
 def _evaluate(argv: Sequence[str]) -> None:
     """Accuracy on the paper's 14 tasks, perplexity on a text file, held-out likelihood of responses."""
-    parser = _Parser("evaluate", _evaluate)
+    parser = CommandParser("evaluate", _evaluate)
     parser.add_argument("--model", required=True, help="Model folder or hub id, or the folder of a PAT adapter.")
     parser.add_argument("--text_file", help="Plain text: token perplexity over sliding windows.")
     parser.add_argument("--dataset_name", help="Instruction data: mean NLL of its responses.")
@@ -182,7 +181,7 @@ def _evaluate(argv: Sequence[str]) -> None:
 
 def _benchmark(argv: Sequence[str]) -> None:
     """Speed and memory of a model beside its base, measured in turns and predicted."""
-    parser = _Parser("benchmark", _benchmark)
+    parser = CommandParser("benchmark", _benchmark)
     parser.add_argument("--model", required=True, help="Folder or hub id of the smaller model.")
     parser.add_argument("--baseline", required=True, help="Folder or hub id of the model it is compared with.")
     parser.add_argument("--contexts", nargs="+", help="Tokens of each sequence (default 128 512 2048).")
@@ -211,44 +210,11 @@ def _benchmark(argv: Sequence[str]) -> None:
 
 def _compare(argv: Sequence[str]) -> None:
     """Methods, ratios and seeds under one budget -> the paper's table, at home."""
-    parser = _Parser("compare", _compare)
-    parser.add_argument("--models", nargs="+", help="Folders or hub ids of the base models.")
-    parser.add_argument("--data", help="Instruction data: a file or hub id, as for `pat tune`.")
-    parser.add_argument("--output_dir", type=Path, help="New, empty, or that of the comparison to go on with.")
-    parser.add_argument("--methods", nargs="+", help="Such as lora slicegpt pat; run at every ratio.")
-    parser.add_argument("--ablations", nargs="+", help="Methods that are run at --ablation_ratio alone.")
-    parser.add_argument("--ratios", nargs="+", help="Shares of the hidden size to cut (default 0.2 0.25 0.3).")
-    parser.add_argument("--ablation_ratio", help="Also where learning rates are searched (default 0.25).")
-    parser.add_argument("--seeds", nargs="+", help="Runs of each method at each ratio (default 0 1 2).")
-    parser.add_argument("--learning_rates", nargs="+", help="Searched for every method.")
-    parser.add_argument("--search_steps", help="Steps of the runs of that search; by default --steps.")
-    parser.add_argument("--rank", help="Of LoRA on the whole model; other methods train as many parameters.")
-    parser.add_argument("--lora_alpha", help="Of every method.")
-    parser.add_argument("--use_rslora", help="Of every method: true or false.")
-    parser.add_argument("--lora_dropout", help="Of every method.")
-    parser.add_argument("--steps", help="Optimizer steps of every method.")
-    parser.add_argument("--epochs", help="Instead of steps.")
-    parser.add_argument("--batch_size", help="Rows of a batch.")
-    parser.add_argument("--gradient_accumulation_steps", help="Batches of a step.")
-    parser.add_argument("--max_length", help="Tokens of a row at most.")
-    parser.add_argument("--template", help="How instructions become prompts: alpaca (default), chat or auto.")
-    parser.add_argument("--rows", help="Train on at most so many rows of the data.")
-    parser.add_argument("--held_out", help="Rows to report on.")
-    parser.add_argument("--validation", help="Rows to choose learning rates by.")
-    parser.add_argument("--tasks", help="For accuracies: 'paper', or names with commas between; 'none' for none.")
-    parser.add_argument("--data_dir", help="Folder of the tasks' questions; by default they come from the hub.")
-    parser.add_argument("--protocols", nargs="+", help="letter, likelihood, or both.")
-    parser.add_argument("--limit", help="Questions of each task at most.")
-    parser.add_argument("--eval_batch_size", help="Questions evaluated at once.")
-    parser.add_argument("--calibration_rows", help="Rows that the baselines prune by.")
-    parser.add_argument("--workers", help="Cells to run at once.")
-    parser.add_argument("--threads", help="CPU threads of each worker.")
-    parser.add_argument("--baselines", help="Folder of the baselines, if pat is not run from its sources.")
-    from pat.compare.config import config_path
+    from pat.compare.flags import add_flags, with_config_path
 
-    ready_made = [str(config_path(argument) or argument) for argument in argv]
-    options = vars(parser.parse(ready_made))
-    options.pop("config")
+    parser = CommandParser("compare", _compare)
+    add_flags(parser)
+    options = vars(parser.parse(with_config_path(argv)))
 
     from pat.compare.command import run_compare
 
@@ -259,7 +225,7 @@ def _compare(argv: Sequence[str]) -> None:
 
 def _demo(argv: Sequence[str]) -> None:
     """The main job on a model and data from the package index; no hub needed."""
-    parser = _Parser("demo", _demo)
+    parser = CommandParser("demo", _demo)
     parser.add_argument("--output_dir", type=Path, default=Path("pat-demo"), help="Where the run goes; empty or new.")
     parser.add_argument(
         "--dataset_name", help="Instruction data; by default the small set that comes with the package."
@@ -289,46 +255,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "compare": _compare,
     "demo": _demo,
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are `PatError`s, and that takes its description from the command's docstring."""
-
-    def __init__(self, name: str, command: Callable[[Sequence[str]], None]) -> None:
-        super().__init__(prog=f"pat {name}", description=command.__doc__, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print."""
-        raise PatError(f"{message} (see `{self.prog} --help`).")
-
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse a command line, below it the flags of a `--config` YAML file if one is named."""
-        from pat.config_file import read_config, split_config
-
-        self.add_argument("--config", metavar="FILE", help="YAML file of flags; those typed here win.")
-        path, flags = split_config(argv)
-        config = {} if path is None else read_config(path)
-        known = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
-        unknown = sorted(set(config) - set(known))
-        if unknown:
-            self.error(f"{path}: got the unknown flag(s) {', '.join(unknown)}; expected some of {', '.join(known)}")
-        # As typed flags, the file's values go through the same checks.
-        typed = [item for name, value in config.items() for item in _as_typed(known[name], value)]
-        return self.parse_args([*typed, *map(_underscored, flags)])
-
-
-def _underscored(argument: str) -> str:
-    """Allow `--pruning-ratio` for `--pruning_ratio`, as TRL's parser does."""
-    flag, equals, value = argument.partition("=")
-    return f"--{flag[2:].replace('-', '_')}{equals}{value}" if flag.startswith("--") else argument
-
-
-def _as_typed(action: argparse.Action, value: object) -> list[str]:
-    """Return a flag and its value the way they would be typed; nothing for null and for a switch that is off."""
-    flag = action.option_strings[-1]
-    if value is None or (action.nargs == 0 and value is False):
-        return []
-    return [flag] if action.nargs == 0 and value is True else [f"{flag}={value}"]
 
 
 def _overview() -> str:
