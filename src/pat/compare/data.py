@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pat.compare.config import CompareConfig
 from pat.errors import PatError
-from pat.training.data import load_training_data
+from pat.training.data import check_truncation, load_training_data
 
 SEED = 0
 """Of the split, so that all seeds of a comparison are judged by the same rows."""
@@ -38,7 +38,7 @@ def prepare_data(config: CompareConfig, tokenizer: PreTrainedTokenizerBase, fold
     """Split the data once and write the parts, unless they are there.
 
     Raises:
-        PatError: the data cannot be read, or has too few rows.
+        PatError: the data cannot be read, have too few rows, or none whose response fits into `max_length`.
     """
     files = data_files(folder)
     if all(path.is_file() for path in (files.train, files.validation, files.held_out)):
@@ -48,6 +48,8 @@ def prepare_data(config: CompareConfig, tokenizer: PreTrainedTokenizerBase, fold
     assert data.held_out is not None
     if "prompt" not in data.train.column_names:
         raise PatError(f"{config.data}: got texts without responses; a comparison is judged by its responses' NLL.")
+    for rows in (data.train, data.held_out):
+        check_truncation(tokenizer, rows, config.max_length)
     train = data.train.shuffle(seed=SEED)
     train = train.select(range(min(config.rows or len(train), len(train))))
     held_out = data.held_out.select(range(config.validation, len(data.held_out)))

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context
@@ -106,10 +107,15 @@ def _without_lost_models(config: CompareConfig, done: dict[Cell, dict[str, Any]]
 
 
 def _start(threads: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    """Prepare a worker: its threads, and silence, because what several of them print at once nobody can read."""
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     import torch
+    from transformers.utils import logging as transformers_logging
 
     torch.set_num_threads(threads)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
 
 
 def _run(config: CompareConfig, cell: Cell, tuned: Path | None) -> dict[str, Any]:

@@ -1,0 +1,125 @@
+"""`pat compare` from nothing to table and figures on a tiny model; cut off and started again it repeats nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tiny_models import build, tiny_tokenizer
+
+from pat.cli import main
+
+pytestmark = pytest.mark.slow
+
+METHODS = ["base", "lora", "llm_pruner", "slicegpt_after", "random", "pat"]
+
+NUM_RESULTS = 1 + 2 + 4 * 2
+NUM_SEARCHED = 4 * 2  # LoRA, LLM-Pruner, random, PAT
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished comparison: `compare.yaml` and `out`."""
+    root = tmp_path_factory.mktemp("compare")
+    build("llama", tied=True).save_pretrained(root / "base")
+    tiny_tokenizer().save_pretrained(root / "base")
+    rows = [{"prompt": f"say {i} ", "completion": f"it is {i * i}"} for i in range(60)]
+    (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    settings: dict[str, Any] = {
+        "models": str(root / "base"),
+        "data": str(root / "rows.jsonl"),
+        "output_dir": str(root / "out"),
+        "methods": METHODS,
+        "ratios": [0.25],
+        "seeds": [0, 1],
+        "learning_rates": [1e-3, 1e-2],
+        "rank": 4,
+        "steps": 3,
+        "search_steps": 2,
+        "batch_size": 2,
+        "max_length": 64,
+        "held_out": 6,
+        "validation": 4,
+        "template": "auto",
+        "tasks": "none",
+        "calibration_rows": 8,
+        "workers": 2,
+        "threads": 1,
+    }
+    (root / "compare.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    assert main(["compare", "--config", str(root / "compare.yaml")]) == 0
+    return root
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_cell_has_its_figures(compared: Path) -> None:
+    rows = rows_of(compared / "out")
+    results = [row for row in rows if not row["cell"]["search"]]
+    assert len(results) == NUM_RESULTS and len(rows) == NUM_RESULTS + NUM_SEARCHED
+    assert all(row["held_out_nll"] > 0 and row["num_held_out_tokens"] > 0 for row in results)
+    by_method = {row["cell"]["method"]: row for row in results}
+    whole, target = by_method["base"]["num_parameters"], by_method["random"]["target_parameters"]
+    assert by_method["lora"]["num_parameters"] == whole
+    assert by_method["pat"]["num_parameters"] == by_method["random"]["num_parameters"] == target < whole
+    # Trained parameters are LoRA's, to half a rank.
+    budget = by_method["lora"]["num_trainable"]
+    assert by_method["random"]["trainable_budget"] == by_method["pat"]["trainable_budget"] == budget
+    assert abs(by_method["random"]["num_trainable"] / budget - 1) < 0.5 / by_method["random"]["rank"] + 0.01
+
+
+def test_what_it_leaves(compared: Path) -> None:
+    out = compared / "out"
+    assert {path.name for path in out.iterdir()} >= {"results.jsonl", "results.md", "nll.png", "data"}
+    assert not (out / "tuned").exists() and not (out / "work").exists()
+    table = (out / "results.md").read_text(encoding="utf-8")
+    assert "| 25.0% | PAT | PAT |" in table and "| 25.0% | SliceGPT | FT→P |" in table and "missing" not in table
+
+
+def test_started_again_it_repeats_nothing(compared: Path) -> None:
+    before = (compared / "out" / "results.jsonl").read_bytes()
+    assert main(["compare", "--config", str(compared / "compare.yaml")]) == 0
+    assert (compared / "out" / "results.jsonl").read_bytes() == before
+
+
+def test_cut_off_it_goes_on_and_comes_to_the_same_figures(compared: Path, tmp_path: Path) -> None:
+    whole = rows_of(compared / "out")
+    out = tmp_path / "out"
+    shutil.copytree(compared / "out" / "data", out / "data")
+    kept = [row for row in whole if row["cell"]["search"] or row["cell"]["method"] in ("pat", "random", "llm_pruner")]
+    lines = [json.dumps(row) for row in kept]
+    (out / "results.jsonl").write_text("\n".join(lines) + "\n" + lines[0][:40], encoding="utf-8")
+    assert (
+        main(["compare", "--config", str(compared / "compare.yaml"), "--output_dir", str(out), "--workers", "1"]) == 0
+    )
+    text = (out / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    assert text[: len(kept)] == lines
+    again = {json.dumps(row["cell"]): row.get("held_out_nll") for row in map(json.loads, text[len(kept) + 1 :])}
+    expected = {json.dumps(row["cell"]): row.get("held_out_nll") for row in whole if row not in kept}
+    assert again == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_failing_cell_does_not_stop_the_others(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    baselines = tmp_path / "baselines"
+    baselines.mkdir()
+    (baselines / "__init__.py").write_text("def prune(*args, **kwargs):\n    raise RuntimeError('no such luck')\n")
+    options = ["--methods", "base", "random", "--output_dir", str(tmp_path / "out"), "--baselines", str(baselines)]
+    assert main(["compare", "--config", str(compared / "compare.yaml"), *options]) == 1
+    assert "no such luck" in capsys.readouterr().err
+    assert [row["cell"]["method"] for row in rows_of(tmp_path / "out") if "failed" not in row] == ["base"]
+    assert "Untuned" in (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+
+
+def test_seeds_differ(compared: Path) -> None:
+    nlls = {(r["cell"]["method"], r["cell"]["seed"]): r.get("held_out_nll") for r in rows_of(compared / "out")}
+    assert nlls["lora", 0] != nlls["lora", 1]
+    assert torch.tensor([v for v in nlls.values() if v is not None]).isfinite().all()
