@@ -12,10 +12,10 @@ Where we differ from the paper:
   ordinary model of the base's class with a smaller configuration; layers of different sizes need a class of their own.
 - Grouped-query attention, which the paper does not treat: of the key/value heads the most important ones stay, and of
   each the same number of most important query heads, so that the attention stays a grouped-query attention.
-- One ratio for heads and channels as in the paper, but only as nearly as head counts can be loaded: transformers
-  demands of Llama, Gemma 2/3 and others that the hidden size be a multiple of the number of heads. Among the loadable
-  head counts, each completed by the MLP channels that meet the budget, the one is taken whose two ratios (of attention
-  and of MLP parameters) are closest. Where no head can go, the channels alone pay.
+- The paper prunes heads and channels by one ratio. Few head counts can be loaded (transformers demands of Llama,
+  Gemma 2/3 and others that the hidden size be a multiple of the number of heads), so one ratio can rarely be had.
+  Instead each loadable head count is completed by the MLP channels that meet the budget, and of these models the one
+  with the lowest loss on the calibration text is taken. Where no head can go, the channels alone pay.
 """
 
 from __future__ import annotations
@@ -87,26 +87,29 @@ def llm_pruner(
     """
     family = get_family(model.config.model_type)
     _check_family(model, family)
-    shape = choose_shape(model, target_parameters)
-    weights = dict(_cut(model, family, layer_importance(model, calibration), shape))
-    with torch.random.fork_rng():
-        pruned = build_dense(model, _config(model, shape), weights, model.dtype)
-    cast(nn.Module, pruned).to(model.device)
-    return pruned, shape
+    importance = layer_importance(model, calibration)
+    shapes = loadable_shapes(model, target_parameters)
+    if len(shapes) == 1:
+        return _build(model, importance, shapes[0]), shapes[0]
+    losses = {shape: _mean_loss(_build(model, importance, shape), calibration) for shape in shapes}
+    shape = min(shapes, key=losses.__getitem__)
+    return _build(model, importance, shape), shape
 
 
-def choose_shape(model: PreTrainedModel, target_parameters: int) -> Shape:
-    """Return the loadable shape for a number of parameters whose attention and MLP are cut most evenly."""
+def loadable_shapes(model: PreTrainedModel, target_parameters: int) -> list[Shape]:
+    """Return, for each loadable pair of head counts, the shape that comes nearest to a number of parameters.
+
+    Head counts with which it is missed by more than half a channel of every layer are left out; if it is missed with
+    all of them, the nearest shape alone is returned.
+    """
     base, family = _base_shape(model), get_family(model.config.model_type)
     total = num_parameters(model)
     query, key_value, channel = _group_sizes(model, family)
 
-    def cut_attention(shape: Shape) -> int:
-        heads = base.num_attention_heads - shape.num_attention_heads
-        return query * heads + key_value * (base.num_key_value_heads - shape.num_key_value_heads)
-
     def size(shape: Shape) -> int:
-        return total - cut_attention(shape) - channel * (base.intermediate_size - shape.intermediate_size)
+        queries = query * (base.num_attention_heads - shape.num_attention_heads)
+        keys_values = key_value * (base.num_key_value_heads - shape.num_key_value_heads)
+        return total - queries - keys_values - channel * (base.intermediate_size - shape.intermediate_size)
 
     def complete(groups: int, queries: int) -> Shape:
         most = Shape(groups, queries, base.intermediate_size)
@@ -114,19 +117,14 @@ def choose_shape(model: PreTrainedModel, target_parameters: int) -> Shape:
         options = (Shape(groups, queries, min(max(1, n), base.intermediate_size)) for n in (ideal - 1, ideal))
         return nearest(options, size, target_parameters)
 
-    def unevenness(shape: Shape) -> float:
-        attention = query * base.num_attention_heads + key_value * base.num_key_value_heads
-        return abs(cut_attention(shape) / attention - (1 - shape.intermediate_size / base.intermediate_size))
-
     shapes = [
         complete(groups, queries)
         for groups in range(1, base.num_key_value_heads + 1)
         for queries in range(1, base.queries_per_group + 1)
         if _is_loadable(model, Shape(groups, queries, base.intermediate_size))
     ]
-    best = nearest(shapes, size, target_parameters)
-    within = max(abs(size(best) - target_parameters), channel // 2)
-    return min((s for s in shapes if abs(size(s) - target_parameters) <= within), key=unevenness)
+    near = [shape for shape in shapes if abs(size(shape) - target_parameters) <= channel // 2]
+    return near or [nearest(shapes, size, target_parameters)]
 
 
 def layer_importance(model: PreTrainedModel, calibration: Iterable[Tensor]) -> list[Importance]:
@@ -170,6 +168,25 @@ def taylor_terms(model: PreTrainedModel, calibration: Iterable[Tensor]) -> dict[
         for name, parameter in work.named_parameters()
         if parameter.grad is not None
     }
+
+
+@torch.no_grad()
+def _mean_loss(model: PreTrainedModel, calibration: Sequence[Tensor]) -> float:
+    total, num_targets = 0.0, 0
+    for batch in batched(calibration, BATCH_SIZE):
+        ids = batch.to(model.device)
+        count = batch.numel() - len(batch)
+        total += count * float(model(input_ids=ids, labels=ids, use_cache=False).loss)
+        num_targets += count
+    return total / num_targets
+
+
+def _build(model: PreTrainedModel, importance: Sequence[Importance], shape: Shape) -> PreTrainedModel:
+    weights = dict(_cut(model, get_family(model.config.model_type), importance, shape))
+    with torch.random.fork_rng():
+        pruned = build_dense(model, _config(model, shape), weights, model.dtype)
+    cast(nn.Module, pruned).to(model.device)
+    return pruned
 
 
 def _cut(

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from baselines.budget import num_parameters
-from baselines.llm_pruner import Shape, _cut, choose_shape, layer_importance, llm_pruner, taylor_terms
+from baselines.llm_pruner import Shape, _cut, layer_importance, llm_pruner, loadable_shapes, taylor_terms
 from tiny_models import batch, build
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -51,7 +51,8 @@ def test_the_result_is_a_stock_model_of_the_size_asked_for(family: str, tmp_path
     pruned, shape = llm_pruner(model, sequences(), target_parameters=target)
     channel_of_all_layers = 3 * (3 * model.config.hidden_size + 2)  # 2: biases of gate and up
     assert abs(num_parameters(pruned) - target) <= channel_of_all_layers / 2
-    assert pruned.config.num_attention_heads == shape.num_attention_heads < model.config.num_attention_heads
+    assert pruned.config.num_attention_heads == shape.num_attention_heads
+    assert pruned.config.intermediate_size == shape.intermediate_size < model.config.intermediate_size
     pruned.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again(**batch()).logits, pruned(**batch()).logits)
@@ -141,16 +142,42 @@ def test_importance_is_the_sum_of_single_parameters_effects() -> None:
     assert importance.keys_values[group].item() == pytest.approx(math.fsum(of_group), rel=DIFFERENCE)
 
 
-def test_only_loadable_head_counts_are_chosen() -> None:
+def test_only_loadable_head_counts_are_considered() -> None:
     # transformers wants hidden_size to be a multiple of the heads: of 12 heads, 48 channels allow 6, 4, 3, ... not 9.
     model = build("llama", tied=False, num_attention_heads=12, num_key_value_heads=4, head_dim=8)
-    for share in (0.9, 0.75, 0.6, 0.4):
-        shape = choose_shape(model, round(share * num_parameters(model)))
-        assert 48 % shape.num_attention_heads == 0
+    seen = {
+        (shape.num_key_value_heads, shape.queries_per_group)
+        for share in (0.9, 0.75, 0.6, 0.4)
+        for shape in loadable_shapes(model, round(share * num_parameters(model)))
+    }
+    assert seen == {(groups, queries) for groups in (1, 2, 3, 4) for queries in (1, 2, 3)} - {(3, 3)}
     # A single key/value head with a single query head leaves the channels alone to pay.
     model = build("llama", tied=False, num_attention_heads=1, num_key_value_heads=1)
-    shape = choose_shape(model, round(0.8 * num_parameters(model)))
+    (shape,) = loadable_shapes(model, round(0.8 * num_parameters(model)))
     assert shape.num_attention_heads == 1 and shape.intermediate_size < model.config.intermediate_size
+    # What cannot be met is approached.
+    (shape,) = loadable_shapes(model, 1)
+    assert shape == Shape(1, 1, 1)
+
+
+def test_of_the_loadable_head_counts_the_calibration_text_decides() -> None:
+    model, calibration = build("llama", tied=False), sequences(6)
+    target = round(0.75 * num_parameters(model))
+    shapes = loadable_shapes(model, target)
+    losses = {}
+    for shape in shapes:
+        pruned = build(
+            "llama",
+            tied=False,
+            num_attention_heads=shape.num_attention_heads,
+            num_key_value_heads=shape.num_key_value_heads,
+            intermediate_size=shape.intermediate_size,
+        )
+        pruned.load_state_dict(dict(_cut(model, get_family("llama"), layer_importance(model, calibration), shape)))
+        losses[shape] = loss(pruned, calibration)
+    pruned, chosen = llm_pruner(model, calibration, target_parameters=target)
+    assert len(shapes) > 2 and chosen == min(losses, key=losses.__getitem__)
+    assert loss(pruned, calibration) == losses[chosen]
 
 
 @pytest.mark.parametrize("family", ["phi3", "olmo2", "mixtral"])
