@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pat.errors import PatError
@@ -28,8 +28,8 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 class Pruned:
     """A pruned model and what there is to know about it."""
 
-    model: nn.Module
-    """Takes `input_ids`, `attention_mask`, `labels` and so on like any causal language model of transformers."""
+    model: PreTrainedModel
+    """Of the base's class. SliceGPT's has layers of its own in it: it cannot be loaded again once saved."""
     num_parameters: int
     """All of them, shortcut matrices included; a tied matrix counts once."""
     description: str
