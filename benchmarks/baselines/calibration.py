@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -68,6 +67,5 @@ def batched(calibration: Sequence[Tensor], batch_size: int) -> Iterable[Tensor]:
 
 
 def describe(calibration: Sequence[Tensor]) -> str:
-    """Return how much calibration text there is, for a method's description."""
-    tokens: Any = sum(sequence.numel() for sequence in calibration)
-    return f"{len(calibration)} sequences of {tokens:,} tokens in all"
+    """Return on how much text a method was calibrated, for a method's description."""
+    return f"calibrated on {len(calibration)} sequences, {sum(each.numel() for each in calibration):,} tokens"

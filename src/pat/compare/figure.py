@@ -53,6 +53,7 @@ def _draw(lines: Sequence[Line], panels: dict[str, Callable[[Line], Spread | Non
             ratios = sorted({100 * line.ratio for line in lines if line.ratio > 0})
             if ratios:
                 axis.set_xticks(ratios)
+                axis.set_xlim(ratios[0] - 3, ratios[-1] + 3)
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(axis="y", color="0.92")
             axis.set_axisbelow(True)
@@ -76,7 +77,7 @@ def _plot(
         style = ("--", ":", "-.")[index % 3]
         axis.axhline(factor * found[0][1].mean, color=color, linestyle=style, linewidth=1.2, label=label)
         return
-    shift = 0.5 * (index - (num_names - 1) / 2) / num_names
+    shift = 2 * (index - (num_names - 1) / 2) / num_names  # percent, so that bars do not hide each other
     axis.errorbar(
         [100 * line.ratio + shift for line, _ in found],
         [factor * spread.mean for _, spread in found],

@@ -101,6 +101,7 @@ class _Run:
                 data_dir=self.config.data_dir,
                 limit=self.config.limit,
                 batch_size=self.config.eval_batch_size,
+                progress=False,
             )
             self.facts["tasks"] = evaluation.to_dict()
 
