@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from pat.errors import PatError
 from pat.evaluation.command import Evaluation, evaluate, print_evaluation
 from pat.evaluation.perplexity import response_nll, text_perplexity, tokenize_examples
+from pat.evaluation.tasks.hub import make_row
 from pat.training.data import load_training_data
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 3
@@ -116,12 +118,19 @@ def test_the_figures_are_printed_and_written(folder: Path, tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"text_file": None, "dataset_name": None}, ["--text_file", "--dataset_name"]),
+        ({"text_file": None, "dataset_name": None}, ["--text_file", "--dataset_name", "--tasks"]),
         ({"text_file": "nowhere.txt"}, ["nowhere.txt", "no such file"]),
         ({"template": "vicuna"}, ["vicuna", "alpaca"]),
         ({"max_length": 0}, ["max_length=0"]),
         ({"limit": -1}, ["limit=-1"]),
         ({"output": Path(".")}, ["folder", "JSON"]),
+        ({"tasks": "copa,arc"}, ["'arc'", "arc_easy"]),
+        ({"tasks": "copa", "data_dir": Path("nowhere")}, ["nowhere", "no such folder"]),
+        ({"tasks": "copa", "protocols": "words"}, ["'words'", "letter"]),
+        ({"tasks": "copa", "log_samples": True}, ["--output_dir"]),
+        ({"tasks": "copa", "output_dir": Path(__file__)}, ["which is a file"]),
+        ({"output_dir": Path("out")}, ["--tasks"]),
+        ({"batch_size": 0}, ["batch_size=0"]),
     ],
 )
 def test_what_cannot_be_evaluated_is_said_before_anything_is_loaded(
@@ -131,6 +140,29 @@ def test_what_cannot_be_evaluated_is_said_before_anything_is_loaded(
     with pytest.raises(PatError) as error:
         run(folder, "base", **options)
     assert all(word in str(error.value) for word in words)
+
+
+def test_tasks_are_answered_by_a_checkpoint_and_an_adapter_beside_other_figures(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [make_row(f"Is {word} good?", ["Yes", "No"], len(word) % 2) for word in ("it", "all", "that", "glittering")]
+    (tmp_path / "copa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options: dict[str, Any] = {"tasks": "copa", "data_dir": tmp_path, "dataset_name": None, "log_samples": True}
+    likelihoods = []
+    for name in ("base", "adapter", "dense"):
+        evaluation = run(folder, name, output_dir=tmp_path / name, **options)
+        assert evaluation.tasks is not None and evaluation.text is not None
+        assert [score.num_questions for score in evaluation.tasks.scores] == [4, 4]
+        lines = (tmp_path / name / "samples" / "copa.likelihood.jsonl").read_text().splitlines()
+        likelihoods.append([value for line in lines for value in json.loads(line)["log_likelihoods"]])
+    assert likelihoods[1] == pytest.approx(likelihoods[2], abs=1e-3)  # the merge's 1e-4 a logit, over some tokens
+    assert likelihoods[0] != pytest.approx(likelihoods[1], abs=1e-2)
+    written = json.loads((tmp_path / "dense" / "results.json").read_text())
+    assert written["tasks"]["mean"]["likelihood"]["acc"] == evaluation.tasks.mean("likelihood")
+    capsys.readouterr()
+    print_evaluation(evaluation)
+    printed = capsys.readouterr().out
+    assert "COPA" in printed and "perplexity" in printed
 
 
 def test_an_adapter_of_another_method_is_refused(folder: Path, tmp_path: Path) -> None:

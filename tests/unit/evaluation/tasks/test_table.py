@@ -130,7 +130,7 @@ HUB_ROWS: dict[str, tuple[int, dict[str, Any]]] = {
             "son Edward . The result was that Mr. Moncrieff has decided to cancel Edward 's allowance on the ground "
             "that he no longer requires his financial support.",
             "span1_index": 0,
-            "span2_index": 38,
+            "span2_index": 39,
             "span1_text": "Mr. Moncrieff",
             "span2_text": "his",
             "label": 1,

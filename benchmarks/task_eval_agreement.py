@@ -1,0 +1,128 @@
+"""Does every answer agree with a plain loop: one question at a time, no batch, no cache?
+
+    pat evaluate --model .models/smollm2 --tasks paper --data_dir ../shared/data/eval/tasks --limit 200 \
+        --log_samples --output_dir runs/smollm2
+    PYTHONPATH=tests python benchmarks/task_eval_agreement.py --run runs/smollm2 --limit 200 \
+        --output benchmarks/results/task_eval_agreement.json
+
+The plain loop is the one of the tests (`tests/plain_answers.py`), in float32. Its answers are kept in the run's folder:
+started again, it goes on where it stopped. Questions whose two best choices (or tokens) lie within 1e-3 are listed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from plain_answers import best, plain_letter, plain_likelihoods
+from tqdm import tqdm
+
+from pat.evaluation.tasks.hub import LETTERS
+from pat.evaluation.tasks.protocols import PROTOCOLS
+from pat.evaluation.tasks.rows import load_rows
+from pat.evaluation.tasks.scores import fingerprint_model
+from pat.evaluation.tasks.table import resolve_tasks
+from pat.export.results import environment, write_results
+from pat.loading import load_base, load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+NEAR_TIE = 1e-3
+"""Closer than this, the order of float32 sums may decide."""
+
+
+def plain_answer(model: Any, tokenizer: Any, protocol: str, row: Any, max_positions: int) -> dict[str, Any]:
+    """The answer of the plain loop, and how far its best is ahead of the second best."""
+    if protocol == "letter":
+        answer = plain_letter(model, tokenizer, row, max_positions)
+        return {"prediction": answer.letter, "text": answer.text, "gap": answer.gap}
+    values = plain_likelihoods(model, tokenizer, row, max_positions)
+    index, gap = best(values)
+    return {"prediction": LETTERS[index], "log_likelihoods": values, "gap": gap}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file; one that was cut off while being written does not count."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def compare(sample: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+    """Whether two answers to a question agree, whether it is a near tie, and the largest difference."""
+    pairs = zip(sample.get("log_likelihoods", ()), plain.get("log_likelihoods", ()), strict=True)
+    return {
+        "agrees": sample["prediction"] == plain["prediction"],
+        "near_tie": plain["gap"] < NEAR_TIE,
+        "largest_difference": max((abs(a - b) for a, b in pairs), default=0.0),
+    }
+
+
+def main() -> None:
+    """Answer plainly, compare, print and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT / ".models" / "smollm2"))
+    parser.add_argument("--data_dir", type=Path, default=ROOT.parent / "shared" / "data" / "eval" / "tasks")
+    parser.add_argument("--run", type=Path, required=True, help="--output_dir of `pat evaluate --log_samples`.")
+    parser.add_argument("--tasks", default="paper")
+    parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=PROTOCOLS)
+    parser.add_argument("--limit", type=int, default=200, help="First questions of each task; fewer than the run's do.")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    model, tokenizer = load_base(args.model).eval(), load_tokenizer(args.model)
+    fingerprint = fingerprint_model(model)
+    max_positions = model.config.get_text_config().max_position_embeddings
+    figures, listed = {}, []
+    for task in resolve_tasks(args.tasks):
+        rows = load_rows(task, args.data_dir, limit=args.limit)
+        for protocol in args.protocols:
+            name = f"{task.name}.{protocol}"
+            score = json.loads((args.run / "scores" / f"{name}.json").read_text(encoding="utf-8"))
+            if score["settings"]["model"] != fingerprint:
+                raise SystemExit(f"{args.run}: holds answers of another model than {args.model}")
+            samples = read_lines(args.run / "samples" / f"{name}.jsonl")[: len(rows)]
+            file = args.run / "plain" / f"{name}.jsonl"
+            plain = read_lines(file)[: len(samples)]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("".join(json.dumps(answer) + "\n" for answer in plain), encoding="utf-8")
+            with file.open("a", encoding="utf-8") as out:
+                for row in tqdm(rows[len(plain) : len(samples)], desc=name, disable=None):
+                    plain.append(plain_answer(model, tokenizer, protocol, row, max_positions))
+                    out.write(json.dumps(plain[-1]) + "\n")
+                    out.flush()
+            compared = [compare(sample, answer) for sample, answer in zip(samples, plain, strict=True)]
+            listed += [
+                {"task": task.name, "protocol": protocol, "question": number} | entry | {"gap": plain[number]["gap"]}
+                for number, entry in enumerate(compared)
+                if entry["near_tie"] or not entry["agrees"]
+            ]
+            figures[name] = {
+                "questions": len(compared),
+                "agree": sum(entry["agrees"] for entry in compared),
+                "near_ties": sum(entry["near_tie"] for entry in compared),
+                "unexplained": sum(not entry["agrees"] and not entry["near_tie"] for entry in compared),
+                "largest_difference": max((entry["largest_difference"] for entry in compared), default=0.0),
+            }
+            print(f"{name}: {figures[name]}", flush=True)
+    total = {key: sum(entry[key] for entry in figures.values()) for key in ("questions", "agree", "unexplained")}
+    print(f"in all: {total}; near ties and disagreements: {len(listed)}")
+    if args.output is not None:
+        settings = {"model": Path(args.model).name, "limit": args.limit, "near_tie": NEAR_TIE}
+        write_results(
+            args.output,
+            {**environment(), "settings": settings, "total": total, "by_task": figures, "listed": listed},
+        )
+
+
+if __name__ == "__main__":
+    main()
