@@ -1,4 +1,4 @@
-"""Does every answer agree with a plain loop: one question at a time, no batch, no cache?
+r"""Does every answer agree with a plain loop: one question at a time, no batch, no cache?
 
     pat evaluate --model .models/smollm2 --tasks paper --data_dir ../shared/data/eval/tasks --limit 200 \
         --log_samples --output_dir runs/smollm2

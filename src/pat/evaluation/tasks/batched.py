@@ -14,7 +14,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -22,9 +22,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from pat.evaluation.perplexity import Progress
-from pat.evaluation.tasks.prefixes import Item, plan_prefixes
-
-T = TypeVar("T")
+from pat.evaluation.tasks.prefixes import Item, plan_prefixes, similar_batches
 
 UNLIMITED = 1 << 30
 
@@ -175,8 +173,8 @@ class BatchedModel:
         root = self._extend(None, [items[fits[0]].tokens[: plan.root]])[1] if plan.root else None
         alone = [fits[family.members[0]] for family in plan.families if len(family.members) == 1]
         yield from self._on(items, root, [(index, 0) for index in alone], reserve)
-        families = sorted((f for f in plan.families if len(f.members) > 1), key=lambda family: -family.length)
-        for some in _chunks(families, self.batch_size):
+        families = [family for family in plan.families if len(family.members) > 1]
+        for some in similar_batches(families, lambda family: family.length - plan.root, self.batch_size):
             start = None if root is None else root.rows([0] * len(some))
             stems = [items[fits[family.members[0]]].tokens[plan.root : family.length] for family in some]
             state = self._extend(start, stems, keep=torch.tensor([0]))[1]
@@ -192,7 +190,7 @@ class BatchedModel:
             index, row = member
             return len(items[index].tokens) - (0 if state is None else state.lengths[row])
 
-        for some in _chunks(sorted(members, key=own, reverse=True), self.batch_size):
+        for some in similar_batches(members, own, self.batch_size):
             indices = [index for index, _ in some]
             columns = (0 if state is None else state.mask_BC.shape[1]) + own(some[0]) + reserve
             if columns > self.max_columns:  # padding of the beginnings took what the window has
@@ -205,8 +203,8 @@ class BatchedModel:
             yield _Leaves(indices, logits_BKV, kept, [len(row) for row in rows], after)
 
     def _batches_of_whole(self, items: Sequence[Item], indices: list[int]) -> Iterator[_Leaves]:
-        for some in _chunks(sorted(indices, key=lambda index: -len(items[index].tokens)), self.batch_size):
-            yield self._whole(items, list(some))
+        for some in similar_batches(indices, lambda index: len(items[index].tokens), self.batch_size):
+            yield self._whole(items, some)
 
     def _whole(self, items: Sequence[Item], indices: list[int]) -> _Leaves:
         """Compute items from their first tokens, without a cache."""
@@ -269,10 +267,6 @@ class BatchedModel:
             elif type(layer) is not DynamicLayer:
                 return 0
         return columns
-
-
-def _chunks(things: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    return (things[start : start + size] for start in range(0, len(things), size))
 
 
 def _kept(num_scored: Sequence[int], lengths: Sequence[int]) -> tuple[dict[int, int], Tensor]:

@@ -6,15 +6,24 @@ sequences that share more (the choices of a question, the questions on a passage
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
+
+T = TypeVar("T")
 
 MAX_FAMILY = 256
 """Largest family; bounds the search."""
 
 FAMILY_COST = 8
 """Tokens that sharing must save before it is worth a forward pass of its own."""
+
+MOST_PADDING = 0.15
+"""Largest share of a row that is padding: beyond it, a smaller batch computes fewer tokens."""
+
+LEAST_PADDING = 4
+"""Tokens of padding that a row may always have: the smallest batches are not worth a forward pass each."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,21 @@ def plan_prefixes(items: Sequence[Item]) -> Plan:
         families.append(Family(tuple(members), length))
         end = start
     return Plan(root, tuple(families))
+
+
+def similar_batches(things: Sequence[T], length: Callable[[T], int], batch_size: int) -> Iterator[list[T]]:
+    """Cut things into batches, the longest first, none much longer than another of its batch."""
+    batch: list[T] = []
+    for thing in sorted(things, key=length, reverse=True):
+        if batch:
+            longest = length(batch[0])
+            padding = longest - length(thing)
+            if len(batch) == batch_size or padding > max(LEAST_PADDING, MOST_PADDING * longest):
+                yield batch
+                batch = []
+        batch.append(thing)
+    if batch:
+        yield batch
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

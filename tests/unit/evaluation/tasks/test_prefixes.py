@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from pat.evaluation.tasks.prefixes import FAMILY_COST, Item, Plan, plan_prefixes
+from pat.evaluation.tasks.prefixes import FAMILY_COST, Item, Plan, plan_prefixes, similar_batches
 
 
 def check(items: list[Item], plan: Plan) -> None:
@@ -91,3 +91,10 @@ def _costs(items: list[Item], order: list[int], root: int) -> list[int]:
         own = shared - root + sum(len(one.tokens) - shared for one in some) + FAMILY_COST * (size > 1)
         found += [own + rest for rest in _costs(items, order[size:], root)]
     return found
+
+
+def test_batches_hold_rows_of_similar_length() -> None:
+    lengths = [3, 100, 90, 101, 99, 40, 5, 1, 99]
+    batches = list(similar_batches(lengths, lambda length: length, 3))
+    assert batches == [[101, 100, 99], [99, 90], [40], [5, 3, 1]]
+    assert list(similar_batches([], len, 3)) == []
