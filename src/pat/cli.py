@@ -85,7 +85,9 @@ def _merge(argv: Sequence[str]) -> None:
     parser.add_argument("--dtype", help="Of the written weights, such as bfloat16; by default the base's.")
     parser.add_argument("--text_file", help="Text to compare masked and dense model on; by default a built-in one.")
     parser.add_argument("--max_shard_size", help="Largest weight file, such as 5GB; by default as large as the base's.")
-    parser.add_argument("--fold_dtype", default="float64", help="To fold in: float64, or float32, which is faster.")
+    parser.add_argument(
+        "--fold_dtype", help="To fold in: float64 or float32; by default float32 for weights of 16 bits, else float64."
+    )
     parser.add_argument("--device", default="cpu", help="Where to compute, such as cuda.")
     options = parser.parse(argv)
 

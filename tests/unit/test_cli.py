@@ -164,7 +164,7 @@ def test_merge_passes_its_flags_on(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     calls = replace(monkeypatch, "pat.export.merge.merge", result)
     assert cli.main(["merge", "--adapter", "a", "--output_dir", "out", "--base_model", "b"]) == 0
     expected = {"base_model": "b", "dtype": None, "text_file": None, "max_shard_size": None}
-    assert calls == [(("a", Path("out")), expected | {"fold_dtype": "float64", "device": "cpu"})]
+    assert calls == [(("a", Path("out")), expected | {"fold_dtype": None, "device": "cpu"})]
     assert capsys.readouterr().out == "Wrote out (1,234 parameters); Parity is fine.\n"
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -25,6 +26,9 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 STAGING_ELEMENTS = 2**23
 """How much is read at once where it has to be converted: 16 MB of bfloat16."""
+
+PART_BYTES, READERS = 2**22, 4
+"""How much of a tensor one thread reads at once, and how many threads do."""
 
 _MAX_HEADER_BYTES = 100_000_000
 """The limit that the format sets itself."""
@@ -75,15 +79,15 @@ class Checkpoint:
         flat = out.view(-1)
         try:
             file = self._file(stored.file)
-            file.seek(stored.offset + first * stored.dtype.itemsize)
+            offset = stored.offset + first * stored.dtype.itemsize
             if out.dtype == stored.dtype and out.device.type == "cpu":
-                _fill(file, flat)
+                _fill(file, flat, offset)
                 return
             staging = torch.empty(min(flat.numel(), STAGING_ELEMENTS), dtype=stored.dtype)
             for start in range(0, flat.numel(), STAGING_ELEMENTS):
                 target = flat[start : start + STAGING_ELEMENTS]
                 part = staging[: target.numel()]
-                _fill(file, part)
+                _fill(file, part, offset + start * stored.dtype.itemsize)
                 target.copy_(part)
         except (OSError, EOFError) as error:
             raise self._unreadable(stored.file, error) from error
@@ -169,10 +173,27 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _fill(file: BinaryIO, flat: Tensor) -> None:
+def _fill(file: BinaryIO, flat: Tensor, offset: int) -> None:
+    """Read a contiguous tensor's bytes from a place in a file, large ones in parts side by side.
+
+    Even from the system's file cache a read is a copy, and one thread's copies were a fifth of the time of a merge.
+    """
     view = memoryview(cast(Any, flat.view(torch.uint8).numpy()))
+    if len(view) <= PART_BYTES or not hasattr(os, "preadv"):
+        _fill_part(file, view, offset)
+        return
+    starts = range(0, len(view), PART_BYTES)
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(lambda start: _fill_part(file, view[start : start + PART_BYTES], offset + start), starts))
+
+
+def _fill_part(file: BinaryIO, view: memoryview, offset: int) -> None:
     while view:
-        count = cast(Any, file).readinto(view)
+        if hasattr(os, "preadv"):
+            count = os.preadv(file.fileno(), [view], offset)
+        else:  # on Windows
+            file.seek(offset)
+            count = cast(Any, file).readinto(view)
         if not count:
             raise EOFError("it ends too early")
-        view = view[count:]
+        view, offset = view[count:], offset + count

@@ -55,7 +55,7 @@ def merge(
     dtype: str | torch.dtype | None = None,
     text_file: str | os.PathLike[str] | None = None,
     device: str | torch.device = "cpu",
-    fold_dtype: str | torch.dtype = torch.float64,
+    fold_dtype: str | torch.dtype | None = None,
     max_shard_size: str | None = None,
     progress: bool = True,
 ) -> MergeResult:
@@ -71,7 +71,8 @@ def merge(
         dtype: of the dense weights, by default the base's.
         text_file: text to compare masked and dense model on; by default one that comes with the package.
         device: where to compute.
-        fold_dtype: to fold matrices in, float64 or float32.
+        fold_dtype: to fold matrices in, float64 or float32; by default what the dense weights need, see
+            `fold_precision`.
         max_shard_size: size limit of one weight file, such as `"5GB"`; by default that of the base's.
         progress: show progress bars.
 
@@ -81,7 +82,7 @@ def merge(
     """
     check_output_folder(output_dir)
     target = None if dtype is None else _resolve_dtype("dtype", dtype, _DTYPES)
-    precision = _resolve_dtype("fold_dtype", fold_dtype, _FOLD_DTYPES)
+    precision = None if fold_dtype is None else _resolve_dtype("fold_dtype", fold_dtype, _FOLD_DTYPES)
     _check_shard_size(max_shard_size)
     _check_device(device)
     config = read_adapter_config(adapter)

@@ -55,7 +55,9 @@ class PatModel(LoraModel):
         self.residual_stream = plan.stream
         keep_plain_layout(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._add_sparsification(model, adapter_name, config, plan, empty=bool(kwargs.get("low_cpu_mem_usage")))
+        # peft says it as an option or, for the first adapter, by a context that empties new parameters.
+        empty = bool(kwargs.get("low_cpu_mem_usage")) or nn.Linear(1, 1).weight.is_meta
+        self._add_sparsification(model, adapter_name, config, plan, empty=empty)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert self.residual_stream is not None
