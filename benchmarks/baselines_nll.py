@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ from pat.widths import choose_width
 
 MUST_BEAT_RANDOM = ("llm_pruner", "slicegpt")
 """Methods that are broken if random channels lose less than they do."""
+
+STAGES = ("nll_before", "nll_after")
 
 NO_SETTINGS = ("model", "data", "output", "seeds", "methods")
 """Arguments that the record holds elsewhere."""
@@ -87,9 +90,9 @@ def main() -> None:
             cell = measure(method, model, tokenizer, data, held_out, record, seed, args)
             print(json.dumps(cell), flush=True)
             record["cells"].append(cell)
-            record["mark"] = marks(record["cells"])
+            record |= {"mean": means(record["cells"]), "mark": marks(record["cells"])}
             write(args.output, Path(args.model).name, record)
-    print(json.dumps(record["mark"]))
+    print(json.dumps({"mean": record["mean"], "mark": record["mark"]}))
 
 
 def measure(
@@ -176,10 +179,19 @@ def evaluate(
     return response_nll(model, held_out, batch_size=args.batch_size, pad_token_id=tokenizer.pad_token_id or 0).nll
 
 
+def means(cells: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return the mean NLL over seeds, by method and stage."""
+    result: dict[str, dict[str, float]] = {}
+    for method in dict.fromkeys(cell["method"] for cell in cells):
+        own = [cell for cell in cells if cell["method"] == method]
+        result[method] = {s: statistics.mean(cell[s] for cell in own) for s in STAGES if all(s in cell for cell in own)}
+    return result
+
+
 def marks(cells: list[dict[str, Any]]) -> dict[str, bool]:
     """For each method that must, before and after tuning: does it lose less than random channels with every seed?"""
     result = {}
-    for stage in ("nll_before", "nll_after"):
+    for stage in STAGES:
         nll = {(cell["method"], cell["seed"]): cell[stage] for cell in cells if stage in cell}
         for method in MUST_BEAT_RANDOM:
             pairs = [(own, nll.get(("random", seed))) for (name, seed), own in nll.items() if name == method]
