@@ -72,7 +72,7 @@ def assert_same(folder: Path, dense: PreTrainedModel, reference: Path) -> None:
 def test_streamed_is_merged_in_memory(family: str, tied: bool, rotation: str, dtype: str, tmp_path: Path) -> None:
     base = saved_base(tmp_path / "base", family, tied=tied, dtype=getattr(torch, dtype))
     model = saved_adapter(base, tmp_path / "adapter", rotation=rotation)
-    result = merge(tmp_path / "adapter", tmp_path / "out", progress=False)
+    result = merge(tmp_path / "adapter", tmp_path / "out", fold_dtype="float64", progress=False)
     assert_same(tmp_path / "out", model.merge_and_unload(), tmp_path / "reference")
     if dtype == "float32":
         assert result.parity.max_abs_logit_diff < ROUNDING
@@ -100,7 +100,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_options_of_adapters(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
     base = saved_base(tmp_path / "base", "llama", tied=True, dtype=dtype)
     model = saved_adapter(base, tmp_path / "adapter", **VARIANTS[variant])
-    merge(tmp_path / "adapter", tmp_path / "out", progress=False)
+    merge(tmp_path / "adapter", tmp_path / "out", fold_dtype="float64", progress=False)
     assert_same(tmp_path / "out", model.merge_and_unload(), tmp_path / "reference")
 
 
@@ -121,7 +121,7 @@ def test_files_are_those_of_a_stock_model(family: str, tmp_path: Path) -> None:
 def test_another_dtype_than_the_base(tmp_path: Path) -> None:
     base = saved_base(tmp_path / "base", "gemma", tied=True)
     model = saved_adapter(base, tmp_path / "adapter")
-    merge(tmp_path / "adapter", tmp_path / "out", dtype="float16", progress=False)
+    merge(tmp_path / "adapter", tmp_path / "out", dtype="float16", fold_dtype="float64", progress=False)
     assert_same(tmp_path / "out", model.merge_and_unload(dtype=torch.float16), tmp_path / "reference")
 
 
@@ -133,6 +133,24 @@ def test_folding_in_float32(tmp_path: Path) -> None:
     exact = model.merge_and_unload()
     assert any(not torch.equal(p, q) for p, q in zip(dense.parameters(), exact.parameters(), strict=True))
     assert largest_difference(logits(dense), logits(exact)) < ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("dtype", "folded_in"), [("float32", "float64"), ("bfloat16", "float32"), ("float16", "float32")]
+)
+def test_what_is_written_decides_what_is_folded_in(dtype: str, folded_in: str, tmp_path: Path) -> None:
+    base = saved_base(tmp_path / "base", "llama", tied=True, dtype=getattr(torch, dtype))
+    saved_adapter(base, tmp_path / "adapter", rotation="pca")
+    merge(tmp_path / "adapter", tmp_path / "out", progress=False)
+    merge(tmp_path / "adapter", tmp_path / "given", fold_dtype=folded_in, progress=False)
+    merge(tmp_path / "adapter", tmp_path / "exact", fold_dtype="float64", progress=False)
+    default, given, exact = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "given", "exact"))
+    assert all(torch.equal(default[name], given[name]) for name in default)
+    for name, weight in exact.items():
+        # Another rounding here and there, and never by more than the last place.
+        spacing = torch.finfo(weight.dtype).eps * weight.float().abs() + 1e-6
+        assert ((default[name].float() - weight.float()).abs() <= spacing).all(), name
+        assert (default[name] != weight).float().mean() < 0.05, name
 
 
 @pytest.mark.parametrize(
