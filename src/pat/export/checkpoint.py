@@ -192,8 +192,8 @@ def _fill(file: BinaryIO, flat: Tensor, offset: int) -> None:
 def _forget(file: BinaryIO, offset: int, num_bytes: int) -> None:
     """Tell the system that what was read need not stay in its file cache.
 
-    A large model would fill it, and push out what is to be read next: most of all the model that is being written, which
-    is read again to be compared.
+    A large model would fill it, and push out what is to be read next: most of all the model that is being written,
+    which is read again to be compared.
     """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), offset, num_bytes, os.POSIX_FADV_DONTNEED)
