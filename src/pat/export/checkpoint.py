@@ -82,7 +82,6 @@ class Checkpoint:
             offset = stored.offset + first * stored.dtype.itemsize
             if out.dtype == stored.dtype and out.device.type == "cpu":
                 _fill(file, flat, offset)
-                _forget(file, offset, flat.numel() * stored.dtype.itemsize)
                 return
             staging = torch.empty(min(flat.numel(), STAGING_ELEMENTS), dtype=stored.dtype)
             for start in range(0, flat.numel(), STAGING_ELEMENTS):
@@ -90,7 +89,6 @@ class Checkpoint:
                 part = staging[: target.numel()]
                 _fill(file, part, offset + start * stored.dtype.itemsize)
                 target.copy_(part)
-            _forget(file, offset, flat.numel() * stored.dtype.itemsize)
         except (OSError, EOFError) as error:
             raise self._unreadable(stored.file, error) from error
 
@@ -189,16 +187,7 @@ def _fill(file: BinaryIO, flat: Tensor, offset: int) -> None:
         list(pool.map(lambda start: _fill_part(file, view[start : start + PART_BYTES], offset + start), starts))
 
 
-def _forget(file: BinaryIO, offset: int, num_bytes: int) -> None:
-    """Tell the system that what was read need not stay in its file cache.
-
-    A large model would fill it, and push out what is to be read next: most of all the model that is being written,
-    which is read again to be compared.
-    """
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), offset, num_bytes, os.POSIX_FADV_DONTNEED)
-
-
+<<<<<<< HEAD
 def _fill_part(file: BinaryIO, view: memoryview, offset: int) -> None:
     while view:
         if hasattr(os, "preadv"):
