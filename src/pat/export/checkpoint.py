@@ -187,7 +187,6 @@ def _fill(file: BinaryIO, flat: Tensor, offset: int) -> None:
         list(pool.map(lambda start: _fill_part(file, view[start : start + PART_BYTES], offset + start), starts))
 
 
-<<<<<<< HEAD
 def _fill_part(file: BinaryIO, view: memoryview, offset: int) -> None:
     while view:
         if hasattr(os, "preadv"):
