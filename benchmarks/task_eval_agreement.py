@@ -23,13 +23,13 @@ import torch
 from plain_answers import best, plain_letter, plain_likelihoods
 from tqdm import tqdm
 
-from pat.evaluation.tasks.hub import LETTERS
 from pat.evaluation.tasks.protocols import PROTOCOLS
-from pat.evaluation.tasks.rows import load_rows
 from pat.evaluation.tasks.scores import fingerprint_model
-from pat.evaluation.tasks.table import resolve_tasks
 from pat.export.results import environment, write_results
 from pat.loading import load_base, load_tokenizer
+from pat.questions.hub import LETTERS
+from pat.questions.rows import load_rows
+from pat.questions.table import resolve_tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 

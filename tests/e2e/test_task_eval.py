@@ -15,10 +15,10 @@ from plain_answers import best, plain_letter, plain_likelihoods
 from torch import Tensor, nn
 
 from pat.evaluation.tasks import evaluate_tasks
-from pat.evaluation.tasks.hub import LETTERS
 from pat.evaluation.tasks.protocols import task_config
-from pat.evaluation.tasks.rows import load_rows
-from pat.evaluation.tasks.table import TASKS
+from pat.questions.hub import LETTERS
+from pat.questions.rows import load_rows
+from pat.questions.table import TASKS
 
 MAX_POSITIONS = 512
 

@@ -16,7 +16,7 @@ SOURCE = Path(__file__).resolve().parents[2] / "src"
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "pat.errors pat.families pat.widths pat.config_file pat.command_parser pat.loading pat.recipes",
+        "pat.errors pat.families pat.widths pat.config_file pat.command_parser pat.loading pat.recipes pat.questions",
         "pat.sparsification",
         "pat.surgery",
         "pat.tuner",

@@ -36,7 +36,10 @@ class RunOptions:
 
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Hub id, or a local .json, .jsonl, .parquet or .csv file; its format is detected."},
+        metadata={
+            "help": "Hub id, or a local .json, .jsonl, .parquet or .csv file; its format is detected. "
+            "task:arc_easy,piqa (task:FOLDER/arc_easy,piqa for files) is the train split of tasks."
+        },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split of a hub dataset to train on."})

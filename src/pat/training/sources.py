@@ -11,10 +11,16 @@ from datasets import Dataset, Features, ReadInstruction, Value, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from pat.errors import PatError
-from pat.training.formats import Format, RowError, Template, convert_row, detect_format
+from pat.questions.rows import load_rows
+from pat.questions.table import resolve_tasks
+from pat.questions.wording import letter_answer, letter_instruction
+from pat.training.formats import ALPACA, Format, RowError, Template, convert_row, detect_format
 from pat.training.readers import READERS, read_local
 
 TemplateChoice = Literal["auto", "chat", "alpaca"]
+
+TASK_PREFIX = "task:"
+"""Begins the name of a dataset that is made of tasks' questions."""
 
 # What ends in one of these is meant as a file even where there is none: no reason to ask the hub.
 FILE_SUFFIXES = {*READERS, ".txt", ".tsv", ".arrow", ".xlsx", ".gz", ".zip", ".zst", ".yaml", ".yml"}
@@ -47,9 +53,32 @@ def load_source(
         format = detect_format(columns, name)
         return format, _resolve_template(template, format, first_row, has_chat_template)
 
+    if name.startswith(TASK_PREFIX):
+        return load_task_source(name, split)
     if Path(name).expanduser().exists() or _looks_like_file(name):
         return _load_local(Path(name).expanduser(), split, plan)
     return _load_hub(name, split, config_name, plan)
+
+
+def load_task_source(name: str, split: str) -> Source:
+    """Turn the train splits of tasks into instructions under the Alpaca template, as the paper's protocol asks them.
+
+    `task:arc_easy,piqa` names tasks of the hub, `task:FOLDER/arc_easy,piqa` those of a folder with a `<task>.jsonl` for
+    each, and `paper` all 14 of them.
+
+    Raises:
+        PatError: no such task, or its questions cannot be loaded.
+    """
+    folder, _, tasks = name.removeprefix(TASK_PREFIX).rpartition("/")
+    rows: list[dict[str, str]] = []
+    for task in resolve_tasks(tasks):
+        wanted = task.train_split if split == "train" else split
+        for row in load_rows(task, Path(folder) if folder else None, split=wanted):
+            prompt = ALPACA.format(instruction=letter_instruction(row))
+            rows.append({"prompt": prompt, "completion": letter_answer(row)})
+    digest = hashlib.sha256(repr(rows).encode()).hexdigest()
+    format = Format("prompt-completion", "prompt", "completion")
+    return Source(Dataset.from_list(rows), format, "alpaca", f"sha256:{digest}", len(rows))
 
 
 _Plan = Callable[[list[str], Mapping[str, Any]], tuple[Format, Template | None]]

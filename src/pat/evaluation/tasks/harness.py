@@ -19,11 +19,11 @@ from transformers import PreTrainedTokenizerBase
 
 from pat.errors import PatError
 from pat.evaluation.perplexity import evaluating
-from pat.evaluation.tasks.hub import LETTERS, Row
 from pat.evaluation.tasks.protocols import PROTOCOLS, first_letter, is_decided, resolve_protocols, task_config
-from pat.evaluation.tasks.rows import load_rows
 from pat.evaluation.tasks.scores import ScoreStore, TaskEvaluation, TaskScore, fingerprint_model
-from pat.evaluation.tasks.table import PAPER, EvalTask, resolve_tasks
+from pat.questions.hub import LETTERS, Row
+from pat.questions.rows import load_rows
+from pat.questions.table import PAPER, EvalTask, resolve_tasks
 
 CPU_BATCH_SIZE = 16
 ACCELERATOR_BATCH_SIZE = 64

@@ -15,22 +15,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pat.errors import PatError
-from pat.evaluation.tasks.hub import LETTERS, Row
+from pat.questions.hub import LETTERS, Row
+from pat.questions.wording import letter_instruction
 from pat.training.formats import ALPACA
 
 MAX_NEW_TOKENS = 5
 
-INSTRUCTION = (
-    "Answer the question by replying the index of the correct choice, which should be one of {letters}.\n"
-    "{question}\nThe index of the answer is"
-)
-"""The authors' wording around a question; they write the letters as a Python list without its brackets."""
-
 
 def letter_prompt(row: Mapping[str, Any]) -> str:
     """Return the paper's prompt of a question."""
-    letters = ", ".join(repr(letter) for letter in LETTERS[: len(row["choices"])])
-    return ALPACA.format(instruction=INSTRUCTION.format(letters=letters, question=row["prompt"]))
+    return ALPACA.format(instruction=letter_instruction(row))
 
 
 def first_letter(text: str, num_choices: int) -> str | None:

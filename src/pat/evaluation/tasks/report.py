@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from pat.evaluation.tasks.scores import TaskEvaluation
-from pat.evaluation.tasks.table import TASKS
+from pat.questions.table import TASKS
 
 HEADINGS = {
     ("letter", "acc"): "letter",

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from pat.errors import PatError
-from pat.evaluation.tasks.hub import Row
+from pat.questions.hub import Row
 
 SAMPLED_VALUES = 4096
 """Values of each parameter that go into a model's fingerprint; smaller ones are read whole."""

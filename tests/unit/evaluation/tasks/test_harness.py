@@ -14,9 +14,9 @@ from torch import nn
 
 from pat.errors import PatError
 from pat.evaluation.tasks import TaskEvaluation, TaskScore, evaluate_tasks, harness
-from pat.evaluation.tasks.hub import LETTERS, Row, make_row
 from pat.evaluation.tasks.report import score_table
 from pat.evaluation.tasks.scores import fingerprint_model
+from pat.questions.hub import LETTERS, Row, make_row
 
 MAX_POSITIONS = 700
 

@@ -7,7 +7,6 @@ from lm_eval.api.task import ConfigurableTask
 from plain_answers import PROMPT
 
 from pat.errors import PatError
-from pat.evaluation.tasks.hub import make_row
 from pat.evaluation.tasks.protocols import (
     first_letter,
     is_decided,
@@ -16,6 +15,7 @@ from pat.evaluation.tasks.protocols import (
     score_letter,
     task_config,
 )
+from pat.questions.hub import make_row
 
 ROW = make_row("Question: Which?", ["one", "two ", "three"], 1)
 

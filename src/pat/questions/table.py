@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pat.errors import PatError
-from pat.evaluation.tasks import hub
+from pat.questions import hub
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class EvalTask:
     config: str | None = None
     split: str = "validation"
     """The split that is asked: the one with public answers."""
+    train_split: str = "train"
 
 
 SUPER_GLUE = "aps/super_glue"
@@ -35,7 +36,7 @@ TASKS: dict[str, EvalTask] = {
         EvalTask("boolq", "BoolQ", hub.boolq, SUPER_GLUE, "boolq"),
         EvalTask("copa", "COPA", hub.copa, SUPER_GLUE, "copa"),
         EvalTask("hellaswag", "HellaSwag", hub.hellaswag, "Rowan/hellaswag"),
-        EvalTask("mmlu", "MMLU", hub.mmlu, "cais/mmlu", "all", "test"),
+        EvalTask("mmlu", "MMLU", hub.mmlu, "cais/mmlu", "all", "test", "auxiliary_train"),
         EvalTask("multirc", "MultiRC", hub.multirc, SUPER_GLUE, "multirc"),
         EvalTask("openbookqa", "OpenBookQA", hub.openbookqa, "allenai/openbookqa", "additional", "test"),
         EvalTask("piqa", "PIQA", hub.piqa, "baber/piqa"),

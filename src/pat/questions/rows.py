@@ -7,22 +7,28 @@ from pathlib import Path
 from typing import Any, cast
 
 from pat.errors import PatError
-from pat.evaluation.tasks.hub import LETTERS, Row
-from pat.evaluation.tasks.table import EvalTask
+from pat.questions.hub import LETTERS, Row
+from pat.questions.table import EvalTask
 
 FIELDS = "stem and prompt (text), choices (a list of two texts or more) and answer (index of the right one)"
 
 
-def load_rows(task: EvalTask, data_dir: Path | None, *, limit: int | None = None) -> list[Row]:
+def load_rows(
+    task: EvalTask, data_dir: Path | None, *, limit: int | None = None, split: str | None = None
+) -> list[Row]:
     """Return the first `limit` questions of a task, or all of them.
 
     Args:
         data_dir: folder with a `<task>.jsonl`; without one the dataset comes from the hub.
+        split: of the hub's dataset; by default the one that is asked.
 
     Raises:
         PatError: no such file or dataset, or rows that are not questions.
     """
-    rows = _hub_rows(task, limit) if data_dir is None else read_rows(Path(data_dir) / f"{task.name}.jsonl", limit)
+    if data_dir is None:
+        rows = _hub_rows(task, limit, split or task.split)
+    else:
+        rows = read_rows(Path(data_dir) / f"{task.name}.jsonl", limit)
     if not rows:
         raise PatError(f"The task {task.name} has no questions; expected one a line.")
     return rows
@@ -71,11 +77,11 @@ def _is_row(row: Any) -> bool:
     return isinstance(answer, int) and 0 <= answer < len(choices)
 
 
-def _hub_rows(task: EvalTask, limit: int | None) -> list[Row]:
+def _hub_rows(task: EvalTask, limit: int | None, split: str) -> list[Row]:
     from datasets import load_dataset
 
     try:
-        dataset = load_dataset(task.path, task.config, split=task.split)
+        dataset = load_dataset(task.path, task.config, split=split)
     except (OSError, ValueError, RuntimeError) as error:  # offline, no such dataset, a format datasets dropped
         reason = str(error).strip().split("\n")[0]
         raise PatError(

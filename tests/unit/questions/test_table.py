@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from pat.errors import PatError
-from pat.evaluation.tasks import hub
-from pat.evaluation.tasks.rows import load_rows, read_rows
-from pat.evaluation.tasks.table import TASKS, resolve_tasks
+from pat.questions import hub
+from pat.questions.rows import load_rows, read_rows
+from pat.questions.table import TASKS, resolve_tasks
 
 HUB_ROWS: dict[str, tuple[int, dict[str, Any]]] = {
     "arc_easy": (
