@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -36,24 +37,29 @@ def target_of(model: str, ratio: float) -> Target:
     )
 
 
-def lora_parameters_per_rank(model: nn.Module) -> int:
-    """Return how many parameters LoRA has per rank on all linear layers but the output layer."""
-    return sum(linear.in_features + linear.out_features for linear in tuned_linears(model).values())
+def lora_targets(base: nn.Module) -> list[str]:
+    """Return the names of the linear layers of a base model that LoRA goes on: all but the output layer.
+
+    In a pruned model it goes on those of the same names, not on what pruning has added (SliceGPT's shortcuts).
+    """
+    head = cast(Any, base).get_output_embeddings()
+    linears = {name for name, module in base.named_modules() if isinstance(module, nn.Linear) and module is not head}
+    return sorted({name.rpartition(".")[2] for name in linears})
 
 
-def tuned_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Return the linear layers that LoRA goes on, by path: all but the output layer, and what is frozen for good."""
-    head = cast(Any, model).get_output_embeddings()
-    return {
-        name: module
+def lora_parameters_per_rank(model: nn.Module, targets: Sequence[str]) -> int:
+    """Return how many parameters LoRA has per rank."""
+    linears = [
+        module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and module.weight.requires_grad
-    }
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets
+    ]
+    return sum(linear.in_features + linear.out_features for linear in linears)
 
 
-def lora_rank(model: nn.Module, num_trainable: int) -> int:
+def lora_rank(model: nn.Module, targets: Sequence[str], num_trainable: int) -> int:
     """Return the rank whose number of parameters comes closest to a number, at least 1."""
-    return max(1, round(num_trainable / lora_parameters_per_rank(model)))
+    return max(1, round(num_trainable / lora_parameters_per_rank(model, targets)))
 
 
 def pat_rank(arguments: TuneArguments, num_trainable: int) -> int:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 from trl import SFTTrainer
 
 from pat.compare.baselines import load_baselines
-from pat.compare.budget import Target, lora_parameters_per_rank, lora_rank, pat_rank, target_of, tuned_linears
+from pat.compare.budget import Target, lora_parameters_per_rank, lora_rank, lora_targets, pat_rank, target_of
 from pat.compare.cells import Cell, short_name
 from pat.compare.config import CompareConfig
 from pat.compare.data import DataFiles, data_files
@@ -66,8 +66,10 @@ class _Run:
         if order == "PAT":
             return self._pat(arguments)
         base = self._load(self.source, arguments)
+        targets = lora_targets(base)
+        budget = self.config.rank * lora_parameters_per_rank(base, targets)
         if order in ("", "FT"):
-            model = base if order == "" else self._tune(base, arguments)
+            model = base if order == "" else self._tune(base, arguments, targets, budget)
             if self.cell.method == TUNED and self.tuned is not None:
                 cast(Any, model).save_pretrained(self.tuned)
                 self.tokenizer.save_pretrained(self.tuned)
@@ -76,8 +78,7 @@ class _Run:
             assert self.tuned is not None
             del base
             return self._prune(self._load(str(self.tuned), arguments), arguments)
-        budget = self._trainable_budget(base)
-        return self._tune(self._prune(base, arguments), arguments, budget)
+        return self._tune(self._prune(base, arguments), arguments, targets, budget)
 
     def measure(self, model: nn.Module) -> None:
         """Note the sizes, losses and accuracies of a dense model."""
@@ -141,12 +142,9 @@ class _Run:
         base: Any = load_base(name, dtype=arguments.model.dtype)
         return cast(nn.Module, base.to(arguments.sft.device))
 
-    def _trainable_budget(self, base: nn.Module) -> int:
-        return self.config.rank * lora_parameters_per_rank(base)
-
     def _pat(self, arguments: TuneArguments) -> nn.Module:
         base = self._load(self.source, arguments)
-        budget = self._trainable_budget(base)
+        budget = self.config.rank * lora_parameters_per_rank(base, lora_targets(base))
         device = arguments.sft.device
         del base
         rank = pat_rank(arguments, budget)
@@ -166,9 +164,8 @@ class _Run:
         shutil.rmtree(self.folder)
         return cast(nn.Module, dense.to(device))
 
-    def _tune(self, model: nn.Module, arguments: TuneArguments, budget: int | None = None) -> nn.Module:
-        budget = budget or self._trainable_budget(model)
-        rank = lora_rank(model, budget)
+    def _tune(self, model: nn.Module, arguments: TuneArguments, targets: list[str], budget: int) -> nn.Module:
+        rank = lora_rank(model, targets, budget)
         set_seed(self.cell.seed)
         adapter = LoraConfig(
             task_type="CAUSAL_LM",
@@ -177,7 +174,7 @@ class _Run:
             lora_dropout=self.config.lora_dropout,
             use_rslora=self.config.use_rslora,
             use_dora=arguments.model.use_dora,
-            target_modules=sorted({name.rpartition(".")[2] for name in tuned_linears(model)}),
+            target_modules=targets,
         )
         peft_model = get_peft_model(cast(Any, model), adapter)
         self.facts |= {
