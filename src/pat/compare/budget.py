@@ -62,8 +62,8 @@ def lora_rank(model: nn.Module, targets: Sequence[str], num_trainable: int) -> i
     return max(1, round(num_trainable / lora_parameters_per_rank(model, targets)))
 
 
-def pat_rank(arguments: TuneArguments, num_trainable: int) -> int:
-    """Return the rank of LoRA with which LoRA, operators and mask come closest to a number of parameters, at least 1.
+def pat_rank(arguments: TuneArguments, num_trainable: int) -> tuple[int, int]:
+    """Return the rank of LoRA with which LoRA, operators and mask come closest to a number of parameters, and theirs.
 
     Args:
         arguments: of `pat tune`, with any rank.
@@ -77,4 +77,5 @@ def pat_rank(arguments: TuneArguments, num_trainable: int) -> int:
         model = get_peft_model(hollow_model(base_config, torch.bfloat16, torch.device("cpu")), arguments.pat_config())
         counts.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
     per_rank = counts[1] - counts[0]
-    return max(1, round((num_trainable - counts[0]) / per_rank) + 1)
+    rank = max(1, round((num_trainable - counts[0]) / per_rank) + 1)
+    return rank, counts[0] + (rank - 1) * per_rank

@@ -147,13 +147,14 @@ class _Run:
         budget = self.config.rank * lora_parameters_per_rank(base, lora_targets(base))
         device = arguments.sft.device
         del base
-        rank = pat_rank(arguments, budget)
+        rank, num_trainable = pat_rank(arguments, budget)
         arguments.model.lora_r = rank
         target = target_of(self.source, self.cell.ratio)
         started = time.perf_counter()
         result = run_tune(arguments)
         self.facts |= {
             "rank": rank,
+            "num_trainable": num_trainable,
             "trainable_budget": budget,
             "tune_seconds": time.perf_counter() - started,
             "hidden_size": target.hidden_size,

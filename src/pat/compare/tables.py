@@ -88,11 +88,22 @@ def _budget_table(lines: Sequence[Line]) -> str:
                 "" if width is None else f"{facts['hidden_size']} → {width}",
                 f"{line.learning_rate:g}" if line.method.trains else "",
                 str(facts.get("rank", "")),
+                f"{facts['num_trainable'] / 1e6:.3f} M" if "num_trainable" in facts else "",
                 f"{facts['tune_seconds']:.0f}" if "tune_seconds" in facts else "",
                 str(facts.get("pruning", "")),
             ]
         )
-    head = ["Ratio", "Method", "Order", "Hidden size (PAT's)", "Learning rate", "Rank", "Tuning (s)", "How it was cut"]
+    head = [
+        "Ratio",
+        "Method",
+        "Order",
+        "Hidden size (PAT's)",
+        "Learning rate",
+        "Rank",
+        "Trained",
+        "Tuning (s)",
+        "How it was cut",
+    ]
     return _table(head, body)
 
 
