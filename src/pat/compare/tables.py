@@ -93,17 +93,8 @@ def _budget_table(lines: Sequence[Line]) -> str:
                 str(facts.get("pruning", "")),
             ]
         )
-    head = [
-        "Ratio",
-        "Method",
-        "Order",
-        "Hidden size (PAT's)",
-        "Learning rate",
-        "Rank",
-        "Trained",
-        "Tuning (s)",
-        "How it was cut",
-    ]
+    head = ["Ratio", "Method", "Order", "Hidden size (PAT's)", "Learning rate"]
+    head += ["Rank", "Trained", "Tuning (s)", "How it was cut"]
     return _table(head, body)
 
 
