@@ -91,9 +91,6 @@ def _merge(argv: Sequence[str]) -> None:
     parser.add_argument("--device", default="cpu", help="Where to compute, such as cuda.")
     options = parser.parse(argv)
 
-    # torch, asked before it is imported: large pages spare a merge, which walks through fresh memory, a fifth of its
-    # processor time.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from pat.export.merge import merge
 
     result = merge(

@@ -24,7 +24,7 @@ from pat.tuner.compaction import Compacted, compact
 from pat.tuner.config import PatConfig
 from pat.tuner.layer import MASK_NAME, OPERATOR_NAME, HsmLayer, MaskLayer
 from pat.tuner.merging import MaskedModel, merge_dense
-from pat.tuner.prepare import AttachmentPlan, default_targets, plan_attachment
+from pat.tuner.prepare import AttachmentPlan, default_targets, new_parameters_are_empty, plan_attachment
 from pat.tuner.quantized import keep_plain_layout
 from pat.tuner.weights import effective_parameter
 
@@ -56,7 +56,7 @@ class PatModel(LoraModel):
         keep_plain_layout(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # peft says it as an option or, for the first adapter, by a context that empties new parameters.
-        empty = bool(kwargs.get("low_cpu_mem_usage")) or nn.Linear(1, 1).weight.is_meta
+        empty = bool(kwargs.get("low_cpu_mem_usage")) or new_parameters_are_empty()
         self._add_sparsification(model, adapter_name, config, plan, empty=empty)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:

@@ -129,6 +129,13 @@ def default_targets(config: PatConfig, model: nn.Module, stream: ResidualStream)
     return config
 
 
+def new_parameters_are_empty() -> bool:
+    """Tell whether peft is loading an adapter, and so empties every parameter that a module is given."""
+    probe = nn.Module()
+    probe.weight = nn.Parameter(torch.empty(1), requires_grad=False)  # draws nothing from the random state
+    return probe.weight.is_meta
+
+
 def _is_linear(module: nn.Module) -> bool:
     base = getattr(module, "base_layer", module)
     return isinstance(base, nn.Linear)
