@@ -2,8 +2,8 @@
 
 Three measurements, each merge a fresh process, its peak resident set size as the system counts it (mapped pages too):
 
-merges  `cp` and `sync` of the base model, then an adapter without rotation and one with, folded in the default dtype and
-        in float64, in turns; the base is not in the file cache
+merges  `cp` and `sync` of the base model, then an adapter without rotation and one with, folded in the default dtype
+        and in float64, in turns; the base is not in the file cache
 error   how many weights of a 1 GB checkpoint differ between folding in float32 and float64, and by how much
 kills   a merge of a 1 GB checkpoint, killed at random moments: what has the target's name, and does the next run work?
 
@@ -28,7 +28,7 @@ import tempfile
 import time
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import get_peft_model
