@@ -11,3 +11,7 @@ class RunFailed(PatError):
     """The input was fine, but the run could not be completed (non-finite loss, parity out of tolerance)."""
 
     exit_status = 1
+
+
+class Diverged(RunFailed):
+    """Training came to infinite or undefined numbers."""

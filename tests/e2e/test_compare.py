@@ -107,6 +107,37 @@ def test_cut_off_it_goes_on_and_comes_to_the_same_figures(compared: Path, tmp_pa
     assert again == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_rate_that_diverges_is_not_taken(compared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    rates = ["--methods", "lora", "--seeds", "0", "--learning_rates", "1e30", "1e-3", "--output_dir", str(out)]
+    assert main(["compare", "--config", str(compared / "compare.yaml"), *rates]) == 0
+    by_rate = {row["cell"]["learning_rate"]: row for row in rows_of(out) if row["cell"]["search"]}
+    assert by_rate[1e30]["validation_nll"] is None
+    assert [row["cell"]["learning_rate"] for row in rows_of(out) if not row["cell"]["search"]] == [1e-3]
+
+
+def test_data_of_other_settings_are_not_taken_for_ones_own(compared: Path, tmp_path: Path) -> None:
+    from pat.compare.config import make_config
+    from pat.compare.data import prepare_data
+    from pat.loading import load_tokenizer
+
+    settings = yaml.safe_load((compared / "compare.yaml").read_text(encoding="utf-8"))
+    tokenizer = load_tokenizer(settings["models"])
+    files = prepare_data(make_config(settings), tokenizer, tmp_path)
+    written = files.train.stat().st_mtime_ns
+    assert prepare_data(make_config(settings), tokenizer, tmp_path).train.stat().st_mtime_ns == written
+    prepare_data(make_config(settings | {"rows": 7}), tokenizer, tmp_path)
+    assert len(files.train.read_text(encoding="utf-8").splitlines()) == 7
+
+
+def test_wrong_tasks_are_found_before_anything_is_trained(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--tasks", "piqa", "--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+    assert main(["compare", "--config", str(compared / "compare.yaml"), *options]) == 2
+    assert "piqa.jsonl" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_a_failing_cell_does_not_stop_the_others(
     compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

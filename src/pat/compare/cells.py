@@ -76,8 +76,8 @@ def chosen_rate(config: CompareConfig, model: str, method: str, done: Mapping[Ce
         return None
 
     def loss(cell: Cell) -> float:
-        nll = done[cell].get("validation_nll")
-        return math.inf if nll is None else nll  # diverged
+        nll = done[cell]["validation_nll"]
+        return math.inf if nll is None else float(nll)  # None: diverged
 
     return min(cells, key=loss).learning_rate
 

@@ -134,19 +134,15 @@ def _check(config: CompareConfig) -> None:
         raise PatError(f"Got ablation_ratio={config.ablation_ratio}; expected one of the ratios, {config.ratios}.")
     if (config.steps is None) == (config.epochs is None):
         raise PatError("Expected either --steps or --epochs, so that every method trains as long.")
-    for name in (
-        "batch_size",
-        "max_length",
-        "held_out",
-        "validation",
-        "workers",
-        "rank",
-        "gradient_accumulation_steps",
-    ):
-        if getattr(config, name) < 1:
-            raise PatError(f"Got {name}={getattr(config, name)}; expected a whole number above 0.")
-    if not config.seeds or not config.learning_rates:
-        raise PatError("Expected at least one of --seeds and one of --learning_rates.")
+    for name in (*_WHOLE, "epochs"):
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise PatError(f"Got {name}={value}; expected a number above 0.")
+    if any(rate <= 0 for rate in config.learning_rates):
+        raise PatError(f"Got the learning rates {config.learning_rates}; expected numbers above 0.")
+    for name in ("models", "methods", "ratios", "seeds", "learning_rates"):
+        if not getattr(config, name):
+            raise PatError(f"Got no {name}; expected at least one.")
     for protocol in config.protocols:
         if protocol not in PROTOCOLS:
             raise PatError(f"Got the protocol {protocol!r}; expected some of {_names(PROTOCOLS)}.")
@@ -180,6 +176,7 @@ _WHOLE = (
 )
 _CONVERT: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("models", "methods", "ablations", "protocols"), _items(str)),
+    "tasks": lambda value: ",".join(_items(str)(value)),
     **dict.fromkeys(("ratios", "learning_rates"), _items(float)),
     "seeds": _items(int),
     **dict.fromkeys(_WHOLE, int),

@@ -20,6 +20,10 @@ SEED = 0
 PARTS = ("train", "validation", "held_out")
 
 
+SETTINGS = ("template", "rows", "held_out", "validation", "max_length")
+"""Of the comparison, that decide what is in the files."""
+
+
 @dataclass(frozen=True)
 class DataFiles:
     """Where a model's rows lie, as JSON lines with a prompt and a completion."""
@@ -35,14 +39,21 @@ def data_files(folder: Path) -> DataFiles:
 
 
 def prepare_data(config: CompareConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> DataFiles:
-    """Split the data once and write the parts, unless they are there.
+    """Split the data once and write the parts, unless those of the same data and settings are there.
 
     Raises:
         PatError: the data cannot be read, have too few rows, or none whose response fits into `max_length`.
     """
     files = data_files(folder)
-    if all(path.is_file() for path in (files.train, files.validation, files.held_out)):
+    settings = {name: getattr(config, name) for name in SETTINGS} | {
+        "data": config.data,
+        "changed": Path(config.data).stat().st_mtime_ns if Path(config.data).is_file() else None,
+        "model": tokenizer.name_or_path,
+    }
+    record = folder / "source.json"
+    if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == settings:
         return files
+    record.unlink(missing_ok=True)
     apart = config.held_out + config.validation
     data = load_training_data(config.data, tokenizer=tokenizer, template=config.template, held_out=apart, seed=SEED)  # type: ignore[arg-type]
     assert data.held_out is not None
@@ -56,7 +67,8 @@ def prepare_data(config: CompareConfig, tokenizer: PreTrainedTokenizerBase, fold
     folder.mkdir(parents=True, exist_ok=True)
     _write(files.held_out, held_out)
     _write(files.validation, data.held_out.select(range(config.validation)))
-    _write(files.train, train)  # last: with it, all are there
+    _write(files.train, train)
+    record.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")  # last: with it, all are there
     return files
 
 

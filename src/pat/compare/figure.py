@@ -83,7 +83,7 @@ def _plot(
         [factor * spread.mean for _, spread in found],
         yerr=[factor * (spread.deviation or 0.0) for _, spread in found],
         color=color,
-        marker=_MARKERS[index % len(_MARKERS)],
+        marker=_MARKERS[(index + index // len(_MARKERS)) % len(_MARKERS)],
         linestyle="--" if method.order == "FT→P" else "-",
         linewidth=1.4,
         markersize=5,

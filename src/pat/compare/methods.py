@@ -14,6 +14,7 @@ PAPER: dict[str, Any] = {
     # The paper's short-run starting point: adapters at 5e-4, the mask at 2e-2 (`PatConfig.mask_lr_multiplier`).
     "mask_lr_multiplier": 40.0,
     "operator_lr_multiplier": 1.0,
+    "no_compact": True,
 }
 """The paper's method, under the comparison's own budget, rank and learning rates."""
 

@@ -21,12 +21,14 @@ def read_rows(config: CompareConfig) -> list[dict[str, Any]]:
     path = config.output_dir / FILE
     if not path.is_file():
         return []
-    rows = []
+    rows: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:  # cut short when the run was killed
             continue
+        if "failed" not in row:
+            rows.append(row)
     identity = json.loads(json.dumps(config.identity()))
     for row in rows:
         theirs = row.get("identity", {})
@@ -37,7 +39,7 @@ def read_rows(config: CompareConfig) -> list[dict[str, Any]]:
                 f"{path}: holds a comparison with {name}={theirs.get(name)}, got {identity[name]}; choose another "
                 "--output_dir."
             )
-    return [row for row in rows if "failed" not in row]
+    return rows
 
 
 def append_row(config: CompareConfig, row: Mapping[str, Any]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 import time
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +23,7 @@ from pat.compare.cells import Cell, short_name
 from pat.compare.config import CompareConfig
 from pat.compare.data import DataFiles, data_files
 from pat.compare.methods import METHODS, TUNED
+from pat.errors import Diverged, PatError
 from pat.evaluation.perplexity import response_nll, tokenize_examples
 from pat.loading import load_base, load_tokenizer
 from pat.training.arguments import TuneArguments, build_arguments
@@ -40,11 +44,16 @@ def run_cell(config: CompareConfig, cell: Cell, tuned: Path | None) -> dict[str,
     """
     run = _Run(config, cell, tuned)
     started = time.perf_counter()
-    model = run.make_model()
-    run.facts["make_seconds"] = time.perf_counter() - started
-    started = time.perf_counter()
-    run.measure(model)
-    run.facts["measure_seconds"] = time.perf_counter() - started
+    try:
+        model = run.make_model()
+    except Diverged as error:
+        if not cell.search:
+            raise
+        # That a rate is too high is what a search is to find out.
+        run.facts |= {"validation_nll": None, "diverged": str(error)}
+    else:
+        run.measure(model)
+    run.facts["seconds"] = time.perf_counter() - started
     return {"cell": cell.to_dict(), "identity": config.identity(), **run.facts}
 
 
@@ -71,8 +80,7 @@ class _Run:
         if order in ("", "FT"):
             model = base if order == "" else self._tune(base, arguments, targets, budget)
             if self.cell.method == TUNED and self.tuned is not None:
-                cast(Any, model).save_pretrained(self.tuned)
-                self.tokenizer.save_pretrained(self.tuned)
+                self._keep(model, self.tuned)
             return model
         if order == "FT→P":
             assert self.tuned is not None
@@ -90,7 +98,9 @@ class _Run:
             examples = tokenize_examples(self.tokenizer, rows, self.config.max_length)
             pad = cast(int, self.tokenizer.pad_token_id)
             nll = response_nll(model, examples, batch_size=EVAL_BATCH_SIZE, pad_token_id=pad)
-            self.facts[f"{part}_nll"], self.facts[f"num_{part}_tokens"] = nll.nll, nll.num_tokens
+            # The last step may have ruined the weights without a gradient that tells.
+            self.facts[f"{part}_nll"] = nll.nll if math.isfinite(nll.nll) else None
+            self.facts[f"num_{part}_tokens"] = nll.num_tokens
         if self.config.tasks is not None and not self.cell.search:
             from pat.evaluation.tasks import evaluate_tasks  # needs lm-eval, which a comparison without tasks does not
 
@@ -106,7 +116,21 @@ class _Run:
             )
             self.facts["tasks"] = evaluation.to_dict()
 
+    def alpha(self, rank: int) -> Any:
+        """Return lora_alpha for a rank, so that the scale of LoRA's product is the same for every method."""
+        share = rank / self.config.rank
+        return self.config.lora_alpha * (math.sqrt(share) if self.config.use_rslora else share)
+
     # -- parts -------------------------------------------------------------------------------------------------
+
+    def _keep(self, model: nn.Module, target: Path) -> None:
+        """Save a tuned model, whole or not at all: what has the name is taken for finished."""
+        partial = target.with_name(f"{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)
+        cast(Any, model).save_pretrained(partial)
+        self.tokenizer.save_pretrained(partial)
+        partial.rename(target)
 
     def _arguments(self) -> TuneArguments:
         config, cell = self.config, self.cell
@@ -118,7 +142,7 @@ class _Run:
             "held_out": "0",
             "output_dir": str(self.folder),
             "seed": cell.seed,
-            "learning_rate": cell.learning_rate or 1e-4,  # trainers refuse 0, where nothing is trained
+            "learning_rate": cell.learning_rate if self.method.trains else 1e-4,  # trainers refuse 0
             "lora_r": config.rank,
             "lora_alpha": config.lora_alpha,
             "lora_dropout": config.lora_dropout,
@@ -127,7 +151,7 @@ class _Run:
             "gradient_accumulation_steps": config.gradient_accumulation_steps,
             "max_length": config.max_length,
             "max_steps": -1 if steps is None else steps,
-            "num_train_epochs": config.epochs or 1,
+            "num_train_epochs": 1 if config.epochs is None else config.epochs,
             "disable_tqdm": True,
             "report_to": "none",
             "save_strategy": "no",
@@ -148,15 +172,15 @@ class _Run:
         device = arguments.sft.device
         del base
         rank, num_trainable = pat_rank(arguments, budget)
-        arguments.model.lora_r = rank
+        arguments.model.lora_r, arguments.model.lora_alpha = rank, self.alpha(rank)
         target = target_of(self.source, self.cell.ratio)
-        started = time.perf_counter()
         result = run_tune(arguments)
+        timings = json.loads((result.output_dir / "results.json").read_text(encoding="utf-8"))["timings"]
         self.facts |= {
             "rank": rank,
             "num_trainable": num_trainable,
             "trainable_budget": budget,
-            "tune_seconds": time.perf_counter() - started,
+            "tune_seconds": timings["train_seconds"],
             "hidden_size": target.hidden_size,
             "pruned_hidden_size": target.pruned_hidden_size,
             "parity": result.parity.to_dict(),
@@ -171,7 +195,7 @@ class _Run:
         adapter = LoraConfig(
             task_type="CAUSAL_LM",
             r=rank,
-            lora_alpha=self.config.lora_alpha,
+            lora_alpha=self.alpha(rank),
             lora_dropout=self.config.lora_dropout,
             use_rslora=self.config.use_rslora,
             use_dora=arguments.model.use_dora,
@@ -203,6 +227,7 @@ class _Run:
         rows = load_training_data(self.files.train, tokenizer=self.tokenizer, held_out=0).train
         some = rows.select(range(min(self.config.calibration_rows, len(rows))))
         examples = tokenize_examples(self.tokenizer, some, self.config.max_length)
+        started = time.perf_counter()
         pruned = load_baselines(self.config.baselines).prune(
             self.method.baseline,
             model,
@@ -215,6 +240,7 @@ class _Run:
         self.facts |= {
             "hidden_size": target.hidden_size,
             "pruned_hidden_size": target.pruned_hidden_size,
+            "prune_seconds": time.perf_counter() - started,
             "target_parameters": target.num_parameters,
             "pruning": pruned.description,
         }
@@ -227,5 +253,10 @@ def _count(model: nn.Module) -> int:
 
 def failed_row(config: CompareConfig, cell: Cell, error: BaseException) -> Mapping[str, Any]:
     """Return the row of a cell that could not be run."""
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = " ".join(str(error).split())
+    if not isinstance(error, PatError):
+        reason = f"{type(error).__name__}: {reason}"
+    folder = config.output_dir / "failed"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{cell.name}.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     return {"cell": cell.to_dict(), "identity": config.identity(), "failed": reason[:500]}

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
+import threading
 import time
 import warnings
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
 from pat.compare.baselines import load_baselines
+from pat.compare.budget import target_of
 from pat.compare.cells import Cell, done_cells, num_cells, ready_cells, short_name, tuned_cell
 from pat.compare.config import CompareConfig
 from pat.compare.data import prepare_data
 from pat.compare.methods import METHODS, TUNED
 from pat.compare.results import append_row, read_rows
 from pat.errors import PatError, RunFailed
+from pat.evaluation.tasks import load_questions
 from pat.loading import load_config, load_tokenizer
 
 
@@ -79,8 +83,16 @@ def prepare(config: CompareConfig) -> None:
         raise PatError(f"Got the models {', '.join(names)}; expected names that differ in their last part.")
     if any(METHODS[name].baseline for name in config.all_methods):
         load_baselines(config.baselines)
+    if config.tasks is not None:
+        load_questions(config.tasks, config.data_dir, config.limit)
     for model, name in zip(config.models, names, strict=True):
         load_config(model)
+        widths = [target_of(model, ratio).pruned_hidden_size for ratio in config.ratios]
+        if len(set(widths)) < len(widths):
+            raise PatError(
+                f"Got the ratios {', '.join(map(str, config.ratios))}, which come to the widths {widths} of {name}; "
+                "give ratios that come to different ones (see `pat plan`)."
+            )
         prepare_data(config, load_tokenizer(model), config.output_dir / "data" / name)
 
 
@@ -112,19 +124,34 @@ def _start(threads: int) -> None:
     import torch
     from transformers.utils import logging as transformers_logging
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     warnings.simplefilter("ignore")
 
 
+def _end_with_parent() -> None:
+    """Do not outlive a parent that was killed: its successor may run the same cell in the same folder."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _run(config: CompareConfig, cell: Cell, tuned: Path | None) -> dict[str, Any]:
+    import torch
+
     from pat.compare.run_cell import failed_row, run_cell
 
     try:
         return run_cell(config, cell, tuned)
     except Exception as error:  # one cell's failure is a row of its own, not the end of a night's work
         return dict(failed_row(config, cell, error))
+    finally:
+        gc.collect()  # trainers hold themselves
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _report(cell: Cell, row: dict[str, Any], num_done: int, total: int, started: float, num_before: int) -> None:
@@ -132,7 +159,7 @@ def _report(cell: Cell, row: dict[str, Any], num_done: int, total: int, started:
         outcome = f"failed: {row['failed']}"
     else:
         nll = row.get("validation_nll", row.get("held_out_nll"))
-        outcome = f"NLL {nll:.3f}, {row['make_seconds'] + row['measure_seconds']:.0f} s"
+        outcome = f"{'diverged' if nll is None else f'NLL {nll:.3f}'}, {row['seconds']:.0f} s"
     spent = time.perf_counter() - started
     left = spent / max(1, num_done - num_before) * (total - num_done)
     print(f"[{num_done}/{total}, {left / 60:.0f} min to go] {cell.describe()}: {outcome}", file=sys.stderr, flush=True)

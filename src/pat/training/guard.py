@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pat.errors import RunFailed
+from pat.errors import Diverged
 
 MAX_SKIPPED_STEPS = 20
 """Steps in a row that a float16 loss scaler may skip. It starts at 2**16 and halves at every overflow, so 16 steps take
@@ -37,7 +37,7 @@ class FiniteGuard(TrainerCallback):
         """Check the gradients of all trainable parameters.
 
         Raises:
-            RunFailed: some gradient is infinite or not a number; under float16, for `MAX_SKIPPED_STEPS` steps in a row.
+            Diverged: some gradient is infinite or not a number; under float16, for `MAX_SKIPPED_STEPS` steps in a row.
         """
         gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
         # The largest entry: a sum of squares could overflow where every gradient is finite.
@@ -49,7 +49,7 @@ class FiniteGuard(TrainerCallback):
             return
         since = f", for {self._num_skipped} steps in a row" if args.fp16 else ""
         remedy = ", or use bf16 instead of fp16" if args.fp16 else ""
-        raise RunFailed(
+        raise Diverged(
             f"The loss or its gradients became non-finite at step {state.global_step}{since}; expected finite numbers: "
             f"lower --learning_rate or --mask_lr_multiplier{remedy}, or check the base model and the data."
         )

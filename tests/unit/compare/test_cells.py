@@ -57,11 +57,22 @@ def test_no_cell_runs_before_what_it_needs() -> None:
 
 def test_the_rate_with_the_least_validation_loss_wins_and_a_diverged_one_never() -> None:
     settings = config(learning_rates="1e-3,2e-3,4e-3")
-    losses = {1e-3: 3.0, 2e-3: 2.0, 4e-3: None}
+    losses = {1e-3: None, 2e-3: 2.0, 4e-3: 3.0}
     done = done_cells([row(Cell("small", "lora", 0.0, 0, r, search=True), validation_nll=v) for r, v in losses.items()])
     assert chosen_rate(settings, "small", "lora", done) == 2e-3
     del done[Cell("small", "lora", 0.0, 0, 1e-3, search=True)]
     assert chosen_rate(settings, "small", "lora", done) is None
+
+
+def test_ft_p_prunes_the_model_of_its_own_seed_and_of_the_chosen_rate() -> None:
+    settings = config()
+    done = done_cells([row(c, validation_nll=1 / c.learning_rate) for c in ready_cells(settings, {}) if c.search])
+    tuned = tuned_cell(settings, Cell("small", "slicegpt_after", 0.5, 1, 0.0), done)
+    assert tuned == Cell("small", "lora", 0.0, 1, 2e-3)
+
+
+def test_tasks_may_be_a_list() -> None:
+    assert config(tasks=["piqa", "rte"]).tasks == config(tasks="piqa, rte").tasks == "piqa,rte"
 
 
 def test_a_single_rate_is_not_searched() -> None:
@@ -93,6 +104,12 @@ def test_seeds_and_rates_are_in_a_cells_name() -> None:
         ({"ratios": "0.25,1.5"}, "1.5"),
         ({"ablation_ratio": "0.3"}, "0.3"),
         ({"steps": None}, "--steps or --epochs"),
+        ({"steps": 0}, "steps=0"),
+        ({"search_steps": 0}, "search_steps=0"),
+        ({"steps": None, "epochs": 0}, "epochs=0"),
+        ({"learning_rates": "1e-3,0"}, "learning rates"),
+        ({"rows": -1}, "rows=-1"),
+        ({"methods": []}, "no methods"),
         ({"epochs": 2}, "--steps or --epochs"),
         ({"steps": "many"}, "whole number"),
         ({"seeds": "0,one"}, "whole numbers"),
