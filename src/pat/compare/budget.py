@@ -49,17 +49,21 @@ def lora_targets(base: nn.Module) -> list[str]:
 
 def lora_parameters_per_rank(model: nn.Module, targets: Sequence[str]) -> int:
     """Return how many parameters LoRA has per rank."""
-    linears = [
+    return sum(linear.in_features + linear.out_features for linear in _linears(model, targets))
+
+
+def lora_rank(model: nn.Module, targets: Sequence[str], num_trainable: int, *, dora: bool = False) -> int:
+    """Return the rank whose number of parameters comes closest to a number, at least 1; DoRA has magnitudes, too."""
+    magnitudes = sum(linear.out_features for linear in _linears(model, targets)) if dora else 0
+    return max(1, round((num_trainable - magnitudes) / lora_parameters_per_rank(model, targets)))
+
+
+def _linears(model: nn.Module, targets: Sequence[str]) -> list[nn.Linear]:
+    return [
         module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets
     ]
-    return sum(linear.in_features + linear.out_features for linear in linears)
-
-
-def lora_rank(model: nn.Module, targets: Sequence[str], num_trainable: int) -> int:
-    """Return the rank whose number of parameters comes closest to a number, at least 1."""
-    return max(1, round(num_trainable / lora_parameters_per_rank(model, targets)))
 
 
 def pat_rank(arguments: TuneArguments, num_trainable: int) -> tuple[int, int]:

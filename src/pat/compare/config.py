@@ -57,6 +57,7 @@ class CompareConfig:
     limit: int | None = None
     eval_batch_size: int = 16
     calibration_rows: int = 64
+    """Sequences of `max_length` tokens that the baselines prune by, drawn by the seed."""
     workers: int = 1
     threads: int | None = None
     """Of each worker; by default the machine's cores are divided among them."""

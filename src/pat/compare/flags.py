@@ -39,7 +39,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--protocols", nargs="+", help="letter, likelihood, or both.")
     parser.add_argument("--limit", help="Questions of each task at most.")
     parser.add_argument("--eval_batch_size", help="Questions evaluated at once.")
-    parser.add_argument("--calibration_rows", help="Rows that the baselines prune by.")
+    parser.add_argument("--calibration_rows", help="Sequences of --max_length tokens that the baselines prune by.")
     parser.add_argument("--workers", help="Cells to run at once.")
     parser.add_argument("--threads", help="CPU threads of each worker.")
     parser.add_argument("--baselines", help="Folder of the baselines, if pat is not run from its sources.")

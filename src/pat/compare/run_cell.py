@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
@@ -190,7 +189,7 @@ class _Run:
         return cast(nn.Module, dense.to(device))
 
     def _tune(self, model: nn.Module, arguments: TuneArguments, targets: list[str], budget: int) -> nn.Module:
-        rank = lora_rank(model, targets, budget)
+        rank = lora_rank(model, targets, budget, dora=bool(arguments.model.use_dora))
         set_seed(self.cell.seed)
         adapter = LoraConfig(
             task_type="CAUSAL_LM",
@@ -225,16 +224,22 @@ class _Run:
     def _prune(self, model: nn.Module, arguments: TuneArguments) -> nn.Module:
         target: Target = target_of(self.source, self.cell.ratio)
         rows = load_training_data(self.files.train, tokenizer=self.tokenizer, held_out=0).train
-        some = rows.select(range(min(self.config.calibration_rows, len(rows))))
-        examples = tokenize_examples(self.tokenizer, some, self.config.max_length)
+        baselines = load_baselines(self.config.baselines)
+        calibration = baselines.calibration_sequences(
+            self.tokenizer,
+            rows,
+            num_sequences=self.config.calibration_rows,
+            length=self.config.max_length,
+            seed=self.cell.seed,
+        )
         started = time.perf_counter()
-        pruned = load_baselines(self.config.baselines).prune(
+        pruned = baselines.prune(
             self.method.baseline,
             model,
             self.tokenizer,
             target_parameters=target.num_parameters,
             pruned_hidden_size=target.pruned_hidden_size,
-            calibration=[torch.tensor(example["input_ids"]) for example in examples],
+            calibration=calibration,
             seed=self.cell.seed,
         )
         self.facts |= {

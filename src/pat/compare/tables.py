@@ -29,9 +29,9 @@ def _preface(config: CompareConfig, lines: Sequence[Line]) -> str:
     facts = environment()
     text = (
         f"Every method trains {length} of {rows} rows of at most {config.max_length} tokens, the same rows in the same "
-        f"order; learning rate of each from {rates} by validation loss (FT→P prunes LoRA's models); LoRA's product has the "
-        "same scale everywhere, and trained parameters are LoRA's on the whole model, as closely as a rank can (PAT: up to "
-        f"the milestone); seeds {seeds}, mean ± standard deviation. "
+        f"order; learning rate of each from {rates} by validation loss (FT→P prunes LoRA's models). LoRA's product has "
+        "the same scale everywhere. As many parameters are trained as by LoRA on the whole model, as closely as a rank "
+        f"comes to it (PAT: up to the milestone). Seeds {seeds}, mean ± standard deviation. "
         "The ratio is the share of the hidden size that PAT cuts; every other method is cut to the number of "
         "parameters that PAT then has, as closely as it can. NLL: nats per held-out response token."
     )

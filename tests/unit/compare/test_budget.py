@@ -26,6 +26,18 @@ def test_the_rank_comes_closest() -> None:
     assert lora_rank(base, targets, 1) == 1
 
 
+def test_doras_magnitudes_count() -> None:
+    base = build("llama", tied=True)
+    targets = lora_targets(base)
+    budget = 6 * lora_parameters_per_rank(base, targets)
+    rank = lora_rank(base, targets, budget, dora=True)
+    counts = {}
+    for r in (rank - 1, rank, rank + 1):
+        model = get_peft_model(build("llama", tied=True), LoraConfig(r=r, target_modules=targets, use_dora=True))
+        counts[r] = abs(sum(p.numel() for p in model.parameters() if p.requires_grad) - budget)
+    assert counts[rank] == min(counts.values())
+
+
 def test_what_pruning_adds_is_not_tuned() -> None:
     base = build("llama", tied=True)
     targets = lora_targets(base)
