@@ -44,9 +44,11 @@ def plain_letter(model: Any, tokenizer: Any, row: Mapping[str, Any], max_positio
     stops = {tokenizer.eos_token_id, *(own_stop if isinstance(own_stop, list) else [own_stop])}
     new: list[int] = []
     gap = float("inf")
-    while len(new) < MAX_NEW_TOKENS and (not new or new[-1] not in stops):
+    while len(new) < MAX_NEW_TOKENS:
         top = _logits(model, ids + new)[-1].topk(2)
         gap = min(gap, float(top.values[0] - top.values[1]))
+        if int(top.indices[0]) in stops:
+            break
         new.append(int(top.indices[0]))
         text = tokenizer.decode(new, skip_special_tokens=True)
         for character in text:
@@ -57,7 +59,7 @@ def plain_letter(model: Any, tokenizer: Any, row: Mapping[str, Any], max_positio
 
 def plain_likelihoods(model: Any, tokenizer: Any, row: Mapping[str, Any], max_positions: int) -> list[float]:
     """Log-likelihood of each choice's text after the question."""
-    context = row["stem"] + "\nAnswer:"
+    context = row["stem"].replace(" Answer the question by replying A, B, C or D.", "") + "\nAnswer:"
     num_context = len(tokenizer(context)["input_ids"])
     likelihoods = []
     for choice in row["choices"]:

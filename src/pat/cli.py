@@ -146,7 +146,9 @@ def _evaluate(argv: Sequence[str]) -> None:
     parser.add_argument("--template", default="auto", help="Prompt template of instruction data (auto, chat, alpaca).")
     parser.add_argument("--max_length", type=int, default=512, help="Context in tokens.")
     parser.add_argument(
-        "--limit", type=int, help="At most this many rows, thousand tokens of text, or questions of each task."
+        "--limit",
+        type=int,
+        help="At most this many rows, thousand tokens of text, or questions of each task (evenly spaced).",
     )
     parser.add_argument("--tasks", help="Accuracy on tasks: names with commas between, or 'paper' for its 14.")
     parser.add_argument("--data_dir", type=Path, help="Folder with a <task>.jsonl for each; by default from the hub.")

@@ -143,11 +143,14 @@ def test_a_failing_cell_does_not_stop_the_others(
 ) -> None:
     baselines = tmp_path / "baselines"
     baselines.mkdir()
-    code = "def calibration_sequences(*args, **kwargs): pass\ndef prune(*args, **kwargs): raise ValueError('no such luck')\n"
-    (baselines / "__init__.py").write_text(code, encoding="utf-8")
+    code = [
+        "def calibration_sequences(*args, **kwargs): ...",
+        "def prune(*args, **kwargs): raise ValueError('no luck')",
+    ]
+    (baselines / "__init__.py").write_text("\n".join(code), encoding="utf-8")
     options = ["--methods", "base", "random", "--output_dir", str(tmp_path / "out"), "--baselines", str(baselines)]
     assert main(["compare", "--config", str(compared / "compare.yaml"), *options]) == 1
-    assert "ValueError: no such luck" in capsys.readouterr().err
+    assert "ValueError: no luck" in capsys.readouterr().err
     assert [row["cell"]["method"] for row in rows_of(tmp_path / "out") if "failed" not in row] == ["base"]
     assert "Untuned" in (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
 

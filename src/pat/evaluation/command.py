@@ -85,7 +85,7 @@ def evaluate(
         dataset_name: instruction data, see `load_training_data`; all of it is scored.
         template: how instructions become prompts: "auto", "chat" or "alpaca".
         max_length: longest context, in tokens.
-        limit: at most this many rows, thousand tokens of the text, and questions of each task.
+        limit: at most this many rows, thousand tokens of the text, and questions of each task, evenly spaced.
         tasks: names of tasks, or `paper` for its 14.
         protocols: how tasks are asked: `letter`, `likelihood` or both, see `pat.evaluation.tasks.protocols`.
         data_dir: folder with a `<task>.jsonl` for each task; without one the data comes from the hub.

@@ -13,6 +13,9 @@ LETTERS = "ABCDEFGH"
 
 YES_NO = ("Yes", "No")
 
+REPLY_BY_LETTER = " Answer the question by replying A, B, C or D."
+"""Part of the stem of MMLU; out of place where no letters are shown."""
+
 
 class Row(TypedDict):
     """One question, as in the files of `--data_dir`."""
@@ -65,12 +68,10 @@ def hellaswag(row: Mapping[str, Any]) -> Row:
 
 
 def mmlu(row: Mapping[str, Any]) -> Row:
-    """Exam questions of 57 subjects."""
+    """Exam questions of 57 subjects; those to train on have none."""
     subject = row["subject"]
-    stem = (
-        f"There is a single choice question about {subject.replace('_', ' ')}. Answer the question by replying A, B, C "
-        f"or D.\nQuestion: {row['question']}"
-    )
+    about = f" about {subject.replace('_', ' ')}" if subject else ""
+    stem = f"There is a single choice question{about}.{REPLY_BY_LETTER}\nQuestion: {row['question']}"
     question = make_row(stem, row["choices"], int(row["answer"]), ending="Answer: ")
     question["subject"] = subject
     return question
@@ -132,7 +133,7 @@ def wsc(row: Mapping[str, Any]) -> Row:
 
 
 def _yes_no(stem: str, label: Any) -> Row:
-    return make_row(stem, YES_NO, 0 if int(label) else 1)
+    return make_row(stem, YES_NO, 1 - int(label))  # a label that is neither stays no valid answer
 
 
 def _mark(text: str, word_index: int, span: str, marked: str) -> str:

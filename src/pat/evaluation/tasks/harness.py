@@ -77,7 +77,7 @@ def evaluate_tasks(
         tasks: names, or `paper` for all 14; or questions already loaded by `load_questions`.
         protocols: `letter`, `likelihood`, or both; see `pat.evaluation.tasks.protocols`.
         data_dir: folder with a `<task>.jsonl` for each task; without one the data comes from the hub.
-        limit: the first so many questions of each task.
+        limit: so many questions of each task, evenly spaced.
         batch_size: rows of a forward pass.
         device: where to compute; by default where the model is.
         log_samples: keep the answer to every question in `output_dir`.

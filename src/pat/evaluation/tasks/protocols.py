@@ -3,7 +3,7 @@
 *letter*, the paper's: the model answers the authors' prompt under the Alpaca template, greedily and in at most five
 tokens, and the first capital letter among those of the choices counts.
 
-*likelihood*, the harness's own: which choice's text is the likeliest after the question (`acc`), and which is per
+*likelihood*, scored as the harness scores, the wording is ours: which choice's text is the likeliest after the question (`acc`), and which is per
 character (`acc_norm`). The context is the stem and `Answer:`, the continuation a space and the choice. One wording for
 all tasks: the stems differ already, and the choices are not listed, or their likelihood would mostly say how well the
 model copies. `acc_norm` needs choices of text, which is why the letters are not what is scored.
@@ -11,11 +11,12 @@ model copies. `acc_norm` needs choices of text, which is why the letters are not
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pat.errors import PatError
-from pat.questions.hub import LETTERS, Row
+from pat.questions.hub import LETTERS, REPLY_BY_LETTER, Row, make_row
 from pat.questions.wording import letter_instruction
 from pat.training.formats import ALPACA
 
@@ -43,8 +44,15 @@ def score_letter(row: Mapping[str, Any], results: Sequence[str]) -> dict[str, fl
 
 
 def likelihood_context(row: Mapping[str, Any]) -> str:
-    """Return what precedes each choice."""
-    return f"{row['stem']}\nAnswer:"
+    """Return what precedes each choice: nothing that asks for a letter, because no letters are shown."""
+    return f"{row['stem'].replace(REPLY_BY_LETTER, '', 1)}\nAnswer:"
+
+
+def fingerprint_wording() -> dict[str, str]:
+    """Return a digest of how each protocol asks a question."""
+    row = make_row(f"Is it so?{REPLY_BY_LETTER}\nQuestion: Which?", ["one", "two ", "three"], 1)
+    rendered = {"letter": letter_prompt(row), "likelihood": likelihood_context(row)}
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in rendered.items()}
 
 
 def task_config(name: str, protocol: str, rows: Sequence[Row]) -> dict[str, Any]:

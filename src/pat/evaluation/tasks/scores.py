@@ -42,7 +42,7 @@ class TaskEvaluation:
 
     scores: tuple[TaskScore, ...]
     limit: int | None
-    """First so many questions of each task; None for all."""
+    """So many questions of each task, evenly spaced; None for all."""
 
     def mean(self, protocol: str, metric: str = "acc") -> float | None:
         """Return the unweighted mean over the tasks, or None if a protocol has no such metric."""
