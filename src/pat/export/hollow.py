@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from pat.export.checkpoint import Checkpoint
 from pat.export.layout import Piece, UnknownLayoutError, stored_layout
 from pat.loading import incomplete_weights
-from pat.surgery.memory import empty
 
 AHEAD_BYTES = 2**28
 """How far ahead of their use the system is asked to read weights from the disk, into its file cache."""
@@ -86,7 +85,7 @@ class StoredWeights:
         target = dtype or self.dtype
         stored = [self.checkpoint.tensors[piece.name].dtype for piece in self._pieces[name]]
         rounds = any(torch.promote_types(d, self.dtype) != self.dtype for d in stored if d is not None)
-        out = empty(self.shapes[name], self.dtype if rounds else target, self.device)
+        out = torch.empty(self.shapes[name], dtype=self.dtype if rounds else target, device=self.device)
         for piece in self._pieces[name]:
             self.checkpoint.read(piece.name, out.view(-1)[piece.start : piece.start + piece.numel])
         self._prefetch(name)

@@ -8,7 +8,8 @@ import math
 import os
 import platform
 from collections.abc import Iterable
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,18 @@ import torch
 
 SCHEMA_VERSION = 1
 
+PACKAGES = ("pat-llm", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
+
 
 def environment() -> dict[str, Any]:
     """Return the versions and the machine a figure belongs to."""
-    packages = ("pat-llm", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
+    versions = {name: version(name) for name in PACKAGES}
+    with suppress(PackageNotFoundError):  # an extra
+        versions["lm_eval"] = version("lm_eval")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "schema_version": SCHEMA_VERSION,
-        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+        "versions": versions | {"python": platform.python_version()},
         "machine": {"device": device, "num_cores": os.cpu_count(), "num_threads": torch.get_num_threads()},
     }
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from pat.families import Family
-from pat.surgery.memory import empty
 from pat.surgery.precision import lift, to_float64
 from pat.surgery.residual import Linear, ResidualBranch, ResidualStream
 
@@ -140,7 +139,7 @@ class _Fold:
         small = self.channels.pruned_hidden_size
         device = lift(weight.new_empty(0), self.precision).device
         shape = (*stack, small, num_rows) if writer else (*stack, num_rows, small)
-        result = empty(shape, self.dtype, device)
+        result = torch.empty(shape, dtype=self.dtype, device=device)
         target = result.mT if writer else result
         step = max(1, CHUNK_ELEMENTS // width)
         for index in itertools.product(*map(range, stack)):

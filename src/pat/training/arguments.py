@@ -38,7 +38,7 @@ class RunOptions:
         default=None,
         metadata={
             "help": "Hub id, or a local .json, .jsonl, .parquet or .csv file; its format is detected. "
-            "task:arc_easy,piqa (task:FOLDER/arc_easy,piqa for files) is the train split of tasks."
+            "task:arc_easy,piqa (task:FOLDER/arc_easy,piqa for <task>.train.jsonl files) is the train split of tasks."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})

@@ -54,26 +54,28 @@ def load_source(
         return format, _resolve_template(template, format, first_row, has_chat_template)
 
     if name.startswith(TASK_PREFIX):
-        return load_task_source(name, split)
+        return load_task_source(name, split, template)
     if Path(name).expanduser().exists() or _looks_like_file(name):
         return _load_local(Path(name).expanduser(), split, plan)
     return _load_hub(name, split, config_name, plan)
 
 
-def load_task_source(name: str, split: str) -> Source:
+def load_task_source(name: str, split: str, template: TemplateChoice = "auto") -> Source:
     """Turn the train splits of tasks into instructions under the Alpaca template, as the paper's protocol asks them.
 
-    `task:arc_easy,piqa` names tasks of the hub, `task:FOLDER/arc_easy,piqa` those of a folder with a `<task>.jsonl` for
-    each, and `paper` all 14 of them.
+    `task:arc_easy,piqa` names tasks of the hub, `task:FOLDER/arc_easy,piqa` those of a folder with a
+    `<task>.train.jsonl` for each, and `paper` all 14 of them. On the hub, `train` and its slices are a task's own train
+    split, whatever that is called.
 
     Raises:
-        PatError: no such task, or its questions cannot be loaded.
+        PatError: no such task, its questions cannot be loaded, a chat template, or a split of files but `train`.
     """
+    if template == "chat":
+        raise PatError(f"Got template='chat' with {name}; expected 'alpaca' or 'auto': tasks are asked under Alpaca's.")
     folder, _, tasks = name.removeprefix(TASK_PREFIX).rpartition("/")
     rows: list[dict[str, str]] = []
     for task in resolve_tasks(tasks):
-        wanted = task.train_split if split == "train" else split
-        for row in load_rows(task, Path(folder) if folder else None, split=wanted):
+        for row in load_rows(task, Path(folder) if folder else None, split=split):
             prompt = ALPACA.format(instruction=letter_instruction(row))
             rows.append({"prompt": prompt, "completion": letter_answer(row)})
     digest = hashlib.sha256(repr(rows).encode()).hexdigest()

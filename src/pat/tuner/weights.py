@@ -12,7 +12,6 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
 from pat.errors import PatError
-from pat.surgery.memory import empty
 
 
 @torch.no_grad()
@@ -107,7 +106,7 @@ def _with_product(weight: Tensor, layer: LoraLayer, adapter_name: str) -> Tensor
     """Add scaling * B A to a weight without ever holding the product: large matrices decide what a merge takes."""
     a, b = (cast(nn.Linear, factor[adapter_name]).weight.detach() for factor in (layer.lora_A, layer.lora_B))
     dtype = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
-    merged = empty(weight.shape, dtype, weight.device).copy_(weight.detach())
+    merged = weight.detach().to(dtype, copy=True)
     return merged.addmm_(b.to(merged), a.to(merged), alpha=layer.scaling[adapter_name])
 
 

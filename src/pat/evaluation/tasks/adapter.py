@@ -7,12 +7,13 @@ causal language model has to have (`device`, `tie_weights`). Tokenisation and tr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import takewhile
 from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import resolve_max_length
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text, resolve_max_length
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -100,29 +101,36 @@ class BatchedLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         """Greedy continuations, cut at the stop sequences and ended early where they are decided."""
         answers: list[str | None] = [None] * len(requests)
         by_length: dict[int, list[int]] = {}
+        stops: list[list[str]] = []
         for number, request in enumerate(requests):
-            by_length.setdefault(int(request.args[1]["max_gen_toks"]), []).append(number)
+            options: Any = normalize_gen_kwargs(request.args[1])  # the harness's names and defaults
+            if options["do_sample"]:
+                raise PatError(f"Got the generation options {request.args[1]}; expected greedy ones: do_sample=False.")
+            stops.append([stop for stop in options["until"] if stop])
+            by_length.setdefault(options["max_gen_toks"], []).append(number)
         for max_new_tokens, numbers in by_length.items():
             room = self.max_length - max_new_tokens
+            if room < 1:
+                raise PatError(
+                    f"Got answers of up to {max_new_tokens} tokens; expected fewer than the {self.max_length} that the "
+                    "model reads, question included."
+                )
             prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
 
             def is_done(index: int, tokens: list[int], numbers: list[int] = numbers) -> bool:
-                request = requests[numbers[index]]
+                number = numbers[index]
                 if tokens[-1] in self.stop_ids:
                     return True
                 text = self._decode(tokens)
-                if any(stop in text for stop in request.args[1].get("until") or ()):
+                if any(stop in text for stop in stops[number]):
                     return True
-                return self.is_decided is not None and self.is_decided(request.doc, text)
+                return self.is_decided is not None and self.is_decided(requests[number].doc, text)
 
             continued = self.batched.generate(
                 prompts, max_new_tokens=max_new_tokens, is_done=is_done, progress=self.progress
             )
             for number, tokens in zip(numbers, continued, strict=True):
-                answer = self._decode(tokens)
-                for stop in requests[number].args[1].get("until") or ():
-                    answer = answer.split(stop)[0]
-                answers[number] = answer
+                answers[number] = postprocess_generated_text(self._decode(tokens), stops[number], None)
         return [answer or "" for answer in answers]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -130,7 +138,9 @@ class BatchedLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         raise NotImplementedError("pat.evaluation.perplexity measures whole texts")
 
     def _decode(self, tokens: list[int]) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        """Return the text up to the first stop token, which need not be flagged as special."""
+        before = list(takewhile(lambda token: token not in self.stop_ids, tokens))
+        return str(self.tokenizer.decode(before, skip_special_tokens=True))
 
 
 def _stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
