@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import io
 import logging
@@ -19,8 +20,16 @@ from transformers import PreTrainedTokenizerBase
 
 from pat.errors import PatError
 from pat.evaluation.perplexity import evaluating
-from pat.evaluation.tasks.protocols import PROTOCOLS, first_letter, is_decided, resolve_protocols, task_config
-from pat.evaluation.tasks.scores import ScoreStore, TaskEvaluation, TaskScore, fingerprint_model
+from pat.evaluation.tasks.fingerprints import fingerprint_model, fingerprint_tokenizer
+from pat.evaluation.tasks.protocols import (
+    PROTOCOLS,
+    fingerprint_wording,
+    first_letter,
+    is_decided,
+    resolve_protocols,
+    task_config,
+)
+from pat.evaluation.tasks.scores import ScoreStore, TaskEvaluation, TaskScore
 from pat.questions.hub import LETTERS, Row
 from pat.questions.rows import load_rows
 from pat.questions.table import PAPER, EvalTask, resolve_tasks
@@ -97,10 +106,7 @@ def evaluate_tasks(
         raise PatError(f"Got batch_size={batch_size}; expected a whole number above 0.")
     if device is not None:
         model = model.to(device)
-    store = ScoreStore(
-        None if output_dir is None else Path(output_dir),
-        {"model": fingerprint_model(model)} if output_dir is not None else {},
-    )
+    store = ScoreStore(None, {}) if output_dir is None else ScoreStore(Path(output_dir), _settings(model, tokenizer))
     cells = [(task, protocol) for task in questions for protocol in names]
     finished = {
         (task, protocol): score
@@ -120,6 +126,16 @@ def evaluate_tasks(
                 store.write(score, questions[task], samples if log_samples else None)
             scores.append(score)
     return TaskEvaluation(tuple(scores), limit)
+
+
+def _settings(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return what a score depends on, but for the questions."""
+    return {
+        "model": fingerprint_model(model),
+        "tokenizer": fingerprint_tokenizer(tokenizer),
+        "wording": fingerprint_wording(),
+        "lm_eval": importlib.metadata.version("lm_eval"),
+    }
 
 
 def _measure(

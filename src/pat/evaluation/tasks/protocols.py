@@ -4,9 +4,10 @@
 tokens, and the first capital letter among those of the choices counts.
 
 *likelihood*, the harness's own scoring: which choice's text is the likeliest after the question (`acc`), and which is
-per character (`acc_norm`). The wording is ours: figures are not those of the harness's own tasks. The context is the stem and `Answer:`, the continuation a space and the choice. One wording for
-all tasks: the stems differ already, and the choices are not listed, or their likelihood would mostly say how well the
-model copies. `acc_norm` needs choices of text, which is why the letters are not what is scored.
+per character (`acc_norm`). The context is the stem and `Answer:`, the continuation a space and the choice. The wording
+is ours, and figures not those of the harness's own tasks. One wording for all tasks: the stems differ already, and the
+choices are not listed, or their likelihood would mostly say how well the model copies. `acc_norm` needs choices of
+text, which is why the letters are not what is scored.
 """
 
 from __future__ import annotations

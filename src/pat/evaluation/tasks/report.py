@@ -32,9 +32,8 @@ def score_table(evaluation: TaskEvaluation) -> Table:
         ]
         count = next(score.num_questions for score in scores.values() if score is not None)
         table.add_row(TASKS[task].title, f"{count:,}", *cells, end_section=task == tasks[-1])
-    table.add_row(
-        "mean", "", *(_cell(evaluation.mean(protocol, metric), None) for protocol, metric in columns), style="bold"
-    )
+    means = (_cell(evaluation.mean(*column), evaluation.mean_stderr(*column)) for column in columns)
+    table.add_row("mean", "", *means, style="bold")
     return table
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,13 +11,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from torch import nn
-
 from pat.errors import PatError
+from pat.evaluation.tasks.fingerprints import fingerprint_rows
 from pat.questions.hub import Row
-
-SAMPLED_VALUES = 4096
-"""Values of each parameter that go into a model's fingerprint; smaller ones are read whole."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +45,11 @@ class TaskEvaluation:
         values = [getattr(score, metric) for score in self.scores if score.protocol == protocol]
         return fmean(values) if values and None not in values else None
 
+    def mean_stderr(self, protocol: str, metric: str = "acc") -> float | None:
+        """Return the standard error of `mean`: tasks are independent. None if any task has none."""
+        errors = [getattr(score, f"{metric}_stderr") for score in self.scores if score.protocol == protocol]
+        return math.hypot(*errors) / len(errors) if errors and None not in errors else None
+
     def get(self, task: str, protocol: str) -> TaskScore | None:
         """Return one score, if it was measured."""
         return next((s for s in self.scores if (s.task, s.protocol) == (task, protocol)), None)
@@ -70,27 +71,6 @@ class TaskEvaluation:
             for protocol in self.protocols
         }
         return {"limit": self.limit, "mean": means, "scores": [asdict(score) for score in self.scores]}
-
-
-def fingerprint_rows(rows: Iterable[Row]) -> str:
-    """Return a digest of questions."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-def fingerprint_model(model: nn.Module) -> str:
-    """Return a digest of a model: its class, and names, shapes, types and a sample of the values of its tensors."""
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // SAMPLED_VALUES)]
-        if sample.is_floating_point():
-            sample = sample.float()  # numpy knows no bfloat16
-        digest.update(sample.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 class ScoreStore:
@@ -149,6 +129,6 @@ class ScoreStore:
 def _write_whole(path: Path, text: str) -> None:
     """Write a file that is there either whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # another run may write the same
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
