@@ -7,11 +7,13 @@ r"""Does every answer agree with a plain loop: one question at a time, no batch,
 
 The plain loop is the one of the tests (`tests/plain_answers.py`), in float32. Its answers are kept in the run's folder:
 started again, it goes on where it stopped. Questions whose two best choices (or tokens) lie within 1e-3 are listed.
+Exits with 1 if answers disagree that do not lie so close, or log-likelihoods differ by more.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -23,8 +25,8 @@ import torch
 from plain_answers import best, plain_letter, plain_likelihoods
 from tqdm import tqdm
 
-from pat.evaluation.tasks.protocols import PROTOCOLS
-from pat.evaluation.tasks.scores import fingerprint_model
+from pat.evaluation.tasks.fingerprints import fingerprint_model, fingerprint_rows
+from pat.evaluation.tasks.protocols import PROTOCOLS, fingerprint_wording
 from pat.export.results import environment, write_results
 from pat.loading import load_base, load_tokenizer
 from pat.questions.hub import LETTERS
@@ -47,6 +49,12 @@ def plain_answer(model: Any, tokenizer: Any, protocol: str, row: Any, max_positi
     return {"prediction": LETTERS[index], "log_likelihoods": values, "gap": gap}
 
 
+def per_character(answer: dict[str, Any], choices: list[str]) -> tuple[int, float]:
+    """The choice of `acc_norm`, and how far it is ahead."""
+    pairs = zip(answer["log_likelihoods"], choices, strict=True)
+    return best([value / len(choice) for value, choice in pairs])
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a file; one that was cut off while being written does not count."""
     if not path.is_file():
@@ -57,11 +65,20 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def compare(sample: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
     """Whether two answers to a question agree, whether it is a near tie, and the largest difference."""
-    pairs = zip(sample.get("log_likelihoods", ()), plain.get("log_likelihoods", ()), strict=True)
-    return {
-        "agrees": sample["prediction"] == plain["prediction"],
-        "near_tie": plain["gap"] < NEAR_TIE,
-        "largest_difference": max((abs(a - b) for a, b in pairs), default=0.0),
+    agrees, near_tie = sample["prediction"] == plain["prediction"], plain["gap"] < NEAR_TIE
+    entry = {"agrees": agrees, "near_tie": near_tie, "unexplained": not agrees and not near_tie, "gap": plain["gap"]}
+    if "log_likelihoods" not in plain:
+        return entry | {"largest_difference": 0.0}
+    difference = max(abs(a - b) for a, b in zip(sample["log_likelihoods"], plain["log_likelihoods"], strict=True))
+    choices = sample["choices"]
+    (ours, _), (theirs, gap) = per_character(sample, choices), per_character(plain, choices)
+    near_tie_norm = gap * min(map(len, choices)) < NEAR_TIE  # in nats of the whole choice, like `near_tie`
+    return entry | {
+        "largest_difference": difference,
+        "agrees_norm": ours == theirs,
+        "near_tie_norm": near_tie_norm,
+        "gap_norm": gap,
+        "unexplained": entry["unexplained"] or (ours != theirs and not near_tie_norm) or difference > NEAR_TIE,
     }
 
 
@@ -73,7 +90,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="--output_dir of `pat evaluate --log_samples`.")
     parser.add_argument("--tasks", default="paper")
     parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=PROTOCOLS)
-    parser.add_argument("--limit", type=int, default=200, help="First questions of each task; fewer than the run's do.")
+    parser.add_argument("--limit", type=int, default=200, help="As in the run.")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -90,8 +107,14 @@ def main() -> None:
             score = json.loads((args.run / "scores" / f"{name}.json").read_text(encoding="utf-8"))
             if score["settings"]["model"] != fingerprint:
                 raise SystemExit(f"{args.run}: holds answers of another model than {args.model}")
-            samples = read_lines(args.run / "samples" / f"{name}.jsonl")[: len(rows)]
-            file = args.run / "plain" / f"{name}.jsonl"
+            if score["settings"]["questions"] != fingerprint_rows(rows):
+                raise SystemExit(f"{args.run}: {name} holds answers to other questions than --limit {args.limit} takes")
+            samples = read_lines(args.run / "samples" / f"{name}.jsonl")
+            if len(samples) != len(rows):
+                raise SystemExit(f"{args.run}: {name} has {len(samples)} answers to {len(rows)} questions")
+            # Answers belong to questions and to how they are asked: others have another file.
+            asked = (score["settings"]["questions"] + fingerprint_wording()[protocol]).encode()
+            file = args.run / "plain" / f"{name}.{hashlib.sha256(asked).hexdigest()[:12]}.jsonl"
             plain = read_lines(file)[: len(samples)]
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("".join(json.dumps(answer) + "\n" for answer in plain), encoding="utf-8")
@@ -102,15 +125,16 @@ def main() -> None:
                     out.flush()
             compared = [compare(sample, answer) for sample, answer in zip(samples, plain, strict=True)]
             listed += [
-                {"task": task.name, "protocol": protocol, "question": number} | entry | {"gap": plain[number]["gap"]}
+                {"task": task.name, "protocol": protocol, "question": number} | entry
                 for number, entry in enumerate(compared)
-                if entry["near_tie"] or not entry["agrees"]
+                if entry["near_tie"] or entry.get("near_tie_norm") or not entry["agrees"] or entry["unexplained"]
             ]
             figures[name] = {
                 "questions": len(compared),
                 "agree": sum(entry["agrees"] for entry in compared),
+                "agree_norm": sum(entry["agrees_norm"] for entry in compared) if protocol == "likelihood" else None,
                 "near_ties": sum(entry["near_tie"] for entry in compared),
-                "unexplained": sum(not entry["agrees"] and not entry["near_tie"] for entry in compared),
+                "unexplained": sum(entry["unexplained"] for entry in compared),
                 "largest_difference": max((entry["largest_difference"] for entry in compared), default=0.0),
             }
             print(f"{name}: {figures[name]}", flush=True)
@@ -122,6 +146,8 @@ def main() -> None:
             args.output,
             {**environment(), "settings": settings, "total": total, "by_task": figures, "listed": listed},
         )
+    if total["unexplained"] or not total["questions"]:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 
 from pat.errors import PatError
 from pat.questions import hub
-from pat.questions.rows import load_rows, read_rows
+from pat.questions.rows import evenly_spaced, load_rows, read_rows
 from pat.questions.table import TASKS, resolve_tasks
 
 HUB_ROWS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -143,8 +143,13 @@ HUB_ROWS: dict[str, tuple[int, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", sorted(HUB_ROWS))
 def test_a_row_of_the_hub_becomes_the_row_of_the_local_file(name: str, shared_data: Path) -> None:
     place, row = HUB_ROWS[name]
-    local = read_rows(shared_data / "eval" / "tasks" / f"{name}.jsonl", place + 1)[place]
+    local = read_rows(shared_data / "eval" / "tasks" / f"{name}.jsonl")[place]
     assert TASKS[name].convert(row) == local
+
+
+def test_a_question_without_a_subject_is_about_nothing() -> None:
+    row = hub.mmlu({"question": "Which?", "subject": "", "choices": ["a", "b", "c", "d"], "answer": 2})
+    assert row["stem"].startswith("There is a single choice question. Answer the question by replying A, B, C or D.\n")
 
 
 def test_multirc_asks_of_every_answer_whether_it_is_true() -> None:
@@ -192,6 +197,14 @@ def test_tasks_are_named_one_by_one_or_all_at_once() -> None:
             resolve_tasks(wrong)
 
 
+def test_a_limit_takes_evenly_spaced_questions(tmp_path: Path) -> None:
+    rows: list[Any] = [GOOD | {"stem": f"{number}"} for number in range(10)]
+    assert [row["stem"] for row in evenly_spaced(rows, 4)] == ["0", "2", "5", "7"]
+    assert evenly_spaced(rows, None) == evenly_spaced(rows, 10) == evenly_spaced(rows, 99) == rows
+    (tmp_path / "copa.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    assert [row["stem"] for row in load_rows(TASKS["copa"], tmp_path, limit=3)] == ["0", "3", "6"]
+
+
 def test_a_dataset_of_the_hub_is_converted_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -205,9 +218,63 @@ def test_a_dataset_of_the_hub_is_converted_up_to_the_limit(monkeypatch: pytest.M
     assert asked[0] == ("allenai/ai2_arc", "ARC-Easy", "validation")
 
 
+@pytest.mark.parametrize(
+    ("task", "split", "asked"),
+    [
+        ("mmlu", "train", "auxiliary_train"),
+        ("mmlu", "train[:100]", "auxiliary_train[:100]"),
+        ("mmlu", "train[:5]+train[9:]", "auxiliary_train[:5]+auxiliary_train[9:]"),
+        ("mmlu", "dev", "dev"),
+        ("arc_easy", "train[:100]", "train[:100]"),
+        ("arc_easy", None, "validation"),
+    ],
+)
+def test_train_is_what_the_dataset_calls_it(
+    task: str, split: str | None, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits = []
+
+    def load(path: str, config: str | None, *, split: str) -> list[dict[str, Any]]:
+        splits.append(split)
+        return [HUB_ROWS[task][1]]
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    load_rows(TASKS[task], None, split=split)
+    assert splits == [asked]
+
+
+@pytest.mark.parametrize(
+    ("task", "change"),
+    [
+        ("boolq", {"label": -1}),
+        ("piqa", {"label": -1}),
+        ("siqa", {"label": "0"}),
+        ("hellaswag", {"label": ""}),
+        ("arc_easy", {"answerKey": "?"}),
+        ("mmlu", {"choices": ["a"] * 9}),
+        ("winogrande", {"option1": None}),
+    ],
+)
+def test_a_row_of_the_hub_that_is_no_question_is_named(
+    task: str, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = HUB_ROWS[task][1]
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [good, good | change])
+    with pytest.raises(PatError, match=rf"{TASKS[task].path}, split '{TASKS[task].split}', row 2: is not a question"):
+        load_rows(TASKS[task], None)
+
+
+def test_fields_that_are_not_ours_are_dropped(tmp_path: Path) -> None:
+    (tmp_path / "copa.jsonl").write_text(json.dumps(GOOD | {"subject": "law", "source": {"page": 1}}))
+    assert load_rows(TASKS["copa"], tmp_path) == [GOOD | {"subject": "law"}]
+
+
 def test_a_hub_that_cannot_be_reached_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unexpected(Exception):
+        """Of no class that is known here."""
+
     def load(*_: Any, **__: Any) -> None:
-        raise ConnectionError("no route")
+        raise Unexpected("no route")
 
     monkeypatch.setattr("datasets.load_dataset", load)
     with pytest.raises(PatError, match=r"no route; pass --data_dir with a copa\.jsonl"):
@@ -224,6 +291,7 @@ GOOD = {"stem": "s", "choices": ["a", "b"], "answer": 1, "prompt": "s\nA. a\nB. 
         ("", ["copa", "no questions"]),
         ("{", ["line 1", "JSON"]),
         (json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"answer": 2}), ["line 2", "index of the right one"]),
+        (json.dumps(GOOD | {"answer": True}), ["line 1", "index of the right one"]),
         (json.dumps(GOOD | {"choices": ["a"]}), ["line 1"]),
         (json.dumps(GOOD | {"choices": ["a", ""]}), ["line 1"]),
         (json.dumps(GOOD | {"stem": None}), ["line 1", "stem"]),

@@ -99,15 +99,24 @@ def test_sharing_computes_fewer_tokens_and_the_same() -> None:
 
 
 def test_padding_reads_no_position_that_the_model_does_not_have() -> None:
-    """A long and a short row in one batch, the long one as long as the model reads."""
+    """Two families in one batch; a row ends where the model's positions end, another is longer after its beginning."""
     model = build("llama", tied=True, max_position_embeddings=46)
-    items = [Item(tuple(range(4, 50)), 2), Item(tuple(range(4, 18)), 1), Item((*range(4, 16), 90), 1)]
-    assert_like_plain(model, BatchedModel(model, pad_token_id=0, batch_size=3), [items[1], items[2], items[1]])
-    requests = [Scored(0, (7, 8)), Scored(1, (7,)), Scored(2, (7,))]
-    results = BatchedModel(model, pad_token_id=0, batch_size=3).score(items, requests)
-    for request, (likelihood, _) in zip(requests, results, strict=True):
-        expected, _ = plain_score(model, items[request.item], request.targets)
-        assert likelihood == pytest.approx(expected, abs=SHARED_TOLERANCE)
+    long, short = tuple(range(4, 44)), tuple(range(60, 96))  # what each family shares: 40 and 36 tokens
+    items = [Item((*stem, *[100 + i] * own), 1) for stem, own in ((long, 6), (short, 10)) for i in range(2)]
+    positions, widths = list[Tensor](), list[int]()
+
+    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        positions.append(kwargs["position_ids"] if "position_ids" in kwargs else args[1])
+        widths.append(positions[-1].shape[1])
+
+    batched = BatchedModel(model, pad_token_id=0, batch_size=4)
+    hook = model.get_submodule("model.rotary_emb").register_forward_pre_hook(look, with_kwargs=True)
+    results = batched.score(items, [Scored(index, (7,)) for index in range(4)])
+    hook.remove()
+    assert widths == [40, 10] and positions[-1].shape[0] == 4  # all four on their beginnings, at once
+    assert max(int(seen.max()) for seen in positions) == 45
+    for item, (likelihood, _) in zip(items, results, strict=True):
+        assert likelihood == pytest.approx(plain_score(model, item, (7,))[0], abs=SHARED_TOLERANCE)
 
 
 def test_a_row_that_is_done_is_not_computed_on() -> None:

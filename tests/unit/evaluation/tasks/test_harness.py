@@ -15,7 +15,7 @@ from torch import nn
 from pat.errors import PatError
 from pat.evaluation.tasks import TaskEvaluation, TaskScore, evaluate_tasks, harness
 from pat.evaluation.tasks.report import score_table
-from pat.evaluation.tasks.scores import fingerprint_model
+from pat.evaluation.tasks.scores import ScoreStore
 from pat.questions.hub import LETTERS, Row, make_row
 
 MAX_POSITIONS = 700
@@ -105,6 +105,8 @@ def test_the_mean_weighs_tasks_not_questions() -> None:
         TaskScore(name, "letter", n, acc, 0.1, None, None, 1.0) for name, n, acc in (("a", 1, 1.0), ("b", 9, 0.0))
     ]
     evaluation = TaskEvaluation(tuple(scores), None)
+    assert evaluation.mean_stderr("letter") == pytest.approx(math.sqrt(0.1**2 + 0.1**2) / 2)
+    assert evaluation.mean_stderr("letter", "acc_norm") is None and evaluation.mean_stderr("likelihood") is None
     assert evaluation.mean("letter") == 0.5
     assert evaluation.mean("letter", "acc_norm") is None and evaluation.mean("likelihood") is None
     written = evaluation.to_dict()
@@ -112,13 +114,13 @@ def test_the_mean_weighs_tasks_not_questions() -> None:
     assert written["scores"][0]["task"] == "a"
 
 
-def test_a_limit_takes_the_first_questions(model: nn.Module, data: Path, tmp_path: Path) -> None:
+def test_a_limit_takes_evenly_spaced_questions(model: nn.Module, data: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"tasks": ["copa"], "protocols": "likelihood", "log_samples": True}
     evaluation = run(model, data, limit=3, output_dir=tmp_path / "a", **options)
     assert (evaluation.limit, evaluation.scores[0].num_questions) == (3, 3)
     run(model, data, output_dir=tmp_path / "b", **options)
-    first = [samples_of(tmp_path / name, "copa", "likelihood")[:3] for name in "ab"]
-    assert [sample["prompt"] for sample in first[0]] == [sample["prompt"] for sample in first[1]]
+    some, every = (samples_of(tmp_path / name, "copa", "likelihood") for name in "ab")
+    assert [sample["prompt"] for sample in some] == [every[index]["prompt"] for index in (0, 4, 8)]
     assert run(model, data, limit=1, **(options | {"log_samples": False})).scores[0].acc_stderr is None
 
 
@@ -165,14 +167,22 @@ def test_a_folder_with_scores_of_something_else_is_refused(model: nn.Module, dat
         run(model, data, tasks="copa", output_dir=tmp_path)
 
 
-def test_a_fingerprint_tells_models_apart() -> None:
-    base = fingerprint_model(build("llama", tied=True))
-    assert fingerprint_model(build("llama", tied=True)) == base
-    assert fingerprint_model(build("llama", tied=True, dtype=torch.bfloat16)) != base
-    changed = build("llama", tied=True)
-    with torch.no_grad():
-        next(changed.parameters())[-1, -1] += 1e-3
-    assert fingerprint_model(changed) != base
+def test_scores_of_another_wording_or_harness_are_refused(
+    model: nn.Module, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(model, data, tasks="copa", protocols="letter", output_dir=tmp_path)
+    monkeypatch.setattr(harness, "fingerprint_wording", lambda: {"letter": "another"})
+    with pytest.raises(PatError, match="another wording;"):
+        run(model, data, tasks="copa", protocols="letter", output_dir=tmp_path)
+
+
+def test_two_writers_do_not_share_a_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replaced = []
+    monkeypatch.setattr("os.replace", lambda source, target: replaced.append(Path(source).name))
+    for process in (7, 8):
+        monkeypatch.setattr("os.getpid", lambda process=process: process)
+        ScoreStore(tmp_path, {}).write(TaskScore("copa", "letter", 1, 1.0, None, None, None, 1.0), [], None)
+    assert len(set(replaced)) == 2
 
 
 def test_every_modules_mode_is_as_before(data: Path) -> None:
@@ -194,7 +204,8 @@ def test_the_table_shows_percent_and_means(model: nn.Module, data: Path) -> None
     assert likelihood is not None and likelihood.acc_norm is not None and likelihood.acc_norm_stderr is not None
     assert f"{100 * likelihood.acc_norm:.2f} ± {100 * likelihood.acc_norm_stderr:.2f}" in text
     mean = evaluation.mean("likelihood")
-    assert mean is not None and f"{100 * mean:.2f}" in text
+    error = evaluation.mean_stderr("likelihood")
+    assert mean is not None and error is not None and f"{100 * mean:.2f} ± {100 * error:.2f}" in text
     assert all(word in text for word in ("SIQA", "ARC-E", "mean", "per character", "letter"))
 
 

@@ -11,6 +11,7 @@ from pat.evaluation.tasks.protocols import (
     first_letter,
     is_decided,
     letter_prompt,
+    likelihood_context,
     resolve_protocols,
     score_letter,
     task_config,
@@ -43,6 +44,15 @@ def test_the_first_capital_letter_of_a_choice_counts(text: str, num_choices: int
 def test_the_prompt_is_the_authors_under_the_alpaca_template() -> None:
     question = "Question: Which?\nA. one\nB. two \nC. three\nAnswer:"
     assert letter_prompt(ROW) == PROMPT.format(letters="'A', 'B', 'C'", question=question)
+
+
+def test_no_letter_is_asked_for_where_none_is_shown() -> None:
+    stem = (
+        "There is a single choice question about law. Answer the question by replying A, B, C or D.\nQuestion: Which?"
+    )
+    row = make_row(stem, ["one", "two", "three", "four"], 1)
+    assert likelihood_context(row) == "There is a single choice question about law.\nQuestion: Which?\nAnswer:"
+    assert stem in letter_prompt(row)
 
 
 def test_the_harness_makes_one_request_a_question_or_one_a_choice() -> None:
