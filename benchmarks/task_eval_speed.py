@@ -200,7 +200,8 @@ def main() -> None:
         }
         print(
             f"{protocol}: {speedup:.2f}x (mark {mark}): {'met' if speedup >= mark else 'NOT MET'}; "
-            f"{over_stock:.2f}x over HFLM at batch size {STOCK_BATCH_SIZE}; {verdicts[protocol]['disagreements']} answers differ"
+            f"{over_stock:.2f}x over HFLM at batch size {STOCK_BATCH_SIZE}; "
+            f"{verdicts[protocol]['disagreements']} answers differ"
         )
     if args.output is not None:
         facts = environment()
