@@ -107,6 +107,8 @@ def main() -> None:
             score = json.loads((args.run / "scores" / f"{name}.json").read_text(encoding="utf-8"))
             if score["settings"]["model"] != fingerprint:
                 raise SystemExit(f"{args.run}: holds answers of another model than {args.model}")
+            if score["settings"]["wording"] != fingerprint_wording():
+                raise SystemExit(f"{args.run}: {name} was asked in another wording; evaluate again")
             if score["settings"]["questions"] != fingerprint_rows(rows):
                 raise SystemExit(f"{args.run}: {name} holds answers to other questions than --limit {args.limit} takes")
             samples = read_lines(args.run / "samples" / f"{name}.jsonl")
