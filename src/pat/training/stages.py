@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
-from pat.errors import Diverged, PatError
+from pat.errors import PatError, RunFailed
 from pat.export.compact import ADAPTER, MODEL, read_compaction, write_compact
 from pat.export.model_card import Compaction
 from pat.loading import load_base
@@ -185,10 +185,10 @@ class Stages:
         try:
             with self._leaving_no_empty_folders():
                 trainer.train(resume_from_checkpoint=resume_from or None)
-        except Diverged as error:
+        except RunFailed as error:
             last = Path(cast(str, trainer.args.output_dir)) / "last-finite"
             trainer.save_model(str(last))
-            raise Diverged(f"{error} The adapter before that step is in {last}.") from error
+            raise type(error)(f"{error} The adapter before that step is in {last}.") from error
         self.seconds[part] = time.perf_counter() - started
 
     @contextmanager

@@ -32,7 +32,7 @@ def fingerprint_model(model: nn.Module) -> str:
     adapters are on at which scale.
     """
     digest = hashlib.sha256(type(model).__name__.encode())
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "to_json_string"):
         digest.update(config.to_json_string().encode())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
