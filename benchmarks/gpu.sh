@@ -36,8 +36,8 @@ part 200 train_cost "$PYTHON" benchmarks/train_cost.py --hidden_size 4096 --laye
     --repetitions 2 --output "$OUT/train_cost.json"
 part 150 inference_speed "$PYTHON" benchmarks/inference_speed.py --device cuda --dtype bfloat16 --hidden_size 4096 \
     --decode_hidden_size 4096 --repetitions 7 --output "$OUT/inference_speed.json"
-part 120 merge_cost "$PYTHON" benchmarks/merge_cost.py --device cuda --shape 7b --parts merges --merges none,pca --repetitions 1 \
-    --output "$OUT/merge_cost.json"
+part 120 merge_cost "$PYTHON" benchmarks/merge_cost.py --device cuda --shape 7b --parts merges \
+    --merges none,pca --repetitions 1 --output "$OUT/merge_cost.json"
 if [ -n "${MODEL:-}" ] && [ -n "${DATA:-}" ]; then
     part 120 compaction_nll "$PYTHON" benchmarks/compaction_nll.py --model "$MODEL" --data "$DATA" --seeds 0,1,2 \
         --steps 120 --output "$OUT/compaction_nll.json"
