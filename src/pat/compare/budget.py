@@ -22,19 +22,13 @@ class Target:
 
     hidden_size: int
     pruned_hidden_size: int
-    base_parameters: int
     num_parameters: int
 
 
 def target_of(model: str, ratio: float) -> Target:
     """Return the sizes of a model and of what PAT makes of it, exact, from its configuration."""
     plan = make_plan(model, pruning_ratio=ratio)
-    return Target(
-        plan.base.hidden_size,
-        plan.pruned.hidden_size,
-        plan.base.total.num_parameters,
-        plan.pruned.total.num_parameters,
-    )
+    return Target(plan.base.hidden_size, plan.pruned.hidden_size, plan.pruned.total.num_parameters)
 
 
 def lora_targets(base: nn.Module) -> list[str]:

@@ -6,13 +6,14 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from pat.compare.config import CompareConfig
 from pat.errors import PatError
 from pat.training.data import check_truncation, load_training_data
+from pat.training.sources import TemplateChoice
 
 SEED = 0
 """Of the split, so that all seeds of a comparison are judged by the same rows."""
@@ -55,7 +56,8 @@ def prepare_data(config: CompareConfig, tokenizer: PreTrainedTokenizerBase, fold
         return files
     record.unlink(missing_ok=True)
     apart = config.held_out + config.validation
-    data = load_training_data(config.data, tokenizer=tokenizer, template=config.template, held_out=apart, seed=SEED)  # type: ignore[arg-type]
+    template = cast(TemplateChoice, config.template)  # checked there
+    data = load_training_data(config.data, tokenizer=tokenizer, template=template, held_out=apart, seed=SEED)
     assert data.held_out is not None
     if "prompt" not in data.train.column_names:
         raise PatError(f"{config.data}: got texts without responses; a comparison is judged by its responses' NLL.")

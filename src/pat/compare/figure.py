@@ -26,11 +26,12 @@ def draw_nll(lines: Sequence[Line], path: Path) -> None:
 def draw_accuracy(lines: Sequence[Line], path: Path) -> None:
     """Draw mean accuracy over the ratio, a panel for each model and protocol, and save a PNG."""
     protocols = list(dict.fromkeys(protocol for line in lines for protocol in line.accuracy))
-    panels: dict[str, Callable[[Line], Spread | None]] = {
-        f"accuracy, {protocol} (%)": lambda line, protocol=protocol: line.accuracy.get(protocol)  # type: ignore[misc]
-        for protocol in protocols
-    }
+    panels = {f"accuracy, {protocol} (%)": _accuracy_of(protocol) for protocol in protocols}
     _draw(lines, panels, 100.0, path)
+
+
+def _accuracy_of(protocol: str) -> Callable[[Line], Spread | None]:
+    return lambda line: line.accuracy.get(protocol)
 
 
 def _draw(lines: Sequence[Line], panels: dict[str, Callable[[Line], Spread | None]], factor: float, path: Path) -> None:

@@ -36,8 +36,8 @@ def _preface(config: CompareConfig, lines: Sequence[Line]) -> str:
         "parameters that PAT then has, as closely as it can. NLL: nats per held-out response token."
     )
     if config.tasks is not None:
-        first = "" if config.limit is None else f", the first {config.limit} questions of each"
-        text += f" Accuracy: unweighted mean over the tasks{first}."
+        some = "" if config.limit is None else f", {config.limit} evenly spaced questions of each"
+        text += f" Accuracy: unweighted mean over the tasks{some}."
     missing = [line for line in lines if line.num_missing]
     if missing:
         text += f" **{sum(line.num_missing for line in missing)} cells are missing.**"
