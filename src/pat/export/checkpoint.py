@@ -61,6 +61,7 @@ class Checkpoint:
         self.name = name
         self.files = sorted(set(files))
         self._open: dict[Path, BinaryIO] = {}
+        self._readers = ThreadPoolExecutor(READERS)
         self.tensors: dict[str, StoredTensor] = {}
         for file in self.files:
             try:
@@ -81,13 +82,13 @@ class Checkpoint:
             file = self._file(stored.file)
             offset = stored.offset + first * stored.dtype.itemsize
             if out.dtype == stored.dtype and out.device.type == "cpu":
-                _fill(file, flat, offset)
+                self._fill(file, flat, offset)
                 return
             staging = torch.empty(min(flat.numel(), STAGING_ELEMENTS), dtype=stored.dtype)
             for start in range(0, flat.numel(), STAGING_ELEMENTS):
                 target = flat[start : start + STAGING_ELEMENTS]
                 part = staging[: target.numel()]
-                _fill(file, part, offset + start * stored.dtype.itemsize)
+                self._fill(file, part, offset + start * stored.dtype.itemsize)
                 target.copy_(part)
         except (OSError, EOFError) as error:
             raise self._unreadable(stored.file, error) from error
@@ -113,6 +114,21 @@ class Checkpoint:
         for file in self._open.values():
             file.close()
         self._open.clear()
+
+    def _fill(self, file: BinaryIO, flat: Tensor, offset: int) -> None:
+        """Read a contiguous tensor's bytes from a place in a file, large ones in parts side by side.
+
+        Even from the system's file cache a read is a copy, and one thread's copies were a fifth of the time of a merge.
+        """
+        view = memoryview(cast(Any, flat.view(torch.uint8).numpy()))
+        if len(view) <= PART_BYTES or not hasattr(os, "preadv"):
+            _fill_part(file, view, offset)
+            return
+        starts = range(0, len(view), PART_BYTES)
+        reads = self._readers.map(
+            lambda start: _fill_part(file, view[start : start + PART_BYTES], offset + start), starts
+        )
+        list(reads)
 
     def _file(self, path: Path) -> BinaryIO:
         if path not in self._open:
@@ -171,20 +187,6 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             raise ValueError(f"{name} has {end - begin} bytes, which is not its shape {shape} in {entry['dtype']}")
         tensors[name] = StoredTensor(path, dtype, shape, 8 + length + begin, end - begin)
     return tensors
-
-
-def _fill(file: BinaryIO, flat: Tensor, offset: int) -> None:
-    """Read a contiguous tensor's bytes from a place in a file, large ones in parts side by side.
-
-    Even from the system's file cache a read is a copy, and one thread's copies were a fifth of the time of a merge.
-    """
-    view = memoryview(cast(Any, flat.view(torch.uint8).numpy()))
-    if len(view) <= PART_BYTES or not hasattr(os, "preadv"):
-        _fill_part(file, view, offset)
-        return
-    starts = range(0, len(view), PART_BYTES)
-    with ThreadPoolExecutor(READERS) as pool:
-        list(pool.map(lambda start: _fill_part(file, view[start : start + PART_BYTES], offset + start), starts))
 
 
 def _fill_part(file: BinaryIO, view: memoryview, offset: int) -> None:

@@ -8,10 +8,9 @@ somebody forgot to read cannot pass for weights.
 from __future__ import annotations
 
 import copy
-import ctypes
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any, cast
 
@@ -24,6 +23,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pat.export.checkpoint import Checkpoint
 from pat.export.layout import Piece, UnknownLayoutError, stored_layout
+from pat.export.memory import ReusedMemory
 from pat.loading import incomplete_weights
 
 AHEAD_BYTES = 2**28
@@ -51,6 +51,7 @@ class StoredWeights:
     Args:
         model: a hollow model without adapters, which may be put on it afterwards.
         checkpoint: what its parameters are stored in.
+        memory: what to read into; several models that are never read at once may share it.
 
     Raises:
         PatError: the checkpoint has a parameter in another shape.
@@ -58,8 +59,8 @@ class StoredWeights:
             under the names known here.
     """
 
-    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-        self.model, self.checkpoint = model, checkpoint
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, memory: ReusedMemory | None = None) -> None:
+        self.model, self.checkpoint, self.memory = model, checkpoint, memory or ReusedMemory()
         self.dtype, self.device = model.dtype, model.device
         parameters = dict(model.named_parameters())
         owners = {id(parameter): name for name, parameter in parameters.items()}
@@ -85,7 +86,7 @@ class StoredWeights:
         target = dtype or self.dtype
         stored = [self.checkpoint.tensors[piece.name].dtype for piece in self._pieces[name]]
         rounds = any(torch.promote_types(d, self.dtype) != self.dtype for d in stored if d is not None)
-        out = torch.empty(self.shapes[name], dtype=self.dtype if rounds else target, device=self.device)
+        out = self.memory.empty(self.shapes[name], self.dtype if rounds else target, self.device)
         for piece in self._pieces[name]:
             self.checkpoint.read(piece.name, out.view(-1)[piece.start : piece.start + piece.numel])
         self._prefetch(name)
@@ -200,12 +201,6 @@ class StoredWeights:
                 self.checkpoint.prefetch(piece.name)
                 ahead += self.checkpoint.tensors[piece.name].num_bytes
             following = self._next[following]
-
-
-def return_freed_memory() -> None:
-    """Have the C library give back what is free in its heap: after an adapter is loaded, hundreds of megabytes."""
-    with suppress(AttributeError, OSError, TypeError):  # only glibc has it
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _Visit:

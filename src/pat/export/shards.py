@@ -30,7 +30,8 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class ShardWriter:
     """The weight files of a model, as a context: on leaving it, all is on the disk.
 
-    Writing runs in a thread of its own, beside the computation of the next tensor.
+    Writing runs in a thread of its own, beside the computation of the next tensor; so does waiting for the disk, once a
+    file has all its tensors.
 
     Args:
         folder: where the files go; it exists.
@@ -55,8 +56,10 @@ class ShardWriter:
         self._missing = set(self._layout)
         self._files: list[BinaryIO] = []
         self._places: dict[str, tuple[BinaryIO, int]] = {}
-        self._pool = ThreadPoolExecutor(1)
+        self._pool, self._syncing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
+        self._lacking: dict[BinaryIO, int] = {}
+        self._syncs: list[Future[None]] = []
         try:
             for filename, names in split.filename_to_tensors.items():
                 self._create(folder / filename, {name: stored[name] for name in names})
@@ -82,8 +85,8 @@ class ShardWriter:
                 self._wait()
                 if self._missing:
                     raise RunFailed(f"{len(self._missing)} weights were not written, such as {min(self._missing)}.")
-                for file in self._files:
-                    os.fsync(file.fileno())
+                for sync in self._syncs:
+                    sync.result()
         except OSError as problem:
             raise _failed(problem) from problem
         finally:
@@ -112,6 +115,9 @@ class ShardWriter:
             view = memoryview(cast(Any, flat[piece.start * size : (piece.start + piece.numel) * size].numpy()))
             while view:
                 view = view[file.write(view) :]
+            self._lacking[file] -= 1
+            if not self._lacking[file]:
+                self._syncs.append(self._syncing.submit(os.fsync, file.fileno()))
 
     def _wait(self) -> None:
         if self._pending is not None:
@@ -139,6 +145,7 @@ class ShardWriter:
         header += b" " * (-len(header) % 8)  # tensors begin at multiples of eight bytes
         file = path.open("wb", buffering=0)
         self._files.append(file)
+        self._lacking[file] = len(tensors)
         file.write(struct.pack("<Q", len(header)) + header)
         start = file.tell()
         if hasattr(os, "posix_fallocate") and end:
@@ -147,7 +154,8 @@ class ShardWriter:
             self._places[name] = (file, start + begin)
 
     def _close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._pool, self._syncing):
+            pool.shutdown(wait=True, cancel_futures=True)
         for file in self._files:
             file.close()
 

@@ -26,8 +26,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from pat.errors import PatError, RunFailed
 from pat.export.adapter import check_complete, fitting
 from pat.export.checkpoint import open_checkpoint
-from pat.export.hollow import StoredWeights, hollow_model, return_freed_memory
+from pat.export.hollow import StoredWeights, hollow_model
 from pat.export.layout import UnknownLayoutError
+from pat.export.memory import return_freed_memory
 from pat.export.model_card import Compaction, Cut
 from pat.export.shards import ShardWriter
 from pat.export.verify import Parity, check, compare
@@ -38,12 +39,13 @@ from pat.export.write import (
     write_card,
 )
 from pat.loading import load_config, stored_dtype
+from pat.surgery.adapted import AdaptedMatrix
 from pat.tuner import PatConfig
 from pat.tuner.merging import DenseForm, adapted_form, masked_form
 from pat.tuner.model import find_tuner
 from pat.tuner.prepare import check_config
 from pat.tuner.register import PREFIX
-from pat.tuner.weights import effective_parameter
+from pat.tuner.weights import effective_parameter, factored_parameter
 
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 """Of LoRA, those that leave the base model's weights as they are."""
@@ -68,6 +70,14 @@ class HollowModel:
             return self.weights.read(name)
         with self.weights.present(name):
             return effective_parameter(self.base, name, self.model.active_adapter)
+
+    def factored(self, name: str) -> Tensor | AdaptedMatrix:
+        """Return the same with a plain LoRA not multiplied out."""
+        module = self.base.get_submodule(name.rpartition(".")[0])
+        if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            return self.weights.read(name)
+        with self.weights.present(name):
+            return factored_parameter(self.base, name, self.model.active_adapter)
 
 
 def load_hollow(
@@ -197,8 +207,9 @@ def _dense_form(hollow: HollowModel, dtype: torch.dtype, precision: torch.dtype)
     tuner = find_tuner(hollow.model)
     if tuner is None:
         return adapted_form(hollow.base, hollow.weights.shapes, hollow.parameter)
-    masked = replace(tuner.masked_model(tuner.adapter, "a merge"), parameter=hollow.parameter)
-    return masked_form(masked, dtype, precision=precision)
+    masked = tuner.masked_model(tuner.adapter, "a merge")
+    masked = replace(masked, parameter=hollow.parameter, factored=hollow.factored)
+    return masked_form(masked, dtype, precision=precision, empty=hollow.weights.memory.empty)
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -221,7 +232,7 @@ def _compare(hollow: HollowModel, dense: PreTrainedModel, folder: Path, batches:
     checkpoint = open_checkpoint(str(folder))
     assert checkpoint is not None
     try:
-        written = StoredWeights(dense, checkpoint)
+        written = StoredWeights(dense, checkpoint, hollow.weights.memory)
     except (PatError, UnknownLayoutError) as error:
         raise RunFailed(f"The written checkpoint does not load cleanly: {error}") from error
     if written.left_over:

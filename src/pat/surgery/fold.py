@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -18,11 +18,21 @@ import torch
 from torch import Tensor
 
 from pat.families import Family
+from pat.surgery.adapted import AdaptedMatrix
 from pat.surgery.precision import lift, to_float64
 from pat.surgery.residual import Linear, ResidualBranch, ResidualStream
 
 CHUNK_ELEMENTS = 2**20
 """Of a matrix, how much is folded at once: 8 MB in float64."""
+
+
+Empty = Callable[[Sequence[int], torch.dtype, torch.device], Tensor]
+"""Makes a contiguous tensor of undefined content."""
+
+
+def empty_tensor(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Make a tensor as torch does."""
+    return torch.empty(*shape, dtype=dtype, device=device)
 
 
 class Operator(Protocol):
@@ -105,14 +115,16 @@ class HeadPlan:
 class _Fold:
     """One merge: where weights come from, and in which dtypes they are folded and handed on."""
 
-    weight: Callable[[str], Tensor]
+    weight: Callable[[str], Tensor | AdaptedMatrix]
     channels: Channels
     precision: torch.dtype
     dtype: torch.dtype
+    empty: Empty
 
     def load(self, name: str) -> Tensor:
-        """Return a vector in float64; nothing is gained by folding those in less."""
-        return to_float64(self.weight(name))
+        """Return a vector, or a matrix to be left as it is, in float64; nothing is gained by less."""
+        weight = self.weight(name)
+        return to_float64(weight.merged() if isinstance(weight, AdaptedMatrix) else weight)
 
     def vector(self, tensor: Tensor) -> Tensor:
         """Round a folded vector."""
@@ -126,7 +138,9 @@ class _Fold:
         short = operator.cut_outputs(cut)  # the channels that go need not be computed
         return lambda rows: cut(rows) + short.change(rows)
 
-    def matrix(self, weight: Tensor, cut: Callable[[Tensor], Tensor] | None, *, writer: bool = False) -> Tensor:
+    def matrix(
+        self, weight: Tensor | AdaptedMatrix, cut: Callable[[Tensor], Tensor] | None, *, writer: bool = False
+    ) -> Tensor:
         """Cut a matrix or a stack of them, some residual vectors at a time.
 
         Args:
@@ -137,28 +151,39 @@ class _Fold:
         vectors = weight.mT if writer else weight
         *stack, num_rows, width = vectors.shape
         small = self.channels.pruned_hidden_size
-        device = lift(weight.new_empty(0), self.precision).device
         shape = (*stack, small, num_rows) if writer else (*stack, num_rows, small)
-        result = torch.empty(shape, dtype=self.dtype, device=device)
+        stored = weight.weight if isinstance(weight, AdaptedMatrix) else weight
+        result = self.empty(shape, self.dtype, lift(stored.new_empty(0), self.precision).device)
         target = result.mT if writer else result
         step = max(1, CHUNK_ELEMENTS // width)
+        if isinstance(vectors, AdaptedMatrix):
+            select = self.channels.select if cut is None else None
+            vectors = vectors.to(self.precision)
+            vectors = vectors if select is None else vectors.columns(select)
+            for start in range(0, num_rows, step):
+                rows = vectors.rows(start, start + step, select)
+                target[start : start + step] = rows if cut is None else cut(rows)
+            return result
         for index in itertools.product(*map(range, stack)):
             for start in range(0, num_rows, step):
                 rows = vectors[index][start : start + step]
-                rows = self.channels.select(rows) if cut is None else cut(lift(rows, self.precision))
+                # Picking numbers of 16 bits takes five times as long as picking those of 32.
+                fine = torch.promote_types(rows.dtype, torch.float32) if cut is None else self.precision
+                rows = (cut or self.channels.select)(lift(rows, fine))
                 target[index][start : start + step] = rows
         return result
 
 
 def fold_weights(
     stream: ResidualStream,
-    weight: Callable[[str], Tensor],
+    weight: Callable[[str], Tensor | AdaptedMatrix],
     channels: Channels,
     operators: Mapping[str, Operator],
     plan: HeadPlan,
     *,
     precision: torch.dtype = torch.float64,
     dtype: torch.dtype | None = None,
+    empty: Empty = empty_tensor,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every parameter of the small dense model, one at a time.
 
@@ -171,12 +196,13 @@ def fold_weights(
         plan: treatment of embedding, final norm and head.
         precision: in which matrices are folded; the operators must be in it.
         dtype: of the results, rounded once; by default `precision`.
+        empty: makes the tensors to fold into.
 
     Yields:
         (name in the base model, contiguous tensor of the new shape). A tied head is not yielded.
     """
     family = stream.family
-    fold = _Fold(weight, channels.to(precision), precision, dtype or precision)
+    fold = _Fold(weight, channels.to(precision), precision, dtype or precision, empty)
     channels = fold.channels
 
     name, write = f"{stream.embedding}.weight", fold.writer(operators.get(stream.embedding))

@@ -15,8 +15,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from pat.errors import PatError
 from pat.sparsification.mask import UnifiedMask
 from pat.sparsification.operator import Operator
+from pat.surgery.adapted import AdaptedMatrix
 from pat.surgery.dense import build_dense, shrink_config
-from pat.surgery.fold import Channels, HeadPlan, fold_weights
+from pat.surgery.fold import Channels, Empty, HeadPlan, empty_tensor, fold_weights
 from pat.surgery.precision import lift, to_float64
 from pat.surgery.residual import ResidualStream
 from pat.tuner.weights import effective_parameter, embedding_ratio
@@ -30,6 +31,8 @@ class MaskedModel:
     stream: ResidualStream
     parameter: Callable[[str], Tensor]
     """Base parameters by name, with LoRA merged in."""
+    factored: Callable[[str], Tensor | AdaptedMatrix]
+    """The same with a plain LoRA not multiplied out."""
     mask: UnifiedMask
     operators: Mapping[str, Operator]
     final_gain: Tensor
@@ -48,13 +51,16 @@ class DenseForm:
     num_weights: int
 
 
-def masked_form(model: MaskedModel, dtype: torch.dtype, *, precision: torch.dtype = torch.float64) -> DenseForm:
+def masked_form(
+    model: MaskedModel, dtype: torch.dtype, *, precision: torch.dtype = torch.float64, empty: Empty = empty_tensor
+) -> DenseForm:
     """Return the small dense form of a masked model (specification, "Exact merge").
 
     Args:
         model: what to merge; its mask must be 0/1.
         dtype: of the dense model and its weights.
         precision: to fold matrices in.
+        empty: makes the tensors to fold into.
 
     Raises:
         PatError: transformers refuses a model of that width.
@@ -77,12 +83,13 @@ def masked_form(model: MaskedModel, dtype: torch.dtype, *, precision: torch.dtyp
     folded_stream = stream.untie() if model.untie and stream.head is None else stream
     weights = fold_weights(
         folded_stream,
-        model.parameter,
+        model.factored,
         Channels.from_mask(mask.keep, mask.basis),
         _Lifted(model.operators, precision),
         HeadPlan(tied=tied, final_gain=final_gain, embedding_ratio=ratio),
         precision=precision,
         dtype=dtype,
+        empty=empty,
     )
     return DenseForm(config, weights, folded_stream.num_parameters)
 

@@ -26,7 +26,7 @@ from pat.tuner.layer import MASK_NAME, OPERATOR_NAME, HsmLayer, MaskLayer
 from pat.tuner.merging import MaskedModel, merge_dense
 from pat.tuner.prepare import AttachmentPlan, default_targets, new_parameters_are_empty, plan_attachment
 from pat.tuner.quantized import keep_plain_layout
-from pat.tuner.weights import effective_parameter
+from pat.tuner.weights import effective_parameter, factored_parameter
 
 
 class PatModel(LoraModel):
@@ -255,6 +255,7 @@ class PatModel(LoraModel):
             base=cast(PreTrainedModel, self.model),
             stream=cast(ResidualStream, self.residual_stream),
             parameter=self._parameter(name),
+            factored=lambda parameter: factored_parameter(self.model, parameter, name),
             mask=mask,
             operators=self.operators(name),
             final_gain=self._final_gain(name),

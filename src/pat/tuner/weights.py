@@ -12,6 +12,7 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
 from pat.errors import PatError
+from pat.surgery.adapted import AdaptedMatrix
 
 
 @torch.no_grad()
@@ -22,6 +23,17 @@ def effective_parameter(model: nn.Module, name: str, adapter_name: str) -> Tenso
         model: the base model with peft's layers in it.
         name: full name of the parameter in the untouched base model.
         adapter_name: the adapter to merge in. Quantised weights are dequantised first.
+
+    Raises:
+        PatError: the adapter uses an option of LoRA that has no merged form.
+    """
+    parameter = factored_parameter(model, name, adapter_name)
+    return parameter.merged() if isinstance(parameter, AdaptedMatrix) else parameter
+
+
+@torch.no_grad()
+def factored_parameter(model: nn.Module, name: str, adapter_name: str) -> Tensor | AdaptedMatrix:
+    """Return what `effective_parameter` does, but a plain LoRA not multiplied out.
 
     Raises:
         PatError: the adapter uses an option of LoRA that has no merged form.
@@ -61,13 +73,13 @@ def embedding_ratio(embedding: nn.Module, pruned_hidden_size: int, dtype: torch.
     return old.item() / torch.tensor(pruned_hidden_size**0.5, dtype=dtype).item()
 
 
-def _lora_parameter(layer: LoraLayer, name: str, leaf: str, adapter_name: str) -> Tensor:
+def _lora_parameter(layer: LoraLayer, name: str, leaf: str, adapter_name: str) -> Tensor | AdaptedMatrix:
     has_adapter = adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A
     variant = layer.lora_variant.get(adapter_name)
     if has_adapter and leaf == "weight" and variant is None:
         weight = dequantize_module_weight(layer.get_base_layer())
         if type(layer) is Linear and not layer.fan_in_fan_out:
-            return _with_product(weight, layer, adapter_name)
+            return _factored(weight, layer, adapter_name)
         delta: Tensor = layer.get_delta_weight(adapter_name)  # type: ignore[attr-defined]
         return _sum(delta, weight)
     base = _base_parameter(layer.get_base_layer(), leaf)
@@ -102,12 +114,10 @@ def _base_parameter(module: nn.Module, leaf: str) -> Tensor:
     return _upcast(dequantize_module_weight(module) if leaf == "weight" else getattr(module, leaf))
 
 
-def _with_product(weight: Tensor, layer: LoraLayer, adapter_name: str) -> Tensor:
-    """Add scaling * B A to a weight without ever holding the product: large matrices decide what a merge takes."""
+def _factored(weight: Tensor, layer: LoraLayer, adapter_name: str) -> AdaptedMatrix:
     a, b = (cast(nn.Linear, factor[adapter_name]).weight.detach() for factor in (layer.lora_A, layer.lora_B))
-    dtype = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
-    merged = weight.detach().to(dtype, copy=True)
-    return merged.addmm_(b.to(merged), a.to(merged), alpha=layer.scaling[adapter_name])
+    fine = torch.promote_types(b.dtype, torch.float32)
+    return AdaptedMatrix(weight.detach(), b.to(fine) * layer.scaling[adapter_name], a.to(fine))
 
 
 def _sum(delta: Tensor, base: Tensor) -> Tensor:
