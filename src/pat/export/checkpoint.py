@@ -1,15 +1,15 @@
-"""A safetensors checkpoint on disk, read tensor by tensor into memory of the caller's.
+"""A safetensors checkpoint on disk, of which one tensor or a part of one is mapped into memory at a time.
 
-By plain reads, not by a memory map: mapped pages count as the process's own memory for as long as the kernel likes.
+To map whole files would be simpler, but mapped pages count as the process's own memory for as long as the kernel likes.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import struct
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -24,11 +24,8 @@ from pat.errors import PatError
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Names of dtypes in a safetensors header; those of weights that can be folded."""
 
-STAGING_ELEMENTS = 2**23
-"""How much is read at once where it has to be converted: 16 MB of bfloat16."""
-
-PART_BYTES, READERS = 2**22, 4
-"""How much of a tensor one thread reads at once, and how many threads do."""
+WINDOW_ELEMENTS = 2**23
+"""How much is mapped at once where it has to be converted: 16 MB of bfloat16."""
 
 _MAX_HEADER_BYTES = 100_000_000
 """The limit that the format sets itself."""
@@ -61,7 +58,6 @@ class Checkpoint:
         self.name = name
         self.files = sorted(set(files))
         self._open: dict[Path, BinaryIO] = {}
-        self._readers = ThreadPoolExecutor(READERS)
         self.tensors: dict[str, StoredTensor] = {}
         for file in self.files:
             try:
@@ -69,29 +65,38 @@ class Checkpoint:
             except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
                 raise self._unreadable(file, error) from error
 
-    def read(self, name: str, out: Tensor, first: int = 0) -> None:
-        """Copy elements `first` to `first + out.numel()` of a tensor into `out`, which is contiguous, in its dtype.
+    def mapped(self, name: str, first: int = 0, numel: int | None = None) -> Tensor:
+        """Return elements `first` to `first + numel` of a tensor, flat, in its dtype, as they lie in the file's cache.
+
+        Nothing is copied but what is written to, and that does not reach the file. The pages count as the process's own
+        memory until the last tensor that shares them is gone.
 
         Raises:
             PatError: the file cannot be read (any more).
         """
         stored = self.tensors[name]
         assert stored.dtype is not None, f"{name} is not a weight"
-        flat = out.view(-1)
+        numel = torch.Size(stored.shape).numel() - first if numel is None else numel
+        if numel == 0:
+            return torch.empty(0, dtype=stored.dtype)
+        offset = stored.offset + first * stored.dtype.itemsize
+        before = offset % mmap.ALLOCATIONGRANULARITY
+        length = before + numel * stored.dtype.itemsize
         try:
-            file = self._file(stored.file)
-            offset = stored.offset + first * stored.dtype.itemsize
-            if out.dtype == stored.dtype and out.device.type == "cpu":
-                self._fill(file, flat, offset)
-                return
-            staging = torch.empty(min(flat.numel(), STAGING_ELEMENTS), dtype=stored.dtype)
-            for start in range(0, flat.numel(), STAGING_ELEMENTS):
-                target = flat[start : start + STAGING_ELEMENTS]
-                part = staging[: target.numel()]
-                self._fill(file, part, offset + start * stored.dtype.itemsize)
-                target.copy_(part)
-        except (OSError, EOFError) as error:
+            descriptor = self._file(stored.file).fileno()
+            pages = mmap.mmap(descriptor, length, access=mmap.ACCESS_COPY, offset=offset - before)
+        except (OSError, ValueError) as error:  # the latter if the file has become shorter
             raise self._unreadable(stored.file, error) from error
+        return torch.frombuffer(pages, dtype=stored.dtype, count=numel, offset=before)
+
+    def read(self, name: str, out: Tensor, first: int = 0) -> None:
+        """Copy elements `first` to `first + out.numel()` of a tensor into `out`, which is contiguous, in its dtype.
+
+        Raises:
+            PatError: the file cannot be read (any more).
+        """
+        for index, part in enumerate(out.view(-1).split(WINDOW_ELEMENTS)):
+            part.copy_(self.mapped(name, first + index * WINDOW_ELEMENTS, part.numel()))
 
     def prefetch(self, name: str) -> None:
         """Ask the system to read a tensor from the disk, without waiting for it."""
@@ -114,21 +119,6 @@ class Checkpoint:
         for file in self._open.values():
             file.close()
         self._open.clear()
-
-    def _fill(self, file: BinaryIO, flat: Tensor, offset: int) -> None:
-        """Read a contiguous tensor's bytes from a place in a file, large ones in parts side by side.
-
-        Even from the system's file cache a read is a copy, and one thread's copies were a fifth of the time of a merge.
-        """
-        view = memoryview(cast(Any, flat.view(torch.uint8).numpy()))
-        if len(view) <= PART_BYTES or not hasattr(os, "preadv"):
-            _fill_part(file, view, offset)
-            return
-        starts = range(0, len(view), PART_BYTES)
-        reads = self._readers.map(
-            lambda start: _fill_part(file, view[start : start + PART_BYTES], offset + start), starts
-        )
-        list(reads)
 
     def _file(self, path: Path) -> BinaryIO:
         if path not in self._open:
@@ -187,15 +177,3 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             raise ValueError(f"{name} has {end - begin} bytes, which is not its shape {shape} in {entry['dtype']}")
         tensors[name] = StoredTensor(path, dtype, shape, 8 + length + begin, end - begin)
     return tensors
-
-
-def _fill_part(file: BinaryIO, view: memoryview, offset: int) -> None:
-    while view:
-        if hasattr(os, "preadv"):
-            count = os.preadv(file.fileno(), [view], offset)
-        else:  # on Windows
-            file.seek(offset)
-            count = cast(Any, file).readinto(view)
-        if not count:
-            raise EOFError("it ends too early")
-        view, offset = view[count:], offset + count

@@ -86,9 +86,13 @@ class StoredWeights:
         target = dtype or self.dtype
         stored = [self.checkpoint.tensors[piece.name].dtype for piece in self._pieces[name]]
         rounds = any(torch.promote_types(d, self.dtype) != self.dtype for d in stored if d is not None)
-        out = self.memory.empty(self.shapes[name], self.dtype if rounds else target, self.device)
-        for piece in self._pieces[name]:
-            self.checkpoint.read(piece.name, out.view(-1)[piece.start : piece.start + piece.numel])
+        dtype, pieces = self.dtype if rounds else target, self._pieces[name]
+        if len(pieces) == 1 and stored == [dtype] and self.device.type == "cpu":
+            out = self.checkpoint.mapped(pieces[0].name, pieces[0].start, pieces[0].numel).view(self.shapes[name])
+        else:
+            out = self.memory.empty(self.shapes[name], dtype, self.device)
+            for piece in pieces:
+                self.checkpoint.read(piece.name, out.view(-1)[piece.start : piece.start + piece.numel])
         self._prefetch(name)
         return out.to(target)
 

@@ -210,13 +210,14 @@ def fold_weights(
 
     qk_scaled = stream.scaled_projections()
     for branch in stream.branches:
-        yield from _fold_writer(branch, fold, operators.get(branch.site))
         gain = None if branch.pre_norm is None else _gain(fold, branch.pre_norm, family)
         folded_gain = gain if channels.basis is not None else None
         for reader in branch.readers:
             # c q / sqrt(c² mean(q²) + eps d/d') is the old q-norm for c² = d/d': these norms share the grown epsilon.
             factor = channels.gain if reader.path in qk_scaled else 1.0
             yield from _fold_reader(reader, fold, folded_gain, factor, normed=branch.pre_norm is not None)
+        # In the order in which a model runs and is stored, so that the disk can be asked for what comes next.
+        yield from _fold_writer(branch, fold, operators.get(branch.site))
         if branch.pre_norm is not None and gain is not None:
             yield f"{branch.pre_norm}.weight", fold.vector(_new_gain(gain, channels, family))
         if branch.post_norm is not None:
