@@ -3,7 +3,7 @@
 Three measurements, each merge a fresh process, its peak resident set size as the system counts it (mapped pages too):
 
 merges  `cp` and `sync` of the base model, then an adapter without rotation and one with, folded in the default dtype
-        and in float64, in turns; the base is not in the file cache
+        and in float64, in turns; base and adapter are not in the file cache, the libraries are
 error   how many weights of a 1 GB checkpoint differ between folding in float32 and float64, and by how much
 kills   a merge of a 1 GB checkpoint, killed at random moments: what has the target's name, and does the next run work?
 
@@ -166,6 +166,8 @@ def time_merge(base: Path, adapter: Path, output: Path, fold_dtype: str | None, 
     """Merge in a process of its own and return what it took."""
     forget(base)
     forget(adapter)
+    # Copying may have pushed the libraries out of the file cache: they are no part of the input.
+    subprocess.run([sys.executable, "-m", "pat", "merge", "--help"], check=True, stdout=subprocess.DEVNULL)
     launched = [sys.executable, "-I", "-S", "-c", LAUNCHER, *command(adapter, output, fold_dtype, device)]
     usage = json.loads(subprocess.run(launched, check=True, stdout=subprocess.PIPE).stdout)
     results = json.loads((output / "results.json").read_text())

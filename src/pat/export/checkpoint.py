@@ -10,6 +10,8 @@ import mmap
 import os
 import struct
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -26,6 +28,9 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 WINDOW_ELEMENTS = 2**23
 """How much is mapped at once where it has to be converted: 16 MB of bfloat16."""
+
+_ASKED_BYTES = 2**17
+"""How much the system is asked for at once: Linux reads no more than its read-ahead size, 128 kB by default."""
 
 _MAX_HEADER_BYTES = 100_000_000
 """The limit that the format sets itself."""
@@ -58,6 +63,7 @@ class Checkpoint:
         self.name = name
         self.files = sorted(set(files))
         self._open: dict[Path, BinaryIO] = {}
+        self._asking = ThreadPoolExecutor(1)  # a disk with enough to do has those wait who ask for more
         self.tensors: dict[str, StoredTensor] = {}
         for file in self.files:
             try:
@@ -99,11 +105,11 @@ class Checkpoint:
             part.copy_(self.mapped(name, first + index * WINDOW_ELEMENTS, part.numel()))
 
     def prefetch(self, name: str) -> None:
-        """Ask the system to read a tensor from the disk, without waiting for it."""
+        """Have the system read a tensor from the disk, without waiting until it has."""
         if hasattr(os, "posix_fadvise"):
             stored = self.tensors[name]
             descriptor = self._file(stored.file).fileno()
-            os.posix_fadvise(descriptor, stored.offset, stored.num_bytes, os.POSIX_FADV_WILLNEED)
+            self._asking.submit(_ask_for, descriptor, stored.offset, stored.num_bytes)
 
     def shard_bytes(self) -> int | None:
         """Return the size in bytes of the tensors in the largest file, None if there is but one file."""
@@ -177,3 +183,10 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             raise ValueError(f"{name} has {end - begin} bytes, which is not its shape {shape} in {entry['dtype']}")
         tensors[name] = StoredTensor(path, dtype, shape, 8 + length + begin, end - begin)
     return tensors
+
+
+def _ask_for(descriptor: int, offset: int, num_bytes: int) -> None:
+    with suppress(OSError):  # the file may have been closed meanwhile; then nobody needs it any more
+        for start in range(offset, offset + num_bytes, _ASKED_BYTES):
+            length = min(_ASKED_BYTES, offset + num_bytes - start)
+            os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)

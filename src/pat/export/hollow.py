@@ -67,6 +67,7 @@ class StoredWeights:
         everywhere = model.named_parameters(remove_duplicate=False)
         self._canonical = {name: owners[id(parameter)] for name, parameter in everywhere}
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        self._asked_for: set[str] = set()
         self._pieces = self._find(stored_layout(model))
         self._next = dict(zip(self.shapes, [*list(self.shapes)[1:], None], strict=True))
         for name, shape in self.shapes.items():
@@ -198,12 +199,15 @@ class StoredWeights:
 
     def _prefetch(self, name: str) -> None:
         """Have the disk busy with what comes next while this parameter is worked on."""
+        self._asked_for.discard(name)  # another pass will have to ask again
         ahead = 0
         following = self._next[name]
         while following is not None and ahead < AHEAD_BYTES:
             for piece in self._pieces[following]:
-                self.checkpoint.prefetch(piece.name)
+                if following not in self._asked_for:
+                    self.checkpoint.prefetch(piece.name)
                 ahead += self.checkpoint.tensors[piece.name].num_bytes
+            self._asked_for.add(following)
             following = self._next[following]
 
 
