@@ -26,7 +26,7 @@ from pat.export.layout import Piece, UnknownLayoutError, stored_layout
 from pat.export.memory import ReusedMemory
 from pat.loading import incomplete_weights
 
-AHEAD_BYTES = 2**28
+AHEAD_BYTES = 2**30
 """How far ahead of their use the system is asked to read weights from the disk, into its file cache."""
 
 Places = list[tuple[nn.Module, str]]
@@ -88,7 +88,7 @@ class StoredWeights:
         stored = [self.checkpoint.tensors[piece.name].dtype for piece in self._pieces[name]]
         rounds = any(torch.promote_types(d, self.dtype) != self.dtype for d in stored if d is not None)
         dtype, pieces = self.dtype if rounds else target, self._pieces[name]
-        if len(pieces) == 1 and stored == [dtype] and self.device.type == "cpu":
+        if len(pieces) == 1 and stored == [dtype] and self.device.type == "cpu" and len(self.shapes[name]) > 1:
             out = self.checkpoint.mapped(pieces[0].name, pieces[0].start, pieces[0].numel).view(self.shapes[name])
         else:
             out = self.memory.empty(self.shapes[name], dtype, self.device)
@@ -199,6 +199,8 @@ class StoredWeights:
 
     def _prefetch(self, name: str) -> None:
         """Have the disk busy with what comes next while this parameter is worked on."""
+        if len(self.shapes[name]) < 2:
+            return  # vectors are read one after the other, and would wait for what was asked for
         self._asked_for.discard(name)  # another pass will have to ask again
         ahead = 0
         following = self._next[name]
