@@ -3,7 +3,7 @@
 Three measurements, each merge a fresh process, its peak resident set size as the system counts it (mapped pages too):
 
 merges  `cp` and `sync` of the base model, then an adapter without rotation and one with, folded in the default dtype
-        and in float64, in turns; base and adapter are not in the file cache, the libraries are
+        and in float64, in turns; base and adapter are not in the file cache, most of the libraries are
 error   how many weights of a 1 GB checkpoint differ between folding in float32 and float64, and by how much
 kills   a merge of a 1 GB checkpoint, killed at random moments: what has the target's name, and does the next run work?
 
@@ -308,7 +308,7 @@ def judge(results: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Measure what is asked for, and merge it into the results file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="JSON file; parts that are not measured stay in it.")
+    parser.add_argument("--output", type=Path, help="JSON file; parts and merges that are not measured stay in it.")
     parser.add_argument("--parts", default="merges,error,kills")
     parser.add_argument("--merges", default=",".join(MERGES))
     parser.add_argument("--shape", default="7b", choices=SHAPES)
@@ -334,9 +334,11 @@ def main() -> None:
             }
             for rotation in dict.fromkeys(MERGES[name][0] for name in names):
                 make_adapter(scratch / "base", scratch / "adapters" / rotation, rotation)
+            before = results.get("merges", {})
             results |= measure_merges(
                 scratch / "base", scratch / "adapters", scratch, config, names, args.device, args.repetitions
             )
+            results["merges"] = before | results["merges"]
             shutil.rmtree(scratch / "base")
         if "error" in parts or "kills" in parts:
             make_base(scratch / "small", SHAPES[args.kill_shape])

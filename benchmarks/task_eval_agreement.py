@@ -6,7 +6,8 @@ r"""Does every answer agree with a plain loop: one question at a time, no batch,
         --output benchmarks/results/task_eval_agreement.json
 
 The plain loop is the one of the tests (`tests/plain_answers.py`), in float32. Its answers are kept in the run's folder:
-started again, it goes on where it stopped. Questions whose two best choices (or tokens) lie within 1e-3 are listed.
+started again, it goes on where it stopped, and `--questions` may be more then. Questions whose two best choices (or
+tokens) lie within 1e-3 are listed.
 Exits with 1 if answers disagree that do not lie so close, or log-likelihoods differ by more.
 """
 
@@ -16,6 +17,7 @@ import argparse
 import hashlib
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +93,15 @@ def main() -> None:
     parser.add_argument("--tasks", default="paper")
     parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=PROTOCOLS)
     parser.add_argument("--limit", type=int, default=200, help="As in the run.")
+    parser.add_argument(
+        "--questions", type=int, help="How many of them to answer plainly, drawn at random; default all."
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
 
+    if args.questions is not None and args.questions < 1:
+        parser.error(f"--questions is {args.questions}; expected 1 or more")
     torch.set_num_threads(args.threads)
     model, tokenizer = load_base(args.model).eval(), load_tokenizer(args.model)
     fingerprint = fingerprint_model(model)
@@ -117,33 +124,36 @@ def main() -> None:
             # Answers belong to questions and to how they are asked: others have another file.
             asked = (score["settings"]["questions"] + fingerprint_wording()[protocol]).encode()
             file = args.run / "plain" / f"{name}.{hashlib.sha256(asked).hexdigest()[:12]}.jsonl"
-            plain = read_lines(file)[: len(samples)]
+            drawn = random.Random(0).sample(range(len(rows)), len(rows))[: args.questions]
+            plain = {answer.pop("question", line): answer for line, answer in enumerate(read_lines(file))}
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text("".join(json.dumps(answer) + "\n" for answer in plain), encoding="utf-8")
+            lines = [json.dumps({"question": number} | answer) + "\n" for number, answer in plain.items()]
+            file.write_text("".join(lines), encoding="utf-8")  # without a line that was cut off
             with file.open("a", encoding="utf-8") as out:
-                for row in tqdm(rows[len(plain) : len(samples)], desc=name, disable=None):
-                    plain.append(plain_answer(model, tokenizer, protocol, row, max_positions))
-                    out.write(json.dumps(plain[-1]) + "\n")
+                for number in tqdm([n for n in drawn if n not in plain], desc=name, disable=None):
+                    plain[number] = plain_answer(model, tokenizer, protocol, rows[number], max_positions)
+                    out.write(json.dumps({"question": number} | plain[number]) + "\n")
                     out.flush()
-            compared = [compare(sample, answer) for sample, answer in zip(samples, plain, strict=True)]
+            compared = {number: compare(samples[number], plain[number]) for number in sorted(drawn)}
             listed += [
                 {"task": task.name, "protocol": protocol, "question": number} | entry
-                for number, entry in enumerate(compared)
+                for number, entry in compared.items()
                 if entry["near_tie"] or entry.get("near_tie_norm") or not entry["agrees"] or entry["unexplained"]
             ]
+            entries = list(compared.values())
             figures[name] = {
-                "questions": len(compared),
-                "agree": sum(entry["agrees"] for entry in compared),
-                "agree_norm": sum(entry["agrees_norm"] for entry in compared) if protocol == "likelihood" else None,
-                "near_ties": sum(entry["near_tie"] for entry in compared),
-                "unexplained": sum(entry["unexplained"] for entry in compared),
-                "largest_difference": max((entry["largest_difference"] for entry in compared), default=0.0),
+                "questions": len(entries),
+                "agree": sum(entry["agrees"] for entry in entries),
+                "agree_norm": sum(entry["agrees_norm"] for entry in entries) if protocol == "likelihood" else None,
+                "near_ties": sum(entry["near_tie"] for entry in entries),
+                "unexplained": sum(entry["unexplained"] for entry in entries),
+                "largest_difference": max((entry["largest_difference"] for entry in entries), default=0.0),
             }
             print(f"{name}: {figures[name]}", flush=True)
     total = {key: sum(entry[key] for entry in figures.values()) for key in ("questions", "agree", "unexplained")}
     print(f"in all: {total}; near ties and disagreements: {len(listed)}")
     if args.output is not None:
-        settings = {"model": Path(args.model).name, "limit": args.limit, "near_tie": NEAR_TIE}
+        settings = {"model": Path(args.model).name, "limit": args.limit, "drawn": args.questions, "near_tie": NEAR_TIE}
         write_results(
             args.output,
             {**environment(), "settings": settings, "total": total, "by_task": figures, "listed": listed},

@@ -3,7 +3,7 @@
 Importing this package registers the PEFT method `PAT`; see the README for the three lines it takes.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pat.errors import PatError
 from pat.tuner import PatConfig
@@ -17,19 +17,16 @@ __version__ = "0.1.0"
 __all__ = ["PatCallback", "PatConfig", "PatError", "tune"]
 
 
-def __getattr__(name: str) -> Any:
-    """Import what trains when it is asked for: merging and evaluating do without TRL and datasets."""
-    if name == "PatCallback":
-        from pat.training.callback import PatCallback
+if not TYPE_CHECKING:  # or every name would be taken for one of this package's
 
-        return PatCallback
-    if name == "tune":
-        from pat.training.tune import tune
+    def __getattr__(name: str) -> object:
+        """Import what trains when it is asked for: merging and evaluating do without TRL and datasets."""
+        if name == "PatCallback":
+            from pat.training.callback import PatCallback
 
-        return tune
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return PatCallback
+        if name == "tune":
+            from pat.training.tune import tune
 
-
-def __dir__() -> list[str]:
-    """List the public names, those too that are not imported yet."""
-    return sorted({*globals(), *__all__})
+            return tune
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

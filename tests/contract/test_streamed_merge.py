@@ -14,10 +14,13 @@ from tiny_models import FAMILIES, batch, build, tiny_tokenizer
 from tiny_training import largest_difference, logits
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pat.export import checkpoint, memory
 from pat.export import merge as merging
+from pat.export.memory import ReusedMemory
 from pat.export.merge import merge
 from pat.export.write import savable_generation_config
 from pat.families import get_family
+from pat.surgery import fold
 
 ROUNDING = 2e-5
 """Float32 rounding on the tiny models' logits, see unit/export/test_verify.py."""
@@ -66,6 +69,37 @@ def assert_same(folder: Path, dense: PreTrainedModel, reference: Path) -> None:
     dense.save_pretrained(reference)
     for name in ("config.json", "generation_config.json"):
         assert json.loads((folder / name).read_text()) == json.loads((reference / name).read_text())
+
+
+@pytest.fixture
+def as_if_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have tiny tensors go the way of large ones: in memory that is used again, in several parts."""
+    take = ReusedMemory._take
+
+    def take_spoilt(self: ReusedMemory, num_bytes: int) -> Any:
+        block = take(self, num_bytes)
+        block.fill(0xFF)  # NaN in every dtype: whoever still has this memory will notice
+        return block
+
+    monkeypatch.setattr(ReusedMemory, "_take", take_spoilt)
+    monkeypatch.setattr(memory, "SMALLEST_BYTES", 1)
+    monkeypatch.setattr(checkpoint, "WINDOW_ELEMENTS", 100)
+    monkeypatch.setattr(fold, "CHUNK_ELEMENTS", 7 * 48)
+
+
+@pytest.mark.usefixtures("as_if_large")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "tied", "rotation"), [
+    ("llama", False, "none"), ("llama", True, "pca"), ("gemma", True, "none"), ("qwen3", False, "pca"),
+    ("mixtral", False, "none"), ("qwen3_moe", False, "pca"),
+])  # fmt: skip
+def test_memory_is_used_again_when_nobody_has_it(
+    family: str, tied: bool, rotation: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    base = saved_base(tmp_path / "base", family, tied=tied, dtype=dtype)
+    model = saved_adapter(base, tmp_path / "adapter", rotation=rotation)
+    merge(tmp_path / "adapter", tmp_path / "out", fold_dtype="float64", progress=False)
+    assert_same(tmp_path / "out", model.merge_and_unload(), tmp_path / "reference")
 
 
 @pytest.mark.parametrize(("family", "tied", "rotation", "dtype"), CASES)

@@ -27,7 +27,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 """Names of dtypes in a safetensors header; those of weights that can be folded."""
 
 WINDOW_ELEMENTS = 2**23
-"""How much is mapped at once where it has to be converted: 16 MB of bfloat16."""
+"""How much is mapped at once where it is copied: 16 MB of bfloat16."""
 
 _ASKED_BYTES = 2**17
 """How much the system is asked for at once: Linux reads no more than its read-ahead size, 128 kB by default."""
@@ -78,7 +78,8 @@ class Checkpoint:
         memory until the last tensor that shares them is gone.
 
         Raises:
-            PatError: the file cannot be read (any more).
+            PatError: the file cannot be opened, or has become too short. What happens to it afterwards, and a disk that
+                fails, ends the process, as it does wherever files are mapped.
         """
         stored = self.tensors[name]
         assert stored.dtype is not None, f"{name} is not a weight"
@@ -91,7 +92,9 @@ class Checkpoint:
         try:
             descriptor = self._file(stored.file).fileno()
             pages = mmap.mmap(descriptor, length, access=mmap.ACCESS_COPY, offset=offset - before)
-        except (OSError, ValueError) as error:  # the latter if the file has become shorter
+        except ValueError as error:  # what is mapped has to be there
+            raise self._unreadable(stored.file, EOFError("it ends too early")) from error
+        except OSError as error:
             raise self._unreadable(stored.file, error) from error
         return torch.frombuffer(pages, dtype=stored.dtype, count=numel, offset=before)
 
@@ -99,17 +102,18 @@ class Checkpoint:
         """Copy elements `first` to `first + out.numel()` of a tensor into `out`, which is contiguous, in its dtype.
 
         Raises:
-            PatError: the file cannot be read (any more).
+            PatError: see `mapped`.
         """
         for index, part in enumerate(out.view(-1).split(WINDOW_ELEMENTS)):
             part.copy_(self.mapped(name, first + index * WINDOW_ELEMENTS, part.numel()))
 
     def prefetch(self, name: str) -> None:
         """Have the system read a tensor from the disk, without waiting until it has."""
+        stored = self.tensors[name]
         if hasattr(os, "posix_fadvise"):
-            stored = self.tensors[name]
-            descriptor = self._file(stored.file).fileno()
-            self._asking.submit(_ask_for, descriptor, stored.offset, stored.num_bytes)
+            with suppress(OSError):  # reading will tell
+                descriptor = self._file(stored.file).fileno()
+                self._asking.submit(_ask_for, descriptor, stored.offset, stored.num_bytes)
 
     def shard_bytes(self) -> int | None:
         """Return the size in bytes of the tensors in the largest file, None if there is but one file."""
@@ -121,7 +125,9 @@ class Checkpoint:
         return max(sizes.values())
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files; reading opens them again."""
+        self._asking.shutdown(cancel_futures=True)
+        self._asking = ThreadPoolExecutor(1)
         for file in self._open.values():
             file.close()
         self._open.clear()

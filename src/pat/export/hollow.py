@@ -51,7 +51,7 @@ class StoredWeights:
     Args:
         model: a hollow model without adapters, which may be put on it afterwards.
         checkpoint: what its parameters are stored in.
-        memory: what to read into; several models that are never read at once may share it.
+        memory: what to read into; several models may share it.
 
     Raises:
         PatError: the checkpoint has a parameter in another shape.
@@ -82,20 +82,35 @@ class StoredWeights:
         return set(self.checkpoint.tensors) - {piece.name for pieces in self._pieces.values() for piece in pieces}
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Return a parameter rounded to the model's dtype, as loading rounds it, in that or a finer dtype."""
+        """Return a parameter rounded to the model's dtype, as loading rounds it, in that or a finer dtype.
+
+        A matrix that needs no conversion is not copied, see `Checkpoint.mapped`.
+        """
         name = self._canonical[name]
         target = dtype or self.dtype
         stored = [self.checkpoint.tensors[piece.name].dtype for piece in self._pieces[name]]
         rounds = any(torch.promote_types(d, self.dtype) != self.dtype for d in stored if d is not None)
         dtype, pieces = self.dtype if rounds else target, self._pieces[name]
         if len(pieces) == 1 and stored == [dtype] and self.device.type == "cpu" and len(self.shapes[name]) > 1:
-            out = self.checkpoint.mapped(pieces[0].name, pieces[0].start, pieces[0].numel).view(self.shapes[name])
+            out = self.checkpoint.mapped(pieces[0].name).view(self.shapes[name])
         else:
             out = self.memory.empty(self.shapes[name], dtype, self.device)
             for piece in pieces:
                 self.checkpoint.read(piece.name, out.view(-1)[piece.start : piece.start + piece.numel])
         self._prefetch(name)
         return out.to(target)
+
+    def rows(self, name: str, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a matrix of which only some rows have been read, rounded as `read` does; the others hold anything.
+
+        What nobody touches takes no memory.
+        """
+        name = self._canonical[name]
+        stored = self.checkpoint.mapped(self._pieces[name][0].name).view(self.shapes[name])
+        self._prefetch(name)
+        indices = indices.unique()
+        read = stored.index_select(0, indices.cpu()).to(self.device, self.dtype).to(dtype)
+        return torch.empty(self.shapes[name], dtype=dtype, device=self.device).index_copy_(0, indices, read)
 
     @contextmanager
     def present(self, name: str) -> Iterator[None]:
@@ -134,11 +149,16 @@ class StoredWeights:
             self._swap_hollows(self.dtype)
 
     @contextmanager
-    def _filled(self, parameters: Mapping[str, Places], dtype: torch.dtype) -> Iterator[None]:
+    def _filled(
+        self, parameters: Mapping[str, Places], dtype: torch.dtype, looked_up: Tensor | None = None
+    ) -> Iterator[None]:
         try:
             for name, places in parameters.items():
                 resting = self._at_rest[name]
-                real = _frozen(resting.to(dtype) if resting.dim() < 2 else self.read(name, dtype))
+                if looked_up is not None and len(self._pieces[name]) == 1:
+                    real = _frozen(self.rows(name, looked_up, dtype))
+                else:
+                    real = _frozen(resting.to(dtype) if resting.dim() < 2 else self.read(name, dtype))
                 for owner, leaf in places:
                     setattr(owner, leaf, real)
             yield
@@ -220,8 +240,10 @@ class _Visit:
         self.weights, self.parameters, self.dtype = weights, parameters, dtype
         self.stack = ExitStack()
 
-    def enter(self, _module: nn.Module, _args: Any) -> None:
-        self.stack.enter_context(self.weights._filled(self.parameters, self.dtype))
+    def enter(self, module: nn.Module, args: Any) -> None:
+        # Of an embedding, half a gigabyte in float32, a few words are needed.
+        looked_up = args[0] if isinstance(module, nn.Embedding) and args else None
+        self.stack.enter_context(self.weights._filled(self.parameters, self.dtype, looked_up))
 
     def leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         self.stack.close()

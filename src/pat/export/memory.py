@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 SMALLEST_BYTES = 2**22
-"""What is smaller the C library keeps for itself, and hands out again."""
+"""What is smaller the C library soon keeps for itself, and hands out again."""
 
 ALIGNMENT = 64
 """Of the first byte: a line of the processor's cache, as torch has it."""
@@ -33,14 +33,14 @@ class ReusedMemory:
         """Return a contiguous tensor of undefined content."""
         num_bytes = math.prod(shape) * dtype.itemsize
         if device.type != "cpu" or num_bytes < SMALLEST_BYTES:
-            return torch.empty(*shape, dtype=dtype, device=device)
+            return torch.empty(tuple(shape), dtype=dtype, device=device)
         block = self._take(num_bytes + ALIGNMENT)
         start = -block.ctypes.data % ALIGNMENT
         lease = block[start : start + num_bytes]
         # A tensor keeps the array it was made from, with all its views, until its memory is not needed any more.
         returning = weakref.finalize(lease, self._free.append, block)
         returning.atexit = False
-        return torch.from_numpy(lease).view(dtype).view(*shape)
+        return torch.from_numpy(lease).view(dtype).view(tuple(shape))
 
     def clear(self) -> None:
         """Give back what is not in use."""

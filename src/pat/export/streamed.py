@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,13 @@ from pat.export.write import (
     write_card,
 )
 from pat.loading import load_config, stored_dtype
-from pat.surgery.adapted import AdaptedMatrix
+from pat.surgery.adapted import AdaptedMatrix, merged
 from pat.tuner import PatConfig
 from pat.tuner.merging import DenseForm, adapted_form, masked_form
 from pat.tuner.model import find_tuner
 from pat.tuner.prepare import check_config
 from pat.tuner.register import PREFIX
-from pat.tuner.weights import effective_parameter, factored_parameter
+from pat.tuner.weights import factored_parameter
 
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 """Of LoRA, those that leave the base model's weights as they are."""
@@ -65,11 +65,7 @@ class HollowModel:
 
     def parameter(self, name: str) -> Tensor:
         """Return a base parameter as the adapted model uses it; one without adapter comes as it is stored."""
-        module = self.base.get_submodule(name.rpartition(".")[0])
-        if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            return self.weights.read(name)
-        with self.weights.present(name):
-            return effective_parameter(self.base, name, self.model.active_adapter)
+        return merged(self.factored(name))
 
     def factored(self, name: str) -> Tensor | AdaptedMatrix:
         """Return the same with a plain LoRA not multiplied out."""
@@ -208,7 +204,7 @@ def _dense_form(hollow: HollowModel, dtype: torch.dtype, precision: torch.dtype)
     if tuner is None:
         return adapted_form(hollow.base, hollow.weights.shapes, hollow.parameter)
     masked = tuner.masked_model(tuner.adapter, "a merge")
-    masked = replace(masked, parameter=hollow.parameter, factored=hollow.factored)
+    masked = replace(masked, factored=hollow.factored)
     return masked_form(masked, dtype, precision=precision, empty=hollow.weights.memory.empty)
 
 
@@ -231,16 +227,15 @@ def _compare(hollow: HollowModel, dense: PreTrainedModel, folder: Path, batches:
     """Compare what was written with the tuned model, both computing in float32 or better."""
     checkpoint = open_checkpoint(str(folder))
     assert checkpoint is not None
-    try:
-        written = StoredWeights(dense, checkpoint, hollow.weights.memory)
-    except (PatError, UnknownLayoutError) as error:
-        raise RunFailed(f"The written checkpoint does not load cleanly: {error}") from error
-    if written.left_over:
-        raise RunFailed(f"The written checkpoint does not load cleanly: {min(written.left_over)} is left over.")
-    with hollow.weights.running(_fine(hollow.weights.dtype)), written.running(_fine(written.dtype)):
-        parity = compare(hollow.model, dense, batches)
-    checkpoint.close()
-    return parity
+    with closing(checkpoint):
+        try:
+            written = StoredWeights(dense, checkpoint, hollow.weights.memory)
+        except (PatError, UnknownLayoutError) as error:
+            raise RunFailed(f"The written checkpoint does not load cleanly: {error}") from error
+        if written.left_over:
+            raise RunFailed(f"The written checkpoint does not load cleanly: {min(written.left_over)} is left over.")
+        with hollow.weights.running(_fine(hollow.weights.dtype)), written.running(_fine(written.dtype)):
+            return compare(hollow.model, dense, batches)
 
 
 def _fine(dtype: torch.dtype) -> torch.dtype:

@@ -46,6 +46,11 @@ class LowRankOperator(nn.Module):
         down, scale, up = (p.to(y) for p in (self.down, self.v(), self.up))
         return F.linear(F.linear(y, down) * scale, up)
 
+    def add_change(self, total: Tensor, y: Tensor) -> Tensor:
+        """Add (D - I) y to `total` in place and return it, for `total` and `y` of shape `(n, d)` and one dtype."""
+        down, scale, up = (p.to(y) for p in (self.down, self.v(), self.up))
+        return total.addmm_(F.linear(y, down) * scale, up.mT)
+
     def gated(self, y: Tensor, gate: Tensor) -> Tensor:
         """Return m * (D y) for a gate m of shape `(d,)`, in the dtype and on the device of `y`.
 
@@ -85,6 +90,10 @@ class DenseOperator(nn.Module):
     def change(self, y: Tensor) -> Tensor:
         """Return M y for `y` of shape `(..., d)`."""
         return F.linear(y, self.matrix.to(y))
+
+    def add_change(self, total: Tensor, y: Tensor) -> Tensor:
+        """Add M y to `total` in place and return it."""
+        return total.add_(self.change(y))
 
     def gated(self, y: Tensor, gate: Tensor) -> Tensor:
         """Return m * (D y) for a gate m of shape `(d,)`."""

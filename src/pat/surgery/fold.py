@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pat.families import Family
-from pat.surgery.adapted import AdaptedMatrix
+from pat.surgery.adapted import AdaptedMatrix, merged
 from pat.surgery.precision import lift, to_float64
 from pat.surgery.residual import Linear, ResidualBranch, ResidualStream
 
@@ -32,7 +32,7 @@ Empty = Callable[[Sequence[int], torch.dtype, torch.device], Tensor]
 
 def empty_tensor(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Make a tensor as torch does."""
-    return torch.empty(*shape, dtype=dtype, device=device)
+    return torch.empty(tuple(shape), dtype=dtype, device=device)
 
 
 class Operator(Protocol):
@@ -44,6 +44,10 @@ class Operator(Protocol):
 
     def change_transposed(self, y: Tensor) -> Tensor:
         """Return (Dᵀ - I) y."""
+        ...
+
+    def add_change(self, total: Tensor, y: Tensor) -> Tensor:
+        """Add (D - I) y to `total` in place and return it, for `y` of shape `(n, d)`."""
         ...
 
     def cut_outputs(self, cut: Callable[[Tensor], Tensor]) -> Operator:
@@ -123,8 +127,7 @@ class _Fold:
 
     def load(self, name: str) -> Tensor:
         """Return a vector, or a matrix to be left as it is, in float64; nothing is gained by less."""
-        weight = self.weight(name)
-        return to_float64(weight.merged() if isinstance(weight, AdaptedMatrix) else weight)
+        return to_float64(merged(self.weight(name)))
 
     def vector(self, tensor: Tensor) -> Tensor:
         """Round a folded vector."""
@@ -136,7 +139,7 @@ class _Fold:
         if operator is None:
             return cut
         short = operator.cut_outputs(cut)  # the channels that go need not be computed
-        return lambda rows: cut(rows) + short.change(rows)
+        return lambda rows: short.add_change(cut(rows), rows)  # what is cut is a copy
 
     def matrix(
         self, weight: Tensor | AdaptedMatrix, cut: Callable[[Tensor], Tensor] | None, *, writer: bool = False
@@ -157,11 +160,10 @@ class _Fold:
         target = result.mT if writer else result
         step = max(1, CHUNK_ELEMENTS // width)
         if isinstance(vectors, AdaptedMatrix):
-            select = self.channels.select if cut is None else None
             vectors = vectors.to(self.precision)
-            vectors = vectors if select is None else vectors.columns(select)
+            vectors = vectors.columns(self.channels.select) if cut is None else vectors
             for start in range(0, num_rows, step):
-                rows = vectors.rows(start, start + step, select)
+                rows = vectors.rows(start, start + step)
                 target[start : start + step] = rows if cut is None else cut(rows)
             return result
         for index in itertools.product(*map(range, stack)):
@@ -189,7 +191,7 @@ def fold_weights(
 
     Args:
         stream: roles of the parameters; `stream.head` must be None exactly if `plan.tied`.
-        weight: returns a base parameter by name, with adapters other than the operators already merged in.
+        weight: returns a base parameter by name, with adapters other than the operators merged in, or beside it.
         channels: the map of the residual channels.
         operators: D by site (see `ResidualStream.sites`); a site without an entry has the identity. Each is asked for
             once, when its site is folded.
@@ -240,7 +242,7 @@ def _fold_writer(branch: ResidualBranch, fold: _Fold, operator: Operator | None)
     yield branch.writer.weight, fold.matrix(fold.weight(branch.writer.weight), cut, writer=True)
     if branch.writer.bias is not None:
         bias = fold.load(branch.writer.bias).to(fold.precision)
-        yield branch.writer.bias, fold.vector(cut(bias))
+        yield branch.writer.bias, fold.vector(cut(bias.unsqueeze(0)).squeeze(0))
 
 
 def _fold_reader(

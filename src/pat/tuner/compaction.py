@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from pat.errors import PatError
 from pat.sparsification.operator import LowRankOperator
+from pat.surgery.adapted import AdaptedMatrix
 from pat.surgery.fold import Channels, Operator, cut_writer_rows
 from pat.surgery.precision import to_float64
 from pat.surgery.residual import Linear, ResidualBranch
@@ -141,11 +142,11 @@ def compact(model: MaskedModel, config: PatConfig, adapter: str) -> Compacted:
     # The frozen weights: without LoRA where it lives on as an adapter, without the operator where that does.
     split = {linear.weight for linear in splitter.split}
 
-    def parameter(name: str) -> Tensor:
-        return base_parameter(model.base, name) if name in split else model.parameter(name)
+    def factored(name: str) -> Tensor | AdaptedMatrix:
+        return base_parameter(model.base, name) if name in split else model.factored(name)
 
     operators = {site: op for site, op in model.operators.items() if site not in splitter.operators_in_rank}
-    frozen = replace(model, parameter=parameter, operators=operators)
+    frozen = replace(model, factored=factored, operators=operators)
     base = merge_dense(frozen, model.base.dtype, check_finite=False, progress=False, instead=splitter.biases)
     base = cast(PreTrainedModel, base.to(model.base.device))  # type: ignore[arg-type]
     shapes = {path: (len(given.a), given.scale) for path, given in factors.items()}

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from pat.errors import PatError
 from pat.sparsification.mask import UnifiedMask
 from pat.sparsification.operator import Operator
-from pat.surgery.adapted import AdaptedMatrix
+from pat.surgery.adapted import AdaptedMatrix, merged
 from pat.surgery.dense import build_dense, shrink_config
 from pat.surgery.fold import Channels, Empty, HeadPlan, empty_tensor, fold_weights
 from pat.surgery.precision import lift, to_float64
@@ -29,16 +29,18 @@ class MaskedModel:
 
     base: PreTrainedModel
     stream: ResidualStream
-    parameter: Callable[[str], Tensor]
-    """Base parameters by name, with LoRA merged in."""
     factored: Callable[[str], Tensor | AdaptedMatrix]
-    """The same with a plain LoRA not multiplied out."""
+    """Base parameters by name, with LoRA merged in, a plain one not multiplied out."""
     mask: UnifiedMask
     operators: Mapping[str, Operator]
     final_gain: Tensor
     """Gain of the final norm as stored in the base, `(d,)`."""
     untie: bool
     """Whether a tied model gets a head of its own."""
+
+    def parameter(self, name: str) -> Tensor:
+        """Return a base parameter with LoRA merged in."""
+        return merged(self.factored(name))
 
 
 @dataclass(frozen=True)

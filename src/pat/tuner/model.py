@@ -254,7 +254,6 @@ class PatModel(LoraModel):
         return MaskedModel(
             base=cast(PreTrainedModel, self.model),
             stream=cast(ResidualStream, self.residual_stream),
-            parameter=self._parameter(name),
             factored=lambda parameter: factored_parameter(self.model, parameter, name),
             mask=mask,
             operators=self.operators(name),

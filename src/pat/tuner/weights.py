@@ -12,7 +12,7 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
 from pat.errors import PatError
-from pat.surgery.adapted import AdaptedMatrix
+from pat.surgery.adapted import AdaptedMatrix, merged
 
 
 @torch.no_grad()
@@ -27,8 +27,7 @@ def effective_parameter(model: nn.Module, name: str, adapter_name: str) -> Tenso
     Raises:
         PatError: the adapter uses an option of LoRA that has no merged form.
     """
-    parameter = factored_parameter(model, name, adapter_name)
-    return parameter.merged() if isinstance(parameter, AdaptedMatrix) else parameter
+    return merged(factored_parameter(model, name, adapter_name))
 
 
 @torch.no_grad()
@@ -117,7 +116,7 @@ def _base_parameter(module: nn.Module, leaf: str) -> Tensor:
 def _factored(weight: Tensor, layer: LoraLayer, adapter_name: str) -> AdaptedMatrix:
     a, b = (cast(nn.Linear, factor[adapter_name]).weight.detach() for factor in (layer.lora_A, layer.lora_B))
     fine = torch.promote_types(b.dtype, torch.float32)
-    return AdaptedMatrix(weight.detach(), b.to(fine) * layer.scaling[adapter_name], a.to(fine))
+    return AdaptedMatrix(weight.detach(), b.to(fine), a.to(fine), layer.scaling[adapter_name])
 
 
 def _sum(delta: Tensor, base: Tensor) -> Tensor:

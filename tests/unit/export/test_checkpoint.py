@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -36,11 +37,11 @@ def stored(tmp_path: Path) -> Checkpoint:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("staging", [3, 2**20])
+@pytest.mark.parametrize("window", [3, 2**20])
 def test_tensors_are_read_in_the_dtype_asked_for(
-    stored: Checkpoint, dtype: torch.dtype, staging: int, monkeypatch: pytest.MonkeyPatch
+    stored: Checkpoint, dtype: torch.dtype, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "STAGING_ELEMENTS", staging)
+    monkeypatch.setattr(reading, "WINDOW_ELEMENTS", window)
     for name in ("half", "brain", "single"):
         expected = tensors()[name]
         out = torch.empty(expected.shape, dtype=dtype)
@@ -52,6 +53,32 @@ def test_a_part_of_a_tensor(stored: Checkpoint) -> None:
     out = torch.empty(10)
     stored.read("half", out, first=15)
     assert torch.equal(out, tensors()["half"].flatten()[15:25].float())
+
+
+def test_a_mapped_tensor_is_what_lies_in_the_file_and_never_changes_it(stored: Checkpoint) -> None:
+    for name in ("half", "brain", "single"):
+        flat = tensors()[name].flatten()
+        assert torch.equal(stored.mapped(name), flat)
+        assert torch.equal(stored.mapped(name, 1, 2), flat[1:3])
+    mapped = stored.mapped("single")
+    stored.close()
+    assert torch.equal(mapped, tensors()["single"])
+    mapped.zero_()
+    assert torch.equal(stored.mapped("single"), tensors()["single"])
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot be asked")
+def test_all_of_a_tensor_is_asked_for_in_pieces_the_system_accepts(
+    stored: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(reading.os, "posix_fadvise", lambda _, start, length, __: asked.append((start, length)))
+    monkeypatch.setattr(reading, "_ASKED_BYTES", 16)
+    stored.prefetch("half")
+    stored._asking.shutdown()
+    place = stored.tensors["half"]
+    assert [length for _, length in asked] == [16, 16, 16, 16, 6]
+    assert [start for start, _ in asked] == list(range(place.offset, place.offset + 70, 16))
 
 
 def test_what_is_no_weight_is_known_as_such(stored: Checkpoint) -> None:

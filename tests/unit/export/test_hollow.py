@@ -69,6 +69,20 @@ def test_weights_are_there_only_while_their_module_runs(tmp_path: Path) -> None:
     assert seen[1] < 1000
 
 
+def test_every_pass_asks_the_disk_for_every_matrix_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("llama", tied=False).save_pretrained(tmp_path)
+    weights = stored(tmp_path)
+    asked: list[str] = []
+    monkeypatch.setattr(weights.checkpoint, "prefetch", asked.append)
+    matrices = [name for name, shape in weights.shapes.items() if len(shape) > 1]
+    with weights.running(torch.float32):
+        for _ in range(2):
+            asked.clear()
+            logits(weights.model)
+            assert len(asked) == len(set(asked))
+            assert set(matrices[1:]) <= set(asked)
+
+
 def test_a_module_that_fails_gives_its_weights_back(tmp_path: Path) -> None:
     build("llama", tied=False).save_pretrained(tmp_path)
     weights = stored(tmp_path)

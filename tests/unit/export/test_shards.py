@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,36 @@ def test_files_are_those_of_save_pretrained(family: str, tied: bool, limit: str,
         index = json.loads(streamed["model.safetensors.index.json"])
         assert set(index["weight_map"].values()) == streamed.keys() - {"model.safetensors.index.json"}
         assert index["metadata"]["total_size"] == 2 * index["metadata"]["total_parameters"]
+
+
+@pytest.mark.parametrize(("family", "limit"), [("llama", "10KB"), ("mixtral", "60KB"), ("llama", "5GB")])
+def test_every_file_is_on_the_disk_when_it_is_left(
+    family: str, limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    monkeypatch.setattr(shards.os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    model = build(family, tied=False)
+    hollow = hollow_model(model.config, torch.float32, CPU)
+    with ShardWriter(tmp_path, hollow, torch.float32, max_shard_size=limit) as writer:
+        for name, parameter in model.named_parameters():
+            writer.write(name, parameter)
+    assert synced == {path.stat().st_ino for path in tmp_path.glob("*.safetensors")}
+
+
+def test_a_disk_that_fails_at_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "broken disk")
+
+    monkeypatch.setattr(shards.os, "fsync", fail)
+    model = build("llama", tied=False)
+    with (
+        pytest.raises(RunFailed, match="broken disk"),
+        ShardWriter(
+            tmp_path, hollow_model(model.config, torch.float32, CPU), torch.float32, max_shard_size="5GB"
+        ) as writer,
+    ):
+        for name, parameter in model.named_parameters():
+            writer.write(name, parameter)
 
 
 def written_short(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from tiny_models import build
@@ -10,6 +12,7 @@ from torch import Tensor
 from pat.families import get_family
 from pat.sparsification.operator import LowRankOperator
 from pat.surgery import fold
+from pat.surgery.adapted import AdaptedMatrix, merged
 from pat.surgery.fold import Channels, HeadPlan, fold_weights
 from pat.surgery.residual import map_residual_stream
 
@@ -22,9 +25,15 @@ SINGLE = 1e-5
 """float32 against float64 at weights of size one: sums of at most 80 products."""
 
 
-def folded(family: str, rotated: bool, precision: torch.dtype, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def folded(
+    family: str,
+    rotated: bool,
+    precision: torch.dtype,
+    dtype: torch.dtype | None = None,
+    weights: Mapping[str, Tensor | AdaptedMatrix] | None = None,
+) -> dict[str, Tensor]:
     model = build(family, tied=False)
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    weights = weights or {name: parameter.detach() for name, parameter in model.named_parameters()}
     stream = map_residual_stream(get_family(family), weights, tied=False)
     generator = torch.Generator().manual_seed(0)
     keep = torch.zeros(HIDDEN, dtype=torch.bool)
@@ -53,6 +62,23 @@ def test_a_few_rows_at_a_time_is_the_same(family: str, rotated: bool, monkeypatc
     for name, weight in whole.items():
         assert pieces[name].is_contiguous()
         torch.testing.assert_close(pieces[name], weight, rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_lora_is_added_to_the_rows_that_are_folded(rotated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fold, "CHUNK_ELEMENTS", 7 * HIDDEN)
+    generator = torch.Generator().manual_seed(1)
+
+    def adapted(weight: Tensor) -> AdaptedMatrix:
+        up, down = (torch.randn(*shape, generator=generator) for shape in ((len(weight), 3), (3, weight.shape[1])))
+        return AdaptedMatrix(weight, up.double(), down.double(), scaling=0.3)
+
+    stored = {name: parameter.detach() for name, parameter in build("llama", tied=False).named_parameters()}
+    apart = {name: adapted(weight) if weight.dim() == 2 else weight for name, weight in stored.items()}
+    together = {name: merged(weight).double() for name, weight in apart.items()}
+    results = [folded("llama", rotated, torch.float64, weights=weights) for weights in (apart, together)]
+    for name, weight in results[0].items():
+        torch.testing.assert_close(weight, results[1][name], rtol=EXACT, atol=10 * EXACT)
 
 
 @pytest.mark.parametrize("rotated", [False, True])
