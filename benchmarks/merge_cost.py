@@ -144,6 +144,12 @@ def forget(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def remove(folder: Path) -> None:
+    """Delete a folder and wait until the disk has done so: what is timed next should not have to."""
+    shutil.rmtree(folder)
+    os.sync()
+
+
 def time_copy(base: Path, scratch: Path) -> float:
     """Return how many seconds copying the base model onto the disk takes."""
     forget(base)
@@ -151,7 +157,7 @@ def time_copy(base: Path, scratch: Path) -> float:
     subprocess.run(["cp", "-r", str(base), str(scratch / "copy")], check=True)
     subprocess.run(["sync", *map(str, (scratch / "copy").iterdir())], check=True)
     seconds = time.perf_counter() - started
-    shutil.rmtree(scratch / "copy")
+    remove(scratch / "copy")
     return seconds
 
 
@@ -172,7 +178,7 @@ def time_merge(base: Path, adapter: Path, output: Path, fold_dtype: str | None, 
     usage = json.loads(subprocess.run(launched, check=True, stdout=subprocess.PIPE).stdout)
     results = json.loads((output / "results.json").read_text())
     files = sorted(path.stat().st_size for path in output.glob("*.safetensors"))
-    shutil.rmtree(output)
+    remove(output)
     return {
         **usage,
         "weight_file_bytes": files,

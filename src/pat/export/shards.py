@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -26,10 +25,6 @@ from pat.export.checkpoint import DTYPES
 from pat.export.layout import Piece, stored_layout
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-PENDING_BYTES = 2**28
-"""How much may wait to be written: a disk that has enough to do for a moment should not have folding wait."""
 
 
 class ShardWriter:
@@ -62,7 +57,7 @@ class ShardWriter:
         self._files: list[BinaryIO] = []
         self._places: dict[str, tuple[BinaryIO, int]] = {}
         self._pool, self._syncing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._pending: deque[tuple[int, Future[None]]] = deque()
+        self._pending: Future[None] | None = None
         self._lacking: dict[BinaryIO, int] = {}
         self._syncs: list[Future[None]] = []
         try:
@@ -107,9 +102,9 @@ class ShardWriter:
         if pieces is None or name not in self._missing or sum(p.numel for p in pieces) != tensor.numel():
             raise RunFailed(f"The folded weights do not fit the dense model: {name} of shape {tuple(tensor.shape)}.")
         self._missing.remove(name)
-        # Few tensors on their way to the disk at a time, or a slow disk would have them pile up in memory.
-        self._wait(until=PENDING_BYTES - tensor.nbytes)
-        self._pending.append((tensor.nbytes, self._pool.submit(self._write, pieces, tensor)))
+        # One tensor on its way to the disk at a time, or a slow disk would have them pile up in memory.
+        self._wait()
+        self._pending = self._pool.submit(self._write, pieces, tensor)
 
     def _write(self, pieces: tuple[Piece, ...], tensor: Tensor) -> None:
         flat = tensor.detach().to("cpu", self._dtype).contiguous().view(-1).view(torch.uint8)
@@ -124,12 +119,11 @@ class ShardWriter:
             if not self._lacking[file]:
                 self._syncs.append(self._syncing.submit(os.fsync, file.fileno()))
 
-    def _wait(self, until: int = 0) -> None:
-        """Wait until no more than so many bytes, or no tensor at all, are on their way."""
-        while self._pending and (until <= 0 or sum(size for size, _ in self._pending) > until):
-            _, written = self._pending.popleft()
+    def _wait(self) -> None:
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
             try:
-                written.result()
+                pending.result()
             except OSError as error:
                 raise _failed(error) from error
 
