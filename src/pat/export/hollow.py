@@ -103,7 +103,7 @@ class StoredWeights:
     def rows(self, name: str, indices: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a matrix of which only some rows have been read, rounded as `read` does; the others hold anything.
 
-        What nobody touches takes no memory.
+        On a CPU, rows that nobody touches take no memory.
         """
         name = self._canonical[name]
         stored = self.checkpoint.mapped(self._pieces[name][0].name).view(self.shapes[name])
