@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
 from tiny_models import build, tiny_tokenizer
 
 from pat.cli import main
+from pat.compare.run_cell import round_weights
+from pat.export.staging import lock_folder
 
 pytestmark = pytest.mark.slow
 
@@ -105,6 +112,49 @@ def test_cut_off_it_goes_on_and_comes_to_the_same_figures(compared: Path, tmp_pa
     again = {json.dumps(row["cell"]): row.get("held_out_nll") for row in map(json.loads, text[len(kept) + 1 :])}
     expected = {json.dumps(row["cell"]): row.get("held_out_nll") for row in whole if row not in kept}
     assert again == pytest.approx(expected, abs=1e-6)
+
+
+def test_killed_it_leaves_no_worker_and_repeats_no_finished_cell(compared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ["compare", "--config", str(compared / "compare.yaml"), "--output_dir", str(out)]
+    process = psutil.Popen([sys.executable, "-m", "pat", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 300
+        while not (out / "results.jsonl").is_file() or len(rows_of(out)) < 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        workers = process.children(recursive=True)
+    finally:
+        process.kill()
+        process.wait()
+    assert len(workers) >= 2
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
+    before = (out / "results.jsonl").read_text(encoding="utf-8")
+    assert main(command) == 0
+    assert (out / "results.jsonl").read_text(encoding="utf-8").startswith(before)
+    cells = [json.dumps(row["cell"]) for row in rows_of(out)]
+    assert len(cells) == len(set(cells)) == NUM_RESULTS + NUM_SEARCHED
+
+
+def test_two_do_not_share_a_folder(compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lock = lock_folder(tmp_path)
+    assert lock is not None
+    try:
+        code = main(["compare", "--config", str(compared / "compare.yaml"), "--output_dir", str(tmp_path)])
+    finally:
+        os.close(lock)
+    assert code == 2 and "another comparison is running there" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_every_method_is_measured_at_the_precision_of_the_checkpoint() -> None:
+    linear = torch.nn.Linear(3, 3)
+    exact = linear.weight.detach().clone()
+    round_weights(linear, None)
+    assert torch.equal(linear.weight, exact)
+    round_weights(linear, torch.bfloat16)
+    assert linear.weight.dtype == torch.float32 and not torch.equal(linear.weight, exact)
+    assert torch.equal(linear.weight, exact.bfloat16().float())
 
 
 def test_a_rate_that_diverges_is_not_taken(compared: Path, tmp_path: Path) -> None:

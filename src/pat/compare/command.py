@@ -12,7 +12,7 @@ from typing import Any
 from pat.compare.config import CompareConfig, make_config
 from pat.compare.figure import draw_accuracy, draw_nll
 from pat.compare.runner import run_cells
-from pat.compare.summary import Line, summarise
+from pat.compare.summary import Line, count_missing, summarise
 from pat.compare.tables import markdown
 from pat.errors import RunFailed
 
@@ -50,8 +50,9 @@ def write_comparison(config: CompareConfig, rows: list[dict[str, Any]] | None = 
     """Write table and figures of what is done."""
     from pat.compare.results import read_rows
 
-    lines = summarise(config, read_rows(config) if rows is None else rows)
-    table = markdown(config, lines)
+    rows = read_rows(config) if rows is None else rows
+    lines = summarise(config, rows)
+    table = markdown(config, lines, count_missing(config, rows))
     files = [config.output_dir / "results.md"]
     files[0].write_text(table, encoding="utf-8")
     if not lines:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
@@ -24,7 +25,7 @@ from pat.compare.data import DataFiles, data_files
 from pat.compare.methods import METHODS, TUNED
 from pat.errors import Diverged, PatError
 from pat.evaluation.perplexity import response_nll, tokenize_examples
-from pat.loading import load_base, load_tokenizer
+from pat.loading import load_base, load_config, load_tokenizer, stored_dtype
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.data import load_training_data
 from pat.training.guard import FiniteGuard
@@ -90,6 +91,7 @@ class _Run:
     def measure(self, model: nn.Module) -> None:
         """Note the sizes, losses and accuracies of a dense model."""
         model.eval()
+        round_weights(model, stored_dtype(load_config(self.source)[0]))
         self.facts["num_parameters"] = _count(model)
         parts = {"validation": self.files.validation} if self.cell.search else {"held_out": self.files.held_out}
         for part, path in parts.items():
@@ -250,6 +252,13 @@ class _Run:
             "pruning": pruned.description,
         }
         return cast(nn.Module, pruned.model)
+
+
+def round_weights(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Round to the dtype that a checkpoint would be written in, so that no method is measured more finely than PAT."""
+    if dtype is not None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
 
 
 def _count(model: nn.Module) -> int:

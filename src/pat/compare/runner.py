@@ -9,8 +9,10 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from pat.compare.methods import METHODS, TUNED
 from pat.compare.results import append_row, read_rows
 from pat.errors import PatError, RunFailed
 from pat.evaluation.tasks import load_questions
+from pat.export.staging import lock_folder
 from pat.loading import load_config, load_tokenizer
 
 
@@ -34,6 +37,11 @@ def run_cells(config: CompareConfig) -> list[dict[str, Any]]:
         PatError: models, data or baselines cannot be used, or the output folder is another comparison's.
         RunFailed: cells failed; the others are done.
     """
+    with _folder_of_ones_own(config.output_dir):
+        return _run_cells(config)
+
+
+def _run_cells(config: CompareConfig) -> list[dict[str, Any]]:
     rows = read_rows(config)
     prepare(config)
     done = _without_lost_models(config, done_cells(rows))
@@ -74,6 +82,27 @@ def run_cells(config: CompareConfig) -> list[dict[str, Any]]:
     shutil.rmtree(config.output_dir / "tuned", ignore_errors=True)
     shutil.rmtree(config.output_dir / "work", ignore_errors=True)
     return rows
+
+
+@contextmanager
+def _folder_of_ones_own(folder: Path) -> Iterator[None]:
+    """Keep other comparisons out of a folder: two that run the same cells would write into each other's models."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PatError(f"{folder}: cannot be created ({error.strerror}); choose another --output_dir.") from error
+    lock = lock_folder(folder)
+    if lock is None and sys.platform != "win32":
+        raise PatError(f"{folder}: another comparison is running there; wait for it, or choose another --output_dir.")
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+        for path in made:  # wrong input leaves nothing behind
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
 
 
 def prepare(config: CompareConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,14 +34,14 @@ class Line:
     name: str
     ratio: float
     num_seeds: int
-    num_missing: int
-    """Cells that are not there, because they failed or were not run."""
     learning_rate: float
     num_parameters: Spread
     nll: Spread
     """Held-out, in nats per response token."""
     accuracy: Mapping[str, Spread]
     """Unweighted mean over the tasks, by protocol, such as `letter`, and `likelihood, normalised`."""
+    sampling_error: Mapping[str, float]
+    """Standard error of one seed's mean accuracy for want of questions, by protocol; the first seed's."""
     tasks: Mapping[str, Mapping[str, Spread]]
     """By protocol and task."""
     facts: Mapping[str, Any]
@@ -50,6 +51,18 @@ class Line:
     def method(self) -> Method:
         """What it is."""
         return METHODS[self.name]
+
+
+def count_missing(config: CompareConfig, rows: Sequence[Row]) -> int:
+    """Return how many results are not there, those of methods whose learning rate is still being searched included."""
+    done = {cell for cell in done_cells(rows) if not cell.search}
+    missing = 0
+    for model in map(short_name, config.models):
+        for name in config.all_methods:
+            rate = chosen_rate(config, model, name, done_cells(rows))
+            cells = result_cells(config, model, name, rate or 0.0)
+            missing += sum(rate is None or cell not in done for cell in cells)
+    return missing
 
 
 def summarise(config: CompareConfig, rows: Sequence[Row]) -> list[Line]:
@@ -67,16 +80,15 @@ def summarise(config: CompareConfig, rows: Sequence[Row]) -> list[Line]:
             for ratio, cells in by_ratio.items():
                 found = [done[cell] for cell in cells if cell in done and done[cell].get("held_out_nll") is not None]
                 if found:
-                    lines.append(_line(model, name, ratio, rate, found, len(cells) - len(found)))
+                    lines.append(_line(model, name, ratio, rate, found))
     order = {name: index for index, name in enumerate(config.all_methods)}
     models = {short_name(model): index for index, model in enumerate(config.models)}
     return sorted(lines, key=lambda line: (models[line.model], line.ratio, order[line.name]))
 
 
-def _line(
-    model: str, name: str, ratio: float, rate: float, rows: Sequence[Mapping[str, Any]], num_missing: int
-) -> Line:
+def _line(model: str, name: str, ratio: float, rate: float, rows: Sequence[Mapping[str, Any]]) -> Line:
     accuracies = [_accuracies(row.get("tasks") or {}) for row in rows]
+    errors = _accuracies(rows[0].get("tasks") or {}, "_stderr")
     tasks = {
         protocol: {task: Spread.of([a[protocol][task] for a in accuracies]) for task in accuracies[0][protocol]}
         for protocol in accuracies[0]
@@ -89,21 +101,25 @@ def _line(
         name=name,
         ratio=ratio,
         num_seeds=len(rows),
-        num_missing=num_missing,
         learning_rate=rate,
         num_parameters=Spread.of([row["num_parameters"] for row in rows]),
         nll=Spread.of([row["held_out_nll"] for row in rows]),
         accuracy=means,
+        sampling_error={
+            protocol: math.hypot(*by_task.values()) / len(by_task)
+            for protocol, by_task in errors.items()
+            if by_task.keys() == accuracies[0][protocol].keys()
+        },
         tasks=tasks,
         facts=rows[0],
     )
 
 
-def _accuracies(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Return accuracy by protocol and task, from `TaskEvaluation.to_dict()`."""
+def _accuracies(evaluation: Mapping[str, Any], suffix: str = "") -> dict[str, dict[str, float]]:
+    """Return accuracy, or what is stored beside it, by protocol and task, from `TaskEvaluation.to_dict()`."""
     result: dict[str, dict[str, float]] = {}
     for score in evaluation.get("scores", ()):
-        result.setdefault(score["protocol"], {})[score["task"]] = score["acc"]
-        if score.get("acc_norm") is not None:
-            result.setdefault(f"{score['protocol']}, normalised", {})[score["task"]] = score["acc_norm"]
+        for metric, kind in (("acc", ""), ("acc_norm", ", normalised")):
+            if (value := score.get(metric + suffix)) is not None:
+                result.setdefault(score["protocol"] + kind, {})[score["task"]] = value
     return result

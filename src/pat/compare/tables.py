@@ -9,9 +9,15 @@ from pat.compare.summary import Line, Spread
 from pat.export.results import environment
 
 
-def markdown(config: CompareConfig, lines: Sequence[Line]) -> str:
-    """Return the whole report."""
-    parts = ["# Comparison", _preface(config, lines)]
+def markdown(config: CompareConfig, lines: Sequence[Line], num_missing: int = 0) -> str:
+    """Return the whole report.
+
+    Args:
+        config: of the comparison.
+        lines: of `summarise`.
+        num_missing: results that are not there, of `count_missing`.
+    """
+    parts = ["# Comparison", _preface(config, lines, num_missing)]
     for model in dict.fromkeys(line.model for line in lines):
         own = [line for line in lines if line.model == model]
         parts += [f"## {model}", _main_table(config, own)]
@@ -21,7 +27,7 @@ def markdown(config: CompareConfig, lines: Sequence[Line]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _preface(config: CompareConfig, lines: Sequence[Line]) -> str:
+def _preface(config: CompareConfig, lines: Sequence[Line], num_missing: int) -> str:
     length = f"{config.steps} steps" if config.steps is not None else f"{config.epochs:g} epochs"
     rows = config.batch_size * config.gradient_accumulation_steps
     seeds = ", ".join(map(str, config.seeds))
@@ -33,14 +39,24 @@ def _preface(config: CompareConfig, lines: Sequence[Line]) -> str:
         "the same scale everywhere. As many parameters are trained as by LoRA on the whole model, as closely as a rank "
         f"comes to it (PAT: up to the milestone). Seeds {seeds}, mean ± standard deviation. "
         "The ratio is the share of the hidden size that PAT cuts; every other method is cut to the number of "
-        "parameters that PAT then has, as closely as it can. NLL: nats per held-out response token."
+        "parameters that PAT then has, as closely as it can. Weights are rounded to the dtype of the base's checkpoint "
+        "before anything is measured. NLL: nats per held-out response token."
     )
     if config.tasks is not None:
         some = "" if config.limit is None else f", {config.limit} evenly spaced questions of each"
         text += f" Accuracy: unweighted mean over the tasks{some}."
-    missing = [line for line in lines if line.num_missing]
-    if missing:
-        text += f" **{sum(line.num_missing for line in missing)} cells are missing.**"
+        errors: dict[str, float] = {}
+        for line in lines:
+            for protocol, error in line.sampling_error.items():
+                errors[protocol] = max(error, errors.get(protocol, 0.0))
+        if errors:
+            each = ", ".join(f"{100 * error:.1f} ({protocol})" for protocol, error in errors.items())
+            text += (
+                f" Its standard error from the number of questions alone is at most, in points: {each}; methods answer "
+                "the same questions, so that differences between them are surer than that."
+            )
+    if num_missing:
+        text += f" **{num_missing} cells are missing.**"
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     return f"{text}\n\nOn {facts['machine']['device']}; {versions}."
 
@@ -48,8 +64,7 @@ def _preface(config: CompareConfig, lines: Sequence[Line]) -> str:
 def _main_table(config: CompareConfig, lines: Sequence[Line]) -> str:
     protocols = list(lines[0].accuracy) if lines else []
     head = ["Ratio", "Method", "Order", "Parameters", "NLL", *(f"Accuracy, {protocol} (%)" for protocol in protocols)]
-    largest = max(line.num_parameters.mean for line in lines)
-    whole = next((line.num_parameters.mean for line in lines if line.ratio == 0), largest)
+    whole = next((line.num_parameters.mean for line in lines if line.ratio == 0), None)
     body = []
     for line in lines:
         mark = " ¹" if line.name in config.ablations and line.name not in config.methods else ""
@@ -58,7 +73,8 @@ def _main_table(config: CompareConfig, lines: Sequence[Line]) -> str:
                 f"{line.ratio:.1%}" if line.method.prunes else "0",
                 line.method.label + mark,
                 line.method.order or "none",
-                f"{line.num_parameters.mean / 1e6:,.3f} M ({line.num_parameters.mean / whole:.1%})",
+                f"{line.num_parameters.mean / 1e6:,.3f} M"
+                + (f" ({line.num_parameters.mean / whole:.1%})" if whole is not None else ""),
                 _show(line.nll, 3),
                 *(_show(line.accuracy.get(protocol), 2, 100) for protocol in protocols),
             ]

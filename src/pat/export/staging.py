@@ -54,7 +54,7 @@ def staged_folder(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
             staging.mkdir(parents=True)
         except OSError as error:
             raise PatError(f"{target}: cannot be created ({error.strerror}); choose another output folder.") from error
-        lock = _lock(staging)
+        lock = lock_folder(staging)
         yield staging
         _sync(staging)
         _rename(staging, target)
@@ -70,8 +70,8 @@ def staged_folder(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
             os.close(lock)
 
 
-def _lock(folder: Path) -> int | None:
-    """Mark a folder as in use for as long as this process lives, None if that is already so or cannot be done."""
+def lock_folder(folder: Path) -> int | None:
+    """Mark a folder as in use until the descriptor returned is closed; None if it is so already or cannot be locked."""
     if sys.platform == "win32":  # folders can be neither opened nor locked there
         return None
     descriptor = os.open(folder, os.O_RDONLY)
@@ -91,7 +91,7 @@ def _remove_stale(parent: Path, prefix: str) -> None:
         if not folder.name.startswith(prefix) or not folder.is_dir():
             continue
         with suppress(OSError):
-            lock = _lock(folder)
+            lock = lock_folder(folder)
             if lock is not None:
                 shutil.rmtree(folder, ignore_errors=True)
                 os.close(lock)

@@ -1,6 +1,7 @@
 """From rows to tables and figures."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,7 +9,7 @@ from pat.compare.cells import Cell
 from pat.compare.config import CompareConfig, make_config
 from pat.compare.figure import draw_accuracy, draw_nll
 from pat.compare.results import FILE, append_row, read_rows
-from pat.compare.summary import summarise
+from pat.compare.summary import count_missing, summarise
 from pat.compare.tables import markdown
 
 
@@ -26,7 +27,7 @@ def config(folder: Path, **overrides: object) -> CompareConfig:
     return make_config(settings | overrides)
 
 
-def row(settings: CompareConfig, method: str, seed: int, nll: float, accuracy: float) -> dict[str, object]:
+def row(settings: CompareConfig, method: str, seed: int, nll: float, accuracy: float) -> dict[str, Any]:
     ratio = 0.25 if method == "pat" else 0.0
     scores = [
         {"task": task, "protocol": "likelihood", "acc": accuracy + shift, "acc_norm": accuracy, "num_questions": 4}
@@ -41,7 +42,7 @@ def row(settings: CompareConfig, method: str, seed: int, nll: float, accuracy: f
     }
 
 
-def rows(settings: CompareConfig) -> list[dict[str, object]]:
+def rows(settings: CompareConfig) -> list[dict[str, Any]]:
     lora = [row(settings, "lora", seed, 2.0, 0.5) for seed in range(3)]
     return lora + [row(settings, "pat", seed, 2.0 + 0.1 * seed, 0.4) for seed in range(3)]
 
@@ -49,7 +50,7 @@ def rows(settings: CompareConfig) -> list[dict[str, object]]:
 def test_means_and_spreads_over_seeds(tmp_path: Path) -> None:
     settings = config(tmp_path)
     _, line = summarise(settings, rows(settings))
-    assert line.name == "pat" and line.num_seeds == 3 and line.num_missing == 0
+    assert line.name == "pat" and line.num_seeds == 3
     assert line.nll.mean == pytest.approx(2.1) and line.nll.deviation == pytest.approx(0.1)
     assert line.accuracy["likelihood"].mean == pytest.approx(0.4)
     assert line.tasks["likelihood"]["piqa"].mean == pytest.approx(0.5)
@@ -57,9 +58,35 @@ def test_means_and_spreads_over_seeds(tmp_path: Path) -> None:
 
 def test_the_table_says_what_is_missing_and_what_share_is_left(tmp_path: Path) -> None:
     settings = config(tmp_path)
-    table = markdown(settings, summarise(settings, rows(settings)[:-1]))
+    some = rows(settings)[:-1]
+    table = markdown(settings, summarise(settings, some), count_missing(settings, some))
     assert "1 cells are missing" in table
     assert "(75.0%)" in table and "2.050 ± 0.071" in table and "40.00 ± 0.00" in table
+
+
+def test_a_method_without_any_result_is_missing_too(tmp_path: Path) -> None:
+    settings = config(tmp_path, learning_rates="1e-3,1e-2")
+    assert count_missing(settings, []) == 6  # nothing is known of any rate
+    settings = config(tmp_path)
+    assert count_missing(settings, rows(settings)) == 0
+    assert count_missing(settings, [r for r in rows(settings) if r["cell"]["method"] == "lora"]) == 3
+
+
+def test_without_an_unpruned_model_there_is_no_share(tmp_path: Path) -> None:
+    settings = config(tmp_path, methods="pat")
+    table = markdown(settings, summarise(settings, rows(settings)[3:]))
+    assert "0.001 M |" in table and "(100.0%)" not in table
+
+
+def test_the_error_of_few_questions_is_stated(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    some = rows(settings)
+    for entry in some:
+        for score, error in zip(entry["tasks"]["scores"], (0.03, 0.04), strict=True):
+            score |= {"acc_stderr": error, "acc_norm_stderr": 2 * error}
+    (line, *_) = summarise(settings, some)
+    assert line.sampling_error == pytest.approx({"likelihood": 0.025, "likelihood, normalised": 0.05})
+    assert "2.5 (likelihood), 5.0 (likelihood, normalised)" in markdown(settings, [line])
 
 
 def test_one_seed_has_no_spread(tmp_path: Path) -> None:

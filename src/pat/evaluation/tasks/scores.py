@@ -65,12 +65,17 @@ class TaskEvaluation:
         return list(dict.fromkeys(score.protocol for score in self.scores))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the scores ready for JSON, means included."""
+        """Return the scores ready for JSON, means and their standard errors included."""
         means = {
             protocol: {metric: self.mean(protocol, metric) for metric in ("acc", "acc_norm")}
             for protocol in self.protocols
         }
-        return {"limit": self.limit, "mean": means, "scores": [asdict(score) for score in self.scores]}
+        errors = {
+            protocol: {metric: self.mean_stderr(protocol, metric) for metric in ("acc", "acc_norm")}
+            for protocol in self.protocols
+        }
+        scores = [asdict(score) for score in self.scores]
+        return {"limit": self.limit, "mean": means, "mean_stderr": errors, "scores": scores}
 
 
 class ScoreStore:
