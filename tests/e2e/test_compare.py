@@ -117,7 +117,9 @@ def test_cut_off_it_goes_on_and_comes_to_the_same_figures(compared: Path, tmp_pa
 def test_killed_it_leaves_no_worker_and_repeats_no_finished_cell(compared: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = ["compare", "--config", str(compared / "compare.yaml"), "--output_dir", str(out)]
-    process = psutil.Popen([sys.executable, "-m", "pat", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = psutil.Popen(
+        [sys.executable, "-m", "pat", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         deadline = time.monotonic() + 300
         while not (out / "results.jsonl").is_file() or len(rows_of(out)) < 3:
