@@ -149,12 +149,14 @@ def _without_lost_models(config: CompareConfig, done: dict[Cell, dict[str, Any]]
 
 def _start(threads: int) -> None:
     """Prepare a worker: its threads, and silence, because what several of them print at once nobody can read."""
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
+    from datasets import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+    disable_progress_bars()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     warnings.simplefilter("ignore")
