@@ -41,6 +41,9 @@ class CompareConfig:
     lora_alpha: int = 40
     use_rslora: bool = True
     lora_dropout: float = 0.0
+    mask_lr_multiplier: float = 40.0
+    """Of the paper's recipe: the mask's learning rate over the adapters'. The paper's is 1, which takes thousands of
+    steps to make up a mask; for short runs its starting point is 2e-2 beside 5e-4."""
     steps: int | None = None
     epochs: float | None = None
     batch_size: int = 4
@@ -79,7 +82,8 @@ class CompareConfig:
 
     def identity(self) -> dict[str, Any]:
         """Return what decides a cell's figures: rows of another identity do not belong to this comparison."""
-        loose = ("output_dir", "workers", "threads", "baselines", "methods", "ablations", "ratios", "seeds", "models")
+        how = ("output_dir", "workers", "threads", "eval_batch_size", "baselines")
+        loose = (*how, "methods", "ablations", "ratios", "seeds", "models")
         facts = {name: value for name, value in asdict(self).items() if name not in loose}
         facts["data"] = Path(self.data).name
         facts["data_dir"] = None if self.data_dir is None else self.data_dir.name
@@ -135,15 +139,20 @@ def _check(config: CompareConfig) -> None:
         raise PatError(f"Got ablation_ratio={config.ablation_ratio}; expected one of the ratios, {config.ratios}.")
     if (config.steps is None) == (config.epochs is None):
         raise PatError("Expected either --steps or --epochs, so that every method trains as long.")
-    for name in (*_WHOLE, "epochs"):
+    for name in (*_WHOLE, "epochs", "mask_lr_multiplier"):
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise PatError(f"Got {name}={value}; expected a number above 0.")
     if any(rate <= 0 for rate in config.learning_rates):
         raise PatError(f"Got the learning rates {config.learning_rates}; expected numbers above 0.")
-    for name in ("models", "methods", "ratios", "seeds", "learning_rates"):
-        if not getattr(config, name):
+    for name in ("models", "methods", "ratios", "seeds", "learning_rates", "protocols"):
+        values = getattr(config, name)
+        if not values:
             raise PatError(f"Got no {name}; expected at least one.")
+        if len(set(values)) < len(values):
+            raise PatError(f"Got {name} {', '.join(map(str, values))}; expected each once.")
+    if min(config.seeds) < 0:
+        raise PatError(f"Got the seed {min(config.seeds)}; expected numbers from 0 on.")
     for protocol in config.protocols:
         if protocol not in PROTOCOLS:
             raise PatError(f"Got the protocol {protocol!r}; expected some of {_names(PROTOCOLS)}.")
@@ -175,19 +184,20 @@ _WHOLE = (
     *("rank", "lora_alpha", "steps", "search_steps", "batch_size", "gradient_accumulation_steps", "max_length", "rows"),
     *("held_out", "validation", "limit", "eval_batch_size", "calibration_rows", "workers", "threads"),
 )
+_NUMBERS = ("ablation_ratio", "lora_dropout", "mask_lr_multiplier", "epochs")
 _CONVERT: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("models", "methods", "ablations", "protocols"), _items(str)),
     "tasks": lambda value: ",".join(_items(str)(value)),
     **dict.fromkeys(("ratios", "learning_rates"), _items(float)),
     "seeds": _items(int),
     **dict.fromkeys(_WHOLE, int),
-    **dict.fromkeys(("ablation_ratio", "lora_dropout", "epochs"), float),
+    **dict.fromkeys(_NUMBERS, float),
     "use_rslora": _truth,
     **dict.fromkeys(("output_dir", "data_dir", "baselines"), _path),
 }
 _KINDS: dict[str, str] = {
     **dict.fromkeys(_WHOLE, "a whole number"),
-    **dict.fromkeys(("ablation_ratio", "lora_dropout", "epochs"), "a number"),
+    **dict.fromkeys(_NUMBERS, "a number"),
     **dict.fromkeys(("ratios", "learning_rates"), "numbers with commas between"),
     "seeds": "whole numbers with commas between",
     "use_rslora": "true or false",

@@ -25,6 +25,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lora_alpha", help="Of every method.")
     parser.add_argument("--use_rslora", help="Of every method: true or false.")
     parser.add_argument("--lora_dropout", help="Of every method.")
+    parser.add_argument("--mask_lr_multiplier", help="Of the paper's recipe: the mask's rate over the adapters'.")
     parser.add_argument("--steps", help="Optimizer steps of every method.")
     parser.add_argument("--epochs", help="Instead of steps.")
     parser.add_argument("--batch_size", help="Rows of a batch.")

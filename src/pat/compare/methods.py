@@ -11,12 +11,11 @@ Order = Literal["", "FT", "P→FT", "FT→P", "PAT"]
 PAPER: dict[str, Any] = {
     "rotation": "none",
     "milestone": 1 / 3,
-    # The paper's short-run starting point: adapters at 5e-4, the mask at 2e-2 (`PatConfig.mask_lr_multiplier`).
-    "mask_lr_multiplier": 40.0,
     "operator_lr_multiplier": 1.0,
     "no_compact": True,
 }
-"""The paper's method, under the comparison's own budget, rank and learning rates."""
+"""The paper's method, under the comparison's own budget, rank and learning rates; those of its mask are the
+comparison's `mask_lr_multiplier` times as high."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,8 @@ class Method:
     order: Order
     flags: Mapping[str, Any] = field(default_factory=dict)
     """Of `pat tune`, over the comparison's own."""
+    of_paper: bool = False
+    """Whether its recipe is the paper's."""
     baseline: str | None = None
     """Name of the way to prune among the baselines, where it is not PAT that prunes."""
 
@@ -54,10 +55,10 @@ METHODS: dict[str, Method] = {
     "pat": Method("PAT", "PAT"),
     "pat_dora": Method("PAT + DoRA", "PAT", {"use_dora": True}),
     "pat_full_width": Method("PAT, no compaction", "PAT", {"no_compact": True}),
-    "pat_paper": Method("PAT, paper's recipe", "PAT", PAPER),
-    "pat_paper_frozen_mask": Method("PAT, paper's, frozen mask", "PAT", {**PAPER, "mask": "frozen"}),
+    "pat_paper": Method("PAT, paper's recipe", "PAT", PAPER, of_paper=True),
+    "pat_paper_frozen_mask": Method("PAT, paper's, frozen mask", "PAT", {**PAPER, "mask": "frozen"}, of_paper=True),
     "pat_paper_no_identity": Method(
-        "PAT, paper's, without identity loss", "PAT", {**PAPER, "identity_loss_weight": 0.0}
+        "PAT, paper's, without identity loss", "PAT", {**PAPER, "identity_loss_weight": 0.0}, of_paper=True
     ),
 }
 

@@ -27,11 +27,13 @@ def read_rows(config: CompareConfig) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:  # cut short when the run was killed
             continue
+        if not isinstance(row, dict) or not {"cell", "identity", "inputs"} <= row.keys():
+            raise PatError(f"{path}: holds a line that is no cell's: {line[:60]!r}; choose another --output_dir.")
         if "failed" not in row:
             rows.append(row)
     identity = json.loads(json.dumps(config.identity()))
     for row in rows:
-        theirs = row.get("identity", {})
+        theirs = row["identity"]
         differing = sorted(name for name in identity if theirs.get(name) != identity[name])
         if differing:
             name = differing[0]

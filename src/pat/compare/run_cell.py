@@ -25,6 +25,7 @@ from pat.compare.data import DataFiles, data_files
 from pat.compare.methods import METHODS, TUNED
 from pat.errors import Diverged, PatError
 from pat.evaluation.perplexity import response_nll, tokenize_examples
+from pat.export.results import environment
 from pat.loading import load_base, load_config, load_tokenizer, stored_dtype
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.data import load_training_data
@@ -54,7 +55,7 @@ def run_cell(config: CompareConfig, cell: Cell, tuned: Path | None) -> dict[str,
     else:
         run.measure(model)
     run.facts["seconds"] = time.perf_counter() - started
-    return {"cell": cell.to_dict(), "identity": config.identity(), **run.facts}
+    return {"cell": cell.to_dict(), "identity": config.identity(), **environment(), **run.facts}
 
 
 class _Run:
@@ -159,6 +160,8 @@ class _Run:
         }
         if self.method.order == "PAT":
             flags |= {"pruning_ratio": cell.ratio, **self.method.flags}
+            if self.method.of_paper:
+                flags["mask_lr_multiplier"] = config.mask_lr_multiplier
         else:
             flags |= {name: value for name, value in self.method.flags.items() if name == "use_dora"}
         return build_arguments(**flags)

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -19,9 +19,10 @@ from typing import Any
 
 from pat.compare.baselines import load_baselines
 from pat.compare.budget import target_of
-from pat.compare.cells import Cell, done_cells, num_cells, ready_cells, short_name, tuned_cell
+from pat.compare.cells import Cell, Row, done_cells, num_cells, ready_cells, short_name, tuned_cell
 from pat.compare.config import CompareConfig
 from pat.compare.data import prepare_data
+from pat.compare.inputs import digest_inputs
 from pat.compare.methods import METHODS, TUNED
 from pat.compare.results import append_row, read_rows
 from pat.errors import PatError, RunFailed
@@ -43,7 +44,7 @@ def run_cells(config: CompareConfig) -> list[dict[str, Any]]:
 
 def _run_cells(config: CompareConfig) -> list[dict[str, Any]]:
     rows = read_rows(config)
-    prepare(config)
+    inputs = prepare(config, rows)
     done = _without_lost_models(config, done_cells(rows))
     total, failed = num_cells(config), dict[Cell, str]()
     started, num_before = time.perf_counter(), len(done)
@@ -60,7 +61,7 @@ def _run_cells(config: CompareConfig) -> list[dict[str, Any]]:
                     break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     cell = running.pop(future)
-                    row = future.result()
+                    row = future.result() | {"inputs": inputs[cell.model]}
                     append_row(config, row)
                     if "failed" in row:
                         failed[cell] = row["failed"]
@@ -105,8 +106,18 @@ def _folder_of_ones_own(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-def prepare(config: CompareConfig) -> None:
-    """Check models and baselines, and write the rows that every cell reads."""
+def prepare(config: CompareConfig, rows: Sequence[Row] = ()) -> dict[str, dict[str, str]]:
+    """Check models and baselines, and write the rows of data that every cell reads.
+
+    Args:
+        config: of the comparison.
+        rows: of the cells that are done.
+
+    Returns:
+        By the model's name, what its cells depend on beside the settings; `rows` come from the same.
+    """
+    earlier = {row["cell"]["model"]: row["inputs"] for row in rows}
+    inputs = {}
     names = [short_name(model) for model in config.models]
     if len(set(names)) < len(names):
         raise PatError(f"Got the models {', '.join(names)}; expected names that differ in their last part.")
@@ -122,7 +133,17 @@ def prepare(config: CompareConfig) -> None:
                 f"Got the ratios {', '.join(map(str, config.ratios))}, which come to the widths {widths} of {name}; "
                 "give ratios that come to different ones (see `pat plan`)."
             )
-        prepare_data(config, load_tokenizer(model), config.output_dir / "data" / name)
+        known = earlier.get(name, {})
+        folder = config.output_dir / "data" / name
+        files = prepare_data(config, load_tokenizer(model), folder, expected=known.get("data"))
+        inputs[name] = digest_inputs(config, model, files)
+        for what, value in known.items():
+            if inputs[name].get(what) != value:
+                raise PatError(
+                    f"{config.output_dir}: holds cells of {name} with another {what} ({value}) than now "
+                    f"({inputs[name].get(what)}); choose another --output_dir."
+                )
+    return inputs
 
 
 def _tuned_model(config: CompareConfig, cell: Cell, done: dict[Cell, dict[str, Any]]) -> Path | None:

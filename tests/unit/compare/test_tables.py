@@ -36,6 +36,7 @@ def row(settings: CompareConfig, method: str, seed: int, nll: float, accuracy: f
     return {
         "cell": Cell("small", method, ratio, seed, 1e-3).to_dict(),
         "identity": settings.identity(),
+        "inputs": {},
         "held_out_nll": nll,
         "num_parameters": 750 if method == "pat" else 1000,
         "tasks": {"scores": scores},
