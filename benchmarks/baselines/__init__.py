@@ -6,13 +6,14 @@ says how many parameters it really has. LoRA-r and DoRA-r themselves need no mod
 
 from .budget import num_parameters, pat_parameters
 from .calibration import calibration_sequences
-from .registry import LORA_TARGETS, METHODS, Pruned, prune
+from .registry import LORA_TARGETS, METHODS, Pruned, check, prune
 
 __all__ = [
     "LORA_TARGETS",
     "METHODS",
     "Pruned",
     "calibration_sequences",
+    "check",
     "num_parameters",
     "pat_parameters",
     "prune",

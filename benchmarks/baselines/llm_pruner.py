@@ -86,7 +86,7 @@ def llm_pruner(
         PatError: the family's attention or MLP is not made of separate projections, or no calibration text.
     """
     family = get_family(model.config.model_type)
-    _check_family(model, family)
+    check_prunable(model, family)
     importance = layer_importance(model, calibration)
     shapes = loadable_shapes(model, target_parameters)
     if len(shapes) == 1:
@@ -283,7 +283,8 @@ def _is_loadable(model: PreTrainedModel, shape: Shape) -> bool:
     return True
 
 
-def _check_family(model: PreTrainedModel, family: Family) -> None:
+def check_prunable(model: PreTrainedModel, family: Family) -> None:
+    """Raise a PatError if the layers of a model are not of the kind whose heads and channels can be cut."""
     names = {name for name, _ in model.named_parameters()}
     needed = [f"{family.layers}.0.{path}.weight" for path in (QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN)]
     missing = [name for name in needed if name not in names]

@@ -15,8 +15,8 @@ from pat.families import get_family
 from .budget import num_parameters
 from .calibration import describe
 from .channels import cut_channels, keep_largest, keep_random, magnitude_scores
-from .llm_pruner import llm_pruner
-from .slicegpt import choose_sliced_width, slice_model
+from .llm_pruner import check_prunable, llm_pruner
+from .slicegpt import check_sliceable, choose_sliced_width, slice_model
 
 METHODS = ("llm_pruner", "slicegpt", "magnitude", "random")
 
@@ -34,6 +34,25 @@ class Pruned:
     """All of them, shortcut matrices included; a tied matrix counts once."""
     description: str
     """One sentence for a table's footnote: what was cut, and on which data."""
+
+
+def check(method: str, model: PreTrainedModel) -> None:
+    """Tell whether a method can treat a model, before anything is computed.
+
+    Args:
+        method: which baseline.
+        model: of which only the family, the configuration and the names and shapes of the parameters are asked.
+
+    Raises:
+        PatError: no such method, or one that cannot treat this family.
+    """
+    if method not in METHODS:
+        raise PatError(f"Got the baseline {method!r}; expected one of {', '.join(METHODS)}.")
+    family = get_family(model.config.model_type)
+    if method == "llm_pruner":
+        check_prunable(model, family)
+    if method == "slicegpt":
+        check_sliceable(family)
 
 
 def prune(

@@ -119,7 +119,7 @@ def slice_model(model: PreTrainedModel, calibration: Sequence[Tensor], *, width:
     Raises:
         PatError: the family cannot be sliced (post-norms, experts), the width is out of range, or no calibration text.
     """
-    family = _sliceable(get_family(model.config.model_type))
+    family = check_sliceable(get_family(model.config.model_type))
     hidden_size = getattr(model.config, family.hidden_size_field)
     if not 1 <= width <= hidden_size:
         raise PatError(f"Got a width of {width} for SliceGPT; expected 1 to the hidden size {hidden_size}.")
@@ -205,7 +205,7 @@ def _slice_layer(
         (family.feed_forward[-1], sliced.post_attention_layernorm, sliced.mlp_shortcut),
     ]
     for branch, norm, shortcut in branches:
-        assert branch.pre_norm is not None, "checked by _sliceable"
+        assert branch.pre_norm is not None, "checked by check_sliceable"
         gain = _gain(layer, branch.pre_norm, family)
         for reader in branch.readers:
             slicing.slice_reader(_linear(layer, reader), gain)
@@ -241,7 +241,8 @@ def _layer_inputs(model: PreTrainedModel, family: Family, input_ids: Tensor) -> 
     return states[0], arguments
 
 
-def _sliceable(family: Family) -> Family:
+def check_sliceable(family: Family) -> Family:
+    """Return the family, or raise a PatError that says why its residual stream cannot be sliced."""
     branches = (family.attention, *family.feed_forward)
     if family.has_post_norms or any(branch.pre_norm is None for branch in branches):
         problem = "norms the output of its writers, so their rows cannot be deleted"

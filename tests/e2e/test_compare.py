@@ -16,10 +16,16 @@ import pytest
 import torch
 import yaml
 from tiny_models import build, tiny_tokenizer
+from transformers import Trainer
 
 from pat.cli import main
-from pat.compare.run_cell import round_weights
+from pat.compare.cells import Cell
+from pat.compare.config import make_config
+from pat.compare.data import prepare_data
+from pat.compare.prepare import prepare
+from pat.compare.run_cell import round_weights, run_cell
 from pat.export.staging import lock_folder
+from pat.loading import load_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -169,10 +175,6 @@ def test_a_rate_that_diverges_is_not_taken(compared: Path, tmp_path: Path) -> No
 
 
 def test_data_of_other_settings_are_not_taken_for_ones_own(compared: Path, tmp_path: Path) -> None:
-    from pat.compare.config import make_config
-    from pat.compare.data import prepare_data
-    from pat.loading import load_tokenizer
-
     settings = yaml.safe_load((compared / "compare.yaml").read_text(encoding="utf-8"))
     tokenizer = load_tokenizer(settings["models"])
     files = prepare_data(make_config(settings), tokenizer, tmp_path)
@@ -196,6 +198,7 @@ def test_a_failing_cell_does_not_stop_the_others(
     baselines = tmp_path / "baselines"
     baselines.mkdir()
     code = [
+        "def check(*args): ...",
         "def calibration_sequences(*args, **kwargs): ...",
         "def prune(*args, **kwargs): raise ValueError('no luck')",
     ]
@@ -205,6 +208,125 @@ def test_a_failing_cell_does_not_stop_the_others(
     assert "ValueError: no luck" in capsys.readouterr().err
     assert [row["cell"]["method"] for row in rows_of(tmp_path / "out") if "failed" not in row] == ["base"]
     assert "Untuned" in (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+
+
+def test_a_worker_that_is_killed_costs_its_cells_only(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    baselines = tmp_path / "killed"
+    baselines.mkdir()
+    code = [
+        "import os, signal",
+        "def check(*args): ...",
+        "def calibration_sequences(*args, **kwargs): ...",
+        "def prune(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)",
+    ]
+    (baselines / "__init__.py").write_text("\n".join(code), encoding="utf-8")
+    options = ["--methods", "random", "base", "--output_dir", str(tmp_path / "out"), "--baselines", str(baselines)]
+    options += ["--workers", "1"]
+    assert main(["compare", "--config", str(compared / "compare.yaml"), *options]) == 1
+    assert "worker process died" in capsys.readouterr().err
+    assert [row["cell"]["method"] for row in rows_of(tmp_path / "out") if "failed" not in row] == ["base"]
+
+
+def test_other_data_under_the_same_name_are_refused_and_nothing_is_lost(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(compared / "out", out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    other = tmp_path / "rows.jsonl"
+    text = (compared / "rows.jsonl").read_text(encoding="utf-8")
+    other.write_text(text.replace("say 7 ", "say so "), encoding="utf-8")
+    command = ["compare", "--config", str(compared / "compare.yaml"), "--output_dir", str(out), "--data", str(other)]
+    assert main(command) == 2
+    assert "gives other rows" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    other.write_text(text, encoding="utf-8")  # the same rows from elsewhere are the same
+    assert main(command) == 0
+
+
+def test_another_model_under_the_same_name_is_refused(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(compared / "out", tmp_path / "out")
+    build("llama", tied=True, seed=5).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    options = ["--output_dir", str(tmp_path / "out"), "--models", str(tmp_path / "base")]
+    assert main(["compare", "--config", str(compared / "compare.yaml"), *options]) == 2
+    assert "with another model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("family", "methods", "said"),
+    [
+        ("phi3", ["llm_pruner"], "LLM-Pruner"),
+        ("gemma2", ["slicegpt"], "SliceGPT"),
+        ("llama", ["random"], "calibration"),
+    ],
+)
+def test_what_cannot_be_run_is_found_before_anything_is_trained(
+    family: str, methods: list[str], said: str, compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(family, tied=True).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    options = ["--models", str(tmp_path / "base"), "--methods", *methods, "--output_dir", str(tmp_path / "out")]
+    if said == "calibration":
+        options += ["--calibration_rows", "1000"]
+    assert main(["compare", "--config", str(compared / "compare.yaml"), *options]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+def test_pat_and_lora_see_the_same_rows_in_the_same_order(
+    compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[list[int]]] = []
+    step = Trainer.training_step
+
+    def recorded(self: Trainer, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
+        seen.append(inputs["input_ids"].tolist())
+        return step(self, model, inputs, *args, **options)
+
+    monkeypatch.setattr(Trainer, "training_step", recorded)
+    settings = yaml.safe_load((compared / "compare.yaml").read_text(encoding="utf-8"))
+    config = make_config(settings | {"output_dir": str(tmp_path), "learning_rates": [1e-3], "steps": 4})
+    prepare(config)
+    orders = []
+    for cell in (Cell("base", "lora", 0.0, 1, 1e-3), Cell("base", "pat", 0.25, 1, 1e-3)):
+        seen.clear()
+        assert run_cell(config, cell, None)["held_out_nll"] > 0
+        orders.append(list(seen))
+    assert len(orders[0]) == 4 and orders[0] == orders[1]
+    assert len({str(batch) for batch in orders[0]}) == 4
+
+
+def test_accuracies_are_measured_of_whole_sliced_and_small_models(compared: Path, tmp_path: Path) -> None:
+    choices = ["seven", "eight"]
+    rows = [
+        {"stem": f"say {i}", "choices": choices, "answer": i % 2, "prompt": f"say {i} A. seven B. eight"}
+        for i in range(6)
+    ]
+    (tmp_path / "piqa.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    options = ["--tasks", "piqa", "--data_dir", str(tmp_path), "--protocols", "letter", "likelihood", "--seeds", "0"]
+    options += [
+        "--methods",
+        "base",
+        "slicegpt",
+        "pat",
+        "--learning_rates",
+        "1e-3",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    assert main(["compare", "--config", str(compared / "compare.yaml"), *options]) == 0
+    for row in rows_of(tmp_path / "out"):
+        scores = {score["protocol"]: score for score in row["tasks"]["scores"]}
+        assert scores.keys() == {"letter", "likelihood"} and scores["likelihood"]["num_questions"] == 6
+    table = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+    assert "Accuracy, letter (%)" in table and "Accuracy, likelihood, normalised (%)" in table
+    assert "accuracy by task, likelihood" in table and "| piqa |" in table
+    assert (tmp_path / "out" / "accuracy.png").is_file()
 
 
 def test_seeds_differ(compared: Path) -> None:

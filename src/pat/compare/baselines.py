@@ -6,8 +6,14 @@ import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from pat.compare.config import CompareConfig
+from pat.compare.data import DataFiles
 from pat.errors import PatError
+from pat.training.data import load_training_data
 
 
 def default_folder() -> Path | None:
@@ -32,3 +38,17 @@ def load_baselines(folder: Path | None) -> ModuleType:
     if parent not in sys.path:
         sys.path.insert(0, parent)
     return importlib.import_module(found.name)
+
+
+def draw_calibration(
+    config: CompareConfig, baselines: ModuleType, tokenizer: PreTrainedTokenizerBase, files: DataFiles, seed: int
+) -> Any:
+    """Return the text that baselines prune by: token sequences of `max_length`, from the rows to train on.
+
+    Raises:
+        PatError: there are too few rows.
+    """
+    rows = load_training_data(files.train, tokenizer=tokenizer, held_out=0).train
+    return baselines.calibration_sequences(
+        tokenizer, rows, num_sequences=config.calibration_rows, length=config.max_length, seed=seed
+    )

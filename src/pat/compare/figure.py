@@ -10,6 +10,7 @@ from pat.compare.methods import METHODS
 from pat.compare.summary import Line, Spread
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
@@ -58,8 +59,14 @@ def _draw(lines: Sequence[Line], panels: dict[str, Callable[[Line], Spread | Non
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(axis="y", color="0.92")
             axis.set_axisbelow(True)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2 * len(panels), fontsize=8, frameon=False)
+    entries: dict[str, Artist] = {}
+    for axis in axes.flat:  # a method may be there for one model only
+        handles, labels = axis.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    names_of, columns = list(entries), 2 * len(panels)
+    figure.legend(
+        list(entries.values()), names_of, loc="outside lower center", ncols=columns, fontsize=8, frameon=False
+    )
     figure.set_layout_engine("constrained")
     figure.savefig(path)
 
@@ -76,7 +83,11 @@ def _plot(
     color, label = _COLORS[index % len(_COLORS)], method.label + order
     if not method.prunes:
         style = ("--", ":", "-.")[index % 3]
-        axis.axhline(factor * found[0][1].mean, color=color, linestyle=style, linewidth=1.2, label=label)
+        spread = found[0][1]
+        axis.axhline(factor * spread.mean, color=color, linestyle=style, linewidth=1.2, label=label)
+        if spread.deviation:
+            low, high = spread.mean - spread.deviation, spread.mean + spread.deviation
+            axis.axhspan(factor * low, factor * high, color=color, alpha=0.12, linewidth=0)
         return
     shift = 2 * (index - (num_names - 1) / 2) / num_names  # percent, so that bars do not hide each other
     axis.errorbar(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
+from pat.compare.cells import Cell
 from pat.compare.config import CompareConfig
 from pat.errors import PatError
 
@@ -27,7 +29,7 @@ def read_rows(config: CompareConfig) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:  # cut short when the run was killed
             continue
-        if not isinstance(row, dict) or not {"cell", "identity", "inputs"} <= row.keys():
+        if not _is_row(row):
             raise PatError(f"{path}: holds a line that is no cell's: {line[:60]!r}; choose another --output_dir.")
         if "failed" not in row:
             rows.append(row)
@@ -42,6 +44,12 @@ def read_rows(config: CompareConfig) -> list[dict[str, Any]]:
                 "--output_dir."
             )
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), dict) for key in ("cell", "identity", "inputs")):
+        return False
+    return set(row["cell"]) == {field.name for field in fields(Cell)}
 
 
 def append_row(config: CompareConfig, row: Mapping[str, Any]) -> None:

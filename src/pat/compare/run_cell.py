@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 from trl import SFTTrainer
 
-from pat.compare.baselines import load_baselines
+from pat.compare.baselines import draw_calibration, load_baselines
 from pat.compare.budget import Target, lora_parameters_per_rank, lora_rank, lora_targets, pat_rank, target_of
 from pat.compare.cells import Cell, short_name
 from pat.compare.config import CompareConfig
@@ -228,15 +228,8 @@ class _Run:
 
     def _prune(self, model: nn.Module, arguments: TuneArguments) -> nn.Module:
         target: Target = target_of(self.source, self.cell.ratio)
-        rows = load_training_data(self.files.train, tokenizer=self.tokenizer, held_out=0).train
         baselines = load_baselines(self.config.baselines)
-        calibration = baselines.calibration_sequences(
-            self.tokenizer,
-            rows,
-            num_sequences=self.config.calibration_rows,
-            length=self.config.max_length,
-            seed=self.cell.seed,
-        )
+        calibration = draw_calibration(self.config, baselines, self.tokenizer, self.files, self.cell.seed)
         started = time.perf_counter()
         pruned = baselines.prune(
             self.method.baseline,

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -17,18 +17,13 @@ from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
-from pat.compare.baselines import load_baselines
-from pat.compare.budget import target_of
-from pat.compare.cells import Cell, Row, done_cells, num_cells, ready_cells, short_name, tuned_cell
+from pat.compare.cells import Cell, done_cells, num_cells, ready_cells, tuned_cell
 from pat.compare.config import CompareConfig
-from pat.compare.data import prepare_data
-from pat.compare.inputs import digest_inputs
 from pat.compare.methods import METHODS, TUNED
+from pat.compare.prepare import prepare
 from pat.compare.results import append_row, read_rows
 from pat.errors import PatError, RunFailed
-from pat.evaluation.tasks import load_questions
 from pat.export.staging import lock_folder
-from pat.loading import load_config, load_tokenizer
 
 
 def run_cells(config: CompareConfig) -> list[dict[str, Any]]:
@@ -50,39 +45,59 @@ def _run_cells(config: CompareConfig) -> list[dict[str, Any]]:
     started, num_before = time.perf_counter(), len(done)
     running: dict[Future[dict[str, Any]], Cell] = {}
     threads = config.threads or max(1, (os.cpu_count() or 1) // config.workers)
-    context = get_context("spawn")  # torch's threads do not survive a fork
-    with ProcessPoolExecutor(config.workers, mp_context=context, initializer=_start, initargs=(threads,)) as pool:
-        try:
-            while True:
-                waiting = [c for c in ready_cells(config, done) if c not in failed and c not in running.values()]
-                for cell in waiting[: config.workers - len(running)]:
-                    running[pool.submit(_run, config, cell, _tuned_model(config, cell, done))] = cell
-                if not running:
-                    break
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    cell = running.pop(future)
-                    row = future.result() | {"inputs": inputs[cell.model]}
-                    append_row(config, row)
-                    if "failed" in row:
-                        failed[cell] = row["failed"]
-                    else:
-                        done[cell] = row
-                        rows.append(row)
-                    _report(cell, row, len(done), total, started, num_before)
-        except BrokenProcessPool as error:
-            raise RunFailed(
-                "A worker process died, most likely for want of memory; start again with fewer --workers."
-            ) from error
-        except KeyboardInterrupt:
-            for process in active_children():
-                process.terminate()
-            raise
+    pool = _make_pool(config.workers, threads)
+    try:
+        while True:
+            waiting = [c for c in ready_cells(config, done) if c not in failed and c not in running.values()]
+            for cell in waiting[: config.workers - len(running)]:
+                running[pool.submit(_run, config, cell, _tuned_model(config, cell, done))] = cell
+            if not running:
+                break
+            is_broken = False
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                cell = running.pop(future)
+                if isinstance(future.exception(), BrokenProcessPool):
+                    is_broken, row = True, _lost_row(config, cell)
+                else:
+                    row = future.result()
+                row |= {"inputs": inputs[cell.model]}
+                append_row(config, row)
+                if "failed" in row:
+                    failed[cell] = row["failed"]
+                else:
+                    done[cell] = row
+                    rows.append(row)
+                    (config.output_dir / "failed" / f"{cell.name}.txt").unlink(missing_ok=True)
+                _report(cell, row, len(done), total, started, num_before)
+            if is_broken:  # all that ran in it is lost, but not what is still to be run
+                for cell in running.values():
+                    failed[cell] = _lost_row(config, cell)["failed"]
+                running.clear()
+                pool.shutdown()
+                pool = _make_pool(config.workers, threads)
+    except KeyboardInterrupt:
+        for process in active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
     if failed:
         cell, reason = next(iter(failed.items()))
         raise RunFailed(f"{len(failed)} cells failed, such as {cell.describe()}: {reason}")
     shutil.rmtree(config.output_dir / "tuned", ignore_errors=True)
     shutil.rmtree(config.output_dir / "work", ignore_errors=True)
     return rows
+
+
+def _make_pool(workers: int, threads: int) -> ProcessPoolExecutor:
+    context = get_context("spawn")  # torch's threads do not survive a fork
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(threads,))
+
+
+def _lost_row(config: CompareConfig, cell: Cell) -> dict[str, Any]:
+    """Return the row of a cell whose process, or one beside it, was killed; the next start tries it again."""
+    reason = "a worker process died, most likely for want of memory; start again with fewer --workers"
+    return {"cell": cell.to_dict(), "identity": config.identity(), "failed": reason}
 
 
 @contextmanager
@@ -93,9 +108,12 @@ def _folder_of_ones_own(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PatError(f"{folder}: cannot be created ({error.strerror}); choose another --output_dir.") from error
-    lock = lock_folder(folder)
-    if lock is None and sys.platform != "win32":
-        raise PatError(f"{folder}: another comparison is running there; wait for it, or choose another --output_dir.")
+    try:
+        lock = lock_folder(folder)
+    except BlockingIOError as error:
+        raise PatError(
+            f"{folder}: another comparison is running there; wait for it, or choose another --output_dir."
+        ) from error
     try:
         yield
     finally:
@@ -104,46 +122,6 @@ def _folder_of_ones_own(folder: Path) -> Iterator[None]:
         for path in made:  # wrong input leaves nothing behind
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
-
-
-def prepare(config: CompareConfig, rows: Sequence[Row] = ()) -> dict[str, dict[str, str]]:
-    """Check models and baselines, and write the rows of data that every cell reads.
-
-    Args:
-        config: of the comparison.
-        rows: of the cells that are done.
-
-    Returns:
-        By the model's name, what its cells depend on beside the settings; `rows` come from the same.
-    """
-    earlier = {row["cell"]["model"]: row["inputs"] for row in rows}
-    inputs = {}
-    names = [short_name(model) for model in config.models]
-    if len(set(names)) < len(names):
-        raise PatError(f"Got the models {', '.join(names)}; expected names that differ in their last part.")
-    if any(METHODS[name].baseline for name in config.all_methods):
-        load_baselines(config.baselines)
-    if config.tasks is not None:
-        load_questions(config.tasks, config.data_dir, config.limit)
-    for model, name in zip(config.models, names, strict=True):
-        load_config(model)
-        widths = [target_of(model, ratio).pruned_hidden_size for ratio in config.ratios]
-        if len(set(widths)) < len(widths):
-            raise PatError(
-                f"Got the ratios {', '.join(map(str, config.ratios))}, which come to the widths {widths} of {name}; "
-                "give ratios that come to different ones (see `pat plan`)."
-            )
-        known = earlier.get(name, {})
-        folder = config.output_dir / "data" / name
-        files = prepare_data(config, load_tokenizer(model), folder, expected=known.get("data"))
-        inputs[name] = digest_inputs(config, model, files)
-        for what, value in known.items():
-            if inputs[name].get(what) != value:
-                raise PatError(
-                    f"{config.output_dir}: holds cells of {name} with another {what} ({value}) than now "
-                    f"({inputs[name].get(what)}); choose another --output_dir."
-                )
-    return inputs
 
 
 def _tuned_model(config: CompareConfig, cell: Cell, done: dict[Cell, dict[str, Any]]) -> Path | None:

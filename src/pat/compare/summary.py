@@ -34,18 +34,23 @@ class Line:
     name: str
     ratio: float
     num_seeds: int
+    """Of which there are figures."""
+    num_diverged: int
+    """Seeds more, whose tuned model has no finite loss; no figure holds them."""
     learning_rate: float
     num_parameters: Spread
-    nll: Spread
-    """Held-out, in nats per response token."""
+    nll: Spread | None
+    """Held-out, in nats per response token; None if every seed diverged."""
     accuracy: Mapping[str, Spread]
     """Unweighted mean over the tasks, by protocol, such as `letter`, and `likelihood, normalised`."""
     sampling_error: Mapping[str, float]
-    """Standard error of one seed's mean accuracy for want of questions, by protocol; the first seed's."""
+    """Standard error of one seed's mean accuracy for want of questions, by protocol; the largest of any seed."""
     tasks: Mapping[str, Mapping[str, Spread]]
     """By protocol and task."""
     facts: Mapping[str, Any]
     """The first seed's row."""
+    machines: tuple[str, ...]
+    """What it was measured on and with."""
 
     @property
     def method(self) -> Method:
@@ -78,7 +83,7 @@ def summarise(config: CompareConfig, rows: Sequence[Row]) -> list[Line]:
             for cell in result_cells(config, model, name, rate):
                 by_ratio.setdefault(cell.ratio, []).append(cell)
             for ratio, cells in by_ratio.items():
-                found = [done[cell] for cell in cells if cell in done and done[cell].get("held_out_nll") is not None]
+                found = [done[cell] for cell in cells if cell in done]
                 if found:
                     lines.append(_line(model, name, ratio, rate, found))
     order = {name: index for index, name in enumerate(config.all_methods)}
@@ -87,32 +92,42 @@ def summarise(config: CompareConfig, rows: Sequence[Row]) -> list[Line]:
 
 
 def _line(model: str, name: str, ratio: float, rate: float, rows: Sequence[Mapping[str, Any]]) -> Line:
-    accuracies = [_accuracies(row.get("tasks") or {}) for row in rows]
-    errors = _accuracies(rows[0].get("tasks") or {}, "_stderr")
-    tasks = {
-        protocol: {task: Spread.of([a[protocol][task] for a in accuracies]) for task in accuracies[0][protocol]}
-        for protocol in accuracies[0]
-    }
-    means = {
-        protocol: Spread.of([statistics.mean(a[protocol].values()) for a in accuracies]) for protocol in accuracies[0]
-    }
+    finite = [row for row in rows if row.get("held_out_nll") is not None]
+    accuracies = [_accuracies(row.get("tasks") or {}) for row in finite]
+    protocols = list(accuracies[0]) if accuracies else []
     return Line(
         model=model,
         name=name,
         ratio=ratio,
-        num_seeds=len(rows),
+        num_seeds=len(finite),
+        num_diverged=len(rows) - len(finite),
         learning_rate=rate,
         num_parameters=Spread.of([row["num_parameters"] for row in rows]),
-        nll=Spread.of([row["held_out_nll"] for row in rows]),
-        accuracy=means,
-        sampling_error={
-            protocol: math.hypot(*by_task.values()) / len(by_task)
-            for protocol, by_task in errors.items()
-            if by_task.keys() == accuracies[0][protocol].keys()
-        },
-        tasks=tasks,
+        nll=Spread.of([row["held_out_nll"] for row in finite]) if finite else None,
+        accuracy={p: Spread.of([statistics.mean(a[p].values()) for a in accuracies]) for p in protocols},
+        sampling_error=_sampling_errors(finite),
+        tasks={p: {task: Spread.of([a[p][task] for a in accuracies]) for task in accuracies[0][p]} for p in protocols},
         facts=rows[0],
+        machines=tuple(dict.fromkeys(_machine(row) for row in rows)),
     )
+
+
+def _sampling_errors(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    largest: dict[str, float] = {}
+    for row in rows:
+        tasks = row.get("tasks") or {}
+        for protocol, errors in _accuracies(tasks, "_stderr").items():
+            if errors.keys() == _accuracies(tasks)[protocol].keys():
+                error = math.hypot(*errors.values()) / len(errors)
+                largest[protocol] = max(error, largest.get(protocol, 0.0))
+    return largest
+
+
+def _machine(row: Mapping[str, Any]) -> str:
+    if "machine" not in row:
+        return ""
+    machine, versions = row["machine"], ", ".join(f"{name} {number}" for name, number in row["versions"].items())
+    return f"{machine['device']}, {machine['num_threads']} threads a worker; {versions}"
 
 
 def _accuracies(evaluation: Mapping[str, Any], suffix: str = "") -> dict[str, dict[str, float]]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from pat.compare.config import CompareConfig
 from pat.compare.summary import Line, Spread
-from pat.export.results import environment
 
 
 def markdown(config: CompareConfig, lines: Sequence[Line], num_missing: int = 0) -> str:
@@ -23,7 +23,7 @@ def markdown(config: CompareConfig, lines: Sequence[Line], num_missing: int = 0)
         parts += [f"## {model}", _main_table(config, own)]
         for protocol in own[0].tasks if own else ():
             parts += [f"### {model}: accuracy by task, {protocol} (%)", _task_table(own, protocol)]
-        parts += [f"### {model}: budgets", _budget_table(own)]
+        parts += [f"### {model}: budgets", _budget_table(config, own)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -31,16 +31,15 @@ def _preface(config: CompareConfig, lines: Sequence[Line], num_missing: int) -> 
     length = f"{config.steps} steps" if config.steps is not None else f"{config.epochs:g} epochs"
     rows = config.batch_size * config.gradient_accumulation_steps
     seeds = ", ".join(map(str, config.seeds))
-    rates = ", ".join(f"{rate:g}" for rate in config.learning_rates)
-    facts = environment()
+    machines = dict.fromkeys(machine for line in lines for machine in line.machines if machine)
     text = (
         f"Every method trains {length} of {rows} rows of at most {config.max_length} tokens, the same rows in the same "
-        f"order; learning rate of each from {rates} by validation loss (FT→P prunes LoRA's models). LoRA's product has "
-        "the same scale everywhere. As many parameters are trained as by LoRA on the whole model, as closely as a rank "
-        f"comes to it (PAT: up to the milestone). Seeds {seeds}, mean ± standard deviation. "
-        "The ratio is the share of the hidden size that PAT cuts; every other method is cut to the number of "
-        "parameters that PAT then has, as closely as it can. Weights are rounded to the dtype of the base's checkpoint "
-        "before anything is measured. NLL: nats per held-out response token."
+        f"order; {_search(config)} LoRA's product has the same scale everywhere. As many parameters are trained as by "
+        "LoRA on the whole model, as closely as a rank comes to it (PAT: up to the milestone). "
+        f"Seeds {seeds}, mean ± standard deviation. The ratio is the share of the hidden size that PAT is told to cut "
+        "(the budgets below show to which width); every other method is cut to the number of parameters that PAT then "
+        "has, as closely as it can. Weights are rounded to the dtype of the base's checkpoint before anything is "
+        "measured. NLL: nats per held-out response token."
     )
     if config.tasks is not None:
         some = "" if config.limit is None else f", {config.limit} evenly spaced questions of each"
@@ -57,8 +56,29 @@ def _preface(config: CompareConfig, lines: Sequence[Line], num_missing: int) -> 
             )
     if num_missing:
         text += f" **{num_missing} cells are missing.**"
-    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
-    return f"{text}\n\nOn {facts['machine']['device']}; {versions}."
+    if any(line.name.startswith("pat") for line in lines):
+        text += (
+            " The defaults of PAT's own recipe were chosen beforehand, by runs on SmolLM2 and instruct_21k; other rows "
+            "were held out there than here."
+        )
+    if any(line.method.of_paper for line in lines):
+        text += f" In the paper's recipe the mask learns {config.mask_lr_multiplier:g} times as fast as the adapters."
+    if machines:
+        text += f"\n\nMeasured on: {'; and on '.join(machines)}."
+    return text
+
+
+def _search(config: CompareConfig) -> str:
+    rates = ", ".join(f"{rate:g}" for rate in config.learning_rates)
+    if len(config.learning_rates) == 1:
+        return f"at the learning rate {rates} (FT→P prunes LoRA's models)."
+    length = ""
+    if config.search_steps is not None and config.search_steps != config.steps:
+        length = f" after {config.search_steps} steps"
+    return (
+        f"learning rate of each from {rates} by the validation loss{length}, with the first seed at "
+        f"{config.ablation_ratio:.1%} (FT→P prunes LoRA's models)."
+    )
 
 
 def _main_table(config: CompareConfig, lines: Sequence[Line]) -> str:
@@ -75,7 +95,7 @@ def _main_table(config: CompareConfig, lines: Sequence[Line]) -> str:
                 line.method.order or "none",
                 f"{line.num_parameters.mean / 1e6:,.3f} M"
                 + (f" ({line.num_parameters.mean / whole:.1%})" if whole is not None else ""),
-                _show(line.nll, 3),
+                _show_nll(line),
                 *(_show(line.accuracy.get(protocol), 2, 100) for protocol in protocols),
             ]
         )
@@ -93,7 +113,7 @@ def _task_table(lines: Sequence[Line], protocol: str) -> str:
     return _table(["Ratio", "Method", "Order", *tasks], body)
 
 
-def _budget_table(lines: Sequence[Line]) -> str:
+def _budget_table(config: CompareConfig, lines: Sequence[Line]) -> str:
     body = []
     for line in lines:
         facts = line.facts
@@ -104,16 +124,40 @@ def _budget_table(lines: Sequence[Line]) -> str:
                 line.method.label,
                 line.method.order or "none",
                 "" if width is None else f"{facts['hidden_size']} → {width}",
-                f"{line.learning_rate:g}" if line.method.trains else "",
+                _show_rate(config, line),
                 str(facts.get("rank", "")),
-                f"{facts['num_trainable'] / 1e6:.3f} M" if "num_trainable" in facts else "",
+                _show_trained(facts),
                 f"{facts['tune_seconds']:.0f}" if "tune_seconds" in facts else "",
                 str(facts.get("pruning", "")),
             ]
         )
     head = ["Ratio", "Method", "Order", "Hidden size (PAT's)", "Learning rate"]
-    head += ["Rank", "Trained", "Tuning (s)", "How it was cut"]
-    return _table(head, body)
+    head += ["Rank", "Trained (share of LoRA's)", "Tuning (s) ²", "How it was cut"]
+    note = "² Of the first seed, beside other cells on the same machine: no measurement of speed."
+    if any("⁺" in row[4] for row in body):
+        note += " ⁺ The highest or lowest rate that was tried."
+    return f"{_table(head, body)}\n\n{note}"
+
+
+def _show_nll(line: Line) -> str:
+    if not line.num_diverged:
+        return _show(line.nll, 3)
+    return f"{_show(line.nll, 3)} ({line.num_diverged} of {line.num_seeds + line.num_diverged} diverged)".strip()
+
+
+def _show_rate(config: CompareConfig, line: Line) -> str:
+    if not line.method.trains:
+        return ""
+    rates = config.learning_rates
+    edge = len(rates) > 1 and line.learning_rate in (min(rates), max(rates))
+    return f"{line.learning_rate:g}" + (" ⁺" if edge else "")
+
+
+def _show_trained(facts: Mapping[str, Any]) -> str:
+    if "num_trainable" not in facts:
+        return ""
+    share = f" ({facts['num_trainable'] / facts['trainable_budget']:.1%})" if "trainable_budget" in facts else ""
+    return f"{facts['num_trainable'] / 1e6:.3f} M{share}"
 
 
 def _show(spread: Spread | None, digits: int, factor: float = 1, *, with_deviation: bool = True) -> str:

@@ -54,7 +54,8 @@ def staged_folder(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
             staging.mkdir(parents=True)
         except OSError as error:
             raise PatError(f"{target}: cannot be created ({error.strerror}); choose another output folder.") from error
-        lock = lock_folder(staging)
+        with suppress(BlockingIOError):  # somebody who clears up looks at it just now
+            lock = lock_folder(staging)
         yield staging
         _sync(staging)
         _rename(staging, target)
@@ -71,13 +72,20 @@ def staged_folder(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def lock_folder(folder: Path) -> int | None:
-    """Mark a folder as in use until the descriptor returned is closed; None if it is so already or cannot be locked."""
+    """Mark a folder as in use until the descriptor returned is closed; None where the system cannot lock folders.
+
+    Raises:
+        BlockingIOError: somebody else has marked it.
+    """
     if sys.platform == "win32":  # folders can be neither opened nor locked there
         return None
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:  # such as some network file systems
         os.close(descriptor)
         return None
     return descriptor

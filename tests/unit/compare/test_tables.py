@@ -90,6 +90,43 @@ def test_the_error_of_few_questions_is_stated(tmp_path: Path) -> None:
     assert "2.5 (likelihood), 5.0 (likelihood, normalised)" in markdown(settings, [line])
 
 
+def test_a_seed_that_diverged_is_said_not_dropped(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    some = rows(settings)
+    some[-1]["held_out_nll"] = None
+    lines = summarise(settings, some)
+    assert lines[1].num_seeds == 2 and lines[1].num_diverged == 1 and count_missing(settings, some) == 0
+    assert "2.050 ± 0.071 (1 of 3 diverged)" in markdown(settings, lines)
+    for entry in some[3:]:
+        entry["held_out_nll"] = None
+    lines = summarise(settings, some)
+    assert "| (3 of 3 diverged) |" in markdown(settings, lines)
+    pytest.importorskip("matplotlib")
+    draw_nll(lines, tmp_path / "nll.png")
+
+
+def test_a_rate_at_the_edge_and_a_budget_missed_are_seen(tmp_path: Path) -> None:
+    settings = config(tmp_path, learning_rates="1e-3,1e-2,1e-1", methods="lora")
+    done = [row(settings, "lora", 0, 2.0, 0.5) | {"num_trainable": 1_500_000, "trainable_budget": 1_000_000}]
+    for rate, nll in ((1e-3, 1.0), (1e-2, 2.0), (1e-1, 3.0)):
+        cell = Cell("small", "lora", 0.0, 0, rate, search=True).to_dict()
+        done.append({"cell": cell, "identity": settings.identity(), "inputs": {}, "validation_nll": nll})
+    table = markdown(settings, summarise(settings, done))
+    assert "| 0.001 ⁺ |" in table and "1.500 M (150.0%)" in table
+    done[1]["validation_nll"] = 2.5
+    done[0]["cell"]["learning_rate"] = 1e-2
+    assert "| 0.01 |" in markdown(settings, summarise(settings, done))
+
+
+def test_the_table_says_where_it_was_measured(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    some = rows(settings)
+    for number, entry in enumerate(some):
+        entry |= {"machine": {"device": f"card {number // 3}", "num_threads": 2}, "versions": {"torch": "9.9"}}
+    table = markdown(settings, summarise(settings, some))
+    assert "Measured on: card 0, 2 threads a worker; torch 9.9; and on card 1" in table
+
+
 def test_one_seed_has_no_spread(tmp_path: Path) -> None:
     settings = config(tmp_path, seeds="0")
     table = markdown(settings, summarise(settings, rows(settings)))
