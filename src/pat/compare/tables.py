@@ -59,7 +59,7 @@ def _preface(config: CompareConfig, lines: Sequence[Line], num_missing: int) -> 
     if any(line.name.startswith("pat") for line in lines):
         text += (
             " The defaults of PAT's own recipe were chosen beforehand, by runs on SmolLM2 and instruct_21k; other rows "
-            "were held out there than here."
+            "(but for one in a hundred, by chance) were held out there."
         )
     if any(line.method.of_paper for line in lines):
         text += f" In the paper's recipe the mask learns {config.mask_lr_multiplier:g} times as fast as the adapters."
