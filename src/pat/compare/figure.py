@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
-"""Okabe and Ito's, which colour-blind people can tell apart."""
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#999999")
+"""Okabe and Ito's, which colour-blind people can tell apart; their black is PAT's."""
 
 _MARKERS = "osD^vPX*"
 
@@ -40,6 +41,8 @@ def _draw(lines: Sequence[Line], panels: dict[str, Callable[[Line], Spread | Non
 
     models = list(dict.fromkeys(line.model for line in lines))
     names = list(dict.fromkeys(line.name for line in lines))
+    ratios = sorted({100 * line.ratio for line in lines if line.ratio > 0})
+    spacing = 0.5 * min([after - before for before, after in pairwise(ratios)], default=5.0)
     figure = Figure(figsize=(1.2 + 4.6 * len(panels), 0.9 + 3.9 * len(models) + 0.22 * len(names)), dpi=150)
     axes = figure.subplots(len(models), len(panels), squeeze=False)
     for row, model in enumerate(models):
@@ -47,15 +50,14 @@ def _draw(lines: Sequence[Line], panels: dict[str, Callable[[Line], Spread | Non
             axis = axes[row][column]
             for index, name in enumerate(names):
                 own = [line for line in lines if line.model == model and line.name == name]
-                _plot(axis, own, index, len(names), value, factor)
+                _plot(axis, own, index, len(names), spacing, value, factor)
             axis.set_title(model, fontsize=10)
             axis.set_ylabel(title)
             axis.set_xlabel("hidden size cut (other methods: as many parameters)")
             axis.xaxis.set_major_formatter(lambda x, _: f"{x:.3g} %")
-            ratios = sorted({100 * line.ratio for line in lines if line.ratio > 0})
             if ratios:
                 axis.set_xticks(ratios)
-                axis.set_xlim(ratios[0] - 3, ratios[-1] + 3)
+                axis.set_xlim(ratios[0] - spacing, ratios[-1] + spacing)
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(axis="y", color="0.92")
             axis.set_axisbelow(True)
@@ -72,7 +74,13 @@ def _draw(lines: Sequence[Line], panels: dict[str, Callable[[Line], Spread | Non
 
 
 def _plot(
-    axis: Axes, lines: Sequence[Line], index: int, num_names: int, value: Callable[[Line], Spread | None], factor: float
+    axis: Axes,
+    lines: Sequence[Line],
+    index: int,
+    num_names: int,
+    spacing: float,
+    value: Callable[[Line], Spread | None],
+    factor: float,
 ) -> None:
     """Draw one method: a level across if it does not prune, else points with bars, a little beside each other."""
     found = [(line, spread) for line in lines if (spread := value(line)) is not None]
@@ -80,7 +88,8 @@ def _plot(
         return
     method = METHODS[found[0][0].name]
     order = f" ({method.order})" if method.order in ("FT→P", "P→FT") else ""
-    color, label = _COLORS[index % len(_COLORS)], method.label + order
+    is_pat = found[0][0].name == "pat"  # what the comparison is about is to be found at once
+    color, label = "#000000" if is_pat else _COLORS[index % len(_COLORS)], method.label + order
     if not method.prunes:
         style = ("--", ":", "-.")[index % 3]
         spread = found[0][1]
@@ -89,16 +98,17 @@ def _plot(
             low, high = spread.mean - spread.deviation, spread.mean + spread.deviation
             axis.axhspan(factor * low, factor * high, color=color, alpha=0.12, linewidth=0)
         return
-    shift = 2 * (index - (num_names - 1) / 2) / num_names  # percent, so that bars do not hide each other
+    shift = spacing * (index - (num_names - 1) / 2) / num_names  # percent, so that bars do not hide each other
     axis.errorbar(
         [100 * line.ratio + shift for line, _ in found],
         [factor * spread.mean for _, spread in found],
         yerr=[factor * (spread.deviation or 0.0) for _, spread in found],
         color=color,
-        marker=_MARKERS[(index + index // len(_MARKERS)) % len(_MARKERS)],
+        marker=_MARKERS[(index + 3 * (index // len(_COLORS))) % len(_MARKERS)],
         linestyle="--" if method.order == "FT→P" else "-",
-        linewidth=1.4,
-        markersize=5,
+        linewidth=2.4 if is_pat else 1.2,
+        markersize=7 if is_pat else 5,
+        zorder=4 if is_pat else 3,
         capsize=3,
         label=label,
     )
