@@ -1,7 +1,7 @@
 """What pruning costs before and after a short tuning: held-out NLL of every baseline at the same number of parameters.
 
     python benchmarks/baselines_nll.py --model ../shared/data/models/stories260K \
-        --data ../shared/data/instruct/instruct_21k.jsonl --seeds 0,1,2 --tune_steps 200 \
+        --data ../shared/data/instruct/instruct_21k.jsonl --seeds 0,1,2 --tune_steps 60 \
         --output benchmarks/results/baselines_nll.json
 
 The budget is that of PAT's dense model at `--pruning_ratio` of the hidden size. A seed decides the calibration text,
@@ -72,11 +72,7 @@ def main() -> None:
     base = evaluate(model, held_out, args, tokenizer)
     record: dict[str, Any] = {
         **environment(),
-        "settings": {
-            key: value
-            for key, value in vars(args).items()
-            if key not in ("model", "data", "output", "seeds", "methods")
-        },
+        "settings": {key: value for key, value in vars(args).items() if key not in NO_SETTINGS},
         "data": Path(args.data).name,
         "base": {"nll": base, "num_parameters": num_parameters(model)},
         "hidden_size": width.hidden_size,
