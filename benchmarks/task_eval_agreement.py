@@ -5,10 +5,9 @@ r"""Does every answer agree with a plain loop: one question at a time, no batch,
     PYTHONPATH=tests python benchmarks/task_eval_agreement.py --run runs/smollm2 --limit 200 \
         --output benchmarks/results/task_eval_agreement.json
 
-The plain loop is the one of the tests (`tests/plain_answers.py`), in the dtype of the
-checkpoint. Its answers are kept in the run's folder:
-started again, it goes on where it stopped, and `--questions` may be more then. Questions whose two best choices (or
-tokens) lie within 1e-3 are listed.
+The plain loop is the one of the tests (`tests/plain_answers.py`), in the dtype of the checkpoint. Its answers are
+kept in the run's folder: started again, it goes on where it stopped, and `--questions` may be more then. Questions
+whose two best choices (or tokens) lie within 1e-3 are listed.
 Exits with 1 if answers disagree that do not lie so close, or log-likelihoods differ by more.
 """
 
