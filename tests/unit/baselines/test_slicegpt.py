@@ -16,6 +16,8 @@ from transformers import DynamicCache
 from trl import SFTConfig, SFTTrainer
 
 from pat.errors import PatError
+from pat.evaluation.tasks.batched import BatchedModel, Scored
+from pat.evaluation.tasks.prefixes import Item
 
 SLICEABLE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "smollm3", "granite")
 
@@ -175,3 +177,17 @@ def test_impossible_requests() -> None:
             slice_model(model, sequences(), width=width)
     with pytest.raises(PatError, match="at least one sequence"):
         slice_model(model, [], width=30)
+
+
+@torch.no_grad()
+def test_batches_with_a_shared_cache_ask_a_sliced_model_like_plain_passes() -> None:
+    """What `pat compare` measures accuracies by: SliceGPT's layers of its own take part in cache and padding."""
+    model = slice_model(build("llama", tied=True), sequences(), width=36)
+    root = sequences(1, 10)[0].tolist()
+    # Beginnings of 4, 6 or 8 tokens in common, then 7 of each one's own, of which the last two are read off.
+    items = [Item((*root[: 4 + 2 * (i % 3)], *ids.tolist()), 2) for i, ids in enumerate(sequences(6, 7))]
+    requests = [Scored(number, (5, 6)) for number in range(len(items))]
+    batched = BatchedModel(model, pad_token_id=0, batch_size=3)
+    for item, (likelihood, _) in zip(items, batched.score(items, requests), strict=True):
+        logits = model(input_ids=torch.tensor([item.tokens]), use_cache=False).logits[0, -2:].log_softmax(-1)
+        assert likelihood == pytest.approx(float(logits[0, 5] + logits[1, 6]), abs=SAME)
