@@ -3,7 +3,13 @@
 Importing this package registers the PEFT method `PAT`; see the README for the three lines it takes.
 """
 
+import logging
 from typing import TYPE_CHECKING
+
+# peft imports bitsandbytes if it is there, and that warns on some processors (AVX512-BF16) of a kernel that could be
+# installed, as the first line of whatever a command says.
+if (_noisy := logging.getLogger("bitsandbytes.backends.cpu.ops")).level == logging.NOTSET:
+    _noisy.setLevel(logging.ERROR)
 
 from pat.errors import PatError
 from pat.tuner import PatConfig

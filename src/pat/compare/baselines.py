@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
+import hashlib
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,10 +35,16 @@ def load_baselines(folder: Path | None) -> ModuleType:
             f"Got no baselines in {found or 'benchmarks/baselines'}; pass --baselines with that folder of a checkout "
             "of the sources."
         )
-    parent = str(found.resolve().parent)
-    if parent not in sys.path:
-        sys.path.insert(0, parent)
-    return importlib.import_module(found.name)
+    # Under a name of their own: "baselines" may be another folder's, or a module of somebody else's.
+    place = found.resolve()
+    name = f"pat_baselines_{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
+    if name not in sys.modules:
+        spec = spec_from_file_location(name, place / "__init__.py", submodule_search_locations=[str(place)])
+        assert spec is not None and spec.loader is not None, "it is a file, and ends in .py"
+        module = module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
 
 
 def draw_calibration(

@@ -27,6 +27,7 @@ from pat.training.data import TrainingData, check_truncation, load_training_data
 from pat.training.results import Size, TuneResult, measure
 from pat.training.stages import Stages
 from pat.tuner.prepare import check_config
+from pat.tuner.quantized import keep_plain_layout
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +186,7 @@ def _load_base(arguments: TuneArguments) -> PreTrainedModel:
     )
     if quantization is None:
         return cast(PreTrainedModel, base.to(arguments.sft.device))  # type: ignore[arg-type]
+    keep_plain_layout(base)  # it is measured before the adapter is on it
     return cast(
         PreTrainedModel,
         prepare_model_for_kbit_training(base, use_gradient_checkpointing=bool(arguments.sft.gradient_checkpointing)),
