@@ -165,6 +165,20 @@ def test_a_run_that_was_cut_off_is_resumed(stage: str, base: Path, data: Path, r
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_cut_off_before_the_first_checkpoint_it_starts_anew(base: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "checkpoints").mkdir(parents=True)
+    argv = ["tune", *as_argv(flags(base, data, tmp_path / "out"))]
+    assert main([*argv, "--resume_from_checkpoint", "true"]) == 2
+    assert main(argv) == 0
+
+
+def test_a_ratio_that_is_rounded_far_is_said(
+    base: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pat.tune(**flags(base, data, tmp_path / "out", pruning_ratio=0.4, max_steps=2))
+    assert "of the hidden size will be cut: cutting 0.4 of 48 leaves 28.8" in caplog.text
+
+
 def test_packing_and_picking_the_best_checkpoint(base: Path, data: Path, tmp_path: Path) -> None:
     best = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     result = pat.tune(**flags(base, data, tmp_path / "out", load_best_model_at_end=True, packing=True, **best))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pat.compare.config import CompareConfig
+from pat.compare.methods import METHODS
 from pat.compare.summary import Line, Spread
 
 
@@ -30,13 +31,12 @@ def markdown(config: CompareConfig, lines: Sequence[Line], num_missing: int = 0)
 def _preface(config: CompareConfig, lines: Sequence[Line], num_missing: int) -> str:
     length = f"{config.steps} steps" if config.steps is not None else f"{config.epochs:g} epochs"
     rows = config.batch_size * config.gradient_accumulation_steps
-    seeds = ", ".join(map(str, config.seeds))
     machines = dict.fromkeys(machine for line in lines for machine in line.machines if machine)
     text = (
         f"Every method trains {length} of {rows} rows of at most {config.max_length} tokens, the same rows in the same "
         f"order; {_search(config)} LoRA's product has the same scale everywhere. As many parameters are trained as by "
         "LoRA on the whole model, as closely as a rank comes to it (PAT: up to the milestone). "
-        f"Seeds {seeds}, mean ± standard deviation. The ratio is the share of the hidden size that PAT is told to cut "
+        f"{_seeds(config)} The ratio is the share of the hidden size that PAT is told to cut "
         "(the budgets below show to which width); every other method is cut to the number of parameters that PAT then "
         "has, as closely as it can. Weights are rounded to the dtype of the base's checkpoint before anything is "
         "measured. NLL: nats per held-out response token."
@@ -58,8 +58,8 @@ def _preface(config: CompareConfig, lines: Sequence[Line], num_missing: int) -> 
         text += f" **{num_missing} cells are missing.**"
     if any(line.name.startswith("pat") for line in lines):
         text += (
-            " The defaults of PAT's own recipe were chosen beforehand, by runs on SmolLM2 and instruct_21k; other rows "
-            "(but for one in a hundred, by chance) were held out there."
+            " The defaults of PAT's own recipe were chosen beforehand, by runs on SmolLM2 with 25 % cut and rows of "
+            "instruct_21k; should this be the same data, one in a hundred of the rows reported was held out there, too."
         )
     if any(line.method.of_paper for line in lines):
         text += f" In the paper's recipe the mask learns {config.mask_lr_multiplier:g} times as fast as the adapters."
@@ -68,16 +68,27 @@ def _preface(config: CompareConfig, lines: Sequence[Line], num_missing: int) -> 
     return text
 
 
+def _seeds(config: CompareConfig) -> str:
+    if len(config.seeds) == 1:
+        return f"One seed, {config.seeds[0]}."
+    return f"Seeds {', '.join(map(str, config.seeds))}, mean ± standard deviation."
+
+
+def _order_note(config: CompareConfig) -> str:
+    after = any(METHODS[name].order == "FT→P" for name in config.all_methods)
+    return " (FT→P: tuned first, then pruned, which takes LoRA's models)" if after else ""
+
+
 def _search(config: CompareConfig) -> str:
     rates = ", ".join(f"{rate:g}" for rate in config.learning_rates)
     if len(config.learning_rates) == 1:
-        return f"at the learning rate {rates} (FT→P prunes LoRA's models)."
+        return f"at the learning rate {rates}{_order_note(config)}."
     length = ""
     if config.search_steps is not None and config.search_steps != config.steps:
         length = f" after {config.search_steps} steps"
     return (
         f"learning rate of each from {rates} by the validation loss{length}, with the first seed at "
-        f"{config.ablation_ratio:.1%} (FT→P prunes LoRA's models)."
+        f"{config.ablation_ratio:.1%}{_order_note(config)}."
     )
 
 

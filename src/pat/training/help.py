@@ -12,7 +12,8 @@ USAGE = "pat tune --model_name_or_path M --dataset_name D --output_dir OUT [--pr
 DESCRIPTION = """\
 Fine-tune a language model and get it back smaller: M (folder or hub id) is tuned on D (hub id, .json, .jsonl, .parquet
 or .csv), loses the share R of its hidden size, and is written to OUT/model as a standard checkpoint that loads without
-pat. OUT/results.json holds the figures, OUT/adapter the adapter.
+pat. OUT/results.json holds the figures, OUT/adapter the adapter as of the milestone, where the model shrinks, and
+OUT/compact the small base and its LoRA adapter from there on.
 
 examples:
   pat tune --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --dataset_name data.jsonl --pruning_ratio 0.25 \\

@@ -235,6 +235,7 @@ class Stages:
         model = cast(PeftModel, trainer.model)
         if record is not None:
             model.save_pretrained(str(self.compact_dir / ADAPTER))
+            (self.compact_dir / ADAPTER / "README.md").unlink(missing_ok=True)  # peft's form, with nothing filled in
         else:
             model.save_pretrained(str(self.arguments.output_dir / "adapter"))
         state = trainer.state

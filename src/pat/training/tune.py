@@ -36,6 +36,9 @@ NUM_VERIFY_ROWS = 16
 
 VERIFY_BATCH_SIZE = 4
 
+RATIO_SLACK = 0.01
+"""Said before training if the width that can be loaded lies further from the ratio asked for."""
+
 
 def tune(**flags: Any) -> TuneResult:
     """Tune and prune in one call: every keyword is a flag of `pat tune` (TRL's, the adapter's and the method's).
@@ -59,7 +62,9 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
     resume_from = _resume_from(arguments)
     pat_config = arguments.pat_config()
     base_config, family = load_config(name, revision=arguments.model.model_revision)
-    check_config(base_config, family, pat_config)
+    width = check_config(base_config, family, pat_config)
+    if pat_config.pruning_ratio is not None and abs(width.pruning_ratio - pat_config.pruning_ratio) > RATIO_SLACK:
+        logger.warning("%.1f %% of the hidden size will be cut: %s.", 100 * width.pruning_ratio, width.reason)
     if pat_config.calibration is not None:
         read_calibration(pat_config.calibration)
     tokenizer = _load_tokenizer(arguments)
@@ -216,6 +221,7 @@ def _resume_from(arguments: TuneArguments) -> str | None:
                 f"{arguments.output_dir}: holds the checkpoints of a run; go on with it by "
                 "--resume_from_checkpoint true, or choose another output folder."
             )
+        _remove_if_empty(arguments.output_dir / "checkpoints")  # of a run cut off before its first checkpoint
         check_output_folder(arguments.output_dir)
         return None
     check_output_folder(arguments.output_dir / "model")
@@ -227,6 +233,11 @@ def _resume_from(arguments: TuneArguments) -> str | None:
             f"{'in ' + str(checkpoints) if given is True else 'at that path'}; leave the flag out to start anew."
         )
     return found
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _describe(data: TrainingData) -> dict[str, Any]:
