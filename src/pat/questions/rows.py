@@ -113,7 +113,7 @@ def _hub_rows(task: EvalTask, split: str) -> list[Row]:
         reason = str(error).strip().split("\n")[0]
         raise PatError(
             f"Could not load the questions of {task.name} ({task.path}, split {split!r}) from the hub: {reason}; "
-            f"pass {'--data_dir' if split == task.split else 'task:FOLDER/' + task.name} with a "
+            f"pass {'--data_dir' if split == task.split else 'task:FOLDER/' + task.name} with the file "
             f"{_file_name(task, None if split == task.split else 'train')}, or go online."
         ) from error
     rows: list[Row] = []

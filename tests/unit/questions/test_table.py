@@ -277,7 +277,7 @@ def test_a_hub_that_cannot_be_reached_names_the_way_out(monkeypatch: pytest.Monk
         raise Unexpected("no route")
 
     monkeypatch.setattr("datasets.load_dataset", load)
-    with pytest.raises(PatError, match=r"no route; pass --data_dir with a copa\.jsonl"):
+    with pytest.raises(PatError, match=r"no route; pass --data_dir with the file copa\.jsonl"):
         load_rows(TASKS["copa"], None)
 
 
