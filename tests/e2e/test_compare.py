@@ -275,7 +275,7 @@ def test_what_cannot_be_run_is_found_before_anything_is_trained(
         options += ["--calibration_rows", "1000"]
     assert main(["compare", "--config", str(compared / "compare.yaml"), *options]) == 2
     assert said in capsys.readouterr().err
-    assert not (tmp_path / "out" / "results.jsonl").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_pat_and_lora_see_the_same_rows_in_the_same_order(

@@ -10,6 +10,8 @@ import torch
 
 from pat.compare.config import CompareConfig
 from pat.compare.data import DataFiles
+from pat.evaluation.tasks import load_questions
+from pat.evaluation.tasks.fingerprints import fingerprint_rows
 from pat.export.results import environment
 from pat.loading import load_config
 from pat.training.arguments import recipe_defaults
@@ -34,9 +36,6 @@ def digest_inputs(config: CompareConfig, model: str, files: DataFiles) -> dict[s
         "version": environment()["versions"]["pat-llm"],
     }
     if config.tasks is not None:
-        from pat.evaluation.tasks import load_questions  # needs lm-eval, which a comparison without tasks does not
-        from pat.evaluation.tasks.fingerprints import fingerprint_rows
-
         questions = load_questions(config.tasks, config.data_dir, config.limit)
         inputs["questions"] = _digest([fingerprint_rows(rows).encode() for rows in questions.values()])
     return inputs

@@ -39,7 +39,12 @@ def run_cells(config: CompareConfig) -> list[dict[str, Any]]:
 
 def _run_cells(config: CompareConfig) -> list[dict[str, Any]]:
     rows = read_rows(config)
-    inputs = prepare(config, rows)
+    try:
+        inputs = prepare(config, rows)
+    except PatError:
+        if not rows:  # what nothing was made from yet can be made again
+            shutil.rmtree(config.output_dir / "data", ignore_errors=True)
+        raise
     done = _without_lost_models(config, done_cells(rows))
     total, failed = num_cells(config), dict[Cell, str]()
     started, num_before = time.perf_counter(), len(done)
