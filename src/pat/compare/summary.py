@@ -60,11 +60,11 @@ class Line:
 
 def count_missing(config: CompareConfig, rows: Sequence[Row]) -> int:
     """Return how many results are not there, those of methods whose learning rate is still being searched included."""
-    done = {cell for cell in done_cells(rows) if not cell.search}
+    done = done_cells(rows)
     missing = 0
     for model in map(short_name, config.models):
         for name in config.all_methods:
-            rate = chosen_rate(config, model, name, done_cells(rows))
+            rate = chosen_rate(config, model, name, done)
             cells = result_cells(config, model, name, rate or 0.0)
             missing += sum(rate is None or cell not in done for cell in cells)
     return missing

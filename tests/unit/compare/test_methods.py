@@ -31,6 +31,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> CompareConfig:
         "steps": 30,
         "rank": 16,
         "lora_alpha": 8,
+        "mask_lr_multiplier": 7,  # no recipe's
         "held_out": 4,
         "validation": 4,
         "max_length": 64,
@@ -48,7 +49,8 @@ def test_flags_are_understood(config: CompareConfig, name: str) -> None:
     if METHODS[name].order == "PAT":
         pat_config = arguments.pat_config()
         assert pat_config.pruning_ratio == 0.25
-        assert pat_config.mask_lr_multiplier == 40.0 if METHODS[name].of_paper else True
+        if METHODS[name].of_paper:
+            assert pat_config.mask_lr_multiplier == 7.0
         assert pat_config.use_dora == (name == "pat_dora")
 
 
