@@ -192,17 +192,24 @@ def test_wrong_tasks_are_found_before_anything_is_trained(
     assert "piqa.jsonl" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def fake_baselines(tmp_path: Path, prune: str) -> Path:
+    """A folder of baselines whose every method does this instead of pruning."""
+    folder = tmp_path / "baselines"
+    folder.mkdir()
+    code = [
+        "import os, signal",
+        "def check(*args): ...",
+        "def calibration_sequences(*args, **kwargs): ...",
+        f"def prune(*args, **kwargs): {prune}",
+    ]
+    (folder / "__init__.py").write_text("\n".join(code), encoding="utf-8")
+    return folder
+
+
 def test_a_failing_cell_does_not_stop_the_others(
     compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    baselines = tmp_path / "baselines"
-    baselines.mkdir()
-    code = [
-        "def check(*args): ...",
-        "def calibration_sequences(*args, **kwargs): ...",
-        "def prune(*args, **kwargs): raise ValueError('no luck')",
-    ]
-    (baselines / "__init__.py").write_text("\n".join(code), encoding="utf-8")
+    baselines = fake_baselines(tmp_path, "raise ValueError('no luck')")
     options = ["--methods", "base", "random", "--output_dir", str(tmp_path / "out"), "--baselines", str(baselines)]
     assert main(["compare", "--config", str(compared / "compare.yaml"), *options]) == 1
     assert "ValueError: no luck" in capsys.readouterr().err
@@ -213,15 +220,7 @@ def test_a_failing_cell_does_not_stop_the_others(
 def test_a_worker_that_is_killed_costs_its_cells_only(
     compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    baselines = tmp_path / "killed"
-    baselines.mkdir()
-    code = [
-        "import os, signal",
-        "def check(*args): ...",
-        "def calibration_sequences(*args, **kwargs): ...",
-        "def prune(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)",
-    ]
-    (baselines / "__init__.py").write_text("\n".join(code), encoding="utf-8")
+    baselines = fake_baselines(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
     options = ["--methods", "random", "base", "--output_dir", str(tmp_path / "out"), "--baselines", str(baselines)]
     options += ["--workers", "1"]
     assert main(["compare", "--config", str(compared / "compare.yaml"), *options]) == 1

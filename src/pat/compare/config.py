@@ -10,11 +10,10 @@ from typing import Any
 
 from pat.compare.methods import METHODS, TUNED
 from pat.errors import PatError
+from pat.evaluation.tasks.protocols import PROTOCOLS
 
 CONFIGS = ("tiny", "smollm2", "gpu", "paper")
 """Names of the ready-made comparisons."""
-
-PROTOCOLS = ("letter", "likelihood")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from pat.compare.data import DataFiles, data_files
 from pat.compare.methods import METHODS, TUNED
 from pat.errors import Diverged, PatError
 from pat.evaluation.perplexity import response_nll, tokenize_examples
+from pat.evaluation.tasks import evaluate_tasks
 from pat.export.results import environment
 from pat.loading import load_base, load_config, load_tokenizer, stored_dtype
 from pat.training.arguments import TuneArguments, build_arguments
@@ -104,8 +105,6 @@ class _Run:
             self.facts[f"{part}_nll"] = nll.nll if math.isfinite(nll.nll) else None
             self.facts[f"num_{part}_tokens"] = nll.num_tokens
         if self.config.tasks is not None and not self.cell.search:
-            from pat.evaluation.tasks import evaluate_tasks  # needs lm-eval, which a comparison without tasks does not
-
             evaluation = evaluate_tasks(
                 model,
                 self.tokenizer,
