@@ -62,7 +62,7 @@ class CompareConfig:
     """Sequences of `max_length` tokens that the baselines prune by, drawn by the seed."""
     workers: int = 1
     threads: int | None = None
-    """Of each worker; by default the machine's cores are divided among them."""
+    """Of each worker; by default what OMP_NUM_THREADS says, else the cores are divided among them."""
     baselines: Path | None = None
     """Folder of the baselines; by default `benchmarks/baselines` of the source tree."""
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
-from pat.compare.config import config_path
+from pat.compare.config import CONFIGS, config_path
 from pat.config_file import FLAG
+from pat.errors import PatError
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -42,17 +44,30 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval_batch_size", help="Questions evaluated at once.")
     parser.add_argument("--calibration_rows", help="Sequences of --max_length tokens that the baselines prune by.")
     parser.add_argument("--workers", help="Cells to run at once.")
-    parser.add_argument("--threads", help="CPU threads of each worker.")
+    parser.add_argument(
+        "--threads", help="CPU threads of each worker; by default OMP_NUM_THREADS, or its share of the cores."
+    )
     parser.add_argument("--baselines", help="Folder of the baselines, if pat is not run from its sources.")
 
 
 def with_config_path(argv: Sequence[str]) -> list[str]:
-    """Put the file of a ready-made comparison in the place of its name after `--config`."""
+    """Put the file of a ready-made comparison in the place of its name after `--config`.
+
+    Raises:
+        PatError: there is neither a ready-made comparison nor a file of that name.
+    """
     result: list[str] = []
     for argument in argv:
         joined = argument.startswith(f"{FLAG}=")
-        path = config_path(argument.removeprefix(f"{FLAG}=")) if joined or result[-1:] == [FLAG] else None
-        if path is not None:
-            argument = f"{FLAG}={path}" if joined else str(path)
+        if joined or result[-1:] == [FLAG]:
+            name = argument.removeprefix(f"{FLAG}=")
+            path = config_path(name)
+            if path is not None:
+                argument = f"{FLAG}={path}" if joined else str(path)
+            elif name and not Path(name).expanduser().is_file():
+                names = ", ".join(CONFIGS)
+                raise PatError(
+                    f"Got {FLAG} {name}; expected a YAML file of flags, or a ready-made comparison: {names}."
+                )
         result.append(argument)
     return result

@@ -49,7 +49,7 @@ def _run_cells(config: CompareConfig) -> list[dict[str, Any]]:
     total, failed = num_cells(config), dict[Cell, str]()
     started, num_before = time.perf_counter(), len(done)
     running: dict[Future[dict[str, Any]], Cell] = {}
-    threads = config.threads or max(1, (os.cpu_count() or 1) // config.workers)
+    threads = config.threads or default_threads(config.workers)
     pool = _make_pool(config.workers, threads)
     try:
         while True:
@@ -92,6 +92,14 @@ def _run_cells(config: CompareConfig) -> list[dict[str, Any]]:
     shutil.rmtree(config.output_dir / "tuned", ignore_errors=True)
     shutil.rmtree(config.output_dir / "work", ignore_errors=True)
     return rows
+
+
+def default_threads(workers: int) -> int:
+    """Return the CPU threads of each worker: what OMP_NUM_THREADS says, else its share of the cores."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdecimal() and int(given) > 0:
+        return int(given)
+    return max(1, (os.cpu_count() or 1) // workers)
 
 
 def _make_pool(workers: int, threads: int) -> ProcessPoolExecutor:

@@ -6,8 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pat.compare.config import CompareConfig
-from pat.compare.methods import METHODS
+from pat.compare.methods import Order
 from pat.compare.summary import Line, Spread
+
+_ORDERS: dict[Order, str] = {
+    "FT": "tuned alone",
+    "P→FT": "pruned, then tuned",
+    "FT→P": "LoRA's tuned model, then pruned",
+    "PAT": "pruned while it is tuned",
+}
 
 
 def markdown(config: CompareConfig, lines: Sequence[Line], num_missing: int = 0) -> str:
@@ -74,21 +81,16 @@ def _seeds(config: CompareConfig) -> str:
     return f"Seeds {', '.join(map(str, config.seeds))}, mean ± standard deviation."
 
 
-def _order_note(config: CompareConfig) -> str:
-    after = any(METHODS[name].order == "FT→P" for name in config.all_methods)
-    return " (FT→P: tuned first, then pruned, which takes LoRA's models)" if after else ""
-
-
 def _search(config: CompareConfig) -> str:
     rates = ", ".join(f"{rate:g}" for rate in config.learning_rates)
     if len(config.learning_rates) == 1:
-        return f"at the learning rate {rates}{_order_note(config)}."
+        return f"at the learning rate {rates}."
     length = ""
     if config.search_steps is not None and config.search_steps != config.steps:
         length = f" after {config.search_steps} steps"
     return (
         f"learning rate of each from {rates} by the validation loss{length}, with the first seed at "
-        f"{config.ablation_ratio:.1%}{_order_note(config)}."
+        f"{config.ablation_ratio:.1%}."
     )
 
 
@@ -110,8 +112,11 @@ def _main_table(config: CompareConfig, lines: Sequence[Line]) -> str:
                 *(_show(line.accuracy.get(protocol), 2, 100) for protocol in protocols),
             ]
         )
-    note = "\n\n¹ At this ratio alone." if any("¹" in row[1] for row in body) else ""
-    return _table(head, body) + note
+    notes = ["¹ At this ratio alone."] if any("¹" in row[1] for row in body) else []
+    notes += [
+        f"{order}: {meaning}." for order, meaning in _ORDERS.items() if order in {line.method.order for line in lines}
+    ]
+    return "\n\n".join([_table(head, body), " ".join(notes)]).rstrip()
 
 
 def _task_table(lines: Sequence[Line], protocol: str) -> str:

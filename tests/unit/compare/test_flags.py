@@ -9,6 +9,7 @@ from pat.cli import main
 from pat.command_parser import CommandParser
 from pat.compare.config import CONFIGS, CompareConfig, config_path, make_config
 from pat.compare.flags import add_flags, with_config_path
+from pat.compare.runner import default_threads
 
 
 def parser() -> CommandParser:
@@ -51,3 +52,20 @@ def test_wrong_input_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]
     assert main(["compare", "--methods", "lora"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--models is missing" in error and "tiny" in error
+
+
+@pytest.mark.parametrize("typed", [["--config", "tinny"], ["--config=tinny"]])
+def test_a_name_that_is_not_ready_made_is_answered_with_those_that_are(
+    typed: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", *typed]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Got --config tinny" in error and "tiny, smollm2, gpu, paper" in error
+
+
+def test_threads_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert default_threads(2) == 4 and default_threads(16) == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert default_threads(2) == 3

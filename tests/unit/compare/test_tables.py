@@ -73,6 +73,12 @@ def test_a_method_without_any_result_is_missing_too(tmp_path: Path) -> None:
     assert count_missing(settings, [r for r in rows(settings) if r["cell"]["method"] == "lora"]) == 3
 
 
+def test_the_orders_of_the_table_are_explained_and_no_others(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    table = markdown(settings, summarise(settings, rows(settings)))
+    assert "FT: tuned alone." in table and "PAT: pruned while it is tuned." in table and "FT→P" not in table
+
+
 def test_without_an_unpruned_model_there_is_no_share(tmp_path: Path) -> None:
     settings = config(tmp_path, methods="pat")
     table = markdown(settings, summarise(settings, rows(settings)[3:]))

@@ -60,7 +60,7 @@ def load_questions(
         raise PatError(f"Got limit={limit}; expected a whole number above 0.")
     folder = None if data_dir is None else Path(data_dir).expanduser()
     if folder is not None and not folder.is_dir():
-        raise PatError(f"{data_dir}: no such folder; expected one with a <task>.jsonl for each task.")
+        raise PatError(f"{data_dir}: no such folder; give a --data_dir that holds a <task>.jsonl for each task.")
     return {task: load_rows(task, folder, limit=limit) for task in chosen}
 
 
