@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from baselines import LORA_TARGETS, METHODS, Pruned, calibration_sequences, num_parameters, pat_parameters, prune
+from baselines import METHODS, Pruned, calibration_sequences, num_parameters, pat_parameters, prune
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from pat.compare.budget import lora_targets
 from pat.evaluation.perplexity import Example, response_nll, tokenize_examples
 from pat.export.results import environment
 from pat.loading import load_base, load_tokenizer
@@ -109,7 +110,6 @@ def measure(
     pruned = prune(
         method,
         model,
-        tokenizer,
         target_parameters=record["target_parameters"],
         pruned_hidden_size=record["pruned_hidden_size"],
         calibration=calibration,
@@ -125,21 +125,26 @@ def measure(
         "nll_before": evaluate(pruned.model, held_out, args, tokenizer),
     }
     if args.tune_steps:
-        tuned, losses = tune(pruned, tokenizer, data.train, seed, args)
+        tuned, losses = tune(pruned, lora_targets(model), tokenizer, data.train, seed, args)
         trainable = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
         cell |= {"nll_after": evaluate(tuned, held_out, args, tokenizer), "num_trainable": trainable, "losses": losses}
     return cell
 
 
 def tune(
-    pruned: Pruned, tokenizer: PreTrainedTokenizerBase, train: Dataset, seed: int, args: argparse.Namespace
+    pruned: Pruned,
+    targets: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    seed: int,
+    args: argparse.Namespace,
 ) -> tuple[PeftModel, list[float]]:
     """Tune by LoRA with TRL's trainer; return the adapted model and the logged losses."""
     lora = LoraConfig(
         r=args.lora_r,
         lora_alpha=2 * args.lora_r,
         use_rslora=True,
-        target_modules=list(LORA_TARGETS),
+        target_modules=targets,
         task_type="CAUSAL_LM",
     )
     with tempfile.TemporaryDirectory() as folder:

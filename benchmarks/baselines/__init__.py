@@ -6,10 +6,10 @@ says how many parameters it really has. LoRA-r and DoRA-r themselves need no mod
 
 from .budget import num_parameters, pat_parameters
 from .calibration import calibration_sequences
-from .registry import LORA_TARGETS, METHODS, Pruned, check, prune
+from .registry import CALIBRATED, METHODS, Pruned, check, prune
 
 __all__ = [
-    "LORA_TARGETS",
+    "CALIBRATED",
     "METHODS",
     "Pruned",
     "calibration_sequences",

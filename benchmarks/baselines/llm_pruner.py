@@ -21,7 +21,7 @@ Where we differ from the paper:
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -130,19 +130,19 @@ def loadable_shapes(model: PreTrainedModel, target_parameters: int) -> list[Shap
 def layer_importance(model: PreTrainedModel, calibration: Iterable[Tensor]) -> list[Importance]:
     """Return the Taylor importance of the groups of every layer."""
     family, base = get_family(model.config.model_type), _base_shape(model)
-    terms = taylor_terms(model, calibration)
+    term = taylor_terms(model, calibration, _cut_parameters(model, family))
     per_head = head_dim(model, family)
+    biases = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
     layers = []
     for index in range(model.config.num_hidden_layers):
         prefix = f"{family.layers}.{index}."
 
         def rows(path: str, prefix: str = prefix) -> Tensor:
-            bias = terms.get(f"{prefix}{path}.bias")
-            weight = terms[f"{prefix}{path}.weight"].abs().sum(1)
-            return weight if bias is None else weight + bias.abs()
+            weight = term(f"{prefix}{path}.weight").abs().sum(1)
+            return weight + term(f"{prefix}{path}.bias").abs() if f"{prefix}{path}.bias" in biases else weight
 
         def columns(path: str, prefix: str = prefix) -> Tensor:
-            return terms[f"{prefix}{path}.weight"].abs().sum(0)
+            return term(f"{prefix}{path}.weight").abs().sum(0)
 
         queries = (rows(QUERY) + columns(OUTPUT)).unflatten(0, (base.num_key_value_heads, -1, per_head)).sum(-1)
         keys_values = (rows(KEY) + rows(VALUE)).unflatten(0, (base.num_key_value_heads, per_head)).sum(-1)
@@ -150,12 +150,21 @@ def layer_importance(model: PreTrainedModel, calibration: Iterable[Tensor]) -> l
     return layers
 
 
-def taylor_terms(model: PreTrainedModel, calibration: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Return w * dL/dw of every parameter by name, float64; L is the mean next-token loss in nats.
+def taylor_terms(
+    model: PreTrainedModel, calibration: Iterable[Tensor], names: Collection[str]
+) -> Callable[[str], Tensor]:
+    """Return a function that gives w * dL/dw of a parameter, float64; L is the mean next-token loss in nats.
 
-    To first order, scaling parameters by 1 - t changes the loss by -t times the sum of their terms.
+    To first order, scaling parameters by 1 - t changes the loss by -t times the sum of their terms. Terms are made one
+    parameter at a time, or those of a model of 7B would not fit beside it on one card.
+
+    Args:
+        model: whose loss.
+        calibration: token sequences, each `(T,)`.
+        names: of the parameters that are asked for; others get no gradient.
     """
     work = float32_copy(model)
+    parameters = {name: parameter.requires_grad_(name in names) for name, parameter in work.named_parameters()}
     batches = list(batched(list(calibration), BATCH_SIZE))
     num_targets = sum(batch.numel() - len(batch) for batch in batches)
     with torch.enable_grad():
@@ -163,11 +172,20 @@ def taylor_terms(model: PreTrainedModel, calibration: Iterable[Tensor]) -> dict[
             ids = batch.to(work.device)
             loss = work(input_ids=ids, labels=ids, use_cache=False).loss
             (loss * ((batch.numel() - len(batch)) / num_targets)).backward()
-    return {
-        name: parameter.detach().double() * parameter.grad.double()
-        for name, parameter in work.named_parameters()
-        if parameter.grad is not None
-    }
+
+    def term(name: str) -> Tensor:
+        gradient = parameters[name].grad
+        assert gradient is not None, f"{name} is not among the names"
+        return parameters[name].detach().double() * gradient.double()
+
+    return term
+
+
+def _cut_parameters(model: PreTrainedModel, family: Family) -> set[str]:
+    """Return the names of the parameters of all projections that are cut."""
+    paths = (QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN)
+    cut = tuple(f".{path}.{kind}" for path in paths for kind in ("weight", "bias"))
+    return {name for name, _ in model.named_parameters() if name.startswith(f"{family.layers}.") and name.endswith(cut)}
 
 
 @torch.no_grad()

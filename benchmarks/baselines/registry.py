@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from pat.errors import PatError
 from pat.export.write import quiet_transformers
@@ -20,8 +20,8 @@ from .slicegpt import check_sliceable, choose_sliced_width, slice_model
 
 METHODS = ("llm_pruner", "slicegpt", "magnitude", "random")
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""What LoRA adapts in a pruned model. Not peft's "all-linear": that would take in SliceGPT's shortcut matrices."""
+CALIBRATED = ("llm_pruner", "slicegpt")
+"""Those that look at text; the others need no calibration."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,6 @@ def check(method: str, model: PreTrainedModel) -> None:
 def prune(
     method: str,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     target_parameters: int,
     pruned_hidden_size: int,
@@ -70,18 +69,16 @@ def prune(
     Args:
         method: which baseline.
         model: a dense causal language model without adapters, of a family that PAT supports.
-        tokenizer: the model's; no method needs it so far, since calibration comes as tokens.
         target_parameters: size of the result in parameters, see `pat_parameters`. "llm_pruner" and "slicegpt" take the
             setting that comes nearest; "magnitude" and "random" have no choice but PAT's width.
         pruned_hidden_size: PAT's width d', the width of "magnitude" and "random".
-        calibration: token sequences `(T,)`, see `calibration_sequences`; unused by "magnitude" and "random".
+        calibration: token sequences `(T,)`, see `calibration_sequences`; empty but for `CALIBRATED`.
         seed: of "random".
 
     Raises:
         PatError: no such method, or one that cannot treat this family or size.
     """
-    if method not in METHODS:
-        raise PatError(f"Got the baseline {method!r}; expected one of {', '.join(METHODS)}.")
+    check(method, model)
     with quiet_transformers(True):
         return _prune(method, model, target_parameters, pruned_hidden_size, calibration, seed)
 

@@ -152,7 +152,7 @@ def _evaluate(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--tasks", help="Accuracy on tasks: names with commas between, or 'paper' for its 14.")
     parser.add_argument("--data_dir", type=Path, help="Folder with a <task>.jsonl for each; by default from the hub.")
-    parser.add_argument("--protocol", help="How tasks are asked: letter, likelihood, or both (the default).")
+    parser.add_argument("--protocol", help="How tasks are asked: letter or likelihood; by default both.")
     parser.add_argument("--batch_size", type=int, help="Rows of a forward pass.")
     parser.add_argument("--log_samples", action="store_true", help="Keep the answer to every question of the tasks.")
     parser.add_argument("--output_dir", type=Path, help="Keep finished tasks here; started again, none is repeated.")
@@ -170,7 +170,7 @@ def _evaluate(argv: Sequence[str]) -> None:
             max_length=options.max_length,
             limit=options.limit,
             tasks=options.tasks,
-            protocols=options.protocol or ("letter", "likelihood"),
+            **({} if options.protocol is None else {"protocols": options.protocol}),
             data_dir=options.data_dir,
             batch_size=options.batch_size,
             log_samples=options.log_samples,

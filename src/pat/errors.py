@@ -15,3 +15,7 @@ class RunFailed(PatError):
 
 class Diverged(RunFailed):
     """Training came to infinite or undefined numbers."""
+
+
+class ParityMissed(RunFailed):
+    """Two forms of a model that ought to be the same function differ by more than rounding."""

@@ -19,11 +19,13 @@ from tiny_models import build, tiny_tokenizer
 from transformers import Trainer
 
 from pat.cli import main
+from pat.compare.baselines import default_folder
 from pat.compare.cells import Cell
 from pat.compare.config import make_config
 from pat.compare.data import prepare_data
 from pat.compare.prepare import prepare
 from pat.compare.run_cell import round_weights, run_cell
+from pat.errors import ParityMissed
 from pat.export.staging import lock_folder
 from pat.loading import load_tokenizer
 
@@ -174,6 +176,76 @@ def test_a_rate_that_diverges_is_not_taken(compared: Path, tmp_path: Path) -> No
     assert [row["cell"]["learning_rate"] for row in rows_of(out) if not row["cell"]["search"]] == [1e-3]
 
 
+def test_results_that_diverge_are_results_and_not_tried_again(
+    compared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    options = ["--methods", "base", "lora", "slicegpt_after", "pat", "--seeds", "0", "--learning_rates", "1e30"]
+    command = ["compare", "--config", str(compared / "compare.yaml"), *options, "--output_dir", str(out)]
+    assert main(command) == 0
+    assert capfd.readouterr().out.startswith("# Comparison")  # workers keep silent
+    figures = {row["cell"]["method"]: row["held_out_nll"] for row in rows_of(out)}
+    assert figures.pop("base") > 0 and figures == {"lora": None, "slicegpt_after": None, "pat": None}
+    assert (out / "results.md").read_text(encoding="utf-8").count("(1 of 1 diverged)") == 3
+    before = (out / "results.jsonl").read_bytes()
+    assert main(command) == 0
+    assert (out / "results.jsonl").read_bytes() == before
+
+
+def test_a_rate_whose_merge_is_refused_is_not_taken_and_a_result_says_so(
+    compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(arguments: Any) -> Any:
+        raise ParityMissed("not the tuned model")
+
+    settings = yaml.safe_load((compared / "compare.yaml").read_text(encoding="utf-8"))
+    config = make_config(settings | {"output_dir": str(tmp_path)})
+    prepare(config)
+    monkeypatch.setattr("pat.compare.run_cell.run_tune", refuse)
+    row = run_cell(config, Cell("base", "pat", 0.25, 0, 1e-3, search=True), None)
+    assert row["validation_nll"] is None and row["diverged"] == "not the tuned model"
+    with pytest.raises(ParityMissed):
+        run_cell(config, Cell("base", "pat", 0.25, 0, 1e-3), None)
+
+
+def test_somebody_elses_folder_is_left_alone(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.txt").write_text("mine", encoding="utf-8")
+    for models in (str(compared / "base"), str(tmp_path / "nothing")):
+        options = ["--models", models, "--methods", "base", "--output_dir", str(tmp_path)]
+        assert main(["compare", "--config", str(compared / "compare.yaml"), *options]) == 2
+        assert "holds files, but no comparison" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["data", "mine.txt"]
+
+
+def test_other_baselines_do_not_go_on_with_a_comparison(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, baselines = tmp_path / "out", tmp_path / "baselines"
+    shutil.copytree(compared / "out", out)
+    found = default_folder()
+    assert found is not None
+    shutil.copytree(found, baselines)
+    command = ["compare", "--config", str(compared / "compare.yaml"), "--output_dir", str(out)]
+    command += ["--baselines", str(baselines)]
+    assert main(command) == 0  # from elsewhere they are the same
+    with (baselines / "slicegpt.py").open("a", encoding="utf-8") as file:
+        file.write("# changed\n")
+    assert main(command) == 2
+    assert "with other baselines" in capsys.readouterr().err
+    assert main([*command, "--methods", "base", "lora", "pat"]) == 0  # which use none
+
+
+def test_what_a_comparison_does_not_use_cannot_fail_it(compared: Path, tmp_path: Path) -> None:
+    command = ["compare", "--config", str(compared / "compare.yaml"), "--seeds", "0", "--learning_rates", "1e-3"]
+    unused = ["--calibration_rows", "1000", "--methods", "random", "--output_dir", str(tmp_path / "random")]
+    assert main([*command, *unused]) == 0
+    same_width = ["--ratios", "0.25", "0.26", "--methods", "base", "lora", "--output_dir", str(tmp_path / "lora")]
+    assert main([*command, *same_width]) == 0
+
+
 def test_data_of_other_settings_are_not_taken_for_ones_own(compared: Path, tmp_path: Path) -> None:
     settings = yaml.safe_load((compared / "compare.yaml").read_text(encoding="utf-8"))
     tokenizer = load_tokenizer(settings["models"])
@@ -198,6 +270,7 @@ def fake_baselines(tmp_path: Path, prune: str) -> Path:
     folder.mkdir()
     code = [
         "import os, signal",
+        "CALIBRATED = ()",
         "def check(*args): ...",
         "def calibration_sequences(*args, **kwargs): ...",
         f"def prune(*args, **kwargs): {prune}",
@@ -253,7 +326,7 @@ def test_another_model_under_the_same_name_is_refused(
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     options = ["--output_dir", str(tmp_path / "out"), "--models", str(tmp_path / "base")]
     assert main(["compare", "--config", str(compared / "compare.yaml"), *options]) == 2
-    assert "with another model" in capsys.readouterr().err
+    assert "with other model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -261,7 +334,7 @@ def test_another_model_under_the_same_name_is_refused(
     [
         ("phi3", ["llm_pruner"], "LLM-Pruner"),
         ("gemma2", ["slicegpt"], "SliceGPT"),
-        ("llama", ["random"], "calibration"),
+        ("llama", ["llm_pruner"], "--calibration_rows"),
     ],
 )
 def test_what_cannot_be_run_is_found_before_anything_is_trained(
@@ -270,7 +343,7 @@ def test_what_cannot_be_run_is_found_before_anything_is_trained(
     build(family, tied=True).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     options = ["--models", str(tmp_path / "base"), "--methods", *methods, "--output_dir", str(tmp_path / "out")]
-    if said == "calibration":
+    if said == "--calibration_rows":
         options += ["--calibration_rows", "1000"]
     assert main(["compare", "--config", str(compared / "compare.yaml"), *options]) == 2
     assert said in capsys.readouterr().err

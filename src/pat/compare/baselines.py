@@ -23,8 +23,11 @@ def default_folder() -> Path | None:
     return next((f for place in places if (f := place / "benchmarks" / "baselines").is_dir()), None)
 
 
-def load_baselines(folder: Path | None) -> ModuleType:
-    """Import the baselines.
+def baselines_folder(folder: Path | None) -> Path:
+    """Return where the baselines are.
+
+    Args:
+        folder: where they are said to be; None for `default_folder`.
 
     Raises:
         PatError: they are not there.
@@ -35,6 +38,12 @@ def load_baselines(folder: Path | None) -> ModuleType:
             f"Got no baselines in {found or 'benchmarks/baselines'}; pass --baselines with that folder of a checkout "
             "of the sources."
         )
+    return found
+
+
+def load_baselines(folder: Path | None) -> ModuleType:
+    """Import the baselines of `baselines_folder`."""
+    found = baselines_folder(folder)
     # Under a name of their own: "baselines" may be another folder's, or a module of somebody else's.
     place = found.resolve()
     name = f"pat_baselines_{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"

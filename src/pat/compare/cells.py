@@ -116,6 +116,25 @@ def tuned_cell(config: CompareConfig, cell: Cell, done: Mapping[Cell, Row]) -> C
     return None if rate is None else Cell(cell.model, TUNED, 0.0, cell.seed, rate)
 
 
+def num_missing(config: CompareConfig, done: Mapping[Cell, Row]) -> int:
+    """Return how many results are not there, those of methods whose learning rate is still being searched included."""
+    missing = 0
+    for model in map(short_name, config.models):
+        for method in config.all_methods:
+            rate = chosen_rate(config, model, method, done)
+            cells = result_cells(config, model, method, rate or 0.0)
+            missing += sum(rate is None or cell not in done for cell in cells)
+    return missing
+
+
+def num_open(config: CompareConfig, done: Mapping[Cell, Row]) -> int:
+    """Return how many cells are not done; those done for other methods, ratios or seeds do not count."""
+    searches = (
+        search_cells(config, model, name) for model in map(short_name, config.models) for name in config.all_methods
+    )
+    return num_missing(config, done) + sum(cell not in done for cells in searches for cell in cells)
+
+
 def num_cells(config: CompareConfig) -> int:
     """Return how many cells there are in all."""
     total = 0

@@ -9,10 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pat.compare.cells import done_cells, num_missing
 from pat.compare.config import CompareConfig, make_config
 from pat.compare.figure import draw_accuracy, draw_nll
 from pat.compare.runner import run_cells
-from pat.compare.summary import Line, count_missing, summarise
+from pat.compare.summary import Line, summarise
 from pat.compare.tables import markdown
 from pat.errors import RunFailed
 
@@ -52,7 +53,7 @@ def write_comparison(config: CompareConfig, rows: list[dict[str, Any]] | None = 
 
     rows = read_rows(config) if rows is None else rows
     lines = summarise(config, rows)
-    table = markdown(config, lines, count_missing(config, rows))
+    table = markdown(config, lines, num_missing(config, done_cells(rows)))
     files = [config.output_dir / "results.md"]
     files[0].write_text(table, encoding="utf-8")
     if not lines:

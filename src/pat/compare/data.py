@@ -20,7 +20,7 @@ from pat.training.sources import TemplateChoice
 
 SEED = 827
 """Of the split, so that all seeds of a comparison are judged by the same rows; not that of the rows (0) by which PAT's
-default recipe was chosen, of which chance leaves one among 130."""
+default recipe was chosen, of which chance alone leaves some among them."""
 
 PARTS = ("train", "validation", "held_out")
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 
+from pat.compare.baselines import baselines_folder
 from pat.compare.config import CompareConfig
 from pat.compare.data import DataFiles
+from pat.compare.methods import METHODS
 from pat.evaluation.tasks import load_questions
 from pat.evaluation.tasks.fingerprints import fingerprint_rows
 from pat.export.results import environment
@@ -35,6 +37,9 @@ def digest_inputs(config: CompareConfig, model: str, files: DataFiles) -> dict[s
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "version": environment()["versions"]["pat-llm"],
     }
+    if any(METHODS[name].baseline for name in config.all_methods):
+        source = sorted(baselines_folder(config.baselines).glob("*.py"))  # they have no version of their own
+        inputs["baselines"] = _digest(part for path in source for part in (path.name.encode(), path.read_bytes()))
     if config.tasks is not None:
         questions = load_questions(config.tasks, config.data_dir, config.limit)
         inputs["questions"] = _digest([fingerprint_rows(rows).encode() for rows in questions.values()])

@@ -29,7 +29,9 @@ def prepare(config: CompareConfig, rows: Sequence[Row] = ()) -> dict[str, dict[s
     Returns:
         By the model's name, what its cells depend on beside the settings; `rows` come from the same.
     """
-    earlier = {row["cell"]["model"]: row["inputs"] for row in rows}
+    earlier: dict[str, dict[str, str]] = {}
+    for row in rows:
+        earlier.setdefault(row["cell"]["model"], {}).update(row["inputs"])
     inputs = {}
     names = [short_name(model) for model in config.models]
     if len(set(names)) < len(names):
@@ -44,7 +46,8 @@ def prepare(config: CompareConfig, rows: Sequence[Row] = ()) -> dict[str, dict[s
             hollow = hollow_model(base_config, torch.bfloat16, torch.device("cpu"))
             for method in used:
                 baselines.check(method, hollow)
-        widths = [target_of(model, ratio).pruned_hidden_size for ratio in config.ratios]
+        prunes = any(METHODS[method].prunes for method in config.all_methods)
+        widths = [target_of(model, ratio).pruned_hidden_size for ratio in config.ratios] if prunes else []
         if len(set(widths)) < len(widths):
             raise PatError(
                 f"Got the ratios {', '.join(map(str, config.ratios))}, which come to the widths {widths} of {name}; "
@@ -54,13 +57,14 @@ def prepare(config: CompareConfig, rows: Sequence[Row] = ()) -> dict[str, dict[s
         folder = config.output_dir / "data" / name
         tokenizer = load_tokenizer(model)
         files = prepare_data(config, tokenizer, folder, expected=known.get("data"))
-        if baselines is not None:
+        if baselines is not None and set(used) & set(baselines.CALIBRATED):
             draw_calibration(config, baselines, tokenizer, files, config.seeds[0])
         inputs[name] = digest_inputs(config, model, files)
         for what, value in known.items():
-            if inputs[name].get(what) != value:
+            now = inputs[name].get(what, value)  # without a baseline, theirs do not matter
+            if now != value:
                 raise PatError(
-                    f"{config.output_dir}: holds cells of {name} with another {what} ({value}) than now "
-                    f"({inputs[name].get(what)}); choose another --output_dir."
+                    f"{config.output_dir}: holds cells of {name} with other {what} ({value}) than now ({now}); choose "
+                    "another --output_dir."
                 )
     return inputs

@@ -23,7 +23,7 @@ from pat.compare.cells import Cell, short_name
 from pat.compare.config import CompareConfig
 from pat.compare.data import DataFiles, data_files
 from pat.compare.methods import METHODS, TUNED
-from pat.errors import Diverged, PatError
+from pat.errors import Diverged, ParityMissed, PatError
 from pat.evaluation.perplexity import response_nll, tokenize_examples
 from pat.evaluation.tasks import evaluate_tasks
 from pat.export.results import environment
@@ -49,9 +49,11 @@ def run_cell(config: CompareConfig, cell: Cell, tuned: Path | None) -> dict[str,
     try:
         model = run.make_model()
     except Diverged as error:
+        run.facts |= {"validation_nll" if cell.search else "held_out_nll": None, "diverged": str(error)}
+    except ParityMissed as error:
         if not cell.search:
             raise
-        # That a rate is too high is what a search is to find out.
+        # Weights so large that rounding shows are what too high a rate leaves, which a search is to find out.
         run.facts |= {"validation_nll": None, "diverged": str(error)}
     else:
         run.measure(model)
@@ -86,6 +88,8 @@ class _Run:
             return model
         if order == "FT→P":
             assert self.tuned is not None
+            if not self.tuned.is_dir():  # the runner sees to it that only a model that diverged is not there
+                raise Diverged("LoRA's model, which was to be pruned, diverged.")
             del base
             return self._prune(self._load(str(self.tuned), arguments), arguments)
         return self._tune(self._prune(base, arguments), arguments, targets, budget)
@@ -228,12 +232,13 @@ class _Run:
     def _prune(self, model: nn.Module, arguments: TuneArguments) -> nn.Module:
         target: Target = target_of(self.source, self.cell.ratio)
         baselines = load_baselines(self.config.baselines)
-        calibration = draw_calibration(self.config, baselines, self.tokenizer, self.files, self.cell.seed)
+        calibration = ()
+        if self.method.baseline in baselines.CALIBRATED:
+            calibration = draw_calibration(self.config, baselines, self.tokenizer, self.files, self.cell.seed)
         started = time.perf_counter()
         pruned = baselines.prune(
             self.method.baseline,
             model,
-            self.tokenizer,
             target_parameters=target.num_parameters,
             pruned_hidden_size=target.pruned_hidden_size,
             calibration=calibration,

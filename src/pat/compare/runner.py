@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import shutil
 import sys
@@ -17,11 +18,11 @@ from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
-from pat.compare.cells import Cell, done_cells, num_cells, ready_cells, tuned_cell
+from pat.compare.cells import Cell, done_cells, num_cells, num_open, ready_cells, tuned_cell
 from pat.compare.config import CompareConfig
 from pat.compare.methods import METHODS, TUNED
 from pat.compare.prepare import prepare
-from pat.compare.results import append_row, read_rows
+from pat.compare.results import FILE, append_row, read_rows
 from pat.errors import PatError, RunFailed
 from pat.export.staging import lock_folder
 
@@ -47,7 +48,7 @@ def _run_cells(config: CompareConfig) -> list[dict[str, Any]]:
         raise
     done = _without_lost_models(config, done_cells(rows))
     total, failed = num_cells(config), dict[Cell, str]()
-    started, num_before = time.perf_counter(), len(done)
+    started, num_before = time.perf_counter(), total - num_open(config, done)
     running: dict[Future[dict[str, Any]], Cell] = {}
     threads = config.threads or default_threads(config.workers)
     pool = _make_pool(config.workers, threads)
@@ -73,7 +74,7 @@ def _run_cells(config: CompareConfig) -> list[dict[str, Any]]:
                     done[cell] = row
                     rows.append(row)
                     (config.output_dir / "failed" / f"{cell.name}.txt").unlink(missing_ok=True)
-                _report(cell, row, len(done), total, started, num_before)
+                _report(cell, row, total - num_open(config, done), total, started, num_before)
             if is_broken:  # all that ran in it is lost, but not what is still to be run
                 for cell in running.values():
                     failed[cell] = _lost_row(config, cell)["failed"]
@@ -117,6 +118,7 @@ def _lost_row(config: CompareConfig, cell: Cell) -> dict[str, Any]:
 def _folder_of_ones_own(folder: Path) -> Iterator[None]:
     """Keep other comparisons out of a folder: two that run the same cells would write into each other's models."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
+    results = folder / FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -128,8 +130,13 @@ def _folder_of_ones_own(folder: Path) -> Iterator[None]:
             f"{folder}: another comparison is running there; wait for it, or choose another --output_dir."
         ) from error
     try:
+        if any(folder.iterdir()) and not results.is_file():
+            raise PatError(f"{folder}: holds files, but no comparison; give an --output_dir that is new or empty.")
+        results.touch()  # marks the folder as ours, whose subfolders are removed when they have served
         yield
     finally:
+        if results.is_file() and results.stat().st_size == 0 and len(list(folder.iterdir())) == 1:
+            results.unlink()
         if lock is not None:
             os.close(lock)
         for path in made:  # wrong input leaves nothing behind
@@ -154,8 +161,9 @@ def _without_lost_models(config: CompareConfig, done: dict[Cell, dict[str, Any]]
     for cell in ready_cells(config, done):
         if METHODS[cell.method].order == "FT→P":
             path = _tuned_model(config, cell, done)
-            if path is not None and not path.is_dir():
-                lost.add(tuned_cell(config, cell, done))
+            source = tuned_cell(config, cell, done)
+            if path is not None and not path.is_dir() and source is not None and "diverged" not in done[source]:
+                lost.add(source)
     return {cell: row for cell, row in done.items() if cell not in lost}
 
 
@@ -167,6 +175,9 @@ def _start(threads: int) -> None:
     from transformers.utils import logging as transformers_logging
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Trainers print their losses; standard output is the table's alone.
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  as long as the process lives
+    logging.disable(logging.WARNING)  # what there is to warn of, the parent has said
     torch.set_num_threads(threads)
     disable_progress_bars()
     transformers_logging.set_verbosity_error()

@@ -38,7 +38,8 @@ class Line:
     num_diverged: int
     """Seeds more, whose tuned model has no finite loss; no figure holds them."""
     learning_rate: float
-    num_parameters: Spread
+    num_parameters: Spread | None
+    """None if every seed diverged."""
     nll: Spread | None
     """Held-out, in nats per response token; None if every seed diverged."""
     accuracy: Mapping[str, Spread]
@@ -56,18 +57,6 @@ class Line:
     def method(self) -> Method:
         """What it is."""
         return METHODS[self.name]
-
-
-def count_missing(config: CompareConfig, rows: Sequence[Row]) -> int:
-    """Return how many results are not there, those of methods whose learning rate is still being searched included."""
-    done = done_cells(rows)
-    missing = 0
-    for model in map(short_name, config.models):
-        for name in config.all_methods:
-            rate = chosen_rate(config, model, name, done)
-            cells = result_cells(config, model, name, rate or 0.0)
-            missing += sum(rate is None or cell not in done for cell in cells)
-    return missing
 
 
 def summarise(config: CompareConfig, rows: Sequence[Row]) -> list[Line]:
@@ -102,14 +91,18 @@ def _line(model: str, name: str, ratio: float, rate: float, rows: Sequence[Mappi
         num_seeds=len(finite),
         num_diverged=len(rows) - len(finite),
         learning_rate=rate,
-        num_parameters=Spread.of([row["num_parameters"] for row in rows]),
-        nll=Spread.of([row["held_out_nll"] for row in finite]) if finite else None,
+        num_parameters=_spread([row["num_parameters"] for row in rows if "num_parameters" in row]),
+        nll=_spread([row["held_out_nll"] for row in finite]),
         accuracy={p: Spread.of([statistics.mean(a[p].values()) for a in accuracies]) for p in protocols},
         sampling_error=_sampling_errors(finite),
         tasks={p: {task: Spread.of([a[p][task] for a in accuracies]) for task in accuracies[0][p]} for p in protocols},
         facts=rows[0],
         machines=tuple(dict.fromkeys(_machine(row) for row in rows)),
     )
+
+
+def _spread(values: Sequence[float]) -> Spread | None:
+    return Spread.of(values) if values else None
 
 
 def _sampling_errors(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

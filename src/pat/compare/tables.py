@@ -23,7 +23,7 @@ def markdown(config: CompareConfig, lines: Sequence[Line], num_missing: int = 0)
     Args:
         config: of the comparison.
         lines: of `summarise`.
-        num_missing: results that are not there, of `count_missing`.
+        num_missing: results that are not there, of `num_missing`.
     """
     parts = ["# Comparison", _preface(config, lines, num_missing)]
     for model in dict.fromkeys(line.model for line in lines):
@@ -57,16 +57,14 @@ def _preface(config: CompareConfig, lines: Sequence[Line], num_missing: int) -> 
                 errors[protocol] = max(error, errors.get(protocol, 0.0))
         if errors:
             each = ", ".join(f"{100 * error:.1f} ({protocol})" for protocol, error in errors.items())
-            text += (
-                f" Its standard error from the number of questions alone is at most, in points: {each}; methods answer "
-                "the same questions, so that differences between them are surer than that."
-            )
+            text += f" Its standard error from the number of questions alone is at most, in points: {each}."
     if num_missing:
         text += f" **{num_missing} cells are missing.**"
     if any(line.name.startswith("pat") for line in lines):
         text += (
             " The defaults of PAT's own recipe were chosen beforehand, by runs on SmolLM2 with 25 % cut and rows of "
-            "instruct_21k; should this be the same data, one in a hundred of the rows reported was held out there, too."
+            "instruct_21k; should this be the same data, some of the rows reported may have been held out there, too "
+            "(each with a chance of one in two hundred)."
         )
     if any(line.method.of_paper for line in lines):
         text += f" In the paper's recipe the mask learns {config.mask_lr_multiplier:g} times as fast as the adapters."
@@ -97,7 +95,7 @@ def _search(config: CompareConfig) -> str:
 def _main_table(config: CompareConfig, lines: Sequence[Line]) -> str:
     protocols = list(lines[0].accuracy) if lines else []
     head = ["Ratio", "Method", "Order", "Parameters", "NLL", *(f"Accuracy, {protocol} (%)" for protocol in protocols)]
-    whole = next((line.num_parameters.mean for line in lines if line.ratio == 0), None)
+    whole = next((line.num_parameters.mean for line in lines if line.ratio == 0 and line.num_parameters), None)
     body = []
     for line in lines:
         mark = " ¹" if line.name in config.ablations and line.name not in config.methods else ""
@@ -106,9 +104,8 @@ def _main_table(config: CompareConfig, lines: Sequence[Line]) -> str:
                 f"{line.ratio:.1%}" if line.method.prunes else "0",
                 line.method.label + mark,
                 line.method.order or "none",
-                f"{line.num_parameters.mean / 1e6:,.3f} M"
-                + (f" ({line.num_parameters.mean / whole:.1%})" if whole is not None else ""),
-                _show_nll(line),
+                _show_size(line, whole),
+                _show_nll(config, line),
                 *(_show(line.accuracy.get(protocol), 2, 100) for protocol in protocols),
             ]
         )
@@ -155,10 +152,20 @@ def _budget_table(config: CompareConfig, lines: Sequence[Line]) -> str:
     return f"{_table(head, body)}\n\n{note}"
 
 
-def _show_nll(line: Line) -> str:
-    if not line.num_diverged:
-        return _show(line.nll, 3)
-    return f"{_show(line.nll, 3)} ({line.num_diverged} of {line.num_seeds + line.num_diverged} diverged)".strip()
+def _show_size(line: Line, whole: float | None) -> str:
+    if line.num_parameters is None:
+        return ""
+    size = line.num_parameters.mean
+    return f"{size / 1e6:,.3f} M" + ("" if whole is None else f" ({size / whole:.1%})")
+
+
+def _show_nll(config: CompareConfig, line: Line) -> str:
+    """Say beside the mean what it leaves out."""
+    num_seeds = len(config.seeds) if line.method.order else 1
+    found = line.num_seeds + line.num_diverged
+    notes = [f"{line.num_diverged} of {found} diverged"] if line.num_diverged else []
+    notes += [f"{found} of {num_seeds} seeds"] if found < num_seeds else []
+    return f"{_show(line.nll, 3)} ({', '.join(notes)})".strip() if notes else _show(line.nll, 3)
 
 
 def _show_rate(config: CompareConfig, line: Line) -> str:

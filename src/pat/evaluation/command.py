@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -32,7 +33,7 @@ BATCH_SIZE = 8
 
 TOKENS_PER_LIMIT = 1000
 
-RESULTS = "results.json"
+RESULTS, COMMAND = "results.json", "evaluate"
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def evaluate(
     )
     files = [output] if output is not None else []
     for file in [*files, output_dir / RESULTS] if output_dir is not None else files:
-        write_results(file, {"command": "evaluate", **environment(), **to_dict(evaluation)})
+        write_results(file, {"command": COMMAND, **environment(), **to_dict(evaluation)})
     return evaluation
 
 
@@ -233,6 +234,15 @@ def _check_task_options(
         raise PatError("Got --log_samples without --output_dir; expected a folder for the answers.")
     if output_dir is not None and output_dir.exists() and not output_dir.is_dir():
         raise PatError(f"Got output_dir={output_dir}, which is a file; expected a folder.")
+    if output_dir is not None and (output_dir / RESULTS).exists() and not _is_ours(output_dir / RESULTS):
+        raise PatError(f"{output_dir}: holds the {RESULTS} of another command; give an --output_dir of its own.")
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8"))["command"] == COMMAND)
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
 
 
 def _examples(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from pat.errors import PatError
 from pat.export.model_card import Compaction, shown_name
 from pat.export.staging import staged_folder
-from pat.export.verify import Parity, check, compare
+from pat.export.verify import Parity, check, compare, permutation_floor
 from pat.export.write import count_parameters, quiet_transformers, savable_generation_config
 from pat.tuner.compaction import CompactModel
 from pat.tuner.model import PatModel
@@ -61,6 +61,7 @@ def write_compact(
     Raises:
         RunFailed: the compact model is not the masked one; nothing is written.
     """
+    batches = list(batches)
     with staged_folder(folder) as staging, quiet_transformers(True):
         parts = tuner.compact()
         if parts.base.generation_config is not None:
@@ -69,7 +70,7 @@ def write_compact(
         tokenizer.save_pretrained(staging / MODEL)
         compact = parts.attach(seed)
         parity = compare(masked, compact.model, batches)
-        check(parity, COMPACTION_REFUSED)
+        parity = check(parity, COMPACTION_REFUSED, floor=lambda: permutation_floor(tuner.merge_and_unload(), batches))
         record = describe_compaction(tuner, parity)
         parts.config.base_model_name_or_path = str(staging / MODEL)  # peft looks for the configuration there
         compact.model.save_pretrained(str(staging / ADAPTER))

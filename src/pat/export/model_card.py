@@ -167,8 +167,10 @@ def _method(cut: Cut, provenance: Mapping[str, Any]) -> list[str]:
 
 
 def _parity(parity: Parity) -> list[tuple[str, ...]]:
+    floor = parity.permutation_floor
     return [
         ("largest difference of a logit", f"{parity.max_abs_logit_diff:.2e}"),
+        *([] if floor is None else [("what permuting the channels alone makes of it", f"{floor:.2e}")]),
         ("their standard deviation", f"{parity.logit_std:.2f}"),
         ("mean KL divergence (nats per token)", f"{parity.mean_kl:.2e}"),
         ("same most likely next token", f"{100 * parity.top1_agreement:.2f} %"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from baselines import LORA_TARGETS, METHODS, calibration_sequences, pat_parameters, prune
+from baselines import METHODS, calibration_sequences, pat_parameters, prune
 from baselines.budget import nearest
 from baselines.calibration import batched
 from baselines.channels import cut_channels, keep_largest, keep_random, magnitude_scores
@@ -17,6 +17,7 @@ from tiny_models import FAMILIES, batch, build, tiny_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pat.compare.budget import lora_targets
 from pat.errors import PatError
 from pat.evaluation.perplexity import response_nll, tokenize_examples
 from pat.plan import make_plan
@@ -35,7 +36,7 @@ def pruned_by(method: str, model: PreTrainedModel, **options: Any) -> Any:
         "pruned_hidden_size": WIDTH,
         "calibration": sequences(),
     }
-    return prune(method, model, tiny_tokenizer(), **(defaults | options))
+    return prune(method, model, **(defaults | options))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -60,7 +61,7 @@ def test_every_baseline_keeps_to_the_interface(method: str, tied: bool) -> None:
     storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
     assert not any(p.untyped_storage().data_ptr() in storages for p in pruned.model.parameters())
 
-    adapted = get_peft_model(pruned.model, LoraConfig(r=2, target_modules=list(LORA_TARGETS), task_type="CAUSAL_LM"))
+    adapted = get_peft_model(pruned.model, LoraConfig(r=2, target_modules=lora_targets(model), task_type="CAUSAL_LM"))
     inputs = batch()
     output = adapted(**inputs, labels=inputs["input_ids"])
     output.loss.backward()
@@ -193,9 +194,7 @@ def test_on_a_trained_model_both_beat_random_channels(
     target = pat_parameters(model, 48)
     nll = {}
     for method in METHODS:
-        pruned = prune(
-            method, model, tokenizer, target_parameters=target, pruned_hidden_size=48, calibration=calibration
-        )
+        pruned = prune(method, model, target_parameters=target, pruned_hidden_size=48, calibration=calibration)
         nll[method] = response_nll(pruned.model, held_out, batch_size=8, pad_token_id=0).nll
     assert nll["llm_pruner"] < nll["random"] - 0.5
     assert nll["slicegpt"] < nll["random"] - 0.5

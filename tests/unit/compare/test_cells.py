@@ -2,7 +2,7 @@
 
 import pytest
 
-from pat.compare.cells import Cell, chosen_rate, done_cells, num_cells, ready_cells, result_cells, tuned_cell
+from pat.compare.cells import Cell, chosen_rate, done_cells, num_cells, num_open, ready_cells, result_cells, tuned_cell
 from pat.compare.config import CompareConfig, make_config
 
 
@@ -42,6 +42,14 @@ def test_a_whole_comparison_is_searches_and_results() -> None:
     assert sum(cell.search for cell in cells) == 4 * 2
     assert {cell.ratio for cell in cells if cell.method == "random"} == {0.25}
     assert {cell.ratio for cell in cells if cell.method in ("base", "lora")} == {0.0}
+
+
+def test_what_is_open_does_not_count_what_is_not_asked_for() -> None:
+    whole = config()
+    done = {cell: row(cell) for cell in run_all(whole)}
+    assert num_open(whole, {}) == num_cells(whole) and num_open(whole, done) == 0
+    few = config(methods="lora", ablations=None, ratios="0.25", seeds="0,2")
+    assert num_cells(few) == 2 + 2 and num_open(few, done) == 1
 
 
 def test_no_cell_runs_before_what_it_needs() -> None:

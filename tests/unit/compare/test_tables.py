@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from pat.compare.cells import Cell
+from pat.compare.cells import Cell, Row, done_cells, num_missing
 from pat.compare.config import CompareConfig, make_config
 from pat.compare.figure import draw_accuracy, draw_nll
 from pat.compare.results import FILE, append_row, read_rows
-from pat.compare.summary import count_missing, summarise
+from pat.compare.summary import summarise
 from pat.compare.tables import markdown
 
 
@@ -41,6 +41,10 @@ def row(settings: CompareConfig, method: str, seed: int, nll: float, accuracy: f
         "num_parameters": 750 if method == "pat" else 1000,
         "tasks": {"scores": scores},
     }
+
+
+def count_missing(settings: CompareConfig, some: list[Row]) -> int:
+    return num_missing(settings, done_cells(some))
 
 
 def rows(settings: CompareConfig) -> list[dict[str, Any]]:
@@ -105,10 +109,19 @@ def test_a_seed_that_diverged_is_said_not_dropped(tmp_path: Path) -> None:
     assert "2.050 ± 0.071 (1 of 3 diverged)" in markdown(settings, lines)
     for entry in some[3:]:
         entry["held_out_nll"] = None
+        entry.pop("num_parameters")  # there is no model
     lines = summarise(settings, some)
-    assert "| (3 of 3 diverged) |" in markdown(settings, lines)
+    assert "| PAT | PAT |  | (3 of 3 diverged) |" in markdown(settings, lines)
     pytest.importorskip("matplotlib")
     draw_nll(lines, tmp_path / "nll.png")
+
+
+def test_a_mean_over_fewer_seeds_says_so(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    some = rows(settings)[:-1]
+    assert "2.050 ± 0.071 (2 of 3 seeds)" in markdown(settings, summarise(settings, some))
+    some[-1]["held_out_nll"] = None
+    assert "2.000 (1 of 2 diverged, 2 of 3 seeds)" in markdown(settings, summarise(settings, some))
 
 
 def test_a_rate_at_the_edge_and_a_budget_missed_are_seen(tmp_path: Path) -> None:

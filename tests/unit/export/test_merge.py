@@ -373,3 +373,15 @@ def test_a_repacked_base_is_refused(tmp_path: Path) -> None:
     quantised.model.layers[1].self_attn.k_proj.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(PatError, match="load it again"):
         attach(quantised)
+
+
+def test_a_model_that_blows_up_rounding_is_merged_from_disk_too(tmp_path: Path) -> None:
+    base = build("llama", tied=False)
+    with torch.no_grad():
+        base.get_output_embeddings().weight *= 1000.0
+    base.save_pretrained(tmp_path / "base")
+    tiny_tokenizer(tmp_path / "base")
+    make_adapter(tmp_path / "base", tmp_path / "adapter")
+    result = merge(tmp_path / "adapter", tmp_path / "out", progress=False)
+    assert result.parity.permutation_floor is not None
+    assert result.parity.max_abs_logit_diff > 1e-3

@@ -12,7 +12,7 @@ from hardened import hardened
 from tiny_models import FAMILIES, PAD_ID, batch, build
 from torch import Tensor, nn
 
-from pat.errors import PatError, RunFailed
+from pat.errors import ParityMissed, PatError, RunFailed
 from pat.export import verify
 from pat.export.verify import MAX_LOGIT_DIFF, Parity, check, compare, permutation_floor
 
@@ -151,6 +151,33 @@ def test_float32_is_judged_by_its_largest_difference() -> None:
         check(replace(NO_DIFFERENCE, max_abs_logit_diff=1.01 * MAX_LOGIT_DIFF))
 
 
+def test_past_the_tolerance_the_models_own_rounding_decides() -> None:
+    asked = []
+
+    def floor(largest: float, mean_kl: float = 1e-8) -> Callable[[], Parity]:
+        def measure() -> Parity:
+            asked.append(largest)
+            return replace(NO_DIFFERENCE, max_abs_logit_diff=largest, mean_kl=mean_kl)
+
+        return measure
+
+    assert check(NO_DIFFERENCE, floor=floor(1.0)).permutation_floor is None and not asked
+    missed = replace(NO_DIFFERENCE, max_abs_logit_diff=4e-3, mean_kl=1e-8)
+    accepted = check(missed, floor=floor(1e-3))
+    assert accepted == replace(missed, permutation_floor=1e-3)
+    assert "permuting its channels alone makes 1.0e-03" in accepted.describe()
+    for parity, measured in (
+        (missed, floor(0.7e-3)),
+        (missed, floor(math.nan)),
+        (replace(missed, mean_kl=2e-7), floor(1e-3)),
+        (replace(missed, max_abs_logit_diff=math.nan), floor(1e-3)),
+        (replace(missed, dtype="bfloat16", mean_kl=1.0), floor(1.0)),
+    ):
+        with pytest.raises(ParityMissed):
+            check(parity, floor=measured)
+    assert len(asked) == 5  # not in bfloat16
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_reduced_precision_is_judged_by_what_the_model_expects(dtype: str) -> None:
     parity = replace(NO_DIFFERENCE, dtype=dtype, max_abs_logit_diff=1.0)
@@ -185,6 +212,7 @@ def test_the_figures_go_into_results_and_sentences() -> None:
         "num_tokens": 1024,
         "logit_std": 3.1,
         "dtype": "float32",
+        "permutation_floor": None,
     }
     assert "1.5e-05" in parity.describe()
     assert "99.50%" in parity.describe()

@@ -19,8 +19,9 @@ from tiny_training import attach, largest_difference, logits
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from pat.errors import PatError, RunFailed
+from pat.errors import ParityMissed, PatError, RunFailed
 from pat.export import verify, write
+from pat.export.compact import write_compact
 from pat.export.staging import check_output_folder, staged_folder
 from pat.export.write import count_parameters, save_checkpoint
 from pat.tuner import find_tuner
@@ -181,6 +182,52 @@ def test_a_model_past_tolerance_is_not_kept(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(RunFailed, match="not the tuned one"):
         export(tuned(), tmp_path / "out")
     assert os.listdir(tmp_path) == []
+
+
+LOUD = 1000.0
+"""So many times the logits, and their rounding, which is then past the tolerance though nothing is wrong."""
+
+
+def loud(**fields: Any) -> PreTrainedModel:
+    base = build("llama", tied=False, **fields)
+    with torch.no_grad():
+        base.get_output_embeddings().weight *= LOUD
+    return base
+
+
+def test_a_model_that_blows_up_rounding_is_written(tmp_path: Path) -> None:
+    parity, out = export(hardened(loud()), tmp_path / "out")
+    assert parity.max_abs_logit_diff > verify.MAX_LOGIT_DIFF
+    assert parity.permutation_floor is not None and parity.permutation_floor > verify.MAX_LOGIT_DIFF
+    assert "permuting the channels" in (out / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("wrong", ["epsilon", "gain"])
+def test_a_wrong_fold_of_such_a_model_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    original = write.load_written
+
+    def spoiled(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+        dense = original(folder, dtype)
+        if wrong == "gain":
+            dense.get_submodule("model.norm").weight.data *= 1.001
+            return dense
+        path = folder / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(config | {"rms_norm_eps": 1e-4}), encoding="utf-8")  # as the base has it
+        return original(folder, dtype)
+
+    monkeypatch.setattr(write, "load_written", spoiled)
+    with pytest.raises(ParityMissed, match="what rounding does to it"):
+        export(hardened(loud(rms_norm_eps=1e-4)), tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_compaction_has_the_same_measure(tmp_path: Path) -> None:
+    model = hardened(loud())
+    tuner = find_tuner(model)
+    assert tuner is not None
+    _, record = write_compact(model, tuner, tmp_path / "out", tokenizer=tiny_tokenizer(), batches=[batch()], seed=0)
+    assert record.parity["permutation_floor"] > verify.MAX_LOGIT_DIFF
 
 
 def test_a_checkpoint_that_does_not_load_cleanly_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
