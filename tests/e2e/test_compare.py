@@ -176,6 +176,17 @@ def test_a_rate_that_diverges_is_not_taken(compared: Path, tmp_path: Path) -> No
     assert [row["cell"]["learning_rate"] for row in rows_of(out) if not row["cell"]["search"]] == [1e-3]
 
 
+def test_a_rate_can_be_added_to_the_search(compared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(compared / "out", out)
+    before = (out / "results.jsonl").read_text(encoding="utf-8")
+    rates = ["--learning_rates", "1e-9", "1e-3", "1e-2", "--output_dir", str(out)]
+    assert main(["compare", "--config", str(compared / "compare.yaml"), *rates]) == 0
+    assert (out / "results.jsonl").read_text(encoding="utf-8").startswith(before)
+    new = [row["cell"] for row in rows_of(out)[len(before.splitlines()) :]]
+    assert len(new) == 4 and {cell["learning_rate"] for cell in new if cell["search"]} == {1e-9}
+
+
 def test_results_that_diverge_are_results_and_not_tried_again(
     compared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

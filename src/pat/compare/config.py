@@ -82,7 +82,7 @@ class CompareConfig:
     def identity(self) -> dict[str, Any]:
         """Return what decides a cell's figures: rows of another identity do not belong to this comparison."""
         how = ("output_dir", "workers", "threads", "eval_batch_size", "baselines")
-        loose = (*how, "methods", "ablations", "ratios", "seeds", "models")
+        loose = (*how, "methods", "ablations", "ratios", "seeds", "learning_rates", "models")
         facts = {name: value for name, value in asdict(self).items() if name not in loose}
         facts["data"] = Path(self.data).name
         facts["data_dir"] = None if self.data_dir is None else self.data_dir.name
