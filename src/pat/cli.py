@@ -160,6 +160,7 @@ def _evaluate(argv: Sequence[str]) -> None:
     options = parser.parse(argv)
 
     from pat.evaluation.command import evaluate, print_evaluation
+    from pat.evaluation.tasks.protocols import PROTOCOLS
 
     print_evaluation(
         evaluate(
@@ -170,7 +171,7 @@ def _evaluate(argv: Sequence[str]) -> None:
             max_length=options.max_length,
             limit=options.limit,
             tasks=options.tasks,
-            **({} if options.protocol is None else {"protocols": options.protocol}),
+            protocols=options.protocol or PROTOCOLS,
             data_dir=options.data_dir,
             batch_size=options.batch_size,
             log_samples=options.log_samples,
