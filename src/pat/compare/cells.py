@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """One method on one model, at one ratio (0: unpruned), with one seed and learning rate (0: not trained)."""
+    """One method on one model, at one ratio (0: unpruned), with one seed and learning rate (0: nothing is trained)."""
 
     model: str
     """Name of its folder, or of its repository on the hub."""
@@ -66,7 +66,12 @@ def search_cells(config: CompareConfig, model: str, method: str) -> list[Cell]:
 
 
 def chosen_rate(config: CompareConfig, model: str, method: str, done: Mapping[Cell, Row]) -> float | None:
-    """Return a method's learning rate on a model, None while its search is not finished; 0.0 where nothing trains."""
+    """Return a method's learning rate on a model, None while its search is not finished; 0.0 where nothing trains.
+
+    What is pruned after tuning has the rate of the model that it prunes.
+    """
+    if METHODS[method].order == "FT→P":
+        return chosen_rate(config, model, TUNED, done)
     if not METHODS[method].trains:
         return 0.0
     cells = search_cells(config, model, method)
@@ -105,15 +110,14 @@ def ready_cells(config: CompareConfig, done: Mapping[Cell, Row]) -> list[Cell]:
             if rate is None:
                 continue
             for cell in result_cells(config, model, method, rate):
-                if METHODS[method].order != "FT→P" or tuned_cell(config, cell, done) in done:
+                if METHODS[method].order != "FT→P" or tuned_cell(cell) in done:
                     ready.append(cell)
     return [cell for cell in dict.fromkeys(ready) if cell not in done]
 
 
-def tuned_cell(config: CompareConfig, cell: Cell, done: Mapping[Cell, Row]) -> Cell | None:
-    """Return the cell whose tuned model a cell of FT→P prunes, None while its learning rate is not known."""
-    rate = chosen_rate(config, cell.model, TUNED, done)
-    return None if rate is None else Cell(cell.model, TUNED, 0.0, cell.seed, rate)
+def tuned_cell(cell: Cell) -> Cell:
+    """Return the cell whose tuned model a cell of FT→P prunes."""
+    return Cell(cell.model, TUNED, 0.0, cell.seed, cell.learning_rate)
 
 
 def num_missing(config: CompareConfig, done: Mapping[Cell, Row]) -> int:

@@ -56,7 +56,7 @@ def _run_cells(config: CompareConfig) -> list[dict[str, Any]]:
         while True:
             waiting = [c for c in ready_cells(config, done) if c not in failed and c not in running.values()]
             for cell in waiting[: config.workers - len(running)]:
-                running[pool.submit(_run, config, cell, _tuned_model(config, cell, done))] = cell
+                running[pool.submit(_run, config, cell, _tuned_model(config, cell))] = cell
             if not running:
                 break
             is_broken = False
@@ -144,14 +144,13 @@ def _folder_of_ones_own(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-def _tuned_model(config: CompareConfig, cell: Cell, done: dict[Cell, dict[str, Any]]) -> Path | None:
+def _tuned_model(config: CompareConfig, cell: Cell) -> Path | None:
     """Return where LoRA's tuned model goes, or lies, for a cell that makes or prunes one."""
-    order = METHODS[cell.method].order
     source: Cell | None = None
     if cell.method == TUNED and not cell.search and any(METHODS[n].order == "FT→P" for n in config.all_methods):
         source = cell
-    elif order == "FT→P":
-        source = tuned_cell(config, cell, done)
+    elif METHODS[cell.method].order == "FT→P":
+        source = tuned_cell(cell)
     return None if source is None else config.output_dir / "tuned" / source.name
 
 
@@ -160,9 +159,8 @@ def _without_lost_models(config: CompareConfig, done: dict[Cell, dict[str, Any]]
     lost = set()
     for cell in ready_cells(config, done):
         if METHODS[cell.method].order == "FT→P":
-            path = _tuned_model(config, cell, done)
-            source = tuned_cell(config, cell, done)
-            if path is not None and not path.is_dir() and source is not None and "diverged" not in done[source]:
+            path, source = _tuned_model(config, cell), tuned_cell(cell)
+            if path is not None and not path.is_dir() and "diverged" not in done[source]:
                 lost.add(source)
     return {cell: row for cell, row in done.items() if cell not in lost}
 

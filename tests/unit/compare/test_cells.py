@@ -58,7 +58,7 @@ def test_no_cell_runs_before_what_it_needs() -> None:
     for index, cell in enumerate(order):
         earlier = done_cells([row(c) for c in order[:index]])
         if cell.method == "slicegpt_after":
-            assert tuned_cell(settings, cell, earlier) in earlier
+            assert tuned_cell(cell) in earlier
         elif not cell.search and cell.method != "base":
             assert chosen_rate(settings, cell.model, cell.method, earlier) == cell.learning_rate
 
@@ -74,9 +74,19 @@ def test_the_rate_with_the_least_validation_loss_wins_and_a_diverged_one_never()
 
 def test_ft_p_prunes_the_model_of_its_own_seed_and_of_the_chosen_rate() -> None:
     settings = config()
-    done = done_cells([row(c, validation_nll=1 / c.learning_rate) for c in ready_cells(settings, {}) if c.search])
-    tuned = tuned_cell(settings, Cell("small", "slicegpt_after", 0.5, 1, 0.0), done)
-    assert tuned == Cell("small", "lora", 0.0, 1, 2e-3)
+    done = {cell: row(cell, validation_nll=1 / cell.learning_rate) for cell in run_all(settings) if cell.search}
+    cells = [cell for cell in run_all(settings) if cell.method == "slicegpt_after"]
+    assert chosen_rate(settings, "small", "slicegpt_after", done) == 2e-3
+    assert tuned_cell(Cell("small", "slicegpt_after", 0.5, 1, 2e-3)) == Cell("small", "lora", 0.0, 1, 2e-3)
+    assert len(cells) == 4
+    # Another rate of LoRA's is another model: what was pruned from the old one is not a result any more.
+    wider = config(learning_rates="1e-3,2e-3,4e-3")
+    better = Cell("small", "lora", 0.0, 0, 4e-3, search=True)
+    done = {cell: row(cell) for cell in run_all(settings)} | {better: row(better, validation_nll=0.5)}
+    assert [cell.learning_rate for cell in ready_cells(wider, done) if cell.method == "lora"] == [4e-3, 4e-3]
+    done |= {Cell("small", "lora", 0.0, seed, 4e-3): row(better) for seed in (0, 1)}
+    after = [cell for cell in ready_cells(wider, done) if cell.method == "slicegpt_after"]
+    assert len(after) == 4 and {cell.learning_rate for cell in after} == {4e-3}
 
 
 def test_tasks_may_be_a_list() -> None:
