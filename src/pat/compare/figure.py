@@ -99,10 +99,11 @@ def _plot(
             axis.axhspan(factor * low, factor * high, color=color, alpha=0.12, linewidth=0)
         return
     shift = spacing * (index - (num_names - 1) / 2) / num_names  # percent, so that bars do not hide each other
+    several_seeds = any(spread.deviation is not None for _, spread in found)
     axis.errorbar(
         [100 * line.ratio + shift for line, _ in found],
         [factor * spread.mean for _, spread in found],
-        yerr=[factor * (spread.deviation or 0.0) for _, spread in found],
+        yerr=[factor * (spread.deviation or 0.0) for _, spread in found] if several_seeds else None,
         color=color,
         marker=_MARKERS[(index + 3 * (index // len(_COLORS))) % len(_MARKERS)],
         linestyle="--" if method.order == "FT→P" else "-",
