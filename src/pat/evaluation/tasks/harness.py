@@ -8,7 +8,7 @@ import io
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -181,6 +181,7 @@ def _measure(
         acc_norm=_number(figures.get("acc_norm,none")),
         acc_norm_stderr=_number(figures.get("acc_norm_stderr,none")),
         seconds=time.perf_counter() - started,
+        num_without_letter=_count_without_letter(samples) if protocol == "letter" else None,
     )
     if show:
         tqdm.write(f"{label}: {score.acc:.3f} on {len(samples)} questions, {score.seconds:.1f} s", file=sys.stderr)
@@ -204,6 +205,10 @@ def _answer(sample: Mapping[str, Any], protocol: str) -> dict[str, Any]:
         "correct": bool(sample["acc"]),
         "correct_norm": bool(sample["acc_norm"]),
     }
+
+
+def _count_without_letter(samples: Iterable[Mapping[str, Any]]) -> int:
+    return sum(first_letter(each["filtered_resps"][0], len(each["doc"]["choices"])) is None for each in samples)
 
 
 def _number(value: Any) -> float | None:

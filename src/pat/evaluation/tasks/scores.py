@@ -30,6 +30,8 @@ class TaskScore:
     """Choices compared by likelihood per character; None under the letter protocol."""
     acc_norm_stderr: float | None
     seconds: float
+    num_without_letter: int | None = None
+    """Questions answered without any letter, which count as wrong; None under the likelihood protocol."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from statistics import stdev
 from typing import Any
@@ -97,6 +98,8 @@ def test_every_answer_is_the_plain_one(model: nn.Module, data: Path, tmp_path: P
         assert by_likelihood.acc_norm == pytest.approx(sum(right["acc_norm"]) / 12)
         assert by_likelihood.acc_stderr == pytest.approx(stdev(right["acc"]) / math.sqrt(12))
         assert by_letter.num_questions == 12
+        assert by_letter.num_without_letter == sum(letter["prediction"] is None for letter in letters)
+        assert by_likelihood.num_without_letter is None
     assert decided > 5  # answers that ended early: otherwise the test shows nothing of it
 
 
@@ -206,7 +209,13 @@ def test_the_table_shows_percent_and_means(model: nn.Module, data: Path) -> None
     mean = evaluation.mean("likelihood")
     error = evaluation.mean_stderr("likelihood")
     assert mean is not None and error is not None and f"{100 * mean:.2f} ± {100 * error:.2f}" in text
-    assert all(word in text for word in ("SIQA", "ARC-E", "mean", "per character", "letter"))
+    assert all(word in text for word in ("SIQA", "ARC-E", "mean", "per character", "letter", "no letter"))
+    letter = evaluation.get("siqa", "letter")
+    assert letter is not None and letter.num_without_letter is not None
+    (line,) = (line for line in text.splitlines() if "SIQA" in line)
+    assert line.split("│")[-2].strip() == f"{100 * letter.num_without_letter / letter.num_questions:.1f}"
+    likelihoods = replace(evaluation, scores=tuple(s for s in evaluation.scores if s.protocol == "likelihood"))
+    assert all(column.header != "no letter" for column in score_table(likelihoods).columns)
 
 
 @pytest.mark.parametrize(
