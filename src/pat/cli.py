@@ -150,7 +150,7 @@ def _evaluate(argv: Sequence[str]) -> None:
         type=int,
         help="At most this many rows, thousand tokens of text, or questions of each task (evenly spaced).",
     )
-    parser.add_argument("--tasks", help="Accuracy on tasks: names with commas between, or 'paper' for its 14.")
+    parser.add_argument("--tasks", nargs="+", help="Accuracy on tasks: their names, or 'paper' for its 14.")
     parser.add_argument("--data_dir", type=Path, help="Folder with a <task>.jsonl for each; by default from the hub.")
     parser.add_argument("--protocol", help="How tasks are asked: letter or likelihood; by default both.")
     parser.add_argument("--batch_size", type=int, help="Rows of a forward pass.")
@@ -170,7 +170,7 @@ def _evaluate(argv: Sequence[str]) -> None:
             template=options.template,
             max_length=options.max_length,
             limit=options.limit,
-            tasks=options.tasks,
+            tasks=None if options.tasks is None else ",".join(options.tasks),
             protocols=options.protocol or PROTOCOLS,
             data_dir=options.data_dir,
             batch_size=options.batch_size,

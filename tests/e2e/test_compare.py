@@ -99,6 +99,39 @@ def test_what_it_leaves(compared: Path) -> None:
     assert "| 25.0% | PAT | PAT |" in table and "| 25.0% | SliceGPT | FT→P |" in table and "missing" not in table
 
 
+def test_cells_that_are_not_asked_for_are_said_to_be_there(
+    compared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(compared / "out", tmp_path / "out")
+    few = ["--methods", "base", "lora", "--output_dir", str(tmp_path / "out")]
+    assert main(["compare", "--config", str(compared / "compare.yaml"), *few]) == 0
+    # Four methods with two seeds, and the searches of three of them.
+    assert f"{4 * 2 + 3 * 2} cells of other models" in caplog.text
+
+
+def test_interrupted_it_leaves_a_table_and_says_how_to_go_on(
+    compared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    shutil.copytree(compared / "out", tmp_path / "out")
+    (tmp_path / "out" / "results.md").unlink()
+    monkeypatch.setattr("pat.compare.command.run_cells", interrupted)
+    command = ["compare", "--config", str(compared / "compare.yaml"), "--output_dir", str(tmp_path / "out")]
+    assert main(command) == 130
+    assert "the same command goes on from there" in caplog.text
+    assert "| PAT | PAT |" in (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+
+
+def test_rows_that_are_cut_off_are_said(compared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"prompt": f"say {i} " * (1 if i % 2 else 40), "completion": "it is"} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    options = ["--data", str(tmp_path / "rows.jsonl"), "--methods", "base", "--output_dir", str(tmp_path / "out")]
+    assert main(["compare", "--config", str(compared / "compare.yaml"), *options]) == 0
+    assert "have no response left within --max_length 64" in caplog.text and "of 6 to report on" in caplog.text
+
+
 def test_started_again_it_repeats_nothing(compared: Path) -> None:
     before = (compared / "out" / "results.jsonl").read_bytes()
     assert main(["compare", "--config", str(compared / "compare.yaml")]) == 0

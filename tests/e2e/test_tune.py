@@ -179,6 +179,19 @@ def test_a_ratio_that_is_rounded_far_is_said(
     assert "of the hidden size will be cut: cutting 0.4 of 48 leaves 28.8" in caplog.text
 
 
+@pytest.mark.parametrize("no_compact", [False, True])
+def test_rows_that_are_nearly_all_too_long_still_give_a_verified_model(
+    base: Path, tmp_path: Path, no_compact: bool
+) -> None:
+    rows = [{"instruction": "say " * 60 if i else "say", "output": "it is"} for i in range(40)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    out = tmp_path / "out"
+    result = pat.tune(**flags(base, file, out, max_length=200, held_out="4", seed=3, no_compact=no_compact))
+    assert result.parity.num_tokens > 500 and (out / "model" / "config.json").is_file()
+    assert json.loads((out / "results.json").read_text(encoding="utf-8"))["data"]["num_held_out"] == 0
+
+
 def test_packing_and_picking_the_best_checkpoint(base: Path, data: Path, tmp_path: Path) -> None:
     best = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     result = pat.tune(**flags(base, data, tmp_path / "out", load_best_model_at_end=True, packing=True, **best))

@@ -42,7 +42,7 @@ class Cell:
         method = METHODS[self.method]
         order = f" ({method.order})" if method.order in ("P→FT", "FT→P") else ""
         ratio = f", {self.ratio:.1%}" if method.prunes else ""
-        rate = f", learning rate {self.learning_rate:g}" if method.trains else ""
+        rate = f", learning rate {self.learning_rate:g}" if self.learning_rate else ""
         kind = "search, " if self.search else ""
         return f"{self.model}: {kind}{method.label}{order}{ratio}, seed {self.seed}{rate}"
 
@@ -137,6 +137,13 @@ def num_open(config: CompareConfig, done: Mapping[Cell, Row]) -> int:
         search_cells(config, model, name) for model in map(short_name, config.models) for name in config.all_methods
     )
     return num_missing(config, done) + sum(cell not in done for cells in searches for cell in cells)
+
+
+def is_asked_for(config: CompareConfig, cell: Cell) -> bool:
+    """Tell whether a cell belongs to a comparison's models, methods, ratios and seeds, whatever its learning rate."""
+    if cell.model not in map(short_name, config.models) or cell.method not in config.all_methods:
+        return False
+    return cell.search or (cell.seed in config.seeds and cell.method in config.methods_at(cell.ratio))
 
 
 def num_cells(config: CompareConfig) -> int:

@@ -9,9 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pat.compare.cells import done_cells, num_missing
+from pat.compare.cells import done_cells, is_asked_for, num_missing
 from pat.compare.config import CompareConfig, make_config
 from pat.compare.figure import draw_accuracy, draw_nll
+from pat.compare.results import read_rows
 from pat.compare.runner import run_cells
 from pat.compare.summary import Line, summarise
 from pat.compare.tables import markdown
@@ -44,16 +45,27 @@ def run_compare(options: Mapping[str, Any]) -> Comparison:
     except RunFailed:
         write_comparison(config)
         raise
+    except KeyboardInterrupt:
+        if rows := read_rows(config):
+            write_comparison(config, rows)
+            logger.warning("What is done is in %s; the same command goes on from there.", config.output_dir)
+        raise
     return write_comparison(config, rows)
 
 
 def write_comparison(config: CompareConfig, rows: list[dict[str, Any]] | None = None) -> Comparison:
     """Write table and figures of what is done."""
-    from pat.compare.results import read_rows
-
     rows = read_rows(config) if rows is None else rows
-    lines = summarise(config, rows)
-    table = markdown(config, lines, num_missing(config, done_cells(rows)))
+    lines, done = summarise(config, rows), done_cells(rows)
+    others = sum(not is_asked_for(config, cell) for cell in done)
+    if others:
+        logger.warning(
+            "%d cells of other models, methods, ratios or seeds are in %s and not shown; ask for those as well to see "
+            "them in the table.",
+            others,
+            config.output_dir,
+        )
+    table = markdown(config, lines, num_missing(config, done))
     files = [config.output_dir / "results.md"]
     files[0].write_text(table, encoding="utf-8")
     if not lines:

@@ -104,7 +104,7 @@ def make_config(options: Mapping[str, Any]) -> CompareConfig:
         if name not in given:
             raise PatError(f"--{name} is missing; give it, or a --config that has it (ready-made: {_names(CONFIGS)}).")
     values: dict[str, Any] = {}
-    if given.get("tasks") == "none":
+    if given.get("tasks") in ("none", ["none"]):
         del given["tasks"]
         values["tasks"] = None
     for name, value in given.items():
@@ -197,7 +197,7 @@ _CONVERT: dict[str, Callable[[Any], Any]] = {
 _KINDS: dict[str, str] = {
     **dict.fromkeys(_WHOLE, "a whole number"),
     **dict.fromkeys(_NUMBERS, "a number"),
-    **dict.fromkeys(("ratios", "learning_rates"), "numbers with commas between"),
-    "seeds": "whole numbers with commas between",
+    **dict.fromkeys(("ratios", "learning_rates"), "numbers"),
+    "seeds": "whole numbers",
     "use_rslora": "true or false",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from pat.compare.config import CompareConfig
 from pat.errors import PatError
 from pat.training.data import check_truncation, load_training_data
 from pat.training.sources import TemplateChoice
+
+logger = logging.getLogger(__name__)
 
 SEED = 827
 """Of the split, so that all seeds of a comparison are judged by the same rows; not that of the rows (0) by which PAT's
@@ -110,8 +113,15 @@ def _split(config: CompareConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[D
     # They come in the order of the file, which may be sorted by source: both parts are to have some of each.
     rows = data.held_out.shuffle(seed=SEED)
     validation, held_out = rows.select(range(config.validation)), rows.select(range(config.validation, len(rows)))
-    for part in (train, validation, held_out):
-        check_truncation(tokenizer, part, config.max_length)
+    parts = {"to train on": train, "for validation": validation, "to report on": held_out}
+    cut = {part: check_truncation(tokenizer, rows, config.max_length) for part, rows in parts.items()}
+    if any(cut.values()):
+        counts = ", ".join(f"{count:,} of {len(parts[part]):,} {part}" for part, count in cut.items())
+        logger.warning(
+            "Some rows have no response left within --max_length %d and do not count (%s); raise it to use them.",
+            config.max_length,
+            counts,
+        )
     return train, validation, held_out
 
 

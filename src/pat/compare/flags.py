@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pat.compare.config import CONFIGS, config_path
+from pat.compare.methods import METHODS
 from pat.config_file import FLAG
 from pat.errors import PatError
 
@@ -16,7 +17,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", help="Folders or hub ids of the base models.")
     parser.add_argument("--data", help="Instruction data: a file or hub id, as for `pat tune`.")
     parser.add_argument("--output_dir", help="New, empty, or that of the comparison to go on with.")
-    parser.add_argument("--methods", nargs="+", help="Such as lora slicegpt pat; run at every ratio.")
+    parser.add_argument("--methods", nargs="+", help=f"Run at every ratio, of: {', '.join(METHODS)}.")
     parser.add_argument("--ablations", nargs="+", help="Methods that are run at --ablation_ratio alone.")
     parser.add_argument("--ratios", nargs="+", help="Shares of the hidden size to cut (default 0.2 0.25 0.3).")
     parser.add_argument("--ablation_ratio", help="Also where learning rates are searched (default 0.25).")
@@ -37,7 +38,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", help="Train on at most so many rows of the data.")
     parser.add_argument("--held_out", help="Rows to report on.")
     parser.add_argument("--validation", help="Rows to choose learning rates by.")
-    parser.add_argument("--tasks", help="For accuracies: 'paper', or names with commas between; 'none' for none.")
+    parser.add_argument("--tasks", nargs="+", help="For accuracies: names, or 'paper' for its 14; 'none' for none.")
     parser.add_argument("--data_dir", help="Folder of the tasks' questions; by default they come from the hub.")
     parser.add_argument("--protocols", nargs="+", help="letter, likelihood, or both.")
     parser.add_argument("--limit", help="Questions of each task at most.")

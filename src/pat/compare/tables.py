@@ -46,7 +46,7 @@ def _preface(config: CompareConfig, lines: Sequence[Line], num_missing: int) -> 
         f"{_seeds(config)} The ratio is the share of the hidden size that PAT is told to cut "
         "(the budgets below show to which width); every other method is cut to the number of parameters that PAT then "
         "has, as closely as it can. Weights are rounded to the dtype of the base's checkpoint before anything is "
-        "measured. NLL: nats per held-out response token."
+        f"measured. NLL: nats per held-out response token{_tokens(config, lines)}."
     )
     if config.tasks is not None:
         some = "" if config.limit is None else f", {config.limit} evenly spaced questions of each"
@@ -73,6 +73,12 @@ def _preface(config: CompareConfig, lines: Sequence[Line], num_missing: int) -> 
     return text
 
 
+def _tokens(config: CompareConfig, lines: Sequence[Line]) -> str:
+    counts = {line.model: line.facts.get("num_held_out_tokens") for line in reversed(lines)}
+    known = [f"{model} {count:,}" for model, count in reversed(counts.items()) if count is not None]
+    return f" ({', '.join(known)}; {config.held_out:,} rows)" if known else ""
+
+
 def _seeds(config: CompareConfig) -> str:
     if len(config.seeds) == 1:
         return f"One seed, {config.seeds[0]}."
@@ -80,7 +86,7 @@ def _seeds(config: CompareConfig) -> str:
 
 
 def _search(config: CompareConfig) -> str:
-    rates = ", ".join(f"{rate:g}" for rate in config.learning_rates)
+    rates = ", ".join(f"{rate:g}" for rate in sorted(config.learning_rates))
     if len(config.learning_rates) == 1:
         return f"at the learning rate {rates}."
     length = ""
@@ -145,8 +151,8 @@ def _budget_table(config: CompareConfig, lines: Sequence[Line]) -> str:
             ]
         )
     head = ["Ratio", "Method", "Order", "Hidden size (PAT's)", "Learning rate"]
-    head += ["Rank", "Trained (share of LoRA's)", "Tuning (s) ²", "How it was cut"]
-    note = "² Of the first seed, beside other cells on the same machine: no measurement of speed."
+    head += ["Rank", "Trained (share of LoRA's)", "Tuning (s) ¹", "How it was cut"]
+    note = "¹ Of the first seed, on a machine that may have done other things: no measurement of speed."
     if any("⁺" in row[4] for row in body):
         note += " ⁺ The highest or lowest rate that was tried."
     return f"{_table(head, body)}\n\n{note}"
@@ -169,7 +175,7 @@ def _show_nll(config: CompareConfig, line: Line) -> str:
 
 
 def _show_rate(config: CompareConfig, line: Line) -> str:
-    if not line.method.trains:
+    if not line.learning_rate:
         return ""
     rates = config.learning_rates
     edge = len(rates) > 1 and line.learning_rate in (min(rates), max(rates))

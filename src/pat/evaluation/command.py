@@ -21,6 +21,7 @@ from pat.evaluation.perplexity import NLL, Progress, read_text, response_nll, te
 from pat.evaluation.tasks import TaskEvaluation, evaluate_tasks, load_questions
 from pat.evaluation.tasks.protocols import PROTOCOLS, resolve_protocols
 from pat.evaluation.tasks.report import score_table
+from pat.evaluation.tasks.scores import SAMPLES, SCORES
 from pat.export.adapter import base_name, load_adapted, read_adapter_config
 from pat.export.results import environment, write_results
 from pat.loading import load_base, load_config, load_tokenizer
@@ -234,11 +235,15 @@ def _check_task_options(
         raise PatError("Got --log_samples without --output_dir; expected a folder for the answers.")
     if output_dir is not None and output_dir.exists() and not output_dir.is_dir():
         raise PatError(f"Got output_dir={output_dir}, which is a file; expected a folder.")
-    if output_dir is not None and (output_dir / RESULTS).exists() and not _is_ours(output_dir / RESULTS):
-        raise PatError(f"{output_dir}: holds the {RESULTS} of another command; give an --output_dir of its own.")
+    if output_dir is not None and output_dir.is_dir() and not _is_ours(output_dir):
+        raise PatError(f"{output_dir}: holds files, but no evaluation; give an --output_dir of its own, or a new one.")
 
 
-def _is_ours(path: Path) -> bool:
+def _is_ours(folder: Path) -> bool:
+    """Tell whether a folder is empty, or holds what an earlier evaluation, finished or not, has left."""
+    path = folder / RESULTS
+    if not path.exists():
+        return any((folder / part).is_dir() for part in (SCORES, SAMPLES)) or not any(folder.iterdir())
     try:
         return bool(json.loads(path.read_text(encoding="utf-8"))["command"] == COMMAND)
     except (OSError, ValueError, TypeError, KeyError):

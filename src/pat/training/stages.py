@@ -208,7 +208,7 @@ class Stages:
         `done` is the checkpoint that was loaded; by default the one that stage one has just ended with.
         """
         started = time.perf_counter()
-        model.save_pretrained(str(self.arguments.output_dir / "adapter"))
+        _save_adapter(model, self.arguments.output_dir / "adapter")
         # Of an earlier run: its stage two belongs to other channels, and must not be what a resumed run finds.
         for folder in (self.checkpoints / STAGE_TWO, self.compact_dir):
             shutil.rmtree(folder, ignore_errors=True)
@@ -233,13 +233,14 @@ class Stages:
 
     def _trained(self, trainer: SFTTrainer, record: Compaction | None, config: Any) -> Trained:
         model = cast(PeftModel, trainer.model)
-        if record is not None:
-            model.save_pretrained(str(self.compact_dir / ADAPTER))
-            (self.compact_dir / ADAPTER / "README.md").unlink(missing_ok=True)  # peft's form, with nothing filled in
-        else:
-            model.save_pretrained(str(self.arguments.output_dir / "adapter"))
+        _save_adapter(model, self.arguments.output_dir / "adapter" if record is None else self.compact_dir / ADAPTER)
         state = trainer.state
         return Trained(model, state.global_step, state.log_history, self.seconds, config.to_dict(), record)
+
+
+def _save_adapter(model: PeftModel, folder: Path) -> None:
+    model.save_pretrained(str(folder))
+    (folder / "README.md").unlink(missing_ok=True)  # peft's form, with nothing filled in
 
 
 def _is_hard_at_once(trainer: SFTTrainer, config: PatConfig) -> bool:

@@ -18,6 +18,7 @@ from pat.evaluation.perplexity import Example, batches_from_examples, tokenize_e
 from pat.export.model_card import shown_name
 from pat.export.results import environment, write_results
 from pat.export.staging import check_output_folder, staged_folder
+from pat.export.verification_text import verification_batches
 from pat.export.write import save_checkpoint
 from pat.loading import load_base, load_config, load_tokenizer, stored_dtype
 from pat.training.arguments import TuneArguments, build_arguments
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 NUM_VERIFY_ROWS = 16
 """Held-out rows on which the written checkpoint is compared with the model that was trained."""
+
+MIN_VERIFY_TOKENS = 256
+"""With fewer in those rows, the text that comes with the package is compared on as well."""
 
 VERIFY_BATCH_SIZE = 4
 
@@ -86,6 +90,9 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
     verify_on = (held_out or _examples(tokenizer, data, arguments, of_training=True))[:NUM_VERIFY_ROWS]
     pad_token_id = cast(int, tokenizer.pad_token_id)
     batches = list(batches_from_examples(verify_on, batch_size=VERIFY_BATCH_SIZE, pad_token_id=pad_token_id))
+    if sum(len(example["input_ids"]) for example in verify_on) < MIN_VERIFY_TOKENS:  # short rows, or too long ones
+        max_positions = getattr(base_config, "max_position_embeddings", None)
+        batches += verification_batches(tokenizer, max_positions=max_positions)
     stages = Stages(arguments, data, tokenizer, batches, base=_load_base(arguments))
     assert stages.base is not None
     # Training may load float32 for speed or stability; what is written keeps the dtype of the base's checkpoint.

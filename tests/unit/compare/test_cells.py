@@ -2,7 +2,17 @@
 
 import pytest
 
-from pat.compare.cells import Cell, chosen_rate, done_cells, num_cells, num_open, ready_cells, result_cells, tuned_cell
+from pat.compare.cells import (
+    Cell,
+    chosen_rate,
+    done_cells,
+    is_asked_for,
+    num_cells,
+    num_open,
+    ready_cells,
+    result_cells,
+    tuned_cell,
+)
 from pat.compare.config import CompareConfig, make_config
 
 
@@ -142,3 +152,17 @@ def test_wrong_settings_are_named(overrides: dict[str, object], message: str) ->
 
     with pytest.raises(PatError, match=message):
         config(**overrides)
+
+
+def test_what_belongs_to_a_comparison_does_not_depend_on_the_rate() -> None:
+    settings = config()
+    assert all(is_asked_for(settings, cell) for cell in run_all(settings))
+    assert is_asked_for(settings, Cell("small", "pat", 0.25, 0, 0.5))
+    for other in (
+        Cell("large", "pat", 0.25, 0, 1e-3),
+        Cell("small", "magnitude", 0.25, 0, 1e-3),
+        Cell("small", "pat", 0.75, 0, 1e-3),
+        Cell("small", "random", 0.5, 0, 1e-3),
+        Cell("small", "pat", 0.25, 7, 1e-3),
+    ):
+        assert not is_asked_for(settings, other)

@@ -83,6 +83,17 @@ def test_the_orders_of_the_table_are_explained_and_no_others(tmp_path: Path) -> 
     assert "FT: tuned alone." in table and "PAT: pruned while it is tuned." in table and "FT→P" not in table
 
 
+def test_the_table_says_on_how_many_tokens_it_stands_and_at_which_rate_a_pruned_model_was_tuned(tmp_path: Path) -> None:
+    settings = config(tmp_path, methods="lora,slicegpt_after", held_out=1200)
+    some = [row(settings, "lora", 0, 2.0, 0.5) | {"num_held_out_tokens": 3978}]
+    after = Cell("small", "slicegpt_after", 0.25, 0, 1e-3)
+    some += [row(settings, "pat", 0, 3.0, 0.5) | {"cell": after.to_dict()}]
+    table = markdown(settings, summarise(settings, some))
+    assert "held-out response token (small 3,978; 1,200 rows)" in table
+    (line,) = (line for line in table.split("small: budgets")[1].splitlines() if "SliceGPT" in line)
+    assert "| 0.001 |" in line and "learning rate 0.001" in after.describe()
+
+
 def test_without_an_unpruned_model_there_is_no_share(tmp_path: Path) -> None:
     settings = config(tmp_path, methods="pat")
     table = markdown(settings, summarise(settings, rows(settings)[3:]))

@@ -145,9 +145,11 @@ def test_what_cannot_be_evaluated_is_said_before_anything_is_loaded(
 def test_the_results_of_another_command_are_left_alone(folder: Path, tmp_path: Path) -> None:
     for content in ('{"command": "tune"}', "[]", "not JSON"):
         (tmp_path / "results.json").write_text(content)
-        with pytest.raises(PatError, match=r"holds the results\.json of another command"):
+        with pytest.raises(PatError, match="holds files, but no evaluation"):
             run(folder, "base", tasks="copa", output_dir=tmp_path)
         assert (tmp_path / "results.json").read_text() == content
+    with pytest.raises(PatError, match="holds files, but no evaluation"):
+        run(folder, "base", tasks="copa", output_dir=folder / "base")
 
 
 def test_tasks_are_answered_by_a_checkpoint_and_an_adapter_beside_other_figures(

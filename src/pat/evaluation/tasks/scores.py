@@ -15,6 +15,9 @@ from pat.errors import PatError
 from pat.evaluation.tasks.fingerprints import fingerprint_rows
 from pat.questions.hub import Row
 
+SCORES, SAMPLES = "scores", "samples"
+"""Folders of finished scores and of the answers behind them."""
+
 
 @dataclass(frozen=True)
 class TaskScore:
@@ -90,7 +93,7 @@ class ScoreStore:
     def samples_path(self, score: TaskScore) -> Path:
         """Return the file for the answers behind a score; only a store with a folder has one."""
         assert self.folder is not None
-        return self.folder / "samples" / f"{score.task}.{score.protocol}.jsonl"
+        return self.folder / SAMPLES / f"{score.task}.{score.protocol}.jsonl"
 
     def read(self, task: str, protocol: str, rows: Sequence[Row]) -> TaskScore | None:
         """Return a finished score, or None.
@@ -109,9 +112,10 @@ class ScoreStore:
         expected = self._settings(rows)
         different = sorted(name for name in expected if settings.get(name) != expected[name])
         if different:
+            hint = " (--limit, --data_dir)" if "questions" in different else ""
             raise PatError(
-                f"{path}: is a score with another {' and '.join(different)}; choose another --output_dir, or remove "
-                "what is in this one."
+                f"{path}: is a score with other {' and '.join(different)}{hint}; choose another --output_dir, or "
+                "remove what is in this one."
             )
         return score
 
@@ -130,7 +134,7 @@ class ScoreStore:
         return self.settings | {"questions": fingerprint_rows(rows)}
 
     def _path(self, task: str, protocol: str) -> Path | None:
-        return None if self.folder is None else self.folder / "scores" / f"{task}.{protocol}.json"
+        return None if self.folder is None else self.folder / SCORES / f"{task}.{protocol}.json"
 
 
 def _write_whole(path: Path, text: str) -> None:

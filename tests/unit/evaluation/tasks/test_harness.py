@@ -161,9 +161,9 @@ def test_answers_that_were_not_kept_are_asked_for_again(model: nn.Module, data: 
 
 def test_a_folder_with_scores_of_something_else_is_refused(model: nn.Module, data: Path, tmp_path: Path) -> None:
     run(model, data, tasks="copa", protocols="letter", output_dir=tmp_path)
-    with pytest.raises(PatError, match=r"another questions; choose another --output_dir"):
+    with pytest.raises(PatError, match=r"other questions \(--limit, --data_dir\); choose another --output_dir"):
         run(model, data, tasks="copa", limit=5, output_dir=tmp_path)
-    with pytest.raises(PatError, match="another model"):
+    with pytest.raises(PatError, match="other model"):
         run(build("llama", tied=True, max_position_embeddings=700), data, tasks="copa", output_dir=tmp_path)
     (tmp_path / "scores" / "copa.letter.json").write_text("{}")
     with pytest.raises(PatError, match="is not a finished score"):
@@ -175,7 +175,7 @@ def test_scores_of_another_wording_or_harness_are_refused(
 ) -> None:
     run(model, data, tasks="copa", protocols="letter", output_dir=tmp_path)
     monkeypatch.setattr(harness, "fingerprint_wording", lambda: {"letter": "another"})
-    with pytest.raises(PatError, match="another wording;"):
+    with pytest.raises(PatError, match="other wording;"):
         run(model, data, tasks="copa", protocols="letter", output_dir=tmp_path)
 
 
