@@ -96,7 +96,7 @@ def test_what_it_leaves(compared: Path) -> None:
     assert {path.name for path in out.iterdir()} >= {"results.jsonl", "results.md", "nll.png", "data"}
     assert not (out / "tuned").exists() and not (out / "work").exists()
     table = (out / "results.md").read_text(encoding="utf-8")
-    assert "| 25.0% | PAT | PAT |" in table and "| 25.0% | SliceGPT | FT→P |" in table and "missing" not in table
+    assert "| 25.0% | PAT | PAT |" in table and "| 25.0% | SliceGPT | FT→P |" in table and "Missing" not in table
 
 
 def test_cells_that_are_not_asked_for_are_said_to_be_there(
@@ -106,7 +106,7 @@ def test_cells_that_are_not_asked_for_are_said_to_be_there(
     few = ["--methods", "base", "lora", "--output_dir", str(tmp_path / "out")]
     assert main(["compare", "--config", str(compared / "compare.yaml"), *few]) == 0
     # Four methods with two seeds, and the searches of three of them.
-    assert f"{4 * 2 + 3 * 2} cells of other models" in caplog.text
+    assert f"does not show: {4 * 2 + 3 * 2}, of other models" in caplog.text
 
 
 def test_interrupted_it_leaves_a_table_and_says_how_to_go_on(

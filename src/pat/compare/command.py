@@ -60,10 +60,10 @@ def write_comparison(config: CompareConfig, rows: list[dict[str, Any]] | None = 
     others = sum(not is_asked_for(config, cell) for cell in done)
     if others:
         logger.warning(
-            "%d cells of other models, methods, ratios or seeds are in %s and not shown; ask for those as well to see "
-            "them in the table.",
-            others,
+            "Cells in %s that the table does not show: %d, of other models, methods, ratios or seeds; ask for those as "
+            "well to see them.",
             config.output_dir,
+            others,
         )
     table = markdown(config, lines, num_missing(config, done))
     files = [config.output_dir / "results.md"]

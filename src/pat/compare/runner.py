@@ -89,7 +89,7 @@ def _run_cells(config: CompareConfig) -> list[dict[str, Any]]:
         pool.shutdown(cancel_futures=True)
     if failed:
         cell, reason = next(iter(failed.items()))
-        raise RunFailed(f"{len(failed)} cells failed, such as {cell.describe()}: {reason}")
+        raise RunFailed(f"Failed cells: {len(failed)}, such as {cell.describe()}: {reason}")
     shutil.rmtree(config.output_dir / "tuned", ignore_errors=True)
     shutil.rmtree(config.output_dir / "work", ignore_errors=True)
     return rows

@@ -120,7 +120,7 @@ def _machine(row: Mapping[str, Any]) -> str:
     if "machine" not in row:
         return ""
     machine, versions = row["machine"], ", ".join(f"{name} {number}" for name, number in row["versions"].items())
-    return f"{machine['device']}, {machine['num_threads']} threads a worker; {versions}"
+    return f"{machine['device']}, threads of a worker: {machine['num_threads']}; {versions}"
 
 
 def _accuracies(evaluation: Mapping[str, Any], suffix: str = "") -> dict[str, dict[str, float]]:

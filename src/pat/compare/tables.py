@@ -59,7 +59,7 @@ def _preface(config: CompareConfig, lines: Sequence[Line], num_missing: int) -> 
             each = ", ".join(f"{100 * error:.1f} ({protocol})" for protocol, error in errors.items())
             text += f" Its standard error from the number of questions alone is at most, in points: {each}."
     if num_missing:
-        text += f" **{num_missing} cells are missing.**"
+        text += f" **Missing cells: {num_missing}.**"
     if any(line.name.startswith("pat") for line in lines):
         text += (
             " The defaults of PAT's own recipe were chosen beforehand, by runs on SmolLM2 with 25 % cut and rows of "

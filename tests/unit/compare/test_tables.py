@@ -65,7 +65,7 @@ def test_the_table_says_what_is_missing_and_what_share_is_left(tmp_path: Path) -
     settings = config(tmp_path)
     some = rows(settings)[:-1]
     table = markdown(settings, summarise(settings, some), count_missing(settings, some))
-    assert "1 cells are missing" in table
+    assert "Missing cells: 1." in table
     assert "(75.0%)" in table and "2.050 ± 0.071" in table and "40.00 ± 0.00" in table
 
 
@@ -154,7 +154,7 @@ def test_the_table_says_where_it_was_measured(tmp_path: Path) -> None:
     for number, entry in enumerate(some):
         entry |= {"machine": {"device": f"card {number // 3}", "num_threads": 2}, "versions": {"torch": "9.9"}}
     table = markdown(settings, summarise(settings, some))
-    assert "Measured on: card 0, 2 threads a worker; torch 9.9; and on card 1" in table
+    assert "Measured on: card 0, threads of a worker: 2; torch 9.9; and on card 1" in table
 
 
 def test_one_seed_has_no_spread(tmp_path: Path) -> None:
