@@ -22,19 +22,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from baselines import METHODS, Pruned, calibration_sequences, num_parameters, pat_parameters, prune
+from compare.baselines import METHODS, Pruned, calibration_sequences, num_parameters, pat_parameters, prune
+from compare.budget import lora_targets
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from pat.compare.budget import lora_targets
-from pat.evaluation.perplexity import Example, response_nll, tokenize_examples
-from pat.export.results import environment
 from pat.loading import load_base, load_tokenizer
+from pat.nll import Example, response_nll, tokenize_examples
+from pat.report.results import environment
+from pat.shape import choose_width
 from pat.training.data import TrainingData, load_training_data
-from pat.widths import choose_width
 
 MUST_BEAT_RANDOM = ("llm_pruner", "slicegpt")
 """Methods that are broken if random channels lose less than they do."""

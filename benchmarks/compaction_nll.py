@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pat.export.results import environment
+from pat.report.results import environment
 
 MARK = 0.02
 """Nats per response token that compaction may cost at most."""

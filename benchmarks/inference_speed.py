@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from pat.benchmark import BenchmarkOptions, print_benchmark, run_benchmark
 from pat.benchmark.options import parse_counts
 from pat.benchmark.record import to_dict
-from pat.export.results import write_results
 from pat.families import get_family
+from pat.report.results import write_results
 from pat.surgery.dense import shrink_config
 
 RATIO = 0.25

@@ -36,11 +36,11 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from pat.export.checkpoint import open_checkpoint
-from pat.export.hollow import StoredWeights, hollow_model
-from pat.export.results import environment, write_results
-from pat.export.shards import ShardWriter
-from pat.sparsification.operator import default_rank
+from pat.checkpoint.hollow import StoredWeights, hollow_model
+from pat.checkpoint.read import open_checkpoint
+from pat.checkpoint.shards import ShardWriter
+from pat.method.operator import default_rank
+from pat.report.results import environment, write_results
 from pat.tuner import PatConfig, find_tuner
 
 MARKS = {"peak_rss_gb": 2.0, "wall_to_copy": 4.0}
@@ -99,7 +99,7 @@ def make_base(folder: Path, config: LlamaConfig) -> None:
     model.config.dtype = "bfloat16"
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    text = resources.files("pat.export").joinpath("verification.txt").read_text(encoding="utf-8")
+    text = resources.files("pat.checkpoint").joinpath("verification.txt").read_text(encoding="utf-8")
     words = ["<s>", *dict.fromkeys(text.split())]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

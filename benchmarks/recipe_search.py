@@ -23,7 +23,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from pat.evaluation.perplexity import batches_from_examples, response_nll, tokenize_examples
+from pat.nll import batches_from_examples, response_nll, tokenize_examples
 from pat.training.arguments import recipe_defaults
 from pat.training.callback import PatCallback
 from pat.training.data import load_training_data

@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 from pat.evaluation.tasks.fingerprints import fingerprint_model, fingerprint_rows
 from pat.evaluation.tasks.protocols import PROTOCOLS, fingerprint_wording
-from pat.export.results import environment, write_results
 from pat.loading import load_base, load_tokenizer
 from pat.questions.hub import LETTERS
 from pat.questions.rows import load_rows
 from pat.questions.table import resolve_tasks
+from pat.report.results import environment, write_results
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -30,10 +30,10 @@ from lm_eval.models.huggingface import HFLM
 from pat.evaluation.tasks.adapter import BatchedLM
 from pat.evaluation.tasks.harness import CPU_BATCH_SIZE
 from pat.evaluation.tasks.protocols import MAX_NEW_TOKENS, first_letter, is_decided, task_config
-from pat.export.results import environment, write_results
 from pat.loading import load_base, load_tokenizer
 from pat.questions.rows import load_rows
 from pat.questions.table import TASKS
+from pat.report.results import environment, write_results
 
 MARKS = {"letter": 2.5, "likelihood": 1.5}
 """Least speed-up over the baseline."""

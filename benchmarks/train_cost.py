@@ -34,8 +34,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTTrainer
 
-from pat.export.results import environment
 from pat.loading import load_tokenizer
+from pat.report.results import environment
 from pat.training.arguments import TuneArguments, build_arguments, recipe_defaults
 from pat.training.data import load_training_data
 from pat.training.stages import Stages

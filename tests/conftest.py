@@ -17,8 +17,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TESTS_DIR = Path(__file__).resolve().parent
 REPO_ROOT = TESTS_DIR.parent
-if str(TESTS_DIR) not in sys.path:
-    sys.path.insert(0, str(TESTS_DIR))
+for folder in (REPO_ROOT / "benchmarks", TESTS_DIR):  # scripts beside the package, and the tests' own helpers
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 import random  # noqa: E402
 

@@ -91,7 +91,7 @@ def _merge(argv: Sequence[str]) -> None:
     parser.add_argument("--device", default="cpu", help="Where to compute, such as cuda.")
     options = parser.parse(argv)
 
-    from pat.export.merge import merge
+    from pat.checkpoint.merge import merge
 
     result = merge(
         options.adapter,
@@ -210,21 +210,6 @@ def _benchmark(argv: Sequence[str]) -> None:
     print_benchmark(run_benchmark(BenchmarkOptions(**given)))
 
 
-def _compare(argv: Sequence[str]) -> None:
-    """Methods, ratios and seeds under one budget -> the paper's table, at home."""
-    from pat.compare.flags import add_flags, with_config_path
-
-    parser = CommandParser("compare", _compare)
-    add_flags(parser)
-    options = vars(parser.parse(with_config_path(argv)))
-
-    from pat.compare.command import run_compare
-
-    comparison = run_compare(options)
-    print(comparison.table)
-    print("Wrote " + ", ".join(str(path) for path in comparison.files))
-
-
 def _demo(argv: Sequence[str]) -> None:
     """The main job on a model and data from the package index; no hub needed."""
     parser = CommandParser("demo", _demo)
@@ -254,7 +239,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "merge": _merge,
     "evaluate": _evaluate,
     "benchmark": _benchmark,
-    "compare": _compare,
     "demo": _demo,
 }
 

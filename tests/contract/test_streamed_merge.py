@@ -14,11 +14,11 @@ from tiny_models import FAMILIES, batch, build, tiny_tokenizer
 from tiny_training import largest_difference, logits
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pat.export import checkpoint, memory
-from pat.export import merge as merging
-from pat.export.memory import ReusedMemory
-from pat.export.merge import merge
-from pat.export.write import savable_generation_config
+from pat.checkpoint import checkpoint, memory
+from pat.checkpoint import merge as merging
+from pat.checkpoint.memory import ReusedMemory
+from pat.checkpoint.merge import merge
+from pat.checkpoint.write import savable_generation_config
 from pat.families import get_family
 from pat.surgery import fold
 

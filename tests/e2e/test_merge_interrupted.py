@@ -13,13 +13,13 @@ from hardened import hardened
 from tiny_models import build, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from pat.checkpoint.merge import merge
+from pat.checkpoint.shards import ShardWriter
 from pat.cli import main
-from pat.export.merge import merge
-from pat.export.shards import ShardWriter
 
 KILLED_MERGE = """
 import os, signal, sys
-from pat.export import shards, streamed
+from pat.checkpoint import shards, streamed
 from pat.cli import main
 
 moment = int(sys.argv[1])

@@ -14,10 +14,10 @@ from tiny_training import attach, tuner_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from pat.export.model_card import Cut
-from pat.export.verification_text import verification_batches
-from pat.export.verify import Parity, check, compare, permutation_floor
-from pat.export.write import save_checkpoint
+from pat.checkpoint.card import Cut
+from pat.checkpoint.verification_text import verification_batches
+from pat.checkpoint.verify import Parity, check, compare, permutation_floor
+from pat.checkpoint.write import save_checkpoint
 
 MAX_LOGIT_DIFF = 1e-3
 MAX_FLOORS = 5

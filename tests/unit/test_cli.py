@@ -161,7 +161,7 @@ def test_benchmark_passes_its_flags_on(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_merge_passes_its_flags_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     parity = SimpleNamespace(describe=lambda: "Parity is fine.")
     result = SimpleNamespace(model_dir=Path("out"), num_parameters=1234, parity=parity)
-    calls = replace(monkeypatch, "pat.export.merge.merge", result)
+    calls = replace(monkeypatch, "pat.checkpoint.merge.merge", result)
     assert cli.main(["merge", "--adapter", "a", "--output_dir", "out", "--base_model", "b"]) == 0
     expected = {"base_model": "b", "dtype": None, "text_file": None, "max_shard_size": None}
     assert calls == [(("a", Path("out")), expected | {"fold_dtype": None, "device": "cpu"})]

@@ -14,7 +14,7 @@ from pat.benchmark.prediction import Predictor
 from pat.benchmark.process import Worker
 from pat.benchmark.record import Benchmark, to_dict
 from pat.benchmark.tables import markdown
-from pat.export.results import write_results
+from pat.report.results import write_results
 
 
 def run_benchmark(options: BenchmarkOptions) -> Benchmark:

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from pat.checkpoint.staging import check_output_folder
 from pat.demo.data import SAMPLE_PROMPTS, demo_data_path
 from pat.demo.model import prepare_smollm2
-from pat.export.staging import check_output_folder
 from pat.loading import load_tokenizer
 from pat.training.arguments import build_arguments
 from pat.training.results import TuneResult

@@ -16,15 +16,15 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from pat.checkpoint.adapter import base_name, load_adapted, read_adapter_config
 from pat.errors import PatError
-from pat.evaluation.perplexity import NLL, Progress, read_text, response_nll, text_perplexity, tokenize_examples
 from pat.evaluation.tasks import TaskEvaluation, evaluate_tasks, load_questions
 from pat.evaluation.tasks.protocols import PROTOCOLS, resolve_protocols
 from pat.evaluation.tasks.report import score_table
 from pat.evaluation.tasks.scores import SAMPLES, SCORES
-from pat.export.adapter import base_name, load_adapted, read_adapter_config
-from pat.export.results import environment, write_results
 from pat.loading import load_base, load_config, load_tokenizer
+from pat.nll import NLL, Progress, read_text, response_nll, text_perplexity, tokenize_examples
+from pat.report.results import environment, write_results
 from pat.training.data import check_truncation, load_training_data
 from pat.training.sources import TemplateChoice
 from pat.tuner.model import find_tuner

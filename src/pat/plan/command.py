@@ -11,11 +11,11 @@ from pat.errors import PatError
 from pat.loading import load_config, stored_dtype
 from pat.plan.costs import ModelCost, build_skeleton, cost_of
 from pat.plan.training import TrainingMemory, training_memory
+from pat.shape import Width, legal_widths
 from pat.surgery.dense import shrink_config
 from pat.training.arguments import recipe_defaults
 from pat.tuner.config import PatConfig
 from pat.tuner.prepare import check_config
-from pat.widths import Width, legal_widths
 
 CONTEXT = 2048
 """Tokens that costs and memory refer to unless others are asked for; fewer if the model cannot read as many."""

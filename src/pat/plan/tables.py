@@ -12,7 +12,7 @@ from rich.table import Table
 from pat.families import FAMILIES
 from pat.plan.command import Plan
 from pat.plan.costs import GROUPS, ModelCost, Size
-from pat.widths import alignment
+from pat.shape import alignment
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 

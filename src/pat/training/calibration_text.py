@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pat.errors import PatError
-from pat.evaluation.perplexity import read_text
+from pat.nll import read_text
 
 BATCH_SIZE = 4
 CONTEXT = 512

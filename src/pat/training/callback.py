@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pat.errors import PatError
-from pat.sparsification.schedule import milestone_step
+from pat.method.schedule import milestone_step
 from pat.training.calibration_text import batches_from_text_file
 from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel, find_tuner

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, get_args
 from datasets import Dataset
 
 from pat.errors import PatError
-from pat.evaluation.perplexity import prompt_ids, tokenize_row
+from pat.nll import prompt_ids, tokenize_row
 from pat.training.formats import Template, split_turns
 from pat.training.sources import TemplateChoice, load_source
 

@@ -13,9 +13,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PretrainedConfig
 
-from pat.evaluation.perplexity import NLL, Example, response_nll
-from pat.export.verify import Parity
-from pat.export.write import count_parameters
+from pat.checkpoint.verify import Parity
+from pat.checkpoint.write import count_parameters
+from pat.nll import NLL, Example, response_nll
 
 EVAL_BATCH_SIZE = 8
 

@@ -25,11 +25,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
+from pat.checkpoint.card import Compaction
+from pat.checkpoint.compact import ADAPTER, MODEL, read_compaction, write_compact
 from pat.errors import PatError, RunFailed
-from pat.export.compact import ADAPTER, MODEL, read_compaction, write_compact
-from pat.export.model_card import Compaction
 from pat.loading import load_base
-from pat.sparsification.schedule import milestone_step
+from pat.method.schedule import milestone_step
 from pat.training.arguments import TuneArguments
 from pat.training.callback import PatCallback, calibration_batches
 from pat.training.checkpoints import STAGE_TWO, is_compact

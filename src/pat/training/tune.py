@@ -13,14 +13,14 @@ from peft import prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import get_quantization_config
 
+from pat.checkpoint.card import shown_name
+from pat.checkpoint.staging import check_output_folder, staged_folder
+from pat.checkpoint.verification_text import verification_batches
+from pat.checkpoint.write import save_checkpoint
 from pat.errors import PatError
-from pat.evaluation.perplexity import Example, batches_from_examples, tokenize_examples
-from pat.export.model_card import shown_name
-from pat.export.results import environment, write_results
-from pat.export.staging import check_output_folder, staged_folder
-from pat.export.verification_text import verification_batches
-from pat.export.write import save_checkpoint
 from pat.loading import load_base, load_config, load_tokenizer, stored_dtype
+from pat.nll import Example, batches_from_examples, tokenize_examples
+from pat.report.results import environment, write_results
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.calibration_text import read_calibration
 from pat.training.checkpoints import last_checkpoint

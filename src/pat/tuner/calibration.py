@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from pat.errors import PatError, RunFailed
-from pat.evaluation.perplexity import evaluating
+from pat.nll import evaluating
 from pat.surgery.precision import to_float64
 from pat.surgery.residual import ResidualStream
 

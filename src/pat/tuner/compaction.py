@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pat.errors import PatError
-from pat.sparsification.operator import LowRankOperator
+from pat.method.operator import LowRankOperator
 from pat.surgery.adapted import AdaptedMatrix
 from pat.surgery.fold import Channels, Operator, cut_writer_rows
 from pat.surgery.precision import to_float64

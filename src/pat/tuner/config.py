@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft import LoraConfig
 
 from pat.errors import PatError
+from pat.shape import DEFAULT_PRUNING_RATIO, check_request
 from pat.tuner.options import PatOptions
-from pat.tuner.register import PatType
-from pat.widths import DEFAULT_PRUNING_RATIO, check_request
+
+
+class PatType(enum.StrEnum):
+    """The one method name this package adds to peft.
+
+    peft looks methods up in dictionaries by a string-valued key, so a string enumeration of our own is enough: it
+    equals `"PAT"` in a loaded `adapter_config.json`, hashes alike, and unpickles by importing this module (an extended
+    `PeftType` would not unpickle without it). See docs/adr/0002.
+    """
+
+    PAT = "PAT"
+
 
 _CHOICES = {
     "mask": ("trainable", "frozen"),

@@ -14,8 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pat.sparsification.mask import UnifiedMask
-from pat.sparsification.operator import Operator
+from pat.method.mask import UnifiedMask
+from pat.method.operator import Operator
 
 MASK_NAME = "pat_mask"
 OPERATOR_NAME = "pat_hsm"

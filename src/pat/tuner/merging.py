@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pat.errors import PatError
-from pat.sparsification.mask import UnifiedMask
-from pat.sparsification.operator import Operator
+from pat.method.mask import UnifiedMask
+from pat.method.operator import Operator
 from pat.surgery.adapted import AdaptedMatrix, merged
 from pat.surgery.dense import build_dense, shrink_config
 from pat.surgery.fold import Channels, Empty, HeadPlan, empty_tensor, fold_weights

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pat.errors import PatError
-from pat.sparsification.mask import UnifiedMask
-from pat.sparsification.operator import Operator, build_operator
+from pat.method.mask import UnifiedMask
+from pat.method.operator import Operator, build_operator
 from pat.surgery.precision import to_float64
 from pat.surgery.residual import ResidualStream
 from pat.surgery.rotation import ChannelOrder, equalised_gain, gain_block, importance_order, pca_order

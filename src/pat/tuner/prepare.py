@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 from pat.errors import PatError
 from pat.families import Family, get_family
-from pat.sparsification.operator import check_rank
+from pat.method.operator import check_rank
+from pat.shape import Width, choose_width
 from pat.surgery.residual import ResidualStream, map_residual_stream
 from pat.surgery.rotation import gain_block
 from pat.tuner.config import PatConfig
 from pat.tuner.quantized import quantization_of
-from pat.widths import Width, choose_width
 
 
 @dataclass(frozen=True)

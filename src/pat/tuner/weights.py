@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from pat.errors import PatError
 from pat.surgery.adapted import AdaptedMatrix, merged
 
+PREFIX = "lora_"
+"""peft tells adapter parameters from base parameters by the prefix of LoRA's layers, which PAT shares."""
+
 
 @torch.no_grad()
 def effective_parameter(model: nn.Module, name: str, adapter_name: str) -> Tensor:

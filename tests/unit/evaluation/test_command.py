@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from pat.errors import PatError
 from pat.evaluation.command import Evaluation, evaluate, print_evaluation
-from pat.evaluation.perplexity import response_nll, text_perplexity, tokenize_examples
+from pat.nll import response_nll, text_perplexity, tokenize_examples
 from pat.questions.hub import make_row
 from pat.training.data import load_training_data
 

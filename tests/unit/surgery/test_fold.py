@@ -18,7 +18,7 @@ from tiny_models import FAMILIES, RMS_NORM_EPS, build
 from torch import Tensor
 
 from pat.families import get_family
-from pat.sparsification.operator import LowRankOperator
+from pat.method.operator import LowRankOperator
 from pat.surgery.fold import Channels, HeadPlan, fold_weights
 from pat.surgery.residual import Linear, ResidualBranch, ResidualStream, map_residual_stream
 from pat.surgery.rotation import equalised_gain

@@ -10,7 +10,7 @@ from tiny_models import build
 from torch import Tensor
 
 from pat.families import get_family
-from pat.sparsification.operator import LowRankOperator
+from pat.method.operator import LowRankOperator
 from pat.surgery import fold
 from pat.surgery.adapted import AdaptedMatrix, merged
 from pat.surgery.fold import Channels, HeadPlan, fold_weights

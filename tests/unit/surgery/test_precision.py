@@ -8,8 +8,8 @@ from hardened import hardened
 from no_float64 import NoFloat64
 from tiny_models import batch, build
 
-from pat.evaluation.perplexity import response_nll
-from pat.export.verify import compare
+from pat.checkpoint.verify import compare
+from pat.nll import response_nll
 from pat.surgery import precision
 from pat.surgery.precision import to_float64
 

@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from pat.errors import PatError
-from pat.sparsification.schedule import offset, temperature
+from pat.method.schedule import offset, temperature
 from pat.training.callback import PatCallback
 from pat.tuner import PatModel
 

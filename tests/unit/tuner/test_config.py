@@ -11,7 +11,6 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 
 from pat.errors import PatError
 from pat.tuner import PatConfig, PatModel
-from pat.tuner.register import register
 
 
 def test_it_is_a_lora_config_with_fields_of_its_own() -> None:
@@ -82,8 +81,7 @@ def test_pickle_round_trip() -> None:
     assert pickle.loads(pickle.dumps(example())) == example()
 
 
-def test_registration_is_with_peft_and_can_be_repeated() -> None:
-    register()
+def test_the_method_is_registered_with_peft() -> None:
     assert PEFT_TYPE_TO_CONFIG_MAPPING["PAT"] is PatConfig
     assert PEFT_TYPE_TO_TUNER_MAPPING["PAT"] is PatModel
     assert PEFT_TYPE_TO_PREFIX_MAPPING["PAT"] == "lora_"

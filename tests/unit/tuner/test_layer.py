@@ -9,8 +9,8 @@ from tiny_models import build
 from tiny_training import attach, logits, pat_config, tuner_of
 from torch import nn
 
-from pat.sparsification.mask import UnifiedMask
-from pat.sparsification.operator import DenseOperator, LowRankOperator
+from pat.method.mask import UnifiedMask
+from pat.method.operator import DenseOperator, LowRankOperator
 from pat.tuner.layer import HsmLayer, MaskLayer
 
 HIDDEN = 8

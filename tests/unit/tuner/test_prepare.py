@@ -118,7 +118,7 @@ def test_a_loaded_adapter_keeps_its_width_whatever_the_rule_is_now(
     model = attach(build("llama", tied=True), rotation="none", pruning_ratio=0.4)
     expected = tuner_of(model).mask().pruned_hidden_size
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr("pat.widths.ALIGNMENT_SLACK", 0.5)
+    monkeypatch.setattr("pat.shape.ALIGNMENT_SLACK", 0.5)
     other = attach(build("llama", tied=True), rotation="none", pruning_ratio=0.4)
     assert tuner_of(other).mask().pruned_hidden_size != expected  # the rule has changed
     loaded = PeftModel.from_pretrained(build("llama", tied=True), tmp_path)

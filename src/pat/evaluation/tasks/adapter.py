@@ -18,9 +18,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from pat.errors import PatError
-from pat.evaluation.perplexity import Progress
 from pat.evaluation.tasks.batched import BatchedModel, Scored
 from pat.evaluation.tasks.prefixes import Item
+from pat.nll import Progress
 
 
 class BatchedLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
@@ -135,7 +135,7 @@ class BatchedLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Not needed by any of the tasks."""
-        raise NotImplementedError("pat.evaluation.perplexity measures whole texts")
+        raise NotImplementedError("pat.nll measures whole texts")
 
     def _decode(self, tokens: list[int]) -> str:
         """Return the text up to the first stop token, which need not be flagged as special."""

@@ -21,8 +21,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from pat.evaluation.perplexity import Progress
 from pat.evaluation.tasks.prefixes import Item, plan_prefixes, similar_batches
+from pat.nll import Progress
 
 UNLIMITED = 1 << 30
 

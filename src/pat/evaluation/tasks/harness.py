@@ -19,7 +19,6 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pat.errors import PatError
-from pat.evaluation.perplexity import evaluating
 from pat.evaluation.tasks.fingerprints import fingerprint_model, fingerprint_tokenizer
 from pat.evaluation.tasks.protocols import (
     PROTOCOLS,
@@ -30,6 +29,7 @@ from pat.evaluation.tasks.protocols import (
     task_config,
 )
 from pat.evaluation.tasks.scores import ScoreStore, TaskEvaluation, TaskScore
+from pat.nll import evaluating
 from pat.questions.hub import LETTERS, Row
 from pat.questions.rows import load_rows
 from pat.questions.table import PAPER, EvalTask, resolve_tasks

@@ -1,0 +1,8 @@
+"""Compare methods, ratios and seeds under one budget: `make compare CONFIG=tiny`."""
+
+import sys
+
+from compare.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())

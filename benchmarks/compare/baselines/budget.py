@@ -1,0 +1,73 @@
+"""Equal budgets: prune ratios of different methods are matched on the total number of parameters.
+
+PAT at 25 % of the hidden size removes about a quarter of every matrix, the embedding's included. A method that cuts
+other axes (heads, MLP channels) or pays for what it cuts (shortcut matrices, an untied head) is given the same number
+of parameters in all, and takes the one of its settings that comes nearest, above or below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from pat.checkpoint.write import count_parameters
+from pat.families import Family, get_family
+from pat.surgery.dense import shrink_config
+from pat.surgery.residual import ResidualStream, map_residual_stream
+
+Setting = TypeVar("Setting")
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Return how many numbers a model is made of, frozen ones included; a shared matrix counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def pat_parameters(model: PreTrainedModel, pruned_hidden_size: int, *, untie: bool = False) -> int:
+    """Return the exact size of the dense model that PAT makes of a base model, without making it.
+
+    Args:
+        model: the base model.
+        pruned_hidden_size: d', a legal width.
+        untie: whether a tied model gets a head of its own.
+
+    Raises:
+        PatError: unsupported family, or transformers refuses that width.
+    """
+    return count_parameters(pat_config(model, pruned_hidden_size, untie=untie))
+
+
+def pat_config(model: PreTrainedModel, pruned_hidden_size: int, *, untie: bool = False) -> PretrainedConfig:
+    """Return the configuration of the dense model that PAT makes of a base model; arguments as in `pat_parameters`."""
+    family = get_family(model.config.model_type)
+    return shrink_config(
+        model.config,
+        family,
+        pruned_hidden_size=pruned_hidden_size,
+        head_dim=head_dim(model, family),
+        tied=bool(model.config.tie_word_embeddings) and not untie,
+    )
+
+
+def nearest(settings: Iterable[Setting], size: Callable[[Setting], int], target: int) -> Setting:
+    """Return the setting whose size is nearest to a target, above or below; ties go to the smaller model."""
+    return min(settings, key=lambda setting: (abs(size(setting) - target), size(setting)))
+
+
+def head_dim(model: PreTrainedModel, family: Family) -> int:
+    """Return the size of one attention head, whether or not the configuration names it."""
+    return int(cast(Any, model.get_submodule(f"{family.layers}.0.self_attn")).head_dim)
+
+
+def residual_stream(model: PreTrainedModel) -> ResidualStream:
+    """Return the roles of a base model's parameters.
+
+    Raises:
+        PatError: the family has no record, or the record does not fit.
+    """
+    family = get_family(model.config.model_type)
+    names = (name for name, _ in model.named_parameters())
+    return map_residual_stream(family, names, tied=bool(model.config.tie_word_embeddings))

@@ -1,0 +1,79 @@
+"""Equal budgets: trainable parameters matched by rank, models matched by their whole number of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from pat.checkpoint.hollow import hollow_model
+from pat.loading import load_config
+from pat.plan import make_plan
+from pat.training.arguments import TuneArguments
+
+
+@dataclass(frozen=True)
+class Target:
+    """What PAT comes to at a ratio, and others are to match."""
+
+    hidden_size: int
+    pruned_hidden_size: int
+    num_parameters: int
+
+
+def target_of(model: str, ratio: float) -> Target:
+    """Return the sizes of a model and of what PAT makes of it, exact, from its configuration."""
+    plan = make_plan(model, pruning_ratio=ratio)
+    return Target(plan.base.hidden_size, plan.pruned.hidden_size, plan.pruned.total.num_parameters)
+
+
+def lora_targets(base: nn.Module) -> list[str]:
+    """Return the names of the linear layers of a base model that LoRA goes on: all but the output layer.
+
+    In a pruned model it goes on those of the same names, not on what pruning has added (SliceGPT's shortcuts).
+    """
+    head = cast(Any, base).get_output_embeddings()
+    linears = {name for name, module in base.named_modules() if isinstance(module, nn.Linear) and module is not head}
+    return sorted({name.rpartition(".")[2] for name in linears})
+
+
+def lora_parameters_per_rank(model: nn.Module, targets: Sequence[str]) -> int:
+    """Return how many parameters LoRA has per rank."""
+    return sum(linear.in_features + linear.out_features for linear in _linears(model, targets))
+
+
+def lora_rank(model: nn.Module, targets: Sequence[str], num_trainable: int, *, dora: bool = False) -> int:
+    """Return the rank whose number of parameters comes closest to a number, at least 1; DoRA has magnitudes, too."""
+    magnitudes = sum(linear.out_features for linear in _linears(model, targets)) if dora else 0
+    return max(1, round((num_trainable - magnitudes) / lora_parameters_per_rank(model, targets)))
+
+
+def _linears(model: nn.Module, targets: Sequence[str]) -> list[nn.Linear]:
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets
+    ]
+
+
+def pat_rank(arguments: TuneArguments, num_trainable: int) -> tuple[int, int]:
+    """Return the rank of LoRA with which LoRA, operators and mask come closest to a number of parameters, and theirs.
+
+    Args:
+        arguments: of `pat tune`, with any rank.
+        num_trainable: to come close to, before the milestone.
+    """
+    name = str(arguments.model.model_name_or_path)
+    counts = []
+    for rank in (1, 2):
+        arguments.model.lora_r = rank
+        base_config, _ = load_config(name)
+        model = get_peft_model(hollow_model(base_config, torch.bfloat16, torch.device("cpu")), arguments.pat_config())
+        counts.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
+    per_rank = counts[1] - counts[0]
+    rank = max(1, round((num_trainable - counts[0]) / per_rank) + 1)
+    return rank, counts[0] + (rank - 1) * per_rank

@@ -1,0 +1,76 @@
+"""Digests of what a comparison's figures come from: rows of other data, models or questions do not belong to it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from compare.config import CompareConfig
+from compare.data import DataFiles
+from compare.load_baselines import baselines_folder
+from compare.methods import METHODS
+from pat.evaluation.tasks import load_questions
+from pat.evaluation.tasks.fingerprints import fingerprint_rows
+from pat.loading import load_config
+from pat.report.results import environment
+from pat.training.arguments import recipe_defaults
+
+SAMPLE_BYTES = 1 << 20
+"""Of a large file, so many bytes at its start, middle and end are read."""
+
+
+def digest_inputs(config: CompareConfig, model: str, files: DataFiles) -> dict[str, str]:
+    """Return what the cells of a model depend on beside the settings, as short strings.
+
+    Args:
+        config: of the comparison.
+        model: folder or hub id.
+        files: the prepared rows.
+    """
+    inputs = {
+        "data": files.digest(),
+        "model": _digest_model(model),
+        "recipe": _digest([repr(sorted(recipe_defaults("default").items())).encode()]),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "version": environment()["versions"]["pat-llm"],
+    }
+    if any(METHODS[name].baseline for name in config.all_methods):
+        source = sorted(baselines_folder(config.baselines).glob("*.py"))  # they have no version of their own
+        inputs["baselines"] = _digest(part for path in source for part in (path.name.encode(), path.read_bytes()))
+    if config.tasks is not None:
+        questions = load_questions(config.tasks, config.data_dir, config.limit)
+        inputs["questions"] = _digest([fingerprint_rows(rows).encode() for rows in questions.values()])
+    return inputs
+
+
+def _digest_model(model: str) -> str:
+    config, _ = load_config(model)
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return str(getattr(config, "_commit_hash", None))
+    names = ("*.safetensors", "*.bin", "tokenizer*.json")
+    weights = _digest_files(sorted(path for name in names for path in folder.glob(name)))
+    settings = config.to_dict() | {"_name_or_path": None}
+    return _digest([repr(sorted(settings.items())).encode(), weights.encode()])
+
+
+def _digest_files(paths: Iterable[Path]) -> str:
+    parts = []
+    for path in paths:
+        size = path.stat().st_size
+        parts.append(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for start in (0, (size - SAMPLE_BYTES) // 2, size - SAMPLE_BYTES):
+                file.seek(max(0, start))
+                parts.append(file.read(SAMPLE_BYTES))
+    return _digest(parts)
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:16]

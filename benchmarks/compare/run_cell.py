@@ -1,0 +1,276 @@
+"""One cell of a comparison: tune and prune in the method's order, then measure."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
+from trl import SFTTrainer
+
+from compare.budget import Target, lora_parameters_per_rank, lora_rank, lora_targets, pat_rank, target_of
+from compare.cells import Cell, short_name
+from compare.config import CompareConfig
+from compare.data import DataFiles, data_files
+from compare.load_baselines import draw_calibration, load_baselines
+from compare.methods import METHODS, TUNED
+from pat.errors import Diverged, ParityMissed, PatError
+from pat.evaluation.tasks import evaluate_tasks
+from pat.loading import load_base, load_config, load_tokenizer, stored_dtype
+from pat.nll import response_nll, tokenize_examples
+from pat.report.results import environment
+from pat.training.arguments import TuneArguments, build_arguments
+from pat.training.data import load_training_data
+from pat.training.guard import FiniteGuard
+from pat.training.tune import run_tune
+
+EVAL_BATCH_SIZE = 8
+
+
+def run_cell(config: CompareConfig, cell: Cell, tuned: Path | None) -> dict[str, Any]:
+    """Run a cell and return its row for `results.jsonl`.
+
+    Args:
+        config: of the comparison; its data are prepared.
+        cell: what to run.
+        tuned: where LoRA's tuned model lies (FT→P), or goes (LoRA itself, None if nobody needs it).
+    """
+    run = _Run(config, cell, tuned)
+    started = time.perf_counter()
+    try:
+        model = run.make_model()
+    except Diverged as error:
+        run.facts |= {"validation_nll" if cell.search else "held_out_nll": None, "diverged": str(error)}
+    except ParityMissed as error:
+        if not cell.search:
+            raise
+        # Weights so large that rounding shows are what too high a rate leaves, which a search is to find out.
+        run.facts |= {"validation_nll": None, "diverged": str(error)}
+    else:
+        run.measure(model)
+    run.facts["seconds"] = time.perf_counter() - started
+    return {"cell": cell.to_dict(), "identity": config.identity(), **environment(), **run.facts}
+
+
+class _Run:
+    def __init__(self, config: CompareConfig, cell: Cell, tuned: Path | None) -> None:
+        self.config, self.cell, self.tuned = config, cell, tuned
+        self.method = METHODS[cell.method]
+        self.source = next(model for model in config.models if short_name(model) == cell.model)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.source)
+        self.files: DataFiles = data_files(config.output_dir / "data" / cell.model)
+        self.folder = config.output_dir / "work" / cell.name
+        self.facts: dict[str, Any] = {}
+
+    def make_model(self) -> nn.Module:
+        """Return the cell's dense model."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        arguments = self._arguments()
+        order = self.method.order
+        if order == "PAT":
+            return self._pat(arguments)
+        base = self._load(self.source, arguments)
+        targets = lora_targets(base)
+        budget = self.config.rank * lora_parameters_per_rank(base, targets)
+        if order in ("", "FT"):
+            model = base if order == "" else self._tune(base, arguments, targets, budget)
+            if self.cell.method == TUNED and self.tuned is not None:
+                self._keep(model, self.tuned)
+            return model
+        if order == "FT→P":
+            assert self.tuned is not None
+            if not self.tuned.is_dir():  # the runner sees to it that only a model that diverged is not there
+                raise Diverged("LoRA's model, which was to be pruned, diverged.")
+            del base
+            return self._prune(self._load(str(self.tuned), arguments), arguments)
+        return self._tune(self._prune(base, arguments), arguments, targets, budget)
+
+    def measure(self, model: nn.Module) -> None:
+        """Note the sizes, losses and accuracies of a dense model."""
+        model.eval()
+        round_weights(model, stored_dtype(load_config(self.source)[0]))
+        self.facts["num_parameters"] = _count(model)
+        parts = {"validation": self.files.validation} if self.cell.search else {"held_out": self.files.held_out}
+        for part, path in parts.items():
+            rows = load_training_data(path, tokenizer=self.tokenizer, held_out=0).train
+            examples = tokenize_examples(self.tokenizer, rows, self.config.max_length)
+            pad = cast(int, self.tokenizer.pad_token_id)
+            nll = response_nll(model, examples, batch_size=EVAL_BATCH_SIZE, pad_token_id=pad)
+            # The last step may have ruined the weights without a gradient that tells.
+            self.facts[f"{part}_nll"] = nll.nll if math.isfinite(nll.nll) else None
+            self.facts[f"num_{part}_tokens"] = nll.num_tokens
+        if self.config.tasks is not None and not self.cell.search:
+            evaluation = evaluate_tasks(
+                model,
+                self.tokenizer,
+                tasks=self.config.tasks,
+                protocols=self.config.protocols,
+                data_dir=self.config.data_dir,
+                limit=self.config.limit,
+                batch_size=self.config.eval_batch_size,
+                progress=False,
+            )
+            self.facts["tasks"] = evaluation.to_dict()
+
+    def alpha(self, rank: int) -> Any:
+        """Return lora_alpha for a rank, so that the scale of LoRA's product is the same for every method."""
+        share = rank / self.config.rank
+        return self.config.lora_alpha * (math.sqrt(share) if self.config.use_rslora else share)
+
+    # -- parts -------------------------------------------------------------------------------------------------
+
+    def _keep(self, model: nn.Module, target: Path) -> None:
+        """Save a tuned model, whole or not at all: what has the name is taken for finished."""
+        partial = target.with_name(f"{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)
+        cast(Any, model).save_pretrained(partial)
+        self.tokenizer.save_pretrained(partial)
+        partial.rename(target)
+
+    def _arguments(self) -> TuneArguments:
+        config, cell = self.config, self.cell
+        steps = config.search_steps if cell.search and config.search_steps is not None else config.steps
+        flags: dict[str, Any] = {
+            "recipe": "default",
+            "model_name_or_path": self.source,
+            "dataset_name": str(self.files.train),
+            "held_out": "0",
+            "output_dir": str(self.folder),
+            "seed": cell.seed,
+            "learning_rate": cell.learning_rate if self.method.trains else 1e-4,  # trainers refuse 0
+            "lora_r": config.rank,
+            "lora_alpha": config.lora_alpha,
+            "lora_dropout": config.lora_dropout,
+            "use_rslora": config.use_rslora,
+            "per_device_train_batch_size": config.batch_size,
+            "gradient_accumulation_steps": config.gradient_accumulation_steps,
+            "max_length": config.max_length,
+            "max_steps": -1 if steps is None else steps,
+            "num_train_epochs": 1 if config.epochs is None else config.epochs,
+            "disable_tqdm": True,
+            "report_to": "none",
+            "save_strategy": "no",
+        }
+        if self.method.order == "PAT":
+            flags |= {"pruning_ratio": cell.ratio, **self.method.flags}
+            if self.method.of_paper:
+                flags["mask_lr_multiplier"] = config.mask_lr_multiplier
+        else:
+            flags |= {name: value for name, value in self.method.flags.items() if name == "use_dora"}
+        return build_arguments(**flags)
+
+    def _load(self, name: str, arguments: TuneArguments) -> nn.Module:
+        base: Any = load_base(name, dtype=arguments.model.dtype)
+        return cast(nn.Module, base.to(arguments.sft.device))
+
+    def _pat(self, arguments: TuneArguments) -> nn.Module:
+        base = self._load(self.source, arguments)
+        budget = self.config.rank * lora_parameters_per_rank(base, lora_targets(base))
+        device = arguments.sft.device
+        del base
+        rank, num_trainable = pat_rank(arguments, budget)
+        arguments.model.lora_r, arguments.model.lora_alpha = rank, self.alpha(rank)
+        target = target_of(self.source, self.cell.ratio)
+        result = run_tune(arguments)
+        timings = json.loads((result.output_dir / "results.json").read_text(encoding="utf-8"))["timings"]
+        self.facts |= {
+            "rank": rank,
+            "num_trainable": num_trainable,
+            "trainable_budget": budget,
+            "tune_seconds": timings["train_seconds"],
+            "hidden_size": target.hidden_size,
+            "pruned_hidden_size": target.pruned_hidden_size,
+            "parity": result.parity.to_dict(),
+        }
+        dense: Any = AutoModelForCausalLM.from_pretrained(result.model_dir, dtype=arguments.model.dtype)
+        shutil.rmtree(self.folder)
+        return cast(nn.Module, dense.to(device))
+
+    def _tune(self, model: nn.Module, arguments: TuneArguments, targets: list[str], budget: int) -> nn.Module:
+        rank = lora_rank(model, targets, budget, dora=bool(arguments.model.use_dora))
+        set_seed(self.cell.seed)
+        adapter = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=rank,
+            lora_alpha=self.alpha(rank),
+            lora_dropout=self.config.lora_dropout,
+            use_rslora=self.config.use_rslora,
+            use_dora=arguments.model.use_dora,
+            target_modules=targets,
+        )
+        peft_model = get_peft_model(cast(Any, model), adapter)
+        self.facts |= {
+            "rank": rank,
+            "num_trainable": sum(p.numel() for p in peft_model.parameters() if p.requires_grad),
+            "trainable_budget": budget,
+        }
+        data = load_training_data(self.files.train, tokenizer=self.tokenizer, held_out=0)
+        trainer = SFTTrainer(
+            model=cast(Any, peft_model),
+            args=arguments.sft,
+            train_dataset=data.train,
+            processing_class=self.tokenizer,
+            callbacks=[FiniteGuard()],
+        )
+        started = time.perf_counter()
+        trainer.train()
+        self.facts["tune_seconds"] = time.perf_counter() - started
+        merged: nn.Module = peft_model.merge_and_unload()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return merged
+
+    def _prune(self, model: nn.Module, arguments: TuneArguments) -> nn.Module:
+        target: Target = target_of(self.source, self.cell.ratio)
+        baselines = load_baselines(self.config.baselines)
+        calibration = ()
+        if self.method.baseline in baselines.CALIBRATED:
+            calibration = draw_calibration(self.config, baselines, self.tokenizer, self.files, self.cell.seed)
+        started = time.perf_counter()
+        pruned = baselines.prune(
+            self.method.baseline,
+            model,
+            target_parameters=target.num_parameters,
+            pruned_hidden_size=target.pruned_hidden_size,
+            calibration=calibration,
+            seed=self.cell.seed,
+        )
+        self.facts |= {
+            "hidden_size": target.hidden_size,
+            "pruned_hidden_size": target.pruned_hidden_size,
+            "prune_seconds": time.perf_counter() - started,
+            "target_parameters": target.num_parameters,
+            "pruning": pruned.description,
+        }
+        return cast(nn.Module, pruned.model)
+
+
+def round_weights(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Round to the dtype that a checkpoint would be written in, so that no method is measured more finely than PAT."""
+    if dtype is not None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def failed_row(config: CompareConfig, cell: Cell, error: BaseException) -> Mapping[str, Any]:
+    """Return the row of a cell that could not be run."""
+    reason = " ".join(str(error).split())
+    if not isinstance(error, PatError):
+        reason = f"{type(error).__name__}: {reason}"
+    folder = config.output_dir / "failed"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{cell.name}.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    return {"cell": cell.to_dict(), "identity": config.identity(), "failed": reason[:500]}

@@ -1,0 +1,163 @@
+"""A saved adapter: what its folder says, and how it gets onto its base model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import torch
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from transformers.quantizers.auto import AutoQuantizationConfig
+
+from pat.checkpoint.card import Compaction, shown_name
+from pat.checkpoint.compact import MODEL, RECORD, read_compaction
+from pat.checkpoint.write import quiet_transformers
+from pat.errors import PatError
+from pat.loading import load_base, load_config
+from pat.tuner import PatConfig
+from pat.tuner.config import PatType
+from pat.tuner.prepare import check_config
+
+
+def read_adapter_config(adapter: str | os.PathLike[str]) -> LoraConfig:
+    """Read the configuration of a saved PAT adapter, or of the ordinary LoRA adapter of a compact model.
+
+    Raises:
+        PatError: no such folder, no adapter in it, or an adapter of another method.
+    """
+    folder = Path(adapter).expanduser()
+    if not folder.is_dir():
+        raise PatError(f"{adapter}: no such folder; expected the folder of a PAT adapter.")
+    if not (folder / CONFIG_NAME).is_file():
+        inner = next((n for n in ("compact/adapter", "adapter") if (folder / n / CONFIG_NAME).is_file()), None)
+        hint = f"pass {folder / inner}" if inner else "pass what model.save_pretrained or `pat tune` wrote as adapter"
+        raise PatError(f"{adapter}: has no {CONFIG_NAME}, so it is not the folder of an adapter; {hint}.")
+    try:
+        stored = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        kind = stored.get("peft_type")
+    except (ValueError, AttributeError, OSError) as error:
+        raise PatError(f"{folder / CONFIG_NAME}: not readable as JSON ({_one_line(error)}).") from error
+    config_class = PatConfig if kind == PatType.PAT else LoraConfig
+    if kind != PatType.PAT and not (kind == PeftType.LORA.value and compaction_of(adapter) is not None):
+        raise PatError(
+            f"{adapter}: is an adapter of type {kind}, expected PAT; peft's own merge_and_unload merges others."
+        )
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise PatError(f"{adapter}: has no {SAFETENSORS_WEIGHTS_NAME}; the adapter was not saved completely.")
+    try:
+        return cast(LoraConfig, config_class.from_pretrained(str(folder)))
+    except (TypeError, ValueError) as error:
+        raise PatError(f"{folder / CONFIG_NAME}: not a usable configuration ({_one_line(error)}).") from error
+
+
+def compaction_of(adapter: str | os.PathLike[str]) -> Compaction | None:
+    """Return what was cut to get to the model that an adapter is for, if it is the adapter of a compact model.
+
+    Raises:
+        PatError: the record is not readable.
+    """
+    folder = Path(adapter).expanduser().resolve()
+    stored = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    # Beside the adapter, or (a checkpoint of stage two) beside the base that it names.
+    places = [folder.parent, Path(stored.get("base_model_name_or_path") or "").parent]
+    return next((read_compaction(place) for place in places if (place / RECORD).is_file()), None)
+
+
+def base_name(adapter: str | os.PathLike[str], config: LoraConfig, base_model: str | None) -> str:
+    """Return the base model to put an adapter on: the one given, the compact one beside the adapter, or the recorded.
+
+    Raises:
+        PatError: none is given and none recorded, or the recorded folder is gone.
+    """
+    if base_model is not None:
+        return base_model
+    beside = Path(adapter).expanduser().resolve().parent / MODEL
+    if not isinstance(config, PatConfig) and beside.is_dir() and (beside.parent / RECORD).is_file():
+        return str(beside)
+    recorded = config.base_model_name_or_path
+    if not recorded:
+        raise PatError(f"{adapter}: does not say which base model it belongs to; pass --base_model.")
+    looks_local = os.path.isabs(recorded) or recorded.startswith((".", "~")) or recorded.count("/") > 1
+    if looks_local and not Path(recorded).expanduser().is_dir():
+        raise PatError(
+            f"{adapter}: belongs to the base model in {recorded}, which is not there; pass --base_model with its "
+            "folder or hub id."
+        )
+    return recorded
+
+
+def load_adapted(
+    adapter: str | os.PathLike[str],
+    *,
+    base_model: str | None = None,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> PeftModel:
+    """Load a base model in its own dtype and put a saved PAT adapter on it.
+
+    A base that was quantised for tuning (`base_quantization` in the adapter's configuration) is quantised again in the
+    same way, because it is the dequantised weights that the adapter was trained on: merged into the original ones it
+    would be another function than the one that was tuned and evaluated. It can still be had, by loading base and
+    adapter by hand.
+
+    Raises:
+        PatError: adapter or base cannot be read, or do not fit each other.
+    """
+    config = read_adapter_config(adapter)
+    name = base_name(adapter, config, base_model)
+    base_config, family = load_config(name)
+    quantization = None
+    if isinstance(config, PatConfig):
+        check_config(base_config, family, config)  # before minutes of loading weights
+    if (
+        isinstance(config, PatConfig)
+        and config.base_quantization is not None
+        and getattr(base_config, "quantization_config", None) is None
+    ):
+        quantization = AutoQuantizationConfig.from_dict(dict(config.base_quantization))
+    folder = str(Path(adapter).expanduser())
+    with quiet_transformers(not progress), fitting(name, adapter):
+        # On the CPU no map: peft would take one as an invitation to spread the model over what devices there are.
+        device_map = None if torch.device(device).type == "cpu" else {"": torch.device(device)}
+        base = load_base(name, quantization_config=quantization, device_map=device_map)
+        model = PeftModel.from_pretrained(base, folder)
+        check_complete(model, adapter)
+    return model
+
+
+@contextmanager
+def fitting(name: str, adapter: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn peft's and torch's many ways to say that adapter and base do not match into one line."""
+    try:
+        yield
+    except PatError:
+        raise
+    except (RuntimeError, ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
+        mismatches = str(error).count("size mismatch for")
+        detail = f"{mismatches} tensors have other shapes" if mismatches else _one_line(error)
+        raise PatError(
+            f"The adapter {adapter} does not fit the base model {shown_name(name)}: {detail}. Expected the base it was "
+            "trained on; pass it with --base_model."
+        ) from error
+
+
+def check_complete(model: PeftModel, adapter: str | os.PathLike[str]) -> None:
+    """Refuse a partial adapter file: peft leaves what is missing at its initial value."""
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    with safe_open(Path(adapter).expanduser() / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+        missing = expected - set(file.keys())
+    if missing:
+        raise PatError(
+            f"{adapter}: lacks {len(missing)} of {len(expected)} tensors, such as {min(missing)}; the adapter is not "
+            "complete, or made by another version."
+        )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,50 @@
+"""Text to compare two models on: a file of the user's, or one that comes with the package."""
+
+from __future__ import annotations
+
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pat.nll import batches_from_examples, read_text
+
+CONTEXT = 256
+MAX_TOKENS = 1024
+"""Enough for a stable mean, little enough for a large model on a CPU."""
+
+
+def verification_batches(
+    tokenizer: Any,
+    text_file: str | os.PathLike[str] | None = None,
+    *,
+    max_positions: int | None = None,
+    max_tokens: int = MAX_TOKENS,
+) -> list[dict[str, Tensor]]:
+    """Return batches of one sequence each, at most 256 tokens long, of the first tokens of a text.
+
+    Where the tokenizer starts texts with a beginning-of-sequence token, every sequence does.
+
+    Args:
+        tokenizer: of both models.
+        text_file: a UTF-8 text; by default a few hundred words of prose, code, tables and figures.
+        max_positions: positions the model knows, if fewer.
+        max_tokens: how much of the text to use.
+
+    Raises:
+        PatError: file missing, not UTF-8 or empty.
+    """
+    builtin = resources.files("pat.checkpoint").joinpath("verification.txt")
+    text = read_text(builtin.read_text(encoding="utf-8") if text_file is None else Path(text_file))
+    ids = list(tokenizer(text=text, verbose=False)["input_ids"])
+    bos = tokenizer.bos_token_id
+    prefix = [bos] if bos is not None and ids[:1] == [bos] else []
+    body = ids[len(prefix) : max_tokens]
+    room = min(CONTEXT, max_positions or CONTEXT) - len(prefix)
+    rows = [prefix + body[start : start + room] for start in range(0, len(body), room)]
+    examples = [{"input_ids": row, "labels": row} for row in rows]
+    # One row a batch: no padding, and a batch of logits over a large vocabulary stays small.
+    batches = batches_from_examples(examples, batch_size=1, pad_token_id=0)
+    return [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in batches]

@@ -1,0 +1,1 @@
+"""What a command leaves behind: records of its figures, and how they are shown."""

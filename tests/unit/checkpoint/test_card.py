@@ -1,0 +1,125 @@
+"""The model card: valid front matter, the figures, and no trace of this machine."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from pat.checkpoint.card import Cut, base_license, render_card, shown_name
+from pat.checkpoint.verify import Parity
+
+CUT = Cut(
+    hidden_size=576,
+    pruned_hidden_size=432,
+    num_parameters_base=134_515_008,
+    num_parameters=100_886_256,
+    num_bytes=403_559_000,
+    rotation="pca",
+    mask="trainable",
+    milestone_step=40,
+)
+PARITY = Parity(8.6e-5, 5.4e-10, 0.999, 1024, 3.1, "float32")
+
+
+def card(**provenance: Any) -> str:
+    return render_card(CUT, PARITY, {"model_name_or_path": "org/base"} | provenance)
+
+
+def test_front_matter_is_what_the_hub_reads() -> None:
+    data = ModelCard(card()).data.to_dict()
+    assert data == {
+        "base_model": "org/base",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["pruned", "pruning-aware-tuning", "pat-llm"],
+    }
+
+
+def test_sizes_method_and_parity_are_told() -> None:
+    text = card(recipe="default", dataset="org/data", seed=3, num_steps=120, held_out_nll={"base": 1.8, "tuned": 2.1})
+    for fact in (
+        "| hidden size | 576 | 432 (−25.0 %) |",
+        "| parameters | 134,515,008 | 100,886,256 (−25.0 %) |",
+        "403.6 MB",
+        "recipe: default",
+        "data: org/data",
+        "seed: 3",
+        "optimizer steps: 120",
+        "the mask is 0/1 from step 40 on",
+        "rotation of the residual stream: pca",
+        "transformers 5.",
+        "8.60e-05",
+        "99.90 %",
+        "1,024 tokens",
+        "| tuned | 2.100 |",
+        "arXiv:2408.14721",
+        "AAAI 2025",
+    ):
+        assert fact in text, fact
+
+
+def test_what_is_not_known_is_not_mentioned() -> None:
+    text = card()
+    for absent in ("recipe", "data:", "seed", "Held-out", "None"):
+        assert absent not in text, absent
+
+
+def test_the_three_lines_are_python() -> None:
+    code = card().partition("```python\n")[2].partition("```")[0]
+    assert len(code.splitlines()) == 3
+    compile(code, "card", "exec")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("org/model-1.5", "org/model-1.5"),
+        ("model", "model"),
+        ("/home/someone/models/base", "base"),
+        ("/home/someone/models/base/", "base"),
+        ("./models/base", "base"),
+        ("../base", "base"),
+        ("models/sub/base", "base"),
+        ("~/base", "base"),
+        (r"C:\models\base", "base"),
+    ],
+)
+def test_of_a_path_only_the_last_component_is_shown(name: str, shown: str) -> None:
+    assert shown_name(name) == shown
+
+
+def test_an_existing_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "private" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert shown_name("private/base") == "base"
+
+
+def test_no_path_of_base_or_data_gets_into_the_card(tmp_path: Path) -> None:
+    text = card(model_name_or_path=str(tmp_path / "base"), dataset=str(tmp_path / "data.jsonl"))
+    assert str(tmp_path) not in text
+    assert "data: data.jsonl" in text
+    assert ModelCard(text).data.to_dict()["base_model"] == "base"
+
+
+def test_the_licence_is_that_of_the_base(tmp_path: Path) -> None:
+    front = "---\nlicense: other\nlicense_name: terms\nlicense_link: https://example.org/terms\n---\n# Base\n"
+    (tmp_path / "README.md").write_text(front)
+    expected = {"license": "other", "license_name": "terms", "license_link": "https://example.org/terms"}
+    assert base_license(str(tmp_path)) == expected
+    data = ModelCard(card(model_name_or_path=str(tmp_path))).data.to_dict()
+    assert expected.items() <= data.items()
+
+
+@pytest.mark.parametrize(
+    "content", [None, "# no front matter\n", "---\nlicense: [broken\n---\n", "---\ntags: [a]\n---\n"]
+)
+def test_no_usable_card_means_no_licence(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "README.md").write_text(content)
+    assert base_license(str(tmp_path)) == {}
+
+
+def test_an_unknown_hub_id_has_no_licence() -> None:
+    assert base_license("no-such-org/no-such-model") == {}
+    assert base_license("not a hub id: at all") == {}

@@ -1,0 +1,128 @@
+"""Weight files written tensor by tensor are those that `save_pretrained` writes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import build
+from transformers import AutoModelForCausalLM
+
+from pat.checkpoint import shards
+from pat.checkpoint.hollow import hollow_model
+from pat.checkpoint.shards import ShardWriter
+from pat.errors import RunFailed
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("limit", ["5GB", "60KB", "10KB"])
+@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("gemma2", False), ("mixtral", False)])
+def test_files_are_those_of_save_pretrained(family: str, tied: bool, limit: str, tmp_path: Path) -> None:
+    model = build(family, tied=tied, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "stock", max_shard_size=limit)
+    (tmp_path / "streamed").mkdir()
+    with ShardWriter(
+        tmp_path / "streamed", hollow_model(model.config, torch.bfloat16, CPU), torch.bfloat16, max_shard_size=limit
+    ) as writer:
+        for name, parameter in reversed(list(model.named_parameters())):
+            writer.write(name, parameter.float())
+    weights = [sorted((tmp_path / name).glob("model*")) for name in ("stock", "streamed")]
+    stock, streamed = ({path.name: path.read_bytes() for path in paths} for paths in weights)
+    if family != "mixtral" or limit == "5GB":  # transformers sorts what it converts before it cuts it into files
+        assert stock == streamed
+    model.config.save_pretrained(tmp_path / "streamed")
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed", dtype="auto", output_loading_info=True)
+    assert not any(info.values())
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name))
+    if limit != "5GB":
+        index = json.loads(streamed["model.safetensors.index.json"])
+        assert set(index["weight_map"].values()) == streamed.keys() - {"model.safetensors.index.json"}
+        assert index["metadata"]["total_size"] == 2 * index["metadata"]["total_parameters"]
+
+
+@pytest.mark.parametrize(("family", "limit"), [("llama", "10KB"), ("mixtral", "60KB"), ("llama", "5GB")])
+def test_every_file_is_on_the_disk_when_it_is_left(
+    family: str, limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    monkeypatch.setattr(shards.os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    model = build(family, tied=False)
+    hollow = hollow_model(model.config, torch.float32, CPU)
+    with ShardWriter(tmp_path, hollow, torch.float32, max_shard_size=limit) as writer:
+        for name, parameter in model.named_parameters():
+            writer.write(name, parameter)
+    assert synced == {path.stat().st_ino for path in tmp_path.glob("*.safetensors")}
+
+
+def test_a_disk_that_fails_at_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "broken disk")
+
+    monkeypatch.setattr(shards.os, "fsync", fail)
+    model = build("llama", tied=False)
+    with (
+        pytest.raises(RunFailed, match="broken disk"),
+        ShardWriter(
+            tmp_path, hollow_model(model.config, torch.float32, CPU), torch.float32, max_shard_size="5GB"
+        ) as writer,
+    ):
+        for name, parameter in model.named_parameters():
+            writer.write(name, parameter)
+
+
+def written_short(tmp_path: Path) -> None:
+    model = hollow_model(build("llama", tied=True).config, torch.float32, CPU)
+    with ShardWriter(tmp_path, model, torch.float32, max_shard_size="5GB") as writer:
+        for name, parameter in list(model.named_parameters())[1:]:
+            writer.write(name, torch.zeros(parameter.shape))
+
+
+def test_a_weight_left_out_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match=r"1 weights were not written, such as model\.embed_tokens\.weight"):
+        written_short(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("model.norm.bias", (48,)), ("model.norm.weight", (47,))])
+def test_a_weight_that_does_not_belong_is_an_error(name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    model = hollow_model(build("llama", tied=True).config, torch.float32, CPU)
+    with (
+        pytest.raises(RunFailed, match="do not fit"),
+        ShardWriter(tmp_path, model, torch.float32, max_shard_size="5GB") as writer,
+    ):
+        writer.write(name, torch.zeros(shape))
+
+
+def test_a_full_disk_shows_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shards.os, "posix_fallocate", full, raising=False)
+    model = hollow_model(build("llama", tied=True).config, torch.float32, CPU)
+    with pytest.raises(RunFailed, match="No space left on device"):
+        ShardWriter(tmp_path, model, torch.float32, max_shard_size="5GB")
+
+
+def test_an_error_while_writing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(ShardWriter, "_write", fail)
+    with pytest.raises(RunFailed, match="Input/output error"):
+        written_short(tmp_path)
+
+
+def test_the_header_is_there_before_any_tensor(tmp_path: Path) -> None:
+    model = hollow_model(build("llama", tied=True).config, torch.float32, CPU)
+    with pytest.raises(KeyError), ShardWriter(tmp_path, model, torch.float32, max_shard_size="5GB"):
+        found = load_file(tmp_path / "model.safetensors")
+        assert {name: tensor.shape for name, tensor in found.items()} == {
+            name: parameter.shape for name, parameter in model.named_parameters()
+        }
+        raise KeyError

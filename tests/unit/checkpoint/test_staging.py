@@ -1,0 +1,59 @@
+"""What a killed run leaves beside its target goes with the next run; what a living one writes stays."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from pat.checkpoint.staging import staged_folder
+
+
+def staging_folders(parent: Path) -> list[Path]:
+    return sorted(parent.glob(".out.tmp-*"))
+
+
+def start_writer(target: Path) -> subprocess.Popen[str]:
+    """Start a process that is in the middle of writing when this returns."""
+    code = f"""
+        import sys
+        from pat.checkpoint.staging import staged_folder
+        with staged_folder({str(target)!r}) as folder:
+            (folder / "half").write_text("half")
+            print("writing", flush=True)
+            sys.stdin.read()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    return process
+
+
+def test_a_killed_writer_leaves_no_target_and_the_next_one_tidies_up(tmp_path: Path) -> None:
+    writer = start_writer(tmp_path / "out")
+    writer.kill()
+    writer.communicate()
+    assert not (tmp_path / "out").exists()
+    stale = staging_folders(tmp_path)
+    assert len(stale) == 1
+    (tmp_path / ".other.tmp-0").mkdir()
+    with staged_folder(tmp_path / "out") as folder:
+        (folder / "whole").write_text("whole")
+        assert staging_folders(tmp_path) == [folder] != stale
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.tmp-0", "out"]
+
+
+def test_a_living_writer_is_left_alone(tmp_path: Path) -> None:
+    writer = start_writer(tmp_path / "out")
+    (folder,) = staging_folders(tmp_path)
+    with pytest.raises(KeyError), staged_folder(tmp_path / "out"):
+        raise KeyError
+    assert staging_folders(tmp_path) == [folder]
+    writer.communicate("")
+    assert writer.returncode == 0
+    assert (tmp_path / "out" / "half").read_text() == "half"

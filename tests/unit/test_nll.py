@@ -1,0 +1,360 @@
+"""NLL of responses and text, and agreement with SFTTrainer's own tokenisation."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+from pat.errors import PatError
+from pat.nll import (
+    NLL,
+    batches_from_examples,
+    response_nll,
+    text_perplexity,
+    tokenize_examples,
+)
+
+# float32 model and log-softmax against float64 of both: 1e-7 relative per operation, averaged over tokens.
+FLOAT32_TOLERANCE = 2e-6
+
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<|user|>", "<|assistant|>", "<|system|>"]
+CORPUS = ["the quick brown fox jumps over the lazy dog", "a question and its answer", "Question: Answer:"] * 4
+# Like ChatML: every turn ends with the end token and a line break, a generation prompt opens the answer.
+CHAT_TEMPLATE = (
+    "{% if messages[0].role == 'tool' %}{{ raise_exception('no tools\nhere') }}{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def make_tokenizer(*, bos: bool = False, chat: bool = True) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with a few merges, so that tokens merge across the prompt's end."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=320,
+            special_tokens=SPECIAL,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    if bos:
+        inner.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", inner.token_to_id("<bos>"))]
+        )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    tokenizer.chat_template = CHAT_TEMPLATE if chat else None
+    return tokenizer
+
+
+def make_model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    values = {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "initializer_range": 0.2,  # far from uniform predictions, so that a wrong position shows
+        **changes,
+    }
+    return LlamaForCausalLM(LlamaConfig(**values)).eval()
+
+
+def make_examples(count: int = 7, seed: int = 0) -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for index in range(count):
+        length = 5 + 9 * index % 31
+        ids = torch.randint(6, 320, (length,), generator=generator).tolist()
+        num_prompt = index % 4
+        examples.append({"input_ids": ids, "completion_mask": [0] * num_prompt + [1] * (length - num_prompt)})
+    return examples
+
+
+def reference_nll(model: LlamaForCausalLM, examples: list[dict[str, list[int]]]) -> tuple[float, int]:
+    """Row by row without padding, model and log-softmax in float64, one token at a time."""
+    exact = LlamaForCausalLM(model.config).double().eval()
+    exact.load_state_dict({name: tensor.double() for name, tensor in model.state_dict().items()})
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for example in examples:
+            ids = example["input_ids"]
+            logits = exact(input_ids=torch.tensor([ids])).logits[0]
+            for position in range(1, len(ids)):
+                if example["completion_mask"][position]:
+                    row = logits[position - 1]
+                    total += (torch.logsumexp(row, 0) - row[ids[position]]).item()
+                    count += 1
+    return total / count, count
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_response_nll_equals_float64_unbatched(batch_size: int) -> None:
+    model, examples = make_model(), make_examples()
+    expected, count = reference_nll(model, examples)
+    result = response_nll(model, examples, batch_size=batch_size, pad_token_id=0)
+    assert result.num_tokens == count
+    assert result.nll == pytest.approx(expected, abs=FLOAT32_TOLERANCE)
+    assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
+
+
+def test_many_scored_tokens_are_summed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, examples = make_model(), make_examples()
+    expected, count = reference_nll(model, examples)
+    monkeypatch.setattr("pat.nll.LOGIT_ROWS", 5)  # pieces that do not divide the rows
+    result = response_nll(model, examples, batch_size=4, pad_token_id=0)
+    assert (result.nll, result.num_tokens) == (pytest.approx(expected, abs=FLOAT32_TOLERANCE), count)
+
+
+def test_padding_and_order_do_not_matter() -> None:
+    model, examples = make_model(), make_examples()
+    expected = response_nll(model, examples, batch_size=1, pad_token_id=0).nll
+    for variant, pad_token_id in ((examples, 0), (examples, 77), (examples[::-1], 5)):
+        result = response_nll(model, variant, batch_size=len(examples), pad_token_id=pad_token_id)
+        assert result.nll == pytest.approx(expected, abs=FLOAT32_TOLERANCE)
+
+
+def test_labels_and_completion_mask_mean_the_same() -> None:
+    model, examples = make_model(), make_examples()
+    labelled = [
+        {
+            "input_ids": e["input_ids"],
+            "labels": [t if m else -100 for t, m in zip(e["input_ids"], e["completion_mask"], strict=True)],
+        }
+        for e in examples
+    ]
+    results = [response_nll(model, rows, batch_size=3, pad_token_id=0) for rows in (examples, labelled)]
+    assert results[0] == results[1]
+
+
+def test_modes_and_gradients_are_left_alone() -> None:
+    model = make_model(attention_dropout=0.5).train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    examples = make_examples(3)
+    first = response_nll(model, examples, batch_size=2, pad_token_id=0)
+    assert first == response_nll(model, examples, batch_size=2, pad_token_id=0)  # no dropout while scoring
+    assert [module.training for module in model.modules()] == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, **inputs: Tensor) -> Tensor:
+            assert not torch.is_grad_enabled() and not self.training
+            raise RuntimeError("out of memory")
+
+    broken = Broken().train()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        response_nll(broken, examples, batch_size=2, pad_token_id=0)
+    assert broken.training
+
+
+def test_progress_counts_batches() -> None:
+    seen: list[tuple[int, int]] = []
+    response_nll(make_model(), make_examples(7), batch_size=3, pad_token_id=0, progress=lambda *step: seen.append(step))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_nothing_to_score_is_an_error() -> None:
+    # A first token has nothing to condition on.
+    for examples in (
+        [],
+        [{"input_ids": [9], "completion_mask": [1]}],
+        [{"input_ids": [9, 8], "labels": [-100] * 2}],
+    ):
+        with pytest.raises(PatError, match="without a response token"):
+            response_nll(make_model(), examples, batch_size=2, pad_token_id=0)
+
+
+def test_perplexity_of_a_hopeless_model() -> None:
+    assert NLL(1e4, 1).perplexity == math.inf
+
+
+def test_batches_are_padded_on_the_right() -> None:
+    examples = [
+        {"input_ids": [5, 6], "completion_mask": [0, 1]},
+        {"input_ids": [7, 8, 9], "labels": [-100, 8, -100]},
+        {"input_ids": [4], "completion_mask": [1]},
+    ]
+    first, second = batches_from_examples(examples, batch_size=2, pad_token_id=3)
+    assert {key: value.tolist() for key, value in first.items()} == {
+        "input_ids": [[5, 6, 3], [7, 8, 9]],
+        "attention_mask": [[1, 1, 0], [1, 1, 1]],
+        "labels": [[-100, 6, -100], [-100, 8, -100]],
+    }
+    assert second["input_ids"].tolist() == [[4]] and second["labels"].dtype == torch.int64
+    by_length = batches_from_examples(examples, batch_size=1, pad_token_id=3, sort_by_length=True)
+    assert [batch["input_ids"].tolist() for batch in by_length] == [[[7, 8, 9]], [[5, 6]], [[4]]]
+
+
+def message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "strings": [
+        {"prompt": "Question: the fox?\n", "completion": "the dog"},
+        {"prompt": "Question: the ", "completion": "quick fox"},  # the space merges with the completion
+        {"prompt": "", "completion": "answer"},
+        {"prompt": "lazy dog " * 30, "completion": "cut away"},
+        {"prompt": "dog", "completion": "ends<eos>"},
+    ],
+    "chat": [
+        {"prompt": [message("user", "the fox?")], "completion": [message("assistant", "the dog")]},
+        {
+            "prompt": [
+                message("system", "a"),
+                message("user", "b"),
+                message("assistant", "c"),
+                message("user", "d"),
+            ],
+            "completion": [message("assistant", "and its answer")],
+        },
+        {"prompt": [message("user", "lazy dog " * 30)], "completion": [message("assistant", "cut away")]},
+    ],
+    "messages": [{"messages": [message("user", "the fox?"), message("assistant", "the lazy dog jumps over")]}],
+    "text": [{"text": "the quick brown fox"}, {"text": "over the lazy dog " * 5}],
+}
+
+
+@pytest.mark.parametrize("max_length", [24, None])
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("form", list(ROWS))
+def test_tokenisation_is_that_of_sft_trainer(form: str, bos: bool, max_length: int | None, tmp_path: Path) -> None:
+    datasets.disable_progress_bars()
+    dataset = Dataset.from_list(ROWS[form])
+    trainer = SFTTrainer(
+        model=make_model(),
+        args=SFTConfig(
+            output_dir=str(tmp_path),
+            max_length=max_length,
+            report_to="none",
+            bf16=False,
+            use_cpu=True,
+        ),
+        train_dataset=dataset,
+        processing_class=make_tokenizer(bos=bos),
+    )
+    expected = [
+        {"input_ids": row["input_ids"], "completion_mask": [int(label != -100) for label in row["labels"]]}
+        for row in trainer.train_dataset.to_list()
+    ]
+
+    examples = tokenize_examples(make_tokenizer(bos=bos), dataset, max_length)
+
+    assert examples == expected
+    # The rows reach what they are there for: cut rows, and a completion that starts inside the prompt.
+    if form in ("strings", "chat"):
+        assert (len(examples) < len(dataset)) == (max_length is not None)
+    if form == "strings":
+        tokenizer = make_tokenizer(bos=bos)
+        assert examples[1]["completion_mask"].count(0) < len(tokenizer("Question: the ")["input_ids"])
+
+
+def test_rows_the_tokenizer_cannot_take() -> None:
+    tokenizer = make_tokenizer()
+    rows = [*ROWS["chat"], {"prompt": [message("tool", "x")], "completion": [message("assistant", "y")]}]
+    with pytest.raises(PatError, match=r"^Row 4 of .* \(no tools here\)"):
+        tokenize_examples(tokenizer, rows, None)
+    with pytest.raises(PatError, match=r"^Row 1 of .*chat_template"):
+        tokenize_examples(make_tokenizer(chat=False), rows, None)
+    tokenizer.eos_token = None
+    with pytest.raises(PatError, match="no end-of-sequence token"):
+        tokenize_examples(tokenizer, ROWS["strings"], None)
+
+
+TEXT = "the quick brown fox jumps over the lazy dog. a question and its answer! " * 3
+
+
+def reference_text_nll(
+    model: LlamaForCausalLM, ids: list[int], *, context: int, stride: int, prefix: list[int]
+) -> tuple[float, int]:
+    """The plain loop: each token under the window that its position falls into."""
+    room = context - len(prefix)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for position in range(len(ids)):
+            beyond = max(0, position + 1 - room)
+            end = min(len(ids), room + math.ceil(beyond / stride) * stride)
+            start = max(0, end - room)
+            inputs = prefix + ids[start:position]
+            if inputs:
+                logits = model(input_ids=torch.tensor([inputs])).logits[0, -1].double()
+                total += (torch.logsumexp(logits, 0) - logits[ids[position]]).item()
+                count += 1
+    return total / count, count
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize(("context", "stride"), [(16, None), (16, 1), (16, 7), (250, None)])
+def test_text_perplexity_equals_the_plain_loop(bos: bool, context: int, stride: int | None) -> None:
+    model, tokenizer = make_model(), make_tokenizer(bos=bos)
+    ids = tokenizer(TEXT)["input_ids"]
+    prefix, body = (ids[:1], ids[1:]) if bos else ([], ids)
+    step = stride or context - len(prefix) - 1
+    expected, count = reference_text_nll(model, body, context=context, stride=step, prefix=prefix)
+
+    result = text_perplexity(model, tokenizer, TEXT, context=context, stride=stride, batch_size=3)
+
+    assert count == result.num_tokens == len(ids) - 1
+    assert result.nll == pytest.approx(expected, abs=FLOAT32_TOLERANCE)
+
+
+def test_text_from_a_file_and_its_first_tokens(tmp_path: Path) -> None:
+    model, tokenizer = make_model(), make_tokenizer()
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    assert text_perplexity(model, tokenizer, path) == text_perplexity(model, tokenizer, TEXT)
+    head = tokenizer.decode(tokenizer(TEXT)["input_ids"][:20])
+    expected = text_perplexity(model, tokenizer, head, context=8)
+    assert text_perplexity(model, tokenizer, path, context=8, max_tokens=20) == expected
+    assert expected.num_tokens == 19
+
+
+def test_windows_stay_within_the_models_positions() -> None:
+    seen: list[int] = []
+    model = make_model(max_position_embeddings=16)
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    text_perplexity(model, make_tokenizer(), TEXT)
+    assert max(seen) == 16
+
+
+def test_text_errors(tmp_path: Path) -> None:
+    model, tokenizer = make_model(), make_tokenizer()
+    (tmp_path / "empty.txt").write_text(" \n", encoding="utf-8")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xff")
+    for text, match in (
+        (tmp_path / "none.txt", "none.txt: no such file"),
+        (tmp_path, "no such file"),
+        (tmp_path / "empty.txt", "empty.txt is empty"),
+        (tmp_path / "binary.txt", "not readable as UTF-8"),
+        ("", "The given text is empty"),
+        ("a", "Got a text of 1 tokens"),
+    ):
+        with pytest.raises(PatError, match=match):
+            text_perplexity(model, tokenizer, text)
+    for stride in (0, 16):
+        with pytest.raises(PatError, match=r"stride.*expected 1 to 15"):
+            text_perplexity(model, tokenizer, TEXT, context=16, stride=stride)
+    with pytest.raises(PatError, match="context of 1 tokens"):
+        text_perplexity(model, tokenizer, TEXT, context=1)
