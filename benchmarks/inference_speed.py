@@ -22,9 +22,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from pat.benchmark import BenchmarkOptions, print_benchmark, run_benchmark
-from pat.benchmark.options import parse_counts
+from pat.benchmark.checks import parse_counts
+from pat.benchmark.command import run_benchmark
+from pat.benchmark.options import BenchmarkOptions
 from pat.benchmark.record import to_dict
+from pat.benchmark.tables import print_benchmark
 from pat.families import get_family
 from pat.report.results import write_results
 from pat.surgery.dense import shrink_config

@@ -24,7 +24,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from pat.nll import batches_from_examples, response_nll, tokenize_examples
-from pat.training.arguments import recipe_defaults
+from pat.recipes import recipe_defaults
 from pat.training.callback import PatCallback
 from pat.training.data import load_training_data
 from pat.tuner import PatConfig, find_tuner

@@ -35,8 +35,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from trl import SFTTrainer
 
 from pat.loading import load_tokenizer
+from pat.recipes import recipe_defaults
 from pat.report.results import environment
-from pat.training.arguments import TuneArguments, build_arguments, recipe_defaults
+from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.data import load_training_data
 from pat.training.stages import Stages
 from pat.tuner import PatConfig, PatModel, find_tuner

@@ -15,8 +15,8 @@ from compare.methods import METHODS
 from pat.evaluation.tasks import load_questions
 from pat.evaluation.tasks.fingerprints import fingerprint_rows
 from pat.loading import load_config
+from pat.recipes import recipe_defaults
 from pat.report.results import environment
-from pat.training.arguments import recipe_defaults
 
 SAMPLE_BYTES = 1 << 20
 """Of a large file, so many bytes at its start, middle and end are read."""

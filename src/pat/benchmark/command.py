@@ -7,9 +7,10 @@ from contextlib import ExitStack, contextmanager
 
 from tqdm import tqdm
 
+from pat.benchmark.checks import check_options, resolved_device
 from pat.benchmark.figure import can_draw, draw
 from pat.benchmark.measure import ROLES, Progress, measure
-from pat.benchmark.options import BenchmarkOptions, check_options
+from pat.benchmark.options import BenchmarkOptions
 from pat.benchmark.prediction import Predictor
 from pat.benchmark.process import Worker
 from pat.benchmark.record import Benchmark, to_dict
@@ -27,7 +28,7 @@ def run_benchmark(options: BenchmarkOptions) -> Benchmark:
     check_options(options)
     names = {"baseline": options.baseline, "model": options.model}
     predictors = {role: Predictor(names[role], options) for role in ROLES}
-    device = options.resolved_device()
+    device = resolved_device(options)
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for role in ROLES:

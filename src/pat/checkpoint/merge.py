@@ -16,6 +16,7 @@ from peft import LoraConfig
 from pat.checkpoint.adapter import base_name, compaction_of, load_adapted, read_adapter_config
 from pat.checkpoint.card import Cut, shown_name
 from pat.checkpoint.compact import ADAPTER, RECORD
+from pat.checkpoint.options import MergeOptions
 from pat.checkpoint.staging import check_output_folder, staged_folder
 from pat.checkpoint.streamed import load_hollow, stream_checkpoint
 from pat.checkpoint.verification_text import MAX_TOKENS, verification_batches
@@ -45,6 +46,25 @@ class MergeResult:
     def num_parameters(self) -> int:
         """Parameters of the dense model."""
         return self.cut.num_parameters
+
+
+def run_merge(options: MergeOptions) -> MergeResult:
+    """Run `pat merge`; see `merge`."""
+    return merge(
+        options.adapter,
+        options.output_dir,
+        base_model=options.base_model,
+        dtype=options.dtype,
+        text_file=options.text_file,
+        max_shard_size=options.max_shard_size,
+        fold_dtype=options.fold_dtype,
+        device=options.device,
+    )
+
+
+def print_merge(result: MergeResult) -> None:
+    """Print where the checkpoint is, and how exact."""
+    print(f"Wrote {result.model_dir} ({result.num_parameters:,} parameters); {result.parity.describe()}")
 
 
 def merge(

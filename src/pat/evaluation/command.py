@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pat.checkpoint.adapter import base_name, load_adapted, read_adapter_config
 from pat.errors import PatError
+from pat.evaluation.options import EvaluateOptions
 from pat.evaluation.tasks import TaskEvaluation, evaluate_tasks, load_questions
 from pat.evaluation.tasks.protocols import PROTOCOLS, resolve_protocols
 from pat.evaluation.tasks.report import score_table
@@ -61,6 +62,13 @@ class Evaluation:
     """Rows left out because nothing of their response fits into `max_length`."""
     tasks: TaskEvaluation | None
     """Accuracy on tasks of choices."""
+
+
+def run_evaluate(options: EvaluateOptions) -> Evaluation:
+    """Run `pat evaluate`; see `evaluate`."""
+    given = {field.name: getattr(options, field.name) for field in fields(options)}
+    tasks, protocols = given.pop("tasks"), given.pop("protocol") or PROTOCOLS
+    return evaluate(**given, tasks=None if tasks is None else ",".join(tasks), protocols=protocols)
 
 
 def evaluate(
