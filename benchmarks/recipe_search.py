@@ -84,7 +84,8 @@ def hyperparameters(args: argparse.Namespace) -> dict[str, Any]:
     """
     recipe = recipe_defaults("paper" if args.recipe == "paper" else "default")
     names = [*OVERRIDES, "rotation", "use_rslora", "lr_scheduler_type"]
-    chosen = {name: recipe[name] for name in names if name in recipe}
+    defaults = {**vars(PatConfig()), "lora_r": PatConfig.r} | recipe
+    chosen = {name: defaults[name] for name in names}
     return chosen | {name: value for name in OVERRIDES if (value := getattr(args, name)) is not None}
 
 

@@ -417,7 +417,7 @@ def compose(steps: dict[str, Any], runs: dict[str, Any]) -> dict[str, Any]:
     num_steps = WHOLE_TOKENS // (steps["batch_size"] * steps["max_length"])
     result: dict[str, Any] = {"num_steps": num_steps, "fixed_seconds": {}, "ratios": {}}
     for kind, step_one in stage_one.items():
-        milestone = recipe_defaults(kind)["milestone"]
+        milestone = recipe_defaults(kind).get("milestone", PatConfig.milestone)
         short = round(milestone * runs["steps"]) * step_one * runs["batch_size"] / steps["batch_size"]
         parts = [row["stage_one"] - short + row["compaction"] for row in runs["parts"][kind]]
         fixed = result["fixed_seconds"][kind] = max(0.0, statistics.median(parts))

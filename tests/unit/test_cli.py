@@ -15,6 +15,8 @@ from pat import __version__, cli
 from pat.errors import PatError, RunFailed
 from pat.options import OptionsParser
 from pat.training.arguments import TuneArguments, build_arguments
+from pat.tuner.config import PatConfig
+from pat.tuner.options import PatOptions
 
 BASE = ["--model_name_or_path", "base", "--dataset_name", "data.jsonl", "--output_dir", "out"]
 
@@ -189,9 +191,12 @@ def test_what_the_libraries_refuse_is_one_line() -> None:
 
 
 def test_recipes_are_defaults_under_all_flags() -> None:
-    assert parse().pat.rotation == "auto"
+    default = parse()
+    assert default.pat == PatOptions() and default.pat_config() == PatConfig(task_type="CAUSAL_LM")
+    assert default.sft.learning_rate == 5e-4 and default.sft.max_length == 512
     paper = parse("--recipe=paper", "--milestone", "0.5")
     assert paper.sft.learning_rate == 5e-5 and paper.pat.milestone == 0.5
+    assert (paper.pat.operator_lr_multiplier, paper.model.use_rslora) == (1.0, False)
     assert paper == build_arguments(
         model_name_or_path="base", dataset_name="data.jsonl", output_dir="out", recipe="paper", milestone=0.5
     )

@@ -25,7 +25,7 @@ NUM_NEIGHBOURS = 3
 """Legal widths shown on either side of the one taken."""
 
 RECIPE = "default"
-"""The recipe whose rank, batch size and length the training memory is for."""
+"""The recipe whose batch size and length the training memory is for."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,6 @@ def make_plan(
     recipe = recipe_defaults(RECIPE)
     pat_config = PatConfig(
         task_type="CAUSAL_LM",
-        r=recipe["lora_r"],
-        lora_alpha=recipe["lora_alpha"],
         pruning_ratio=pruning_ratio,
         pruned_hidden_size=pruned_hidden_size,
         multiple_of=multiple_of,

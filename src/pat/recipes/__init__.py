@@ -1,4 +1,4 @@
-"""Recipes: defaults of `pat tune` as YAML files."""
+"""Recipes: defaults of `pat tune` as YAML files. What the method needs beyond is the defaults of `PatConfig`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RECIPES = ("default", "paper")
 
 
 def recipe_defaults(name: str) -> dict[str, Any]:
-    """Return the flags a recipe stands for.
+    """Return the flags a recipe stands for; every other one lies over the default recipe.
 
     Raises:
         PatError: no such recipe.
@@ -20,5 +20,7 @@ def recipe_defaults(name: str) -> dict[str, Any]:
 
     if name not in RECIPES:
         raise PatError(f"Got recipe={name!r}; expected one of {', '.join(RECIPES)}.")
-    text = resources.files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-    return {"recipe": name, **yaml.safe_load(text)}
+    flags: dict[str, Any] = {"recipe": name}
+    for layer in dict.fromkeys((RECIPES[0], name)):
+        flags |= yaml.safe_load(resources.files(__name__).joinpath(f"{layer}.yaml").read_text(encoding="utf-8"))
+    return flags

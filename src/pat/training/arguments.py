@@ -18,6 +18,18 @@ from pat.training.options import RunOptions
 from pat.tuner.config import PatConfig
 from pat.tuner.options import PatOptions
 
+_LORA = {
+    "r": "lora_r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "target_modules": "lora_target_modules",
+    "target_parameters": "lora_target_parameters",
+    "modules_to_save": "lora_modules_to_save",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+}
+"""Fields of `LoraConfig`, and what TRL's ModelConfig calls them."""
+
 
 @dataclass(frozen=True)
 class TuneArguments:
@@ -65,8 +77,9 @@ shown are the recipe's (--recipe) and the libraries'. --config FILE takes flags 
 
     @staticmethod
     def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the defaults between the libraries' and what is given: the machine's, above them the recipe's."""
-        return {**_machine_defaults(), **recipe_defaults(given.get("recipe", RunOptions.recipe))}
+        """Return what lies between TRL's defaults and what is given: LoRA's, the machine's, the recipe's."""
+        lora = {flag: PatConfig.__dataclass_fields__[name].default for name, flag in _LORA.items()}
+        return {**lora, **_machine_defaults(), **recipe_defaults(given.get("recipe", RunOptions.recipe))}
 
     def __post_init__(self) -> None:
         if self.sft.eval_strategy != "no" and self.run.held_out in ("0", 0):
@@ -89,19 +102,9 @@ shown are the recipe's (--recipe) and the libraries'. --config FILE takes flags 
 
     def pat_config(self) -> PatConfig:
         """Return the adapter's configuration."""
-        model = self.model
-        options = {f.name: getattr(self.pat, f.name) for f in fields(PatOptions)}
+        lora = {name: getattr(self.model, flag) for name, flag in _LORA.items()}
         return PatConfig(
-            task_type="CAUSAL_LM",
-            r=model.lora_r,
-            lora_alpha=model.lora_alpha,
-            lora_dropout=model.lora_dropout,
-            target_modules=model.lora_target_modules,
-            target_parameters=model.lora_target_parameters,
-            modules_to_save=model.lora_modules_to_save,
-            use_rslora=model.use_rslora,
-            use_dora=model.use_dora,
-            **options,
+            task_type="CAUSAL_LM", **lora, **{f.name: getattr(self.pat, f.name) for f in fields(PatOptions)}
         )
 
 
