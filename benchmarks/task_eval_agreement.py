@@ -33,7 +33,7 @@ from pat.loading import load_base, load_tokenizer
 from pat.questions.hub import LETTERS
 from pat.questions.rows import load_rows
 from pat.questions.table import resolve_tasks
-from pat.report.results import environment, write_results
+from pat.report.records import environment, write_record
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -154,7 +154,7 @@ def main() -> None:
     print(f"in all: {total}; near ties and disagreements: {len(listed)}")
     if args.output is not None:
         settings = {"model": Path(args.model).name, "limit": args.limit, "drawn": args.questions, "near_tie": NEAR_TIE}
-        write_results(
+        write_record(
             args.output,
             {**environment(), "settings": settings, "total": total, "by_task": figures, "listed": listed},
         )

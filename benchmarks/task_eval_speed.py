@@ -33,7 +33,7 @@ from pat.evaluation.tasks.protocols import MAX_NEW_TOKENS, first_letter, is_deci
 from pat.loading import load_base, load_tokenizer
 from pat.questions.rows import load_rows
 from pat.questions.table import TASKS
-from pat.report.results import environment, write_results
+from pat.report.records import environment, write_record
 
 MARKS = {"letter": 2.5, "likelihood": 1.5}
 """Least speed-up over the baseline."""
@@ -208,7 +208,7 @@ def main() -> None:
         facts["machine"] |= {"load_average_before": load_before, "load_average_after": os.getloadavg()}
         settings = {"model": Path(args.model).name, "task": args.task, "num_questions": len(rows)}
         settings |= {"chunk": args.chunk, "batch_size": args.batch_size, "dtype": "float32"}
-        write_results(args.output, {**facts, "settings": settings, "marks": verdicts, "turns": runs})
+        write_record(args.output, {**facts, "settings": settings, "marks": verdicts, "turns": runs})
     if not all(verdict["met"] and not verdict["disagreements"] for verdict in verdicts.values()):
         raise SystemExit(1)
 

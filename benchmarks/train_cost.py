@@ -36,7 +36,7 @@ from trl import SFTTrainer
 
 from pat.loading import load_tokenizer
 from pat.recipes import recipe_defaults
-from pat.report.results import environment
+from pat.report.records import environment
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.data import load_training_data
 from pat.training.stages import Stages

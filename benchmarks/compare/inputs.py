@@ -16,7 +16,7 @@ from pat.evaluation.tasks import load_questions
 from pat.evaluation.tasks.fingerprints import fingerprint_rows
 from pat.loading import load_config
 from pat.recipes import recipe_defaults
-from pat.report.results import environment
+from pat.report.records import environment
 
 SAMPLE_BYTES = 1 << 20
 """Of a large file, so many bytes at its start, middle and end are read."""

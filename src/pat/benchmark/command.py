@@ -15,7 +15,7 @@ from pat.benchmark.prediction import Predictor
 from pat.benchmark.process import Worker
 from pat.benchmark.record import Benchmark, to_dict
 from pat.benchmark.tables import markdown
-from pat.report.results import write_results
+from pat.report.records import write_record
 
 
 def run_benchmark(options: BenchmarkOptions) -> Benchmark:
@@ -62,7 +62,7 @@ def run_benchmark(options: BenchmarkOptions) -> Benchmark:
 def _write(benchmark: Benchmark) -> None:
     folder = benchmark.options.output_dir
     assert folder is not None
-    write_results(folder / "results.json", to_dict(benchmark))
+    write_record(folder / "results.json", to_dict(benchmark))
     (folder / "results.md").write_text(markdown(benchmark), encoding="utf-8")
     if can_draw():
         draw(benchmark, folder / "speedup.png")

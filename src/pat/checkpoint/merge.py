@@ -24,7 +24,7 @@ from pat.checkpoint.verify import Parity
 from pat.checkpoint.write import MAX_SHARD_SIZE, count_parameters, save_checkpoint
 from pat.errors import PatError
 from pat.loading import load_config, load_tokenizer
-from pat.report.results import environment, write_results
+from pat.report.records import environment, write_record
 from pat.tuner import PatConfig
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def merge(
             )
         else:
             parity, cut = save_checkpoint(model, staging, max_shard_size=max_shard_size or MAX_SHARD_SIZE, **options)
-        write_results(staging / "results.json", _results(name, config, parity, cut) | {"timings": timings})
+        write_record(staging / "results.json", _results(name, config, parity, cut) | {"timings": timings})
     return MergeResult(Path(output_dir).expanduser(), parity, cut)
 
 

@@ -25,7 +25,7 @@ from pat.evaluation.tasks.report import score_table
 from pat.evaluation.tasks.scores import SAMPLES, SCORES
 from pat.loading import load_base, load_config, load_tokenizer
 from pat.nll import NLL, Progress, read_text, response_nll, text_perplexity, tokenize_examples
-from pat.report.results import environment, write_results
+from pat.report.records import environment, write_record
 from pat.training.data import check_truncation, load_training_data
 from pat.training.sources import TemplateChoice
 from pat.tuner.model import find_tuner
@@ -168,7 +168,7 @@ def evaluate(
     )
     files = [output] if output is not None else []
     for file in [*files, output_dir / RESULTS] if output_dir is not None else files:
-        write_results(file, {"command": COMMAND, **environment(), **to_dict(evaluation)})
+        write_record(file, {"command": COMMAND, **environment(), **to_dict(evaluation)})
     return evaluation
 
 

@@ -20,7 +20,7 @@ from pat.checkpoint.write import save_checkpoint
 from pat.errors import PatError
 from pat.loading import load_base, load_config, load_tokenizer, stored_dtype
 from pat.nll import Example, batches_from_examples, tokenize_examples
-from pat.report.results import environment, write_results
+from pat.report.records import environment, write_record
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.calibration_text import read_calibration
 from pat.training.checkpoints import last_checkpoint
@@ -128,7 +128,7 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
     dense_size = Size(cut.num_parameters, cut.num_parameters * stored.itemsize)
     figures["dense"] = measure(dense, held_out, pad_token_id, stage="dense", size=dense_size)
 
-    write_results(
+    write_record(
         output_dir / "results.json",
         {
             "command": "tune",
