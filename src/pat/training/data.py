@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
@@ -13,7 +12,7 @@ from datasets import Dataset
 
 from pat.errors import PatError
 from pat.training.formats import Template
-from pat.training.sources import ROW, Reading, Source, TemplateChoice, load_source
+from pat.training.sources import ROW, Place, Reading, Source, TemplateChoice, load_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,9 +21,6 @@ DEFAULT_HELD_OUT_SHARE = 0.02
 DEFAULT_HELD_OUT_ROWS = 200
 
 HeldOut = int | float | str | os.PathLike[str] | None
-
-Place = Callable[[int], str]
-"""Says where the row of an example stands, as in `data.jsonl, line 3`."""
 
 
 @dataclass(frozen=True)

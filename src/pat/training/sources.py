@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from pat.questions.table import resolve_tasks
 from pat.questions.wording import letter_answer, letter_instruction
 from pat.training.formats import ALPACA, Format, Template, convert_row, detect_format
 from pat.training.messages import RowError
-from pat.training.readers import DECOMPRESSORS, READERS, SUFFIXES, data_suffix, read_local, without_nulls
+from pat.training.readers import DECOMPRESSORS, READERS, SUFFIXES, Row, data_suffix, read_local, without_nulls
 
 TemplateChoice = Literal["auto", "chat", "alpaca"]
 
@@ -28,6 +28,9 @@ TASK_PREFIX = "task:"
 
 ROW = "row"
 """Column of the index that an example's row has in its source; a conversation gives several examples."""
+
+Place = Callable[[int], str]
+"""Says where a row stands, as in `data.jsonl, line 3`."""
 
 # What ends in one of these is meant as a file even where there is none: no reason to ask the hub.
 FILE_SUFFIXES = {*READERS, *DECOMPRESSORS, ".txt", ".arrow", ".xlsx", ".zip", ".yaml", ".yml"}
@@ -44,8 +47,7 @@ class Source:
     fingerprint: str
     num_rows: int
     """Rows read, those without a response included."""
-    place: Callable[[int], str] = "row {}".format
-    """Says where a row stands, for messages."""
+    place: Place = "row {}".format
     unread: tuple[str, ...] = ()
     """Columns that have no part in the format."""
 
@@ -174,13 +176,11 @@ class _Converter:
     format: Format
     template: Template | None
     chat_template: str
-    place: Callable[[int], str]
+    place: Place
     unread: tuple[str, ...]
 
     @classmethod
-    def of(
-        cls, name: str, columns: Collection[str], first: Mapping[str, Any], reading: Reading, place: Callable[[int], str]
-    ) -> _Converter:
+    def of(cls, name: str, columns: Collection[str], first: Row, reading: Reading, place: Place) -> _Converter:
         format = detect_format(columns, name, reading.text_field)
         template: Template | None = "chat" if reading.chat_template else "alpaca"
         as_it_is = format.name == "prompt-completion" and not isinstance(first.get(format.prompt), list)
@@ -193,14 +193,13 @@ class _Converter:
 
     @property
     def features(self) -> Features:
-        kinds: dict[str, Any] = {"text": Value("string")}
-        if self.format.name != "text":
-            kinds = dict.fromkeys(("prompt", "completion"), List(Json()) if self.template == "chat" else Value("string"))
-        if self.template == "chat":
-            kinds |= {name: Json() for name in ("tools", "chat_template_kwargs") if name in self.format.beside}
-        return Features(kinds | {ROW: Value("int64")})
+        chat = self.template == "chat"
+        names = ("text",) if self.format.name == "text" else ("prompt", "completion")
+        kinds: dict[str, Any] = dict.fromkeys(names, List(Json()) if chat else Value("string"))
+        options = [name for name in ("tools", "chat_template_kwargs") if chat and name in self.format.beside]
+        return Features(kinds | {name: Json() for name in options} | {ROW: Value("int64")})
 
-    def convert(self, row: Mapping[str, Any], index: int) -> list[dict[str, Any]]:
+    def convert(self, row: Row, index: int) -> list[dict[str, Any]]:
         try:
             examples = convert_row(row, self.format, self.template, self.chat_template)
         except RowError as error:
@@ -229,7 +228,7 @@ def _selected(name: str, split: str, lengths: dict[str, int]) -> dict[str, Seque
         [part] = {span.splitname for span in spans}
     except ValueError as error:
         parts = ", ".join(map(repr, lengths))
-        raise PatError(f"{name}: got split {split!r}; expected one of {parts}, or a slice like 'train[:99]'.") from error
+        raise PatError(f"{name}: got split {split!r}; expected {parts} or a slice like 'train[:99]'.") from error
     indices = [index for span in spans for index in range(span.from_, span.to)]
     if not indices:
         raise PatError(f"{name}: split {split!r} selects none of the {lengths[part]} rows.")
