@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from pat.checkpoint.adapter import base_name, load_adapted, read_adapter_config
 from pat.errors import PatError
@@ -24,10 +23,11 @@ from pat.evaluation.tasks.protocols import PROTOCOLS, resolve_protocols
 from pat.evaluation.tasks.report import score_table
 from pat.evaluation.tasks.scores import SAMPLES, SCORES
 from pat.loading import load_base, load_config, load_tokenizer
-from pat.nll import NLL, Progress, read_text, response_nll, text_perplexity, tokenize_examples
+from pat.nll import NLL, Progress, read_text, response_nll, text_perplexity
 from pat.report.records import environment, write_record
-from pat.training.data import check_truncation, load_training_data
+from pat.training.prepare import prepare_examples
 from pat.training.sources import TemplateChoice
+from pat.training.vocabulary import Vocabulary
 from pat.tuner.model import find_tuner
 
 BATCH_SIZE = 8
@@ -59,7 +59,7 @@ class Evaluation:
     num_rows: int
     """Rows of the data whose response was scored."""
     num_truncated: int
-    """Rows left out because nothing of their response fits into `max_length`."""
+    """Rows that lose tokens of their response at `max_length`."""
     tasks: TaskEvaluation | None
     """Accuracy on tasks of choices."""
 
@@ -112,11 +112,17 @@ def evaluate(
     resolve_protocols(protocols)
     adapter = read_adapter_config(model) if is_adapter(model) else None
     name = model if adapter is None else base_name(model, adapter, None)
-    load_config(name)
+    config, _ = load_config(name)
     tokenizer = load_tokenizer(model if has_tokenizer(model) else name)
     # Read before the weights: a wrong column should not take minutes to be found.
     content = None if text_file is None else read_text(Path(text_file))
-    examples, num_truncated = _examples(dataset_name, tokenizer, template, max_length, limit)
+    vocabulary = Vocabulary(tokenizer, config.get_text_config().vocab_size)
+    examples, record = [], None
+    if dataset_name is not None:
+        choice = cast(TemplateChoice, template)
+        examples, record = prepare_examples(
+            dataset_name, vocabulary, template=choice, max_length=max_length, limit=limit
+        )
     questions = None if tasks is None else load_questions(tasks, data_dir, limit)
 
     network: nn.Module = load_base(name) if adapter is None else load_adapted(model)
@@ -163,7 +169,7 @@ def evaluate(
         dataset_name=dataset_name,
         responses=responses,
         num_rows=len(examples),
-        num_truncated=num_truncated,
+        num_truncated=0 if record is None else record.num_truncated,
         tasks=accuracies,
     )
     files = [output] if output is not None else []
@@ -199,9 +205,6 @@ def print_evaluation(evaluation: Evaluation) -> None:
         console.print(table)
     if evaluation.tasks is not None:
         console.print(score_table(evaluation.tasks))
-    num_truncated, max_length = evaluation.num_truncated, evaluation.max_length
-    if num_truncated:
-        console.print(f"{num_truncated} rows were left out: no response token fits into {max_length} tokens.")
 
 
 def is_adapter(model: str) -> bool:
@@ -256,24 +259,6 @@ def _is_ours(folder: Path) -> bool:
         return bool(json.loads(path.read_text(encoding="utf-8"))["command"] == COMMAND)
     except (OSError, ValueError, TypeError, KeyError):
         return False
-
-
-def _examples(
-    dataset_name: str | None,
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    max_length: int,
-    limit: int | None,
-) -> tuple[list[dict[str, list[int]]], int]:
-    """Tokenise the rows to score; also return how many lose their whole response."""
-    if dataset_name is None:
-        return [], 0
-    choice = cast(TemplateChoice, template)
-    rows = load_training_data(dataset_name, tokenizer=tokenizer, template=choice, held_out=0).train
-    if limit is not None:
-        rows = rows.select(range(min(limit, len(rows))))
-    num_truncated = check_truncation(tokenizer, rows, max_length)
-    return tokenize_examples(tokenizer, rows, max_length), num_truncated
 
 
 def _describe_mask(network: nn.Module) -> str | None:

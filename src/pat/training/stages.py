@@ -7,13 +7,12 @@ the first one's: its step count, schedule, data order and random state run on as
 
 from __future__ import annotations
 
-import copy
 import gc
 import logging
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
@@ -33,9 +32,9 @@ from pat.method.schedule import milestone_step
 from pat.training.arguments import TuneArguments
 from pat.training.callback import PatCallback, calibration_batches
 from pat.training.checkpoints import STAGE_TWO, is_compact
-from pat.training.data import TrainingData
 from pat.training.guard import FiniteGuard
 from pat.training.handover import continue_from
+from pat.training.prepare import Prepared
 from pat.tuner.compaction import check_compactable
 from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel, find_tuner
@@ -62,10 +61,7 @@ class Stages:
     """The training of one run of `pat tune`."""
 
     arguments: TuneArguments
-    data: TrainingData
-    tokenizer: PreTrainedTokenizerBase
-    verify_on: Sequence[Mapping[str, Any]]
-    """Batches to compare the masked model and its compact form on."""
+    data: Prepared
     base: PreTrainedModel | None
     """Handed over: nobody else may hold it, or it stays in memory beside the compact model."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -96,7 +92,8 @@ class Stages:
                     "resume from a checkpoint of stage one."
                 )
             return self._resume_compact(resume_from)
-        pat_config = self.arguments.pat_config()
+        tied = bool(cast(PreTrainedModel, base).config.get_text_config().tie_word_embeddings)
+        pat_config = self.data.vocabulary.train_added(self.arguments.pat_config(), tied=tied)
         model = cast(PeftModel, get_peft_model(cast(PreTrainedModel, base), pat_config))
         tuner = cast(PatModel, find_tuner(model))
         compacts = self._compacts(tuner)
@@ -106,7 +103,7 @@ class Stages:
             args.save_only_model, args.load_best_model_at_end = False, False
         started = time.perf_counter()
         trainer = self._trainer(model, args, [PatCallback(), *([_StopAtMilestone()] if compacts else [])])
-        self.seconds["preparation"] = time.perf_counter() - started
+        self.seconds["preparation"] = self.data.seconds + time.perf_counter() - started
         if not (compacts and resume_from is not None and _load_hard(trainer, tuner, resume_from)):
             if compacts and resume_from is None and _is_hard_at_once(trainer, pat_config):
                 self._calibrate(trainer, tuner)
@@ -148,27 +145,17 @@ class Stages:
         return True
 
     def _stage_args(self, folder: Path) -> SFTConfig:
-        args = copy.deepcopy(self.arguments.sft)
+        args = self.data.trainer_args(self.arguments.sft)
         args.output_dir = str(folder)
         return args
 
-    def _trainer(
-        self,
-        model: PeftModel,
-        args: SFTConfig,
-        callbacks: list[TrainerCallback],
-        prepared: SFTTrainer | None = None,
-    ) -> SFTTrainer:
-        """Make a trainer, on the datasets of one whose rows are tokenised and packed already if there is one."""
-        if prepared is not None:
-            args.dataset_kwargs = {**cast(dict[str, Any], args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-        held_out = self.data.held_out if args.eval_strategy != "no" else None
+    def _trainer(self, model: PeftModel, args: SFTConfig, callbacks: list[TrainerCallback]) -> SFTTrainer:
         return SFTTrainer(
             model=model,
             args=args,
-            train_dataset=self.data.train if prepared is None else prepared.train_dataset,
-            eval_dataset=held_out if prepared is None else prepared.eval_dataset,
-            processing_class=self.tokenizer,
+            train_dataset=self.data.train,
+            eval_dataset=self.data.evaluation,
+            processing_class=self.data.vocabulary.tokenizer,
             callbacks=[*callbacks, FiniteGuard()],
         )
 
@@ -177,7 +164,7 @@ class Stages:
         with self._leaving_no_empty_folders():
             if tuner.needs_calibration():
                 dataloader = trainer.get_train_dataloader()
-                tuner.calibrate(calibration_batches(tuner.pat_config(), dataloader, self.tokenizer))
+                tuner.calibrate(calibration_batches(tuner.pat_config(), dataloader, self.data.vocabulary.tokenizer))
             tuner.set_step(0, 0)
 
     def _train(self, trainer: SFTTrainer, part: str, resume_from: Any) -> None:
@@ -212,9 +199,13 @@ class Stages:
         # Of an earlier run: its stage two belongs to other channels, and must not be what a resumed run finds.
         for folder in (self.checkpoints / STAGE_TWO, self.compact_dir):
             shutil.rmtree(folder, ignore_errors=True)
-        seed = self.arguments.sft.seed
         compact, record = write_compact(
-            model, tuner, self.compact_dir, tokenizer=self.tokenizer, batches=self.verify_on, seed=seed
+            model,
+            tuner,
+            self.compact_dir,
+            tokenizer=self.data.vocabulary.tokenizer,
+            batches=self.data.verify_on,
+            seed=self.arguments.sft.seed,
         )
         if not self.arguments.sft.disable_tqdm:
             print(
@@ -223,7 +214,7 @@ class Stages:
                 file=sys.stderr,
             )
         args = self._stage_args(self.checkpoints / STAGE_TWO)
-        stage_two = self._trainer(compact.model, args, [], prepared=trainer)
+        stage_two = self._trainer(compact.model, args, [])
         start = None
         if trainer.state.global_step > 0:
             last = Path(done) if done else self.checkpoints / f"checkpoint-{trainer.state.global_step}"

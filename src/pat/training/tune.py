@@ -4,41 +4,31 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 from peft import prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from trl import get_quantization_config
 
 from pat.checkpoint.card import shown_name
 from pat.checkpoint.staging import check_output_folder, staged_folder
-from pat.checkpoint.verification_text import verification_batches
 from pat.checkpoint.write import save_checkpoint
 from pat.errors import PatError
-from pat.loading import load_base, load_config, load_tokenizer, stored_dtype
-from pat.nll import Example, batches_from_examples, tokenize_examples
+from pat.loading import load_base, load_config, stored_dtype
 from pat.report.records import environment, write_record
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.calibration_text import read_calibration
 from pat.training.checkpoints import last_checkpoint
-from pat.training.data import TrainingData, check_truncation, load_training_data
+from pat.training.prepare import prepare
 from pat.training.results import Size, TuneResult, measure
 from pat.training.stages import Stages
 from pat.tuner.prepare import check_config
 from pat.tuner.quantized import keep_plain_layout
 
 logger = logging.getLogger(__name__)
-
-NUM_VERIFY_ROWS = 16
-"""Held-out rows on which the written checkpoint is compared with the model that was trained."""
-
-MIN_VERIFY_TOKENS = 256
-"""With fewer in those rows, the text that comes with the package is compared on as well."""
-
-VERIFY_BATCH_SIZE = 4
 
 RATIO_SLACK = 0.01
 """Said before training if the width that can be loaded lies further from the ratio asked for."""
@@ -71,29 +61,16 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
         logger.warning("%.1f %% of the hidden size will be cut: %s.", 100 * width.pruning_ratio, width.reason)
     if pat_config.calibration is not None:
         read_calibration(pat_config.calibration)
-    tokenizer = _load_tokenizer(arguments)
-    data = _load_data(arguments, tokenizer)
-    num_truncated = check_truncation(tokenizer, data.train, sft.max_length)
-    held_out = _examples(tokenizer, data, arguments)
-
-    if num_truncated:
-        logger.warning(
-            "%d of %d rows have no response left within --max_length %s and are not trained on; raise it to use them.",
-            num_truncated,
-            len(data.train),
-            sft.max_length,
-        )
-    if data.held_out is not None and len(held_out) < len(data.held_out):
-        logger.warning("Held-out figures stand on %d of %d rows, likewise.", len(held_out), len(data.held_out))
-
-    set_seed(sft.seed)
-    verify_on = (held_out or _examples(tokenizer, data, arguments, of_training=True))[:NUM_VERIFY_ROWS]
+    data = prepare(arguments, base_config)
+    tokenizer, held_out = data.vocabulary.tokenizer, data.held_out
     pad_token_id = cast(int, tokenizer.pad_token_id)
-    batches = list(batches_from_examples(verify_on, batch_size=VERIFY_BATCH_SIZE, pad_token_id=pad_token_id))
-    if sum(len(example["input_ids"]) for example in verify_on) < MIN_VERIFY_TOKENS:  # short rows, or too long ones
-        max_positions = getattr(base_config, "max_position_embeddings", None)
-        batches += verification_batches(tokenizer, max_positions=max_positions)
-    stages = Stages(arguments, data, tokenizer, batches, base=_load_base(arguments))
+    if not sft.disable_tqdm:
+        print(data.record.describe(), file=sys.stderr)
+    set_seed(sft.seed)
+    base = _load_base(arguments)
+    data.vocabulary.fit(base)
+    stages = Stages(arguments, data, base=base)
+    del base
     assert stages.base is not None
     # Training may load float32 for speed or stability; what is written keeps the dtype of the base's checkpoint.
     dtype = stages.base.dtype
@@ -112,13 +89,13 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
         model.get_base_model(), held_out, pad_token_id, stage="tuned", size=inner_size.with_adapter(model)
     )
     nlls = {stage: figure.held_out_nll for stage, figure in figures.items() if figure.held_out_nll is not None}
-    provenance = _provenance(arguments, data) | {"num_steps": trained.num_steps, "held_out_nll": nlls}
+    provenance = _provenance(arguments) | {"num_steps": trained.num_steps, "held_out_nll": nlls}
     with staged_folder(output_dir / "model") as staging:
         parity, cut = save_checkpoint(
             model,
             staging,
             tokenizer=tokenizer,
-            batches=batches,
+            batches=data.verify_on,
             dtype=stored,
             provenance=provenance,
             compaction=trained.compaction,
@@ -135,11 +112,11 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
             **environment(),
             **provenance,
             "model_name_or_path": shown_name(name),
-            "dataset": shown_name(data.source),
+            "dataset": data.record.source,
             "cut": asdict(cut),
             "pat_config": trained.pat_config | {"base_model_name_or_path": shown_name(name)},
             "training_arguments": sft.to_sanitized_dict() | {"output_dir": output_dir.name, "logging_dir": None},
-            "data": _describe(data) | {"num_truncated": num_truncated, "num_held_out": len(held_out)},
+            "data": asdict(data.record),
             "figures": {stage: asdict(figure) for stage, figure in figures.items()},
             "parity": parity.to_dict(),
             "compaction": None if trained.compaction is None else asdict(trained.compaction),
@@ -154,35 +131,6 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
         shutil.rmtree(checkpoints, ignore_errors=True)
     adapter_dir = output_dir / "adapter" if trained.compaction is None else output_dir / "compact" / "adapter"
     return TuneResult(output_dir, output_dir / "model", adapter_dir, figures, parity)
-
-
-def _load_tokenizer(arguments: TuneArguments) -> PreTrainedTokenizerBase:
-    """Load the tokenizer with TRL's overrides applied, since data is looked at before the trainer applies them."""
-    sft = arguments.sft
-    tokenizer = load_tokenizer(str(arguments.model.model_name_or_path), revision=arguments.model.model_revision)
-    if sft.eos_token is not None:
-        if sft.eos_token not in tokenizer.get_vocab():
-            raise PatError(f"Got --eos_token {sft.eos_token!r}, which the tokenizer does not know; give one it has.")
-        tokenizer.eos_token = sft.eos_token
-    template = Path(str(sft.chat_template_path)) if sft.chat_template_path is not None else None
-    if template is not None and template.suffix in (".jinja", ".j2"):
-        if not template.is_file():
-            raise PatError(f"Got --chat_template_path {template}, but there is no such file; give a Jinja file.")
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
-    return tokenizer
-
-
-def _load_data(arguments: TuneArguments, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
-    run = arguments.run
-    return load_training_data(
-        str(run.dataset_name),
-        tokenizer=tokenizer,
-        split=run.dataset_train_split,
-        config_name=run.dataset_config,
-        template=run.template,  # type: ignore[arg-type]
-        held_out=run.held_out,
-        seed=arguments.sft.seed,
-    )
 
 
 def _load_base(arguments: TuneArguments) -> PreTrainedModel:
@@ -203,14 +151,6 @@ def _load_base(arguments: TuneArguments) -> PreTrainedModel:
         PreTrainedModel,
         prepare_model_for_kbit_training(base, use_gradient_checkpointing=bool(arguments.sft.gradient_checkpointing)),
     )
-
-
-def _examples(
-    tokenizer: PreTrainedTokenizerBase, data: TrainingData, arguments: TuneArguments, *, of_training: bool = False
-) -> Sequence[Example]:
-    """Tokenise the held-out rows (or the first training rows) as the trainer does; rows cut to nothing are dropped."""
-    rows = data.train.select(range(min(NUM_VERIFY_ROWS, len(data.train)))) if of_training else data.held_out
-    return [] if rows is None else tokenize_examples(tokenizer, rows, arguments.sft.max_length)
 
 
 def _resume_from(arguments: TuneArguments) -> str | None:
@@ -247,17 +187,10 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _describe(data: TrainingData) -> dict[str, Any]:
-    paths = {"source": data.source, "held_out_source": data.held_out_source}
-    facts = ("format", "template", "fingerprint", "num_rows", "num_dropped")
-    shown = {key: path and shown_name(path) for key, path in paths.items()}
-    return shown | {fact: getattr(data, fact) for fact in facts}
-
-
-def _provenance(arguments: TuneArguments, data: TrainingData) -> dict[str, Any]:
+def _provenance(arguments: TuneArguments) -> dict[str, Any]:
     return {
         "model_name_or_path": arguments.model.model_name_or_path,
-        "dataset": data.source,
+        "dataset": arguments.run.dataset_name,
         "recipe": arguments.run.recipe,
         "seed": arguments.sft.seed,
     }
