@@ -168,6 +168,9 @@ _FAMILY: dict[str, dict[str, Any]] = {
 FAMILIES: tuple[str, ...] = tuple(_FAMILY)
 """All of them, for the contract tests and the tests of the records."""
 
+WITHOUT_BIAS = frozenset({"mistral", "ministral", "ministral3", "phi3", "exaone4", "mixtral", "minimax_m2"})
+"""Families none of whose linear layers can have a bias."""
+
 KINDS: tuple[str, ...] = ("llama", "gemma3_text", "olmo2", "phi3", "qwen3_moe", "apertus")
 """A family of each kind, for everything else: plain; sandwich norms, scaled embedding, gain 1 + weight, sliding window;
 post-norms alone; fused readers; experts beside dense layers, q/k-norm; an ungated MLP, bystanders and buffers."""
