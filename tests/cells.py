@@ -17,7 +17,7 @@ Row = dict[str, str]
 Pair = frozenset[tuple[str, str]]
 
 ADAPTERS: dict[str, dict[str, Any]] = {
-    "lora": {},
+    "lora": {"use_rslora": False},
     "dora": {"use_dora": True},
     "rslora": {"use_rslora": True},
     "dense": {"operator_rank": "dense"},

@@ -33,14 +33,16 @@ def in_float64(model: PeftModel) -> PeftModel:
     if family.expert_parameters:
         base.set_experts_implementation("eager")  # the grouped kernel has no float64
     twin.double()
-    mask, basis, factor = tuner.mask(), tuner.mask().basis, tuner.mask().head_factor
-    if basis is not None:
+    mask = tuner.mask()
+    state = mask.state_dict()
+    if mask.basis is not None:
         for _ in range(2):  # Newton's iteration to the nearest orthogonal matrix: 1e-7, 1e-14, 0
-            basis = 1.5 * basis - 0.5 * basis @ basis.mT @ basis
-        if factor is not None:
-            gain = base.get_submodule(family.final_norm).weight + family.gain_offset
-            factor = equalised_gain(gain, gain_block(gain, tuner.pat_config().gain_tolerance)) / gain
-        mask.set_prior(mask.prior.clone(), basis=basis, head_factor=factor)
+            state["basis"] = 1.5 * state["basis"] - 0.5 * state["basis"] @ state["basis"].mT @ state["basis"]
+    if mask.head_factor is not None:
+        gain = base.get_submodule(family.final_norm).weight + family.gain_offset
+        block = gain_block(gain, tuner.pat_config().gain_tolerance)
+        state["head_factor"] = torch.where(block, equalised_gain(gain, block) / gain, 1.0)
+    mask.load_state_dict(state)
     return twin.eval()
 
 
