@@ -5,7 +5,6 @@ The trainers are transformers' and TRL's own, on the CPU in float32, without any
 
 from __future__ import annotations
 
-import gc
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,8 +22,6 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from pat.training.callback import PatCallback
 from pat.tuner import PatConfig, PatModel, find_tuner
-
-gc.freeze()  # Trainer collects garbage at the start of every training: half a second through all imported libraries
 
 GAIN_TOLERANCE = 0.4
 """The tiny models' gains are spread by 0.3 around 1: within the default 0.15 only a third could be rotated."""

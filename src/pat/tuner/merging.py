@@ -19,7 +19,7 @@ from pat.surgery.adapted import AdaptedMatrix, merged
 from pat.surgery.dense import build_dense, shrink_config
 from pat.surgery.fold import Channels, Empty, HeadPlan, empty_tensor, fold_weights
 from pat.surgery.precision import lift, to_float64
-from pat.surgery.residual import ResidualStream
+from pat.surgery.residual import ResidualStream, stored_tensors
 from pat.tuner.weights import effective_parameter, embedding_ratio
 
 
@@ -93,7 +93,7 @@ def masked_form(
         dtype=dtype,
         empty=empty,
     )
-    return DenseForm(config, weights, folded_stream.num_parameters)
+    return DenseForm(config, weights, folded_stream.num_tensors)
 
 
 def adapted_form(base: PreTrainedModel, names: Iterable[str], parameter: Callable[[str], Tensor]) -> DenseForm:
@@ -150,7 +150,7 @@ def merge_lora(model: PeftModel, dtype: torch.dtype, *, check_finite: bool = Fal
     """
     base = cast(PreTrainedModel, model.get_base_model())
     with torch.device("meta"):
-        names = [name for name, _ in type(base)(base.config).named_parameters()]
+        names = list(stored_tensors(type(base)(base.config)))
     form = adapted_form(base, names, lambda name: effective_parameter(base, name, model.active_adapter))
     return build_dense(base, form.config, _rounded(form.weights, dtype, check_finite=check_finite), dtype)
 
