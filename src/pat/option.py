@@ -84,17 +84,18 @@ class Option:
         expected = " or ".join(_EXPECTED.get(kind, "a text") for kind in self.kinds)
         raise ValueError(f"{expected}, or several of them" if self.takes_list else expected)
 
-    def add_to(self, group: argparse._ArgumentGroup, default: Any) -> None:
+    def add_to(self, group: argparse._ArgumentGroup, default: Any, *, hidden: bool = False) -> None:
         """Declare the flag; argparse leaves its words as they are."""
-        text = self.help
-        if default not in (None, "", MISSING, False) and "efault" not in text:
+        text = argparse.SUPPRESS if hidden else self.help
+        if not hidden and default not in (None, "", MISSING, False) and "efault" not in text:
             text = f"{text} (default: {str(default).replace('%', '%%')})"
         names = [f"--{self.name}"]
         if self.kinds == (bool,):
             group.add_argument(*names, nargs="?", const="true", metavar="true|false", help=text)
             if self.default is True:
+                opposite = argparse.SUPPRESS if hidden else "Its opposite."
                 group.add_argument(
-                    f"--no_{self.name}", dest=self.name, action="store_const", const="false", help="Its opposite."
+                    f"--no_{self.name}", dest=self.name, action="store_const", const="false", help=opposite
                 )
             return
         metavar = "{" + ",".join(self.choices) + "}" if 0 < len(self.choices) < 8 else self.name.upper()

@@ -29,9 +29,10 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
     """Makes an options dataclass of a command line, a `--config` file below it, and defaults below that.
 
     The dataclass may be made of others: its fields are then dataclasses, whose fields are the flags. Of a name that
-    several of them have the first one's type, default and help count, and all get the value. Three class attributes
-    are heeded: `USAGE`, `DESCRIPTION`, `MAIN_FLAGS` (names that open the help), and a static method
-    `defaults(given) -> dict`, which returns what lies between the fields' defaults and what is given.
+    several of them have the first one's type, default and help count, and all get the value. These class attributes
+    are heeded: `USAGE`, `DESCRIPTION`, `MAIN_FLAGS` (names that open the help), `REFUSED` (names of fields that would
+    do nothing, each with the value that says what is so anyway, and why), and a static method `defaults(given)`, which
+    returns what lies between the fields' defaults and what is given.
     """
 
     def __init__(self, prog: str, options: type[T], summary: str = "") -> None:
@@ -45,6 +46,7 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
         )
         self._class = options
         self._sections = _sections(options)
+        self._refused: Mapping[str, tuple[Any, str]] = getattr(options, "REFUSED", {})
         self.options = {option.name: option for _, _, own in reversed(self._sections) for option in own}
 
     # -- the three ways in -------------------------------------------------------------------------------------
@@ -116,7 +118,8 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
             group = self.add_argument_group(heading)
             for option in own:
                 if self.options[option.name] is option:
-                    option.add_to(group, defaults.get(option.name, option.default))
+                    hidden = option.name in self._refused
+                    option.add_to(group, defaults.get(option.name, option.default), hidden=hidden)
         other = self.add_argument_group("other")
         other.add_argument(f"--{CONFIG}", action="append", metavar="FILE", help="YAML file of flags; typed ones win.")
 
@@ -153,6 +156,10 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
 
     def _make(self, given: Mapping[str, Any]) -> T:
         self.require(given)
+        for name in set(given) & set(self._refused):
+            harmless, reason = self._refused[name]
+            if given[name] != harmless:
+                self.error(f"Got {name}={given[name]!r}, but {reason}; leave it out")
         values = {**self._lower_layer(given), **given}
         try:
             with warnings.catch_warnings():  # of the libraries, about names of theirs that are to change

@@ -74,7 +74,7 @@ def environment() -> dict[str, Any]:
 
 def to_json(record: Any) -> str:
     """Return a record, or a dictionary, as JSON. Numbers that are not finite become null, because JSON has none."""
-    return json.dumps(_plain(asdict(record) if is_dataclass(record) else record), indent=2) + "\n"  # type: ignore[arg-type]
+    return json.dumps(plain(asdict(record) if is_dataclass(record) else record), indent=2) + "\n"  # type: ignore[arg-type]
 
 
 def write_record(path: Path, record: Any) -> None:
@@ -107,9 +107,10 @@ class _Collector(logging.Handler):
             logging.lastResort.handle(record)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it; see `to_json`."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, float) and not math.isfinite(value):
@@ -117,5 +118,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str | int | float | bool) or value is None:
         return value
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+        return [plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
     return str(value)

@@ -31,6 +31,56 @@ _LORA = {
 """Fields of `LoraConfig`, and what TRL's ModelConfig calls them."""
 
 
+_ONE_PROCESS = "`pat tune` runs in one process"
+_NO_METRICS = "it is for a function that computes metrics, which a command line cannot give"
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "use_peft": (True, "`pat tune` trains an adapter in any case"),
+    "lora_task_type": ("CAUSAL_LM", "`pat tune` is for causal language models"),
+    "model_init_kwargs": (None, "the base is loaded by --dtype, --attn_implementation and --model_revision"),
+    "trust_remote_code": (False, "the families are those of transformers, whose own code is used"),
+    "dataset_kwargs": (None, "rows are prepared before the trainer sees them"),
+    "do_train": (True, "it is for scripts of one's own; `pat tune` trains"),
+    "do_eval": (False, "it is for scripts of one's own; --eval_strategy evaluates"),
+    "do_predict": (False, "it is for scripts of one's own; `pat evaluate` measures a model"),
+    "bf16_full_eval": (False, "the trainer evaluates while it trains, where it has no effect"),
+    "fp16_full_eval": (False, "the trainer evaluates while it trains, where it has no effect"),
+    "include_for_metrics": ([], _NO_METRICS),
+    "batch_eval_metrics": (False, _NO_METRICS),
+    "hub_strategy": ("end", "the finished model is pushed, once"),
+    "hub_always_push": (False, "the finished model is pushed, once"),
+    "fsdp": ("", _ONE_PROCESS),
+    "fsdp_config": (None, _ONE_PROCESS),
+    "deepspeed": (None, _ONE_PROCESS),
+    "parallelism_config": (None, _ONE_PROCESS),
+    "local_rank": (-1, _ONE_PROCESS),
+    "average_tokens_across_devices": (True, _ONE_PROCESS),
+    "ddp_find_unused_parameters": (None, _ONE_PROCESS),
+    "ddp_bucket_cap_mb": (None, _ONE_PROCESS),
+    "ddp_broadcast_buffers": (None, _ONE_PROCESS),
+    "ddp_static_graph": (None, _ONE_PROCESS),
+    "ddp_backend": (None, _ONE_PROCESS),
+    "ddp_timeout": (1800, _ONE_PROCESS),
+    "log_on_each_node": (True, _ONE_PROCESS),
+    "log_level_replica": ("warning", _ONE_PROCESS),
+    "save_on_each_node": (False, _ONE_PROCESS),
+    "eval_use_gather_object": (False, _ONE_PROCESS),
+}
+"""Flags of the libraries that would have no effect here: the value that says what is so anyway, and the reason.
+
+All others are passed on to the trainer or used by us; `tests/unit/training/test_arguments.py` lists them.
+"""
+
+
+class OneDevice(SFTConfig):
+    """Arguments of a trainer that takes one of several GPUs, instead of `nn.DataParallel` on all of them."""
+
+    @property
+    def n_gpu(self) -> int:
+        """Number of GPUs, at most one."""
+        return min(int(super().n_gpu), 1)
+
+
 @dataclass(frozen=True)
 class TuneArguments:
     """Everything that `pat tune` is told, the defaults filled in."""
@@ -38,7 +88,7 @@ class TuneArguments:
     run: RunOptions = field(metadata={"section": "data and run"})
     pat: PatOptions = field(metadata={"section": "pruning"})
     model: ModelConfig = field(metadata={"section": "model and adapter (TRL's ModelConfig)"})
-    sft: SFTConfig = field(metadata={"section": "training (TRL's SFTConfig, transformers' TrainingArguments)"})
+    sft: OneDevice = field(metadata={"section": "training (TRL's SFTConfig, transformers' TrainingArguments)"})
 
     USAGE: ClassVar = (
         "pat tune --model_name_or_path M --dataset_name D --output_dir OUT [--pruning_ratio R] [--flag value ...]"
@@ -54,8 +104,9 @@ examples:
       --output_dir small
   pat tune --config run.yaml --output_dir small       # run.yaml: lines such as `learning_rate: 2e-4`; flags win
 
-Every flag of transformers' TrainingArguments and TRL's SFTConfig and ModelConfig works, with - for _ too. The defaults
-shown are the recipe's (--recipe) and the libraries'. --config FILE takes flags from a file, --debug shows tracebacks.\
+Every flag of transformers' TrainingArguments and TRL's SFTConfig and ModelConfig works, or is refused with the reason;
+- may stand for _. The defaults shown are the recipe's (--recipe) and the libraries'. --config FILE takes flags from a
+file, --debug shows tracebacks.\
 """
     MAIN_FLAGS: ClassVar = (
         "model_name_or_path",
@@ -74,6 +125,7 @@ shown are the recipe's (--recipe) and the libraries'. --config FILE takes flags 
         "seed",
     )
     """Flags that most runs set."""
+    REFUSED: ClassVar = REFUSED
 
     @staticmethod
     def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,6 +143,10 @@ shown are the recipe's (--recipe) and the libraries'. --config FILE takes flags 
             raise PatError(
                 f"Got {os.environ['WORLD_SIZE']} processes; `pat tune` runs in one. Train with PatCallback in a script "
                 "of your own, and merge with `pat merge`."
+            )
+        if self.sft.activation_offloading and not torch.accelerator.is_available():
+            raise PatError(
+                "Got activation_offloading on a machine without an accelerator to offload from; leave it out."
             )
         # The trainer writes its checkpoints below the run's folder, whose other names are the product's.
         self.sft.output_dir = str(self.output_dir / "checkpoints")

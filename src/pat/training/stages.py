@@ -35,6 +35,7 @@ from pat.training.checkpoints import STAGE_TWO, is_compact
 from pat.training.guard import FiniteGuard
 from pat.training.handover import continue_from
 from pat.training.prepare import Prepared
+from pat.training.run_file import RUN_FILE, RunFile
 from pat.tuner.compaction import check_compactable
 from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel, find_tuner
@@ -53,7 +54,13 @@ class Trained:
     seconds: dict[str, float]
     """By part: `preparation` (of the rows), `stage_one`, `compaction`, `stage_two`."""
     pat_config: dict[str, Any]
+    run: RunFile
     compaction: Compaction | None = None
+
+    def timings(self) -> dict[str, float]:
+        """Return the seconds of each part, and of the training as a whole."""
+        train = sum(seconds for part, seconds in self.seconds.items() if part != "preparation")
+        return {"train_seconds": train, **{f"{part}_seconds": seconds for part, seconds in self.seconds.items()}}
 
 
 @dataclass
@@ -62,6 +69,7 @@ class Stages:
 
     arguments: TuneArguments
     data: Prepared
+    run_file: RunFile
     base: PreTrainedModel | None
     """Handed over: nobody else may hold it, or it stays in memory beside the compact model."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -104,6 +112,7 @@ class Stages:
         started = time.perf_counter()
         trainer = self._trainer(model, args, [PatCallback(), *([_StopAtMilestone()] if compacts else [])])
         self.seconds["preparation"] = self.data.seconds + time.perf_counter() - started
+        _warn_without_rotation(tuner)
         if not (compacts and resume_from is not None and _load_hard(trainer, tuner, resume_from)):
             if compacts and resume_from is None and _is_hard_at_once(trainer, pat_config):
                 self._calibrate(trainer, tuner)
@@ -161,7 +170,13 @@ class Stages:
 
     def _calibrate(self, trainer: SFTTrainer, tuner: PatModel) -> None:
         """Choose the channels before the first step, instead of stage one."""
-        with self._leaving_no_empty_folders():
+        if self.arguments.pat.milestone > 0:
+            logger.warning(
+                "A milestone of %g of this run rounds to step 0: the mask is hard from the start, its channels chosen "
+                "by the calibration alone. Train longer or raise the milestone to train the mask.",
+                self.arguments.pat.milestone,
+            )
+        with self._begun():
             if tuner.needs_calibration():
                 dataloader = trainer.get_train_dataloader()
                 tuner.calibrate(calibration_batches(tuner.pat_config(), dataloader, self.data.vocabulary.tokenizer))
@@ -170,21 +185,31 @@ class Stages:
     def _train(self, trainer: SFTTrainer, part: str, resume_from: Any) -> None:
         started = time.perf_counter()
         try:
-            with self._leaving_no_empty_folders():
+            with self._begun():
                 trainer.train(resume_from_checkpoint=resume_from or None)
         except RunFailed as error:
             last = Path(cast(str, trainer.args.output_dir)) / "last-finite"
             trainer.save_model(str(last))
             raise type(error)(f"{error} The adapter before that step is in {last}.") from error
         self.seconds[part] = time.perf_counter() - started
+        self._finished(part)
+
+    def _finished(self, part: str) -> None:
+        self.run_file = self.run_file.after(part)
+        self.run_file.write(self.arguments.output_dir)
 
     @contextmanager
-    def _leaving_no_empty_folders(self) -> Iterator[None]:
-        """If the user's input turns out to be wrong, take back the folders that the trainer makes before it starts."""
+    def _begun(self) -> Iterator[None]:
+        """Write what run this is; if the user's input turns out to be wrong, take back what was made until then."""
+        output_dir = self.arguments.output_dir
+        is_new = not (output_dir / RUN_FILE).exists()
+        self.run_file.write(output_dir)
         try:
             yield
-        except PatError:
-            _remove_if_empty(self.checkpoints, self.arguments.output_dir)
+        except PatError as error:
+            if is_new and not isinstance(error, RunFailed):
+                (output_dir / RUN_FILE).unlink()
+            _remove_if_empty(self.checkpoints, output_dir)
             raise
 
     def _compact(
@@ -220,18 +245,31 @@ class Stages:
             last = Path(done) if done else self.checkpoints / f"checkpoint-{trainer.state.global_step}"
             start = str(continue_from(last, trainer, compact, stage_two))
         self.seconds["compaction"] = time.perf_counter() - started
+        self._finished("compaction")
         return stage_two, start, record
 
     def _trained(self, trainer: SFTTrainer, record: Compaction | None, config: Any) -> Trained:
         model = cast(PeftModel, trainer.model)
         _save_adapter(model, self.arguments.output_dir / "adapter" if record is None else self.compact_dir / ADAPTER)
         state = trainer.state
-        return Trained(model, state.global_step, state.log_history, self.seconds, config.to_dict(), record)
+        pat_config = config.to_dict()
+        return Trained(model, state.global_step, state.log_history, self.seconds, pat_config, self.run_file, record)
 
 
 def _save_adapter(model: PeftModel, folder: Path) -> None:
     model.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)  # peft's form, with nothing filled in
+
+
+def _warn_without_rotation(tuner: PatModel) -> None:
+    """Say so if the weights rule out the rotation that `pat plan`, which does not see them, has promised."""
+    config, stream = tuner.pat_config(), cast(Any, tuner.residual_stream)
+    if config.rotation == "auto" and config.resolved_rotation == "none" and not stream.family.has_post_norms:
+        logger.warning(
+            "The basis is not rotated, against what `pat plan` says of the family: the final gains of this tied model "
+            "are too far apart (gain_tolerance=%g), or trained. Channels are chosen among those that there are.",
+            config.gain_tolerance,
+        )
 
 
 def _is_hard_at_once(trainer: SFTTrainer, config: PatConfig) -> bool:
