@@ -20,6 +20,9 @@ ALIGNMENT_SLACK = 0.03
 
 DEFAULT_PRUNING_RATIO = 0.25
 
+LARGE_RATIO = 0.5
+"""No published result and none of ours cuts more of the hidden size."""
+
 
 @dataclass
 class ShapeOptions:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -21,7 +22,7 @@ from pat.report.records import Record, write_record
 class BenchmarkRecord(Record):
     """Measurements of two models, and what was predicted for them."""
 
-    command: str = "benchmark"
+    command: Literal["benchmark"] = "benchmark"
     options: BenchmarkOptions
     device: str
     models: dict[str, ModelFacts]

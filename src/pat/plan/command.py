@@ -15,7 +15,7 @@ from pat.plan.options import PlanOptions
 from pat.plan.training import TrainingMemory, training_memory
 from pat.recipes import recipe_defaults
 from pat.report.records import Record
-from pat.shape import Width, legal_widths
+from pat.shape import LARGE_RATIO, Width, legal_widths
 from pat.surgery.dense import shrink_config
 from pat.tuner.config import PatConfig
 from pat.tuner.prepare import check_config
@@ -52,7 +52,7 @@ class Candidate:
 class PlanRecord(Record):
     """What pruning a model comes to. Nothing here needs its weights."""
 
-    command: str = "plan"
+    command: Literal["plan"] = "plan"
     model_name_or_path: str
     model_type: str
     dtype: str
@@ -161,6 +161,8 @@ def _notes(
         notes.append("The configuration does not name the weights' dtype; bytes are for float32.")
     if getattr(base_config, "quantization_config", None) is not None:
         notes.append("The base is quantised; sizes are those of the dequantised weights, which the merge writes.")
+    if any(candidate.pruning_ratio > LARGE_RATIO for candidate in candidates):
+        notes.append("Cutting more than half of the hidden size has not been shown to work; expect a much worse model.")
     if base.tied and not candidates[0].cost.tied:
         heads = (f"{candidate.cost.groups['head'].num_parameters:,}" for candidate in candidates)
         notes.append(f"Untying gives the pruned model a head of {' or '.join(heads)} parameters of its own.")
