@@ -24,7 +24,7 @@ from compare.data import DataFiles, data_files
 from compare.load_baselines import draw_calibration, load_baselines
 from compare.methods import METHODS, TUNED
 from pat.errors import Diverged, ParityMissed, PatError
-from pat.evaluation.tasks import evaluate_tasks
+from pat.evaluation.harness import evaluate_tasks
 from pat.loading import load_base, load_config, load_tokenizer, stored_dtype
 from pat.nll import response_nll, tokenize_examples
 from pat.report.results import environment
@@ -117,7 +117,6 @@ class _Run:
                 data_dir=self.config.data_dir,
                 limit=self.config.limit,
                 batch_size=self.config.eval_batch_size,
-                progress=False,
             )
             self.facts["tasks"] = evaluation.to_dict()
 

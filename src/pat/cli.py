@@ -141,10 +141,10 @@ def _evaluate(argv: Sequence[str]) -> None:
     """Accuracy on the paper's 14 tasks, perplexity on a text file, held-out likelihood of responses."""
     parser = CommandParser("evaluate", _evaluate)
     parser.add_argument("--model", required=True, help="Model folder or hub id, or the folder of a PAT adapter.")
-    parser.add_argument("--text_file", help="Plain text: token perplexity over sliding windows.")
+    parser.add_argument("--text_file", type=Path, help="Plain text: token perplexity over sliding windows.")
     parser.add_argument("--dataset_name", help="Instruction data: mean NLL of its responses.")
-    parser.add_argument("--template", default="auto", help="Prompt template of instruction data (auto, chat, alpaca).")
-    parser.add_argument("--max_length", type=int, default=512, help="Context in tokens.")
+    parser.add_argument("--template", help="Prompt template of instruction data (auto, chat, alpaca).")
+    parser.add_argument("--max_length", type=int, help="Context in tokens (default 512).")
     parser.add_argument(
         "--limit",
         type=int,
@@ -152,33 +152,20 @@ def _evaluate(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--tasks", nargs="+", help="Accuracy on tasks: their names, or 'paper' for its 14.")
     parser.add_argument("--data_dir", type=Path, help="Folder with a <task>.jsonl for each; by default from the hub.")
-    parser.add_argument("--protocol", help="How tasks are asked: letter or likelihood; by default both.")
+    parser.add_argument("--protocol", nargs="+", help="How tasks are asked: letter or likelihood; by default both.")
     parser.add_argument("--batch_size", type=int, help="Rows of a forward pass.")
     parser.add_argument("--log_samples", action="store_true", help="Keep the answer to every question of the tasks.")
-    parser.add_argument("--output_dir", type=Path, help="Keep finished tasks here; started again, none is repeated.")
+    parser.add_argument("--output_dir", type=Path, help="Keep answers to tasks here; started again, none is repeated.")
     parser.add_argument("--output", type=Path, help="Also write the figures to this JSON file.")
-    options = parser.parse(argv)
+    given = {name: value for name, value in vars(parser.parse(argv)).items() if value is not None}
 
-    from pat.evaluation.command import evaluate, print_evaluation
-    from pat.evaluation.tasks.protocols import PROTOCOLS
+    from pat.evaluation.options import EvaluateOptions
 
-    print_evaluation(
-        evaluate(
-            options.model,
-            text_file=options.text_file,
-            dataset_name=options.dataset_name,
-            template=options.template,
-            max_length=options.max_length,
-            limit=options.limit,
-            tasks=None if options.tasks is None else ",".join(options.tasks),
-            protocols=options.protocol or PROTOCOLS,
-            data_dir=options.data_dir,
-            batch_size=options.batch_size,
-            log_samples=options.log_samples,
-            output_dir=options.output_dir,
-            output=options.output,
-        )
-    )
+    options = EvaluateOptions(**given)
+
+    from pat.evaluation.command import print_evaluation, run_evaluate
+
+    print_evaluation(run_evaluate(options))
 
 
 def _benchmark(argv: Sequence[str]) -> None:

@@ -11,9 +11,7 @@ from datasets import Dataset, Features, ReadInstruction, Value, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from pat.errors import PatError
-from pat.questions.rows import load_rows
-from pat.questions.table import resolve_tasks
-from pat.questions.wording import letter_answer, letter_instruction
+from pat.questions import letter_answer, letter_instruction, load_rows, resolve_tasks
 from pat.training.formats import ALPACA, Format, RowError, Template, convert_row, detect_format
 from pat.training.readers import READERS, read_local
 
