@@ -169,24 +169,18 @@ def evaluate_tasks(
         PatError: see `load_tasks`.
     """
     loaded = tasks if isinstance(tasks, Mapping) else load_tasks(tasks, protocols, data_dir)
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluate
+    from lm_eval.api.model import CachingLM
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.models.huggingface import HFLM
 
     spaced = {name: evenly_spaced(len(task.eval_docs), limit) for name, task in loaded.items()}
-    answers = None if output_dir is None else str(output_dir / f"{ANSWERS}{_fingerprint(model, tokenizer)[:16]}")
     with evaluating(model), _quiet_harness():
         language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        results: Any = simple_evaluate(
-            language_model,
-            tasks=list(loaded.values()),
-            batch_size=batch_size,
-            samples=None if limit is None else spaced,
-            use_cache=answers,
-            random_seed=None,  # nothing here is random, and the caller's random state is left alone
-            numpy_random_seed=None,
-            torch_random_seed=None,
-        )
+        asked: Any = language_model
+        if output_dir is not None:
+            asked = CachingLM(asked, str(output_dir / f"{ANSWERS}{_fingerprint(model, tokenizer)[:16]}.db"))
+        results: Any = evaluate(asked, {"tasks": loaded}, samples=None if limit is None else spaced)
     samples = results.pop("samples")
     scores = tuple(_score(name, results["results"][name], samples[name], language_model) for name in loaded)
     if log_samples and output_dir is not None:
