@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from pat import PatError
-from pat.evaluation.tasks.protocols import letter_prompt
-from pat.questions.hub import make_row
+from pat.evaluation.tasks.utils import letter_prompt
+from pat.questions import make_row
 from pat.training.data import load_training_data
 from pat.training.sources import load_source
 
