@@ -12,6 +12,7 @@ import pytest
 from pat import __version__, cli
 from pat.benchmark import BenchmarkOptions
 from pat.errors import PatError, RunFailed
+from pat.evaluation.options import EvaluateOptions
 from pat.training.arguments import TuneArguments, parse_arguments
 
 BASE = ["--model_name_or_path", "base", "--dataset_name", "data.jsonl", "--output_dir", "out"]
@@ -131,17 +132,15 @@ def test_plan_passes_its_flags_on(planned: Any) -> None:
 
 
 def test_evaluate_passes_its_flags_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = replace(monkeypatch, "pat.evaluation.command.evaluate", "figures")
+    calls = replace(monkeypatch, "pat.evaluation.command.run_evaluate", "figures")
     shown = replace(monkeypatch, "pat.evaluation.command.print_evaluation")
     assert cli.main(["evaluate", "--model", "m", "--text_file", "t", "--limit", "3", "--output", "o.json"]) == 0
     tasks = ["--tasks", "paper", "--data_dir", "d", "--protocol", "letter", "--batch_size", "4", "--log_samples"]
     assert cli.main(["evaluate", "--model", "m", *tasks, "--output_dir", "out"]) == 0
-    common = {"dataset_name": None, "template": "auto", "max_length": 512}
-    text = {"text_file": "t", "limit": 3, "output": Path("o.json"), "tasks": None, "data_dir": None}
-    text |= {"protocols": ("letter", "likelihood"), "batch_size": None, "log_samples": False, "output_dir": None}
-    asked = {"text_file": None, "limit": None, "output": None, "tasks": "paper", "data_dir": Path("d")}
-    asked |= {"protocols": "letter", "batch_size": 4, "log_samples": True, "output_dir": Path("out")}
-    assert calls == [(("m",), common | text), (("m",), common | asked)]
+    text = EvaluateOptions("m", text_file=Path("t"), limit=3, output=Path("o.json"))
+    asked = EvaluateOptions("m", tasks=["paper"], data_dir=Path("d"), protocol=["letter"], batch_size=4)
+    asked.log_samples, asked.output_dir = True, Path("out")
+    assert calls == [((text,), {}), ((asked,), {})]
     assert shown == [(("figures",), {})] * 2
 
 
