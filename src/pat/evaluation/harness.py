@@ -72,9 +72,8 @@ class TaskScores:
     def mean_stderr(self, protocol: str, metric: str = "acc") -> float | None:
         """Return the standard error of `mean`: tasks are independent. None if any task has none."""
         errors = [getattr(score, f"{metric}_stderr", None) for score in self.scores if score.protocol == protocol]
-        if not errors or None in errors:
-            return None
-        return math.sqrt(sum(error**2 for error in errors)) / len(errors)
+        known = [error for error in errors if error is not None]
+        return math.sqrt(sum(error**2 for error in known)) / len(known) if known and len(known) == len(errors) else None
 
     def num_truncated(self) -> dict[str, int]:
         """Return by protocol how many questions lost their beginning; a protocol in which none did is left out."""
