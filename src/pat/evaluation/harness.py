@@ -223,8 +223,14 @@ def _fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
     reading = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
     for name in ("padding", "truncation"):  # changes with every call
         reading.pop(name, None)
-    digest.update(json.dumps([list(map(str, configs)), reading, tokenizer.special_tokens_map], default=str).encode())
+    settings = [[config.to_dict() for config in configs if config is not None], reading, tokenizer.special_tokens_map]
+    digest.update(json.dumps(settings, default=_plain).encode())
     return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON does not know; a set (peft's target modules) has another order in every process."""
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
 
 
 @contextmanager

@@ -4,16 +4,18 @@ import json
 from collections.abc import Callable, Mapping
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 from plain_answers import best, plain_letter, plain_likelihoods
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pat.errors import PatError
-from pat.evaluation.harness import TaskScore, TaskScores, evaluate_tasks, fingerprint_questions
+from pat.evaluation.harness import TaskScore, TaskScores, _fingerprint, evaluate_tasks, fingerprint_questions
 from pat.evaluation.options import PROTOCOLS
 from pat.questions import TASKS
 
@@ -171,6 +173,19 @@ def test_answers_of_something_else_are_not_taken(
         (folder / "copa.jsonl").write_text(text.replace("It was cold outside.", "It was warm outside."))
     with pytest.raises(pytest.fail.Exception, match="asked again"):
         evaluate_tasks(model, tokenizer, data_dir=folder, **options)
+
+
+def test_the_order_of_target_modules_makes_no_other_model(tests_data: Path) -> None:
+    """A set of names has another order in every process; that of these numbers depends on which came first."""
+    tokenizer = AutoTokenizer.from_pretrained(tests_data / "stories260K")
+    assert list({0, 8}) != list({8, 0})
+    digests = set()
+    for modules in ({0, 8}, {8, 0}, {0, 9}):
+        model = nn.Linear(2, 2, bias=False)
+        nn.init.ones_(model.weight)
+        model.peft_config = {"default": SimpleNamespace(to_dict=lambda modules=modules: {"target_modules": modules})}
+        digests.add(_fingerprint(model, tokenizer))
+    assert len(digests) == 2
 
 
 def test_every_modules_mode_and_the_random_state_are_as_before(lettered_path: Path, tests_data: Path) -> None:
