@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pat.checkpoint.adapter import base_name, load_adapted, read_adapter_config
+from pat.errors import PatError
 from pat.evaluation.harness import TaskScores, evaluate_tasks, load_tasks
 from pat.evaluation.options import COMMAND, RESULTS, EvaluateOptions
 from pat.loading import load_base, load_config, load_tokenizer
@@ -81,6 +82,7 @@ def run_evaluate(options: EvaluateOptions) -> EvaluationRecord:
 
     network: nn.Module = load_base(name) if adapter is None else load_adapted(options.model)
     network = network.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
+    _check_tokens(tokenizer, network, content, tasks or {})
     text = responses = scores = None
     if content is not None:
         max_tokens = None if options.limit is None else options.limit * TOKENS_PER_LIMIT
@@ -218,6 +220,23 @@ def _examples(options: EvaluateOptions, tokenizer: PreTrainedTokenizerBase) -> t
         rows = rows.select(range(min(options.limit, len(rows))))
     num_truncated = check_truncation(tokenizer, rows, options.max_length)
     return tokenize_examples(tokenizer, rows, options.max_length), num_truncated
+
+
+def _check_tokens(
+    tokenizer: PreTrainedTokenizerBase, network: nn.Module, content: str | None, tasks: Mapping[str, Any]
+) -> None:
+    """Refuse texts with tokens that the model has no embedding for; a tokenizer may know more than ever occur."""
+    num_embeddings = cast(Any, network).get_input_embeddings().weight.shape[0]
+    if max(tokenizer.get_vocab().values()) < num_embeddings:
+        return
+    texts = [content] if content is not None else []
+    texts += [row["prompt"] for task in tasks.values() for row in task.eval_docs]
+    largest = max((max(tokenizer.encode(text), default=0) for text in texts), default=0)
+    if largest >= num_embeddings:
+        raise PatError(
+            f"Got the token {tokenizer.convert_ids_to_tokens(largest)!r} (id {largest}), but the model has embeddings "
+            f"for {num_embeddings} tokens; use its own tokenizer, or resize its embedding and save both."
+        )
 
 
 def _describe_mask(network: nn.Module) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import build, tiny_tokenizer
+from tiny_models import VOCAB_SIZE, build, tiny_tokenizer
 from tiny_training import attach, tuner_of
 from tokenizers.normalizers import Strip
 from transformers import AutoModelForCausalLM
@@ -175,6 +175,21 @@ def test_what_cannot_be_read_is_said_before_the_weights_are_loaded(
     with pytest.raises(PatError) as error:
         run(folder, "base", **options)
     assert all(word in str(error.value) for word in words)
+
+
+def test_a_text_with_a_token_beyond_the_embedding_is_refused_and_one_without_it_is_not(
+    folder: Path, tests_data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder / "base", tmp_path / "base")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<unused {number}>" for number in range(VOCAB_SIZE - len(tokenizer))] + ["Penguin"])
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "penguin.txt").write_text(TEXT + "Penguin")
+    data: dict[str, Any] = {"dataset_name": None, "data_dir": tests_data / "tasks"}
+    assert run(tmp_path, "base", text_file=folder / "text.txt", tasks=["copa"], **data).tasks is not None
+    for options in ({"text_file": tmp_path / "penguin.txt"}, {"text_file": None, "tasks": ["boolq"], **data}):
+        with pytest.raises(PatError, match=r"the token 'Penguin' \(id \d+\), but the model has embeddings for"):
+            run(tmp_path, "base", **{"dataset_name": None} | options)
 
 
 def test_an_adapter_of_another_method_is_refused(folder: Path, tmp_path: Path) -> None:
