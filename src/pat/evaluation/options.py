@@ -13,7 +13,8 @@ from pat.questions import resolve_tasks
 
 PROTOCOLS = ("letter", "likelihood")
 
-BATCH_SIZE = 16
+BATCH_SIZE = 8
+"""The harness holds the logits of a whole batch twice: more rows take gigabytes where the vocabulary is large."""
 
 RESULTS, COMMAND = "results.json", "evaluate"
 
