@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pat.report.results import environment
+from pat.report.records import environment
 
 MARK = 0.02
 """Nats per response token that compaction may cost at most."""

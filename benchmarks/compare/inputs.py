@@ -14,8 +14,8 @@ from compare.load_baselines import baselines_folder
 from compare.methods import METHODS
 from pat.evaluation.harness import fingerprint_questions
 from pat.loading import load_config
-from pat.report.results import environment
-from pat.training.arguments import recipe_defaults
+from pat.recipes import recipe_defaults
+from pat.report.records import environment
 
 SAMPLE_BYTES = 1 << 20
 """Of a large file, so many bytes at its start, middle and end are read."""

@@ -8,6 +8,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +28,7 @@ from pat.errors import Diverged, ParityMissed, PatError
 from pat.evaluation.harness import evaluate_tasks
 from pat.loading import load_base, load_config, load_tokenizer, stored_dtype
 from pat.nll import response_nll, tokenize_examples
-from pat.report.results import environment
+from pat.report.records import environment
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.data import load_training_data
 from pat.training.guard import FiniteGuard
@@ -118,7 +119,7 @@ class _Run:
                 limit=self.config.limit,
                 batch_size=self.config.eval_batch_size,
             )
-            self.facts["tasks"] = evaluation.to_dict()
+            self.facts["tasks"] = asdict(evaluation)
 
     def alpha(self, rank: int) -> Any:
         """Return lora_alpha for a rank, so that the scale of LoRA's product is the same for every method."""

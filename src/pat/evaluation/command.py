@@ -9,30 +9,47 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from pat.checkpoint.adapter import base_name, load_adapted, read_adapter_config
-from pat.errors import PatError
 from pat.evaluation.harness import TaskScores, evaluate_tasks, load_tasks
 from pat.evaluation.options import COMMAND, RESULTS, EvaluateOptions
 from pat.loading import load_base, load_config, load_tokenizer
-from pat.nll import NLL, Progress, read_text, response_nll, text_perplexity, tokenize_examples
-from pat.report.results import environment, write_results
-from pat.training.data import check_truncation, load_training_data
+from pat.nll import NLL, Example, Progress, read_text, response_nll, text_perplexity
+from pat.report.records import Record, collected_warnings, write_record
+from pat.report.table import Table
+from pat.training.prepare import DataRecord, prepare_examples
 from pat.training.sources import TemplateChoice
+from pat.training.vocabulary import Vocabulary
 from pat.tuner.model import find_tuner
 
 TOKENS_PER_LIMIT = 1000
 
 
 @dataclass(frozen=True)
-class EvaluationRecord:
+class Likelihood:
+    """How well a model predicts tokens."""
+
+    nll: float
+    """Mean negative log-likelihood in nats per token."""
+    num_tokens: int
+    standard_error: float | None
+    """Standard error of `nll` over rows, or over windows of a text; None for a single one."""
+    perplexity: float
+    """The exponential of `nll`."""
+
+    @classmethod
+    def of(cls, nll: NLL) -> Likelihood:
+        """Return the figures with their perplexity."""
+        return cls(**asdict(nll), perplexity=nll.perplexity)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord(Record):
     """Figures of one model."""
 
+    command: str = COMMAND
     model: str
     base_model: str | None
     """Base that an adapter was put on; None for a dense checkpoint."""
@@ -42,27 +59,15 @@ class EvaluationRecord:
     dtype: str
     max_length: int
     text_file: str | None
-    text: NLL | None
+    text: Likelihood | None
     """Figures over the tokens of the text."""
     dataset_name: str | None
-    responses: NLL | None
+    data: DataRecord | None
+    """What the data holds, and what of it was cut."""
+    responses: Likelihood | None
     """Figures over the response tokens of the data."""
-    num_rows: int
-    """Number of rows of the data whose response was scored."""
-    num_truncated: int
-    """Number of rows left out because nothing of their response fits into `max_length`."""
     tasks: TaskScores | None
     """Accuracy on tasks."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the figures ready for JSON, perplexities included."""
-        facts = asdict(self)
-        for name in ("text", "responses"):
-            nll: NLL | None = getattr(self, name)
-            if nll is not None:
-                facts[name]["perplexity"] = nll.perplexity
-        facts["tasks"] = None if self.tasks is None else self.tasks.to_dict()
-        return {"command": COMMAND, **environment(), **facts}
 
 
 def run_evaluate(options: EvaluateOptions) -> EvaluationRecord:
@@ -71,18 +76,37 @@ def run_evaluate(options: EvaluateOptions) -> EvaluationRecord:
     Raises:
         PatError: model, text, data or questions cannot be used.
     """
+    with collected_warnings() as warnings:
+        record = _evaluate(options, warnings)
+    for file in (options.output, options.output_dir and options.output_dir / RESULTS):
+        if file is not None:
+            write_record(file, record)
+    return record
+
+
+def _evaluate(options: EvaluateOptions, warnings: list[str]) -> EvaluationRecord:
     # Everything is read before the weights: a wrong column should not take minutes to be found.
     adapter = read_adapter_config(options.model) if _is_adapter(options.model) else None
     name = options.model if adapter is None else base_name(options.model, adapter, None)
-    load_config(name)
+    config, _ = load_config(name)
     tokenizer = load_tokenizer(options.model if adapter is None or _has_tokenizer(options.model) else name)
+    vocabulary = Vocabulary(tokenizer, config.get_text_config().vocab_size)
     content = None if options.text_file is None else read_text(options.text_file)
-    examples, num_truncated = _examples(options, tokenizer)
     tasks = None if options.tasks is None else load_tasks(options.tasks, options.protocol, options.data_dir)
+    _check_tokens(vocabulary, content, tasks or {})
+    examples: list[Example] = []
+    data = None
+    if options.dataset_name is not None:
+        examples, data = prepare_examples(
+            options.dataset_name,
+            vocabulary,
+            template=cast(TemplateChoice, options.template),
+            max_length=options.max_length,
+            limit=options.limit,
+        )
 
     network: nn.Module = load_base(name) if adapter is None else load_adapted(options.model)
     network = network.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
-    _check_tokens(tokenizer, network, content, tasks or {})
     text = responses = scores = None
     if content is not None:
         max_tokens = None if options.limit is None else options.limit * TOKENS_PER_LIMIT
@@ -112,7 +136,8 @@ def run_evaluate(options: EvaluateOptions) -> EvaluationRecord:
             output_dir=options.output_dir,
             log_samples=options.log_samples,
         )
-    record = EvaluationRecord(
+    return EvaluationRecord(
+        warnings=warnings,
         model=options.model,
         base_model=None if adapter is None else name,
         mask=_describe_mask(network),
@@ -120,50 +145,34 @@ def run_evaluate(options: EvaluateOptions) -> EvaluationRecord:
         dtype=str(next(network.parameters()).dtype).removeprefix("torch."),
         max_length=options.max_length,
         text_file=None if options.text_file is None else str(options.text_file),
-        text=text,
+        text=None if text is None else Likelihood.of(text),
         dataset_name=options.dataset_name,
-        responses=responses,
-        num_rows=len(examples),
-        num_truncated=num_truncated,
+        data=data,
+        responses=None if responses is None else Likelihood.of(responses),
         tasks=scores,
     )
-    for file in (options.output, options.output_dir and options.output_dir / RESULTS):
-        if file is not None:
-            write_results(file, record.to_dict())
-    return record
 
 
 def print_evaluation(record: EvaluationRecord) -> None:
-    """Print the figures as tables on standard output, and what was left out or cut in a line each."""
-    console = Console(highlight=False, markup=False)
+    """Print the figures as tables on standard output."""
     kind = "" if record.mask is None else f", PAT adapter on {record.base_model}, mask {record.mask}"
-    console.print(f"{record.model} ({record.num_parameters:,} parameters, {record.dtype}{kind})")
+    print(f"{record.model} ({record.num_parameters:,} parameters, {record.dtype}{kind})")
     rows = [
-        [source or "", f"{nll.num_tokens:,}", f"{nll.nll:.4f}", f"{nll.perplexity:,.2f}"]
-        for source, nll in ((record.text_file, record.text), (record.dataset_name, record.responses))
-        if nll is not None
+        [source or "", f"{figures.num_tokens:,}", _with_error(figures.nll, figures.standard_error, 4), perplexity]
+        for source, figures in ((record.text_file, record.text), (record.dataset_name, record.responses))
+        if figures is not None and (perplexity := f"{figures.perplexity:,.2f}")
     ]
     if rows:
-        console.print(_table(["", "tokens", "NLL", "perplexity"], rows))
+        Table("", ["", "tokens", "NLL ± standard error", "perplexity"], rows).print()
     if record.tasks is not None:
-        console.print(_table(*score_table(record.tasks)))
-        console.print("Accuracy in %, ± standard error.")
-        for protocol, number in record.tasks.num_truncated().items():
-            console.print(
-                f"{number:,} questions asked by {protocol} lost their beginning: the model reads fewer tokens."
-            )
-    if record.num_truncated:
-        console.print(
-            f"{record.num_truncated} rows were left out: no response token fits into {record.max_length} tokens."
-        )
+        score_table(record.tasks).print()
 
 
-def score_table(scores: TaskScores) -> tuple[list[str], list[list[str]]]:
-    """Return headings and rows of accuracies in percent with standard errors, a row a task, and their unweighted mean.
+def score_table(scores: TaskScores) -> Table:
+    """Return a table of accuracies in percent with their standard errors, a row a task, and their unweighted mean.
 
     Beside the accuracy by letter stands the share of the answers that hold no letter.
     """
-    asked = {score.protocol for score in scores.scores}
     columns = [
         (heading, protocol, metric)
         for heading, protocol, metric in (
@@ -172,34 +181,27 @@ def score_table(scores: TaskScores) -> tuple[list[str], list[list[str]]]:
             ("likelihood", "likelihood", "acc"),
             ("per character", "likelihood", "acc_norm"),
         )
-        if protocol in asked
+        if protocol in scores.mean
     ]
     rows = []
     for task in dict.fromkeys(score.task for score in scores.scores):
-        found = {protocol: scores.get(task, protocol) for protocol in asked}
-        count = next(score.num_questions for score in found.values() if score is not None)
-        cells = [
-            _percent(getattr(found[protocol], metric), getattr(found[protocol], f"{metric}_stderr", None))
-            for _, protocol, metric in columns
-        ]
-        rows.append([task, f"{count:,}", *cells])
-    means = [_percent(scores.mean(*column), scores.mean_stderr(*column)) for _, *column in columns]
-    return ["task", "questions", *(heading for heading, _, _ in columns)], [*rows, ["mean", "", *means]]
+        found = {score.protocol: score for score in scores.scores if score.task == task}
+        cells = []
+        for _, protocol, metric in columns:
+            value, error = (getattr(found[protocol], name, None) for name in (metric, f"{metric}_stderr"))
+            cells.append(_percent(value, error))
+        rows.append([task, f"{next(iter(found.values())).num_questions:,}", *cells])
+    means = [_percent(scores.mean[p][metric], scores.mean_stderr[p][metric]) for _, p, metric in columns]
+    headings = ["task", "questions", *(heading for heading, _, _ in columns)]
+    return Table("Accuracy in %, ± standard error", headings, [*rows, ["mean", "", *means]], num_totals=1)
 
 
-def _percent(value: float | None, stderr: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{100 * value:.2f}" if stderr is None else f"{100 * value:.2f} ± {100 * stderr:.2f}"
+def _percent(value: float | None, error: float | None) -> str:
+    return "–" if value is None else _with_error(100 * value, error and 100 * error, 2)
 
 
-def _table(headings: list[str], rows: list[list[str]]) -> Table:
-    table = Table()
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
+def _with_error(value: float, error: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 def _is_adapter(model: str) -> bool:
@@ -210,33 +212,14 @@ def _has_tokenizer(model: str) -> bool:
     return (Path(model).expanduser() / "tokenizer_config.json").is_file()
 
 
-def _examples(options: EvaluateOptions, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict[str, list[int]]], int]:
-    """Tokenise the rows to score; also return how many lose their whole response."""
-    if options.dataset_name is None:
-        return [], 0
-    template = cast(TemplateChoice, options.template)
-    rows = load_training_data(options.dataset_name, tokenizer=tokenizer, template=template, held_out=0).train
-    if options.limit is not None:
-        rows = rows.select(range(min(options.limit, len(rows))))
-    num_truncated = check_truncation(tokenizer, rows, options.max_length)
-    return tokenize_examples(tokenizer, rows, options.max_length), num_truncated
-
-
-def _check_tokens(
-    tokenizer: PreTrainedTokenizerBase, network: nn.Module, content: str | None, tasks: Mapping[str, Any]
-) -> None:
+def _check_tokens(vocabulary: Vocabulary, content: str | None, tasks: Mapping[str, Any]) -> None:
     """Refuse texts with tokens that the model has no embedding for; a tokenizer may know more than ever occur."""
-    num_embeddings = cast(Any, network).get_input_embeddings().weight.shape[0]
-    if max(tokenizer.get_vocab().values()) < num_embeddings:
+    tokenizer = vocabulary.tokenizer
+    if max(tokenizer.get_vocab().values()) < vocabulary.num_embeddings:
         return
     texts = [content] if content is not None else []
     texts += [row["prompt"] for task in tasks.values() for row in task.eval_docs]
-    largest = max((max(tokenizer.encode(text), default=0) for text in texts), default=0)
-    if largest >= num_embeddings:
-        raise PatError(
-            f"Got the token {tokenizer.convert_ids_to_tokens(largest)!r} (id {largest}), but the model has embeddings "
-            f"for {num_embeddings} tokens; use its own tokenizer, or resize its embedding and save both."
-        )
+    vocabulary.check(max((max(tokenizer.encode(text), default=0) for text in texts), default=0))
 
 
 def _describe_mask(network: nn.Module) -> str | None:

@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ SAMPLES = "samples"
 
 TASK_FILES = Path(__file__).parent / "tasks"
 """What stock `lm_eval` takes as `--include_path`."""
+
+logger = logging.getLogger(__name__)
 
 METRICS = ("acc", "acc_norm", "no_letter")
 
@@ -56,41 +58,32 @@ class TaskScore:
 class TaskScores:
     """All scores of one model."""
 
-    scores: tuple[TaskScore, ...]
     limit: int | None
     """Number of questions asked of each task, evenly spaced; None for all."""
+    mean: dict[str, dict[str, float | None]]
+    """Unweighted mean over the tasks, by protocol and metric; None for a metric that the protocol has not."""
+    mean_stderr: dict[str, dict[str, float | None]]
+    """Standard error of the mean, since tasks are independent; None where a task has none."""
+    scores: tuple[TaskScore, ...]
+
+    @classmethod
+    def of(cls, scores: Sequence[TaskScore], limit: int | None) -> TaskScores:
+        """Return scores with their means."""
+        mean: dict[str, dict[str, float | None]] = {}
+        mean_stderr: dict[str, dict[str, float | None]] = {}
+        for protocol in dict.fromkeys(score.protocol for score in scores):
+            own = [score for score in scores if score.protocol == protocol]
+            for metric in METRICS:
+                values = [getattr(score, metric) for score in own]
+                errors = [getattr(score, f"{metric}_stderr", None) for score in own]
+                mean.setdefault(protocol, {})[metric] = None if None in values else sum(values) / len(own)
+                stderr = None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(own)
+                mean_stderr.setdefault(protocol, {})[metric] = stderr
+        return cls(limit, mean, mean_stderr, tuple(scores))
 
     def get(self, task: str, protocol: str) -> TaskScore | None:
         """Return one score, if it was measured."""
         return next((s for s in self.scores if (s.task, s.protocol) == (task, protocol)), None)
-
-    def mean(self, protocol: str, metric: str = "acc") -> float | None:
-        """Return the unweighted mean over the tasks, or None if a protocol has no such metric."""
-        values = [getattr(score, metric) for score in self.scores if score.protocol == protocol]
-        return sum(values) / len(values) if values and None not in values else None
-
-    def mean_stderr(self, protocol: str, metric: str = "acc") -> float | None:
-        """Return the standard error of `mean`: tasks are independent. None if any task has none."""
-        errors = [getattr(score, f"{metric}_stderr", None) for score in self.scores if score.protocol == protocol]
-        known = [error for error in errors if error is not None]
-        return math.sqrt(sum(error**2 for error in known)) / len(known) if known and len(known) == len(errors) else None
-
-    def num_truncated(self) -> dict[str, int]:
-        """Return by protocol how many questions lost their beginning; a protocol in which none did is left out."""
-        counts = dict.fromkeys((score.protocol for score in self.scores), 0)
-        for score in self.scores:
-            counts[score.protocol] += score.num_truncated
-        return {protocol: count for protocol, count in counts.items() if count}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the scores ready for JSON, means and their standard errors included."""
-        protocols = dict.fromkeys(score.protocol for score in self.scores)
-        return {
-            "limit": self.limit,
-            "mean": {p: {metric: self.mean(p, metric) for metric in METRICS} for p in protocols},
-            "mean_stderr": {p: {metric: self.mean_stderr(p, metric) for metric in METRICS} for p in protocols},
-            "scores": [asdict(score) for score in self.scores],
-        }
 
 
 def load_tasks(
@@ -181,13 +174,21 @@ def evaluate_tasks(
             asked = CachingLM(asked, str(output_dir / f"{ANSWERS}{_fingerprint(model, tokenizer)[:16]}.db"))
         results: Any = evaluate(asked, {"tasks": loaded}, samples=None if limit is None else spaced)
     samples = results.pop("samples")
-    scores = tuple(_score(name, results["results"][name], samples[name], language_model) for name in loaded)
+    scores = [_score(name, results["results"][name], samples[name], language_model) for name in loaded]
     if log_samples and output_dir is not None:
         tracker = EvaluationTracker(output_path=str(output_dir / SAMPLES / "results.json"))  # the names get a date
         tracker.save_results_aggregated(results, samples)
         for name in loaded:
             tracker.save_results_samples(name, samples[name])
-    return TaskScores(scores, limit)
+    for protocol in dict.fromkeys(score.protocol for score in scores):
+        if number := sum(score.num_truncated for score in scores if score.protocol == protocol):
+            logger.warning(
+                "%d questions asked by %s lost their beginning: the model reads %d tokens.",
+                number,
+                protocol,
+                language_model.max_length,
+            )
+    return TaskScores.of(scores, limit)
 
 
 def _score(
@@ -236,11 +237,11 @@ def _plain(value: Any) -> Any:
 @contextmanager
 def _quiet_harness() -> Iterator[None]:
     """Keep what the harness says about its own workings off the screen, and its bars unless somebody is looking."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    harness = logging.getLogger("lm_eval")
+    level = harness.level
+    harness.setLevel(logging.ERROR)
     try:
         with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
             yield
     finally:
-        logger.setLevel(level)
+        harness.setLevel(level)

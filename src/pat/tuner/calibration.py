@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -13,6 +14,8 @@ from pat.errors import PatError, RunFailed
 from pat.nll import evaluating
 from pat.surgery.precision import to_float64
 from pat.surgery.residual import ResidualStream
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_TOKENS_PER_CHANNEL = 4
 """Calibration tokens per hidden channel. The second moment of d channels from n tokens settles at a few n/d; each token
@@ -70,6 +73,15 @@ class StreamStatistics:
             raise RunFailed(
                 "The base model's activations on the calibration data became non-finite; expected finite numbers: "
                 "check its weights, or load it in another dtype."
+            )
+        num_channels = next(iter(self._moments.values())).shape[-1]
+        if self.num_tokens < num_channels:
+            logger.warning(
+                "The calibration of %d channels stands on %d tokens, so that part of it is arbitrary; give more text "
+                "(calibration_tokens asks for %d).",
+                num_channels,
+                self.num_tokens,
+                max_tokens,
             )
 
     def covariance(self) -> Tensor:

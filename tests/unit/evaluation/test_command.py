@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 from pat.errors import PatError
 from pat.evaluation.command import EvaluationRecord, print_evaluation, run_evaluate
 from pat.evaluation.options import EvaluateOptions
-from pat.nll import response_nll, text_perplexity, tokenize_examples
-from pat.training.data import load_training_data
+from pat.nll import response_nll, text_perplexity
+from pat.training.prepare import prepare_examples
+from pat.training.vocabulary import Vocabulary
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 3
 ROWS = [{"prompt": f"Say {word}: ", "completion": word} for word in ("yes", "no", "perhaps", "not at all")]
@@ -58,14 +59,16 @@ def test_a_checkpoints_figures_are_those_of_the_library(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     tokenizer = tiny_tokenizer()
     text = text_perplexity(model, tokenizer, TEXT, context=64)
-    rows = load_training_data(folder / "data.jsonl", tokenizer=tokenizer, held_out=0).train
-    responses = response_nll(model, tokenize_examples(tokenizer, rows, 64), batch_size=4, pad_token_id=0)
+    vocabulary = Vocabulary(tokenizer, VOCAB_SIZE)
+    examples, data = prepare_examples(str(folder / "data.jsonl"), vocabulary, template="auto", max_length=64)
+    responses = response_nll(model, examples, batch_size=4, pad_token_id=0)
     assert record.text is not None and record.responses is not None
-    assert record.text.num_tokens == text.num_tokens
-    assert record.text.nll == pytest.approx(text.nll, rel=EXACT)
-    assert record.responses.num_tokens == responses.num_tokens
-    assert record.responses.nll == pytest.approx(responses.nll, rel=EXACT)
-    assert record.num_rows == len(ROWS)
+    for figures, expected in ((record.text, text), (record.responses, responses)):
+        assert figures.num_tokens == expected.num_tokens
+        assert figures.nll == pytest.approx(expected.nll, rel=EXACT)
+        assert figures.standard_error == pytest.approx(expected.standard_error, rel=1e-4)
+        assert figures.perplexity == pytest.approx(math.exp(expected.nll))
+    assert record.data == data
     assert (record.base_model, record.mask) == (None, None)
     assert record.num_parameters == sum(p.numel() for p in model.parameters())
 
@@ -101,16 +104,17 @@ def test_the_tokenizer_beside_an_adapter_is_the_one_that_is_used(folder: Path, t
 def test_a_limit_counts_rows_and_thousands_of_tokens(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text(TEXT * 10)
     record = run(folder, "base", limit=1, text_file=tmp_path / "long.txt")
-    assert record.num_rows == 1
+    assert record.responses is not None and record.responses.num_tokens == len("yes") + 1
     assert record.text is not None and 990 < record.text.num_tokens <= 1000
 
 
-def test_rows_whose_response_is_cut_off_are_counted(folder: Path, tmp_path: Path) -> None:
+def test_what_is_cut_is_counted_and_said(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [*ROWS, {"prompt": "Say " * 40, "completion": "yes"}]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     record = run(folder, "base", text_file=None, dataset_name=str(tmp_path / "data.jsonl"))
-    assert (record.num_rows, record.num_truncated) == (len(ROWS), 1)
+    assert record.data is not None and (record.data.num_truncated, record.data.num_cut_away) == (1, 1)
     assert record.text is None
+    assert record.warnings == caplog.messages and any("no response left" in text for text in record.warnings)
 
 
 def test_the_figures_are_printed_and_written(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,7 +146,7 @@ def test_tasks_are_answered_by_a_checkpoint_and_an_adapter_beside_other_figures(
     assert likelihoods[0] != pytest.approx(likelihoods[1], abs=1e-2)
     assert record.tasks is not None and record.text is not None
     written = json.loads((tmp_path / "dense" / "results.json").read_text())
-    assert written["tasks"]["mean"]["likelihood"]["acc"] == record.tasks.mean("likelihood")
+    assert written["tasks"]["mean"] == record.tasks.mean
     capsys.readouterr()
     print_evaluation(record)
     printed = capsys.readouterr().out
@@ -150,8 +154,8 @@ def test_tasks_are_answered_by_a_checkpoint_and_an_adapter_beside_other_figures(
     assert score is not None and score.acc_norm is not None and score.acc_norm_stderr is not None
     assert f"{100 * score.acc_norm:.2f} ± {100 * score.acc_norm_stderr:.2f}" in printed
     assert all(word in printed for word in ("perplexity", "copa", "mean", "no letter", "per character"))
-    # The model reads 128 tokens, one a character.
-    assert "8 questions asked by letter lost their beginning" in printed
+    # One token a character.
+    assert any(text.startswith("8 questions asked by letter lost their beginning") for text in record.warnings)
 
 
 @pytest.mark.parametrize(

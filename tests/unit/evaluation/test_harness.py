@@ -105,7 +105,7 @@ def test_every_task_has_a_file_for_each_protocol(run: Run) -> None:
     scores = run(limit=1)
     assert [(score.task, score.protocol) for score in scores.scores] == list(product(TASKS, PROTOCOLS))
     assert all(score.num_questions == 1 and score.acc_stderr is None for score in scores.scores)
-    assert scores.mean_stderr("letter") is None
+    assert scores.mean_stderr["letter"]["acc"] is None
 
 
 def test_a_limit_takes_evenly_spaced_questions(run: Run, tests_data: Path, tmp_path: Path) -> None:
@@ -203,10 +203,9 @@ def test_the_mean_weighs_tasks_not_questions() -> None:
         TaskScore(name, "letter", n, 0, acc, error, None, None, 0.0)
         for name, n, acc, error in (("a", 1, 1.0, 0.3), ("b", 9, 0.0, 0.4))
     ]
-    record = TaskScores(tuple(scores), None)
-    assert record.mean("letter") == 0.5 and record.mean_stderr("letter") == pytest.approx(0.25)
-    assert record.mean("letter", "acc_norm") is None and record.mean("likelihood") is None
-    assert record.to_dict()["mean"] == {"letter": {"acc": 0.5, "acc_norm": None, "no_letter": 0.0}}
+    record = TaskScores.of(scores, None)
+    assert record.mean == {"letter": {"acc": 0.5, "acc_norm": None, "no_letter": 0.0}}
+    assert record.mean_stderr["letter"] == {"acc": pytest.approx(0.25), "acc_norm": None, "no_letter": None}
 
 
 def test_the_fingerprint_is_that_of_the_questions_that_are_asked(tests_data: Path, tmp_path: Path) -> None:
