@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class TaskScores:
             own = [score for score in scores if score.protocol == protocol]
             for metric in METRICS:
                 values = [getattr(score, metric) for score in own]
-                errors = [getattr(score, f"{metric}_stderr", None) for score in own]
+                errors: list[Any] = [getattr(score, f"{metric}_stderr", None) for score in own]
                 mean.setdefault(protocol, {})[metric] = None if None in values else sum(values) / len(own)
                 stderr = None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(own)
                 mean_stderr.setdefault(protocol, {})[metric] = stderr
@@ -180,14 +181,12 @@ def evaluate_tasks(
         tracker.save_results_aggregated(results, samples)
         for name in loaded:
             tracker.save_results_samples(name, samples[name])
-    for protocol in dict.fromkeys(score.protocol for score in scores):
-        if number := sum(score.num_truncated for score in scores if score.protocol == protocol):
-            logger.warning(
-                "%d questions asked by %s lost their beginning: the model reads %d tokens.",
-                number,
-                protocol,
-                language_model.max_length,
-            )
+    cut = dict.fromkeys((score.task for score in scores), 0)
+    for score in scores:  # by letter or by likelihood
+        cut[score.task] = max(cut[score.task], score.num_truncated)
+    if any(cut.values()):
+        counts = ", ".join(f"{number:,} of {task}" for task, number in cut.items() if number)
+        logger.warning("Questions lost their beginning, which the model has no room for: %s.", counts)
     return TaskScores.of(scores, limit)
 
 
@@ -224,7 +223,8 @@ def _fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
     reading = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
     for name in ("padding", "truncation"):  # changes with every call
         reading.pop(name, None)
-    settings = [[config.to_dict() for config in configs if config is not None], reading, tokenizer.special_tokens_map]
+    settings = [config.to_dict() for config in configs if config is not None]
+    settings += [reading, tokenizer.special_tokens_map, {"lm_eval": version("lm_eval")}]
     digest.update(json.dumps(settings, default=_plain).encode())
     return digest.hexdigest()
 
