@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pat.benchmark.checks import parse_counts
+from pat.benchmark.record import to_dict
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from pat.benchmark.checks import parse_counts
 from pat.benchmark.command import run_benchmark
 from pat.benchmark.options import BenchmarkOptions
-from pat.benchmark.record import to_dict
 from pat.benchmark.tables import print_benchmark
 from pat.families import get_family
 from pat.report.records import write_record
