@@ -117,7 +117,7 @@ def judge(record: dict[str, Any], phase: str) -> dict[str, Any]:
         "cpu_time_over_predicted": {
             f"{row['batch_size']} x {row['context']}": row["cpu_speedup"]["median"] / row["predicted_speedup"]
             for row in rows
-            if row["cpu_speedup"] is not None
+            if row.get("cpu_speedup") is not None  # left out on an accelerator
         },
         "worst": worst,
         "met": worst is not None and figures[worst] >= mark,

@@ -212,6 +212,7 @@ def measure_merges(
     rows: dict[str, Any] = {name: {"runs": []} for name in names}
     for turn in range(repetitions):
         results["copy"]["seconds"].append(time_copy(base, scratch))
+        print(json.dumps({"copy": results["copy"]}), flush=True)  # at once: a run that is cut off leaves its log
         for name in names:
             if turn > 0 and name != MARKED:
                 continue
@@ -226,7 +227,6 @@ def measure_merges(
     for row in rows.values():
         row["wall_seconds"] = statistics.median(run["wall_seconds"] for run in row["runs"])
         row["peak_rss_gb"] = max(run["peak_rss_gb"] for run in row["runs"])
-    print(json.dumps(results), flush=True)
     return results | {"merges": rows}
 
 
