@@ -119,8 +119,7 @@ class PatCallback(TrainerCallback):
         if self._adapter is None or not self._last or logs is None or "loss" not in logs:
             return
         mask = self._tuner(kwargs["model"]).mask(self._adapter)
-        active = int(mask.keep.sum()) if mask.hardened else int((mask.gate() > 0.5).sum())
-        values = self._last | {"pat/active_channels": active}
+        values = self._last | {"pat/active_channels": mask.num_active}
         logs.update(values)
         state.log_history.append(values | {"step": state.global_step})
 

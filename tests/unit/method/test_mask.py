@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.overrides import TorchFunctionMode
 
 from pat.errors import PatError
-from pat.method.mask import UnifiedMask
+from pat.method.basis import UnifiedMask
 
 HIDDEN, KEPT = 12, 8
 
@@ -75,7 +75,7 @@ def test_soft_gate_is_equation_6(s0: int, with_prior: bool, double: bool) -> Non
         tau = 1 / (1 - math.log(max(step, 1)) / math.log(s0)) if s0 > 1 else 1.0
         # The exponent's rounding is multiplied by tau, which reaches 200 one step before a milestone of 200.
         tolerance = FLOAT64 * max(1, tau) if double else FLOAT32_SIGMOID * max(1, tau)
-        got = mask.gate().detach().double().tolist()
+        got = mask.values().detach().double().tolist()
         assert got == pytest.approx(expected, abs=tolerance, rel=0), f"step {step}"
 
 
@@ -86,7 +86,7 @@ def test_at_step_zero_the_gate_is_exactly_one_and_the_mask_the_identity(s0: int,
     mask.set_prior(10 * random(HIDDEN), basis=orthogonal() if has_basis else None)
     mask.set_step(0, s0)
     y = torch.randn(3, HIDDEN)
-    assert torch.equal(mask.gate().detach(), torch.ones(HIDDEN))
+    assert torch.equal(mask.values().detach(), torch.ones(HIDDEN))
     assert torch.equal(mask(y), y)
     with torch.no_grad():
         assert torch.equal(mask(y), y)
@@ -103,14 +103,14 @@ def test_training_and_evaluation_agree_at_step_zero_even_without_a_callback() ->
 def test_soft_gate_is_not_clamped() -> None:
     mask = make(torch.full((HIDDEN,), 8.0, dtype=torch.float64))
     mask.set_step(1, 100)
-    assert (mask.gate() > 1.48).all()
+    assert (mask.values() > 1.48).all()
 
 
 def test_without_a_prior_the_offset_does_not_change_the_argument_of_the_sigmoid() -> None:
     mask = make(torch.zeros(HIDDEN, dtype=torch.float64))
     for step in (1, 5, 9, 19):
         mask.set_step(step, 20)
-        assert mask.gate().detach().tolist() == pytest.approx([0.5 + max(0, 0.5 - step / 20)] * HIDDEN)
+        assert mask.values().detach().tolist() == pytest.approx([0.5 + max(0, 0.5 - step / 20)] * HIDDEN)
 
 
 def test_pinned_channels_are_one_throughout_and_count_in_selection_not_in_the_active_loss() -> None:
@@ -121,8 +121,8 @@ def test_pinned_channels_are_one_throughout_and_count_in_selection_not_in_the_ac
     mask.set_prior(torch.full((HIDDEN,), 0.01), pinned=pinned)
     for step in (0, 1, 5, 10, 19):
         mask.set_step(step, 20)
-        assert torch.equal(mask.gate()[pinned], torch.ones(2))
-        assert (mask.gate()[~pinned] < 1).all()
+        assert torch.equal(mask.values()[pinned], torch.ones(2))
+        assert (mask.values()[~pinned] < 1).all()
     assert mask.active_loss().item() == KEPT - 2  # no free channel is active, the two pinned ones are
     mask.set_step(20, 20)
     assert mask.keep_indices.tolist() == [0, 1, 2, 3, 4, 5, 9, 11]
@@ -139,7 +139,7 @@ def test_forward_is_the_gate_in_its_basis(step: int, has_basis: bool) -> None:
     mask.set_prior(random(HIDDEN, seed=2), basis=q if has_basis else None)
     mask.set_step(step, 20)
     y = random(2, 3, HIDDEN, seed=3)
-    gate = mask.gate().detach()
+    gate = mask.values().detach()
     expected = torch.einsum("ij,j,kj,btk->bti", q, gate, q, y)
     torch.testing.assert_close(mask(y).detach(), expected, atol=1e-12, rtol=0)
 
@@ -229,7 +229,7 @@ def test_at_the_milestone_exactly_the_best_channels_stay(seed: int) -> None:
     best = sorted(sorted(range(HIDDEN), key=lambda i: -score[i])[:KEPT])
     assert mask.keep_indices.tolist() == best
     expected = torch.zeros(HIDDEN).index_fill(0, torch.tensor(best), 1.0)
-    assert torch.equal(mask.gate().detach(), expected)
+    assert torch.equal(mask.values().detach(), expected)
 
 
 @pytest.mark.parametrize("value", [-3.0, 0.0, 2.0])
@@ -312,9 +312,9 @@ def test_frozen_mask_attenuates_the_first_channels_linearly() -> None:
     for step in (0, 1, 5, 10, 19):
         mask.set_step(step, 20)
         expected = [1 - step / 20] * (HIDDEN - KEPT) + [1.0] * KEPT
-        assert mask.gate().tolist() == pytest.approx(expected, abs=1e-7)
+        assert mask.values().tolist() == pytest.approx(expected, abs=1e-7)
     mask.set_step(20, 20)
-    assert mask.gate().tolist() == [0.0] * (HIDDEN - KEPT) + [1.0] * KEPT
+    assert mask.values().tolist() == [0.0] * (HIDDEN - KEPT) + [1.0] * KEPT
     assert mask.active_loss().item() == 0
     assert not list(mask.parameters())
 
@@ -323,7 +323,7 @@ def test_frozen_mask_attenuates_the_trailing_channels_of_a_rotation() -> None:
     mask = make(kind="frozen", has_basis=True)
     mask.set_prior(torch.arange(HIDDEN).flip(0) - 3.5, basis=orthogonal())
     mask.set_step(5, 20)
-    assert mask.gate().tolist() == pytest.approx([1.0] * KEPT + [0.75] * (HIDDEN - KEPT))
+    assert mask.values().tolist() == pytest.approx([1.0] * KEPT + [0.75] * (HIDDEN - KEPT))
 
 
 # -- state -----------------------------------------------------------------------------------------------------------
@@ -374,7 +374,7 @@ def test_a_mask_that_was_never_moved_stays_the_identity_when_it_is_loaded(calibr
         mask.set_prior(random(HIDDEN))
     other = through_state_dict(mask)
     assert other.milestone_step is None and not other.hardened and other.calibrated == calibrated
-    assert torch.equal(other.gate().detach(), torch.ones(HIDDEN))
+    assert torch.equal(other.values().detach(), torch.ones(HIDDEN))
 
 
 def test_a_mask_is_a_module_whose_only_parameter_is_the_proxy_weights() -> None:
