@@ -31,6 +31,8 @@ class ChannelOrder:
     """Share of the (unpinned) energy that the leading channels hold, in [0, 1]."""
     head_factor: Tensor | None = None
     """Factor on the final norm's output, `(d,)`, that makes its gain equal in the rotated block of a tied model."""
+    num_tokens: int = 0
+    """Number of tokens that were measured."""
 
 
 def gain_block(gain: Tensor, tolerance: float) -> Tensor:

@@ -82,7 +82,7 @@ def choose_channels(
             f"{mask.pruned_hidden_size} channels are to be kept; raise gain_tolerance or use rotation='none'."
         )
     share_from_first_process(order.prior, order.pinned, order.basis, order.head_factor)
-    return order
+    return replace(order, num_tokens=statistics.num_tokens)
 
 
 class StreamStatistics:
@@ -125,8 +125,7 @@ class StreamStatistics:
                     for key in ("attention_mask", "position_ids")
                     if batch.get(key) is not None
                 }
-                real = given.get("attention_mask", torch.ones_like(ids))
-                self._selected = real.flatten().nonzero().squeeze(1)
+                self._selected = self._real_tokens(ids, given).flatten().nonzero().squeeze(1)
                 self.num_tokens += len(self._selected)
                 self.model(input_ids=ids, use_cache=False, logits_to_keep=1, **given)
         if self.num_tokens == 0:
@@ -171,6 +170,18 @@ class StreamStatistics:
         # On the device of the first site, if the model is spread over several.
         known = self._moments.get(key)
         self._moments[key] = moment if known is None else known + moment.to(known.device)
+
+    def _real_tokens(self, ids: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+        """Tell tokens from padding, by the mask or, for packed and for bare rows, by what a row ends with."""
+        mask = given.get("attention_mask")
+        if mask is not None and mask.shape == ids.shape:
+            return mask.bool()
+        pad = getattr(getattr(self.model, "config", None), "pad_token_id", None)
+        if "position_ids" in given:
+            filler = given["position_ids"].expand_as(ids) == 0
+        else:
+            filler = ids == pad if pad is not None else torch.zeros_like(ids, dtype=torch.bool)
+        return ~filler.flip(-1).cumprod(-1).flip(-1).bool()
 
     def _sites(self) -> list[str]:
         return [site for site, _, _ in self._read_sites()]
