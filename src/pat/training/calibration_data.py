@@ -37,6 +37,9 @@ TEXT_COLUMNS = (
 )
 """Columns of texts or conversations, likewise."""
 
+ROWS_AT_ONCE = 8
+"""Rows in a batch where the trainer's own loader does not say."""
+
 REMEDY = (
     "set PatConfig.calibration to a text file, call model.calibrate(dataloader) before training, or use "
     "rotation='none'."
@@ -65,7 +68,7 @@ def calibration_batches(config: PatConfig, dataloader: Any, tokenizer: Any) -> I
         # A loader of its own, since iterating the trainer's would move its sampler on; of a seeded sample, since files
         # are often sorted.
         dataset = Subset(dataset, torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist())
-        batch_size = getattr(dataloader, "batch_size", None) or BATCH_SIZE
+        batch_size = getattr(dataloader, "batch_size", None) or ROWS_AT_ONCE
         loader = DataLoader(dataset, batch_size=batch_size, collate_fn=dataloader.collate_fn)
     batches = _leaving_the_random_state(loader)
     first = next(batches, None)
