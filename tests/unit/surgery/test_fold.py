@@ -114,7 +114,10 @@ def weights_of(record: Family, d: int, options: dict[str, Any], *, tied: bool) -
     if options["experts"]:
         experts = layer + "mlp.experts."
         weights[layer + "mlp.gate.weight"] = random(2, d, seed=30)
-        return weights | {f"{experts}up_proj": random(2, 5, d, seed=31), f"{experts}down_proj": random(2, d, 5, seed=32)}
+        return weights | {
+            f"{experts}up_proj": random(2, 5, d, seed=31),
+            f"{experts}down_proj": random(2, d, 5, seed=32),
+        }
     return weights | {
         f"{layer}mlp.up_proj.weight": random(5, d, seed=33),
         f"{layer}mlp.down_proj.weight": random(d, 5, seed=34),

@@ -67,6 +67,20 @@ def test_one_mask_serves_all_writers() -> None:
     assert masks == ["base_model.model.model.pat_mask.masks.default.weight"]
 
 
+def test_the_multipliers_reach_mask_and_operators() -> None:
+    """One step of Adam moves what is multiplied that many times further than the learning rate."""
+    fields = {"rotation": "none", "mask_lr_multiplier": 3.0, "operator_lr_multiplier": 7.0}
+    model = attach(build("llama", tied=True), **fields).train()
+    tuner, rate = tuner_of(model), 1e-4
+    tuner.set_step(0, 4)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
+    model(**batch(), labels=batch()["input_ids"]).loss.backward()
+    optimizer.step()
+    assert tuner.mask().proxy_weights().abs().median().item() == pytest.approx(3 * rate, rel=1e-2)
+    for site, operator in tuner.operators().items():
+        assert operator.v().abs().median().item() == pytest.approx(7 * rate, rel=1e-2), site
+
+
 def test_the_tuner_is_found_and_its_methods_reached_through_the_peft_model() -> None:
     model = attach(build("llama", tied=True))
     assert find_tuner(model) is model.base_model is find_tuner(nn.Sequential(model))
