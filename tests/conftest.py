@@ -35,7 +35,10 @@ torch.set_num_threads(1)
 
 # The same examples in every run, no files beside the checkout, and no limit that a busy machine could break.
 hypothesis.settings.register_profile("pat", derandomize=True, database=None, deadline=None)
-hypothesis.settings.load_profile("pat")
+hypothesis.settings.register_profile(  # for benchmarks/mutation.py, to which any counterexample will do
+    "unshrunk", hypothesis.settings.get_profile("pat"), phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate)
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "pat"))
 
 
 @pytest.fixture(autouse=True)

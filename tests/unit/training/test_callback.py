@@ -251,7 +251,7 @@ def test_the_logged_count_is_that_of_equation_9() -> None:
     trainer = train(model, max_steps=6, learning_rate=2e-2, callbacks=[Recorder(on_step_end=count)], num_examples=24)
     assert tuner_of(model).mask().pinned.any()
     logged = [entry["pat/active_channels"] for entry in trainer.state.log_history if "pat/active_channels" in entry]
-    assert logged == counted[:-1] + [KEPT] and len(set(counted)) > 1
+    assert logged == [*counted[:-1], KEPT] and len(set(counted)) > 1
 
 
 class Reporter(TrainerCallback):

@@ -110,7 +110,7 @@ def test_an_operator_rank_outside_the_width_is_refused(rank: int) -> None:
     refused(build("llama", tied=True), f"operator_rank={rank}", operator_rank=rank)
 
 
-# -- a configuration that was used ---------------------------------------------------------------------------------------
+# -- a configuration that was used -------------------------------------------------------------------------------------
 
 
 def test_the_user_s_configuration_is_left_as_it_was_and_the_adapter_keeps_a_copy() -> None:
