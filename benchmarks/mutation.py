@@ -6,8 +6,8 @@ live. Here one process imports them once and forks for every mutant; the child c
 the module before anything imports `pat`, and runs the tests in it, those of the module's own file first. The first
 failure kills.
 
-A mutant that differs from the source in annotations and docstrings alone is none, and neither is one that another
-operator has made already. Timeouts count as killed. Mutants that survive are listed, to be judged by a person.
+A mutant that differs from the source in annotations, docstrings and the like alone is none, and neither is one that
+another operator has made already. Timeouts count as killed. Mutants that survive are listed, to be judged by a person.
 
     python benchmarks/mutation.py                    # 300 mutants, about an hour on two cores
     python benchmarks/mutation.py --num_mutants 20   # a look
@@ -168,7 +168,13 @@ def _places() -> list[tuple[str, str, int]]:
 
 
 class _WithoutWords(ast.NodeTransformer):
-    """Takes annotations and bare strings out of a syntax tree."""
+    """Takes out of a syntax tree what no test can see: annotations, bare strings, which arguments need their name."""
+
+    def visit_arguments(self, node: ast.arguments) -> ast.arguments:
+        self.generic_visit(node)
+        node.args = [*node.posonlyargs, *node.args, *node.kwonlyargs]
+        node.posonlyargs, node.kwonlyargs = [], []
+        return node
 
     def visit_arg(self, node: ast.arg) -> ast.arg:
         node.annotation = None

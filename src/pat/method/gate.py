@@ -39,8 +39,7 @@ class Gate(nn.Module):
     keep: Tensor
     progress: Tensor
     gate_schedule: Tensor
-    frozen_keep: Tensor | None
-    attenuation: Tensor | None
+    frozen_values: Tensor | None
 
     def __init__(self, size: int, num_kept: int, *, kind: GateKind = "trainable", lr_multiplier: float = 1.0) -> None:
         super().__init__()
@@ -57,9 +56,8 @@ class Gate(nn.Module):
         self.register_buffer("progress", torch.tensor([0, -1, 0, 0]))
         # (tau, beta) as a tensor, so that a compiled forward pass is not specialised on every step's value.
         self.register_buffer("gate_schedule", torch.tensor([1.0, 0.5]), persistent=False)
-        # The frozen gate's counterpart: the set that stays, and the value of the others.
-        self.register_buffer("frozen_keep", self._last_entries() if frozen else None, persistent=False)
-        self.register_buffer("attenuation", torch.ones(()) if frozen else None, persistent=False)
+        # The frozen gate's counterpart: its values themselves.
+        self.register_buffer("frozen_values", torch.ones(size) if frozen else None, persistent=False)
         self.step = 0
         self.milestone_step: int | None = None
         self.hardened = False
@@ -148,8 +146,8 @@ class Gate(nn.Module):
             # The zero term keeps the proxy weights in the graph: distributed training stops with an error when a
             # trainable parameter leaves it.
             return hard + 0.0 * self.weight if self.weight is not None else hard
-        if self.attenuation is not None and self.frozen_keep is not None:
-            return torch.where(self.frozen_keep, 1.0, self.attenuation)
+        if self.frozen_values is not None:
+            return self.frozen_values
         tau, beta = self.gate_schedule.unbind()
         soft = torch.sigmoid(tau * (self.proxy_weights() + (1 - 2 * beta) * self.prior)) + beta
         return torch.where(self.pinned, 1.0, soft)
@@ -199,14 +197,15 @@ class Gate(nn.Module):
         self._refresh()
 
     def _refresh(self) -> None:
-        """Recompute what follows from the state: the schedule's values and the frozen set."""
-        if self.milestone_step is not None and not self.hardened:
+        """Recompute what follows from the state: the values of the schedule, or of a frozen gate."""
+        if self.milestone_step is None or self.hardened:
+            return
+        if self.frozen_values is None:
             values = [temperature(self.step, self.milestone_step), offset(self.step, self.milestone_step)]
             self.gate_schedule.copy_(torch.tensor(values, dtype=self.gate_schedule.dtype))
-            if self.attenuation is not None:
-                self.attenuation.fill_(1.0 - self.step / self.milestone_step)
-        if self.frozen_keep is not None:
-            self.frozen_keep.copy_(self._frozen_choice())
+        else:
+            self.frozen_values.fill_(1.0 - self.step / self.milestone_step)
+            self.frozen_values.masked_fill_(self._frozen_choice(), 1.0)
 
 
 def _is_half(tensor: Tensor | None) -> bool:
