@@ -53,7 +53,7 @@ def test_forward_is_the_gate_in_its_basis(step: int) -> None:
 def test_at_step_zero_of_fresh_weights_the_mask_is_the_identity_bit_for_bit() -> None:
     mask = UnifiedMask(HIDDEN, KEPT, has_basis=True, has_head_factor=True)
     assert torch.equal(mask.basis, torch.eye(HIDDEN)) and torch.equal(mask.head_factor, torch.ones(HIDDEN))
-    assert (mask.hidden_size, mask.pruned_hidden_size) == (HIDDEN, KEPT)
+    assert (mask.hidden_size, mask.pruned_hidden_size, mask.lr_multiplier) == (HIDDEN, KEPT, 1)
     factor = random(HIDDEN, seed=6)
     mask.set_prior(10 * random(HIDDEN), basis=orthogonal(), head_factor=factor)
     mask.set_step(0, 20)

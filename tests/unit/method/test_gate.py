@@ -246,7 +246,7 @@ def test_a_frozen_gate_attenuates_the_last_entries_of_an_order() -> None:
 def test_the_only_parameter_are_the_proxy_weights_and_the_saved_names_stay() -> None:
     gate = make()
     assert [name for name, _ in gate.named_parameters()] == ["weight"]
-    assert not gate.weight.any() and isinstance(gate, nn.Module)
+    assert not gate.weight.any() and isinstance(gate, nn.Module) and gate.lr_multiplier == 1
     assert set(gate.state_dict()) == {"weight", "prior", "pinned", "keep", "progress"}
     assert set(UnifiedMask(4, 2, has_basis=True, has_head_factor=True).state_dict()) == {
         *("weight", "prior", "pinned", "keep", "progress"),

@@ -165,6 +165,7 @@ def test_parameters_stay_float32_and_the_output_has_the_inputs_dtype(dtype: torc
 
 def test_build_operator() -> None:
     assert build_operator(40, None).scale.shape == (2,)  # 5 %
+    assert build_operator(40, None).lr_multiplier == LowRankOperator(40, 2).lr_multiplier == 1
     # From 160 channels on multiples of 8: the paper's 200 of 4096, SmolLM2's 29 of 576.
     assert [default_rank(size) for size in (158, 160, 576, 1024, 4096)] == [8, 8, 32, 48, 208]
     assert build_operator(8, None).scale.shape == (1,)

@@ -23,7 +23,7 @@ from pat.families import Branch, Family
 from pat.method.operator import LowRankOperator
 from pat.surgery import fold
 from pat.surgery.adapted import AdaptedMatrix, merged
-from pat.surgery.fold import Channels, HeadPlan, fold_weights
+from pat.surgery.fold import Channels, HeadPlan, cut_writer_rows, fold_weights
 from pat.surgery.residual import Linear, ResidualBranch, ResidualStream, map_residual_stream
 from pat.surgery.rotation import equalised_gain
 
@@ -346,6 +346,16 @@ def test_weights_of_16_bits_that_are_only_selected_are_not_rounded() -> None:
     keep = torch.arange(HIDDEN) % 4 != 1
     for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.experts.up_proj"):
         assert torch.equal(new[name], weights[name][..., keep])
+
+
+def test_vectors_in_the_stream_are_cut_as_a_writer_s_rows_are() -> None:
+    rows, keep = random(3, HIDDEN, seed=1), torch.arange(HIDDEN) % 4 != 1
+    channels = Channels.from_mask(keep, torch.linalg.qr(random(HIDDEN, HIDDEN, seed=8)).Q)
+    operator = LowRankOperator(HIDDEN, 3).double().requires_grad_(False)
+    operator.scale.copy_(random(3, seed=2))
+    d = torch.eye(HIDDEN) + operator.up @ torch.diag(operator.scale) @ operator.down
+    torch.testing.assert_close(cut_writer_rows(rows, operator, channels), rows @ d.mT @ channels.basis)
+    torch.testing.assert_close(cut_writer_rows(rows, None, channels), rows @ channels.basis)
 
 
 # -- Channels --------------------------------------------------------------------------------------------------------
