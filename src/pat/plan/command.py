@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -108,13 +108,14 @@ def make_plan(
     training = training_memory(
         base, pat_config, batch_size=recipe["per_device_train_batch_size"], length=recipe["max_length"]
     )
+    attached: PatConfig = cast(Any, base.model).peft_config["default"]  # the memory was counted on it
     return Plan(
         model_name_or_path=model_name_or_path,
         model_type=family.model_type,
         dtype=str(dtype).removeprefix("torch."),
         width=width,
         nearby_widths=_nearby(base_config.num_attention_heads, width, multiple_of),
-        rotation=pat_config.resolved_rotation or "none",
+        rotation=attached.resolved_rotation or "none",
         context=context,
         base=base_cost,
         pruned=pruned_cost,

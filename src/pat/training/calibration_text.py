@@ -32,16 +32,23 @@ def read_calibration(path: str) -> str:
 def batches_from_text_file(path: str, tokenizer: Any) -> Iterator[dict[str, Tensor]]:
     """Yield batches of consecutive pieces of a text file, `input_ids` of shape `(batch, 512)`, the rest dropped.
 
+    Every piece starts with a beginning-of-sequence token if the tokenizer starts texts with one: models that were
+    trained that way (Gemma) have another residual stream without it.
+
     Raises:
         PatError: see `read_calibration`; or there is no tokenizer to read it with.
     """
     text = read_calibration(path)
     if tokenizer is None:
         raise PatError("Got a calibration text but no tokenizer; pass processing_class to the trainer.")
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if len(ids) == 0:
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    bos = tokenizer.bos_token_id
+    start = ids[:1] if bos is not None and ids[:1].tolist() == [bos] else ids[:0]
+    body = ids[len(start) :]
+    if len(body) == 0:
         raise PatError(f"Got calibration={path!r}, but the file holds no text.")
-    length = min(CONTEXT, len(ids))
-    rows = ids[: len(ids) // length * length].view(-1, length)
-    for start in range(0, len(rows), BATCH_SIZE):
-        yield {"input_ids": rows[start : start + BATCH_SIZE]}
+    length = min(CONTEXT - len(start), len(body))
+    rows = body[: len(body) // length * length].view(-1, length)
+    rows = torch.cat([start.expand(len(rows), -1), rows], dim=1)
+    for first in range(0, len(rows), BATCH_SIZE):
+        yield {"input_ids": rows[first : first + BATCH_SIZE]}

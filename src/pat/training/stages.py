@@ -31,7 +31,8 @@ from pat.errors import PatError, RunFailed
 from pat.loading import load_base
 from pat.method.schedule import milestone_step
 from pat.training.arguments import TuneArguments
-from pat.training.callback import PatCallback, calibration_batches
+from pat.training.calibration_data import calibration_batches
+from pat.training.callback import PatCallback
 from pat.training.checkpoints import STAGE_TWO, is_compact
 from pat.training.data import TrainingData
 from pat.training.guard import FiniteGuard
