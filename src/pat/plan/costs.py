@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from pat.errors import PatError
@@ -208,9 +208,10 @@ def _norms(branch: ResidualBranch) -> list[str]:
     return [f"{norm}.weight" for norm in (branch.pre_norm, branch.post_norm) if norm is not None]
 
 
-def _size(parameters: Mapping[str, Tensor], names: list[str]) -> Size:
-    chosen = [parameters[name] for name in names]
-    return Size(sum(p.numel() for p in chosen), sum(p.numel() * p.element_size() for p in chosen))
+def _size(tensors: Mapping[str, Tensor], names: list[str]) -> Size:
+    chosen = [tensors[name] for name in names]
+    num_parameters = sum(tensor.numel() for tensor in chosen if isinstance(tensor, nn.Parameter))  # and no buffer
+    return Size(num_parameters, sum(tensor.numel() * tensor.element_size() for tensor in chosen))
 
 
 def _mean_visible(length: int, window: int | None) -> float:

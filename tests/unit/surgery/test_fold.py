@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny_models import FAMILIES, RMS_NORM_EPS, build
+from tiny_models import KINDS, RMS_NORM_EPS, build
 from torch import Tensor
 
 from pat.families import get_family
 from pat.method.operator import LowRankOperator
 from pat.surgery.fold import Channels, HeadPlan, fold_weights
-from pat.surgery.residual import Linear, ResidualBranch, ResidualStream, map_residual_stream
+from pat.surgery.residual import Linear, ResidualBranch, ResidualStream, map_residual_stream, stored_tensors
 from pat.surgery.rotation import equalised_gain
 
 HIDDEN, KEPT, SAMPLES = 48, 36, 5
@@ -31,7 +31,7 @@ EXACT = 1e-11
 VISIBLE = 1e-4
 """What a wrong fold must at least amount to: the tolerance of the models in float32 would then catch it too."""
 
-FOLDED_ALIKE = [(family, tied, rotated) for family in FAMILIES for tied in (True, False) for rotated in (False, True)]
+FOLDED_ALIKE = [(family, tied, rotated) for family in KINDS for tied in (True, False) for rotated in (False, True)]
 CASES = [
     pytest.param(family, tied, rotated, id=f"{family}-{'tied' if tied else 'untied'}-{'pca' if rotated else 'none'}")
     for family, tied, rotated in FOLDED_ALIKE
@@ -72,7 +72,7 @@ NEW_EPS = RMS_NORM_EPS * HIDDEN / KEPT
 def make_case(family: str, tied: bool, rotated: bool) -> Case:
     model = build(family, tied=tied)
     record = get_family(family)
-    old = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
+    old = {name: tensor.detach().double() for name, tensor in stored_tensors(model).items()}
     stream = map_residual_stream(record, old, tied=tied)
 
     keep = torch.zeros(HIDDEN, dtype=torch.bool)
@@ -218,12 +218,12 @@ def test_every_parameter_gets_the_shape_of_a_model_of_that_size(family: str, tie
     case = make_case(family, tied, rotated)
     small = build(family, tied=tied, hidden_size=KEPT, head_dim=case.head_dim)
     assert {name: tensor.shape for name, tensor in case.new.items()} == {
-        name: parameter.shape for name, parameter in small.named_parameters()
+        name: tensor.shape for name, tensor in stored_tensors(small).items()
     }
     assert {tensor.dtype for tensor in case.new.values()} == {torch.float64}
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if not get_family(family).has_post_norms])
+@pytest.mark.parametrize("family", [family for family in KINDS if not get_family(family).has_post_norms])
 def test_folded_norms_have_a_gain_of_exactly_one(family: str) -> None:
     """sqrt(d/d') as a gain in bfloat16 would be off by 0.13 %, and 1 + w with it."""
     case = make_case(family, False, True)
@@ -246,7 +246,7 @@ def test_a_site_without_an_operator_has_the_identity() -> None:
 # -- a wrong fold would be seen --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_an_epsilon_left_as_it_was_is_seen(family: str) -> None:
     case = make_case(family, False, False)
     branch = case.stream.branches[0]
