@@ -42,6 +42,7 @@ from pat.families import Family, get_family
 from pat.surgery.residual import map_residual_stream, stored_tensors
 from pat.surgery.rotation import equalised_gain, gain_block
 from pat.tuner.layer import HsmLayer, MaskLayer
+from pat.tuner.merging import merge_lora
 from pat.tuner.quantized import keep_plain_layout
 
 HIDDEN, KEPT, LAYERS = 48, 36, 2
@@ -257,10 +258,13 @@ def the_dense_folder_opens_in_stock_transformers(run: Run) -> None:
 def compacted(run: Run) -> None:
     """At the compaction point the small model with its ordinary LoRA adapter is the masked model."""
     before = logits64(run.twin)
-    compact = tuner_of(run.twin).compact().attach().model.double().eval()
+    parts = tuner_of(run.twin).compact()
+    parts.base.save_pretrained(run.folder / "compact")  # as a run does; it leaves its mark on the configuration
+    compact = parts.attach().model.double().eval()
     tolerance = COMPACT_EXACT * (10 if run.cell.adapter == "dora" else 1)
     assert largest_difference(before, logits64(compact)) <= tolerance
     assert torch.equal(logits64(run.twin), before)  # and the masked model is as it was
+    assert largest_difference(before, logits64(merge_lora(compact, torch.float64))) <= tolerance
     assert compact.get_base_model().config.hidden_size == KEPT
     assert type(compact.peft_config["default"]) is LoraConfig
 

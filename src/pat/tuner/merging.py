@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pat.errors import PatError
 from pat.method.mask import UnifiedMask
@@ -150,8 +150,8 @@ def merge_lora(model: PeftModel, dtype: torch.dtype, *, check_finite: bool = Fal
     """
     base = cast(PreTrainedModel, model.get_base_model())
     with torch.device("meta"):
-        names = list(stored_tensors(type(base)(base.config)))
-    form = adapted_form(base, names, lambda name: effective_parameter(base, name, model.active_adapter))
+        empty = AutoModelForCausalLM.from_config(copy.deepcopy(base.config))
+    form = adapted_form(base, stored_tensors(empty), lambda name: effective_parameter(base, name, model.active_adapter))
     return build_dense(base, form.config, _rounded(form.weights, dtype, check_finite=check_finite), dtype)
 
 
