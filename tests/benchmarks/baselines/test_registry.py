@@ -14,7 +14,7 @@ from compare.baselines.channels import cut_channels, keep_largest, keep_random, 
 from compare.budget import lora_targets
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tiny_models import FAMILIES, batch, build, tiny_tokenizer
+from tiny_models import KINDS, batch, build, tiny_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -107,7 +107,7 @@ def test_nearest_goes_both_ways() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_cut_channels_are_channels_set_to_zero(family: str, tied: bool) -> None:
     model, keep = build(family, tied=tied), keep_random(48, WIDTH, seed=1)
     dense = cut_channels(model, keep)
@@ -123,7 +123,7 @@ def test_cut_channels_are_channels_set_to_zero(family: str, tied: bool) -> None:
     assert (dense(**batch()).logits - expected)[real].abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_magnitude_finds_the_channels_that_hardly_exist(family: str) -> None:
     model = build(family, tied=False)
     faint = torch.tensor([3, 17, 40])
