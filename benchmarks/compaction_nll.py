@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pat.report.results import environment
+from pat.report.records import environment
 
 MARK = 0.02
 """Nats per response token that compaction may cost at most."""

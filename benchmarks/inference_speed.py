@@ -22,11 +22,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from pat.benchmark import BenchmarkOptions, print_benchmark, run_benchmark
-from pat.benchmark.options import parse_counts
+from pat.benchmark.checks import parse_counts
+from pat.benchmark.command import run_benchmark
+from pat.benchmark.options import BenchmarkOptions
 from pat.benchmark.record import to_dict
+from pat.benchmark.tables import print_benchmark
 from pat.families import get_family
-from pat.report.results import write_results
+from pat.report.records import write_record
 from pat.surgery.dense import shrink_config
 
 RATIO = 0.25
@@ -156,7 +158,7 @@ def main() -> None:
     common["machine"] |= {"load_average_before": load_before, "load_average_after": os.getloadavg()}
     marks = {phase: judge(record, phase) for phase, record in runs.items()}
     if args.output is not None:
-        write_results(args.output, {**common, "marks": marks, "runs": runs})
+        write_record(args.output, {**common, "marks": marks, "runs": runs})
     for phase, verdict in marks.items():
         print(f"{phase}, {verdict['model']} beside {verdict['baseline']}, measured over predicted (batch x context):")
         for name, by_wall in verdict["measured_over_predicted"].items():

@@ -40,7 +40,7 @@ from pat.checkpoint.hollow import StoredWeights, hollow_model
 from pat.checkpoint.read import open_checkpoint
 from pat.checkpoint.shards import ShardWriter
 from pat.method.operator import default_rank
-from pat.report.results import environment, write_results
+from pat.report.records import environment, write_record
 from pat.tuner import PatConfig, find_tuner
 
 MARKS = {"peak_rss_gb": 2.0, "wall_to_copy": 4.0}
@@ -362,7 +362,7 @@ def main() -> None:
     results["verdict"] = judge(results)
     print(json.dumps(results["verdict"], indent=2))
     if args.output is not None:
-        write_results(args.output, results)
+        write_record(args.output, results)
 
 
 if __name__ == "__main__":

@@ -36,8 +36,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from trl import SFTTrainer
 
 from pat.loading import load_tokenizer
-from pat.report.results import environment
-from pat.training.arguments import TuneArguments, build_arguments, recipe_defaults
+from pat.recipes import recipe_defaults
+from pat.report.records import environment
+from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.data import load_training_data
 from pat.training.stages import Stages
 from pat.tuner import PatConfig, PatModel, find_tuner
@@ -419,7 +420,7 @@ def compose(steps: dict[str, Any], runs: dict[str, Any]) -> dict[str, Any]:
     num_steps = WHOLE_TOKENS // (steps["batch_size"] * steps["max_length"])
     result: dict[str, Any] = {"num_steps": num_steps, "fixed_seconds": {}, "ratios": {}}
     for kind, step_one in stage_one.items():
-        milestone = recipe_defaults(kind)["milestone"]
+        milestone = recipe_defaults(kind).get("milestone", PatConfig.milestone)
         short = round(milestone * runs["steps"]) * step_one * runs["batch_size"] / steps["batch_size"]
         parts = [row["stage_one"] - short + row["compaction"] for row in runs["parts"][kind]]
         fixed = result["fixed_seconds"][kind] = max(0.0, statistics.median(parts))

@@ -80,6 +80,14 @@ def stories260k_path(tests_data: Path) -> Path:
     return tests_data / "stories260K"
 
 
+@pytest.fixture(scope="session")
+def lettered_path(stories260k_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint like stories260K that answers questions by letter."""
+    from lettered import save_lettered
+
+    return save_lettered(stories260k_path, tmp_path_factory.mktemp("lettered"))
+
+
 @pytest.fixture
 def stories260k(stories260k_path: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """A fresh ``(model, tokenizer)`` of stories260K, float32, eval mode: a test may change it."""

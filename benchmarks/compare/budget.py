@@ -12,7 +12,7 @@ from torch import nn
 
 from pat.checkpoint.hollow import hollow_model
 from pat.loading import load_config
-from pat.plan import make_plan
+from pat.plan.command import make_plan
 from pat.training.arguments import TuneArguments
 
 

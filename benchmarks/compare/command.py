@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pat.command_parser import CommandParser
+
 from compare.cells import done_cells, is_asked_for, num_missing
 from compare.config import CompareConfig, make_config
 from compare.figure import draw_accuracy, draw_nll
@@ -18,7 +20,6 @@ from compare.results import read_rows
 from compare.runner import run_cells
 from compare.summary import Line, summarise
 from compare.tables import markdown
-from pat.command_parser import CommandParser
 from pat.errors import PatError, RunFailed
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import Any
 
 from compare.methods import METHODS, TUNED
 from pat.errors import PatError
-from pat.evaluation.tasks.protocols import PROTOCOLS
+from pat.evaluation.options import PROTOCOLS
 
 CONFIGS = ("tiny", "smollm2", "gpu", "paper")
 """Names of the ready-made comparisons."""

@@ -12,11 +12,10 @@ from compare.config import CompareConfig
 from compare.data import DataFiles
 from compare.load_baselines import baselines_folder
 from compare.methods import METHODS
-from pat.evaluation.tasks import load_questions
-from pat.evaluation.tasks.fingerprints import fingerprint_rows
+from pat.evaluation.harness import fingerprint_questions
 from pat.loading import load_config
-from pat.report.results import environment
-from pat.training.arguments import recipe_defaults
+from pat.recipes import recipe_defaults
+from pat.report.records import environment
 
 SAMPLE_BYTES = 1 << 20
 """Of a large file, so many bytes at its start, middle and end are read."""
@@ -41,8 +40,7 @@ def digest_inputs(config: CompareConfig, model: str, files: DataFiles) -> dict[s
         source = sorted(baselines_folder(config.baselines).glob("*.py"))  # they have no version of their own
         inputs["baselines"] = _digest(part for path in source for part in (path.name.encode(), path.read_bytes()))
     if config.tasks is not None:
-        questions = load_questions(config.tasks, config.data_dir, config.limit)
-        inputs["questions"] = _digest([fingerprint_rows(rows).encode() for rows in questions.values()])
+        inputs["questions"] = fingerprint_questions(config.tasks, config.data_dir, config.limit)[:16]
     return inputs
 
 

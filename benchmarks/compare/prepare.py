@@ -15,7 +15,7 @@ from compare.load_baselines import draw_calibration, load_baselines
 from compare.methods import METHODS
 from pat.checkpoint.hollow import hollow_model
 from pat.errors import PatError
-from pat.evaluation.tasks import load_questions
+from pat.evaluation.harness import load_tasks
 from pat.loading import load_config, load_tokenizer
 
 
@@ -39,7 +39,7 @@ def prepare(config: CompareConfig, rows: Sequence[Row] = ()) -> dict[str, dict[s
     used = sorted({name for method in config.all_methods if (name := METHODS[method].baseline)})
     baselines = load_baselines(config.baselines) if used else None
     if config.tasks is not None:
-        load_questions(config.tasks, config.data_dir, config.limit)
+        load_tasks(config.tasks, config.protocols, config.data_dir)
     for model, name in zip(config.models, names, strict=True):
         base_config, _ = load_config(model)
         if baselines is not None:

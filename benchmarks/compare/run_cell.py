@@ -8,6 +8,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,10 +25,10 @@ from compare.data import DataFiles, data_files
 from compare.load_baselines import draw_calibration, load_baselines
 from compare.methods import METHODS, TUNED
 from pat.errors import Diverged, ParityMissed, PatError
-from pat.evaluation.tasks import evaluate_tasks
+from pat.evaluation.harness import evaluate_tasks
 from pat.loading import load_base, load_config, load_tokenizer, stored_dtype
 from pat.nll import response_nll, tokenize_examples
-from pat.report.results import environment
+from pat.report.records import environment
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.data import load_training_data
 from pat.training.guard import FiniteGuard
@@ -117,9 +118,8 @@ class _Run:
                 data_dir=self.config.data_dir,
                 limit=self.config.limit,
                 batch_size=self.config.eval_batch_size,
-                progress=False,
             )
-            self.facts["tasks"] = evaluation.to_dict()
+            self.facts["tasks"] = asdict(evaluation)
 
     def alpha(self, rank: int) -> Any:
         """Return lora_alpha for a rank, so that the scale of LoRA's product is the same for every method."""

@@ -66,7 +66,7 @@ def run(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_what_a_run_leaves(run: Path) -> None:
-    assert {path.name for path in run.iterdir()} == {"model", "adapter", "compact", "results.json"}
+    assert {path.name for path in run.iterdir()} == {"model", "adapter", "compact", "results.json", "run.json"}
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     expected = {"schema_version", "versions", "machine", "seed", "recipe", "cut", "figures", "parity", "data"}
     assert expected <= set(results)
@@ -147,7 +147,7 @@ def test_a_run_that_was_cut_off_is_resumed(stage: str, base: Path, data: Path, r
         left = (
             path.name in kept
             if path.parent.name == "checkpoints"
-            else path.name in ("checkpoints", "compact", "adapter")
+            else path.name in ("checkpoints", "compact", "adapter", "run.json")
         )
         if not left:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -17,8 +17,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pat.errors import PatError
 from pat.families import get_family
-from pat.plan import Plan, make_plan, print_plan
+from pat.plan.command import Plan, make_plan
 from pat.plan.costs import GROUPS, build_skeleton, cost_at, cost_of
+from pat.plan.tables import print_plan
 from pat.plan.training import training_memory
 from pat.tuner import PatConfig
 

@@ -7,14 +7,15 @@ from contextlib import ExitStack, contextmanager
 
 from tqdm import tqdm
 
+from pat.benchmark.checks import check_options, resolved_device
 from pat.benchmark.figure import can_draw, draw
 from pat.benchmark.measure import ROLES, Progress, measure
-from pat.benchmark.options import BenchmarkOptions, check_options
+from pat.benchmark.options import BenchmarkOptions
 from pat.benchmark.prediction import Predictor
 from pat.benchmark.process import Worker
 from pat.benchmark.record import Benchmark, to_dict
 from pat.benchmark.tables import markdown
-from pat.report.results import write_results
+from pat.report.records import write_record
 
 
 def run_benchmark(options: BenchmarkOptions) -> Benchmark:
@@ -27,7 +28,7 @@ def run_benchmark(options: BenchmarkOptions) -> Benchmark:
     check_options(options)
     names = {"baseline": options.baseline, "model": options.model}
     predictors = {role: Predictor(names[role], options) for role in ROLES}
-    device = options.resolved_device()
+    device = resolved_device(options)
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         for role in ROLES:
@@ -61,7 +62,7 @@ def run_benchmark(options: BenchmarkOptions) -> Benchmark:
 def _write(benchmark: Benchmark) -> None:
     folder = benchmark.options.output_dir
     assert folder is not None
-    write_results(folder / "results.json", to_dict(benchmark))
+    write_record(folder / "results.json", to_dict(benchmark))
     (folder / "results.md").write_text(markdown(benchmark), encoding="utf-8")
     if can_draw():
         draw(benchmark, folder / "speedup.png")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pat.benchmark.options import BenchmarkOptions, resolve_dtype
+from pat.benchmark.checks import resolve_dtype
+from pat.benchmark.options import BenchmarkOptions
 from pat.loading import load_config, stored_dtype
 from pat.plan.costs import Skeleton, build_skeleton, cost_at, cost_of
 

@@ -9,7 +9,7 @@ from pat.benchmark.measure import ROLES, Row
 from pat.benchmark.options import BenchmarkOptions
 from pat.benchmark.prediction import SettingPrediction
 from pat.benchmark.statistics import Spread
-from pat.report.results import environment
+from pat.report.records import environment
 
 
 @dataclass(frozen=True)

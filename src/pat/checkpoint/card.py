@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from pat.checkpoint.verify import Parity
-from pat.report.results import environment
+from pat.report.records import environment
 
 
 @dataclass(frozen=True)

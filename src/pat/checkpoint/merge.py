@@ -16,6 +16,7 @@ from peft import LoraConfig
 from pat.checkpoint.adapter import base_name, compaction_of, load_adapted, read_adapter_config
 from pat.checkpoint.card import Cut, shown_name
 from pat.checkpoint.compact import ADAPTER, RECORD
+from pat.checkpoint.options import MergeOptions
 from pat.checkpoint.staging import check_output_folder, staged_folder
 from pat.checkpoint.streamed import load_hollow, stream_checkpoint
 from pat.checkpoint.verification_text import MAX_TOKENS, verification_batches
@@ -23,7 +24,7 @@ from pat.checkpoint.verify import Parity
 from pat.checkpoint.write import MAX_SHARD_SIZE, count_parameters, save_checkpoint
 from pat.errors import PatError
 from pat.loading import load_config, load_tokenizer
-from pat.report.results import environment, write_results
+from pat.report.records import environment, write_record
 from pat.tuner import PatConfig
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,25 @@ class MergeResult:
     def num_parameters(self) -> int:
         """Parameters of the dense model."""
         return self.cut.num_parameters
+
+
+def run_merge(options: MergeOptions) -> MergeResult:
+    """Run `pat merge`; see `merge`."""
+    return merge(
+        options.adapter,
+        options.output_dir,
+        base_model=options.base_model,
+        dtype=options.dtype,
+        text_file=options.text_file,
+        max_shard_size=options.max_shard_size,
+        fold_dtype=options.fold_dtype,
+        device=options.device,
+    )
+
+
+def print_merge(result: MergeResult) -> None:
+    """Print where the checkpoint is, and how exact."""
+    print(f"Wrote {result.model_dir} ({result.num_parameters:,} parameters); {result.parity.describe()}")
 
 
 def merge(
@@ -118,7 +138,7 @@ def merge(
             )
         else:
             parity, cut = save_checkpoint(model, staging, max_shard_size=max_shard_size or MAX_SHARD_SIZE, **options)
-        write_results(staging / "results.json", _results(name, config, parity, cut) | {"timings": timings})
+        write_record(staging / "results.json", _results(name, config, parity, cut) | {"timings": timings})
     return MergeResult(Path(output_dir).expanduser(), parity, cut)
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from pat.checkpoint.staging import check_output_folder
 from pat.demo.data import SAMPLE_PROMPTS, demo_data_path
 from pat.demo.model import prepare_smollm2
+from pat.demo.options import DemoOptions
 from pat.loading import load_tokenizer
 from pat.training.arguments import build_arguments
 from pat.training.results import TuneResult
@@ -47,44 +48,38 @@ class Sample:
     small: str
 
 
-def run_demo(
-    output_dir: Path,
-    *,
-    dataset_name: str | None = None,
-    cache_dir: Path | None = None,
-    pruning_ratio: float | None = None,
-    max_steps: int | None = None,
-) -> TuneResult:
-    """Prepare the demo model, tune and prune it, and show what came out.
+@dataclass(frozen=True)
+class Demo:
+    """What a demo came to."""
 
-    Args:
-        output_dir: folder of the run, as `pat tune` leaves it, plus `samples.md`.
-        dataset_name: instruction data; by default the package's own small set.
-        cache_dir: where the downloaded base model is kept.
-        pruning_ratio: share of the hidden size to cut, instead of the demo's.
-        max_steps: optimizer steps, instead of the demo's.
+    run: TuneResult
+    samples: list[Sample]
+
+
+def run_demo(options: DemoOptions) -> Demo:
+    """Prepare the demo model, tune and prune it, and have base and small model answer the same prompts.
+
+    The output folder is that of `pat tune`, plus `samples.md`.
 
     Raises:
         PatError: the output folder is in use, or the base model cannot be prepared.
         RunFailed: see `pat.tune`.
     """
     console = Console()
-    check_output_folder(output_dir)
-    base = prepare_smollm2(cache_dir, progress=console.print)
-    data = dataset_name or str(demo_data_path())
-    chosen = {"pruning_ratio": pruning_ratio, "max_steps": max_steps}
+    check_output_folder(options.output_dir)
+    base = prepare_smollm2(options.cache_dir, progress=console.print)
+    data = options.dataset_name or str(demo_data_path())
+    chosen = {"pruning_ratio": options.pruning_ratio, "max_steps": options.max_steps}
     flags = RECIPE | {flag: value for flag, value in chosen.items() if value is not None}
     console.print(
         f"Tuning {base.name} on {Path(data).name}: {flags['max_steps']} steps, cutting {flags['pruning_ratio']:.1%}"
     )
     result = run_tune(
-        build_arguments(model_name_or_path=str(base), dataset_name=data, output_dir=str(output_dir), **flags)
+        build_arguments(model_name_or_path=str(base), dataset_name=data, output_dir=options.output_dir, **flags)
     )
-    print_summary(result)
     samples = answer_side_by_side(base, result.model_dir)
-    _print_samples(console, samples)
-    (output_dir / "samples.md").write_text(_as_markdown(samples), encoding="utf-8")
-    return result
+    (options.output_dir / "samples.md").write_text(_as_markdown(samples), encoding="utf-8")
+    return Demo(result, samples)
 
 
 def answer_side_by_side(base: Path, small: Path) -> list[Sample]:
@@ -109,13 +104,15 @@ def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     return answers
 
 
-def _print_samples(console: Console, samples: list[Sample]) -> None:
+def print_demo(demo: Demo) -> None:
+    """Print the figures of the run, and both models' answers."""
+    print_summary(demo.run)
     table = Table(title="Greedy answers", show_lines=True)
     for heading in ("prompt", "base", "small"):
         table.add_column(heading, overflow="fold")
-    for sample in samples:
+    for sample in demo.samples:
         table.add_row(sample.prompt, sample.base, sample.small)
-    console.print(table)
+    Console().print(table)
 
 
 def _as_markdown(samples: list[Sample]) -> str:

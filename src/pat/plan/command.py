@@ -10,10 +10,11 @@ import torch
 from pat.errors import PatError
 from pat.loading import load_config, stored_dtype
 from pat.plan.costs import ModelCost, build_skeleton, cost_of
+from pat.plan.options import PlanOptions
 from pat.plan.training import TrainingMemory, training_memory
+from pat.recipes import recipe_defaults
 from pat.shape import Width, legal_widths
 from pat.surgery.dense import shrink_config
-from pat.training.arguments import recipe_defaults
 from pat.tuner.config import PatConfig
 from pat.tuner.prepare import check_config
 
@@ -24,7 +25,7 @@ NUM_NEIGHBOURS = 3
 """Legal widths shown on either side of the one taken."""
 
 RECIPE = "default"
-"""The recipe whose rank, batch size and length the training memory is for."""
+"""The recipe whose batch size and length the training memory is for."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,18 @@ class Plan:
         return self.base.decode_bytes_per_token / self.pruned.decode_bytes_per_token
 
 
+def run_plan(options: PlanOptions) -> Plan:
+    """Plan the pruning of a model from its configuration alone; see `make_plan`."""
+    return make_plan(
+        options.model_name_or_path,
+        pruning_ratio=options.pruning_ratio,
+        pruned_hidden_size=options.pruned_hidden_size,
+        multiple_of=options.multiple_of,
+        untie_word_embeddings=options.untie_word_embeddings,
+        context=options.context,
+    )
+
+
 def make_plan(
     model_name_or_path: str,
     *,
@@ -86,8 +99,6 @@ def make_plan(
     recipe = recipe_defaults(RECIPE)
     pat_config = PatConfig(
         task_type="CAUSAL_LM",
-        r=recipe["lora_r"],
-        lora_alpha=recipe["lora_alpha"],
         pruning_ratio=pruning_ratio,
         pruned_hidden_size=pruned_hidden_size,
         multiple_of=multiple_of,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pat.errors import PatError
-from pat.nll import read_text
+from pat.nll import read_text, split_text
 
 BATCH_SIZE = 4
 CONTEXT = 512
@@ -41,14 +41,9 @@ def batches_from_text_file(path: str, tokenizer: Any) -> Iterator[dict[str, Tens
     text = read_calibration(path)
     if tokenizer is None:
         raise PatError("Got a calibration text but no tokenizer; pass processing_class to the trainer.")
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    bos = tokenizer.bos_token_id
-    start = ids[:1] if bos is not None and ids[:1].tolist() == [bos] else ids[:0]
-    body = ids[len(start) :]
-    if len(body) == 0:
+    pieces = split_text(tokenizer, text, CONTEXT)
+    if not pieces:
         raise PatError(f"Got calibration={path!r}, but the file holds no text.")
-    length = min(CONTEXT - len(start), len(body))
-    rows = body[: len(body) // length * length].view(-1, length)
-    rows = torch.cat([start.expand(len(rows), -1), rows], dim=1)
-    for first in range(0, len(rows), BATCH_SIZE):
-        yield {"input_ids": rows[first : first + BATCH_SIZE]}
+    rows = torch.tensor([piece for piece in pieces if len(piece) == len(pieces[0])])
+    for start in range(0, len(rows), BATCH_SIZE):
+        yield {"input_ids": rows[start : start + BATCH_SIZE]}

@@ -47,6 +47,12 @@ class PatConfig(PatOptions, LoraConfig):
         PatError: a field holds a value the method cannot use, or an option of LoRA that does not go with pruning.
     """
 
+    # LoRA's part of the recipe; peft's own defaults are others.
+    r: int = field(default=20, metadata={"help": "Rank of LoRA."})
+    lora_alpha: int = field(default=40, metadata={"help": "Numerator of the factor on LoRA's product."})
+    use_rslora: bool = field(
+        default=True, metadata={"help": "Whether that factor is lora_alpha / sqrt(r) instead of lora_alpha / r."}
+    )
     base_shape: dict[str, Any] | None = field(
         default=None, metadata={"help": "Filled in: shape of the base model the adapter belongs to."}
     )

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pat.errors import PatError
 from pat.nll import response_nll, tokenize_examples
-from pat.plan import make_plan
+from pat.plan.command import make_plan
 from pat.training.data import load_training_data
 
 WIDTH = 36  # of 48

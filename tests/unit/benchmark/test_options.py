@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from tiny_models import build
 
-from pat.benchmark import BenchmarkOptions, run_benchmark
-from pat.benchmark.options import check_options, parse_counts
+from pat.benchmark.checks import check_options, parse_counts
+from pat.benchmark.command import run_benchmark
+from pat.benchmark.options import BenchmarkOptions
 from pat.errors import PatError
 
 

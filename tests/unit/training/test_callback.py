@@ -44,7 +44,7 @@ def llama(*, tied: bool = True, **fields: Any) -> Any:
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_the_mask_follows_the_optimizer_steps_not_the_micro_batches(accumulation: int) -> None:
-    model = llama(rotation="none", milestone=0.5)
+    model = llama(rotation="none", milestone=0.5, operator_lr_multiplier=1.0, use_rslora=False)
     mask, seen = tuner_of(model).mask(), []
 
     def forward(_module: nn.Module, _args: Any) -> None:
@@ -120,7 +120,7 @@ def test_milestone_zero_needs_a_prior() -> None:
 
 def test_a_best_checkpoint_is_only_picked_from_the_milestone_on(tmp_path: Path) -> None:
     """Whatever the metric says: the best one, of a soft mask, would bring back a model that cannot be merged."""
-    model = llama(rotation="none", milestone=0.5)
+    model = llama(rotation="none", milestone=0.5, operator_lr_multiplier=1.0, use_rslora=False)
     trainer = train(
         model,
         max_steps=4,

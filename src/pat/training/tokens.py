@@ -1,0 +1,189 @@
+"""The tokens of examples, exactly as TRL 1.16's SFTTrainer makes them, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from datasets import Dataset, Features, List, Value
+from jinja2 import TemplateError
+
+from pat.errors import PatError
+from pat.nll import IGNORED, Example
+from pat.training.data import chat_template_of
+from pat.training.messages import reads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FEATURES = Features(
+    {
+        **dict.fromkeys(("input_ids", "labels"), List(Value("int32"))),  # after the cut
+        **dict.fromkeys(("num_tokens", "num_targets"), Value("int64")),  # before it; targets are what is learned
+        "num_left": Value("int64"),  # targets after it
+        "unread": Value("string"),  # fields and options that the chat template does not mention
+    }
+)
+
+BATCH_SIZE = 1000
+"""Examples whose texts go to the tokenizer at once, which uses every core for them."""
+
+
+class ExampleError(ValueError):
+    """A chat template cannot express one example of a dataset; the caller knows where it stands."""
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(index, reason)
+        self.index, self.reason = index, reason
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How SFTTrainer makes sequences fit, by its own arguments."""
+
+    max_length: int | None = None
+    truncation_mode: str = "keep_start"
+    packing: bool = False
+    packing_strategy: str = "bfd"
+
+    @property
+    def splits(self) -> bool:
+        """Whether what does not fit goes on in another sequence."""
+        return self.packing and self.packing_strategy != "bfd"
+
+    def __call__(self, values: list[int]) -> list[int]:
+        """Return what is left of a sequence."""
+        if self.max_length is None or self.splits:
+            return values
+        keep_end = self.truncation_mode == "keep_end" and not self.packing
+        return values[-self.max_length :] if keep_end else values[: self.max_length]
+
+    def pieces(self, values: list[int]) -> list[list[int]]:
+        """Return the sequences that one becomes, where `splits` says so."""
+        if not self.splits or self.max_length is None:
+            return [self(values)]
+        return [values[at : at + self.max_length] for at in range(0, len(values), self.max_length)]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns batches of examples into `input_ids` and `labels` (-100 where nothing is learned).
+
+    The end-of-sequence token is appended to plain strings; in conversations that is up to the chat template. The
+    completion starts where the tokens of the prompt and of prompt + completion diverge: before the prompt's end if
+    tokens merge across it.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    cut: Cut = Cut()
+    completion_only: bool = True
+
+    def __call__(self, batch: Mapping[str, list[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
+        """Encode columns of examples, one row for each, with what `FEATURES` names.
+
+        Raises:
+            ExampleError: the chat template refuses an example.
+            PatError: the tokenizer has no end-of-sequence token.
+        """
+        unread = [""] * len(indices)
+        prompts: list[list[int]] | None = None
+        if "prompt" not in batch:
+            full = self._ids([self._ended(text) for text in batch["text"]])
+        elif isinstance(batch["prompt"][0], str):
+            pairs = zip(batch["prompt"], batch["completion"], strict=True)
+            full = self._ids([prompt + self._ended(completion) for prompt, completion in pairs])
+            prompts = self._ids(batch["prompt"])
+        else:
+            rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+            chats = [self._rendered(row, index) for row, index in zip(rows, indices, strict=True)]
+            full, prompts = (self._ids(texts, add_special_tokens=False) for texts in zip(*chats, strict=True))
+            source = chat_template_of(self.tokenizer)
+            unread = [", ".join(sorted(name for name in _names(row) if not reads(source, name))) for row in rows]
+        starts = [0] * len(full)
+        if prompts is not None and self.completion_only:
+            starts = [_common_prefix(prompt, ids) for prompt, ids in zip(prompts, full, strict=True)]
+        labels = [self.cut([IGNORED] * start + ids[start:]) for start, ids in zip(starts, full, strict=True)]
+        return {
+            "input_ids": [self.cut(ids) for ids in full],
+            "labels": labels,
+            "num_tokens": [len(ids) for ids in full],
+            "num_targets": [len(ids) - start for start, ids in zip(starts, full, strict=True)],
+            "num_left": [len(row) - row.count(IGNORED) for row in labels],
+            "unread": unread,
+        }
+
+    def _ids(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        # verbose=False: a text longer than the model's window is no reason to warn, it is cut.
+        encoded = self.tokenizer(text=list(texts), add_special_tokens=add_special_tokens, verbose=False)
+        return cast(list[list[int]], encoded["input_ids"])
+
+    def _ended(self, text: str) -> str:
+        eos = self.tokenizer.eos_token
+        if not isinstance(eos, str):
+            raise PatError("The tokenizer has no end-of-sequence token to end responses with; pass --eos_token.")
+        return text if text.endswith(eos) else text + eos
+
+    def _rendered(self, row: Mapping[str, Any], index: int) -> tuple[str, str]:
+        """Return the text of a conversation, and that of its prompt alone."""
+        options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {}), "tokenize": False}
+        render: Any = self.tokenizer.apply_chat_template
+        try:
+            whole = render(row["prompt"] + row["completion"], **options)
+            return whole, render(row["prompt"], add_generation_prompt=True, **options)
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise ExampleError(index, " ".join(str(error).split())) from error
+
+
+def encode(dataset: Dataset, encoder: Encoder, place: Callable[[int], str], num_proc: int | None = None) -> Dataset:
+    """Return the rows of a dataset of examples as `FEATURES`.
+
+    Args:
+        place: says where an example stands, for messages.
+        num_proc: processes; a fast tokenizer uses every core by itself.
+
+    Raises:
+        PatError: the chat template refuses an example, or there is no end-of-sequence token.
+    """
+    try:
+        return dataset.map(
+            encoder,
+            batched=True,
+            batch_size=BATCH_SIZE,
+            with_indices=True,
+            num_proc=num_proc,
+            remove_columns=dataset.column_names,
+            features=FEATURES,
+            desc="Tokenizing",
+        )
+    except ExampleError as error:
+        where, reason = place(error.index), error.reason
+        raise PatError(f"{where}: the tokenizer's chat template refuses this row ({reason}); fix either.") from error
+
+
+def tokenize_examples(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, max_length: int | None) -> list[Example]:
+    """Return the `input_ids` and `labels` of all examples, cut at their end; those without a label left are dropped.
+
+    Raises:
+        PatError: see `encode`.
+    """
+    rows = encode(dataset, Encoder(tokenizer, Cut(max_length)), lambda index: f"Example {index + 1}")
+    examples = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
+    return [example for example in examples if max_length is None or learns(example["labels"])]
+
+
+def learns(labels: Sequence[int]) -> bool:
+    """Tell whether any of the labels counts."""
+    return any(label != IGNORED for label in labels)
+
+
+def _names(row: Mapping[str, Any]) -> set[str]:
+    """Return what a conversation has beyond roles and texts."""
+    names = {key for message in row["prompt"] + row["completion"] for key in message} - {"role", "content"}
+    return names | ({"tools"} if row.get("tools") else set()) | set(row.get("chat_template_kwargs") or ())
+
+
+def _common_prefix(prompt: list[int], ids: list[int]) -> int:
+    if ids[: len(prompt)] == prompt:
+        return len(prompt)
+    return next(i for i, (a, b) in enumerate(zip([*prompt, None], [*ids, -1], strict=False)) if a != b)
