@@ -146,9 +146,12 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
     evaluation = None
     if apart and sft.eval_strategy != "no":
         fit = replace(cut, packing=sft.packing if sft.eval_packing is None else sft.eval_packing)
-        fitted = ({name: fit(row[name]) for name in TRAINED_ON} for row in apart)
-        drops = fit.max_length is not None and not fit.packing
-        evaluation = _packed(Dataset.from_list([row for row in fitted if not drops or learns(row["labels"])]), sft, fit)
+        fitted = [{name: fit(row[name]) for name in TRAINED_ON} for row in apart]
+        if fit.max_length is not None and not fit.packing:
+            fitted = [row for row in fitted if learns(row["labels"])]
+        if not fitted:
+            raise PatError(f"Got eval_strategy={str(sft.eval_strategy)!r}, but no held-out response is left; raise it.")
+        evaluation = _packed(Dataset.from_list(fitted), sft, fit)
     return Prepared(
         vocabulary=vocabulary,
         record=record,

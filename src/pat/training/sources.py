@@ -173,6 +173,7 @@ class _Converter:
 
     format: Format
     template: Template | None
+    features: Features
     chat_template: str
     place: Place
     unread: tuple[str, ...]
@@ -180,22 +181,19 @@ class _Converter:
     @classmethod
     def of(cls, name: str, columns: Collection[str], first: Row, reading: Reading, place: Place) -> _Converter:
         format = detect_format(columns, name, reading.text_field)
-        template: Template | None = "chat" if reading.chat_template else "alpaca"
         as_it_is = format.name == "prompt-completion" and not isinstance(first.get(format.prompt), list)
+        template: Template | None = "chat" if reading.chat_template else "alpaca"
         if format.name == "text" or (reading.template == "auto" and as_it_is):
             template = None
         elif reading.template != "auto":
             template = reading.template
-        unread = tuple(column for column in columns if column not in format.columns)
-        return cls(format, template, reading.chat_template, place, unread)
-
-    @property
-    def features(self) -> Features:
-        chat = self.template == "chat"
-        names = ("text",) if self.format.name == "text" else ("prompt", "completion")
+        chat = template == "chat"
+        names = ("text",) if format.name == "text" else ("prompt", "completion")
         kinds: dict[str, Any] = dict.fromkeys(names, List(Json()) if chat else Value("string"))
-        options = [name for name in ("tools", "chat_template_kwargs") if chat and name in self.format.beside]
-        return Features(kinds | {name: Json() for name in options} | {ROW: Value("int64")})
+        options = [name for name in ("tools", "chat_template_kwargs") if chat and name in format.beside]
+        features = Features(kinds | {name: Json() for name in options} | {ROW: Value("int64")})
+        unread = tuple(column for column in columns if column not in format.columns)
+        return cls(format, template, features, reading.chat_template, place, unread)
 
     def convert(self, row: Row, index: int) -> list[dict[str, Any]]:
         try:

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
@@ -160,6 +161,9 @@ class Stages:
         return args
 
     def _trainer(self, model: PeftModel, args: SFTConfig, callbacks: list[TrainerCallback]) -> SFTTrainer:
+        head: Any = model.get_output_embeddings()
+        if isinstance(head, TrainableTokensWrapper):
+            head.bias = None  # TRL's fused head asks for one; of what it wraps, peft's wrapper shows the weight alone
         return SFTTrainer(
             model=model,
             args=args,

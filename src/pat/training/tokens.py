@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from datasets import Dataset, Features, List, Value
@@ -115,8 +116,15 @@ class Encoder:
 
     def _ids(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         # verbose=False: a text longer than the model's window is no reason to warn, it is cut.
-        encoded = self.tokenizer(text=list(texts), add_special_tokens=add_special_tokens, verbose=False)
-        return cast(list[list[int]], encoded["input_ids"])
+        call = partial(self.tokenizer, add_special_tokens=add_special_tokens, verbose=False)
+        if not self.tokenizer.is_fast:
+            return cast(list[list[int]], call(text=list(texts))["input_ids"])
+        call(text="")  # turns off, as every call does, truncation and padding that the tokenizer was saved with
+        # The same encoding without offsets, which take a third of the time and are not needed.
+        encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(
+            list(texts), add_special_tokens=add_special_tokens
+        )
+        return [encoding.ids for encoding in encodings]
 
     def _ended(self, text: str) -> str:
         eos = self.tokenizer.eos_token
