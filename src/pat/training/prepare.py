@@ -132,10 +132,10 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
     _check_arguments(sft, data)
     cut = Cut(sft.max_length, sft.truncation_mode, sft.packing, sft.packing_strategy)
     encoder = Encoder(vocabulary.tokenizer, cut, completion_only=sft.completion_only_loss is not False)
-    rows = encode(data.train, encoder, data.train_place, sft.dataset_num_proc)
+    rows = encode(data.train_rows, encoder, data.source.place, sft.dataset_num_proc)
     apart: Sequence[Any] = []
-    if data.held_out is not None:
-        apart = encode(data.held_out, replace(encoder, cut=Cut()), data.held_out_place, sft.dataset_num_proc).to_list()
+    if data.held_out_rows is not None:
+        apart = encode(data.held_out_rows, replace(encoder, cut=Cut()), data.held_out_source.place).to_list()
     pieces = [list(_pieces(row, cut)) for row in apart]
     record = replace(_looked_at(data, rows, cut, vocabulary), num_held_out=sum(map(bool, pieces)))
     if record.num_held_out < len(apart):
@@ -172,11 +172,10 @@ def prepare_examples(
         PatError: see `prepare`.
     """
     data = load_training_data(name, tokenizer=vocabulary.tokenizer, template=template, held_out=0)
-    total = len(data.train)
-    indices = range(total) if limit is None or limit >= total else [i * total // limit for i in range(limit)]
+    count, total = min(limit or len(data.train_rows), len(data.train_rows)), len(data.train_rows)
+    some = data.train_rows.select([index * total // count for index in range(count)])
     cut = Cut(max_length)
-    encoder = Encoder(vocabulary.tokenizer, cut)
-    rows = encode(data.train.select(indices), encoder, lambda index: data.train_place(indices[index]))
+    rows = encode(some, Encoder(vocabulary.tokenizer, cut), data.source.place)
     record = _looked_at(data, rows, cut, vocabulary)
     return _kept(rows, cut).select_columns(TRAINED_ON).to_list(), record
 
@@ -185,9 +184,9 @@ def _check_arguments(sft: SFTConfig, data: TrainingData) -> None:
     """Refuse what SFTTrainer would refuse, or ignore, when it looked at this data."""
     if sft.packing and sft.max_length is None:
         raise PatError("Got packing without a max_length; expected --max_length, the length to pack to.")
-    if sft.completion_only_loss and data.format == "text":
+    if sft.completion_only_loss and data.source.format.name == "text":
         raise PatError("Got --completion_only_loss true with plain text; expected prompts and completions.")
-    if sft.assistant_only_loss and data.template != "chat":
+    if sft.assistant_only_loss and data.source.template != "chat":
         raise PatError("Got --assistant_only_loss true, but the data is not under a chat template; leave the flag out.")
 
 
@@ -201,14 +200,14 @@ def _looked_at(data: TrainingData, rows: Dataset, cut: Cut, vocabulary: Vocabula
             f"prompt with one response token takes {(tokens - targets).min() + 1}; pass a larger --max_length."
         )
     record = DataRecord(
-        source=shown_name(data.source),
-        held_out_source=data.held_out_source and shown_name(data.held_out_source),
-        format=data.format,
-        template=data.template,
-        fingerprint=data.fingerprint,
+        source=shown_name(data.name),
+        held_out_source=data.held_out_name and shown_name(data.held_out_name),
+        format=data.source.format.name,
+        template=data.source.template,
+        fingerprint=data.source.fingerprint,
         num_rows=data.num_rows,
         num_dropped=data.num_dropped,
-        unused_columns=data.unused_columns,
+        unused_columns=data.source.unread,
         num_examples=len(rows),
         num_tokens=int(tokens.sum()),
         num_target_tokens=int(targets.sum()),
@@ -260,10 +259,10 @@ def _remarks(record: DataRecord, cut: Cut, num_longer: int, unread: Sequence[str
 
 def _num_glued(data: TrainingData, vocabulary: Vocabulary) -> int:
     """Count prompts that end, and completions that begin, without anything that tells them apart."""
-    if data.template is not None or data.format != "prompt-completion":
+    if data.source.template is not None or data.source.format.name != "prompt-completion":
         return 0
     ends = tuple(vocabulary.tokenizer.get_added_vocab())
-    pairs = zip(data.train["prompt"], data.train["completion"], strict=True)
+    pairs = zip(data.train_rows["prompt"], data.train_rows["completion"], strict=True)
     return sum(not (p[-1:].isspace() or c[:1].isspace() or p.endswith(ends)) for p, c in pairs)
 
 
