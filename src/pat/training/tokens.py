@@ -42,20 +42,24 @@ class Cut:
     packing_strategy: str = "bfd"
 
     @property
-    def splits(self) -> bool:
-        """Whether what does not fit goes on in another sequence."""
-        return self.packing and self.packing_strategy != "bfd"
+    def room(self) -> int | None:
+        """Tokens that are kept of a sequence; None if all are, be it in several sequences."""
+        return None if self.packing and self.packing_strategy != "bfd" else self.max_length
+
+    @property
+    def keeps_end(self) -> bool:
+        """Whether it is the beginning that is dropped."""
+        return self.truncation_mode == "keep_end" and not self.packing
 
     def __call__(self, values: list[int]) -> list[int]:
         """Return what is left of a sequence."""
-        if self.max_length is None or self.splits:
+        if self.room is None:
             return values
-        keep_end = self.truncation_mode == "keep_end" and not self.packing
-        return values[-self.max_length :] if keep_end else values[: self.max_length]
+        return values[-self.room :] if self.keeps_end else values[: self.room]
 
     def pieces(self, values: list[int]) -> list[list[int]]:
-        """Return the sequences that one becomes, where `splits` says so."""
-        if not self.splits or self.max_length is None:
+        """Return the sequences that one becomes, each of at most `max_length`."""
+        if self.room is not None or self.max_length is None:
             return [self(values)]
         return [values[at : at + self.max_length] for at in range(0, len(values), self.max_length)]
 

@@ -35,9 +35,11 @@ class Vocabulary:
         """Check that the model has an embedding for the tokens that occur, up to the largest, and the special ones.
 
         Raises:
-            PatError: it has not.
+            PatError: it has not, or there is no token to pad with.
         """
         tokenizer = self.tokenizer
+        if tokenizer.pad_token_id is None:
+            raise PatError("The tokenizer has neither a padding nor an end-of-sequence token; pass --eos_token.")
         special = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
         token = max(largest, *(int(cast(int, id)) for id in special if id is not None))
         if token >= self.num_embeddings:
