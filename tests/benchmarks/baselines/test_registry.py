@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pat.errors import PatError
-from pat.nll import response_nll, tokenize_examples
+from pat.nll import response_nll
 from pat.plan.command import make_plan
 from pat.training.data import load_training_data
+from pat.training.tokens import tokenize_examples
 
 WIDTH = 36  # of 48
 
