@@ -24,6 +24,7 @@ for folder in (REPO_ROOT / "benchmarks", TESTS_DIR):  # scripts beside the packa
 import gc  # noqa: E402
 import random  # noqa: E402
 
+import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -32,6 +33,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 torch.set_num_threads(1)
+
+# The same examples in every run, no files beside the checkout, and no limit that a busy machine could break.
+hypothesis.settings.register_profile("pat", derandomize=True, database=None, deadline=None)
+hypothesis.settings.register_profile(  # for benchmarks/mutation.py, to which any counterexample will do
+    "unshrunk", hypothesis.settings.get_profile("pat"), phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate)
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "pat"))
 
 
 def pytest_collection_finish() -> None:

@@ -117,13 +117,13 @@ def _split(config: CompareConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[D
     rows = data.held_out.shuffle(seed=SEED)
     validation, held_out = rows.select(range(config.validation)), rows.select(range(config.validation, len(rows)))
     parts = {"to train on": train, "for validation": validation, "to report on": held_out}
-    cut = {}
-    for part, examples in parts.items():
-        cut[part] = len(examples) - len(tokenize_examples(tokenizer, examples, config.max_length))
-        if cut[part] == len(examples):
-            raise PatError(
-                f"{config.data}: no row {part} has a response left within max_length={config.max_length}; raise it."
-            )
+    kept = {part: len(tokenize_examples(tokenizer, rows, config.max_length)) for part, rows in parts.items()}
+    cut = {part: len(rows) - kept[part] for part, rows in parts.items()}
+    if not all(kept.values()):
+        raise PatError(
+            f"Got max_length {config.max_length}, which leaves no response of the rows "
+            f"{min(kept, key=kept.__getitem__)}; raise it."
+        )
     if any(cut.values()):
         counts = ", ".join(f"{count:,} of {len(parts[part]):,} {part}" for part, count in cut.items())
         logger.warning(

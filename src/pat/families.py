@@ -1,6 +1,6 @@
 """THE one place for what differs between model families: which weights write to and read from the residual stream.
 
-A record names modules relative to a decoder layer. The checks in `pat.surgery.residual` refuse a model with a parameter
+A record names modules relative to a decoder layer. The checks in `pat.surgery.residual` refuse a model with a tensor
 that its record does not account for, so a record cannot be silently incomplete.
 """
 
@@ -91,12 +91,26 @@ _RECORDS = (
     Family("iquestcoder", _ATTENTION, (_MLP,), also_known_as=("IQuest-Coder",)),
     Family("mistral", _ATTENTION, (_MLP,), also_known_as=("Mistral 7B", "Mistral Nemo")),
     Family("ministral", _ATTENTION, (_MLP,), also_known_as=("Ministral 8B",)),
-    Family("ministral3", _ATTENTION, (_MLP,), also_known_as=("Ministral 3",)),
+    Family("ministral3", _ATTENTION, (_MLP,), also_known_as=("Ministral 3 (text)",)),
     Family("qwen2", _ATTENTION, (_MLP,), also_known_as=("Qwen2", "Qwen2.5")),
     Family("qwen3", _ATTENTION, (_MLP,), qk_norm=_HEAD_NORMS, also_known_as=("Qwen3",)),
-    Family("qwen3_moe", _ATTENTION, (_MOE, _MLP), qk_norm=_HEAD_NORMS, expert_parameters=_EXPERTS),
-    Family("gemma", _ATTENTION, (_MLP,), gain_offset=1.0, scaled_embedding=True),
-    Family("gemma2", _SANDWICH_ATTENTION, (_SANDWICH_MLP,), gain_offset=1.0, scaled_embedding=True),
+    Family(
+        "qwen3_moe",
+        _ATTENTION,
+        (_MOE, _MLP),
+        qk_norm=_HEAD_NORMS,
+        expert_parameters=_EXPERTS,
+        also_known_as=("Qwen3 30B-A3B",),
+    ),
+    Family("gemma", _ATTENTION, (_MLP,), gain_offset=1.0, scaled_embedding=True, also_known_as=("Gemma 1",)),
+    Family(
+        "gemma2",
+        _SANDWICH_ATTENTION,
+        (_SANDWICH_MLP,),
+        gain_offset=1.0,
+        scaled_embedding=True,
+        also_known_as=("Gemma 2",),
+    ),
     Family(
         "gemma3_text",
         _SANDWICH_ATTENTION,
@@ -112,6 +126,7 @@ _RECORDS = (
         (replace(_MLP, pre_norm="pre_feedforward_layernorm"),),
         gain_offset=1.0,
         scaled_embedding=True,
+        also_known_as=("VaultGemma",),
     ),
     Family(
         "phi3",
@@ -119,27 +134,28 @@ _RECORDS = (
         (_FUSED_MLP,),
         also_known_as=("Phi-3", "Phi-4", "Phi-4-mini"),
     ),
-    Family("glm", _ATTENTION, (_FUSED_MLP,), also_known_as=("GLM-4-9B-chat",)),
+    Family("glm", _ATTENTION, (_FUSED_MLP,), also_known_as=("GLM-4-9B-Chat",)),
     Family(
         "glm4",
         replace(_ATTENTION, post_norm="post_self_attn_layernorm"),
         (replace(_FUSED_MLP, post_norm="post_mlp_layernorm"),),
         also_known_as=("GLM-4-0414",),
     ),
-    Family("olmo2", _POST_ATTENTION, (_POST_MLP,), qk_norm=_HEAD_NORMS),
-    Family("olmo3", _POST_ATTENTION, (_POST_MLP,), qk_norm=_HEAD_NORMS),
+    Family("olmo2", _POST_ATTENTION, (_POST_MLP,), qk_norm=_HEAD_NORMS, also_known_as=("OLMo 2",)),
+    Family("olmo3", _POST_ATTENTION, (_POST_MLP,), qk_norm=_HEAD_NORMS, also_known_as=("OLMo 3",)),
     Family(
         "flex_olmo",
         _POST_ATTENTION,
         (replace(_MOE, pre_norm=None, post_norm="post_feedforward_layernorm"),),
         qk_norm=_HEAD_NORMS,
         expert_parameters=_EXPERTS,
+        also_known_as=("FlexOlmo",),
     ),
-    Family("exaone4", _POST_ATTENTION, (_POST_MLP,), qk_norm=_HEAD_NORMS, also_known_as=("EXAONE 4",)),
-    Family("smollm3", _ATTENTION, (_MLP,)),
+    Family("exaone4", _POST_ATTENTION, (_POST_MLP,), qk_norm=_HEAD_NORMS, also_known_as=("EXAONE 4.0",)),
+    Family("smollm3", _ATTENTION, (_MLP,), also_known_as=("SmolLM3",)),
     # Granite's multipliers are scalars, so they commute with every operator, mask and rotation.
     Family("granite", _ATTENTION, (_MLP,), also_known_as=("Granite 3",)),
-    Family("granite_swa", _ATTENTION, (_MLP,), bystanders=("self_attn.sinks",)),
+    Family("granite_swa", _ATTENTION, (_MLP,), bystanders=("self_attn.sinks",), also_known_as=("Granite Swash 2B",)),
     Family(
         "granitemoe",
         _ATTENTION,
@@ -152,6 +168,7 @@ _RECORDS = (
             ),
         ),
         expert_parameters=_GRANITE_EXPERTS,
+        also_known_as=("Granite 3 MoE",),
     ),
     Family(
         "hyperclovax",
@@ -159,8 +176,10 @@ _RECORDS = (
         (replace(_MLP, post_norm="post_norm2"),),
         also_known_as=("HyperCLOVA X SEED Think",),
     ),
-    Family("mixtral", _ATTENTION, (_MOE,), expert_parameters=_EXPERTS),
-    Family("mellum", _ATTENTION, (_MOE, _MLP), qk_norm=_HEAD_NORMS, expert_parameters=_EXPERTS),
+    Family("mixtral", _ATTENTION, (_MOE,), expert_parameters=_EXPERTS, also_known_as=("Mixtral",)),
+    Family(
+        "mellum", _ATTENTION, (_MOE, _MLP), qk_norm=_HEAD_NORMS, expert_parameters=_EXPERTS, also_known_as=("Mellum 2",)
+    ),
     Family(
         "minimax_m2",
         _ATTENTION,
@@ -168,6 +187,7 @@ _RECORDS = (
         qk_norm=_HEAD_NORMS,
         bystanders=("mlp.e_score_correction_bias",),
         expert_parameters=_EXPERTS,
+        also_known_as=("MiniMax-M2",),
     ),
     Family(
         "hunyuan_v1_dense",
@@ -182,26 +202,46 @@ _RECORDS = (
         (replace(_UNGATED_MLP, pre_norm="feedforward_layernorm"),),
         qk_norm=_HEAD_NORMS,
         bystanders=tuple(f"mlp.act_fn.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps")),
+        also_known_as=("Apertus",),
     ),
     Family("arcee", _ATTENTION, (_UNGATED_MLP,), also_known_as=("AFM",)),
-    Family("cwm", _ATTENTION, (_MLP,), also_known_as=("Code World Model",)),
+    Family("cwm", _ATTENTION, (_MLP,), also_known_as=("CWM",)),
     Family("ernie4_5", _ATTENTION, (_MLP,), also_known_as=("ERNIE 4.5 0.3B",)),
     Family("seed_oss", _ATTENTION, (_MLP,), also_known_as=("Seed-OSS",)),
 )
 
 FAMILIES: dict[str, Family] = {record.model_type: record for record in _RECORDS}
 
+_WITH_LAYER_NORM = (
+    "biogpt bloom codegen cohere cohere2 falcon gpt2 gpt_bigcode gpt_neo gpt_neox gptj jais2 mpt nemotron olmo opt "
+    "persimmon phi phimoe stablelm starcoder2 xglm"
+)
+
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(_WITH_LAYER_NORM.split(), "its norms are LayerNorms, and a merge is exact with RMSNorm alone"),
+    "helium": "transformers takes its hidden size for the width of all heads (o_proj), so a smaller one does not load",
+    "olmoe": "transformers takes its hidden size for the width of all heads (q_norm), so a smaller one does not load",
+}
+"""Model types that no record can describe, and why."""
+
 
 def get_family(model_type: str) -> Family:
     """Return the record of a `model_type`.
 
     Raises:
-        PatError: the family has no record; the message lists those that have one and says what a record needs.
+        PatError: the family has no record; the message lists those that have one and says what a record needs, or why
+            there can be none.
     """
-    if model_type not in FAMILIES:
-        raise PatError(
-            f"Got a model of type {model_type!r}, which is not supported; supported: {', '.join(sorted(FAMILIES))}. "
-            "A new family needs a record in pat/families.py: its residual branches (norms, readers, writer), how its "
-            "norms store their gain, and whether its embeddings are scaled; it must use RMSNorm."
-        )
-    return FAMILIES[model_type]
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    reason = f": {REFUSED[model_type]}" if model_type in REFUSED else ""
+    remedy = (
+        "Use a model of one of these."
+        if reason
+        else "A new family needs a record in pat/families.py: its residual branches (norms, readers, writer), how its "
+        "norms store their gain, and whether its embeddings are scaled; it must use RMSNorm."
+    )
+    raise PatError(
+        f"Got a model of type {model_type!r}, which is not supported{reason}; supported: "
+        f"{', '.join(sorted(FAMILIES))}. {remedy}"
+    )

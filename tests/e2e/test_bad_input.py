@@ -135,7 +135,7 @@ MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no config": ({"model_name_or_path": "no-config"}, ["'no-config'", "no config.json", "expected a saved model"]),
     "a classifier": ({"model_name_or_path": "bert"}, ["BertForSequenceClassification", "ForCausalLM"]),
     "an encoder-decoder": ({"model_name_or_path": "t5"}, ["T5ForConditionalGeneration", "ForCausalLM"]),
-    "unsupported family": ({"model_name_or_path": "gpt2"}, ["'gpt2'", "not supported", *FAMILIES, "record"]),
+    "unsupported family": ({"model_name_or_path": "gpt2"}, ["'gpt2'", "not supported", *FAMILIES, "LayerNorm"]),
 }
 
 WIDTHS: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -143,7 +143,7 @@ WIDTHS: dict[str, tuple[dict[str, Any], list[str]]] = {
         f"ratio {ratio}": ({"pruning_ratio": ratio}, [f"pruning_ratio={float(ratio)}", "between 0 and 1", "0.25"])
         for ratio in ("0", "1", "-0.1", "1.5", "nan")
     },
-    "ratio abc": ({"pruning_ratio": "abc"}, ["pruning_ratio", "'abc'", "float"]),
+    "ratio abc": ({"pruning_ratio": "abc"}, ["pruning_ratio", "'abc'", "a number"]),
     "illegal": (
         {"pruned_hidden_size": 35},
         ["pruned_hidden_size=35", "multiple of num_attention_heads=4", "nearest legal: 32 and 36"],

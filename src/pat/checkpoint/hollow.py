@@ -47,8 +47,7 @@ def hollow_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.dev
 
 
 class StoredWeights:
-    """The parameters of a hollow model and where they lie in a checkpoint. Vectors and buffers are read at once, and
-    stay.
+    """The tensors of a hollow model and where they lie in a checkpoint. Vectors and buffers are read at once, and stay.
 
     Args:
         model: a hollow model without adapters, which may be put on it afterwards.

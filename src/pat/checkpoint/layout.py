@@ -35,7 +35,9 @@ class UnknownLayoutError(Exception):
 
 
 def stored_layout(model: PreTrainedModel) -> dict[str, tuple[Piece, ...]]:
-    """Return what each parameter and persistent buffer is stored as, by its name in the model; a tied one is there once.
+    """Return what each parameter and persistent buffer is stored as, by its name in the model.
+
+    A shared parameter is there once.
 
     Raises:
         UnknownLayoutError: one is stored other than as blocks of its rows.
@@ -46,7 +48,7 @@ def stored_layout(model: PreTrainedModel) -> dict[str, tuple[Piece, ...]]:
     total = 0
     tensors = stored_tensors(model)
     for name, tensor in tensors.items():
-        *stack, width = tensor.shape or (1,)
+        *stack, _width = tensor.shape or (1,)
         num_rows = torch.Size(stack).numel()
         numbers[name] = torch.arange(total, total + num_rows).view(*stack, 1)
         offsets[name] = total
@@ -59,8 +61,8 @@ def stored_layout(model: PreTrainedModel) -> dict[str, tuple[Piece, ...]]:
         offset, name = max(owner for owner in owners if owner[0] <= first)
         if rows.shape[-1] != 1 or not torch.equal(flat, torch.arange(first, first + len(flat))):
             raise UnknownLayoutError(f"{name} is stored as {stored} in another order")
-        width = tensors[name].shape[-1:]  # none of a single number
-        layout[name].append(Piece(stored, (*rows.shape[:-1], *width), (first - offset) * width.numel()))
+        row = tensors[name].shape[-1:]  # empty for a single number
+        layout[name].append(Piece(stored, (*rows.shape[:-1], *row), (first - offset) * row.numel()))
     for name, pieces in layout.items():
         if sum(piece.numel for piece in pieces) != tensors[name].numel():
             raise UnknownLayoutError(f"{name} is not stored as a whole")

@@ -41,8 +41,9 @@ from pat.checkpoint.write import (
 from pat.errors import PatError, RunFailed
 from pat.loading import load_config, stored_dtype
 from pat.surgery.adapted import AdaptedMatrix, merged
+from pat.surgery.dense import DenseForm
 from pat.tuner import PatConfig
-from pat.tuner.merging import DenseForm, adapted_form, masked_form
+from pat.tuner.merging import adapted_form
 from pat.tuner.model import find_tuner
 from pat.tuner.prepare import check_config
 from pat.tuner.weights import PREFIX, factored_parameter
@@ -205,9 +206,8 @@ def _dense_form(hollow: HollowModel, dtype: torch.dtype, precision: torch.dtype)
     tuner = find_tuner(hollow.model)
     if tuner is None:
         return adapted_form(hollow.base, hollow.weights.shapes, hollow.parameter)
-    masked = tuner.masked_model(tuner.adapter, "a merge")
-    masked = replace(masked, factored=hollow.factored)
-    return masked_form(masked, dtype, precision=precision, empty=hollow.weights.memory.empty)
+    masked = replace(tuner.masked_model(tuner.adapter, "a merge"), factored=hollow.factored)
+    return masked.dense_form(dtype, precision=precision, empty=hollow.weights.memory.empty)
 
 
 def _is_finite(tensor: Tensor) -> bool:

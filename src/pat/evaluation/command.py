@@ -19,7 +19,8 @@ from pat.loading import load_base, load_config, load_tokenizer
 from pat.nll import NLL, Example, Progress, read_text, response_nll, text_perplexity
 from pat.report.records import Record, collected_warnings, write_record
 from pat.report.table import Table
-from pat.training.prepare import DataRecord, prepare_examples
+from pat.training.data_record import DataRecord
+from pat.training.prepare import prepare_examples
 from pat.training.sources import TemplateChoice
 from pat.training.vocabulary import Vocabulary
 from pat.tuner.model import find_tuner

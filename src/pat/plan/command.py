@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -105,7 +105,8 @@ def run_plan(options: PlanOptions) -> PlanRecord:
     training = training_memory(
         skeleton, config, batch_size=recipe["per_device_train_batch_size"], length=recipe["max_length"]
     )
-    rotation: Rotation = "none" if config.resolved_rotation == "none" else "pca"
+    attached: PatConfig = cast(Any, skeleton.model).peft_config["default"]  # the memory was counted on it
+    rotation: Rotation = "none" if attached.resolved_rotation == "none" else "pca"
     return PlanRecord(
         model_name_or_path=options.model_name_or_path,
         model_type=family.model_type,

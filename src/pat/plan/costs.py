@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from pat.errors import PatError
@@ -151,7 +152,8 @@ def cost_of(skeleton: Skeleton, context: int) -> ModelCost:
 
     def size(names: Iterable[str]) -> Size:
         chosen = [tensors[name] for name in names]
-        return Size(sum(t.numel() for t in chosen), sum(t.numel() * t.element_size() for t in chosen))
+        num_parameters = sum(t.numel() for t in chosen if isinstance(t, nn.Parameter))  # buffers are none
+        return Size(num_parameters, sum(t.numel() * t.element_size() for t in chosen))
 
     total, setting = size(tensors), cost_at(skeleton, batch_size=1, context=context)
     return ModelCost(

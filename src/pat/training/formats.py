@@ -44,6 +44,7 @@ PROMPTS = ("instruction", "prompt", "question", "query", "input")
 RESPONSES = ("output", "response", "completion", "answer")
 CONTEXTS = ("input", "context")
 SYSTEMS = ("system", "system_prompt")
+OPTIONS = ("tools", "chat_template_kwargs")
 
 ACCEPTED = (
     "instruction and output (also prompt, question, query or input with response or answer), prompt and completion, "
@@ -80,7 +81,7 @@ def detect_format(columns: Collection[str], source: str, text_field: str = "text
         if text_field not in columns:
             raise PatError(f"{source}: got dataset_text_field={text_field!r}, expected one of the columns {found}.")
         return Format("text", text_field)
-    beside = tuple(name for name in (*SYSTEMS, "history", "tools", "chat_template_kwargs") if name in columns)
+    beside = tuple(name for name in (*SYSTEMS, "history", *OPTIONS) if name in columns)
     for name in CONVERSATIONS:
         if name in columns:
             return Format("messages", name, beside=tuple(other for other in beside if other != "history"))
@@ -154,7 +155,7 @@ def convert_row(
         if name in beside
     ]
     opening += parse_history(beside.get("history", []))
-    options = {name: parse_json(beside[name], name) for name in ("tools", "chat_template_kwargs") if name in beside}
+    options: dict[str, Any] = {name: parse_json(beside[name], name) for name in OPTIONS if name in beside}
     return [
         {"prompt": put_before(opening, prompt), "completion": [message for message, _ in completion], **options}
         for prompt, completion in pairs

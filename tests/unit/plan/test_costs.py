@@ -31,20 +31,21 @@ def skeleton_of(model: PreTrainedModel) -> Skeleton:
     return build_skeleton(model.config, get_family(model.config.model_type), model.dtype)
 
 
-def stored(folder: Path, *, without: Collection[str] = ()) -> tuple[int, int]:
-    """Count the numbers and bytes of the tensors in a checkpoint's files."""
-    numbers = size = 0
+def stored_bytes(folder: Path, *, without: Collection[str] = ()) -> int:
+    """Return the bytes of the tensors in a checkpoint's files."""
+    size = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
-            for name in set(tensors.keys()) - set(without):
-                tensor = tensors.get_tensor(name)
-                numbers += tensor.numel()
-                size += tensor.numel() * tensor.element_size()
-    return numbers, size
+            size += sum(tensors.get_tensor(name).nbytes for name in set(tensors.keys()) - set(without))
+    return size
 
 
-def size(cost: ModelCost) -> tuple[int, int]:
-    return cost.total.num_parameters, cost.total.num_bytes
+def assert_is_size_of(cost: ModelCost, model: PreTrainedModel, folder: Path) -> None:
+    model.save_pretrained(folder)
+    assert cost.total.num_parameters == sum(p.numel() for p in model.parameters())
+    assert cost.total.num_bytes == stored_bytes(folder)
+    assert cost.total.num_parameters == sum(group.num_parameters for group in cost.groups.values())
+    assert cost.total.num_bytes == sum(group.num_bytes for group in cost.groups.values())
 
 
 @pytest.mark.parametrize(
@@ -62,15 +63,11 @@ def test_the_plan_counts_what_the_merge_writes(
     record = run_plan(
         PlanOptions(model_name_or_path=str(tmp_path), pruned_hidden_size=PRUNED, untie_word_embeddings=untie)
     )
-    base.save_pretrained(tmp_path / "base")
+    assert_is_size_of(record.base, base, tmp_path / "base")
     model = attach(base, pruned_hidden_size=PRUNED, rotation="none", operator_rank=2, untie_word_embeddings=untie)
     tuner_of(model).set_step(1, 1)
-    tuner_of(model).merge_and_unload().save_pretrained(tmp_path / "small")
     pruned = record.candidates[0].cost
-    assert size(record.base) == stored(tmp_path / "base")
-    assert size(pruned) == stored(tmp_path / "small")
-    parts = [pruned.groups[group] for group in GROUPS]
-    assert size(pruned) == (sum(part.num_parameters for part in parts), sum(part.num_bytes for part in parts))
+    assert_is_size_of(pruned, tuner_of(model).merge_and_unload(), tmp_path / "small")
     assert (pruned.groups["head"].num_parameters > 0) == (untie or not tied) != pruned.tied
     assert pruned.hidden_size == PRUNED
 
@@ -120,7 +117,7 @@ def test_decoding_reads_the_cache_that_transformers_makes_and_the_weights_of_the
     model.save_pretrained(tmp_path)
     embedding = f"{get_family(family).embedding}.weight"  # of which a token reads one row
     if not get_family(family).expert_parameters:
-        assert cost.decode_bytes == stored(tmp_path, without=[embedding])[1] + cost.kv_cache_bytes
+        assert cost.decode_bytes == stored_bytes(tmp_path, without=[embedding]) + cost.kv_cache_bytes
 
 
 def test_a_tied_model_reads_everything_it_has_once_for_a_token() -> None:
