@@ -119,8 +119,8 @@ def _split(config: CompareConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[D
     cut = {part: len(rows) - kept[part] for part, rows in parts.items()}
     if not all(kept.values()):
         raise PatError(
-            f"Got max_length {config.max_length}, which leaves no response of the rows {min(kept, key=kept.__getitem__)}; "
-            "raise it."
+            f"Got max_length {config.max_length}, which leaves no response of the rows "
+            f"{min(kept, key=kept.__getitem__)}; raise it."
         )
     if any(cut.values()):
         counts = ", ".join(f"{count:,} of {len(parts[part]):,} {part}" for part, count in cut.items())
