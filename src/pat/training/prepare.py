@@ -17,7 +17,8 @@ from trl import SFTConfig, pack_dataset
 
 from pat.checkpoint.verification_text import verification_batches
 from pat.errors import PatError
-from pat.nll import Example, batches_from_examples
+from pat.nll import Example, batches_from_examples, split_text
+from pat.training.calibration_text import CONTEXT, read_calibration
 from pat.training.data import TrainingData, load_training_data
 from pat.training.data_record import DataRecord, held_out_remarks, make_record, remarks
 from pat.training.sources import TemplateChoice
@@ -98,6 +99,9 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
         apart = encode(data.held_out_rows, replace(encoder, cut=Cut()), data.held_out_source.place).to_list()
     vocabulary.check(_largest_token(rows))
     vocabulary.check(max((token for row in apart for token in row["input_ids"]), default=0))
+    if arguments.pat.calibration is not None:
+        text = read_calibration(arguments.pat.calibration)
+        vocabulary.check(max(token for piece in split_text(vocabulary.tokenizer, text, CONTEXT) for token in piece))
     pieces = [list(_pieces(row, cut)) for row in apart]
     held_out = [piece for row in pieces for piece in row]
     record = replace(make_record(data, rows, cut), num_held_out=sum(map(bool, pieces)))

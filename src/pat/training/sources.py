@@ -98,7 +98,7 @@ def _load_file(path: Path, reading: Reading, split: str) -> Source:
     columns = list(dict.fromkeys(name for row in local.rows for name in row))
     converter = _Converter(str(path), columns, local.rows[indices[0]], reading, local.place)
     examples = [example for index in indices for example in converter.convert(local.rows[index], index)]
-    return converter.source(Dataset.from_list(examples, converter.features), local.fingerprint, len(indices))
+    return converter.source(examples, local.fingerprint, len(indices))
 
 
 def _load_folder(path: Path, reading: Reading, split: str, config_name: str | None) -> Source:
@@ -191,10 +191,12 @@ class _Converter:
             ]
         return [{**dict.fromkeys(self.features), **example, ROW: index} for example in examples]
 
-    def source(self, rows: Dataset, fingerprint: str, num_rows: int) -> Source:
-        """Return the source, unless there is nothing in it to learn."""
+    def source(self, rows: Dataset | list[dict[str, Any]], fingerprint: str, num_rows: int) -> Source:
+        """Return the source of these examples, unless there are none."""
         if not len(rows):
             raise PatError(f"{self.name}: all {num_rows} responses are empty; expected at least one with text.")
+        if isinstance(rows, list):
+            rows = Dataset.from_list(rows, self.features)
         return Source(rows, self.format, self.template, fingerprint, num_rows, self.place, self.unread)
 
 
