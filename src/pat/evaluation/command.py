@@ -23,9 +23,9 @@ from pat.evaluation.tasks.protocols import PROTOCOLS, resolve_protocols
 from pat.evaluation.tasks.report import score_table
 from pat.evaluation.tasks.scores import SAMPLES, SCORES
 from pat.loading import load_base, load_config, load_tokenizer
-from pat.nll import NLL, Progress, read_text, response_nll, text_perplexity
+from pat.nll import NLL, Example, Progress, read_text, response_nll, text_perplexity
 from pat.report.records import environment, write_record
-from pat.training.prepare import prepare_examples
+from pat.training.prepare import DataRecord, prepare_examples
 from pat.training.sources import TemplateChoice
 from pat.training.vocabulary import Vocabulary
 from pat.tuner.model import find_tuner
@@ -117,7 +117,8 @@ def evaluate(
     # Read before the weights: a wrong column should not take minutes to be found.
     content = None if text_file is None else read_text(Path(text_file))
     vocabulary = Vocabulary(tokenizer, config.get_text_config().vocab_size)
-    examples, record = [], None
+    examples: Sequence[Example] = ()
+    record: DataRecord | None = None
     if dataset_name is not None:
         choice = cast(TemplateChoice, template)
         examples, record = prepare_examples(

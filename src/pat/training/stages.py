@@ -162,7 +162,7 @@ class Stages:
     def _trainer(self, model: PeftModel, args: SFTConfig, callbacks: list[TrainerCallback]) -> SFTTrainer:
         head: Any = model.get_output_embeddings()
         if isinstance(head, TrainableTokensWrapper):
-            head.bias = None  # TRL's fused head asks for one; of what it wraps, peft's wrapper shows the weight alone
+            head.register_parameter("bias", None)  # TRL asks the head for it; peft's wrapper only passes on the weight
         return SFTTrainer(
             model=model,
             args=args,

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from pat.errors import PatError
 from pat.evaluation.command import Evaluation, evaluate, print_evaluation
-from pat.nll import response_nll, text_perplexity, tokenize_examples
+from pat.nll import response_nll, text_perplexity
 from pat.questions.hub import make_row
 from pat.training.data import load_training_data
+from pat.training.tokens import tokenize_examples
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 3
 ROWS = [{"prompt": f"Say {word}: ", "completion": word} for word in ("yes", "no", "perhaps", "not at all")]

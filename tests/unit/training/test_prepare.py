@@ -1,24 +1,20 @@
-"""What is trained on is what SFTTrainer would make of the same rows, and what is lost on the way is counted and said."""
+"""What is trained on is what SFTTrainer would make of the same rows; what is lost on the way is counted and said."""
 
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset, disable_progress_bars
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTTrainer
 
-from pat.errors import PatError
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.data import load_training_data
-from pat.training.prepare import Prepared, prepare, prepare_examples
-from pat.training.vocabulary import Vocabulary, load_vocabulary
+from pat.training.prepare import Prepared, prepare
 
 # Like ChatML: every turn ends with the end token and a line break, a generation prompt opens the answer.
 CHAT_TEMPLATE = (
@@ -39,7 +35,10 @@ def make_tokenizer(*, bos: bool = False, chat: bool = True) -> PreTrainedTokeniz
     inner.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     inner.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     if bos:
         ids = [("<bos>", inner.token_to_id("<bos>"))]
