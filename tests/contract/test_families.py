@@ -54,7 +54,7 @@ PARITY = 1e-4
 SAME_FUNCTION = 1e-5
 """Two float32 evaluations of the same function whose products are ordered differently."""
 
-EXACT = 1e-11
+EXACT = 1e-12
 """Float64 throughout at logits of size one: two layers of sums over at most 80 products."""
 
 COMPACT_EXACT = 1e-6
@@ -199,6 +199,9 @@ def the_dense_model_is_the_bases_class_and_smaller(run: Run) -> None:
     assert dense.config.head_dim == base.model.layers[0].self_attn.head_dim
     assert dense.config.num_attention_heads == base.config.num_attention_heads
     assert dense.config.rms_norm_eps == pytest.approx(base.config.rms_norm_eps * HIDDEN / KEPT, rel=1e-12)
+    before, after = run.base().config.to_dict(), dense.config.to_dict()
+    changed = {key for key in before | after if before.get(key) != after.get(key)}
+    assert changed <= {"hidden_size", "head_dim", "rms_norm_eps", "quantization_config", "_name_or_path"}
     sizes = {
         width: shallow(
             run.cell.family,
