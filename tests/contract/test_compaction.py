@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from masked64 import logits64, masked_model
-from tiny_models import batch, build
+from tiny_models import batch, shallow
 from tiny_training import OPERATOR_RANK, RANK, attach, largest_difference, logits, tuner_of
 from torch import nn
 
@@ -114,7 +114,7 @@ def test_the_compact_model_trains_and_merges_as_any_lora_model() -> None:
 
 
 def test_what_cannot_be_compacted_is_refused() -> None:
-    soft = attach(build("llama", tied=True))
+    soft = attach(shallow("llama", tied=True))
     with pytest.raises(PatError, match="soft"):
         tuner_of(soft).compact()
     model = masked_model("llama", tied=True)

@@ -20,7 +20,7 @@ import torch
 from cells import FACTORS, Cell, contract_cells
 from masked64 import in_float64, logits64
 from peft import LoraConfig, PeftModel
-from tiny_models import FAMILIES, WITHOUT_BIAS, build, tiny_tokenizer
+from tiny_models import FAMILIES, WITHOUT_BIAS, shallow, tiny_tokenizer
 from tiny_training import (
     Trained,
     attach,
@@ -45,7 +45,7 @@ from pat.tuner.layer import HsmLayer, MaskLayer
 from pat.tuner.merging import merge_lora
 from pat.tuner.quantized import keep_plain_layout
 
-HIDDEN, KEPT, LAYERS = 48, 36, 2
+HIDDEN, KEPT = 48, 36
 STEPS, MILESTONE = 4, 2
 
 PARITY = 1e-4
@@ -54,7 +54,7 @@ PARITY = 1e-4
 SAME_FUNCTION = 1e-5
 """Two float32 evaluations of the same function whose products are ordered differently."""
 
-EXACT = 1e-11
+EXACT = 1e-12
 """Float64 throughout at logits of size one: two layers of sums over at most 80 products."""
 
 COMPACT_EXACT = 1e-6
@@ -78,7 +78,7 @@ class Run:
 
     def base(self) -> PreTrainedModel:
         """The base model; equal weights every time."""
-        model = build(self.cell.family, tied=self.cell.tied, num_hidden_layers=LAYERS)
+        model = shallow(self.cell.family, tied=self.cell.tied)
         if not self.cell.quantised:
             return model
         model.save_pretrained(self.folder / "base")
@@ -91,7 +91,7 @@ class Run:
 
     @cached_property
     def fields(self) -> dict[str, Any]:
-        model = build(self.cell.family, tied=self.cell.tied, num_hidden_layers=LAYERS)
+        model = shallow(self.cell.family, tied=self.cell.tied)
         stream = map_residual_stream(self.family, stored_tensors(model), tied=self.cell.tied)
         linears = [linear for branch in stream.branches for linear in (*branch.readers, branch.writer)]
         biased = {linear.path.rpartition(".")[2] for linear in linears if linear.bias is not None}
@@ -199,13 +199,15 @@ def the_dense_model_is_the_bases_class_and_smaller(run: Run) -> None:
     assert dense.config.head_dim == base.model.layers[0].self_attn.head_dim
     assert dense.config.num_attention_heads == base.config.num_attention_heads
     assert dense.config.rms_norm_eps == pytest.approx(base.config.rms_norm_eps * HIDDEN / KEPT, rel=1e-12)
+    before, after = run.base().config.to_dict(), dense.config.to_dict()
+    changed = {key for key in before | after if before.get(key) != after.get(key)}
+    assert changed <= {"hidden_size", "head_dim", "rms_norm_eps", "quantization_config", "_name_or_path"}
     sizes = {
-        width: build(
+        width: shallow(
             run.cell.family,
             tied=run.cell.tied,
             hidden_size=width,
             head_dim=dense.config.head_dim,
-            num_hidden_layers=LAYERS,
         ).num_parameters()
         for width in (KEPT, HIDDEN)
     }

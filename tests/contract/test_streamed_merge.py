@@ -13,14 +13,14 @@ import pytest
 import torch
 from hardened import hardened
 from safetensors.torch import load_file
-from tiny_models import KINDS, batch, build, tiny_tokenizer
+from tiny_models import KINDS, batch, shallow, tiny_tokenizer
 from tiny_training import largest_difference, logits
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pat.checkpoint import memory, read
 from pat.checkpoint import merge as merging
 from pat.checkpoint.memory import ReusedMemory
-from pat.checkpoint.merge import merge
+from pat.checkpoint.merge import MergeResult, merge
 from pat.checkpoint.write import savable_generation_config
 from pat.surgery import fold
 from pat.surgery.residual import stored_tensors
@@ -36,9 +36,16 @@ def saved_adapter(base: Path, folder: Path, **fields: Any) -> Any:
 
 
 def saved_base(folder: Path, family: str, **fields: Any) -> Path:
-    build(family, **fields).save_pretrained(folder)
+    shallow(family, **fields).save_pretrained(folder)
     tiny_tokenizer(folder)
     return folder
+
+
+def merged(folder: Path, name: str = "out", **options: Any) -> MergeResult:
+    """Merge the adapter in a folder, verified on little text."""
+    text = folder / "text"
+    text.write_text("Verified on little text. " * 4)
+    return merge(folder / "adapter", folder / name, text_file=text, progress=False, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +98,7 @@ def test_memory_is_used_again_when_nobody_has_it(
 ) -> None:
     base = saved_base(tmp_path / "base", family, tied=tied, dtype=getattr(torch, dtype))
     model = saved_adapter(base, tmp_path / "adapter", rotation=rotation)
-    merge(tmp_path / "adapter", tmp_path / "out", fold_dtype="float64", progress=False)
+    merged(tmp_path, fold_dtype="float64")
     assert_same(tmp_path / "out", model.merge_and_unload(), tmp_path / "reference")
 
 
@@ -99,7 +106,7 @@ def test_memory_is_used_again_when_nobody_has_it(
 def test_a_base_in_bfloat16(family: str, rotation: str, tmp_path: Path) -> None:
     base = saved_base(tmp_path / "base", family, tied=rotation == "none", dtype=torch.bfloat16)
     model = saved_adapter(base, tmp_path / "adapter", rotation=rotation)
-    result = merge(tmp_path / "adapter", tmp_path / "out", fold_dtype="float64", progress=False)
+    result = merged(tmp_path, fold_dtype="float64")
     assert_same(tmp_path / "out", model.merge_and_unload(), tmp_path / "reference")
     assert result.parity.dtype == "bfloat16"
 
@@ -118,7 +125,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_options_of_adapters(variant: str, tmp_path: Path) -> None:
     base = saved_base(tmp_path / "base", "llama", tied=True, dtype=torch.bfloat16)
     model = saved_adapter(base, tmp_path / "adapter", **VARIANTS[variant])
-    merge(tmp_path / "adapter", tmp_path / "out", fold_dtype="float64", progress=False)
+    merged(tmp_path, fold_dtype="float64")
     assert_same(tmp_path / "out", model.merge_and_unload(), tmp_path / "reference")
 
 
@@ -127,7 +134,7 @@ def test_files_are_those_of_a_stock_model(family: str, tmp_path: Path) -> None:
     """Down to the byte, which a file of a model made from scratch has: names of a hub checkpoint, not of the memory."""
     base = saved_base(tmp_path / "base", family, tied=False)
     saved_adapter(base, tmp_path / "adapter")
-    merge(tmp_path / "adapter", tmp_path / "out", progress=False)
+    merged(tmp_path)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     stock.save_pretrained(tmp_path / "stock")
     files = [(tmp_path / name / "model.safetensors") for name in ("out", "stock")]
@@ -139,14 +146,14 @@ def test_files_are_those_of_a_stock_model(family: str, tmp_path: Path) -> None:
 def test_another_dtype_than_the_base(tmp_path: Path) -> None:
     base = saved_base(tmp_path / "base", "gemma", tied=True)
     model = saved_adapter(base, tmp_path / "adapter")
-    merge(tmp_path / "adapter", tmp_path / "out", dtype="float16", fold_dtype="float64", progress=False)
+    merged(tmp_path, dtype="float16", fold_dtype="float64")
     assert_same(tmp_path / "out", model.merge_and_unload(dtype=torch.float16), tmp_path / "reference")
 
 
 def test_folding_in_float32(tmp_path: Path) -> None:
     base = saved_base(tmp_path / "base", "llama", tied=True)
     model = saved_adapter(base, tmp_path / "adapter", rotation="pca")
-    merge(tmp_path / "adapter", tmp_path / "out", fold_dtype="float32", progress=False)
+    merged(tmp_path, fold_dtype="float32")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     exact = model.merge_and_unload()
     assert any(not torch.equal(p, q) for p, q in zip(dense.parameters(), exact.parameters(), strict=True))
@@ -159,9 +166,9 @@ def test_folding_in_float32(tmp_path: Path) -> None:
 def test_what_is_written_decides_what_is_folded_in(dtype: str, folded_in: str, tmp_path: Path) -> None:
     base = saved_base(tmp_path / "base", "llama", tied=True, dtype=getattr(torch, dtype))
     saved_adapter(base, tmp_path / "adapter", rotation="pca")
-    merge(tmp_path / "adapter", tmp_path / "out", progress=False)
-    merge(tmp_path / "adapter", tmp_path / "given", fold_dtype=folded_in, progress=False)
-    merge(tmp_path / "adapter", tmp_path / "exact", fold_dtype="float64", progress=False)
+    merged(tmp_path)
+    merged(tmp_path, "given", fold_dtype=folded_in)
+    merged(tmp_path, "exact", fold_dtype="float64")
     default, given, exact = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "given", "exact"))
     assert all(torch.equal(default[name], given[name]) for name in default)
     for name, weight in exact.items():
@@ -180,5 +187,5 @@ def test_what_cannot_be_streamed_is_merged_in_memory(
     monkeypatch.undo()
     base = saved_base(tmp_path / "base", "llama", tied=True, dtype=torch.bfloat16)
     model = saved_adapter(base, tmp_path / "adapter", **fields)
-    merge(tmp_path / "adapter", tmp_path / "out", progress=False)
+    merged(tmp_path)
     assert_same(tmp_path / "out", model.merge_and_unload(), tmp_path / "reference")

@@ -48,7 +48,7 @@ def stored_layout(model: PreTrainedModel) -> dict[str, tuple[Piece, ...]]:
     total = 0
     tensors = stored_tensors(model)
     for name, tensor in tensors.items():
-        *stack, _width = tensor.shape or (1,)
+        *stack, _ = tensor.shape or (1,)
         num_rows = torch.Size(stack).numel()
         numbers[name] = torch.arange(total, total + num_rows).view(*stack, 1)
         offsets[name] = total

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from pat.evaluation.tasks.protocols import letter_prompt
 
 from pat import PatError
-from pat.evaluation.tasks.protocols import letter_prompt
 from pat.questions import make_row
 from pat.training.data import load_training_data
 from pat.training.sources import Reading, load_source
