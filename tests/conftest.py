@@ -21,6 +21,7 @@ for folder in (REPO_ROOT / "benchmarks", TESTS_DIR):  # scripts beside the packa
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
+import gc  # noqa: E402
 import random  # noqa: E402
 
 import hypothesis  # noqa: E402
@@ -39,6 +40,11 @@ hypothesis.settings.register_profile(  # for benchmarks/mutation.py, to which an
     "unshrunk", hypothesis.settings.get_profile("pat"), phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate)
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "pat"))
+
+
+def pytest_collection_finish() -> None:
+    """Take what is imported out of garbage collection: a Trainer collects at every start, half a second through it."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,7 @@ from pat.checkpoint.layout import Piece, UnknownLayoutError, stored_layout
 from pat.checkpoint.memory import ReusedMemory
 from pat.checkpoint.read import Checkpoint
 from pat.loading import incomplete_weights
+from pat.surgery.residual import stored_tensors
 
 AHEAD_BYTES = 2**30
 """How far ahead of their use the system is asked to read weights from the disk, into its file cache."""
@@ -46,7 +47,7 @@ def hollow_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.dev
 
 
 class StoredWeights:
-    """The parameters of a hollow model and where they lie in a checkpoint. Vectors are read at once, and stay.
+    """The tensors of a hollow model and where they lie in a checkpoint. Vectors and buffers are read at once, and stay.
 
     Args:
         model: a hollow model without adapters, which may be put on it afterwards.
@@ -62,18 +63,19 @@ class StoredWeights:
     def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, memory: ReusedMemory | None = None) -> None:
         self.model, self.checkpoint, self.memory = model, checkpoint, memory or ReusedMemory()
         self.dtype, self.device = model.dtype, model.device
-        parameters = dict(model.named_parameters())
-        owners = {id(parameter): name for name, parameter in parameters.items()}
-        everywhere = model.named_parameters(remove_duplicate=False)
-        self._canonical = {name: owners[id(parameter)] for name, parameter in everywhere}
-        self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        tensors = stored_tensors(model)
+        owners = {id(tensor): name for name, tensor in tensors.items()}
+        everywhere = tensors | dict(model.named_parameters(remove_duplicate=False))
+        self._canonical = {name: owners[id(tensor)] for name, tensor in everywhere.items()}
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self._asked_for: set[str] = set()
         self._pieces = self._find(stored_layout(model))
         self._next = dict(zip(self.shapes, [*list(self.shapes)[1:], None], strict=True))
-        for name, shape in self.shapes.items():
-            if len(shape) < 2:
+        for name, tensor in tensors.items():
+            is_buffer = not isinstance(tensor, nn.Parameter)
+            if is_buffer or tensor.dim() < 2:
                 owner, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(owner), leaf, _frozen(self.read(name)))
+                setattr(model.get_submodule(owner), leaf, self.read(name) if is_buffer else _frozen(self.read(name)))
         self._at_rest = dict(model.named_parameters())
 
     @property

@@ -21,7 +21,7 @@ from pat.families import get_family
 from pat.nll import evaluating
 from pat.surgery.dense import build_dense, shrink_config
 from pat.surgery.fold import Channels, HeadPlan, fold_weights
-from pat.surgery.residual import map_residual_stream
+from pat.surgery.residual import map_residual_stream, stored_tensors
 
 LOGIT_ROWS = 256
 """Rows of logits turned into float32 at once: a vocabulary of 262,144 takes 1 MB a row."""
@@ -183,7 +183,8 @@ def permutation_floor(model: PreTrainedModel, batches: Iterable[Mapping[str, Any
     """
     family = get_family(model.config.model_type)
     tied = bool(model.config.tie_word_embeddings)
-    stream = map_residual_stream(family, (name for name, _ in model.named_parameters()), tied=tied)
+    tensors = stored_tensors(model)
+    stream = map_residual_stream(family, tensors, tied=tied)
     hidden_size = getattr(model.config, family.hidden_size_field)
     order = torch.randperm(hidden_size, generator=torch.Generator().manual_seed(seed))
     config = shrink_config(
@@ -194,7 +195,7 @@ def permutation_floor(model: PreTrainedModel, batches: Iterable[Mapping[str, Any
         tied=tied,
     )
     folded = fold_weights(
-        stream, lambda name: model.get_parameter(name).detach(), Channels(hidden_size, order), {}, HeadPlan(tied=tied)
+        stream, lambda name: tensors[name].detach(), Channels(hidden_size, order), {}, HeadPlan(tied=tied)
     )
     weights = {name: tensor.to(model.dtype) for name, tensor in folded}
     permuted: nn.Module = build_dense(model, config, weights, model.dtype)

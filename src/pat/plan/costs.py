@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from pat.errors import PatError
 from pat.families import Family
-from pat.surgery.residual import Linear, ResidualBranch, ResidualStream, map_residual_stream
+from pat.surgery.residual import Linear, ResidualBranch, ResidualStream, map_residual_stream, stored_tensors
 
 GROUPS = ("embedding", "head", "attention", "MLP", "norms")
 
@@ -94,8 +94,8 @@ class Skeleton:
         return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=self.model.config).layers]
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Return every parameter's shape by name; a tied head is not listed apart."""
-        return {name: parameter.shape for name, parameter in self.model.named_parameters()}
+        """Return the shape of every stored tensor by name; a tied head is not listed apart."""
+        return {name: tensor.shape for name, tensor in stored_tensors(self.model).items()}
 
     @property
     def head(self) -> Linear:
@@ -140,8 +140,7 @@ def build_skeleton(config: PretrainedConfig, family: Family, dtype: torch.dtype)
             f"transformers cannot build a {family.model_type} model from this configuration: "
             f"{' '.join(str(error).split())}"
         ) from error
-    names = (name for name, _ in model.named_parameters())
-    stream = map_residual_stream(family, names, tied=bool(config.tie_word_embeddings))
+    stream = map_residual_stream(family, stored_tensors(model), tied=bool(config.tie_word_embeddings))
     return Skeleton(cast(PreTrainedModel, model), stream, dtype)
 
 
@@ -152,7 +151,7 @@ def cost_of(skeleton: Skeleton, context: int) -> ModelCost:
         skeleton: the model.
         context: tokens of the text read, or held in the cache.
     """
-    stream, parameters = skeleton.stream, dict(skeleton.model.named_parameters())
+    stream, parameters = skeleton.stream, stored_tensors(skeleton.model)
     setting = cost_at(skeleton, batch_size=1, context=context)
     return ModelCost(
         hidden_size=parameters[f"{stream.final_norm}.weight"].numel(),
@@ -209,9 +208,10 @@ def _norms(branch: ResidualBranch) -> list[str]:
     return [f"{norm}.weight" for norm in (branch.pre_norm, branch.post_norm) if norm is not None]
 
 
-def _size(parameters: Mapping[str, Tensor], names: list[str]) -> Size:
-    chosen = [parameters[name] for name in names]
-    return Size(sum(p.numel() for p in chosen), sum(p.numel() * p.element_size() for p in chosen))
+def _size(tensors: Mapping[str, Tensor], names: list[str]) -> Size:
+    chosen = [tensors[name] for name in names]
+    num_parameters = sum(tensor.numel() for tensor in chosen if isinstance(tensor, nn.Parameter))  # and no buffer
+    return Size(num_parameters, sum(tensor.numel() * tensor.element_size() for tensor in chosen))
 
 
 def _mean_visible(length: int, window: int | None) -> float:

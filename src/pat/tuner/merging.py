@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pat.method.basis import UnifiedMask
 from pat.method.operator import Operator
@@ -18,7 +18,7 @@ from pat.surgery.adapted import AdaptedMatrix, merged
 from pat.surgery.dense import DenseForm, build_dense, shrink_config
 from pat.surgery.fold import Channels, Empty, HeadPlan, empty_tensor, fold_weights
 from pat.surgery.precision import lift, to_float64
-from pat.surgery.residual import ResidualStream
+from pat.surgery.residual import ResidualStream, stored_tensors
 from pat.tuner.weights import effective_parameter, embedding_ratio
 
 
@@ -80,7 +80,7 @@ class MaskedModel:
             dtype=dtype,
             empty=empty,
         )
-        return DenseForm(config, weights, folded_stream.num_parameters)
+        return DenseForm(config, weights, folded_stream.num_tensors)
 
 
 def adapted_form(base: PreTrainedModel, names: Iterable[str], parameter: Callable[[str], Tensor]) -> DenseForm:
@@ -110,8 +110,8 @@ def merge_lora(model: PeftModel, dtype: torch.dtype, *, check_finite: bool = Fal
     """
     base = cast(PreTrainedModel, model.get_base_model())
     with torch.device("meta"):
-        names = [name for name, _ in type(base)(base.config).named_parameters()]
-    form = adapted_form(base, names, lambda name: effective_parameter(base, name, model.active_adapter))
+        empty = AutoModelForCausalLM.from_config(copy.deepcopy(base.config))
+    form = adapted_form(base, stored_tensors(empty), lambda name: effective_parameter(base, name, model.active_adapter))
     return build_dense(base, form.config, form.weights, dtype, check_finite=check_finite)
 
 

@@ -15,7 +15,7 @@ from pat.errors import PatError
 from pat.families import Family, get_family
 from pat.method.operator import check_rank
 from pat.shape import Width, choose_width
-from pat.surgery.residual import ResidualStream, map_residual_stream
+from pat.surgery.residual import ResidualStream, map_residual_stream, stored_tensors
 from pat.surgery.rotation import gain_block
 from pat.tuner.config import PatConfig
 from pat.tuner.quantized import quantization_of
@@ -65,7 +65,7 @@ def plan_attachment(
         )
     width = check_config(base_config, family, config)
     shares_head = bool(base_config.tie_word_embeddings)
-    stream = known_stream or map_residual_stream(family, (n for n, _ in model.named_parameters()), tied=shares_head)
+    stream = known_stream or map_residual_stream(family, stored_tensors(model), tied=shares_head)
     _check_lora_bias(config, stream)
     tied = shares_head and not config.untie_word_embeddings
     rotation = config.resolved_rotation if config.is_resolved else None

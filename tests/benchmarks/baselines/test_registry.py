@@ -14,7 +14,7 @@ from compare.baselines.channels import cut_channels, keep_largest, keep_random, 
 from compare.budget import lora_targets
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tiny_models import FAMILIES, batch, build, tiny_tokenizer
+from tiny_models import KINDS, batch, build, tiny_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -107,7 +107,7 @@ def test_nearest_goes_both_ways() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_cut_channels_are_channels_set_to_zero(family: str, tied: bool) -> None:
     model, keep = build(family, tied=tied), keep_random(48, WIDTH, seed=1)
     dense = cut_channels(model, keep)
@@ -123,7 +123,7 @@ def test_cut_channels_are_channels_set_to_zero(family: str, tied: bool) -> None:
     assert (dense(**batch()).logits - expected)[real].abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_magnitude_finds_the_channels_that_hardly_exist(family: str) -> None:
     model = build(family, tied=False)
     faint = torch.tensor([3, 17, 40])
@@ -184,11 +184,10 @@ def test_batches_hold_equally_long_sequences() -> None:
 
 
 def test_on_a_trained_model_both_beat_random_channels(
-    stories260k: tuple[PreTrainedModel, PreTrainedTokenizerBase], shared_data: Path
+    stories260k: tuple[PreTrainedModel, PreTrainedTokenizerBase], tests_data: Path
 ) -> None:
     model, tokenizer = stories260k
-    path = shared_data / "instruct" / "instruct_21k.jsonl"
-    data = load_training_data(path, tokenizer=tokenizer, split="train[:200]", held_out=40)
+    data = load_training_data(tests_data / "instructions.jsonl", tokenizer=tokenizer, held_out=40)
     held_out = tokenize_examples(tokenizer, data.held_out, 512)
     calibration = calibration_sequences(tokenizer, data.train, num_sequences=4, length=512)
     target = pat_parameters(model, 48)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, build
+from tiny_models import KINDS, build
 from tiny_training import logits
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -33,7 +33,7 @@ def memory(model: torch.nn.Module) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_a_running_hollow_model_is_the_model(family: str, tied: bool, dtype: torch.dtype, tmp_path: Path) -> None:
     build(family, tied=tied, dtype=dtype).save_pretrained(tmp_path)
     real: PreTrainedModel = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_models import FAMILIES, build
+from tiny_models import KINDS, build
 from torch import Tensor
 
 from pat.checkpoint import checkpoint as reading
@@ -136,7 +136,7 @@ def test_a_file_that_shrinks_while_it_is_read(stored: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_layouts_are_those_of_saved_models(family: str, tied: bool, tmp_path: Path) -> None:
     model = build(family, tied=tied)
     model.save_pretrained(tmp_path)

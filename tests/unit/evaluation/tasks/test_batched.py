@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, SLIDING_WINDOW, build
+from tiny_models import KINDS, SLIDING_WINDOW, build
 from torch import Tensor, nn
 
 from pat.evaluation.tasks.batched import UNLIMITED, BatchedModel, Scored
@@ -69,7 +69,7 @@ def assert_like_plain(model: nn.Module, batched: BatchedModel, items: list[Item]
     assert made == [plain_greedy(model, prompt, stop) for prompt, stop in zip(prompts, stops, strict=True)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_shared_batches_equal_plain_passes(family: str) -> None:
     window = {"sliding_window": 128} if family in SLIDING else {}  # nothing slides out: these share, too
     model, items = build(family, tied=True, **window), sequences()
