@@ -76,7 +76,7 @@ class Gate(nn.Module):
             return
         if milestone_step == 0 and not self.has_prior:
             raise PatError(
-                "Got a milestone at step 0, but there is no prior order to choose by; calibrate first (as rotation='auto' "
+                "Got a milestone at step 0, but there is no prior order to choose by; calibrate first (rotation='auto' "
                 "does when training begins), or use a milestone after the first step."
             )
         self.step, self.milestone_step = step, milestone_step
