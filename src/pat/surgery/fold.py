@@ -23,7 +23,7 @@ from pat.surgery.precision import lift, to_float64
 from pat.surgery.residual import Linear, ResidualBranch, ResidualStream
 
 CHUNK_ELEMENTS = 2**20
-"""Of a matrix, how much is folded at once: 8 MB in float64."""
+"""Number of elements of a matrix that are folded at once: 8 MB in float64."""
 
 
 Empty = Callable[[Sequence[int], torch.dtype, torch.device], Tensor]
@@ -97,7 +97,7 @@ class Channels:
     def select(self, rows: Tensor) -> Tensor:
         """Return `rows[..., K]`, whatever device they are on."""
         keep = self.keep.to(rows.device)
-        if rows.dim() > 1 and rows.stride(-1) > rows.stride(-2):  # of a writer: its rows lie one after the other
+        if rows.dim() > 1 and rows.stride(-1) > rows.stride(-2):  # a writer, whose rows lie one by one
             return rows.mT.index_select(-2, keep).mT
         return rows.index_select(-1, keep)
 
@@ -111,7 +111,7 @@ class HeadPlan:
     final_gain: Tensor | None = None
     """Gain of the final norm in place of the stored one (tied rotation: equalised in the rotated block), `(d,)`."""
     embedding_ratio: float = 1.0
-    """By how much the model's own scale on its embeddings shrinks (families that multiply by sqrt(hidden size)):
+    """Factor by which the model's own scale on its embeddings shrinks (families that multiply by sqrt(hidden size)):
     about sqrt(d/d'), exactly the ratio of the scales as the two models round them."""
 
 

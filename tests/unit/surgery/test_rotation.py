@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from pat.surgery.rotation import (
-    PRIOR_SPREAD,
     ChannelOrder,
     equalised_gain,
     gain_block,
@@ -28,7 +27,7 @@ def check_prior(order: ChannelOrder, num_positive: int) -> None:
     assert not (free == 0).any()
     assert not order.prior[order.pinned].any()
     steps = free.sort(descending=True).values.diff()
-    torch.testing.assert_close(steps, torch.full_like(steps, -PRIOR_SPREAD / HIDDEN), atol=1e-12, rtol=0)
+    torch.testing.assert_close(steps, torch.full_like(steps, -4.0 / HIDDEN), atol=1e-12, rtol=0)
 
 
 def test_pca_of_the_whole_stream() -> None:
