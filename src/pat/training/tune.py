@@ -28,7 +28,7 @@ from pat.training.data import TrainingData, check_truncation, load_training_data
 from pat.training.results import Size, TuneResult, measure
 from pat.training.stages import Stages
 from pat.tuner.prepare import check_config
-from pat.tuner.quantized import keep_plain_layout
+from pat.loading.quantized import keep_plain_layout
 
 logger = logging.getLogger(__name__)
 

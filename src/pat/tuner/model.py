@@ -25,7 +25,7 @@ from pat.tuner.config import PatConfig
 from pat.tuner.layer import MASK_NAME, OPERATOR_NAME, HsmLayer, MaskLayer
 from pat.tuner.merging import MaskedModel, merge_dense
 from pat.tuner.prepare import AttachmentPlan, default_targets, new_parameters_are_empty, plan_attachment
-from pat.tuner.quantized import keep_plain_layout
+from pat.loading.quantized import keep_plain_layout
 from pat.tuner.weights import effective_parameter, factored_parameter
 
 

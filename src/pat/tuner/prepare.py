@@ -18,7 +18,7 @@ from pat.shape import Width, choose_width
 from pat.surgery.residual import ResidualStream, map_residual_stream
 from pat.surgery.rotation import gain_block
 from pat.tuner.config import PatConfig
-from pat.tuner.quantized import quantization_of
+from pat.loading.quantized import quantization_of
 
 
 @dataclass(frozen=True)
