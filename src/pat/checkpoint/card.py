@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,31 @@ from pat.checkpoint.verify import Parity
 from pat.report.results import environment
 
 
-@dataclass(frozen=True)
-class Cut:
-    """What was cut, and how it was chosen."""
+@dataclass(frozen=True, kw_only=True)
+class Pruning:
+    """What was cut from a base model, and how it was chosen."""
 
     hidden_size: int
     pruned_hidden_size: int
     num_parameters_base: int
-    num_parameters: int
-    num_bytes: int
-    """Of the checkpoint's weight files."""
     rotation: str
     mask: str
     milestone_step: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut(Pruning):
+    """What was cut, for a dense checkpoint."""
+
+    num_parameters: int
+    num_bytes: int
+    """Size of the checkpoint's weight files."""
+
+    @classmethod
+    def of(cls, pruning: Pruning, *, num_parameters: int, num_bytes: int) -> Cut:
+        """Return it for a dense checkpoint of these sizes."""
+        facts = {field.name: getattr(pruning, field.name) for field in fields(Pruning)}
+        return cls(**facts, num_parameters=num_parameters, num_bytes=num_bytes)
 
     @property
     def parameter_ratio(self) -> float:
@@ -35,33 +47,14 @@ class Cut:
         return self.num_parameters / self.num_parameters_base
 
 
-@dataclass(frozen=True)
-class Compaction:
+@dataclass(frozen=True, kw_only=True)
+class Compaction(Pruning):
     """What was cut at the milestone, where training went on with the small model."""
 
     base_model: str
     """Name of the model that was cut, as it may be shown."""
-    hidden_size: int
-    pruned_hidden_size: int
-    num_parameters_base: int
-    rotation: str
-    mask: str
-    milestone_step: int | None
     parity: dict[str, Any]
     """Figures of the masked model against its compact form, see `Parity`."""
-
-    def cut(self, num_parameters: int, num_bytes: int) -> Cut:
-        """Return what was cut, for a dense checkpoint of these sizes."""
-        return Cut(
-            self.hidden_size,
-            self.pruned_hidden_size,
-            self.num_parameters_base,
-            num_parameters,
-            num_bytes,
-            self.rotation,
-            self.mask,
-            self.milestone_step,
-        )
 
 
 def shown_name(name: str) -> str:

@@ -33,7 +33,7 @@ class UnknownLayoutError(Exception):
 
 
 def stored_layout(model: PreTrainedModel) -> dict[str, tuple[Piece, ...]]:
-    """Return what each parameter is stored as, by its name in the model; a tied one is there once.
+    """Return what each parameter is stored as, in order, by its name in the model; a tied one is there once.
 
     Raises:
         UnknownLayoutError: parameters are stored other than as blocks of their rows.
@@ -62,4 +62,4 @@ def stored_layout(model: PreTrainedModel) -> dict[str, tuple[Piece, ...]]:
     for name, pieces in layout.items():
         if sum(piece.numel for piece in pieces) != parameters[name].numel():
             raise UnknownLayoutError(f"{name} is not stored as a whole")
-    return {name: tuple(pieces) for name, pieces in layout.items()}
+    return {name: tuple(sorted(pieces, key=lambda piece: piece.start)) for name, pieces in layout.items()}

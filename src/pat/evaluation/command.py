@@ -104,8 +104,8 @@ def evaluate(
     resolve_protocols(protocols)
     adapter = read_adapter_config(model) if is_adapter(model) else None
     name = model if adapter is None else base_name(model, adapter, None)
-    load_config(name)
-    tokenizer = load_tokenizer(model if has_tokenizer(model) else name)
+    base_config, _ = load_config(name)
+    tokenizer = load_tokenizer(model if has_tokenizer(model) else name, config=base_config)
     # Read before the weights: a wrong column should not take minutes to be found.
     content = None if text_file is None else read_text(Path(text_file))
     examples, num_truncated = _examples(dataset_name, tokenizer, template, max_length, limit)

@@ -157,8 +157,9 @@ def _check_values(name: str, config: Any) -> None:
     for field in TOKEN_IDS:
         given = getattr(config, field, None)
         for token_id in given if isinstance(given, list) else [given]:
-            unset = token_id is None or (field == "pad_token_id" and token_id == NO_PADDING)
-            if not unset and not 0 <= token_id < config.vocab_size:
+            if token_id is None or (field == "pad_token_id" and token_id == NO_PADDING):
+                continue
+            if not 0 <= token_id < config.vocab_size:
                 raise refuse(field, f"expected a token below vocab_size={config.vocab_size}")
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict) and not any(
@@ -181,8 +182,8 @@ def _check_weights(name: str, model: PreTrainedModel, stored: Mapping[str, Store
         found = stored[parameter_name]
         if found.dtype is None:
             raise PatError(
-                f"The weights of the model {name!r} are not plain numbers of 16 bits or more, such as {parameter_name}, "
-                "and its configuration does not say how they are quantised; take the checkpoint it was made from."
+                f"The weights of the model {name!r}, such as {parameter_name}, are not plain numbers of 16 bits or "
+                "more, and its configuration does not say how they are quantised; take the checkpoint it was made from."
             )
         if found.shape != tuple(parameter.shape):
             sizes = set(parameter.shape) - set(found.shape)
@@ -236,4 +237,8 @@ def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     strict = type(error).__name__.startswith("StrictDataclass")
     line = (lines[-1].partition(": ")[2] if strict else lines[0]) if lines else ""
-    return line.rstrip(".") if line and not isinstance(error, KeyError | AssertionError) else f"{type(error).__name__}: {line}"
+    return (
+        line.rstrip(".")
+        if line and not isinstance(error, KeyError | AssertionError)
+        else f"{type(error).__name__}: {line}"
+    )

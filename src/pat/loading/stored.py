@@ -87,9 +87,7 @@ def _files(name_or_path: str, revision: str | None, download: bool) -> list[Path
         index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, **options)
         if index is None:
             return []
-        files, _ = get_checkpoint_shard_files(
-            name_or_path, index, revision=revision, local_files_only=not download
-        )
+        files, _ = get_checkpoint_shard_files(name_or_path, index, revision=revision, local_files_only=not download)
     except (OSError, ValueError, KeyError) as error:
         if not download and not Path(name_or_path).expanduser().is_dir():
             return []  # a model of the hub, of which not all is here

@@ -90,7 +90,7 @@ class TokenSetup:
 
     tokenizer: PreTrainedTokenizerBase
     """As it is to be written: with the run's special tokens and template, and padding as the base has it."""
-    generation_config: GenerationConfig | None
+    generation_config: GenerationConfig
     token_ids: dict[str, Any]
     """Special token ids of `config.json`."""
 
@@ -106,27 +106,27 @@ class TokenSetup:
         """Put a run's tokenizer beside what the base says of its tokens; none of the arguments is changed.
 
         The end-of-sequence and beginning-of-sequence tokens become the tokenizer's, as transformers' trainer has it;
-        further tokens that end a text are kept. The padding token stays the base's, unless the run has given the tokenizer another one.
+        further tokens that end a text are kept. The padding token stays the base's, unless the run has given the
+        tokenizer another one.
 
         Args:
             config: of the base.
-            generation_config: of the base.
+            generation_config: of the base; None for what its configuration says.
             tokenizer: of the run.
             base_tokenizer: as the base has it; None takes the run's for the base's own.
         """
         ids = {name: copy.deepcopy(getattr(config, name, None)) for name in TOKEN_IDS}
-        generation = None if generation_config is None else savable_generation_config(generation_config)
+        generation = savable_generation_config(generation_config or GenerationConfig.from_model_config(config))
         ids["eos_token_id"] = _with_first(tokenizer.eos_token_id, ids["eos_token_id"])
         ids["bos_token_id"] = ids["bos_token_id"] if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         repadded = base_tokenizer is not None and tokenizer.pad_token != base_tokenizer.pad_token
         if repadded:
             ids["pad_token_id"] = tokenizer.pad_token_id
-        if generation is not None:
-            known = generation.eos_token_id
-            listed = [known] if isinstance(known, int) and known != tokenizer.eos_token_id else known
-            generation.eos_token_id = _with_first(tokenizer.eos_token_id, listed)
-            generation.bos_token_id = ids["bos_token_id"]
-            generation.pad_token_id = ids["pad_token_id"] if repadded else generation.pad_token_id
+            generation.pad_token_id = tokenizer.pad_token_id
+        known = generation.eos_token_id
+        listed = [known] if isinstance(known, int) and known != tokenizer.eos_token_id else known
+        generation.eos_token_id = _with_first(tokenizer.eos_token_id, listed)
+        generation.bos_token_id = ids["bos_token_id"]
         return cls(tokenizer, generation, ids)
 
     def describe(self, config: PretrainedConfig) -> None:
@@ -137,8 +137,7 @@ class TokenSetup:
     def save(self, folder: Path) -> None:
         """Write tokenizer and generation config."""
         self.tokenizer.save_pretrained(folder)
-        if self.generation_config is not None:
-            self.generation_config.save_pretrained(folder)
+        self.generation_config.save_pretrained(folder)
 
 
 def _with_first(token_id: int | None, known: int | list[int] | None) -> int | list[int] | None:

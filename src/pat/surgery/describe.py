@@ -1,4 +1,4 @@
-"""What a model is, read off the model itself: its residual stream, whether it is tied, its head size, its parameters."""
+"""What a model is, read off the model itself: its residual stream, its ends, its head size and its parameters."""
 
 from __future__ import annotations
 

@@ -32,14 +32,22 @@ class ChannelOrder:
 
 
 def gain_block(gain: Tensor, tolerance: float) -> Tensor:
-    """Return the boolean `(d,)` block of channels whose gain lies within `tolerance` (relative) of the median."""
+    """Return the boolean `(d,)` block of channels whose gain lies within `tolerance` (relative) of the median.
+
+    A channel without gain is never in it: nothing that it is multiplied by makes it equal to the others.
+    """
     median = gain.median()
-    return (gain - median).abs() <= tolerance * median.abs()
+    return ((gain - median).abs() <= tolerance * median.abs()) & (gain != 0)
 
 
 def equalised_gain(gain: Tensor, block: Tensor) -> Tensor:
     """Return the gain `(d,)` with the block's entries replaced by their mean."""
     return torch.where(block, gain[block].mean(), gain)
+
+
+def equalising_factor(gain: Tensor, block: Tensor) -> Tensor:
+    """Return the factor `(d,)` that makes a gain the equalised one: exactly 1 outside the block, whatever is there."""
+    return torch.where(block, equalised_gain(gain, block) / gain, 1.0)
 
 
 def pca_order(covariance: Tensor, num_keep: int, block: Tensor | None = None) -> ChannelOrder:

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from pat.checkpoint.verify import Parity
-from pat.checkpoint.write import count_parameters
 from pat.nll import NLL, Example, response_nll
+from pat.surgery.describe import count_parameters
 
 EVAL_BATCH_SIZE = 8
 

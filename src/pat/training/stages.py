@@ -26,13 +26,13 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from trl import SFTConfig, SFTTrainer
 
 from pat.checkpoint.card import Compaction
-from pat.checkpoint.compact import ADAPTER, MODEL, read_compaction, write_compact
+from pat.checkpoint.compact import ADAPTER, MODEL, read_compaction, save_adapter, write_compact
 from pat.errors import PatError, RunFailed
-from pat.loading import load_base
+from pat.loading import TokenSetup, load_base
 from pat.method.schedule import milestone_step
 from pat.training.arguments import TuneArguments
 from pat.training.callback import PatCallback, calibration_batches
-from pat.training.checkpoints import STAGE_TWO, is_compact
+from pat.training.checkpoints import STAGE_TWO, SaveTokens, is_compact
 from pat.training.data import TrainingData
 from pat.training.guard import FiniteGuard
 from pat.training.handover import continue_from
@@ -64,6 +64,9 @@ class Stages:
     arguments: TuneArguments
     data: TrainingData
     tokenizer: PreTrainedTokenizerBase
+    """What the trainer pads and tokenises with."""
+    tokens: TokenSetup
+    """What is written beside every adapter and model of the run."""
     verify_on: Sequence[Mapping[str, Any]]
     """Batches to compare the masked model and its compact form on."""
     base: PreTrainedModel | None
@@ -169,7 +172,7 @@ class Stages:
             train_dataset=self.data.train if prepared is None else prepared.train_dataset,
             eval_dataset=held_out if prepared is None else prepared.eval_dataset,
             processing_class=self.tokenizer,
-            callbacks=[*callbacks, FiniteGuard()],
+            callbacks=[*callbacks, FiniteGuard(), SaveTokens(self.tokens)],
         )
 
     def _calibrate(self, trainer: SFTTrainer, tuner: PatModel) -> None:
@@ -208,13 +211,13 @@ class Stages:
         `done` is the checkpoint that was loaded; by default the one that stage one has just ended with.
         """
         started = time.perf_counter()
-        _save_adapter(model, self.arguments.output_dir / "adapter")
+        save_adapter(model, self.arguments.output_dir / "adapter", self.tokens)
         # Of an earlier run: its stage two belongs to other channels, and must not be what a resumed run finds.
         for folder in (self.checkpoints / STAGE_TWO, self.compact_dir):
             shutil.rmtree(folder, ignore_errors=True)
         seed = self.arguments.sft.seed
         compact, record = write_compact(
-            model, tuner, self.compact_dir, tokenizer=self.tokenizer, batches=self.verify_on, seed=seed
+            model, tuner, self.compact_dir, tokens=self.tokens, batches=self.verify_on, seed=seed
         )
         if not self.arguments.sft.disable_tqdm:
             print(
@@ -233,14 +236,10 @@ class Stages:
 
     def _trained(self, trainer: SFTTrainer, record: Compaction | None, config: Any) -> Trained:
         model = cast(PeftModel, trainer.model)
-        _save_adapter(model, self.arguments.output_dir / "adapter" if record is None else self.compact_dir / ADAPTER)
+        folder = self.arguments.output_dir / "adapter" if record is None else self.compact_dir / ADAPTER
+        save_adapter(model, folder, self.tokens)
         state = trainer.state
         return Trained(model, state.global_step, state.log_history, self.seconds, config.to_dict(), record)
-
-
-def _save_adapter(model: PeftModel, folder: Path) -> None:
-    model.save_pretrained(str(folder))
-    (folder / "README.md").unlink(missing_ok=True)  # peft's form, with nothing filled in
 
 
 def _is_hard_at_once(trainer: SFTTrainer, config: PatConfig) -> bool:

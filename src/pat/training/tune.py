@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from peft import prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import get_quantization_config
 
 from pat.checkpoint.card import shown_name
@@ -18,7 +18,8 @@ from pat.checkpoint.staging import check_output_folder, staged_folder
 from pat.checkpoint.verification_text import verification_batches
 from pat.checkpoint.write import save_checkpoint
 from pat.errors import PatError
-from pat.loading import load_base, load_config, load_tokenizer, stored_dtype
+from pat.loading import TokenSetup, check_special_ids, load_base, load_config, padded, quantization_of, stored_dtype
+from pat.loading.tokenizer import load_plain_tokenizer
 from pat.nll import Example, batches_from_examples, tokenize_examples
 from pat.report.results import environment, write_results
 from pat.training.arguments import TuneArguments, build_arguments
@@ -28,7 +29,6 @@ from pat.training.data import TrainingData, check_truncation, load_training_data
 from pat.training.results import Size, TuneResult, measure
 from pat.training.stages import Stages
 from pat.tuner.prepare import check_config
-from pat.loading.quantized import keep_plain_layout
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,8 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
         logger.warning("%.1f %% of the hidden size will be cut: %s.", 100 * width.pruning_ratio, width.reason)
     if pat_config.calibration is not None:
         read_calibration(pat_config.calibration)
-    tokenizer = _load_tokenizer(arguments)
+    plain_tokenizer = _load_tokenizer(arguments, base_config)
+    tokenizer = padded(plain_tokenizer, base_config)
     data = _load_data(arguments, tokenizer)
     num_truncated = check_truncation(tokenizer, data.train, sft.max_length)
     held_out = _examples(tokenizer, data, arguments)
@@ -93,7 +94,15 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
     if sum(len(example["input_ids"]) for example in verify_on) < MIN_VERIFY_TOKENS:  # short rows, or too long ones
         max_positions = getattr(base_config, "max_position_embeddings", None)
         batches += verification_batches(tokenizer, max_positions=max_positions)
-    stages = Stages(arguments, data, tokenizer, batches, base=_load_base(arguments))
+    base = _load_base(arguments)
+    tokens = TokenSetup.of(
+        base_config,
+        base.generation_config,
+        plain_tokenizer,
+        base_tokenizer=load_plain_tokenizer(name, revision=arguments.model.model_revision),
+    )
+    stages = Stages(arguments, data, tokenizer, tokens, batches, base=base)
+    del base
     assert stages.base is not None
     # Training may load float32 for speed or stability; what is written keeps the dtype of the base's checkpoint.
     dtype = stages.base.dtype
@@ -117,7 +126,7 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
         parity, cut = save_checkpoint(
             model,
             staging,
-            tokenizer=tokenizer,
+            tokens=tokens,
             batches=batches,
             dtype=stored,
             provenance=provenance,
@@ -156,10 +165,14 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
     return TuneResult(output_dir, output_dir / "model", adapter_dir, figures, parity)
 
 
-def _load_tokenizer(arguments: TuneArguments) -> PreTrainedTokenizerBase:
+def _load_tokenizer(arguments: TuneArguments, base_config: PretrainedConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer with TRL's overrides applied, since data is looked at before the trainer applies them."""
     sft = arguments.sft
-    tokenizer = load_tokenizer(str(arguments.model.model_name_or_path), revision=arguments.model.model_revision)
+    tokenizer = load_plain_tokenizer(str(arguments.model.model_name_or_path), revision=arguments.model.model_revision)
+    if sft.pad_token is not None:
+        if sft.pad_token not in tokenizer.get_vocab():
+            raise PatError(f"Got --pad_token {sft.pad_token!r}, which the tokenizer does not know; give one it has.")
+        tokenizer.pad_token = sft.pad_token
     if sft.eos_token is not None:
         if sft.eos_token not in tokenizer.get_vocab():
             raise PatError(f"Got --eos_token {sft.eos_token!r}, which the tokenizer does not know; give one it has.")
@@ -169,6 +182,7 @@ def _load_tokenizer(arguments: TuneArguments) -> PreTrainedTokenizerBase:
         if not template.is_file():
             raise PatError(f"Got --chat_template_path {template}, but there is no such file; give a Jinja file.")
         tokenizer.chat_template = template.read_text(encoding="utf-8")
+    check_special_ids(tokenizer, base_config.vocab_size)
     return tokenizer
 
 
@@ -196,9 +210,8 @@ def _load_base(arguments: TuneArguments) -> PreTrainedModel:
         attn_implementation=options.attn_implementation,
         quantization_config=quantization,
     )
-    if quantization is None:
+    if quantization_of(base.config) is None:  # neither by a flag nor in the checkpoint
         return cast(PreTrainedModel, base.to(arguments.sft.device))  # type: ignore[arg-type]
-    keep_plain_layout(base)  # it is measured before the adapter is on it
     return cast(
         PreTrainedModel,
         prepare_model_for_kbit_training(base, use_gradient_checkpointing=bool(arguments.sft.gradient_checkpointing)),

@@ -90,7 +90,7 @@ class StreamStatistics:
                 energy = energy * gain.square().to(energy.device)
             weight = torch.stack([to_float64(effective(r)).square().flatten(0, -2).sum(0) for r in readers]).sum(0)
             score = energy * weight.to(energy.device)
-            share = score / score.sum()
+            share = score / score.sum().clamp_min(torch.finfo(score.dtype).tiny)  # a branch may be dead
             total = share if total is None else total + share.to(total.device)
         assert total is not None
         return total

@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pat.errors import PatError
+from pat.loading import keep_plain_layout
 from pat.method.mask import UnifiedMask
 from pat.method.operator import Operator, build_operator
 from pat.surgery.precision import to_float64
 from pat.surgery.residual import ResidualStream
-from pat.surgery.rotation import ChannelOrder, equalised_gain, gain_block, importance_order, pca_order
+from pat.surgery.rotation import ChannelOrder, equalising_factor, gain_block, importance_order, pca_order
 from pat.tuner.calibration import DEFAULT_TOKENS_PER_CHANNEL, StreamStatistics, share_from_first_process
 from pat.tuner.compaction import Compacted, compact
 from pat.tuner.config import PatConfig
 from pat.tuner.layer import MASK_NAME, OPERATOR_NAME, HsmLayer, MaskLayer
 from pat.tuner.merging import MaskedModel, merge_dense
 from pat.tuner.prepare import AttachmentPlan, default_targets, new_parameters_are_empty, plan_attachment
-from pat.loading.quantized import keep_plain_layout
 from pat.tuner.weights import effective_parameter, factored_parameter
 
 
@@ -190,7 +190,7 @@ class PatModel(LoraModel):
             if mask.head_factor is not None:
                 gain = self._final_gain(name)
                 block = gain_block(gain, config.gain_tolerance)
-                head_factor = equalised_gain(gain, block) / gain
+                head_factor = equalising_factor(gain, block)
             order = pca_order(statistics.covariance(), mask.pruned_hidden_size, block)
         share_from_first_process(order.prior, order.pinned, order.basis, head_factor)
         mask.set_prior(order.prior, pinned=order.pinned, basis=order.basis, head_factor=head_factor)
