@@ -13,7 +13,7 @@ from typing import Any
 from peft import PeftModel
 
 from pat.checkpoint.card import Compaction, shown_name
-from pat.checkpoint.staging import staged_folder
+from pat.checkpoint.staging import make_readable, staged_folder
 from pat.checkpoint.verify import check, compare, permutation_floor
 from pat.checkpoint.write import pruning_of, quiet_transformers, write_config
 from pat.errors import PatError
@@ -85,6 +85,7 @@ def save_adapter(model: PeftModel, folder: Path, tokens: TokenSetup | None = Non
     (folder / "README.md").unlink(missing_ok=True)  # peft's form, with nothing filled in
     if tokens is not None:
         tokens.save(folder)
+    make_readable(folder)
 
 
 def read_compaction(folder: Path) -> Compaction:

@@ -5,6 +5,7 @@ Neither model is in memory where the base can stay on disk: tensors are read, fo
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from pat.checkpoint.adapter import (
     load_hollow,
     read_adapter_config,
 )
-from pat.checkpoint.card import Cut, shown_name
+from pat.checkpoint.card import PROVENANCE, Cut, shown_name
 from pat.checkpoint.compact import ADAPTER, RECORD
 from pat.checkpoint.options import MergeOptions
 from pat.checkpoint.staging import check_output_folder, staged_folder
@@ -37,6 +38,8 @@ from pat.surgery.describe import count_parameters
 from pat.tuner import PatConfig
 
 logger = logging.getLogger(__name__)
+
+RESULTS = "results.json"
 
 LARGE_MODEL = 10**9
 LARGE_MODEL_TOKENS = 64
@@ -125,7 +128,8 @@ def run_merge(options: MergeOptions, *, progress: bool = True) -> MergeRecord:
             batches=batches,
             dtype=dtype,
             precision=_torch_dtype(options.fold_dtype),
-            provenance={"model_name_or_path": name if compaction is None else compaction.base_model},
+            provenance=_provenance(adapter)
+            | {"model_name_or_path": name if compaction is None else compaction.base_model},
             compaction=compaction,
             progress=progress,
             max_shard_size=options.max_shard_size,
@@ -142,7 +146,7 @@ def run_merge(options: MergeOptions, *, progress: bool = True) -> MergeRecord:
             cut=cut,
             timings=timings,
         )
-        write_results(staging / "results.json", record.to_dict())
+        write_results(staging / RESULTS, record.to_dict())
     return record
 
 
@@ -151,6 +155,18 @@ def _point_to_the_last_adapter(adapter: Path) -> None:
     compact = adapter.resolve().parent / "compact"
     if adapter.resolve().name == "adapter" and (compact / RECORD).is_file():
         logger.warning("%s is the adapter as of the milestone; the run went on in %s.", adapter, compact / ADAPTER)
+
+
+def _provenance(adapter: Path) -> dict[str, Any]:
+    """Return what the run that an adapter lies in says of itself, as far as a model card tells it."""
+    for folder in adapter.resolve().parents[:2]:
+        try:
+            results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(results, dict) and results.get("command") == "tune":
+            return {name: results[name] for name in PROVENANCE if name in results}
+    return {}
 
 
 def _torch_dtype(name: str | None) -> torch.dtype | None:

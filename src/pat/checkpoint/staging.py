@@ -57,7 +57,7 @@ def staged_folder(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
         with suppress(BlockingIOError):  # somebody who clears up looks at it just now
             lock = lock_folder(staging)
         yield staging
-        _make_readable(staging)
+        make_readable(staging)
         _sync(staging)
         _rename(staging, target)
         _sync_folder(target.parent)
@@ -106,10 +106,10 @@ def _remove_stale(parent: Path, prefix: str) -> None:
                 os.close(lock)
 
 
-def _make_readable(folder: Path) -> None:
-    """Give files the permissions of any new file: libraries that write to a temporary one first make it private."""
+def make_readable(folder: Path) -> None:
+    """Give files the permissions of any new file; safetensors makes its own readable by their owner alone."""
     probe = folder / f".probe-{secrets.token_hex(4)}"
-    probe.touch()
+    probe.touch()  # the only way to know the permissions of a new file without changing them for other threads
     mode = probe.stat().st_mode & 0o777
     probe.unlink()
     for path in folder.rglob("*"):

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from pat.checkpoint.staging import make_readable
 from pat.errors import PatError
 from pat.loading import TokenSetup
 
@@ -40,7 +41,9 @@ class SaveTokens(TrainerCallback):
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write tokenizer and generation config."""
-        self.tokens.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        self.tokens.save(folder)
+        make_readable(folder)
 
 
 def last_checkpoint(checkpoints: Path) -> str | None:
