@@ -14,7 +14,6 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from pat.checkpoint.verify import Parity
 from pat.report.results import environment
 
-
 PROVENANCE = (
     "model_name_or_path", "dataset", "prompt_format", "recipe", "seed", "num_steps", "num_tokens_seen", "max_length",
     "learning_rates", "held_out_nll", "held_out_standard_error", "num_held_out_tokens", "limits",
@@ -164,7 +163,7 @@ def _sizes(cut: Cut) -> list[tuple[str, ...]]:
 def _limits(provenance: Mapping[str, Any]) -> list[str]:
     prompts = provenance.get("prompt_format")
     return [
-        "Whatever the base model gets wrong, this one may get wrong as well, and it has lost some of what the base knew.",
+        "What the base model gets wrong, this one may get wrong as well; and it has lost some of what the base knew.",
         *([] if prompts is None else [f"It was tuned on prompts of one form: {prompts}."]),
         *(
             []
