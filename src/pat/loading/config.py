@@ -146,8 +146,7 @@ def _check_values(name: str, config: Any) -> None:
         return PatError(f"The configuration of the model {name!r} is not usable: {field}={value!r}; {expected}.")
 
     for field in _COUNTS:
-        value = getattr(config, field, None)
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if not _is_count(getattr(config, field, None)):
             raise refuse(field, "expected a positive whole number")
     num_heads, num_kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if num_kv_heads is not None and num_heads % num_kv_heads:
@@ -207,7 +206,9 @@ def _unusable(name: str, error: Exception, fields: Any) -> PatError:
     """Return the error for a configuration that transformers cannot use, naming the field if it can be found."""
     detail = _one_line(error)
     if isinstance(fields, dict):
-        culprit = next((key for key in fields if key != "model_type" and _can_be_built(_without(fields, key))), None)
+        culprit = next((key for key in _COUNTS if not _is_count(fields.get(key))), None) or next(
+            (key for key in fields if key != "model_type" and _can_be_built(_without(fields, key))), None
+        )
         words = detail.lower()
         named = [
             key
@@ -217,6 +218,11 @@ def _unusable(name: str, error: Exception, fields: Any) -> PatError:
         values = [f"{key}={fields[key]!r}" for key in named if f"value: {fields[key]!r}" not in detail]
         detail = f"{', '.join(values)} ({detail})" if values else detail
     return PatError(f"The configuration of the model {name!r} is not usable: {detail}; correct its config.json.")
+
+
+def _is_count(value: Any) -> bool:
+    """Tell whether a value is a positive whole number, or not there."""
+    return value is None or (isinstance(value, int) and value > 0)
 
 
 def _without(fields: Mapping[str, Any], key: str) -> dict[str, Any]:
