@@ -70,8 +70,9 @@ def setup(
 
 
 def ids(tokens: TokenSetup) -> tuple[Any, Any, Any, Any]:
-    generation = tokens.generation_config
-    return tokens.token_ids["eos_token_id"], generation.eos_token_id, tokens.token_ids["pad_token_id"], generation.pad_token_id  # fmt: skip
+    """Return end of text and padding, each as `config.json` and as the generation config has it."""
+    own, generation = tokens.token_ids, tokens.generation_config
+    return own["eos_token_id"], generation.eos_token_id, own["pad_token_id"], generation.pad_token_id
 
 
 def test_a_run_that_changes_no_token_says_what_the_base_says() -> None:
