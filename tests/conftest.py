@@ -41,9 +41,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-golden", action="store_true", help="write the records that test_golden.py compares with")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder beside the repository with evaluation texts, instruction data and the stories260K checkpoint."""
+    """Folder beside the repository with the questions of the tasks and longer texts."""
     path = REPO_ROOT.parent / "shared" / "data"
     if not path.is_dir():
         pytest.skip("the data folder ../shared/data is not beside this checkout")
@@ -51,9 +55,15 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def stories260k_path(shared_data: Path) -> Path:
+def tests_data() -> Path:
+    """Folder of the data that comes with the tests; its README says what each file is."""
+    return TESTS_DIR / "data"
+
+
+@pytest.fixture(scope="session")
+def stories260k_path(tests_data: Path) -> Path:
     """Checkpoint of a trained 260,032-parameter Llama: hidden 64, 5 layers, 8 heads, 4 KV heads, tied."""
-    return shared_data / "models" / "stories260K"
+    return tests_data / "stories260K"
 
 
 @pytest.fixture
