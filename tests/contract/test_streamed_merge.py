@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hardened import hardened
+from pat.checkpoint.memory import ReusedMemory
 from safetensors.torch import load_file
 from tiny_models import KINDS, batch, shallow, tiny_tokenizer
 from tiny_training import largest_difference, logits
@@ -19,7 +20,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pat.checkpoint import memory, read
 from pat.checkpoint import merge as merging
-from pat.checkpoint.memory import ReusedMemory
 from pat.checkpoint.merge import MergeResult, merge
 from pat.checkpoint.write import savable_generation_config
 from pat.surgery import fold
@@ -53,7 +53,7 @@ def streamed_only(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("merged in memory")
 
-    monkeypatch.setattr(merging, "save_checkpoint", refuse)
+    monkeypatch.setattr(merging, "load_adapted", refuse)
 
 
 def assert_same(folder: Path, dense: PreTrainedModel, reference: Path) -> None:
