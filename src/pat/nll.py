@@ -5,15 +5,13 @@ Shapes: B rows of a batch, T tokens of its longest row, V vocabulary, N scored t
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -39,6 +37,10 @@ class NLL:
 
     nll: float
     num_tokens: int
+    standard_error: float | None = None
+    """Of the mean, over rows (or windows of a text) drawn at random, since the tokens of one row hang together: with
+    n_i tokens and the sum s_i in row i of m, sqrt(m / (m - 1) * sum((s_i - nll * n_i)^2)) / sum(n_i). None for one row.
+    """
 
     @property
     def perplexity(self) -> float:
@@ -47,61 +49,6 @@ class NLL:
             return math.exp(self.nll)
         except OverflowError:
             return math.inf
-
-
-def tokenize_row(tokenizer: "PreTrainedTokenizerBase", row: Mapping[str, Any]) -> dict[str, list[int]]:
-    """`input_ids` and `completion_mask` of one row, untruncated, as TRL 1.16's SFTTrainer makes them.
-
-    `row` is one of `{"prompt", "completion"}` (two strings or two message lists), `{"messages"}` and
-    `{"text"}`; without a prompt every token counts as completion. The end-of-sequence token is appended to
-    plain strings; in conversations that is up to the chat template. The completion starts where the tokens of
-    the prompt and of prompt + completion diverge: before the prompt's end if tokens merge across it.
-
-    Raises:
-        PatError: a plain string but no end-of-sequence token; a chat template that refuses the row.
-    """
-    if "prompt" not in row:
-        messages, text = row.get("messages"), row.get("text", "")
-        ids = _chat_ids(tokenizer, messages) if messages else _text_ids(tokenizer, _end(tokenizer, text))
-        return {"input_ids": ids, "completion_mask": [1] * len(ids)}
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, str):
-        ids = _text_ids(tokenizer, prompt + _end(tokenizer, completion))
-    else:
-        ids = _chat_ids(tokenizer, prompt + completion)
-    num_prompt = _common_prefix(prompt_ids(tokenizer, prompt), ids)
-    return {"input_ids": ids, "completion_mask": [0] * num_prompt + [1] * (len(ids) - num_prompt)}
-
-
-def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str | list[dict[str, str]]) -> list[int]:
-    """Tokens of a prompt on its own, a string or a message list, as a model is asked with it."""
-    if isinstance(prompt, str):
-        return _text_ids(tokenizer, prompt)
-    return _chat_ids(tokenizer, prompt, add_generation_prompt=True)
-
-
-def tokenize_examples(
-    tokenizer: "PreTrainedTokenizerBase", dataset: Iterable[Mapping[str, Any]], max_length: int | None
-) -> list[dict[str, list[int]]]:
-    """All rows of `dataset`, tokenised and cut at `max_length` tokens as SFTTrainer does without packing.
-
-    Like there, the start is kept and rows left without any completion token are dropped.
-
-    Raises:
-        PatError: see `tokenize_row`; the message tells the row, counted from 1.
-    """
-    examples = []
-    for number, row in enumerate(dataset, start=1):
-        try:
-            example = tokenize_row(tokenizer, row)
-        except PatError as error:
-            raise PatError(f"Row {number} of the converted data: {error}") from error
-        if max_length is not None:
-            example = {key: values[:max_length] for key, values in example.items()}
-            if 1 not in example["completion_mask"]:
-                continue
-        examples.append(example)
-    return examples
 
 
 def batches_from_examples(
@@ -148,6 +95,7 @@ def response_nll(
     device = next(model.parameters()).device
     num_batches = math.ceil(len(examples) / batch_size)
     total, num_tokens = 0.0, 0
+    rows: list[Tensor] = []
     with evaluating(model), torch.no_grad():
         batches = batches_from_examples(examples, batch_size=batch_size, pad_token_id=pad_token_id, sort_by_length=True)
         for done, batch in enumerate(batches, start=1):
@@ -159,16 +107,31 @@ def response_nll(
                 use_cache=False,
             ).logits
             logits_NV, targets_N = logits_BTV[:, :-1][scored_BT], targets_BT[scored_BT]
+            row_N = scored_BT.nonzero()[:, 0].cpu()
+            sums_B2 = torch.zeros(len(scored_BT), 2, dtype=torch.float64)
             for start in range(0, len(targets_N), LOGIT_ROWS):
-                rows = slice(start, start + LOGIT_ROWS)
-                nll_N = cross_entropy(logits_NV[rows].float(), targets_N[rows], reduction="none")
-                total += nll_N.cpu().double().sum().item()
+                part = slice(start, start + LOGIT_ROWS)
+                nll_N = cross_entropy(logits_NV[part].float(), targets_N[part], reduction="none").cpu().double()
+                total += nll_N.sum().item()
+                sums_B2.index_add_(0, row_N[part], torch.stack([nll_N, torch.ones_like(nll_N)], dim=1))
+            rows.append(sums_B2)
             num_tokens += len(targets_N)
             if progress is not None:
                 progress(done, num_batches)
     if num_tokens == 0:
         raise PatError(f"Got {len(examples)} examples without a response token to score; pass rows with responses.")
-    return NLL(nll=total / num_tokens, num_tokens=num_tokens)
+    nll = total / num_tokens
+    return NLL(nll, num_tokens, _standard_error(nll, torch.cat(rows)))
+
+
+def _standard_error(nll: float, rows_M2: Tensor) -> float | None:
+    """Return the standard error of a ratio of sums over rows, of each the sum of its losses and its tokens."""
+    rows_M2 = rows_M2[rows_M2[:, 1] > 0]
+    num_rows = len(rows_M2)
+    if num_rows < 2:
+        return None
+    residuals_M = rows_M2[:, 0] - nll * rows_M2[:, 1]
+    return math.sqrt(num_rows / (num_rows - 1) * residuals_M.square().sum().item()) / rows_M2[:, 1].sum().item()
 
 
 def text_perplexity(
@@ -197,10 +160,8 @@ def text_perplexity(
     Raises:
         PatError: file missing, not UTF-8 or empty; fewer than two tokens; context or stride out of range.
     """
-    ids = _text_ids(tokenizer, read_text(text_or_path))
-    bos = tokenizer.bos_token_id
-    prefix = [int(bos)] if bos is not None and ids[:1] == [bos] else []
-    body = ids[len(prefix) :][:max_tokens]
+    prefix, body = _tokens(tokenizer, read_text(text_or_path))
+    body = body[:max_tokens]
     if len(body) < 2:
         raise PatError(f"Got a text of {len(body)} tokens, perplexity needs at least 2; pass a longer text.")
     room = min(context, _max_positions(model) or context) - len(prefix)
@@ -235,33 +196,25 @@ def _labels(example: Example) -> list[int]:
     return [token if scored else IGNORED for token, scored in pairs]
 
 
-def _text_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+def split_text(
+    tokenizer: "PreTrainedTokenizerBase", text: str, length: int, max_tokens: int | None = None
+) -> list[list[int]]:
+    """Return the first tokens of a text as sequences of at most `length`.
+
+    Where the tokenizer starts texts with a beginning-of-sequence token, every sequence does.
+    """
+    prefix, body = _tokens(tokenizer, text)
+    body = body[: max_tokens and max_tokens - len(prefix)]
+    room = length - len(prefix)
+    return [prefix + body[start : start + room] for start in range(0, len(body), room)]
+
+
+def _tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[list[int], list[int]]:
+    """Return the beginning-of-sequence token, if the tokenizer sets it, and the tokens after it."""
     # verbose=False: a whole file is longer than the model's window, which is no reason to warn.
-    return list(tokenizer(text=text, verbose=False)["input_ids"])
-
-
-def _chat_ids(
-    tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]], add_generation_prompt: bool = False
-) -> list[int]:
-    try:
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
-        )
-    except (TemplateError, ValueError) as error:  # ValueError: the tokenizer has no template
-        reason = " ".join(str(error).split())
-        raise PatError(f"The tokenizer's chat template refuses this conversation ({reason}); fix either.") from error
-    return list(cast(Mapping[str, Any], encoded)["input_ids"])
-
-
-def _end(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
-    eos = tokenizer.eos_token
-    if not isinstance(eos, str):
-        raise PatError("The tokenizer has no end-of-sequence token to end responses with; pass --eos_token.")
-    return text if text.endswith(eos) else text + eos
-
-
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+    ids = list(tokenizer(text=text, verbose=False)["input_ids"])
+    begins = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+    return (ids[:1], ids[1:]) if begins else ([], ids)
 
 
 def read_text(text_or_path: str | os.PathLike[str]) -> str:

@@ -48,7 +48,7 @@ class Masks(TrainerCallback):  # type: ignore[misc]
         self.gates: list[torch.Tensor] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.gates.append(tuner_of(kwargs["model"]).mask().gate().detach().clone())
+        self.gates.append(tuner_of(kwargs["model"]).mask().values().detach().clone())
 
 
 @dataclass

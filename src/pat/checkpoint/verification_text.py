@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pat.nll import batches_from_examples, read_text
+from pat.nll import batches_from_examples, read_text, split_text
 
 CONTEXT = 256
 MAX_TOKENS = 1024
@@ -38,12 +38,8 @@ def verification_batches(
     """
     builtin = resources.files("pat.checkpoint").joinpath("verification.txt")
     text = read_text(builtin.read_text(encoding="utf-8") if text_file is None else Path(text_file))
-    ids = list(tokenizer(text=text, verbose=False)["input_ids"])
-    bos = tokenizer.bos_token_id
-    prefix = [bos] if bos is not None and ids[:1] == [bos] else []
-    body = ids[len(prefix) : max_tokens]
-    room = min(CONTEXT, max_positions or CONTEXT) - len(prefix)
-    rows = [prefix + body[start : start + room] for start in range(0, len(body), room)]
+    length = min(CONTEXT, max_positions or CONTEXT)
+    rows = split_text(tokenizer, text, length, max_tokens)
     examples = [{"input_ids": row, "labels": row} for row in rows]
     # One row a batch: no padding, and a batch of logits over a large vocabulary stays small.
     batches = batches_from_examples(examples, batch_size=1, pad_token_id=0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pat.errors import PatError
-from pat.nll import read_text
+from pat.nll import read_text, split_text
 
 BATCH_SIZE = 4
 CONTEXT = 512
@@ -32,16 +32,18 @@ def read_calibration(path: str) -> str:
 def batches_from_text_file(path: str, tokenizer: Any) -> Iterator[dict[str, Tensor]]:
     """Yield batches of consecutive pieces of a text file, `input_ids` of shape `(batch, 512)`, the rest dropped.
 
+    Every piece starts with a beginning-of-sequence token if the tokenizer starts texts with one: models that were
+    trained that way (Gemma) have another residual stream without it.
+
     Raises:
         PatError: see `read_calibration`; or there is no tokenizer to read it with.
     """
     text = read_calibration(path)
     if tokenizer is None:
         raise PatError("Got a calibration text but no tokenizer; pass processing_class to the trainer.")
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if len(ids) == 0:
+    pieces = split_text(tokenizer, text, CONTEXT)
+    if not pieces:
         raise PatError(f"Got calibration={path!r}, but the file holds no text.")
-    length = min(CONTEXT, len(ids))
-    rows = ids[: len(ids) // length * length].view(-1, length)
+    rows = torch.tensor([piece for piece in pieces if len(piece) == len(pieces[0])])
     for start in range(0, len(rows), BATCH_SIZE):
         yield {"input_ids": rows[start : start + BATCH_SIZE]}

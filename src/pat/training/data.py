@@ -1,4 +1,6 @@
-"""From what a user points at to datasets that TRL's SFTTrainer accepts."""
+"""From what a user points at to examples in the forms of TRL's SFTTrainer, some of them kept apart."""
+
+from __future__ import annotations
 
 import math
 import os
@@ -9,9 +11,7 @@ from typing import TYPE_CHECKING, get_args
 from datasets import Dataset
 
 from pat.errors import PatError
-from pat.nll import prompt_ids, tokenize_row
-from pat.training.formats import Template, split_turns
-from pat.training.sources import TemplateChoice, load_source
+from pat.training.sources import ROW, Reading, Source, TemplateChoice, load_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,38 +24,57 @@ HeldOut = int | float | str | os.PathLike[str] | None
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Data ready for SFTTrainer, and where it came from.
+    """Data in TRL's forms, and where it came from.
 
-    `train` and `held_out` have the columns `prompt` and `completion` (both strings or both message lists), or
-    `text`. A conversation with several answers gives as many rows, so there may be more rows than were read.
+    A conversation with several answers gives as many examples, so there may be more of them than rows.
     """
 
-    train: Dataset
-    held_out: Dataset | None
-    format: str  # "alpaca", "prompt-completion", "messages" or "text"
-    template: Template | None  # None: texts are used as they are
-    source: str  # path or hub id as given
-    held_out_source: str | None  # the separate file, if one was given
-    fingerprint: str  # "sha256:…" of a file's content; "revision:…" or "datasets:…" of a hub dataset
-    num_rows: int  # rows read from the source
-    num_dropped: int  # of these without a response, hence in neither dataset
+    train_rows: Dataset
+    """Examples to train on, with the column `ROW`."""
+    held_out_rows: Dataset | None
+    source: Source
+    held_out_source: Source
+    """The separate one, if there is one."""
+    name: str
+    """Path or hub id as given."""
+    held_out_name: str | None
+    """That of the separate source, if there is one."""
+    num_dropped: int
+    """Rows without a response, hence in neither dataset."""
+
+    @property
+    def train(self) -> Dataset:
+        """Examples in columns `prompt` and `completion` (strings or message lists, `tools` beside these), or `text`."""
+        return self.train_rows.remove_columns(ROW)
+
+    @property
+    def held_out(self) -> Dataset | None:
+        """Examples that are kept apart, likewise."""
+        return None if self.held_out_rows is None else self.held_out_rows.remove_columns(ROW)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows read from the source."""
+        return self.source.num_rows
 
 
 def load_training_data(
     name_or_path: str | os.PathLike[str],
     *,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     split: str = "train",
     config_name: str | None = None,
     template: TemplateChoice = "auto",
     held_out: HeldOut = None,
     seed: int = 0,
+    text_field: str = "text",
 ) -> TrainingData:
     """Load, check and convert instruction data, and keep some of it apart.
 
     Args:
-        name_or_path: a local `.json`, `.jsonl`, `.parquet` or `.csv` file, or a hub dataset id.
-        tokenizer: asked only whether it has a chat template.
+        name_or_path: a local file (JSON, JSON lines, Parquet, CSV or TSV, compressed or not), a folder that `datasets`
+            has saved or that holds data files, or a hub dataset id.
+        tokenizer: asked only for its chat template.
         split: the split of a hub dataset, or a slice such as `train[:1000]`; a file is one split, `train`.
         config_name: the configuration of a hub dataset.
         template: how instructions become prompts; "auto": chat if the tokenizer has a chat template, else
@@ -63,62 +82,49 @@ def load_training_data(
         held_out: what to keep apart: a number of rows, a share below 1, 0 for nothing, or a file (or hub
             dataset) of its own; by default 2 %, at most 200 rows. Numbers may come as strings.
         seed: decides which rows are kept apart.
+        text_field: the column of plain text; another name than "text" makes the data plain text.
 
     Raises:
         PatError: nothing there, unreadable, malformed (with the line) or of unknown format; all responses
             empty; a held-out number that leaves nothing to train on.
     """
     name = os.fspath(name_or_path)
-    has_chat_template = tokenizer is not None and bool(tokenizer.chat_template)
+    chat_template = chat_template_of(tokenizer)
     if template not in get_args(TemplateChoice):
         raise PatError(f"Got template={template!r}; expected one of {', '.join(get_args(TemplateChoice))}.")
-    if template == "chat" and not has_chat_template:
+    if template == "chat" and not chat_template:
         raise PatError("Got template='chat', but the tokenizer has no chat template; pass 'alpaca' or 'auto'.")
-    source = load_source(
-        name, split=split, config_name=config_name, template=template, has_chat_template=has_chat_template
-    )
+    reading = Reading(template, chat_template, text_field)
+    source = load_source(name, reading, split=split, config_name=config_name)
+    rows = _numbered(source)
+    usable = list(dict.fromkeys(rows[ROW]))
     amount = _parse_held_out(held_out)
-    apart: Dataset | None
+    apart, train, held_out_rows = source, rows, None
     if isinstance(amount, str):
-        rest = source.rows
-        apart = load_source(
-            amount, split="train", config_name=None, template=template, has_chat_template=has_chat_template
-        ).rows
-    else:
-        rest, apart = _split(source.rows, _num_held_out(len(source.rows), amount, name), seed)
+        apart = load_source(amount, reading)
+        held_out_rows = _numbered(apart)
+    elif count := _num_held_out(len(usable), amount, name):
+        # Whole rows are kept apart: no conversation is on both sides.
+        chosen = {usable[index] for index in random.Random(seed).sample(range(len(usable)), count)}
+        is_apart = [row in chosen for row in rows[ROW]]
+        train, held_out_rows = (
+            rows.select([index for index, there in enumerate(is_apart) if there == side]) for side in (False, True)
+        )
     return TrainingData(
-        train=_responses(rest),
-        held_out=None if apart is None else _responses(apart),
-        format=source.format.name,
-        template=source.template,
-        source=name,
-        held_out_source=amount if isinstance(amount, str) else None,
-        fingerprint=source.fingerprint,
-        num_rows=source.num_rows,
-        num_dropped=source.num_rows - len(source.rows),
+        train_rows=train,
+        held_out_rows=held_out_rows,
+        source=source,
+        held_out_source=apart,
+        name=name,
+        held_out_name=amount if isinstance(amount, str) else None,
+        num_dropped=source.num_rows - len(usable),
     )
 
 
-def check_truncation(tokenizer: "PreTrainedTokenizerBase", dataset: Dataset, max_length: int | None) -> int:
-    """How many rows of `dataset` keep nothing of their response when cut at `max_length` tokens.
-
-    SFTTrainer 1.16 cuts prompt + completion at the end (`keep_start`) and silently drops such rows.
-
-    Raises:
-        PatError: all rows are such.
-    """
-    if max_length is None or "prompt" not in dataset.column_names:
-        return 0
-    # The completion starts at the end of the prompt's own tokens or before it, so most rows need only these.
-    long_rows = [row for row in dataset if len(prompt_ids(tokenizer, row["prompt"])) >= max_length]
-    needed = [1 + tokenize_row(tokenizer, row)["completion_mask"].count(0) for row in long_rows]
-    num_cut = sum(length > max_length for length in needed)
-    if num_cut == len(dataset):
-        raise PatError(
-            f"All {num_cut} responses are truncated away: got max_length {max_length}, but even the shortest "
-            f"prompt with one response token takes {min(needed)}; pass a larger --max_length."
-        )
-    return num_cut
+def chat_template_of(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Return the source of a tokenizer's chat template, or of all it has; empty if there is none."""
+    template = None if tokenizer is None else tokenizer.chat_template
+    return "\n".join(template.values()) if isinstance(template, dict) else template or ""
 
 
 def _parse_held_out(held_out: HeldOut) -> int | float | str | None:
@@ -147,22 +153,7 @@ def _num_held_out(num_rows: int, amount: int | float | None, name: str) -> int:
     return count
 
 
-def _split(rows: Dataset, num_held_out: int, seed: int) -> tuple[Dataset, Dataset | None]:
-    """(rest, held out), both in the original order."""
-    if num_held_out == 0:
-        return rows, None
-    chosen = set(random.Random(seed).sample(range(len(rows)), num_held_out))
-    rest = [index for index in range(len(rows)) if index not in chosen]
-    return rows.select(rest), rows.select(sorted(chosen))
-
-
-def _responses(rows: Dataset) -> Dataset:
-    """Conversations as one row per answer. Done after the split: no conversation is on both sides of it."""
-    if "messages" not in rows.column_names:
-        return rows
-
-    def expand(batch: dict[str, list[list[dict[str, str]]]]) -> dict[str, list[list[dict[str, str]]]]:
-        turns = [turn for messages in batch["messages"] for turn in split_turns(messages)]
-        return {key: [turn[key] for turn in turns] for key in ("prompt", "completion")}
-
-    return rows.map(expand, batched=True, remove_columns=["messages"])
+def _numbered(source: Source) -> Dataset:
+    """Return the examples of a source with the numbers of their rows."""
+    rows = source.rows
+    return rows if ROW in rows.column_names else rows.add_column(ROW, list(range(len(rows))))

@@ -1,17 +1,30 @@
-"""The row formats PAT accepts, and how a row of each becomes one of TRL's.
+"""The forms of rows that PAT accepts, and how a row of each becomes examples in one of TRL's forms.
 
-TRL's SFTTrainer computes the loss on the completion alone for rows with `prompt` and `completion`, and on
-every token for rows with `messages` or `text`. So whatever has a response ends as prompt and completion.
+TRL's SFTTrainer computes the loss on the completion alone for rows with `prompt` and `completion`, and on every token
+of rows with `text`. So whatever has a response ends as prompts and completions, one for each answer to learn.
 """
 
-from collections.abc import Collection, Mapping
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pat.errors import PatError
+from pat.training.messages import (
+    Message,
+    RowError,
+    is_answer,
+    parse_history,
+    parse_json,
+    parse_message,
+    parse_messages,
+    put_before,
+    says_something,
+    text_of,
+)
 
 Template = Literal["chat", "alpaca"]
-Message = dict[str, str]
 
 # The wording of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca), with a line break at its end as in
 # alpaca-lora's templates/alpaca.json, which keeps the response's first token apart from the prompt.
@@ -26,20 +39,17 @@ ALPACA_WITH_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 
-# ShareGPT's names for the keys and roles of a message.
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-}
+CONVERSATIONS = ("messages", "conversations", "conversation")
+PROMPTS = ("instruction", "prompt", "question", "query", "input", "inputs")
+RESPONSES = ("output", "response", "completion", "answer", "target", "targets")
+CONTEXTS = ("input", "context")
+SYSTEMS = ("system", "system_prompt")
+HISTORY = "history"
+OPTIONS = ("tools", "chat_template_kwargs")
 
 ACCEPTED = (
-    "alpaca (instruction, optional input or context, output or response), prompt and completion, messages or "
-    "conversations, or text"
+    "instruction and output (also prompt, question, query or input with response or answer), prompt and completion, "
+    "messages or conversations, or text"
 )
 
 
@@ -48,149 +58,132 @@ class Format:
     """A format found in data: its name and the columns that play its parts."""
 
     name: Literal["alpaca", "prompt-completion", "messages", "text"]
-    prompt: str  # column of the instruction, prompt, conversation or text
+    prompt: str
+    """Column of the instruction, prompt, conversation or text."""
     response: str = ""
     input: str = ""
+    beside: tuple[str, ...] = ()
+    """Columns that only a chat template can express: system, history, tools, chat_template_kwargs."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns that are read."""
+        return tuple(name for name in (self.prompt, self.response, self.input, *self.beside) if name)
 
 
-class RowError(ValueError):
-    """One row does not fit its format; the caller knows where the row stands."""
-
-
-def detect_format(columns: Collection[str], source: str) -> Format:
-    """The format of data with these columns; further columns are ignored.
+def detect_format(columns: Collection[str], source: str, text_field: str = "text") -> Format:
+    """Return the format of data with these columns, in capitals or not.
 
     Raises:
-        PatError: no format fits; tells what was found and what is accepted.
+        PatError: no format fits, or there is no such text column; tells what was found and what is accepted.
     """
-    for name in ("messages", "conversations"):
-        if name in columns:
-            return Format("messages", name)
-    if {"prompt", "completion"} <= set(columns):
-        return Format("prompt-completion", "prompt", "completion")
-    response = next((name for name in ("output", "response") if name in columns), "")
-    if "instruction" in columns and response:
-        context = next((name for name in ("input", "context") if name in columns), "")
-        return Format("alpaca", "instruction", response, context)
-    if "text" in columns:
-        return Format("text", "text")
     found = ", ".join(sorted(columns)) or "none"
+    if text_field != "text":
+        if text_field not in columns:
+            raise PatError(f"{source}: got dataset_text_field={text_field!r}, expected one of the columns {found}.")
+        return Format("text", text_field)
+    known = {name.strip().lower(): name for name in columns}
+
+    def first(names: Sequence[str], *taken: str) -> str:
+        return next((known[name] for name in names if name in known and known[name] not in taken), "")
+
+    beside = tuple(known[name] for name in (*SYSTEMS, HISTORY, *OPTIONS) if name in known)
+    if conversation := first(CONVERSATIONS):
+        return Format("messages", conversation, beside=tuple(name for name in beside if name != HISTORY))
+    if {"prompt", "completion"} <= known.keys():
+        return Format("prompt-completion", known["prompt"], known["completion"], beside=beside)
+    prompt, response = first(PROMPTS), first(RESPONSES)
+    if prompt and response:
+        return Format("alpaca", prompt, response, first(CONTEXTS, prompt), beside)
+    if "text" in known:
+        return Format("text", known["text"])
     raise PatError(f"{source}: got columns {found}; expected {ACCEPTED}.")
 
 
-def convert_row(row: Mapping[str, Any], format: Format, template: Template | None) -> dict[str, Any] | None:
-    """One row in TRL's form, or None if its response is empty.
+def convert_row(
+    row: Mapping[str, Any], format: Format, template: Template | None, chat_template: str = ""
+) -> list[dict[str, Any]]:
+    """Return the examples of one row in TRL's form, none if there is no response to learn.
 
     Args:
         template: "chat" makes message lists for the tokenizer's chat template, "alpaca" strings in the Alpaca
             wording, None keeps prompt and completion strings as they are. Plain text takes no template.
+        chat_template: the source of the chat template, to call things as it does.
 
     Returns:
-        `{"prompt", "completion"}`, both strings or both message lists; `{"text"}`; or, for conversations
-        under "chat", `{"messages"}`, which `split_turns` takes apart.
+        `{"text"}`; or `{"prompt", "completion"}`, both strings or both message lists, with `tools` and
+        `chat_template_kwargs` beside message lists if the row has them.
 
     Raises:
         RowError: a field is missing or of the wrong type, or the template cannot express the row.
     """
     if format.name == "text":
-        text = _string(row, format.prompt, empty=True)
-        return {"text": text} if text.strip() else None
+        text = text_of(row.get(format.prompt), f"field {format.prompt!r}", empty=True)
+        return [{"text": text}] if text.strip() else []
+    beside = {name: row[name] for name in format.beside if row.get(name)}
+    if beside and template != "chat":
+        raise RowError(
+            f"field {min(beside)!r} has no place in {'the Alpaca wording' if template else 'plain strings'}; expected "
+            "--template chat and a tokenizer with a chat template, or rows without that field."
+        )
     if format.name == "messages":
-        return _convert_messages(_messages(row, format.prompt), template)
-    if format.name == "prompt-completion" and isinstance(row.get(format.prompt), list):
+        turns = parse_messages(row.get(format.prompt), f"field {format.prompt!r}", chat_template)
+        pairs = [(turns[:i], turns[i : i + 1]) for i, turn in enumerate(turns) if i > 0 and is_answer(*turn)]
+    elif format.name == "prompt-completion" and isinstance(row.get(format.prompt), list):
         if template is None:
             raise RowError(f"field {format.prompt!r} is a list, but a string in the first row; use one form.")
-        return _convert_message_pair(_messages(row, "prompt"), _messages(row, "completion", empty=True), template)
-    prompt, response = _string(row, format.prompt), _string(row, format.response, empty=True)
-    if not response.strip():
-        return None
-    context = _string(row, format.input, optional=True, empty=True) if format.input else ""
-    return _pair(prompt, context, response, template)
-
-
-def split_turns(messages: list[Message]) -> list[dict[str, list[Message]]]:
-    """One prompt/completion row per non-empty assistant turn: every answer is learned, and nothing else."""
+        if not row.get(format.response):
+            return []
+        columns = (format.prompt, format.response)
+        prompt, completion = (parse_messages(row.get(name), f"field {name!r}", chat_template) for name in columns)
+        if not all(learned for _, learned in completion):
+            raise RowError(f"a message of {format.response!r} is not to be learned; expected it in {format.prompt!r}.")
+        turns = prompt + completion
+        pairs = [(prompt, completion)] if any(says_something(message) for message, _ in completion) else []
+    else:
+        response = text_of(_present(row, format.response), f"field {format.response!r}", empty=True)
+        question = text_of(_present(row, format.prompt), f"field {format.prompt!r}")
+        context = text_of(row.get(format.input), f"field {format.input!r}", empty=True)
+        if not response.strip():
+            return []
+        if template != "chat":
+            return [_worded(question, context, response, template)]
+        asked = f"{question}\n\n{context}" if context.strip() else question
+        pairs = [([({"role": "user", "content": asked}, True)], [({"role": "assistant", "content": response}, True)])]
+    if template != "chat":
+        return [_single_turn([message for message, _ in turns])] if pairs else []
+    opening = [
+        parse_message({"role": "system", "content": beside[name]}, f"field {name!r}")[0]
+        for name in SYSTEMS
+        if name in beside
+    ]
+    opening += parse_history(beside.get(HISTORY, []))
+    options: dict[str, Any] = {name: parse_json(beside[name], name) for name in OPTIONS if name in beside}
     return [
-        {"prompt": messages[:index], "completion": [message]}
-        for index, message in enumerate(messages)
-        if index > 0 and message["role"] == "assistant" and message["content"].strip()
+        {"prompt": put_before(opening, prompt), "completion": [message for message, _ in completion], **options}
+        for prompt, completion in pairs
     ]
 
 
-def _pair(prompt: str, context: str, response: str, template: Template | None) -> dict[str, Any]:
+def _worded(question: str, context: str, response: str, template: Template | None) -> dict[str, Any]:
     if template is None:
-        return {"prompt": prompt, "completion": response}
-    if template == "alpaca":
-        wording = ALPACA_WITH_INPUT if context.strip() else ALPACA
-        return {"prompt": wording.format(instruction=prompt, input=context), "completion": response}
-    content = f"{prompt}\n\n{context}" if context.strip() else prompt
-    return {
-        "prompt": [{"role": "user", "content": content}],
-        "completion": [{"role": "assistant", "content": response}],
-    }
-
-
-def _convert_messages(messages: list[Message], template: Template | None) -> dict[str, Any] | None:
-    if not split_turns(messages):
-        return None
-    return {"messages": messages} if template == "chat" else _single_turn(messages)
-
-
-def _convert_message_pair(
-    prompt: list[Message], completion: list[Message], template: Template | None
-) -> dict[str, Any] | None:
-    if not any(message["content"].strip() for message in completion):
-        return None
-    return {"prompt": prompt, "completion": completion} if template == "chat" else _single_turn(prompt + completion)
+        return {"prompt": question, "completion": response}
+    wording = ALPACA_WITH_INPUT if context.strip() else ALPACA
+    return {"prompt": wording.format(instruction=question, input=context), "completion": response}
 
 
 def _single_turn(messages: list[Message]) -> dict[str, Any]:
     roles = [message["role"] for message in messages]
-    if roles != ["user", "assistant"]:
+    more = sorted({key for message in messages for key in message} - {"role", "content"})
+    if roles != ["user", "assistant"] or more:
         raise RowError(
-            f"got a conversation of {', '.join(roles)}, but the Alpaca "
-            "template takes one user and one assistant message; use a tokenizer with a chat template."
+            f"got a conversation of {', '.join(roles)}{' with ' + ', '.join(more) if more else ''}, but the Alpaca "
+            "template takes one user and one assistant message of text; use a tokenizer with a chat template."
         )
-    return _pair(messages[0]["content"], "", messages[1]["content"], "alpaca")
+    return _worded(messages[0]["content"], "", messages[1]["content"], "alpaca")
 
 
-def _string(row: Mapping[str, Any], field: str, *, optional: bool = False, empty: bool = False) -> str:
-    """A field's text. `optional`: it may be absent; `empty`: null (an empty cell) counts as empty text."""
-    if field not in row and not optional:
+def _present(row: Mapping[str, Any], field: str) -> Any:
+    if field not in row:
         raise RowError(f"field {field!r} is missing (found {', '.join(row) or 'none'}); expected a string.")
-    value = row.get(field)
-    if value is None and empty:
-        return ""
-    return _text(value, f"field {field!r}")
-
-
-def _text(value: object, what: str) -> str:
-    if not isinstance(value, str):
-        raise RowError(f"{what} is {_kind(value)}, expected a string.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RowError(f"{what} is not valid Unicode text ({error.reason}).") from error
-    return value
-
-
-def _messages(row: Mapping[str, Any], field: str, *, empty: bool = False) -> list[Message]:
-    value = row.get(field)
-    if not isinstance(value, list) or not (value or empty):
-        raise RowError(f"field {field!r} is {_kind(value)}, expected a list of messages (role, content).")
-    return [_message(item, f"message {number} of {field!r}") for number, item in enumerate(value, start=1)]
-
-
-def _message(item: object, what: str) -> Message:
-    if not isinstance(item, Mapping):
-        raise RowError(f"{what} is {_kind(item)}, expected an object with role and content.")
-    role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
-    if not isinstance(role, str) or role not in ROLES:
-        raise RowError(f"{what} has role {role!r}, expected one of {', '.join(ROLES)}.")
-    return {"role": ROLES[role], "content": _text(content, f"content of {what}")}
-
-
-def _kind(value: object) -> str:
-    if value is None:
-        return "missing or null"
-    return "an empty list" if value == [] else f"of type {type(value).__name__}"
+    return row[field]

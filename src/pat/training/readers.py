@@ -1,137 +1,222 @@
-"""Reading local data files into rows that still know where in the file they stand."""
+"""Local data files as rows that still know on which line of the file they stand."""
 
+from __future__ import annotations
+
+import bz2
 import csv
+import gzip
+import hashlib
+import io
 import json
+import lzma
+import re
+import zlib
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet  # type: ignore[import-untyped]
+import pyarrow.parquet
 
 from pat.errors import PatError
 
 Row = dict[str, Any]
 
+CELL_LIMIT = 2**31 - 1
+"""Letters of a CSV cell; by default the csv module refuses more than 131,072 of them."""
+
+LISTS_OF_ONE_ROW = {"messages", "conversations", "conversation", "prompt", "completion", "tools"}
+"""Lists of objects under these names belong to one row; under any other name a list of objects is the data."""
+
+_DAMAGED = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, pyarrow.ArrowException)
+_DEEP = re.compile(r"(?:[\[{][^\[\]{}]*){99}")
+
 
 @dataclass(frozen=True)
 class LocalRows:
-    """The rows of one file; `places[i]` says where row i stands, for error messages."""
+    """The rows of one file; `numbers[i]` says where row i stands."""
 
     path: Path
     rows: list[Row]
-    unit: str  # "line" or "row"
     numbers: list[int]
+    where: str = "line {}"
+    fingerprint: str = ""
 
     def place(self, index: int) -> str:
-        """Where row `index` stands, as in `data.jsonl, line 3`."""
-        return f"{self.path}, {self.unit} {self.numbers[index]}"
-
-    def columns(self) -> list[str]:
-        """Names of all columns, in order of first appearance."""
-        return list(dict.fromkeys(name for row in self.rows for name in row))
+        """Return where a row stands, as in `data.jsonl, line 3`."""
+        return f"{self.path}, {self.where.format(self.numbers[index])}"
 
 
 def read_local(path: Path) -> LocalRows:
-    """All rows of a `.json`, `.jsonl`, `.parquet` or `.csv` file.
+    """Read all rows of a data file, compressed or not.
 
     Raises:
-        PatError: no such file, another suffix, not readable as what the suffix says (with the line), no rows.
+        PatError: no such file, another suffix, no rows, or not readable as what the suffix says (with the line).
     """
-    suffixes = ", ".join(READERS)
-    if path.is_dir():
-        raise PatError(f"{path} is a folder; expected one data file ({suffixes}).")
     if not path.is_file():
-        raise PatError(f"{path}: no such file; expected a hub dataset id or a file ({suffixes}).")
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise PatError(f"{path}: got suffix {path.suffix!r}, expected one of {suffixes}; convert the file.")
+        raise PatError(f"{path}: no such file; expected a hub dataset id, a folder or a file ({SUFFIXES}).")
+    suffix = data_suffix(path)
+    if suffix not in READERS:
+        raise PatError(f"{path}: got suffix {suffix!r}, expected one of {SUFFIXES}; convert the file.")
     try:
-        local = reader(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise PatError(f"{path}: not readable ({error}); expected a UTF-8 file.") from error
+        stored = path.read_bytes()
+        unpack = DECOMPRESSORS.get(path.suffix.lower())
+        local = READERS[suffix](path, stored if unpack is None else unpack(stored))
+    except _DAMAGED as error:
+        what = "a parquet file" if suffix == ".parquet" else "UTF-8 text"
+        raise PatError(f"{path}: not readable ({' '.join(str(error).split())}); expected {what}.") from error
     if not local.rows:
         raise PatError(f"{path} has no rows; expected at least one example.")
-    return local
+    return replace(local, fingerprint=f"sha256:{hashlib.sha256(stored).hexdigest()}")
 
 
-def _read_jsonl(path: Path) -> LocalRows:
-    rows, numbers = [], []
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise PatError(
-                    f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno}); "
-                    "expected one JSON object per line."
-                ) from error
-            _check_object(row, f"{path}, line {number}")
-            rows.append(row)
-            numbers.append(number)
-    return LocalRows(path, rows, "line", numbers)
+def data_suffix(path: Path) -> str:
+    """Return the suffix that says what a file holds, which stands before that of its compression."""
+    return Path(path.stem if path.suffix.lower() in DECOMPRESSORS else path.name).suffix.lower()
 
 
-def _read_json(path: Path) -> LocalRows:
-    """A JSON list of objects; a file that holds one object per line under this suffix is read as such."""
-    text = path.read_text(encoding="utf-8-sig")
-    if not text.lstrip().startswith("["):
-        return _read_jsonl(path)
+def without_nulls(value: Any) -> Any:
+    """Leave out what is null in nested objects: a table of objects gives each the fields of all."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _integer(digits: str) -> int | str:
+    """Read an integer of 64 bits; what is longer stays text, since neither Python nor Arrow takes it at any length."""
+    return int(digits) if len(digits) < 19 or (len(digits) < 21 and -(2**63) <= int(digits) < 2**63) else digits
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> Row:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):  # the last one would win silently
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise _RepeatedField(f"an object has the field {name!r} more than once")
+    return fields
+
+
+class _RepeatedField(ValueError):
+    """An object has two fields of one name."""
+
+
+_DECODER = json.JSONDecoder(parse_int=_integer, object_pairs_hook=_fields)
+
+
+def _read_jsonl(path: Path, content: bytes) -> LocalRows:
+    lines = enumerate(content.decode("utf-8-sig").split("\n"), start=1)
+    numbered = [(number, _decode(path, line, number)) for number, line in lines if line.strip()]
+    rows = [_checked(row, f"{path}, line {number}") for number, row in numbered]
+    return LocalRows(path, rows, [number for number, _ in numbered])
+
+
+def _read_json(path: Path, content: bytes) -> LocalRows:
+    """Read a list of objects, an object that holds such a list, or one object per line."""
+    text = content.decode("utf-8-sig")
+    if text.lstrip().startswith("["):
+        return _listed(path, _decode(path, text), "row {}")
+    if _is_lines(text):
+        return _read_jsonl(path, content)
+    whole = _decode(path, text)
+    if not isinstance(whole, dict):
+        _checked(whole, str(path))
+    lists = {key: value for key, value in whole.items() if isinstance(value, list) and key not in LISTS_OF_ONE_ROW}
+    lists = {key: value for key, value in lists.items() if value and isinstance(value[0], dict)}
+    if len(lists) > 1:
+        raise PatError(f"{path}: got several lists of rows ({', '.join(lists)}); expected one of them in a file.")
+    for key, rows in lists.items():
+        return _listed(path, rows, f"row {{}} of {key!r}")
+    return LocalRows(path, [whole], [1])
+
+
+def _is_lines(text: str) -> bool:
+    """Tell whether the first of several lines is a value of its own."""
+    first, _, rest = text.strip().partition("\n")
     try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise PatError(
-            f"{path}, line {error.lineno}: not valid JSON ({error.msg} at column {error.colno}); "
-            "expected a list of objects or one object per line."
-        ) from error
+        return bool(rest and _DECODER.decode(first))
+    except json.JSONDecodeError:
+        return False
+    except (ValueError, RecursionError):
+        return True
+
+
+def _listed(path: Path, rows: list[Any], where: str) -> LocalRows:
     numbers = list(range(1, len(rows) + 1))
     for number, row in zip(numbers, rows, strict=True):
-        _check_object(row, f"{path}, row {number}")
-    return LocalRows(path, rows, "row", numbers)
+        _checked(row, f"{path}, {where.format(number)}")
+    return LocalRows(path, rows, numbers, where)
 
 
-def _read_csv(path: Path) -> LocalRows:
-    rows, numbers = [], []
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for row in reader:
-                # DictReader files surplus fields under None and fills missing ones with None.
-                if None in row or None in row.values():
-                    raise PatError(
-                        f"{path}, line {reader.line_num}: got another number of fields than the header's "
-                        f"{len(reader.fieldnames or ())}; quote fields that contain commas or line breaks."
-                    )
-                rows.append(row)
-                # Quoted fields may span lines; line_num is the row's last one.
-                numbers.append(reader.line_num - sum(value.count("\n") for value in row.values()))
-        except csv.Error as error:
-            raise PatError(f"{path}, line {reader.line_num}: not valid CSV ({error}).") from error
-    return LocalRows(path, rows, "line", numbers)
-
-
-def _read_parquet(path: Path) -> LocalRows:
+def _decode(path: Path, text: str, line: int | None = None) -> Any:
+    """Decode a line of a file, or all of it."""
+    first = line or 1
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise PatError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]}).") from error
-    return LocalRows(path, rows, "row", list(range(1, len(rows) + 1)))
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        reason = f"line {first + error.lineno - 1}: not valid JSON ({error.msg} at column {error.colno})"
+        raise PatError(f"{path}, {reason}; expected a list of objects or one object per line.") from error
+    except _RepeatedField as error:
+        raise PatError(f"{path}{f', line {line}' if line else ''}: {error}; expected each once.") from error
+    except RecursionError as error:
+        deep = _DEEP.search(text)
+        number = first + (text.count("\n", 0, deep.start()) if deep else 0)
+        raise PatError(f"{path}, line {number}: nested too deeply to be read; leave that field out.") from error
 
 
-def _check_object(row: object, place: str) -> None:
-    if not isinstance(row, dict):
-        raise PatError(f'{place}: got a JSON {_json_name(row)}, expected an object like {{"instruction": …}}.')
+def _checked(row: object, place: str) -> Row:
+    if isinstance(row, dict):
+        return row
+    kind = {str: "string", list: "list", bool: "boolean", type(None): "null"}.get(type(row), "number")
+    raise PatError(f'{place}: got a JSON {kind}, expected an object like {{"instruction": …}}.')
 
 
-def _json_name(value: object) -> str:
-    return {str: "string", list: "list", bool: "boolean", type(None): "null"}.get(type(value), "number")
+def _read_csv(path: Path, content: bytes) -> LocalRows:
+    rows, numbers = [], []
+    delimiter = "\t" if ".tsv" in path.suffixes else ","
+    limit = csv.field_size_limit(CELL_LIMIT)
+    try:
+        file = io.StringIO(content.decode("utf-8-sig"), newline="")
+        reader = csv.DictReader(file, strict=True, delimiter=delimiter)
+        repeated = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
+        if repeated:
+            raise PatError(f"{path}, line 1: got more than one column {repeated[0]!r}; give each a name of its own.")
+        for row in reader:
+            # DictReader files surplus fields under None and fills missing ones with None.
+            if None in row or None in row.values():
+                raise PatError(
+                    f"{path}, line {reader.line_num}: got another number of fields than the header's "
+                    f"{len(reader.fieldnames or ())}; quote fields that contain separators or line breaks."
+                )
+            rows.append(row)
+            # Quoted fields may span lines; line_num is the row's last one.
+            numbers.append(reader.line_num - sum(value.count("\n") for value in row.values()))
+    except csv.Error as error:
+        raise PatError(f"{path}, line {reader.line_num}: not valid CSV ({error}).") from error
+    finally:
+        csv.field_size_limit(limit)
+    return LocalRows(path, rows, numbers)
 
 
-READERS: dict[str, Callable[[Path], LocalRows]] = {
+def _read_parquet(path: Path, content: bytes) -> LocalRows:
+    return _listed(path, without_nulls(pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()), "row {}")
+
+
+def _unpack_zstd(stored: bytes) -> bytes:
+    return bytes(pyarrow.CompressedInputStream(pyarrow.BufferReader(stored), "zstd").read())
+
+
+READERS: dict[str, Callable[[Path, bytes], LocalRows]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
     ".parquet": _read_parquet,
     ".csv": _read_csv,
+    ".tsv": _read_csv,
 }
+DECOMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.decompress,
+    ".bz2": bz2.decompress,
+    ".xz": lzma.decompress,
+    ".zst": _unpack_zstd,
+}
+SUFFIXES = f"{', '.join(READERS)}, or one of them compressed ({', '.join(DECOMPRESSORS)})"

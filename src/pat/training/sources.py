@@ -1,63 +1,72 @@
-"""A local file or a hub dataset as one dataset of converted rows."""
+"""A local file or folder, a hub dataset or tasks as one dataset of examples in TRL's forms."""
+
+from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from datasets import Dataset, Features, ReadInstruction, Value, load_dataset
+from datasets import Dataset, DatasetDict, Features, Json, List, ReadInstruction, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 
 from pat.errors import PatError
-from pat.questions.rows import load_rows
-from pat.questions.table import resolve_tasks
-from pat.questions.wording import letter_answer, letter_instruction
-from pat.training.formats import ALPACA, Format, RowError, Template, convert_row, detect_format
-from pat.training.readers import READERS, read_local
+from pat.questions import letter_answer, letter_instruction, load_rows, resolve_tasks
+from pat.training.formats import ALPACA, OPTIONS, Format, Template, convert_row, detect_format
+from pat.training.messages import RowError
+from pat.training.readers import DECOMPRESSORS, READERS, SUFFIXES, Row, data_suffix, read_local, without_nulls
 
 TemplateChoice = Literal["auto", "chat", "alpaca"]
 
 TASK_PREFIX = "task:"
 """Begins the name of a dataset that is made of tasks' questions."""
 
-# What ends in one of these is meant as a file even where there is none: no reason to ask the hub.
-FILE_SUFFIXES = {*READERS, ".txt", ".tsv", ".arrow", ".xlsx", ".gz", ".zip", ".zst", ".yaml", ".yml"}
+ROW = "row"
+"""Column with the index of the row that an example comes from; a conversation gives several examples."""
 
-_STRING = Value("string")
-_MESSAGES = [{"role": _STRING, "content": _STRING}]
+# What ends in one of these is meant as a file even where there is none: no reason to ask the hub.
+FILE_SUFFIXES = {*READERS, *DECOMPRESSORS, ".txt", ".arrow", ".xlsx", ".zip", ".yaml", ".yml"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """All usable rows of one source in TRL's forms; conversations are still whole."""
+    """All examples of one source in TRL's forms, with the column `ROW` unless each is a row of its own."""
 
     rows: Dataset
     format: Format
     template: Template | None
     fingerprint: str
     num_rows: int  # rows read, those without a response included
+    place: Callable[[int], str] = "row {}".format  # says where a row stands
+    unread: tuple[str, ...] = ()  # columns that have no part in the format
 
 
-def load_source(
-    name: str, *, split: str, config_name: str | None, template: TemplateChoice, has_chat_template: bool
-) -> Source:
-    """Read and convert a local file, if `name` exists or looks like one, or else a hub dataset.
+@dataclass(frozen=True)
+class Reading:
+    """How rows are to be read; `chat_template` is the source of the tokenizer's, empty if there is none."""
+
+    template: TemplateChoice = "auto"
+    chat_template: str = ""
+    text_field: str = "text"
+
+
+def load_source(name: str, reading: Reading, *, split: str = "train", config_name: str | None = None) -> Source:
+    """Read and convert a local file or folder, if `name` exists or looks like one, or else a hub dataset.
 
     Raises:
         PatError: see `pat.training.data.load_training_data`.
     """
-
-    def plan(columns: list[str], first_row: Mapping[str, Any]) -> tuple[Format, Template | None]:
-        format = detect_format(columns, name)
-        return format, _resolve_template(template, format, first_row, has_chat_template)
-
+    path = Path(name).expanduser()
     if name.startswith(TASK_PREFIX):
-        return load_task_source(name, split, template)
-    if Path(name).expanduser().exists() or _looks_like_file(name):
-        return _load_local(Path(name).expanduser(), split, plan)
-    return _load_hub(name, split, config_name, plan)
+        return load_task_source(name, split, reading.template)
+    if path.is_dir():
+        return _load_folder(path, reading, split, config_name)
+    if path.exists() or _looks_like_file(name):
+        return _load_file(path, reading, split)
+    return _load_hub(name, reading, split, config_name)
 
 
 def load_task_source(name: str, split: str, template: TemplateChoice = "auto") -> Source:
@@ -83,35 +92,36 @@ def load_task_source(name: str, split: str, template: TemplateChoice = "auto") -
     return Source(Dataset.from_list(rows), format, "alpaca", f"sha256:{digest}", len(rows))
 
 
-_Plan = Callable[[list[str], Mapping[str, Any]], tuple[Format, Template | None]]
-
-
-def _load_local(path: Path, split: str, plan: _Plan) -> Source:
+def _load_file(path: Path, reading: Reading, split: str) -> Source:
     local = read_local(path)
-    try:
-        spans = ReadInstruction.from_spec(split).to_absolute({"train": len(local.rows)})
-    except ValueError as error:
-        raise PatError(f"{path}: got split {split!r}; a file has 'train' and slices like 'train[:99]'.") from error
-    indices = [index for span in spans for index in range(span.from_, span.to)]
-    if not indices:
-        raise PatError(f"{path}: split {split!r} selects none of the file's {len(local.rows)} rows.")
-    format, template = plan(local.columns(), local.rows[indices[0]])
-    converted = (_convert(local.rows[index], format, template, local.place, index) for index in indices)
-    kept = [row for row in converted if row is not None]
-    if not kept:
-        raise _all_empty(str(path), len(indices))
-    rows = Dataset.from_list(kept, features=_features(format, template))
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Source(rows, format, template, f"sha256:{digest}", len(indices))
+    [indices] = _selected(str(path), split, {"train": len(local.rows)}).values()
+    columns = list(dict.fromkeys(name for row in local.rows for name in row))
+    converter = _Converter(str(path), columns, local.rows[indices[0]], reading, local.place)
+    examples = [example for index in indices for example in converter.convert(local.rows[index], index)]
+    return converter.source(examples, local.fingerprint, len(indices))
 
 
-def _load_hub(name: str, split: str, config_name: str | None, plan: _Plan) -> Source:
+def _load_folder(path: Path, reading: Reading, split: str, config_name: str | None) -> Source:
+    """Read what `save_to_disk` has left, the one data file of a folder, or several as one dataset."""
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        stored = load_from_disk(str(path))
+        parts = dict(stored) if isinstance(stored, DatasetDict) else {"train": stored}
+        [(part, indices)] = _selected(str(path), split, {str(name): len(rows) for name, rows in parts.items()}).items()
+        return _convert(str(path), parts[part].select(indices), reading)
+    files = [file for file in sorted(path.iterdir()) if file.is_file() and data_suffix(file) in READERS]
+    if not files:
+        raise PatError(f"{path}: is a folder without a data file; expected one in it ({SUFFIXES}).")
+    return (
+        _load_file(files[0], reading, split) if len(files) == 1 else _load_hub(str(path), reading, split, config_name)
+    )
+
+
+def _load_hub(name: str, reading: Reading, split: str, config_name: str | None) -> Source:
     try:
         dataset = load_dataset(name, name=config_name, split=split)
     except ConnectionError as error:
         raise PatError(
-            f"{name}: no such file, and the hub could not be reached; "
-            f"pass an existing file ({', '.join(READERS)}) or go online."
+            f"{name}: no such file, and the hub could not be reached; pass an existing file ({SUFFIXES}) or go online."
         ) from error
     except DatasetNotFoundError as error:
         raise PatError(
@@ -120,64 +130,92 @@ def _load_hub(name: str, split: str, config_name: str | None, plan: _Plan) -> So
         ) from error
     except Exception as error:  # whatever its parsers, file systems and HTTP client raise
         reason = " ".join(str(error).split())
-        raise PatError(f"{name}: this hub dataset could not be loaded, split {split!r} ({reason}).") from error
+        raise PatError(f"{name}: this dataset could not be loaded, split {split!r} ({reason}).") from error
     if not len(dataset):
         raise PatError(f"{name}: split {split!r} has no rows; expected at least one example.")
-    format, template = plan(dataset.column_names, dataset[0])
-    features = _features(format, template)
+    return _convert(name, dataset, reading)
+
+
+def _convert(name: str, dataset: Dataset, reading: Reading) -> Source:
+    first = without_nulls(dataset[0])
+    converter = _Converter(name, dataset.column_names, first, reading, lambda index: f"{name}, row {index + 1}")
 
     # Mapped rather than read into a list: stays on disk, and the next run finds it in the cache.
     def convert(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        originals = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
-        rows = [
-            _convert(row, format, template, lambda index: f"{name}, row {index + 1}", index)
-            for index, row in zip(indices, originals, strict=True)
-        ]
-        return {key: [row[key] for row in rows if row is not None] for key in features}
+        rows = (without_nulls(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True))
+        pairs = zip(rows, indices, strict=True)
+        examples = [example for row, index in pairs for example in converter.convert(row, index)]
+        return {key: [example[key] for example in examples] for key in converter.features}
 
-    rows = dataset.map(convert, batched=True, with_indices=True, remove_columns=dataset.column_names, features=features)
-    if not len(rows):
-        raise _all_empty(name, len(dataset))
-    return Source(rows, format, template, _hub_fingerprint(dataset), len(dataset))
+    rows = dataset.map(
+        convert, batched=True, with_indices=True, remove_columns=dataset.column_names, features=converter.features
+    )
+    return converter.source(rows, _hub_fingerprint(dataset), len(dataset))
 
 
-def _all_empty(name: str, num_rows: int) -> PatError:
-    return PatError(f"{name}: all {num_rows} responses are empty; expected at least one with text.")
+class _Converter:
+    """Converts the rows of one source, whose columns and first row say how."""
+
+    def __init__(
+        self, name: str, columns: Sequence[str], first: Row, reading: Reading, place: Callable[[int], str]
+    ) -> None:
+        self.name, self.reading, self.place = name, reading, place
+        self.format = format = detect_format(columns, name, reading.text_field)
+        self.unread = tuple(column for column in columns if column not in format.columns)
+        as_it_is = format.name == "prompt-completion" and not isinstance(first.get(format.prompt), list)
+        self.template: Template | None = "chat" if reading.chat_template else "alpaca"
+        if reading.template != "auto":
+            self.template = reading.template
+        elif as_it_is or format.name == "text":
+            self.template = None
+        chat = self.template == "chat"
+        kind = List(Json()) if chat else Value("string")
+        options = [name for name in OPTIONS if chat and name in format.beside]
+        names = ["text"] if format.name == "text" else ["prompt", "completion"]
+        kinds: dict[str, Any] = dict.fromkeys(names, kind) | dict.fromkeys(options, Json()) | {ROW: Value("int64")}
+        self.features = Features(kinds)
+
+    def convert(self, row: Row, index: int) -> list[dict[str, Any]]:
+        """Return the examples of a row as their columns hold them."""
+        try:
+            examples = convert_row(row, self.format, self.template, self.reading.chat_template)
+        except RowError as error:
+            raise PatError(f"{self.place(index)}: {error}") from error
+        if self.template == "chat":  # in JSON, each message keeps the fields that it has, and no others
+            examples = [
+                {
+                    key: [json.dumps(item) for item in value] if key in ("prompt", "completion") else json.dumps(value)
+                    for key, value in example.items()
+                }
+                for example in examples
+            ]
+        return [{**dict.fromkeys(self.features), **example, ROW: index} for example in examples]
+
+    def source(self, rows: Dataset | list[dict[str, Any]], fingerprint: str, num_rows: int) -> Source:
+        """Return the source of these examples, unless there are none."""
+        if not len(rows):
+            raise PatError(f"{self.name}: all {num_rows} responses are empty; expected at least one with text.")
+        if isinstance(rows, list):
+            rows = Dataset.from_list(rows, self.features)
+        return Source(rows, self.format, self.template, fingerprint, num_rows, self.place, self.unread)
 
 
-def _convert(
-    row: Mapping[str, Any],
-    format: Format,
-    template: Template | None,
-    place: Callable[[int], str],
-    index: int,
-) -> dict[str, Any] | None:
+def _selected(name: str, split: str, lengths: dict[str, int]) -> dict[str, Sequence[int]]:
+    """Return the part that a split names, and the indices that it selects.
+
+    Raises:
+        PatError: no such part, a sum of parts, or no row.
+    """
     try:
-        return convert_row(row, format, template)
-    except RowError as error:
-        raise PatError(f"{place(index)}: {error}") from error
-
-
-def _resolve_template(
-    choice: TemplateChoice, format: Format, first_row: Mapping[str, Any], has_chat_template: bool
-) -> Template | None:
-    if format.name == "text":
-        return None
-    if choice != "auto":
-        return choice
-    if format.name == "prompt-completion" and not isinstance(first_row.get(format.prompt), list):
-        return None
-    return "chat" if has_chat_template else "alpaca"
-
-
-def _features(format: Format, template: Template | None) -> Features:
-    if format.name == "text":
-        return Features({"text": _STRING})
-    if template != "chat":
-        return Features({"prompt": _STRING, "completion": _STRING})
-    if format.name == "messages":
-        return Features({"messages": _MESSAGES})
-    return Features({"prompt": _MESSAGES, "completion": _MESSAGES})
+        spans = ReadInstruction.from_spec(split).to_absolute(lengths)
+        [part] = {span.splitname for span in spans}
+    except ValueError as error:
+        parts = ", ".join(map(repr, lengths))
+        raise PatError(f"{name}: got split {split!r}; expected {parts} or a slice like 'train[:99]'.") from error
+    indices = [index for span in spans for index in range(span.from_, span.to)]
+    if not indices:
+        raise PatError(f"{name}: split {split!r} selects none of the {lengths[part]} rows.")
+    return {part: indices}
 
 
 def _looks_like_file(name: str) -> bool:
@@ -187,7 +225,7 @@ def _looks_like_file(name: str) -> bool:
 
 
 def _hub_fingerprint(dataset: Dataset) -> str:
-    """The commit of the dataset's files, which names their cache folder, or else datasets' own hash."""
+    """Return the commit of the dataset's files, which names their cache folder, or else datasets' own hash."""
     for file in dataset.cache_files:
         folder = Path(file["filename"]).parent.name
         if re.fullmatch(r"[0-9a-f]{40}", folder):

@@ -7,13 +7,12 @@ the first one's: its step count, schedule, data order and random state run on as
 
 from __future__ import annotations
 
-import copy
 import gc
 import logging
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,21 +20,24 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from peft.utils.other import TrainableTokensWrapper
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
 from pat.checkpoint.card import Compaction
-from pat.checkpoint.compact import ADAPTER, MODEL, read_compaction, write_compact
+from pat.checkpoint.compact import ADAPTER, MODEL, read_compaction, save_adapter, write_compact
 from pat.errors import PatError, RunFailed
-from pat.loading import load_base
+from pat.loading import TokenSetup, load_base
 from pat.method.schedule import milestone_step
 from pat.training.arguments import TuneArguments
-from pat.training.callback import PatCallback, calibration_batches
-from pat.training.checkpoints import STAGE_TWO, is_compact
-from pat.training.data import TrainingData
+from pat.training.calibration_data import calibration_batches
+from pat.training.callback import PatCallback
+from pat.training.checkpoints import STAGE_TWO, SaveTokens, is_compact
 from pat.training.guard import FiniteGuard
 from pat.training.handover import continue_from
+from pat.training.prepare import Prepared
+from pat.training.run_file import RUN_FILE, RunFile
 from pat.tuner.compaction import check_compactable
 from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel, find_tuner
@@ -54,7 +56,13 @@ class Trained:
     seconds: dict[str, float]
     """By part: `preparation` (of the rows), `stage_one`, `compaction`, `stage_two`."""
     pat_config: dict[str, Any]
+    run: RunFile
     compaction: Compaction | None = None
+
+    def timings(self) -> dict[str, float]:
+        """Return the seconds of each part, and of the training as a whole."""
+        train = sum(seconds for part, seconds in self.seconds.items() if part != "preparation")
+        return {"train_seconds": train, **{f"{part}_seconds": seconds for part, seconds in self.seconds.items()}}
 
 
 @dataclass
@@ -62,10 +70,10 @@ class Stages:
     """The training of one run of `pat tune`."""
 
     arguments: TuneArguments
-    data: TrainingData
-    tokenizer: PreTrainedTokenizerBase
-    verify_on: Sequence[Mapping[str, Any]]
-    """Batches to compare the masked model and its compact form on."""
+    data: Prepared
+    tokens: TokenSetup
+    """What is written beside every adapter and model of the run."""
+    run_file: RunFile
     base: PreTrainedModel | None
     """Handed over: nobody else may hold it, or it stays in memory beside the compact model."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -96,7 +104,8 @@ class Stages:
                     "resume from a checkpoint of stage one."
                 )
             return self._resume_compact(resume_from)
-        pat_config = self.arguments.pat_config()
+        tied = bool(cast(PreTrainedModel, base).config.get_text_config().tie_word_embeddings)
+        pat_config = self.data.vocabulary.train_added(self.arguments.pat_config(), tied=tied)
         model = cast(PeftModel, get_peft_model(cast(PreTrainedModel, base), pat_config))
         tuner = cast(PatModel, find_tuner(model))
         compacts = self._compacts(tuner)
@@ -106,7 +115,8 @@ class Stages:
             args.save_only_model, args.load_best_model_at_end = False, False
         started = time.perf_counter()
         trainer = self._trainer(model, args, [PatCallback(), *([_StopAtMilestone()] if compacts else [])])
-        self.seconds["preparation"] = time.perf_counter() - started
+        self.seconds["preparation"] = self.data.seconds + time.perf_counter() - started
+        _warn_without_rotation(tuner)
         if not (compacts and resume_from is not None and _load_hard(trainer, tuner, resume_from)):
             if compacts and resume_from is None and _is_hard_at_once(trainer, pat_config):
                 self._calibrate(trainer, tuner)
@@ -148,56 +158,65 @@ class Stages:
         return True
 
     def _stage_args(self, folder: Path) -> SFTConfig:
-        args = copy.deepcopy(self.arguments.sft)
+        args = self.data.trainer_args(self.arguments.sft)
         args.output_dir = str(folder)
         return args
 
-    def _trainer(
-        self,
-        model: PeftModel,
-        args: SFTConfig,
-        callbacks: list[TrainerCallback],
-        prepared: SFTTrainer | None = None,
-    ) -> SFTTrainer:
-        """Make a trainer, on the datasets of one whose rows are tokenised and packed already if there is one."""
-        if prepared is not None:
-            args.dataset_kwargs = {**cast(dict[str, Any], args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-        held_out = self.data.held_out if args.eval_strategy != "no" else None
+    def _trainer(self, model: PeftModel, args: SFTConfig, callbacks: list[TrainerCallback]) -> SFTTrainer:
+        head: Any = model.get_output_embeddings()
+        if isinstance(head, TrainableTokensWrapper):
+            head.register_parameter("bias", None)  # TRL asks the head for it; peft's wrapper only passes on the weight
         return SFTTrainer(
             model=model,
             args=args,
-            train_dataset=self.data.train if prepared is None else prepared.train_dataset,
-            eval_dataset=held_out if prepared is None else prepared.eval_dataset,
-            processing_class=self.tokenizer,
-            callbacks=[*callbacks, FiniteGuard()],
+            train_dataset=self.data.train,
+            eval_dataset=self.data.evaluation,
+            processing_class=self.data.vocabulary.tokenizer,
+            callbacks=[*callbacks, FiniteGuard(), SaveTokens(self.tokens)],
         )
 
     def _calibrate(self, trainer: SFTTrainer, tuner: PatModel) -> None:
         """Choose the channels before the first step, instead of stage one."""
-        with self._leaving_no_empty_folders():
+        if self.arguments.pat.milestone > 0:
+            logger.warning(
+                "A milestone of %g of this run rounds to step 0: the mask is hard from the start, its channels chosen "
+                "by the calibration alone. Train longer or raise the milestone to train the mask.",
+                self.arguments.pat.milestone,
+            )
+        with self._begun():
             if tuner.needs_calibration():
                 dataloader = trainer.get_train_dataloader()
-                tuner.calibrate(calibration_batches(tuner.pat_config(), dataloader, self.tokenizer))
+                tuner.calibrate(calibration_batches(tuner.pat_config(), dataloader, self.data.vocabulary.tokenizer))
             tuner.set_step(0, 0)
 
     def _train(self, trainer: SFTTrainer, part: str, resume_from: Any) -> None:
         started = time.perf_counter()
         try:
-            with self._leaving_no_empty_folders():
+            with self._begun():
                 trainer.train(resume_from_checkpoint=resume_from or None)
         except RunFailed as error:
             last = Path(cast(str, trainer.args.output_dir)) / "last-finite"
             trainer.save_model(str(last))
             raise type(error)(f"{error} The adapter before that step is in {last}.") from error
         self.seconds[part] = time.perf_counter() - started
+        self._finished(part)
+
+    def _finished(self, part: str) -> None:
+        self.run_file = self.run_file.after(part)
+        self.run_file.write(self.arguments.output_dir)
 
     @contextmanager
-    def _leaving_no_empty_folders(self) -> Iterator[None]:
-        """If the user's input turns out to be wrong, take back the folders that the trainer makes before it starts."""
+    def _begun(self) -> Iterator[None]:
+        """Write what run this is; if the user's input turns out to be wrong, take back what was made until then."""
+        output_dir = self.arguments.output_dir
+        is_new = not (output_dir / RUN_FILE).exists()
+        self.run_file.write(output_dir)
         try:
             yield
-        except PatError:
-            _remove_if_empty(self.checkpoints, self.arguments.output_dir)
+        except PatError as error:
+            if is_new and not isinstance(error, RunFailed):
+                (output_dir / RUN_FILE).unlink()
+            _remove_if_empty(self.checkpoints, output_dir)
             raise
 
     def _compact(
@@ -208,13 +227,17 @@ class Stages:
         `done` is the checkpoint that was loaded; by default the one that stage one has just ended with.
         """
         started = time.perf_counter()
-        _save_adapter(model, self.arguments.output_dir / "adapter")
+        save_adapter(model, self.arguments.output_dir / "adapter", self.tokens)
         # Of an earlier run: its stage two belongs to other channels, and must not be what a resumed run finds.
         for folder in (self.checkpoints / STAGE_TWO, self.compact_dir):
             shutil.rmtree(folder, ignore_errors=True)
-        seed = self.arguments.sft.seed
         compact, record = write_compact(
-            model, tuner, self.compact_dir, tokenizer=self.tokenizer, batches=self.verify_on, seed=seed
+            model,
+            tuner,
+            self.compact_dir,
+            tokens=self.tokens,
+            batches=self.data.verify_on,
+            seed=self.arguments.sft.seed,
         )
         if not self.arguments.sft.disable_tqdm:
             print(
@@ -223,24 +246,33 @@ class Stages:
                 file=sys.stderr,
             )
         args = self._stage_args(self.checkpoints / STAGE_TWO)
-        stage_two = self._trainer(compact.model, args, [], prepared=trainer)
+        stage_two = self._trainer(compact.model, args, [])
         start = None
         if trainer.state.global_step > 0:
             last = Path(done) if done else self.checkpoints / f"checkpoint-{trainer.state.global_step}"
             start = str(continue_from(last, trainer, compact, stage_two))
         self.seconds["compaction"] = time.perf_counter() - started
+        self._finished("compaction")
         return stage_two, start, record
 
     def _trained(self, trainer: SFTTrainer, record: Compaction | None, config: Any) -> Trained:
         model = cast(PeftModel, trainer.model)
-        _save_adapter(model, self.arguments.output_dir / "adapter" if record is None else self.compact_dir / ADAPTER)
+        folder = self.arguments.output_dir / "adapter" if record is None else self.compact_dir / ADAPTER
+        save_adapter(model, folder, self.tokens)
         state = trainer.state
-        return Trained(model, state.global_step, state.log_history, self.seconds, config.to_dict(), record)
+        pat_config = config.to_dict()
+        return Trained(model, state.global_step, state.log_history, self.seconds, pat_config, self.run_file, record)
 
 
-def _save_adapter(model: PeftModel, folder: Path) -> None:
-    model.save_pretrained(str(folder))
-    (folder / "README.md").unlink(missing_ok=True)  # peft's form, with nothing filled in
+def _warn_without_rotation(tuner: PatModel) -> None:
+    """Say so if the weights rule out the rotation that `pat plan`, which does not see them, has promised."""
+    config, stream = tuner.pat_config(), cast(Any, tuner.residual_stream)
+    if config.rotation == "auto" and config.resolved_rotation == "none" and not stream.family.has_post_norms:
+        logger.warning(
+            "The basis is not rotated, against what `pat plan` says of the family: the final gains of this tied model "
+            "are too far apart (gain_tolerance=%g), or trained. Channels are chosen among those that there are.",
+            config.gain_tolerance,
+        )
 
 
 def _is_hard_at_once(trainer: SFTTrainer, config: PatConfig) -> bool:

@@ -19,9 +19,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pat.errors import PatError
-from pat.nll import response_nll, tokenize_examples
-from pat.plan import make_plan
+from pat.nll import response_nll
+from pat.plan.command import run_plan
+from pat.plan.options import PlanOptions
 from pat.training.data import load_training_data
+from pat.training.tokens import tokenize_examples
 
 WIDTH = 36  # of 48
 
@@ -94,10 +96,10 @@ def test_unknown_methods() -> None:
 def test_the_budget_is_what_pat_plan_says(tied: bool, tmp_path: Path) -> None:
     model = build("gemma3_text", tied=tied)
     model.save_pretrained(tmp_path)
-    plan = make_plan(str(tmp_path), pruned_hidden_size=WIDTH)
-    assert pat_parameters(model, WIDTH) == plan.pruned.total.num_parameters
-    untied = make_plan(str(tmp_path), pruned_hidden_size=WIDTH, untie_word_embeddings=True)
-    assert pat_parameters(model, WIDTH, untie=True) == untied.pruned.total.num_parameters
+    for untie in (False, True):
+        options = PlanOptions(model_name_or_path=str(tmp_path), pruned_hidden_size=WIDTH, untie_word_embeddings=untie)
+        planned = run_plan(options).candidates[0].cost.total.num_parameters
+        assert pat_parameters(model, WIDTH, untie=untie) == planned
 
 
 def test_nearest_goes_both_ways() -> None:

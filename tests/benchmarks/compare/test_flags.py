@@ -7,9 +7,9 @@ import yaml
 from compare.config import CONFIGS, CompareConfig, config_path, make_config
 from compare.flags import add_flags, with_config_path
 from compare.runner import default_threads
+from pat.command_parser import CommandParser
 
 from pat.cli import main
-from pat.command_parser import CommandParser
 
 
 def parser() -> CommandParser:

@@ -13,7 +13,7 @@ from compare.run_cell import _Run
 from tiny_models import build, tiny_tokenizer
 
 from pat.loading import load_tokenizer
-from pat.training.arguments import recipe_defaults
+from pat.recipes import recipe_defaults
 
 
 @pytest.fixture(scope="module")

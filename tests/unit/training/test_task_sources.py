@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from pat import PatError
-from pat.evaluation.tasks.protocols import letter_prompt
-from pat.questions.hub import make_row
+from pat.evaluation.tasks.utils import letter_prompt
+from pat.questions import make_row
 from pat.training.data import load_training_data
-from pat.training.sources import load_source
+from pat.training.sources import Reading, load_source
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_files_have_one_split(folder: Path, split: str) -> None:
 
 def test_a_chat_template_is_refused(folder: Path) -> None:
     with pytest.raises(PatError, match=r"template='chat' with task:.*expected 'alpaca' or 'auto'"):
-        load_source(f"task:{folder}/arc_easy", split="train", config_name=None, template="chat", has_chat_template=True)
+        load_source(f"task:{folder}/arc_easy", Reading(template="chat"))
 
 
 def test_some_are_held_out(folder: Path) -> None:

@@ -1,0 +1,198 @@
+"""Everything in which a run looks at data: tokenizer, rows, tokens, what is trained on, and what is said about it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any, cast
+
+import pyarrow.compute
+from datasets import Dataset
+from torch import Tensor
+from trl import SFTConfig, pack_dataset
+
+from pat.checkpoint.verification_text import verification_batches
+from pat.errors import PatError
+from pat.nll import Example, batches_from_examples, split_text
+from pat.training.calibration_text import CONTEXT, read_calibration
+from pat.training.data import TrainingData, load_training_data
+from pat.training.data_record import DataRecord, held_out_remarks, make_record, remarks
+from pat.training.sources import TemplateChoice
+from pat.training.tokens import Cut, Encoder, encode, learns
+from pat.training.vocabulary import Vocabulary, load_vocabulary
+
+if TYPE_CHECKING:
+    from pat.training.arguments import TuneArguments
+
+logger = logging.getLogger(__name__)
+
+NUM_VERIFY_ROWS = 16
+"""Held-out examples on which the written checkpoint is compared with the model that was trained."""
+
+MIN_VERIFY_TOKENS = 256
+"""With fewer in those examples, the text that comes with the package is compared on as well."""
+
+VERIFY_BATCH_SIZE = 4
+
+TRAINED_ON = ["input_ids", "labels"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data of a run, ready for the trainer and for measuring."""
+
+    vocabulary: Vocabulary
+    record: DataRecord
+    train: Dataset
+    """`input_ids` and `labels`, cut or packed as SFTTrainer would."""
+    evaluation: Dataset | None
+    """Likewise, where the trainer is to evaluate."""
+    held_out: Sequence[Example]
+    """Examples to measure on, cut like those that are trained on."""
+    verify_on: Sequence[dict[str, Tensor]]
+    """Batches to compare models on."""
+    seconds: float
+
+    def trainer_args(self, args: SFTConfig) -> SFTConfig:
+        """Return a copy of the trainer's arguments without what has been done to tokenizer and data already."""
+        args = copy.deepcopy(args)
+        args.dataset_kwargs = {**cast(dict[str, Any], args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        args.chat_template_path, args.assistant_only_loss = None, False
+        return args
+
+
+def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
+    """Look at tokenizer and data, once, before the weights are loaded.
+
+    Raises:
+        PatError: one of them cannot be used, nothing is left to train on, or the model has no embedding for a token.
+    """
+    started = time.perf_counter()
+    sft, run, model = arguments.sft, arguments.run, arguments.model
+    vocabulary = load_vocabulary(
+        str(model.model_name_or_path),
+        base_config,
+        revision=model.model_revision,
+        chat_template_path=sft.chat_template_path,
+        eos_token=sft.eos_token,
+        pad_token=sft.pad_token,
+    )
+    data = load_training_data(
+        str(run.dataset_name),
+        tokenizer=vocabulary.tokenizer,
+        split=run.dataset_train_split,
+        config_name=run.dataset_config,
+        template=cast(TemplateChoice, run.template),
+        held_out=run.held_out,
+        seed=sft.seed,
+        text_field=sft.dataset_text_field,
+    )
+    _check_arguments(sft, data)
+    cut = Cut(sft.max_length, sft.truncation_mode, sft.packing, sft.packing_strategy)
+    encoder = Encoder(vocabulary.tokenizer, cut, completion_only=sft.completion_only_loss is not False)
+    rows = encode(data.train_rows, encoder, data.source.place, sft.dataset_num_proc)
+    apart: Sequence[Any] = []
+    if data.held_out_rows is not None:
+        apart = encode(data.held_out_rows, replace(encoder, cut=Cut()), data.held_out_source.place).to_list()
+    vocabulary.check(_largest_token(rows))
+    vocabulary.check(max((token for row in apart for token in row["input_ids"]), default=0))
+    if arguments.pat.calibration is not None:
+        text = read_calibration(arguments.pat.calibration)
+        vocabulary.check(max(token for piece in split_text(vocabulary.tokenizer, text, CONTEXT) for token in piece))
+    pieces = [list(_pieces(row, cut)) for row in apart]
+    held_out = [piece for row in pieces for piece in row]
+    record = replace(make_record(data, rows, cut), num_held_out=sum(map(bool, pieces)))
+    for remark in [*remarks(record, data, rows, cut, vocabulary.tokenizer), *held_out_remarks(record, apart, cut)]:
+        logger.warning("%s", remark)
+    kept = _kept(rows, cut)
+    evaluation = None
+    if apart and sft.eval_strategy != "no":
+        fit = replace(cut, packing=sft.packing if sft.eval_packing is None else sft.eval_packing)
+        fitted = [{name: fit(row[name]) for name in TRAINED_ON} for row in apart]
+        if fit.max_length is not None and not fit.packing:
+            fitted = [row for row in fitted if learns(row["labels"])]
+        if not fitted:
+            raise PatError(f"Got eval_strategy={str(sft.eval_strategy)!r}, but no held-out response is left; raise it.")
+        evaluation = _packed(Dataset.from_list(fitted), sft, fit)
+    return Prepared(
+        vocabulary=vocabulary,
+        record=record,
+        train=_packed(kept, sft, cut),
+        evaluation=evaluation,
+        held_out=held_out,
+        verify_on=_verification(held_out or kept, vocabulary, base_config),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def prepare_examples(
+    name: str, vocabulary: Vocabulary, *, template: TemplateChoice, max_length: int | None, limit: int | None = None
+) -> tuple[list[Example], DataRecord]:
+    """Return the examples of a dataset to measure a model on, `limit` of them evenly spaced, cut at `max_length`.
+
+    Raises:
+        PatError: see `prepare`.
+    """
+    data = load_training_data(name, tokenizer=vocabulary.tokenizer, template=template, held_out=0)
+    count, total = min(limit or len(data.train_rows), len(data.train_rows)), len(data.train_rows)
+    some = data.train_rows.select([index * total // count for index in range(count)])
+    cut = Cut(max_length)
+    rows = encode(some, Encoder(vocabulary.tokenizer, cut), data.source.place)
+    vocabulary.check(_largest_token(rows))
+    record = make_record(data, rows, cut)
+    for remark in remarks(record, data, rows, cut, vocabulary.tokenizer):
+        logger.warning("%s", remark)
+    return _kept(rows, cut).select_columns(TRAINED_ON).to_list(), record
+
+
+def _check_arguments(sft: SFTConfig, data: TrainingData) -> None:
+    """Refuse what SFTTrainer would refuse, or ignore, when it looked at this data."""
+    if sft.packing and sft.max_length is None:
+        raise PatError("Got packing without a max_length; expected --max_length, the length to pack to.")
+    if sft.completion_only_loss and data.source.format.name == "text":
+        raise PatError("Got --completion_only_loss true with plain text; expected prompts and completions.")
+    if sft.assistant_only_loss and data.source.template != "chat":
+        raise PatError("Got --assistant_only_loss true, but the data is not under a chat template; leave the flag out.")
+
+
+def _largest_token(rows: Dataset) -> int:
+    return int(pyarrow.compute.max(pyarrow.compute.list_flatten(rows.data["input_ids"])).as_py())
+
+
+def _kept(rows: Dataset, cut: Cut) -> Dataset:
+    """Leave out, as SFTTrainer does where it truncates, what has no token to learn left."""
+    if cut.max_length is None or cut.packing:
+        return rows
+    indices = [index for index, left in enumerate(rows["num_left"][:]) if left]
+    return rows if len(indices) == len(rows) else rows.select(indices)
+
+
+def _packed(rows: Dataset, sft: SFTConfig, cut: Cut) -> Dataset:
+    """Pack and shuffle as SFTTrainer does."""
+    rows = rows.select_columns(TRAINED_ON)
+    if cut.packing:
+        rows = rows.shuffle(seed=sft.seed) if sft.shuffle_dataset else rows
+        rows = pack_dataset(rows, cast(int, cut.max_length), cut.packing_strategy)
+    return rows.shuffle(seed=sft.seed) if sft.shuffle_dataset else rows
+
+
+def _pieces(row: Mapping[str, list[int]], cut: Cut) -> Iterator[Example]:
+    """Yield an example cut like those that are trained on, if there is something to learn in it."""
+    for ids, labels in zip(cut.pieces(row["input_ids"]), cut.pieces(row["labels"]), strict=True):
+        if learns(labels):
+            yield {"input_ids": ids, "labels": labels}
+
+
+def _verification(examples: Iterable[Any], vocabulary: Vocabulary, base_config: Any) -> list[dict[str, Tensor]]:
+    """Return batches of the first examples; where they are short, the text that comes with the package as well."""
+    first = [{name: example[name] for name in TRAINED_ON} for example in islice(examples, NUM_VERIFY_ROWS)]
+    pad_token_id = cast(int, vocabulary.tokenizer.pad_token_id)
+    batches = list(batches_from_examples(first, batch_size=VERIFY_BATCH_SIZE, pad_token_id=pad_token_id))
+    if sum(len(example["input_ids"]) for example in first) < MIN_VERIFY_TOKENS:
+        max_positions = getattr(base_config, "max_position_embeddings", None)
+        batches += verification_batches(vocabulary.tokenizer, max_positions=max_positions)
+    return batches

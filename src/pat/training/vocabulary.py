@@ -1,0 +1,125 @@
+"""The tokenizer of a run, with the chat template and tokens asked for, and what it asks of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from pat.errors import PatError
+from pat.loading import padded
+from pat.loading.tokenizer import load_plain_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from pat.tuner.config import PatConfig
+
+MULTIPLE = 64
+"""A grown embedding gets a multiple of so many rows, as in TRL's `clone_chat_template`."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer, and the embedding that it needs."""
+
+    tokenizer: PreTrainedTokenizerBase
+    num_embeddings: int
+    """Rows of the embedding, those for added tokens included."""
+    added: Sequence[int] = ()
+    """Tokens that another tokenizer brought along with its chat template."""
+    written: PreTrainedTokenizerBase | None = None
+    """The tokenizer as it is to be written, without a padding token that was only needed here."""
+
+    def check(self, largest: int) -> None:
+        """Check that the model has an embedding for the tokens that occur, up to the largest, and the special ones.
+
+        Raises:
+            PatError: it has not.
+        """
+        tokenizer = self.tokenizer
+        special = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
+        token = max(largest, *(int(cast(int, id)) for id in special if id is not None))
+        if token >= self.num_embeddings:
+            raise PatError(
+                f"Got the token {tokenizer.convert_ids_to_tokens(token)!r} (id {token}), but the model has embeddings "
+                f"for {self.num_embeddings} tokens; use its own tokenizer, or resize its embedding and save both."
+            )
+
+    def fit(self, model: PreTrainedModel) -> None:
+        """Give a base model the embeddings and the end token of a tokenizer with added tokens."""
+        embedding: Any = model.get_input_embeddings()
+        if embedding.weight.shape[0] < self.num_embeddings:
+            with torch.random.fork_rng():  # a run that is resumed has to find the same values
+                torch.manual_seed(0)
+                model.resize_token_embeddings(self.num_embeddings)
+        if self.added:
+            for config in (model.config.get_text_config(), model.generation_config):
+                if config is not None:
+                    config.eos_token_id = self.tokenizer.eos_token_id
+
+    def train_added(self, config: PatConfig, *, tied: bool) -> PatConfig:
+        """Have the added tokens trained, in both stages: like TRL does with an adapter that it makes itself."""
+        if self.added:
+            given = cast(list[int], config.trainable_token_indices or [])
+            config.trainable_token_indices = sorted({*given, *self.added})
+            if not tied:
+                config.modules_to_save = sorted({*(config.modules_to_save or ()), "lm_head"})
+        return config
+
+
+def load_vocabulary(
+    name: str,
+    base_config: PretrainedConfig,
+    *,
+    revision: str | None = None,
+    chat_template_path: str | None = None,
+    eos_token: str | None = None,
+    pad_token: str | None = None,
+) -> Vocabulary:
+    """Load the tokenizer of a model as TRL's trainer would make it, since data is looked at before.
+
+    Args:
+        name: the model.
+        base_config: configuration of the model.
+        revision: of the model.
+        chat_template_path: a Jinja file, or a tokenizer (folder or hub id) whose template, added tokens and end token
+            are taken over.
+        eos_token: an end token of the tokenizer's.
+        pad_token: a padding token of the tokenizer's.
+
+    Raises:
+        PatError: there is no such tokenizer, file, template or token.
+    """
+    tokenizer = load_plain_tokenizer(name, revision=revision)
+    num_embeddings = base_config.get_text_config().vocab_size
+    added: list[int] = []
+    if chat_template_path is not None and chat_template_path.endswith((".jinja", ".j2")):
+        path = Path(chat_template_path).expanduser()
+        try:
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PatError(
+                f"Got --chat_template_path {path}, which is not readable ({error}); expected a Jinja file."
+            ) from error
+    elif chat_template_path is not None:
+        source = load_plain_tokenizer(chat_template_path)
+        if not source.chat_template:
+            raise PatError(f"Got --chat_template_path {chat_template_path}, a tokenizer without a chat template.")
+        tokenizer.chat_template = source.chat_template
+        known = tokenizer.get_vocab()
+        tokens = [token for token in source.added_tokens_decoder.values() if token.content not in known]
+        tokenizer.add_tokens(cast(Any, tokens))
+        added = sorted(tokenizer.get_vocab()[token.content] for token in tokens)
+        eos_token = eos_token or cast("str | None", source.eos_token)
+    for field, token in (("eos_token", eos_token), ("pad_token", pad_token)):
+        if token is not None:
+            if token not in tokenizer.get_vocab():
+                raise PatError(f"Got {field}={token!r}, which the tokenizer does not know; expected one it has.")
+            setattr(tokenizer, field, token)
+    if added and added[-1] >= num_embeddings:
+        num_embeddings = -(-(added[-1] + 1) // MULTIPLE) * MULTIPLE
+    return Vocabulary(padded(tokenizer, base_config), num_embeddings, added, tokenizer)
