@@ -145,6 +145,16 @@ def test_reading_stops_at_the_budget(budget: int | None, expected: int) -> None:
     assert read in (expected, expected + 1)  # whether the batch after the last is fetched is the loop's affair
 
 
+def test_fewer_tokens_than_channels_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = attach(build("llama", tied=True), rotation="pca")
+    tuner_of(model).calibrate(batches())
+    assert not caplog.records
+    inputs = batches()[0]
+    few = {name: values[:1, :3] for name, values in inputs.items()}
+    tuner_of(model).calibrate([few])
+    assert "stands on 3 tokens" in caplog.text and "calibration_tokens asks for" in caplog.text
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_calibration_leaves_no_trace(training: bool) -> None:
     model = attach(build("llama", tied=False), rotation="pca", lora_dropout=0.1).train(training)
