@@ -24,7 +24,8 @@ from pat.evaluation.tasks.scores import SAMPLES, SCORES
 from pat.loading import load_base, load_config, load_tokenizer
 from pat.nll import NLL, Example, Progress, read_text, response_nll, text_perplexity
 from pat.report.results import environment, write_results
-from pat.training.prepare import DataRecord, prepare_examples
+from pat.training.data_record import DataRecord
+from pat.training.prepare import prepare_examples
 from pat.training.sources import TemplateChoice
 from pat.training.vocabulary import Vocabulary
 from pat.tuner.model import find_tuner

@@ -109,10 +109,10 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
     _check_arguments(sft, data)
     cut = Cut(sft.max_length, sft.truncation_mode, sft.packing, sft.packing_strategy)
     encoder = Encoder(vocabulary.tokenizer, cut, completion_only=sft.completion_only_loss is not False)
-    rows = encode(data.train_rows, encoder, data.source.place, sft.dataset_num_proc)
+    rows = encode(data.train_rows, encoder, sft.dataset_num_proc)
     apart: Sequence[Any] = []
     if data.held_out_rows is not None:
-        apart = encode(data.held_out_rows, replace(encoder, cut=Cut()), data.held_out_source.place).to_list()
+        apart = encode(data.held_out_rows, replace(encoder, cut=Cut())).to_list()
     vocabulary.check(_largest_token(rows))
     vocabulary.check(max((token for row in apart for token in row["input_ids"]), default=0))
     if arguments.pat.calibration is not None:
@@ -157,7 +157,7 @@ def prepare_examples(
     count, total = min(limit or len(data.train_rows), len(data.train_rows)), len(data.train_rows)
     some = data.train_rows.select([index * total // count for index in range(count)])
     cut = Cut(max_length)
-    rows = encode(some, Encoder(vocabulary.tokenizer, cut), data.source.place)
+    rows = encode(some, Encoder(vocabulary.tokenizer, cut))
     vocabulary.check(_largest_token(rows))
     record = make_record(data, rows, cut)
     for remark in remarks(record, data, rows, cut, vocabulary.tokenizer):
