@@ -6,6 +6,7 @@ Each cell (see `cells`) is one short training with a stock `Trainer`, of which e
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import zlib
@@ -39,11 +40,10 @@ from pat.checkpoint import merge as merging
 from pat.checkpoint.merge import merge
 from pat.checkpoint.write import savable_generation_config
 from pat.families import Family, get_family
+from pat.loading import keep_plain_layout
 from pat.surgery.residual import map_residual_stream, stored_tensors
 from pat.surgery.rotation import equalised_gain, gain_block
 from pat.tuner.layer import HsmLayer, MaskLayer
-from pat.tuner.merging import merge_lora
-from pat.tuner.quantized import keep_plain_layout
 
 HIDDEN, KEPT = 48, 36
 STEPS, MILESTONE = 4, 2
@@ -266,7 +266,7 @@ def compacted(run: Run) -> None:
     tolerance = COMPACT_EXACT * (10 if run.cell.adapter == "dora" else 1)
     assert largest_difference(before, logits64(compact)) <= tolerance
     assert torch.equal(logits64(run.twin), before)  # and the masked model is as it was
-    assert largest_difference(before, logits64(merge_lora(compact, torch.float64))) <= tolerance
+    assert largest_difference(before, logits64(copy.deepcopy(compact).merge_and_unload())) <= tolerance
     assert compact.get_base_model().config.hidden_size == KEPT
     assert type(compact.peft_config["default"]) is LoraConfig
 

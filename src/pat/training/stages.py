@@ -26,14 +26,14 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from trl import SFTConfig, SFTTrainer
 
 from pat.checkpoint.card import Compaction
-from pat.checkpoint.compact import ADAPTER, MODEL, read_compaction, write_compact
+from pat.checkpoint.compact import ADAPTER, MODEL, read_compaction, save_adapter, write_compact
 from pat.errors import PatError, RunFailed
-from pat.loading import load_base
+from pat.loading import TokenSetup, load_base
 from pat.method.schedule import milestone_step
 from pat.training.arguments import TuneArguments
 from pat.training.calibration_data import calibration_batches
 from pat.training.callback import PatCallback
-from pat.training.checkpoints import STAGE_TWO, is_compact
+from pat.training.checkpoints import STAGE_TWO, SaveTokens, is_compact
 from pat.training.guard import FiniteGuard
 from pat.training.handover import continue_from
 from pat.training.prepare import Prepared
@@ -71,6 +71,8 @@ class Stages:
 
     arguments: TuneArguments
     data: Prepared
+    tokens: TokenSetup
+    """What is written beside every adapter and model of the run."""
     run_file: RunFile
     base: PreTrainedModel | None
     """Handed over: nobody else may hold it, or it stays in memory beside the compact model."""
@@ -170,7 +172,7 @@ class Stages:
             train_dataset=self.data.train,
             eval_dataset=self.data.evaluation,
             processing_class=self.data.vocabulary.tokenizer,
-            callbacks=[*callbacks, FiniteGuard()],
+            callbacks=[*callbacks, FiniteGuard(), SaveTokens(self.tokens)],
         )
 
     def _calibrate(self, trainer: SFTTrainer, tuner: PatModel) -> None:
@@ -225,7 +227,7 @@ class Stages:
         `done` is the checkpoint that was loaded; by default the one that stage one has just ended with.
         """
         started = time.perf_counter()
-        _save_adapter(model, self.arguments.output_dir / "adapter")
+        save_adapter(model, self.arguments.output_dir / "adapter", self.tokens)
         # Of an earlier run: its stage two belongs to other channels, and must not be what a resumed run finds.
         for folder in (self.checkpoints / STAGE_TWO, self.compact_dir):
             shutil.rmtree(folder, ignore_errors=True)
@@ -233,7 +235,7 @@ class Stages:
             model,
             tuner,
             self.compact_dir,
-            tokenizer=self.data.vocabulary.tokenizer,
+            tokens=self.tokens,
             batches=self.data.verify_on,
             seed=self.arguments.sft.seed,
         )
@@ -255,15 +257,11 @@ class Stages:
 
     def _trained(self, trainer: SFTTrainer, record: Compaction | None, config: Any) -> Trained:
         model = cast(PeftModel, trainer.model)
-        _save_adapter(model, self.arguments.output_dir / "adapter" if record is None else self.compact_dir / ADAPTER)
+        folder = self.arguments.output_dir / "adapter" if record is None else self.compact_dir / ADAPTER
+        save_adapter(model, folder, self.tokens)
         state = trainer.state
         pat_config = config.to_dict()
         return Trained(model, state.global_step, state.log_history, self.seconds, pat_config, self.run_file, record)
-
-
-def _save_adapter(model: PeftModel, folder: Path) -> None:
-    model.save_pretrained(str(folder))
-    (folder / "README.md").unlink(missing_ok=True)  # peft's form, with nothing filled in
 
 
 def _warn_without_rotation(tuner: PatModel) -> None:

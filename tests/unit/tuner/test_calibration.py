@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny_models import PAD_ID, batch, build
-from tiny_training import attach, logits, tuner_of
+from tiny_training import attach, largest_difference, logits, tuner_of
 from torch import Tensor, distributed
 
 from pat.errors import PatError
@@ -367,3 +367,17 @@ def test_all_processes_of_a_distributed_run_get_the_first_one_s_calibration(tmp_
     alone = tuner_of(attach(build("llama", tied=True), rotation="pca"))
     alone.calibrate([batch(seed=0, batch_size=4)] * 4)
     torch.testing.assert_close(first[2], alone.mask().basis)
+
+
+@pytest.mark.parametrize("rotation", ["auto", "none"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_gains_of_zero_are_no_obstacle(tied: bool, rotation: str) -> None:
+    """Some channels of the final norm, and a branch that reads nothing: finite when calibrated, exact when merged."""
+    base = build("llama", tied=tied)
+    with torch.no_grad():
+        base.model.norm.weight[[3, 7, 20]] = 0.0
+        base.model.layers[1].input_layernorm.weight.zero_()
+    model = attach(base, rotation=rotation)
+    tuner_of(model).calibrate([batch()])
+    tuner_of(model).set_step(1, 1)
+    assert largest_difference(logits(model), logits(model.merge_and_unload())) < 2e-5
