@@ -173,7 +173,8 @@ class _WithoutWords(ast.NodeTransformer):
     def visit_arguments(self, node: ast.arguments) -> ast.arguments:
         self.generic_visit(node)
         node.args = [*node.posonlyargs, *node.args, *node.kwonlyargs]
-        node.posonlyargs, node.kwonlyargs = [], []
+        node.defaults = [default for default in (*node.defaults, *node.kw_defaults) if default is not None]
+        node.posonlyargs, node.kwonlyargs, node.kw_defaults = [], [], []
         return node
 
     def visit_arg(self, node: ast.arg) -> ast.arg:
