@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from compare.config import CompareConfig
 from pat.errors import PatError
-from pat.training.data import check_truncation, load_training_data
+from pat.training.data import load_training_data
 from pat.training.sources import TemplateChoice
+from pat.training.tokens import tokenize_examples
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,13 @@ def _split(config: CompareConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[D
     rows = data.held_out.shuffle(seed=SEED)
     validation, held_out = rows.select(range(config.validation)), rows.select(range(config.validation, len(rows)))
     parts = {"to train on": train, "for validation": validation, "to report on": held_out}
-    cut = {part: check_truncation(tokenizer, rows, config.max_length) for part, rows in parts.items()}
+    kept = {part: len(tokenize_examples(tokenizer, rows, config.max_length)) for part, rows in parts.items()}
+    cut = {part: len(rows) - kept[part] for part, rows in parts.items()}
+    if not all(kept.values()):
+        raise PatError(
+            f"Got max_length {config.max_length}, which leaves no response of the rows "
+            f"{min(kept, key=kept.__getitem__)}; raise it."
+        )
     if any(cut.values()):
         counts = ", ".join(f"{count:,} of {len(parts[part]):,} {part}" for part, count in cut.items())
         logger.warning(

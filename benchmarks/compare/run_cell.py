@@ -27,11 +27,12 @@ from compare.methods import METHODS, TUNED
 from pat.errors import Diverged, ParityMissed, PatError
 from pat.evaluation.harness import evaluate_tasks
 from pat.loading import load_base, load_config, load_tokenizer, stored_dtype
-from pat.nll import response_nll, tokenize_examples
+from pat.nll import response_nll
 from pat.report.records import environment
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.data import load_training_data
 from pat.training.guard import FiniteGuard
+from pat.training.tokens import tokenize_examples
 from pat.training.tune import run_tune
 
 EVAL_BATCH_SIZE = 8

@@ -34,8 +34,11 @@ MAX_SMOLLM2_PARAMETERS = 102_000_000
 """At 25 %, if tied stays tied; untied it would be 122 million."""
 
 
-def batches_of(tokenizer: PreTrainedTokenizerBase, shared_data: Path, num: int) -> list[dict[str, Tensor]]:
-    return verification_batches(tokenizer, shared_data / "text" / "wiki_demo.txt")[:num]
+def batches_of(
+    tokenizer: PreTrainedTokenizerBase, num: int, shared_data: Path | None = None
+) -> list[dict[str, Tensor]]:
+    """Return batches of the text that comes with the package or, for the large models, of Wikipedia articles."""
+    return verification_batches(tokenizer, shared_data and shared_data / "text" / "wiki_demo.txt")[:num]
 
 
 def measured(model: PeftModel, floor: Parity, batches: list[dict[str, Tensor]], folder: Path) -> tuple[Parity, Cut]:
@@ -79,14 +82,13 @@ def assert_rounding_only(parity: Parity, floor: Parity) -> None:
 @pytest.mark.parametrize("rotation", ["none", "pca"])
 def test_stories260k(
     stories260k: tuple[PreTrainedModel, PreTrainedTokenizerBase],
-    shared_data: Path,
     tmp_path: Path,
     rotation: str,
     dora: bool,
     untied: bool,
 ) -> None:
     base, tokenizer = stories260k
-    batches = batches_of(tokenizer, shared_data, 4)
+    batches = batches_of(tokenizer, 4)
     floor = permutation_floor(base, batches)
     calibration = batches if rotation == "pca" else []
     fields = {"rotation": rotation, "use_dora": dora, "untie_word_embeddings": untied}
@@ -97,11 +99,11 @@ def test_stories260k(
 
 @pytest.mark.parametrize("wrong", ["epsilon", "gain"])
 def test_a_wrong_fold_is_far_above_the_floor(
-    stories260k: tuple[PreTrainedModel, PreTrainedTokenizerBase], shared_data: Path, wrong: str
+    stories260k: tuple[PreTrainedModel, PreTrainedTokenizerBase], wrong: str
 ) -> None:
     """What the bounds are worth: leave one factor of the exact merge out and see."""
     base, tokenizer = stories260k
-    batches = batches_of(tokenizer, shared_data, 1)
+    batches = batches_of(tokenizer, 1)
     floor = permutation_floor(base, batches)
     model = hardened(base, scale=MOVED, rotation="none")
     dense = model.merge_and_unload()
@@ -117,11 +119,9 @@ def test_a_wrong_fold_is_far_above_the_floor(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_stories260k_in_reduced_precision(
-    stories260k_path: Path, shared_data: Path, tmp_path: Path, dtype: torch.dtype
-) -> None:
+def test_stories260k_in_reduced_precision(stories260k_path: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     base = AutoModelForCausalLM.from_pretrained(stories260k_path, dtype=dtype)
-    batches = batches_of(AutoTokenizer.from_pretrained(stories260k_path), shared_data, 1)
+    batches = batches_of(AutoTokenizer.from_pretrained(stories260k_path), 1)
     floor = permutation_floor(base, batches)
     model = hardened(base, calibration=batches, scale=MOVED, gain_tolerance=GAIN_TOLERANCE)
     parity, _ = measured(model, floor, batches, tmp_path / "dense")
@@ -132,7 +132,7 @@ def test_stories260k_in_reduced_precision(
 @pytest.mark.slow
 def test_smollm2(smollm2: Path, shared_data: Path, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    batches = batches_of(AutoTokenizer.from_pretrained(smollm2), shared_data, 2)
+    batches = batches_of(AutoTokenizer.from_pretrained(smollm2), 2, shared_data)
     floor = permutation_floor(base, batches)
     model = trained(base, batches, num_steps=6)
     parity, cut = measured(model, floor, batches, tmp_path / "dense")
@@ -154,7 +154,7 @@ def test_smollm2_in_4_bit(smollm2: Path, shared_data: Path, tmp_path: Path) -> N
         bnb_4bit_compute_dtype=torch.float32,
     )
     base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32, quantization_config=quantization)
-    batches = batches_of(AutoTokenizer.from_pretrained(smollm2), shared_data, 1)
+    batches = batches_of(AutoTokenizer.from_pretrained(smollm2), 1, shared_data)
     model = hardened(base, calibration=batches, scale=MOVED, gain_tolerance=GAIN_TOLERANCE)
     parity = compare(model, model.merge_and_unload(), batches)
     print(f"\nSmolLM2 in NF4: {parity.describe()}")
@@ -164,7 +164,7 @@ def test_smollm2_in_4_bit(smollm2: Path, shared_data: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_gemma3_270m(gemma3_270m: Path, shared_data: Path, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(gemma3_270m, dtype=torch.float32)
-    batches = batches_of(AutoTokenizer.from_pretrained(gemma3_270m), shared_data, 1)
+    batches = batches_of(AutoTokenizer.from_pretrained(gemma3_270m), 1, shared_data)
     floor = permutation_floor(base, batches)
     model = trained(base, batches, num_steps=3)
     parity, cut = measured(model, floor, batches, tmp_path / "dense")

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pat.errors import PatError
-from pat.nll import tokenize_row
+from pat.training.tokens import tokenize_examples
 
 
 def calibration_sequences(
@@ -33,10 +33,10 @@ def calibration_sequences(
     """
     sequences: list[Tensor] = []
     ids: list[int] = []
-    for row in dataset.shuffle(seed=seed):
+    for example in tokenize_examples(tokenizer, dataset.shuffle(seed=seed), None):
         if len(sequences) == num_sequences:
             break
-        ids += tokenize_row(tokenizer, row)["input_ids"]
+        ids += example["input_ids"]
         if len(ids) >= length:
             sequences.append(torch.tensor(ids[:length], dtype=torch.long))
             ids = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ from pat.loading import load_base, load_config, load_tokenizer
 from pat.nll import NLL, Example, Progress, read_text, response_nll, text_perplexity
 from pat.report.records import Record, collected_warnings, write_record
 from pat.report.table import Table
-from pat.training.prepare import DataRecord, prepare_examples
+from pat.training.data_record import DataRecord
+from pat.training.prepare import prepare_examples
 from pat.training.sources import TemplateChoice
 from pat.training.vocabulary import Vocabulary
 from pat.tuner.model import find_tuner
@@ -94,7 +95,7 @@ def _evaluate(options: EvaluateOptions, warnings: list[str]) -> EvaluationRecord
     content = None if options.text_file is None else read_text(options.text_file)
     tasks = None if options.tasks is None else load_tasks(options.tasks, options.protocol, options.data_dir)
     _check_tokens(vocabulary, content, tasks or {})
-    examples: list[Example] = []
+    examples: Sequence[Example] = ()
     data = None
     if options.dataset_name is not None:
         examples, data = prepare_examples(

@@ -150,6 +150,7 @@ file, --debug shows tracebacks.\
             )
         # The trainer writes its checkpoints below the run's folder, whose other names are the product's.
         self.sft.output_dir = str(self.output_dir / "checkpoints")
+        self.sft.push_to_hub = False  # the trainers would push their checkpoints
 
     @property
     def output_dir(self) -> Path:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, get_args
 from datasets import Dataset
 
 from pat.errors import PatError
-from pat.training.formats import Template
-from pat.training.sources import ROW, Place, Reading, Source, TemplateChoice, load_source
+from pat.training.sources import ROW, Reading, Source, TemplateChoice, load_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,31 +26,36 @@ HeldOut = int | float | str | os.PathLike[str] | None
 class TrainingData:
     """Data in TRL's forms, and where it came from.
 
-    `train` and `held_out` have the columns `prompt` and `completion` (both strings or both message lists, with `tools`
-    and `chat_template_kwargs` if the source has them), or `text`. A conversation with several answers gives as many
-    examples, so there may be more examples than rows.
+    A conversation with several answers gives as many examples, so there may be more of them than rows.
     """
 
-    train: Dataset
-    held_out: Dataset | None
-    format: str
-    """"alpaca", "prompt-completion", "messages" or "text"."""
-    template: Template | None
-    """None: texts are used as they are."""
-    source: str
+    train_rows: Dataset
+    """Examples to train on, with the column `ROW`."""
+    held_out_rows: Dataset | None
+    source: Source
+    held_out_source: Source
+    """The separate one, if there is one."""
+    name: str
     """Path or hub id as given."""
-    held_out_source: str | None
-    """The separate file, if one was given."""
-    fingerprint: str
-    """"sha256:…" of a file's content; "revision:…" or "datasets:…" of a hub dataset."""
-    num_rows: int
-    """Rows read from the source."""
+    held_out_name: str | None
+    """That of the separate source, if there is one."""
     num_dropped: int
-    """Of these without a response, hence in neither dataset."""
-    unused_columns: tuple[str, ...]
-    """Columns of the source that have no part in its format."""
-    train_place: Place
-    held_out_place: Place
+    """Rows without a response, hence in neither dataset."""
+
+    @property
+    def train(self) -> Dataset:
+        """Examples in columns `prompt` and `completion` (strings or message lists, `tools` beside these), or `text`."""
+        return self.train_rows.remove_columns(ROW)
+
+    @property
+    def held_out(self) -> Dataset | None:
+        """Examples that are kept apart, likewise."""
+        return None if self.held_out_rows is None else self.held_out_rows.remove_columns(ROW)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows read from the source."""
+        return self.source.num_rows
 
 
 def load_training_data(
@@ -92,33 +96,28 @@ def load_training_data(
         raise PatError("Got template='chat', but the tokenizer has no chat template; pass 'alpaca' or 'auto'.")
     reading = Reading(template, chat_template, text_field)
     source = load_source(name, reading, split=split, config_name=config_name)
-    numbers = _row_numbers(source)
-    usable = list(dict.fromkeys(numbers))
+    rows = _numbered(source)
+    usable = list(dict.fromkeys(rows[ROW]))
     amount = _parse_held_out(held_out)
-    apart = source
+    apart, train, held_out_rows = source, rows, None
     if isinstance(amount, str):
         apart = load_source(amount, reading)
-        train, held_out_rows = set(usable), set(_row_numbers(apart))
-    else:
-        num_apart = _num_held_out(len(usable), amount, name)
+        held_out_rows = _numbered(apart)
+    elif count := _num_held_out(len(usable), amount, name):
         # Whole rows are kept apart: no conversation is on both sides.
-        held_out_rows = {usable[i] for i in random.Random(seed).sample(range(len(usable)), num_apart)}
-        train = set(usable) - held_out_rows
-    train_rows, train_place = _part(source, train)
-    held_out_part, held_out_place = _part(apart, held_out_rows)
+        chosen = {usable[index] for index in random.Random(seed).sample(range(len(usable)), count)}
+        is_apart = [row in chosen for row in rows[ROW]]
+        train, held_out_rows = (
+            rows.select([index for index, there in enumerate(is_apart) if there == side]) for side in (False, True)
+        )
     return TrainingData(
-        train=train_rows,
-        held_out=held_out_part if len(held_out_part) else None,
-        format=source.format.name,
-        template=source.template,
-        source=name,
-        held_out_source=amount if isinstance(amount, str) else None,
-        fingerprint=source.fingerprint,
-        num_rows=source.num_rows,
+        train_rows=train,
+        held_out_rows=held_out_rows,
+        source=source,
+        held_out_source=apart,
+        name=name,
+        held_out_name=amount if isinstance(amount, str) else None,
         num_dropped=source.num_rows - len(usable),
-        unused_columns=source.unread,
-        train_place=train_place,
-        held_out_place=held_out_place,
     )
 
 
@@ -154,16 +153,7 @@ def _num_held_out(num_rows: int, amount: int | float | None, name: str) -> int:
     return count
 
 
-def _row_numbers(source: Source) -> list[int]:
-    """Return the index of the row that each example comes from."""
-    return source.rows[ROW][:] if ROW in source.rows.column_names else list(range(len(source.rows)))
-
-
-def _part(source: Source, rows: set[int]) -> tuple[Dataset, Place]:
-    """Return the examples of some rows in their order, and where each stands."""
-    numbers = _row_numbers(source)
-    indices = [index for index, row in enumerate(numbers) if row in rows]
-    part = source.rows.select(indices) if len(indices) < len(numbers) else source.rows
-    if ROW in part.column_names:
-        part = part.remove_columns(ROW)
-    return part, lambda index: source.place(numbers[indices[index]])
+def _numbered(source: Source) -> Dataset:
+    """Return the examples of a source with the numbers of their rows."""
+    rows = source.rows
+    return rows if ROW in rows.column_names else rows.add_column(ROW, list(range(len(rows))))

@@ -42,6 +42,12 @@ class RunOptions:
         default=False,
         metadata={"help": "Train at full width to the end, instead of shrinking the model at the milestone."},
     )
+    push_to_hub: bool = field(
+        default=False,
+        metadata={
+            "help": "Push the finished OUTPUT_DIR/model to the hub, as --hub_model_id or under OUTPUT_DIR's own name."
+        },
+    )
     keep_checkpoints: bool = field(
         default=False, metadata={"help": "Leave the trainer's checkpoints in OUTPUT_DIR/checkpoints after success."}
     )

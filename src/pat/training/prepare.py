@@ -10,17 +10,17 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import pyarrow.compute
 from datasets import Dataset
 from torch import Tensor
 from trl import SFTConfig, pack_dataset
 
-from pat.checkpoint.card import shown_name
 from pat.checkpoint.verification_text import verification_batches
 from pat.errors import PatError
-from pat.nll import Example, batches_from_examples
+from pat.nll import Example, batches_from_examples, split_text
+from pat.training.calibration_text import CONTEXT, read_calibration
 from pat.training.data import TrainingData, load_training_data
+from pat.training.data_record import DataRecord, held_out_remarks, make_record, remarks
 from pat.training.sources import TemplateChoice
 from pat.training.tokens import Cut, Encoder, encode, learns
 from pat.training.vocabulary import Vocabulary, load_vocabulary
@@ -39,45 +39,6 @@ MIN_VERIFY_TOKENS = 256
 VERIFY_BATCH_SIZE = 4
 
 TRAINED_ON = ["input_ids", "labels"]
-
-
-@dataclass(frozen=True)
-class DataRecord:
-    """What a run is trained and measured on, for `results.json`."""
-
-    source: str
-    held_out_source: str | None
-    format: str
-    template: str | None
-    fingerprint: str
-    num_rows: int
-    """Rows of the source."""
-    num_dropped: int
-    """Of these, rows without a response."""
-    unused_columns: tuple[str, ...]
-    num_examples: int
-    """Examples that rows became; a conversation gives one for each answer."""
-    num_tokens: int
-    """Tokens of these examples, before anything is cut."""
-    num_target_tokens: int
-    """Of these, tokens to learn."""
-    num_truncated: int
-    """Examples that lose tokens to learn."""
-    num_cut_tokens: int
-    num_cut_target_tokens: int
-    num_cut_away: int
-    """Examples that have no token to learn left, and so are not trained on."""
-    num_held_out: int = 0
-    """Held-out examples that are measured."""
-
-    def describe(self) -> str:
-        """Say in one line what was understood."""
-        template = {"chat": "chat template", "alpaca": "Alpaca wording"}.get(self.template or "", "no template")
-        return (
-            f"Data: {self.source} ({self.format}, {template}), {self.num_rows:,} rows; {self.num_examples:,} examples "
-            f"with {self.num_tokens:,} tokens to train on, {self.num_target_tokens:,} of them to learn, "
-            f"{self.num_truncated:,} truncated; {self.num_held_out:,} held out."
-        )
 
 
 @dataclass(frozen=True)
@@ -132,23 +93,30 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
     _check_arguments(sft, data)
     cut = Cut(sft.max_length, sft.truncation_mode, sft.packing, sft.packing_strategy)
     encoder = Encoder(vocabulary.tokenizer, cut, completion_only=sft.completion_only_loss is not False)
-    rows = encode(data.train, encoder, data.train_place, sft.dataset_num_proc)
+    rows = encode(data.train_rows, encoder, data.source.place, sft.dataset_num_proc)
     apart: Sequence[Any] = []
-    if data.held_out is not None:
-        apart = encode(data.held_out, replace(encoder, cut=Cut()), data.held_out_place, sft.dataset_num_proc).to_list()
+    if data.held_out_rows is not None:
+        apart = encode(data.held_out_rows, replace(encoder, cut=Cut()), data.held_out_source.place).to_list()
+    vocabulary.check(_largest_token(rows))
+    vocabulary.check(max((token for row in apart for token in row["input_ids"]), default=0))
+    if arguments.pat.calibration is not None:
+        text = read_calibration(arguments.pat.calibration)
+        vocabulary.check(max(token for piece in split_text(vocabulary.tokenizer, text, CONTEXT) for token in piece))
     pieces = [list(_pieces(row, cut)) for row in apart]
-    record = replace(_looked_at(data, rows, cut, vocabulary), num_held_out=sum(map(bool, pieces)))
-    if record.num_held_out < len(apart):
-        logger.warning("Held-out figures stand on %d of %d examples, likewise.", record.num_held_out, len(apart))
     held_out = [piece for row in pieces for piece in row]
-    vocabulary.check(max((token for example in held_out for token in example["input_ids"]), default=0))
+    record = replace(make_record(data, rows, cut), num_held_out=sum(map(bool, pieces)))
+    for remark in [*remarks(record, data, rows, cut, vocabulary.tokenizer), *held_out_remarks(record, apart, cut)]:
+        logger.warning("%s", remark)
     kept = _kept(rows, cut)
     evaluation = None
     if apart and sft.eval_strategy != "no":
         fit = replace(cut, packing=sft.packing if sft.eval_packing is None else sft.eval_packing)
-        fitted = ({name: fit(row[name]) for name in TRAINED_ON} for row in apart)
-        drops = fit.max_length is not None and not fit.packing
-        evaluation = _packed(Dataset.from_list([row for row in fitted if not drops or learns(row["labels"])]), sft, fit)
+        fitted = [{name: fit(row[name]) for name in TRAINED_ON} for row in apart]
+        if fit.max_length is not None and not fit.packing:
+            fitted = [row for row in fitted if learns(row["labels"])]
+        if not fitted:
+            raise PatError(f"Got eval_strategy={str(sft.eval_strategy)!r}, but no held-out response is left; raise it.")
+        evaluation = _packed(Dataset.from_list(fitted), sft, fit)
     return Prepared(
         vocabulary=vocabulary,
         record=record,
@@ -169,12 +137,14 @@ def prepare_examples(
         PatError: see `prepare`.
     """
     data = load_training_data(name, tokenizer=vocabulary.tokenizer, template=template, held_out=0)
-    total = len(data.train)
-    indices = range(total) if limit is None or limit >= total else [i * total // limit for i in range(limit)]
+    count, total = min(limit or len(data.train_rows), len(data.train_rows)), len(data.train_rows)
+    some = data.train_rows.select([index * total // count for index in range(count)])
     cut = Cut(max_length)
-    encoder = Encoder(vocabulary.tokenizer, cut)
-    rows = encode(data.train.select(indices), encoder, lambda index: data.train_place(indices[index]))
-    record = _looked_at(data, rows, cut, vocabulary)
+    rows = encode(some, Encoder(vocabulary.tokenizer, cut), data.source.place)
+    vocabulary.check(_largest_token(rows))
+    record = make_record(data, rows, cut)
+    for remark in remarks(record, data, rows, cut, vocabulary.tokenizer):
+        logger.warning("%s", remark)
     return _kept(rows, cut).select_columns(TRAINED_ON).to_list(), record
 
 
@@ -182,86 +152,14 @@ def _check_arguments(sft: SFTConfig, data: TrainingData) -> None:
     """Refuse what SFTTrainer would refuse, or ignore, when it looked at this data."""
     if sft.packing and sft.max_length is None:
         raise PatError("Got packing without a max_length; expected --max_length, the length to pack to.")
-    if sft.completion_only_loss and data.format == "text":
+    if sft.completion_only_loss and data.source.format.name == "text":
         raise PatError("Got --completion_only_loss true with plain text; expected prompts and completions.")
-    if sft.assistant_only_loss and data.template != "chat":
+    if sft.assistant_only_loss and data.source.template != "chat":
         raise PatError("Got --assistant_only_loss true, but the data is not under a chat template; leave the flag out.")
 
 
-def _looked_at(data: TrainingData, rows: Dataset, cut: Cut, vocabulary: Vocabulary) -> DataRecord:
-    """Count what encoded examples lose, say so, and check their tokens."""
-    tokens, targets, left = (np.array(rows[name][:]) for name in ("num_tokens", "num_targets", "num_left"))
-    room = tokens.max() if cut.max_length is None or cut.splits else cut.max_length
-    if not left.any():
-        raise PatError(
-            f"All {len(rows)} responses are truncated away: got max_length {cut.max_length}, but even the shortest "
-            f"prompt with one response token takes {(tokens - targets).min() + 1}; pass a larger --max_length."
-        )
-    record = DataRecord(
-        source=shown_name(data.source),
-        held_out_source=data.held_out_source and shown_name(data.held_out_source),
-        format=data.format,
-        template=data.template,
-        fingerprint=data.fingerprint,
-        num_rows=data.num_rows,
-        num_dropped=data.num_dropped,
-        unused_columns=data.unused_columns,
-        num_examples=len(rows),
-        num_tokens=int(tokens.sum()),
-        num_target_tokens=int(targets.sum()),
-        num_truncated=int((left < targets).sum()),
-        num_cut_tokens=int((tokens - room).clip(0).sum()),
-        num_cut_target_tokens=int((targets - left).sum()),
-        num_cut_away=int((left == 0).sum()),
-    )
-    for remark in _remarks(record, cut, int((tokens > room).sum()), rows["unread"][:], _num_glued(data, vocabulary)):
-        logger.warning("%s", remark)
-    vocabulary.check(pyarrow.compute.max(pyarrow.compute.list_flatten(rows.data["input_ids"])).as_py())
-    return record
-
-
-def _remarks(record: DataRecord, cut: Cut, num_longer: int, unread: Sequence[str], num_glued: int) -> Iterator[str]:
-    """Yield a line for everything of the data that is left out, cut or not as it may be meant."""
-    examples = f"of {record.num_examples:,} examples"
-    if record.num_dropped:
-        yield f"{record.num_dropped:,} of {record.num_rows:,} rows have no response and are left out."
-    if record.unused_columns:
-        yield f"These columns are not read: {', '.join(record.unused_columns)}."
-    if any(unread):
-        names = sorted({name for names in unread for name in names.split(", ") if name})
-        yield (
-            f"The chat template does not mention {', '.join(names)}, which {sum(map(bool, unread)):,} {examples} have; "
-            "it is left out. Use a --chat_template_path that expresses it."
-        )
-    if 2 * num_glued > record.num_examples:
-        yield (
-            f"In {num_glued:,} {examples} the completion follows its prompt without space, line break or template; "
-            "expected a separator at the end of the prompt, or --template chat or alpaca."
-        )
-    if num_longer:
-        text = record.format == "text"
-        ends = cut.packing or cut.truncation_mode == "keep_start"
-        yield (
-            f"{num_longer:,} {examples} are longer than --max_length {cut.max_length} and are cut: "
-            f"{record.num_cut_tokens:,} of {record.num_tokens:,} tokens are dropped, "
-            f"{record.num_cut_target_tokens:,} of them to learn"
-            + (f" ({record.num_truncated:,} responses never end)" if ends and record.num_truncated and not text else "")
-            + ("; raise it, or drop none by --packing true --packing_strategy wrapped." if text else "; raise it.")
-        )
-    if record.num_cut_away:
-        yield (
-            f"{record.num_cut_away:,} {examples} have no response left within --max_length {cut.max_length} and do not "
-            "count; raise it, or keep responses by --truncation_mode keep_end."
-        )
-
-
-def _num_glued(data: TrainingData, vocabulary: Vocabulary) -> int:
-    """Count prompts that end, and completions that begin, without anything that tells them apart."""
-    if data.template is not None or data.format != "prompt-completion":
-        return 0
-    ends = tuple(vocabulary.tokenizer.get_added_vocab())
-    pairs = zip(data.train["prompt"], data.train["completion"], strict=True)
-    return sum(not (p[-1:].isspace() or c[:1].isspace() or p.endswith(ends)) for p, c in pairs)
+def _largest_token(rows: Dataset) -> int:
+    return int(pyarrow.compute.max(pyarrow.compute.list_flatten(rows.data["input_ids"])).as_py())
 
 
 def _kept(rows: Dataset, cut: Cut) -> Dataset:

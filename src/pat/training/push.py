@@ -20,7 +20,7 @@ def open_repository(arguments: TuneArguments) -> str | None:
         PatError: the hub does not let it be created.
     """
     sft = arguments.sft
-    if not sft.push_to_hub:
+    if not arguments.run.push_to_hub:
         return None
     name = sft.hub_model_id or arguments.output_dir.resolve().name
     api = HfApi(token=sft.hub_token)

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow
 import pyarrow.parquet
 
 from pat.errors import PatError
@@ -89,7 +88,19 @@ def _integer(digits: str) -> int | str:
     return int(digits) if len(digits) < 19 or (len(digits) < 21 and -(2**63) <= int(digits) < 2**63) else digits
 
 
-_DECODER = json.JSONDecoder(parse_int=_integer)
+def _fields(pairs: list[tuple[str, Any]]) -> Row:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):  # the last one would win silently
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise _RepeatedField(f"an object has the field {name!r} more than once")
+    return fields
+
+
+class _RepeatedField(ValueError):
+    """An object has two fields of one name."""
+
+
+_DECODER = json.JSONDecoder(parse_int=_integer, object_pairs_hook=_fields)
 
 
 def _read_jsonl(path: Path, content: bytes) -> LocalRows:
@@ -104,12 +115,11 @@ def _read_json(path: Path, content: bytes) -> LocalRows:
     text = content.decode("utf-8-sig")
     if text.lstrip().startswith("["):
         return _listed(path, _decode(path, text), "row {}")
-    try:
-        whole = _DECODER.decode(text)
-    except (ValueError, RecursionError):
-        whole = None
-    if not isinstance(whole, dict):
+    if _is_lines(text):
         return _read_jsonl(path, content)
+    whole = _decode(path, text)
+    if not isinstance(whole, dict):
+        _checked(whole, str(path))
     lists = {key: value for key, value in whole.items() if isinstance(value, list) and key not in LISTS_OF_ONE_ROW}
     lists = {key: value for key, value in lists.items() if value and isinstance(value[0], dict)}
     if len(lists) > 1:
@@ -119,6 +129,17 @@ def _read_json(path: Path, content: bytes) -> LocalRows:
     return LocalRows(path, [whole], [1])
 
 
+def _is_lines(text: str) -> bool:
+    """Tell whether the first of several lines is a value of its own."""
+    first, _, rest = text.strip().partition("\n")
+    try:
+        return bool(rest and _DECODER.decode(first))
+    except json.JSONDecodeError:
+        return False
+    except (ValueError, RecursionError):
+        return True
+
+
 def _listed(path: Path, rows: list[Any], where: str) -> LocalRows:
     numbers = list(range(1, len(rows) + 1))
     for number, row in zip(numbers, rows, strict=True):
@@ -126,17 +147,20 @@ def _listed(path: Path, rows: list[Any], where: str) -> LocalRows:
     return LocalRows(path, rows, numbers, where)
 
 
-def _decode(path: Path, text: str, line: int = 1) -> Any:
-    """Decode JSON that begins on a line of a file."""
+def _decode(path: Path, text: str, line: int | None = None) -> Any:
+    """Decode a line of a file, or all of it."""
+    first = line or 1
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        reason = f"line {line + error.lineno - 1}: not valid JSON ({error.msg} at column {error.colno})"
+        reason = f"line {first + error.lineno - 1}: not valid JSON ({error.msg} at column {error.colno})"
         raise PatError(f"{path}, {reason}; expected a list of objects or one object per line.") from error
+    except _RepeatedField as error:
+        raise PatError(f"{path}{f', line {line}' if line else ''}: {error}; expected each once.") from error
     except RecursionError as error:
         deep = _DEEP.search(text)
-        line += text.count("\n", 0, deep.start()) if deep else 0
-        raise PatError(f"{path}, line {line}: nested too deeply to be read; leave that field out.") from error
+        number = first + (text.count("\n", 0, deep.start()) if deep else 0)
+        raise PatError(f"{path}, line {number}: nested too deeply to be read; leave that field out.") from error
 
 
 def _checked(row: object, place: str) -> Row:

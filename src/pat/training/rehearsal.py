@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
 import logging
 import tempfile
 import warnings
@@ -58,8 +57,6 @@ def rehearse(arguments: TuneArguments, data: Prepared, base_config: Any, family:
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise PatError(f"The run cannot be set up as asked: {reason}") from error
-        finally:
-            gc.collect()
 
 
 def _attached(arguments: TuneArguments, data: Prepared, config: Any, *, on_meta: bool) -> PeftModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from datasets.exceptions import DatasetNotFoundError
 
 from pat.errors import PatError
 from pat.questions import letter_answer, letter_instruction, load_rows, resolve_tasks
-from pat.training.formats import ALPACA, Format, Template, convert_row, detect_format
+from pat.training.formats import ALPACA, OPTIONS, Format, Template, convert_row, detect_format
 from pat.training.messages import RowError
 from pat.training.readers import DECOMPRESSORS, READERS, SUFFIXES, Row, data_suffix, read_local, without_nulls
 
@@ -25,10 +25,7 @@ TASK_PREFIX = "task:"
 """Begins the name of a dataset that is made of tasks' questions."""
 
 ROW = "row"
-"""Column of the index that an example's row has in its source; a conversation gives several examples."""
-
-Place = Callable[[int], str]
-"""Says where a row stands, as in `data.jsonl, line 3`."""
+"""Column with the index of the row that an example comes from; a conversation gives several examples."""
 
 # What ends in one of these is meant as a file even where there is none: no reason to ask the hub.
 FILE_SUFFIXES = {*READERS, *DECOMPRESSORS, ".txt", ".arrow", ".xlsx", ".zip", ".yaml", ".yml"}
@@ -36,27 +33,23 @@ FILE_SUFFIXES = {*READERS, *DECOMPRESSORS, ".txt", ".arrow", ".xlsx", ".zip", ".
 
 @dataclass(frozen=True)
 class Source:
-    """All examples of one source in TRL's forms."""
+    """All examples of one source in TRL's forms, with the column `ROW` unless each is a row of its own."""
 
     rows: Dataset
-    """Examples; with the column `ROW` unless each is a row of its own."""
     format: Format
     template: Template | None
     fingerprint: str
-    num_rows: int
-    """Rows read, those without a response included."""
-    place: Place = "row {}".format
-    unread: tuple[str, ...] = ()
-    """Columns that have no part in the format."""
+    num_rows: int  # rows read, those without a response included
+    place: Callable[[int], str] = "row {}".format  # says where a row stands
+    unread: tuple[str, ...] = ()  # columns that have no part in the format
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How rows are to be read."""
+    """How rows are to be read; `chat_template` is the source of the tokenizer's, empty if there is none."""
 
     template: TemplateChoice = "auto"
     chat_template: str = ""
-    """Source of the tokenizer's chat template; empty if there is none."""
     text_field: str = "text"
 
 
@@ -66,9 +59,9 @@ def load_source(name: str, reading: Reading, *, split: str = "train", config_nam
     Raises:
         PatError: see `pat.training.data.load_training_data`.
     """
+    path = Path(name).expanduser()
     if name.startswith(TASK_PREFIX):
         return load_task_source(name, split, reading.template)
-    path = Path(name).expanduser()
     if path.is_dir():
         return _load_folder(path, reading, split, config_name)
     if path.exists() or _looks_like_file(name):
@@ -103,12 +96,9 @@ def _load_file(path: Path, reading: Reading, split: str) -> Source:
     local = read_local(path)
     [indices] = _selected(str(path), split, {"train": len(local.rows)}).values()
     columns = list(dict.fromkeys(name for row in local.rows for name in row))
-    converter = _Converter.of(str(path), columns, local.rows[indices[0]], reading, local.place)
+    converter = _Converter(str(path), columns, local.rows[indices[0]], reading, local.place)
     examples = [example for index in indices for example in converter.convert(local.rows[index], index)]
-    if not examples:
-        raise _all_empty(str(path), len(indices))
-    rows = Dataset.from_list(examples, features=converter.features)
-    return converter.source(rows, local.fingerprint, len(indices))
+    return converter.source(examples, local.fingerprint, len(indices))
 
 
 def _load_folder(path: Path, reading: Reading, split: str, config_name: str | None) -> Source:
@@ -117,13 +107,13 @@ def _load_folder(path: Path, reading: Reading, split: str, config_name: str | No
         stored = load_from_disk(str(path))
         parts = dict(stored) if isinstance(stored, DatasetDict) else {"train": stored}
         [(part, indices)] = _selected(str(path), split, {str(name): len(rows) for name, rows in parts.items()}).items()
-        return _convert_dataset(str(path), parts[part].select(indices), reading, split)
+        return _convert(str(path), parts[part].select(indices), reading)
     files = [file for file in sorted(path.iterdir()) if file.is_file() and data_suffix(file) in READERS]
-    if len(files) == 1:
-        return _load_file(files[0], reading, split)
     if not files:
         raise PatError(f"{path}: is a folder without a data file; expected one in it ({SUFFIXES}).")
-    return _load_hub(str(path), reading, split, config_name)
+    return (
+        _load_file(files[0], reading, split) if len(files) == 1 else _load_hub(str(path), reading, split, config_name)
+    )
 
 
 def _load_hub(name: str, reading: Reading, split: str, config_name: str | None) -> Source:
@@ -141,16 +131,14 @@ def _load_hub(name: str, reading: Reading, split: str, config_name: str | None) 
     except Exception as error:  # whatever its parsers, file systems and HTTP client raise
         reason = " ".join(str(error).split())
         raise PatError(f"{name}: this dataset could not be loaded, split {split!r} ({reason}).") from error
-    return _convert_dataset(name, dataset, reading, split)
-
-
-def _convert_dataset(name: str, dataset: Dataset, reading: Reading, split: str) -> Source:
     if not len(dataset):
         raise PatError(f"{name}: split {split!r} has no rows; expected at least one example.")
-    place = f"{name}, row {{}}"
-    converter = _Converter.of(
-        name, dataset.column_names, without_nulls(dataset[0]), reading, lambda index: place.format(index + 1)
-    )
+    return _convert(name, dataset, reading)
+
+
+def _convert(name: str, dataset: Dataset, reading: Reading) -> Source:
+    first = without_nulls(dataset[0])
+    converter = _Converter(name, dataset.column_names, first, reading, lambda index: f"{name}, row {index + 1}")
 
     # Mapped rather than read into a list: stays on disk, and the next run finds it in the cache.
     def convert(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
@@ -162,61 +150,58 @@ def _convert_dataset(name: str, dataset: Dataset, reading: Reading, split: str) 
     rows = dataset.map(
         convert, batched=True, with_indices=True, remove_columns=dataset.column_names, features=converter.features
     )
-    if not len(rows):
-        raise _all_empty(name, len(dataset))
     return converter.source(rows, _hub_fingerprint(dataset), len(dataset))
 
 
-@dataclass(frozen=True)
 class _Converter:
-    """Converts the rows of one source."""
+    """Converts the rows of one source, whose columns and first row say how."""
 
-    format: Format
-    template: Template | None
-    chat_template: str
-    place: Place
-    unread: tuple[str, ...]
-
-    @classmethod
-    def of(cls, name: str, columns: Collection[str], first: Row, reading: Reading, place: Place) -> _Converter:
-        format = detect_format(columns, name, reading.text_field)
-        template: Template | None = "chat" if reading.chat_template else "alpaca"
+    def __init__(
+        self, name: str, columns: Sequence[str], first: Row, reading: Reading, place: Callable[[int], str]
+    ) -> None:
+        self.name, self.reading, self.place = name, reading, place
+        self.format = format = detect_format(columns, name, reading.text_field)
+        self.unread = tuple(column for column in columns if column not in format.columns)
         as_it_is = format.name == "prompt-completion" and not isinstance(first.get(format.prompt), list)
-        if format.name == "text" or (reading.template == "auto" and as_it_is):
-            template = None
-        elif reading.template != "auto":
-            template = reading.template
-        unread = tuple(column for column in columns if column not in format.columns)
-        return cls(format, template, reading.chat_template, place, unread)
-
-    @property
-    def features(self) -> Features:
+        self.template: Template | None = "chat" if reading.chat_template else "alpaca"
+        if reading.template != "auto":
+            self.template = reading.template
+        elif as_it_is or format.name == "text":
+            self.template = None
         chat = self.template == "chat"
-        names = ("text",) if self.format.name == "text" else ("prompt", "completion")
-        kinds: dict[str, Any] = dict.fromkeys(names, List(Json()) if chat else Value("string"))
-        options = [name for name in ("tools", "chat_template_kwargs") if chat and name in self.format.beside]
-        return Features(kinds | {name: Json() for name in options} | {ROW: Value("int64")})
+        kind = List(Json()) if chat else Value("string")
+        options = [name for name in OPTIONS if chat and name in format.beside]
+        names = ["text"] if format.name == "text" else ["prompt", "completion"]
+        kinds: dict[str, Any] = dict.fromkeys(names, kind) | dict.fromkeys(options, Json()) | {ROW: Value("int64")}
+        self.features = Features(kinds)
 
     def convert(self, row: Row, index: int) -> list[dict[str, Any]]:
+        """Return the examples of a row as their columns hold them."""
         try:
-            examples = convert_row(row, self.format, self.template, self.chat_template)
+            examples = convert_row(row, self.format, self.template, self.reading.chat_template)
         except RowError as error:
             raise PatError(f"{self.place(index)}: {error}") from error
-        if self.template == "chat":
-            examples = [{key: _stored(key, value) for key, value in example.items()} for example in examples]
-        return [dict.fromkeys(self.features) | example | {ROW: index} for example in examples]
+        if self.template == "chat":  # in JSON, each message keeps the fields that it has, and no others
+            examples = [
+                {
+                    key: [json.dumps(item) for item in value] if key in ("prompt", "completion") else json.dumps(value)
+                    for key, value in example.items()
+                }
+                for example in examples
+            ]
+        return [{**dict.fromkeys(self.features), **example, ROW: index} for example in examples]
 
-    def source(self, rows: Dataset, fingerprint: str, num_rows: int) -> Source:
+    def source(self, rows: Dataset | list[dict[str, Any]], fingerprint: str, num_rows: int) -> Source:
+        """Return the source of these examples, unless there are none."""
+        if not len(rows):
+            raise PatError(f"{self.name}: all {num_rows} responses are empty; expected at least one with text.")
+        if isinstance(rows, list):
+            rows = Dataset.from_list(rows, self.features)
         return Source(rows, self.format, self.template, fingerprint, num_rows, self.place, self.unread)
 
 
-def _stored(key: str, value: Any) -> Any:
-    """Return a value as its column holds it: in JSON, where each message keeps the fields it has and no others."""
-    return [json.dumps(item) for item in value] if key in ("prompt", "completion") else json.dumps(value)
-
-
 def _selected(name: str, split: str, lengths: dict[str, int]) -> dict[str, Sequence[int]]:
-    """Return the indices that a split selects, by its part; slices are written like `train[:99]`.
+    """Return the part that a split names, and the indices that it selects.
 
     Raises:
         PatError: no such part, a sum of parts, or no row.
@@ -231,10 +216,6 @@ def _selected(name: str, split: str, lengths: dict[str, int]) -> dict[str, Seque
     if not indices:
         raise PatError(f"{name}: split {split!r} selects none of the {lengths[part]} rows.")
     return {part: indices}
-
-
-def _all_empty(name: str, num_rows: int) -> PatError:
-    return PatError(f"{name}: all {num_rows} responses are empty; expected at least one with text.")
 
 
 def _looks_like_file(name: str) -> bool:

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
@@ -159,6 +160,9 @@ class Stages:
         return args
 
     def _trainer(self, model: PeftModel, args: SFTConfig, callbacks: list[TrainerCallback]) -> SFTTrainer:
+        head: Any = model.get_output_embeddings()
+        if isinstance(head, TrainableTokensWrapper):
+            head.register_parameter("bias", None)  # TRL asks the head for it; peft's wrapper only passes on the weight
         return SFTTrainer(
             model=model,
             args=args,

@@ -35,9 +35,11 @@ class Vocabulary:
         """Check that the model has an embedding for the tokens that occur, up to the largest, and the special ones.
 
         Raises:
-            PatError: it has not.
+            PatError: it has not, or there is no token to pad with.
         """
         tokenizer = self.tokenizer
+        if tokenizer.pad_token_id is None:
+            raise PatError("The tokenizer has neither a padding nor an end-of-sequence token; pass --eos_token.")
         special = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
         token = max(largest, *(int(cast(int, id)) for id in special if id is not None))
         if token >= self.num_embeddings:
@@ -48,7 +50,8 @@ class Vocabulary:
 
     def fit(self, model: PreTrainedModel) -> None:
         """Give a base model the embeddings and the end token of a tokenizer with added tokens."""
-        if model.get_input_embeddings().weight.shape[0] < self.num_embeddings:
+        embedding: Any = model.get_input_embeddings()
+        if embedding.weight.shape[0] < self.num_embeddings:
             with torch.random.fork_rng():  # a run that is resumed has to find the same values
                 torch.manual_seed(0)
                 model.resize_token_embeddings(self.num_embeddings)
@@ -106,7 +109,7 @@ def load_vocabulary(
         known = tokenizer.get_vocab()
         tokens = [token for token in source.added_tokens_decoder.values() if token.content not in known]
         tokenizer.add_tokens(cast(Any, tokens))
-        added = sorted(tokenizer.convert_tokens_to_ids([token.content for token in tokens]))
+        added = sorted(tokenizer.get_vocab()[token.content] for token in tokens)
         eos_token = eos_token or cast("str | None", source.eos_token)
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():

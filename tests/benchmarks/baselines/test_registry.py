@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pat.errors import PatError
-from pat.nll import response_nll, tokenize_examples
+from pat.nll import response_nll
 from pat.plan.command import make_plan
 from pat.training.data import load_training_data
+from pat.training.tokens import tokenize_examples
 
 WIDTH = 36  # of 48
 
@@ -184,11 +185,10 @@ def test_batches_hold_equally_long_sequences() -> None:
 
 
 def test_on_a_trained_model_both_beat_random_channels(
-    stories260k: tuple[PreTrainedModel, PreTrainedTokenizerBase], shared_data: Path
+    stories260k: tuple[PreTrainedModel, PreTrainedTokenizerBase], tests_data: Path
 ) -> None:
     model, tokenizer = stories260k
-    path = shared_data / "instruct" / "instruct_21k.jsonl"
-    data = load_training_data(path, tokenizer=tokenizer, split="train[:200]", held_out=40)
+    data = load_training_data(tests_data / "instructions.jsonl", tokenizer=tokenizer, held_out=40)
     held_out = tokenize_examples(tokenizer, data.held_out, 512)
     calibration = calibration_sequences(tokenizer, data.train, num_sequences=4, length=512)
     target = pat_parameters(model, 48)
