@@ -21,7 +21,7 @@ from pat.checkpoint.verify import Parity
 from pat.checkpoint.write import count_parameters
 from pat.nll import NLL, Example, response_nll
 from pat.report.records import Record
-from pat.training.prepare import DataRecord
+from pat.training.data_record import DataRecord
 
 logger = logging.getLogger(__name__)
 

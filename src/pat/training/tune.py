@@ -58,7 +58,7 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
         dtype, device = base.dtype, base.device
         stored = stored_dtype(checked.base_config) or dtype
         figures = {"base": _measure(arguments, data, base, "base", Size.of(checked.base_config, stored))}
-        stages = Stages(arguments, data, run, base)
+        stages = Stages(arguments, data, run, num_steps, base)
         del base  # nobody else may hold it, or it stays in memory beside the small model
         trained = stages.run(checked.resume_from)
         inner = cast(PreTrainedModel, trained.model.get_base_model())
