@@ -2,6 +2,7 @@
 #   make demo   the main job on a small model: install, tune, prune, compare (OUT= chooses another folder)
 #   make test   the same set-up, then every test (ARGS= goes to pytest)
 #   make lint   ruff and mypy
+#   make mutants  do the tests of method/ and surgery/ notice a fault? 300 mutants, about an hour (ARGS= goes to the run)
 
 PYTHON ?= python3
 OUT ?= runs/demo
@@ -18,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Instruction data that may lie beside the checkout; without it `pat demo` finds its own.
 DEMO_DATA := $(wildcard ../shared/data/instruct/instruct_21k.jsonl)
 
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test lint mutants clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -42,6 +43,10 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy --strict src
+
+mutants: $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet --editable '.[mutation]'
+	$(VENV)/bin/python benchmarks/mutation.py --workers $(JOBS) $(ARGS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist

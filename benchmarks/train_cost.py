@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -375,10 +376,12 @@ def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
     """Measure the peak memory of a few steps of every stage."""
     key = "peak_rss" if args.device == "cpu" else "peak_cuda"
     fresh(args, f"default:{args.folder / 'for_stage_two'}", steps=10)
-    found = {
-        kind: fresh(args, f"{kind}:{args.folder / ('for_stage_two' if kind == 'stage_two' else 'memory-' + kind)}", 4)
-        for kind in ("lora", "stage_one", "stage_one_rotated", "stage_two")
-    }
+    kinds = ("lora", "stage_one", "stage_one_rotated", "stage_two")
+    folders = {kind: args.folder / ("for_stage_two" if kind == "stage_two" else f"memory-{kind}") for kind in kinds}
+    # What a process has of an accelerator's memory does not depend on the others there.
+    with ThreadPoolExecutor(1 if args.device == "cpu" else len(kinds)) as pool:
+        rows = pool.map(lambda kind: fresh(args, f"{kind}:{folders[kind]}", 4), kinds)
+        found = dict(zip(kinds, rows, strict=True))
     reference = found["lora"][key]
     return {
         "bytes": {kind: row[key] for kind, row in found.items()},

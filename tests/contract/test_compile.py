@@ -15,7 +15,6 @@ from torch._dynamo.testing import CompileCounter
 @pytest.mark.parametrize(
     ("family", "rotation", "fields"),
     [
-        ("llama", "none", {}),
         ("llama", "pca", {}),
         ("gemma3_text", "none", {}),
         ("llama", "pca", {"mask": "frozen", "operator_rank": "dense"}),

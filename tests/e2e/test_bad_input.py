@@ -135,7 +135,7 @@ MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no config": ({"model_name_or_path": "no-config"}, ["'no-config'", "no config.json", "expected a saved model"]),
     "a classifier": ({"model_name_or_path": "bert"}, ["BertForSequenceClassification", "ForCausalLM"]),
     "an encoder-decoder": ({"model_name_or_path": "t5"}, ["T5ForConditionalGeneration", "ForCausalLM"]),
-    "unsupported family": ({"model_name_or_path": "gpt2"}, ["'gpt2'", "not supported", *FAMILIES, "record"]),
+    "unsupported family": ({"model_name_or_path": "gpt2"}, ["'gpt2'", "not supported", *FAMILIES, "LayerNorm"]),
 }
 
 WIDTHS: dict[str, tuple[dict[str, Any], list[str]]] = {

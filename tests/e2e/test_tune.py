@@ -221,7 +221,7 @@ def test_packing_and_picking_the_best_checkpoint(base: Path, data: Path, tmp_pat
 def test_the_demo_shows_both_models(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "prepare_smollm2", lambda *args, **kwargs: base)
+    monkeypatch.setattr(demo, "prepare_smollm2", lambda *_, **__: base)
     monkeypatch.setattr(demo, "RECIPE", demo.RECIPE | {"max_length": 64, "held_out": 4, "gain_tolerance": 0.4})
     monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 3)
     out = tmp_path / "demo"

@@ -152,7 +152,7 @@ REQUIRED = {
     "tune": BASE,
     "plan": BASE[:2],
     "merge": ["--adapter", "a", "--output_dir", "out"],
-    "evaluate": ["--model", "m"],
+    "evaluate": ["--model", "m", "--text_file", "t"],
     "benchmark": ["--model", "m", "--baseline", "b"],
     "demo": [],
 }

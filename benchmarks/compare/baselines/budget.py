@@ -13,10 +13,10 @@ from typing import Any, TypeVar, cast
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from pat.checkpoint.write import count_parameters
 from pat.families import Family, get_family
 from pat.surgery.dense import shrink_config
-from pat.surgery.residual import ResidualStream, map_residual_stream
+from pat.surgery.describe import count_parameters
+from pat.surgery.residual import ResidualStream, map_residual_stream, stored_tensors
 
 Setting = TypeVar("Setting")
 
@@ -69,5 +69,4 @@ def residual_stream(model: PreTrainedModel) -> ResidualStream:
         PatError: the family has no record, or the record does not fit.
     """
     family = get_family(model.config.model_type)
-    names = (name for name, _ in model.named_parameters())
-    return map_residual_stream(family, names, tied=bool(model.config.tie_word_embeddings))
+    return map_residual_stream(family, stored_tensors(model), tied=bool(model.config.tie_word_embeddings))

@@ -6,8 +6,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pat.benchmark.measure import PHASES, Phase
-from pat.benchmark.record import Benchmark
+from pat.benchmark.command import BenchmarkRecord
+from pat.benchmark.measure import PHASES
+from pat.benchmark.prediction import Phase
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +29,7 @@ def can_draw() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def draw(benchmark: Benchmark, path: Path) -> None:
+def draw(record: BenchmarkRecord, path: Path) -> None:
     """Draw measured speed-ups as points with quartiles, predicted ones as lines across them, and save a PNG.
 
     Batch sizes stand side by side, within each its contexts. A setting without a figure says so.
@@ -36,24 +37,26 @@ def draw(benchmark: Benchmark, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    phases = [phase for phase in PHASES if any(row.phase == phase for row in benchmark.rows)]
-    options = benchmark.options
+    phases = [phase for phase in PHASES if any(row.phase == phase for row in record.settings)]
+    options = record.options
     contexts, sizes = options.contexts, options.batch_sizes
     figure = Figure(figsize=(1.4 + 1.25 * len(phases) * max(2, 0.33 * len(sizes) * len(contexts) + 1), 4.2), dpi=150)
     axes = figure.subplots(1, len(phases), sharey=True, squeeze=False)[0]
     step = _SLOT / len(contexts)
     missing: list[tuple[Axes, float, float, str, str]] = []
     for axis, phase in zip(axes, phases, strict=True):
-        for row in benchmark.rows:
+        for row in record.settings:
             if row.phase != phase:
                 continue
             rank = contexts.index(row.context)
             color = _COLORS[rank % len(_COLORS)]
             x = sizes.index(row.batch_size) + (rank - (len(contexts) - 1) / 2) * step
-            predicted, measured = benchmark.predicted_speedup(row), row.speedup
+            predicted, measured = row.predicted_speedup, row.speedup
             axis.hlines(predicted, x - 0.42 * step, x + 0.42 * step, color=color, linewidth=2.2, alpha=0.55)
             if measured is None:
-                words = ", ".join(sorted({r.status.replace("_", " ") for r in row.results.values()} - {"ok"}))
+                words = ", ".join(
+                    sorted({side.status.replace("_", " ") for side in (row.baseline, row.model)} - {"ok"})
+                )
                 missing.append((axis, x, predicted, words, color))
                 continue
             bars = [[measured.median - measured.lower_quartile], [measured.upper_quartile - measured.median]]
@@ -96,7 +99,7 @@ def draw(benchmark: Benchmark, path: Path) -> None:
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), fontsize=8, frameon=False)
     model, baseline = _short_names(options.model, options.baseline)
-    where = f"{benchmark.device}, {benchmark.facts['model']['dtype']}"
+    where = f"{record.device}, {record.models['model'].dtype}"
     figure.suptitle(f"{model} against the baseline\n{baseline} ({where})", fontsize=9)
     figure.set_layout_engine("constrained")
     figure.savefig(path)

@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pat.checkpoint.staging import check_output_folder
+from pat.errors import PatError
+
 FEWEST_REPETITIONS = 3
 """With fewer there is no spread to speak of."""
 
+DTYPES = ("float32", "bfloat16", "float16")
 
-@dataclass(frozen=True)
+
+@dataclass
 class BenchmarkOptions:
     """A comparison of two models. Lists are sorted and free of repetitions."""
 
@@ -30,7 +35,8 @@ class BenchmarkOptions:
         metadata={"help": "No repetition of a setting begins after as many seconds, once 3 are measured."},
     )
     dtype: str | None = field(
-        default=None, metadata={"help": "Dtype of both models, such as float32; by default the one each is stored in."}
+        default=None,
+        metadata={"help": "Dtype of both models; by default the one each is stored in.", "choices": DTYPES},
     )
     device: str = field(
         default="auto", metadata={"help": "auto (an accelerator where there is one), cpu, or a name such as cuda:0."}
@@ -43,5 +49,23 @@ class BenchmarkOptions:
     )
 
     def __post_init__(self) -> None:
+        """Refuse what makes no sense on any machine and with any model.
+
+        Raises:
+            PatError: a number or dtype that makes no sense, or an output folder that is not empty.
+        """
         for name in ("contexts", "batch_sizes"):
-            object.__setattr__(self, name, sorted(set(getattr(self, name))))
+            counts = sorted(set(getattr(self, name)))
+            if not counts or counts[0] < 1:
+                raise PatError(f"Got {name}={getattr(self, name)}; expected whole numbers above 0, such as 1 8 16.")
+            setattr(self, name, counts)
+        for name, least in (("repetitions", 1), ("warmup", 0), ("new_tokens", 0), ("threads", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise PatError(f"Got {name}={value}; expected a whole number from {least}.")
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise PatError(f"Got max_seconds={self.max_seconds}; expected a number above 0.")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise PatError(f"Got dtype={self.dtype!r}; expected one of {', '.join(DTYPES)}.")
+        if self.output_dir is not None:
+            self.output_dir = check_output_folder(self.output_dir)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,40 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from pat.checkpoint.verify import Parity
 from pat.report.records import environment
 
+PROVENANCE = (
+    "model_name_or_path", "dataset", "prompt_format", "recipe", "seed", "num_steps", "num_tokens_seen", "max_length",
+    "learning_rates", "held_out_nll", "held_out_standard_error", "num_held_out_tokens", "limits",
+)  # fmt: skip
+"""What a card can tell of a run, under these names, as `results.json` has them: base model and data (only the last
+component of a path is shown), the form of the prompts in words, numbers, the learning rate of each group of parameters,
+held-out losses with their standard errors by model, and sentences about what the model is not for."""
 
-@dataclass(frozen=True)
-class Cut:
-    """What was cut, and how it was chosen."""
+
+@dataclass(frozen=True, kw_only=True)
+class Pruning:
+    """What was cut from a base model, and how it was chosen."""
 
     hidden_size: int
     pruned_hidden_size: int
     num_parameters_base: int
-    num_parameters: int
-    num_bytes: int
-    """Of the checkpoint's weight files."""
     rotation: str
     mask: str
     milestone_step: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut(Pruning):
+    """What was cut, for a dense checkpoint."""
+
+    num_parameters: int
+    num_bytes: int
+    """Size of the checkpoint's weight files."""
+
+    @classmethod
+    def of(cls, pruning: Pruning, *, num_parameters: int, num_bytes: int) -> Cut:
+        """Return it for a dense checkpoint of these sizes."""
+        facts = {field.name: getattr(pruning, field.name) for field in fields(Pruning)}
+        return cls(**facts, num_parameters=num_parameters, num_bytes=num_bytes)
 
     @property
     def parameter_ratio(self) -> float:
@@ -35,33 +55,14 @@ class Cut:
         return self.num_parameters / self.num_parameters_base
 
 
-@dataclass(frozen=True)
-class Compaction:
+@dataclass(frozen=True, kw_only=True)
+class Compaction(Pruning):
     """What was cut at the milestone, where training went on with the small model."""
 
     base_model: str
     """Name of the model that was cut, as it may be shown."""
-    hidden_size: int
-    pruned_hidden_size: int
-    num_parameters_base: int
-    rotation: str
-    mask: str
-    milestone_step: int | None
     parity: dict[str, Any]
     """Figures of the masked model against its compact form, see `Parity`."""
-
-    def cut(self, num_parameters: int, num_bytes: int) -> Cut:
-        """Return what was cut, for a dense checkpoint of these sizes."""
-        return Cut(
-            self.hidden_size,
-            self.pruned_hidden_size,
-            self.num_parameters_base,
-            num_parameters,
-            num_bytes,
-            self.rotation,
-            self.mask,
-            self.milestone_step,
-        )
 
 
 def shown_name(name: str) -> str:
@@ -90,8 +91,7 @@ def render_card(cut: Cut, parity: Parity, provenance: Mapping[str, Any]) -> str:
     Args:
         cut: what was cut.
         parity: the comparison with the tuned model.
-        provenance: what is known beyond that, all optional: `model_name_or_path`, `dataset` (of paths only the last
-            component is shown), `recipe`, `seed`, `num_steps`, and `held_out_nll`, a dictionary from model to nats.
+        provenance: what is known beyond that; see `PROVENANCE` for the keys, all of them optional.
     """
     base_model = str(provenance.get("model_name_or_path") or "unknown")
     base = shown_name(base_model)
@@ -126,9 +126,17 @@ def render_card(cut: Cut, parity: Parity, provenance: Mapping[str, Any]) -> str:
     ]
     held_out_nll: Mapping[str, float] = provenance.get("held_out_nll") or {}
     if held_out_nll:
-        rows = [(name, f"{nll:.3f}") for name, nll in held_out_nll.items()]
-        sections += ["## Held-out loss", _table(("model", "nats per response token"), rows)]
+        errors: Mapping[str, float] = provenance.get("held_out_standard_error") or {}
+        rows = [
+            (name, f"{nll:.3f}" + (f" ± {errors[name]:.3f}" if name in errors else ""))
+            for name, nll in held_out_nll.items()
+        ]
+        num_tokens = provenance.get("num_held_out_tokens")
+        on = "" if num_tokens is None else f", on {num_tokens:,} tokens"
+        sections += ["## Held-out loss", _table(("model", f"nats per response token{on}"), rows)]
     sections += [
+        "## Limits",
+        _bullets(_limits(provenance)),
         "## Method",
         'Liu et al., "PAT: Pruning-Aware Tuning for Large Language Models", AAAI 2025, '
         "[arXiv:2408.14721](https://arxiv.org/abs/2408.14721).",
@@ -152,11 +160,30 @@ def _sizes(cut: Cut) -> list[tuple[str, ...]]:
     ]
 
 
+def _limits(provenance: Mapping[str, Any]) -> list[str]:
+    prompts = provenance.get("prompt_format")
+    return [
+        "What the base model gets wrong, this one may get wrong as well; and it has lost some of what the base knew.",
+        *([] if prompts is None else [f"It was tuned on prompts of one form: {prompts}."]),
+        *(
+            []
+            if not provenance.get("max_length")
+            else [f"No text it was tuned on was longer than {provenance['max_length']:,} tokens."]
+        ),
+        *map(str, provenance.get("limits") or ()),
+    ]
+
+
 def _method(cut: Cut, provenance: Mapping[str, Any]) -> list[str]:
+    rates: Mapping[str, float] = provenance.get("learning_rates") or {}
+    num_tokens = provenance.get("num_tokens_seen")
     facts = {
         "recipe": provenance.get("recipe"),
         "data": shown_name(str(provenance["dataset"])) if provenance.get("dataset") else None,
+        "prompt format": provenance.get("prompt_format"),
         "optimizer steps": provenance.get("num_steps"),
+        "tokens seen": None if num_tokens is None else f"{num_tokens:,}",
+        "learning rates": ", ".join(f"{name} {rate:g}" for name, rate in rates.items()) or None,
         "seed": provenance.get("seed"),
         "mask": cut.mask,
         "milestone": None if cut.milestone_step is None else f"the mask is 0/1 from step {cut.milestone_step:,} on",

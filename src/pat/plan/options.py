@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
+
+from pat.shape import ShapeOptions, check_request
 
 
-@dataclass(frozen=True)
-class PlanOptions:
-    """What is planned for which model."""
+@dataclass(kw_only=True)
+class PlanOptions(ShapeOptions):
+    """One plan for one model, with a column for each ratio."""
 
-    model_name_or_path: str = field(metadata={"help": "Base model folder or hub id; only its config is read."})
-    pruning_ratio: float | None = field(
-        default=None, metadata={"help": "Share of the hidden size to cut (default 0.25)."}
-    )
-    pruned_hidden_size: int | None = field(default=None, metadata={"help": "Exact hidden size instead of a ratio."})
-    multiple_of: int | None = field(default=None, metadata={"help": "Hard alignment of the pruned hidden size."})
-    untie_word_embeddings: bool = field(
-        default=False, metadata={"help": "Whether a tied model gets an output matrix of its own."}
+    MAIN_FLAGS: ClassVar = ("model_name_or_path", "pruning_ratio")
+
+    model_name_or_path: str = field(metadata={"help": "Base model folder or hub id; only its configuration is read."})
+    pruning_ratio: list[float] | None = field(  # type: ignore[assignment]  # several are set side by side
+        default=None, metadata={"help": "Shares of the hidden size to cut, one or several, in (0, 1). Default 0.25."}
     )
     context: int | None = field(
-        default=None, metadata={"help": "Tokens that costs are for (default 2048, or all the model can read)."}
+        default=None,
+        metadata={"help": "Number of tokens that costs are for. Default 2048, or as many as the model can read."},
     )
     json: bool = field(default=False, metadata={"help": "Print JSON instead of tables."})
+
+    def __post_init__(self) -> None:
+        """Refuse what no model could be pruned to.
+
+        Raises:
+            PatError: a ratio is outside (0, 1), or both ratio and width are given.
+        """
+        for ratio in self.pruning_ratio or ():
+            check_request(ratio, self.pruned_hidden_size)

@@ -30,7 +30,8 @@ class Table:
         )
         for index, heading in enumerate(self.columns):
             is_text = index < self.num_text_columns
-            drawn.add_column(heading, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
+            # Words may stand below each other where there is little room; no_wrap would cut digits off and not say so.
+            drawn.add_column(heading, justify="left" if is_text else "right", overflow="fold")
         for number, row in enumerate(self.rows, start=1):
             drawn.add_row(*map(Text, row), end_section=number == len(self.rows) - self.num_totals)
         Console().print(drawn)

@@ -15,7 +15,7 @@ from pat.errors import PatError
 from pat.families import Family
 from pat.loading import load_config
 from pat.method.schedule import milestone_step
-from pat.shape import Width
+from pat.shape import LARGE_RATIO, Width
 from pat.surgery.residual import ResidualStream
 from pat.training.arguments import TuneArguments
 from pat.training.calibration_text import read_calibration
@@ -29,9 +29,6 @@ logger = logging.getLogger(__name__)
 
 RATIO_SLACK = 0.01
 """Said before training if the width that can be loaded lies further from the ratio asked for."""
-
-LARGE_RATIO = 0.5
-"""No published result and none of ours cuts more of the hidden size."""
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from pat.checkpoint.card import Compaction
-from pat.checkpoint.compact import ADAPTER, MODEL, read_compaction, write_compact
+from pat.checkpoint.compact import ADAPTER, MODEL, read_compaction, save_adapter, write_compact
 from pat.errors import PatError, RunFailed
-from pat.loading import load_base
+from pat.loading import TokenSetup, load_base
 from pat.method.schedule import milestone_step
 from pat.training.arguments import TuneArguments
 from pat.training.callback import PatCallback
@@ -34,7 +34,7 @@ from pat.training.checkpoints import STAGE_TWO, continue_from, is_compact, load_
 from pat.training.guard import FiniteGuard
 from pat.training.prepare import Prepared
 from pat.training.run_file import RUN_FILE, RunFile
-from pat.training.trainer import StopAtMilestone, make_trainer
+from pat.training.trainer import SaveTokens, StopAtMilestone, make_trainer
 from pat.tuner.compaction import check_compactable
 from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel, find_tuner
@@ -68,6 +68,8 @@ class Stages:
 
     arguments: TuneArguments
     data: Prepared
+    tokens: TokenSetup
+    """What is written beside every adapter and model of the run."""
     run_file: RunFile
     num_steps: int
     """Optimizer steps of both stages together."""
@@ -156,7 +158,9 @@ class Stages:
         return True
 
     def _trainer(self, model: PeftModel, args: SFTConfig, folder: Path, *callbacks: TrainerCallback) -> SFTTrainer:
-        return make_trainer(model, args, self.data, folder, callbacks=[*callbacks, FiniteGuard()])
+        return make_trainer(
+            model, args, self.data, folder, callbacks=[*callbacks, FiniteGuard(), SaveTokens(self.tokens)]
+        )
 
     def _skip(self, trainer: SFTTrainer, callback: PatCallback) -> None:
         """Have the channels chosen, and the mask hard, without a step of stage one."""
@@ -209,7 +213,7 @@ class Stages:
         `done` is the checkpoint that was loaded; by default the one that stage one has just ended with.
         """
         started = time.perf_counter()
-        _save_adapter(model, self.arguments.output_dir / "adapter")
+        save_adapter(model, self.arguments.output_dir / "adapter", self.tokens)
         # Of an earlier run: its stage two belongs to other channels, and must not be what a resumed run finds.
         for folder in (self.checkpoints / STAGE_TWO, self.compact_dir):
             shutil.rmtree(folder, ignore_errors=True)
@@ -217,7 +221,7 @@ class Stages:
             model,
             tuner,
             self.compact_dir,
-            tokenizer=self.data.vocabulary.tokenizer,
+            tokens=self.tokens,
             batches=self.data.verify_on,
             seed=self.arguments.sft.seed,
         )
@@ -239,15 +243,11 @@ class Stages:
 
     def _trained(self, trainer: SFTTrainer, record: Compaction | None, config: Any) -> Trained:
         model = cast(PeftModel, trainer.model)
-        _save_adapter(model, self.arguments.output_dir / "adapter" if record is None else self.compact_dir / ADAPTER)
+        folder = self.arguments.output_dir / "adapter" if record is None else self.compact_dir / ADAPTER
+        save_adapter(model, folder, self.tokens)
         state = trainer.state
         pat_config = config.to_dict()
         return Trained(model, state.global_step, state.log_history, self.seconds, pat_config, self.run_file, record)
-
-
-def _save_adapter(model: PeftModel, folder: Path) -> None:
-    model.save_pretrained(str(folder))
-    (folder / "README.md").unlink(missing_ok=True)  # peft's form, with nothing filled in
 
 
 def _remove_if_empty(*folders: Path) -> None:

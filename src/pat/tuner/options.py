@@ -5,20 +5,13 @@ The defaults are the recipe that came out best in our comparisons; `recipes/pape
 
 from dataclasses import dataclass, field
 
+from pat.shape import ShapeOptions
+
 
 @dataclass
-class PatOptions:
+class PatOptions(ShapeOptions):
     """What pruning-aware tuning adds to a LoRA configuration."""
 
-    pruning_ratio: float | None = field(
-        default=None, metadata={"help": "Share of the hidden size to cut, in (0, 1). Default 0.25."}
-    )
-    pruned_hidden_size: int | None = field(
-        default=None, metadata={"help": "Exact hidden size of the pruned model, instead of a ratio."}
-    )
-    multiple_of: int | None = field(
-        default=None, metadata={"help": "Hard alignment of the pruned hidden size, in channels."}
-    )
     operator_rank: int | str | None = field(
         default=None, metadata={"help": "Rank of the operators, or 'dense'. Default: a twentieth of the width."}
     )
@@ -39,10 +32,6 @@ class PatOptions:
     )
     operator_lr_multiplier: float = field(
         default=30.0, metadata={"help": "Learning rate of the operators' v as a multiple of the trainer's."}
-    )
-    untie_word_embeddings: bool = field(
-        default=False,
-        metadata={"help": "Give a tied model an output matrix of its own (adds vocabulary x width parameters)."},
     )
     calibration: str | None = field(
         default=None, metadata={"help": "Text file to compute the rotation from, instead of the training data."}

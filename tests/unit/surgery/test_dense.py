@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import FAMILIES, build
+from tiny_models import KINDS, build
 from torch import Tensor
 
 from pat.errors import PatError, RunFailed
@@ -12,7 +12,7 @@ from pat.families import get_family
 from pat.surgery.dense import build_dense, shrink_config
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_shrunk_config(family: str) -> None:
     base = build(family, tied=True)
     before = copy.deepcopy(base.config.to_dict())

@@ -1,5 +1,6 @@
 """The configuration: its fields, what it refuses, and that it survives JSON and pickle."""
 
+import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -25,6 +26,7 @@ def test_it_is_a_lora_config_with_fields_of_its_own() -> None:
         and config.rotation == "auto"
     )
     assert PatConfig(pruned_hidden_size=36).pruning_ratio is None
+    assert dataclasses.replace(config, pruned_hidden_size=36).pruning_ratio is None  # nobody asked for the default
 
 
 @pytest.mark.parametrize(
