@@ -10,8 +10,11 @@ from datasets import Dataset
 from peft import PeftModel
 from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
+from pat.checkpoint.staging import make_readable
+from pat.loading import TokenSetup
 from pat.training.prepare import Prepared
 from pat.tuner.model import find_tuner
 
@@ -64,3 +67,16 @@ class StopAtMilestone(TrainerCallback):
         tuner = find_tuner(kwargs["model"])
         if tuner is not None and tuner.mask().hardened:
             control.should_training_stop = control.should_save = control.should_log = True
+
+
+class SaveTokens(TrainerCallback):
+    """Writes what belongs to a run's tokens into every checkpoint; the trainer's own tokenizer has had to be padded."""
+
+    def __init__(self, tokens: TokenSetup) -> None:
+        self.tokens = tokens
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write tokenizer and generation config."""
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        self.tokens.save(folder)
+        make_readable(folder)
