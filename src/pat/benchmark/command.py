@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 from pat.benchmark.host import ModelFacts
 from pat.benchmark.measure import ROLES, Row, measure
@@ -15,6 +14,7 @@ from pat.benchmark.options import BenchmarkOptions
 from pat.benchmark.prediction import Predictor
 from pat.benchmark.worker import Worker
 from pat.errors import PatError
+from pat.report.progress import progress_bar
 from pat.report.records import Record, write_record
 
 
@@ -46,12 +46,7 @@ def run_benchmark(options: BenchmarkOptions) -> BenchmarkRecord:
         # Both are started before one is asked: it takes them seconds to import what they need.
         workers = {role: stack.enter_context(Worker({"name": names[role], **shared})) for role in ROLES}
         models = {role: workers[role].load() for role in ROLES}
-        with tqdm(desc="Settings", unit="setting", disable=None, leave=False) as bar:
-
-            def progress(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
+        with progress_bar("Settings", "setting") as progress:
             rows = measure(workers, options, predictors, progress)
     record = BenchmarkRecord(
         options=options,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, cast
 
 from pat.benchmark.host import OutOfMemory, Timing
 from pat.benchmark.options import FEWEST_REPETITIONS, BenchmarkOptions
 from pat.benchmark.prediction import Phase, Predictor
+from pat.report.progress import Progress
 
 ROLES = ("baseline", "model")
 
@@ -18,7 +19,6 @@ PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 Status = Literal["ok", "out_of_memory", "too_long"]
 
-Progress = Callable[[int, int], None]
 """Told how many settings are done, and of how many."""
 
 
