@@ -37,8 +37,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from pat.checkpoint.hollow import StoredWeights, hollow_model
-from pat.checkpoint.read import open_checkpoint
 from pat.checkpoint.shards import ShardWriter
+from pat.loading.stored import stored_tensors
 from pat.method.operator import default_rank
 from pat.report.records import environment, write_record
 from pat.tuner import PatConfig, find_tuner
@@ -109,12 +109,10 @@ def make_base(folder: Path, config: LlamaConfig, device: str = "cpu") -> None:
 @torch.no_grad()
 def make_adapter(base: Path, folder: Path, rotation: str, device: str = "cpu") -> None:
     """Save a random hardened adapter: LoRA of rank 20 on every linear layer, operators of the default rank."""
-    checkpoint = open_checkpoint(str(base))
-    assert checkpoint is not None
     config = LlamaConfig.from_pretrained(base)
     model = hollow_model(config, torch.bfloat16, torch.device("cpu"))
     model.name_or_path = str(base)
-    StoredWeights(model, checkpoint)  # the vectors
+    StoredWeights(model, stored_tensors(str(base)) or {}, base.name)  # the vectors
     pat = PatConfig(task_type="CAUSAL_LM", r=20, lora_alpha=40, pruning_ratio=0.25, rotation=rotation)
     with torch.device(device):  # where the operators are made orthonormal; they then go to the model, on the CPU
         peft_model = get_peft_model(model, pat)
@@ -288,11 +286,11 @@ def measure_kills(adapter: Path, scratch: Path, kills: int) -> dict[str, Any]:
 
 def is_whole(folder: Path) -> bool:
     """Tell whether a folder holds a complete checkpoint with its record."""
-    checkpoint = open_checkpoint(str(folder))
-    if checkpoint is None or not (folder / "results.json").is_file():
+    tensors = stored_tensors(str(folder))
+    if tensors is None or not (folder / "results.json").is_file():
         return False
     model = hollow_model(LlamaConfig.from_pretrained(folder), torch.bfloat16, torch.device("cpu"))
-    return not StoredWeights(model, checkpoint).left_over
+    return not StoredWeights(model, tensors, folder.name).left_over
 
 
 def judge(results: dict[str, Any]) -> dict[str, Any]:

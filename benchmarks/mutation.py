@@ -173,7 +173,8 @@ class _WithoutWords(ast.NodeTransformer):
     def visit_arguments(self, node: ast.arguments) -> ast.arguments:
         self.generic_visit(node)
         node.args = [*node.posonlyargs, *node.args, *node.kwonlyargs]
-        node.posonlyargs, node.kwonlyargs = [], []
+        node.defaults = [default for default in (*node.defaults, *node.kw_defaults) if default is not None]
+        node.posonlyargs, node.kwonlyargs, node.kw_defaults = [], [], []
         return node
 
     def visit_arg(self, node: ast.arg) -> ast.arg:
@@ -207,23 +208,22 @@ def _meaning(source: str) -> str | None:
 
 
 def preload() -> None:
-    """Import once what takes seconds, and nothing that imports `pat`."""
+    """Import once what takes seconds, and forget again what is imported of `pat` on the way."""
     sys.path[:0] = [str(SOURCE), str(TESTS)]
     import hypothesis.stateful
     import mpmath
-    import peft
     import pytest
     import tiny_models
     import torch
-    import torch._dynamo
     import torch._dynamo.testing
     import trl
 
+    assert all(library.__name__ for library in (hypothesis, mpmath, pytest, trl))
     torch.set_num_threads(1)
     for family in tiny_models.FAMILIES:  # their classes are imported when first used
         tiny_models.build(family, tied=True)
-    assert all(library.__name__ for library in (hypothesis, mpmath, peft, pytest, trl))
-    assert not any(name.partition(".")[0] == "pat" for name in sys.modules)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("pat", "tiny_models")]:
+        del sys.modules[name]
 
 
 def run_all(mutants: Sequence[Mutant | None], workers: int) -> Iterator[Outcome | None]:

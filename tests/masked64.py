@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from tiny_models import batch, build
+from tiny_models import batch, shallow
 from tiny_training import Float64, attach, logits, tuner_of
 from torch import Tensor, nn
 
@@ -48,7 +48,7 @@ def in_float64(model: PeftModel) -> PeftModel:
 
 def masked_model(family: str, *, tied: bool, rotation: str = "none", pruned: int = KEPT, **fields: Any) -> nn.Module:
     """A hard masked model in float64 with random adapters, operators and kept channels, all far from their start."""
-    base = build(family, tied=tied)
+    base = shallow(family, tied=tied)
     if get_family(family).expert_parameters:
         base.set_experts_implementation("eager")  # the grouped kernel has no float64
     model = attach(base, rotation=rotation, pruned_hidden_size=pruned, **fields).double()

@@ -208,6 +208,11 @@ def build(
     return model.eval()
 
 
+def shallow(family: str, *, tied: bool, **fields: Any) -> PreTrainedModel:
+    """`build` with two layers, which are enough for one to read what another wrote."""
+    return build(family, tied=tied, **({"num_hidden_layers": 2} | fields))
+
+
 def norm_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield ``(name, module)`` of every RMSNorm, q/k-norms included."""
     for name, module in model.named_modules():

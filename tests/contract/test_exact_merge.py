@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 from masked64 import KEPT, logits64, masked_model
-from tiny_models import FAMILIES, KINDS, build, norm_modules
+from tiny_models import FAMILIES, KINDS, norm_modules, shallow
 from tiny_training import attach, largest_difference, logits, tuner_of
 from torch import nn
 from transformers import PreTrainedModel
@@ -104,7 +104,7 @@ def test_a_head_that_reads_the_input_operator_untransposed_is_seen(family: str) 
 @pytest.mark.parametrize("upcast", ["before attaching", "never"])
 def test_the_scale_of_a_bfloat16_embedding_is_the_one_the_model_uses(family: str, tied: bool, upcast: str) -> None:
     """bf16(sqrt(48)) is 6.9375 instead of 6.9282, and an upcast model keeps it: 0.13 % at the stream's start."""
-    base = build(family, tied=tied, dtype=torch.bfloat16)
+    base = shallow(family, tied=tied, dtype=torch.bfloat16)
     if upcast == "before attaching":
         base = base.float()
     model = attach(base, pruned_hidden_size=40)

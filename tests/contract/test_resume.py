@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tiny_models import build
+from tiny_models import shallow
 from tiny_training import attach, logits, losses, train, tuner_of
 from transformers import Trainer, TrainerCallback
 
@@ -61,7 +61,7 @@ class Run:
 
     def attach(self) -> PeftModel:
         fields = dict(self.fields)
-        base = build(fields.pop("family", "llama"), tied=fields.pop("tied", True))
+        base = shallow(fields.pop("family", "llama"), tied=fields.pop("tied", True))
         return attach(base, milestone=MILESTONE / STEPS, **fields)
 
     def train(self, **more: Any) -> tuple[Trainer, Masks, PeftModel]:

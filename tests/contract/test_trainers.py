@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
-from tiny_models import build, tiny_tokenizer
+from tiny_models import shallow, tiny_tokenizer
 from tiny_training import (
     Examples,
     arguments,
@@ -123,7 +123,7 @@ def regularizer_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ],
 )
 def test_trainer(option: str, family: str, tied: bool, rotation: str, regularizer_calls: list[int]) -> None:
-    model = attach(build(family, tied=tied), rotation=rotation, milestone=0.5)
+    model = attach(shallow(family, tied=tied), rotation=rotation, milestone=0.5)
     trainer = quietly(train, model, max_steps=STEPS, **OPTIONS[option])
     assert all(math.isfinite(loss) for loss in losses(trainer)) and len(losses(trainer)) == STEPS
     assert len(regularizer_calls) == STEPS
@@ -132,7 +132,7 @@ def test_trainer(option: str, family: str, tied: bool, rotation: str, regularize
 
 @pytest.mark.parametrize(("option", "ready"), HANDED_OVER)
 def test_sft(option: str, ready: bool, tmp_path: Path, regularizer_calls: list[int]) -> None:
-    base = build("llama", tied=True)
+    base = shallow("llama", tied=True)
     fields = {"rotation": "pca", "milestone": 0.5}
     trainer = quietly(
         SFTTrainer,
@@ -160,7 +160,7 @@ def test_sft(option: str, ready: bool, tmp_path: Path, regularizer_calls: list[i
 )
 def test_sft_options_that_change_the_forward_pass(extra: dict[str, Any], tied: bool, tmp_path: Path) -> None:
     """Among them TRL's head in chunks, which reads `lm_head.weight` itself and would pass by a wrapped head."""
-    model = attach(build("llama", tied=tied), rotation="pca", milestone=0.5)
+    model = attach(shallow("llama", tied=tied), rotation="pca", milestone=0.5)
     trainer = quietly(
         SFTTrainer,
         model=model,
@@ -176,7 +176,7 @@ def test_sft_options_that_change_the_forward_pass(extra: dict[str, Any], tied: b
 @pytest.mark.parametrize("tied", [True, False])
 def test_sft_s_loss_is_that_of_the_model_s_own_logits(tied: bool, tmp_path: Path) -> None:
     """TRL multiplies by `lm_head.weight` itself: what acts before a tied head must not sit around the head."""
-    model = attach(build("llama", tied=tied), rotation="none", milestone=1.0)
+    model = attach(shallow("llama", tied=tied), rotation="none", milestone=1.0)
     with torch.no_grad():
         for operator in tuner_of(model).operators().values():
             operator.scale.fill_(0.4)
@@ -204,7 +204,7 @@ def test_sft_s_loss_is_that_of_the_model_s_own_logits(tied: bool, tmp_path: Path
 
 @pytest.mark.parametrize(("option", "ready"), [(option, not ready) for option, ready in HANDED_OVER])
 def test_dpo(option: str, ready: bool, tmp_path: Path, regularizer_calls: list[int]) -> None:
-    base = build("llama", tied=False)
+    base = shallow("llama", tied=False)
     expected = logits(base)
     fields = {"rotation": "pca", "milestone": 0.5}
     trainer = quietly(
@@ -233,7 +233,7 @@ def test_dpo(option: str, ready: bool, tmp_path: Path, regularizer_calls: list[i
 @pytest.mark.parametrize("rotation", ["none", "pca"])
 def test_dpo_on_a_tuned_adapter_starts_from_that_adapter(rotation: str, step: int, tmp_path: Path) -> None:
     """TRL copies its parameters to the adapter "ref"; the mask's state has to go with them."""
-    model = attach(build("llama", tied=True), rotation=rotation, milestone=0.5)
+    model = attach(shallow("llama", tied=True), rotation=rotation, milestone=0.5)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -267,7 +267,7 @@ def test_eight_at_once_and_four_times_two_give_the_same_losses(family: str, reco
     runs = {}
     for size, accumulation in ((8, 1), (2, 4)):
         torch.manual_seed(0)
-        model = attach(build(family, tied=True), rotation="auto", milestone=0.4)
+        model = attach(shallow(family, tied=True), rotation="auto", milestone=0.4)
         # Calibrated alike: batches of another size end a calibration of a given number of tokens elsewhere.
         tuner_of(model).calibrate([{"input_ids": Examples(16).ids}])
         runs[size] = train(
@@ -287,7 +287,7 @@ def test_gradient_checkpointing_changes_no_loss() -> None:
     measured = []
     for options in (OPTIONS["plain"], OPTIONS["checkpointing"], OPTIONS["reentrant-checkpointing"]):
         torch.manual_seed(0)
-        model = attach(build("llama", tied=True), rotation="pca", milestone=0.5)
+        model = attach(shallow("llama", tied=True), rotation="pca", milestone=0.5)
         measured.append(losses(quietly(train, model, max_steps=STEPS, **options)))
     assert measured[0] == pytest.approx(measured[1], abs=1e-6)
     assert measured[0] == pytest.approx(measured[2], abs=1e-6)
@@ -302,7 +302,7 @@ def test_a_trainer_of_one_s_own_works_alike(tmp_path: Path) -> None:
             loss = output.logits.square().mean()
             return (loss, output) if return_outputs else loss
 
-    model = attach(build("llama", tied=True), rotation="pca", milestone=0.5)
+    model = attach(shallow("llama", tied=True), rotation="pca", milestone=0.5)
     args = TrainingArguments(**arguments(tmp_path, max_steps=STEPS))
     trainer = OwnLoss(model=model, args=args, train_dataset=Examples(16), callbacks=[PatCallback()])
     trainer.train()

@@ -73,7 +73,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write("data.jsonl", "\n".join(lines))
     write("empty.jsonl", "")
     write("malformed.jsonl", "\n".join([*lines[:2], '{"instruction": ', *lines[2:]]))
-    write("columns.jsonl", '{"question": "a", "answer": "b"}\n')
+    write("columns.jsonl", '{"frage": "a", "antwort": "b"}\n')
     write("long.jsonl", json.dumps({"prompt": "word " * 30, "completion": "yes"}) + "\n")
     write("no-responses.jsonl", '{"prompt": "a", "completion": ""}\n')
     write("data.txt", "plain text")
@@ -169,7 +169,7 @@ DATA: dict[str, tuple[dict[str, Any], list[str]]] = {
     "malformed": ({"dataset_name": "malformed.jsonl"}, ["malformed.jsonl, line 3", "not valid JSON", "expected"]),
     "wrong columns": (
         {"dataset_name": "columns.jsonl"},
-        ["columns.jsonl", "answer, question", "alpaca", "completion", "messages", "text"],
+        ["columns.jsonl", "antwort, frage", "instruction", "completion", "messages", "text"],
     ),
     "no responses": ({"dataset_name": "no-responses.jsonl"}, ["all 1 responses are empty", "expected"]),
     "all truncated": (
@@ -203,6 +203,13 @@ OPTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "calibration missing": ({"calibration": "nowhere.txt"}, ["calibration", "nowhere.txt", "no such file"]),
     "calibration empty": ({"calibration": "empty.jsonl"}, ["calibration", "empty.jsonl", "empty"]),
     "unknown template": ({"template": "vicuna"}, ["'vicuna'", "alpaca"]),
+    "an optimizer of another package": ({"optim": "schedule_free_adamw"}, ["schedulefree", "install"]),
+    "a schedule without its arguments": ({"lr_scheduler_type": "cosine_with_min_lr"}, ["min_lr"]),
+    "no rows in a batch": ({"per_device_train_batch_size": 0}, ["batch_size=0"]),
+    "negative learning rate": ({"learning_rate": -1}, ["learning rate", "-1"]),
+    "targets that are not there": ({"lora_target_modules": "nothing"}, ["nothing", "not found"]),
+    "a flag that does nothing here": ({"use_peft": "false"}, ["use_peft=False", "adapter in any case"]),
+    "several processes": ({"fsdp": "full_shard"}, ["fsdp='full_shard'", "one process"]),
     "lora on the head": ({"lora_target_modules": "lm_head"}, ["lm_head", "target_modules"]),
     "nothing to load the text with": ({"model_name_or_path": "no-tokenizer"}, ["tokenizer", "'no-tokenizer'"]),
 }
@@ -222,7 +229,7 @@ def test_tune_refuses_before_it_loads_weights(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def load(*_: Any, **__: Any) -> None:
+    def load(*_: Any, **__: Any) -> None:  # but for the tiny one of the rehearsal, which is made of a configuration
         pytest.fail("the weights were loaded")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
@@ -274,7 +281,7 @@ def test_merge_refuses(
         ({"model": "gpt2"}, ["'gpt2'", "not supported"]),
         ({"model": "run"}, ["'run'", "no config.json", "pass run/model"]),
         ({"text_file": "empty.jsonl"}, ["empty.jsonl", "empty"]),
-        ({"dataset_name": "columns.jsonl"}, ["columns.jsonl", "answer, question"]),
+        ({"dataset_name": "columns.jsonl"}, ["columns.jsonl", "antwort, frage"]),
         ({"max_length": "many"}, ["max_length", "'many'"]),
         ({"limt": 3}, ["--limt"]),
     ],

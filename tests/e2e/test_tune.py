@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from tiny_models import build, tiny_tokenizer
@@ -18,6 +20,8 @@ from transformers import AutoModelForCausalLM
 import pat
 from pat.cli import main
 from pat.demo import command as demo
+
+SCHEMAS = Path(__file__).resolve().parents[2] / "docs" / "schemas"
 
 LOADS_WITHOUT_PAT = """
 import sys
@@ -170,6 +174,21 @@ def test_cut_off_before_the_first_checkpoint_it_starts_anew(base: Path, data: Pa
     argv = ["tune", *as_argv(flags(base, data, tmp_path / "out"))]
     assert main([*argv, "--resume_from_checkpoint", "true"]) == 2
     assert main(argv) == 0
+
+
+def test_what_is_doubtful_of_a_run_is_kept_with_its_results(base: Path, data: Path, tmp_path: Path) -> None:
+    """A cut beyond what is known to work, gains that rule the rotation out, a milestone at step 0, nothing learnt."""
+    doubtful = {"pruning_ratio": 0.65, "gain_tolerance": 0.0, "milestone": 0.02, "learning_rate": 1e-6}
+    result = pat.tune(**flags(base, data, tmp_path / "out", **doubtful))
+    said = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))["warnings"]
+    assert said == result.record.warnings
+    expected = ("more than has been shown to work", "is not rotated", "rounds to step 0", "guessing|than its base")
+    assert [len([line for line in said if re.search(words, line)]) for words in expected] == [1, 1, 1, 1]
+
+
+def test_the_results_fit_the_published_schema(run: Path) -> None:
+    schema = json.loads((SCHEMAS / "tune.json").read_text(encoding="utf-8"))
+    jsonschema.validate(json.loads((run / "results.json").read_text(encoding="utf-8")), schema)
 
 
 def test_a_ratio_that_is_rounded_far_is_said(

@@ -1,25 +1,22 @@
-"""NLL of responses and text, and agreement with SFTTrainer's own tokenisation."""
+"""NLL of responses and text."""
 
 import math
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
-from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import SFTConfig, SFTTrainer
 
 from pat.errors import PatError
 from pat.nll import (
     NLL,
     batches_from_examples,
     response_nll,
+    split_text,
     text_perplexity,
-    tokenize_examples,
 )
 
 # float32 model and log-softmax against float64 of both: 1e-7 relative per operation, averaged over tokens.
@@ -27,16 +24,10 @@ FLOAT32_TOLERANCE = 2e-6
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<|user|>", "<|assistant|>", "<|system|>"]
 CORPUS = ["the quick brown fox jumps over the lazy dog", "a question and its answer", "Question: Answer:"] * 4
-# Like ChatML: every turn ends with the end token and a line break, a generation prompt opens the answer.
-CHAT_TEMPLATE = (
-    "{% if messages[0].role == 'tool' %}{{ raise_exception('no tools\nhere') }}{% endif %}"
-    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<eos>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
 
 
-def make_tokenizer(*, bos: bool = False, chat: bool = True) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with a few merges, so that tokens merge across the prompt's end."""
+def make_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with a few merges."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -53,9 +44,7 @@ def make_tokenizer(*, bos: bool = False, chat: bool = True) -> PreTrainedTokeniz
         inner.post_processor = processors.TemplateProcessing(
             single="<bos> $A", special_tokens=[("<bos>", inner.token_to_id("<bos>"))]
         )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
-    tokenizer.chat_template = CHAT_TEMPLATE if chat else None
-    return tokenizer
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
 
 
 def make_model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
@@ -111,6 +100,22 @@ def test_response_nll_equals_float64_unbatched(batch_size: int) -> None:
     assert result.num_tokens == count
     assert result.nll == pytest.approx(expected, abs=FLOAT32_TOLERANCE)
     assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
+
+
+def test_the_standard_error_is_that_of_rows_drawn_at_random() -> None:
+    """By the formula in float64, and about what drawing the rows again and again gives."""
+    model, examples = make_model(), make_examples(count=60)
+    parts = [reference_nll(model, [example]) for example in examples]
+    sums = torch.tensor([nll * num for nll, num in parts], dtype=torch.float64)
+    nums = torch.tensor([num for _, num in parts], dtype=torch.float64)
+    result = response_nll(model, examples, batch_size=8, pad_token_id=0)
+    residuals = sums - sums.sum() / nums.sum() * nums
+    expected = (60 / 59 * residuals.square().sum()).sqrt() / nums.sum()
+    assert result.standard_error == pytest.approx(float(expected), rel=1e-4)
+    draws = torch.randint(60, (4000, 60), generator=torch.Generator().manual_seed(0))
+    spread = (sums[draws].sum(1) / nums[draws].sum(1)).std()
+    assert result.standard_error == pytest.approx(float(spread), rel=0.1)
+    assert response_nll(model, examples[:1], batch_size=8, pad_token_id=0).standard_error is None
 
 
 def test_many_scored_tokens_are_summed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,82 +210,6 @@ def test_batches_are_padded_on_the_right() -> None:
     assert [batch["input_ids"].tolist() for batch in by_length] == [[[7, 8, 9]], [[5, 6]], [[4]]]
 
 
-def message(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
-
-
-ROWS: dict[str, list[dict[str, Any]]] = {
-    "strings": [
-        {"prompt": "Question: the fox?\n", "completion": "the dog"},
-        {"prompt": "Question: the ", "completion": "quick fox"},  # the space merges with the completion
-        {"prompt": "", "completion": "answer"},
-        {"prompt": "lazy dog " * 30, "completion": "cut away"},
-        {"prompt": "dog", "completion": "ends<eos>"},
-    ],
-    "chat": [
-        {"prompt": [message("user", "the fox?")], "completion": [message("assistant", "the dog")]},
-        {
-            "prompt": [
-                message("system", "a"),
-                message("user", "b"),
-                message("assistant", "c"),
-                message("user", "d"),
-            ],
-            "completion": [message("assistant", "and its answer")],
-        },
-        {"prompt": [message("user", "lazy dog " * 30)], "completion": [message("assistant", "cut away")]},
-    ],
-    "messages": [{"messages": [message("user", "the fox?"), message("assistant", "the lazy dog jumps over")]}],
-    "text": [{"text": "the quick brown fox"}, {"text": "over the lazy dog " * 5}],
-}
-
-
-@pytest.mark.parametrize("max_length", [24, None])
-@pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("form", list(ROWS))
-def test_tokenisation_is_that_of_sft_trainer(form: str, bos: bool, max_length: int | None, tmp_path: Path) -> None:
-    datasets.disable_progress_bars()
-    dataset = Dataset.from_list(ROWS[form])
-    trainer = SFTTrainer(
-        model=make_model(),
-        args=SFTConfig(
-            output_dir=str(tmp_path),
-            max_length=max_length,
-            report_to="none",
-            bf16=False,
-            use_cpu=True,
-        ),
-        train_dataset=dataset,
-        processing_class=make_tokenizer(bos=bos),
-    )
-    expected = [
-        {"input_ids": row["input_ids"], "completion_mask": [int(label != -100) for label in row["labels"]]}
-        for row in trainer.train_dataset.to_list()
-    ]
-
-    examples = tokenize_examples(make_tokenizer(bos=bos), dataset, max_length)
-
-    assert examples == expected
-    # The rows reach what they are there for: cut rows, and a completion that starts inside the prompt.
-    if form in ("strings", "chat"):
-        assert (len(examples) < len(dataset)) == (max_length is not None)
-    if form == "strings":
-        tokenizer = make_tokenizer(bos=bos)
-        assert examples[1]["completion_mask"].count(0) < len(tokenizer("Question: the ")["input_ids"])
-
-
-def test_rows_the_tokenizer_cannot_take() -> None:
-    tokenizer = make_tokenizer()
-    rows = [*ROWS["chat"], {"prompt": [message("tool", "x")], "completion": [message("assistant", "y")]}]
-    with pytest.raises(PatError, match=r"^Row 4 of .* \(no tools here\)"):
-        tokenize_examples(tokenizer, rows, None)
-    with pytest.raises(PatError, match=r"^Row 1 of .*chat_template"):
-        tokenize_examples(make_tokenizer(chat=False), rows, None)
-    tokenizer.eos_token = None
-    with pytest.raises(PatError, match="no end-of-sequence token"):
-        tokenize_examples(tokenizer, ROWS["strings"], None)
-
-
 TEXT = "the quick brown fox jumps over the lazy dog. a question and its answer! " * 3
 
 
@@ -327,6 +256,17 @@ def test_text_from_a_file_and_its_first_tokens(tmp_path: Path) -> None:
     expected = text_perplexity(model, tokenizer, head, context=8)
     assert text_perplexity(model, tokenizer, path, context=8, max_tokens=20) == expected
     assert expected.num_tokens == 19
+
+
+def test_pieces_of_a_text_begin_as_the_tokenizer_begins_texts() -> None:
+    for bos in (False, True):
+        tokenizer = make_tokenizer(bos=bos)
+        ids = tokenizer(TEXT)["input_ids"]
+        prefix, body = (ids[:1], ids[1:]) if bos else ([], ids)
+        pieces = split_text(tokenizer, TEXT, 16)
+        assert all(piece[: len(prefix)] == prefix and len(piece) <= 16 for piece in pieces)
+        assert [token for piece in pieces for token in piece[len(prefix) :]] == body
+        assert sum(map(len, split_text(tokenizer, TEXT, 100, max_tokens=20))) == 20
 
 
 def test_windows_stay_within_the_models_positions() -> None:

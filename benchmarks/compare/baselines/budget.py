@@ -13,9 +13,9 @@ from typing import Any, TypeVar, cast
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from pat.checkpoint.write import count_parameters
 from pat.families import Family, get_family
 from pat.surgery.dense import shrink_config
+from pat.surgery.describe import count_parameters
 from pat.surgery.residual import ResidualStream, map_residual_stream, stored_tensors
 
 Setting = TypeVar("Setting")

@@ -35,7 +35,7 @@ class UnknownLayoutError(Exception):
 
 
 def stored_layout(model: PreTrainedModel) -> dict[str, tuple[Piece, ...]]:
-    """Return what each parameter and persistent buffer is stored as, by its name in the model.
+    """Return what each parameter and persistent buffer is stored as, in order, by its name in the model.
 
     A shared parameter is there once.
 
@@ -48,7 +48,7 @@ def stored_layout(model: PreTrainedModel) -> dict[str, tuple[Piece, ...]]:
     total = 0
     tensors = stored_tensors(model)
     for name, tensor in tensors.items():
-        *stack, _width = tensor.shape or (1,)
+        *stack, _ = tensor.shape or (1,)
         num_rows = torch.Size(stack).numel()
         numbers[name] = torch.arange(total, total + num_rows).view(*stack, 1)
         offsets[name] = total
@@ -66,4 +66,4 @@ def stored_layout(model: PreTrainedModel) -> dict[str, tuple[Piece, ...]]:
     for name, pieces in layout.items():
         if sum(piece.numel for piece in pieces) != tensors[name].numel():
             raise UnknownLayoutError(f"{name} is not stored as a whole")
-    return {name: tuple(pieces) for name, pieces in layout.items()}
+    return {name: tuple(sorted(pieces, key=lambda piece: piece.start)) for name, pieces in layout.items()}

@@ -76,8 +76,8 @@ class Gate(nn.Module):
             return
         if milestone_step == 0 and not self.has_prior:
             raise PatError(
-                "Got a milestone at step 0, but there is no prior order of the channels to choose by; "
-                "use a rotation (rotation='pca'), calibrate first, or a milestone after the first step."
+                "Got a milestone at step 0, but there is no prior order to choose by; calibrate first (rotation='auto' "
+                "does when training begins), or use a milestone after the first step."
             )
         self.step, self.milestone_step = step, milestone_step
         if step >= milestone_step:

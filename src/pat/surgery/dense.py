@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pat.errors import PatError, RunFailed
 from pat.families import Family
+from pat.surgery.rope import legacy_rope
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ def shrink_config(
     small.use_cache = True  # trainers switch it off, for training alone
     if hasattr(small, "quantization_config"):
         del small.quantization_config
+    for name, value in legacy_rope(small).items():
+        if name != "rope_scaling":  # another name for `rope_parameters` here; see `pat.checkpoint.write.write_config`
+            setattr(small, name, value)
     try:
         small.validate()
     except Exception as error:  # transformers raises its own validation classes; the message is what matters

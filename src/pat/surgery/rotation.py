@@ -1,4 +1,4 @@
-"""Choosing the basis in which channels are counted: PCA of the residual stream, whole or in a block of equal gain.
+"""The choice of the basis in which channels are counted: PCA of the stream, whole or in a block of equal gain.
 
 RMSNorm commutes with an orthogonal Q once its gain is folded into the readers, so one Q for the whole stream keeps the
 function (specification, "Rotation"). In a tied model the final gain stands between stream and head and cannot be

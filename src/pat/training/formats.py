@@ -6,7 +6,7 @@ of rows with `text`. So whatever has a response ends as prompts and completions,
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,10 +40,11 @@ ALPACA_WITH_INPUT = (
 )
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
-PROMPTS = ("instruction", "prompt", "question", "query", "input")
-RESPONSES = ("output", "response", "completion", "answer")
+PROMPTS = ("instruction", "prompt", "question", "query", "input", "inputs")
+RESPONSES = ("output", "response", "completion", "answer", "target", "targets")
 CONTEXTS = ("input", "context")
 SYSTEMS = ("system", "system_prompt")
+HISTORY = "history"
 OPTIONS = ("tools", "chat_template_kwargs")
 
 ACCEPTED = (
@@ -71,7 +72,7 @@ class Format:
 
 
 def detect_format(columns: Collection[str], source: str, text_field: str = "text") -> Format:
-    """Return the format of data with these columns.
+    """Return the format of data with these columns, in capitals or not.
 
     Raises:
         PatError: no format fits, or there is no such text column; tells what was found and what is accepted.
@@ -81,19 +82,21 @@ def detect_format(columns: Collection[str], source: str, text_field: str = "text
         if text_field not in columns:
             raise PatError(f"{source}: got dataset_text_field={text_field!r}, expected one of the columns {found}.")
         return Format("text", text_field)
-    beside = tuple(name for name in (*SYSTEMS, "history", *OPTIONS) if name in columns)
-    for name in CONVERSATIONS:
-        if name in columns:
-            return Format("messages", name, beside=tuple(other for other in beside if other != "history"))
-    if {"prompt", "completion"} <= set(columns):
-        return Format("prompt-completion", "prompt", "completion", beside=beside)
-    prompt = next((name for name in PROMPTS if name in columns), "")
-    response = next((name for name in RESPONSES if name in columns), "")
+    known = {name.strip().lower(): name for name in columns}
+
+    def first(names: Sequence[str], *taken: str) -> str:
+        return next((known[name] for name in names if name in known and known[name] not in taken), "")
+
+    beside = tuple(known[name] for name in (*SYSTEMS, HISTORY, *OPTIONS) if name in known)
+    if conversation := first(CONVERSATIONS):
+        return Format("messages", conversation, beside=tuple(name for name in beside if name != HISTORY))
+    if {"prompt", "completion"} <= known.keys():
+        return Format("prompt-completion", known["prompt"], known["completion"], beside=beside)
+    prompt, response = first(PROMPTS), first(RESPONSES)
     if prompt and response:
-        context = next((name for name in CONTEXTS if name in columns and name != prompt), "")
-        return Format("alpaca", prompt, response, context, beside)
-    if "text" in columns:
-        return Format("text", "text")
+        return Format("alpaca", prompt, response, first(CONTEXTS, prompt), beside)
+    if "text" in known:
+        return Format("text", known["text"])
     raise PatError(f"{source}: got columns {found}; expected {ACCEPTED}.")
 
 
@@ -154,7 +157,7 @@ def convert_row(
         for name in SYSTEMS
         if name in beside
     ]
-    opening += parse_history(beside.get("history", []))
+    opening += parse_history(beside.get(HISTORY, []))
     options: dict[str, Any] = {name: parse_json(beside[name], name) for name in OPTIONS if name in beside}
     return [
         {"prompt": put_before(opening, prompt), "completion": [message for message, _ in completion], **options}

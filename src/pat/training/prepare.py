@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow.compute
-from datasets import Dataset
+from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from torch import Tensor
 from trl import SFTConfig, pack_dataset
 
 from pat.checkpoint.verification_text import verification_batches
 from pat.errors import PatError
-from pat.nll import Example, batches_from_examples
+from pat.nll import Example, batches_from_examples, split_text
+from pat.training.calibration_text import CONTEXT, read_calibration
 from pat.training.data import TrainingData, load_training_data
 from pat.training.data_record import DataRecord, held_out_remarks, make_record, remarks
 from pat.training.sources import TemplateChoice
@@ -64,6 +67,20 @@ class Prepared:
         return args
 
 
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Hide the progress bars of `datasets` where nobody watches: what is printed there are messages."""
+    hide = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if hide:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            enable_progress_bars()
+
+
+@_bars_on_terminals_only()
 def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
     """Look at tokenizer and data, once, before the weights are loaded.
 
@@ -74,10 +91,11 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
     sft, run, model = arguments.sft, arguments.run, arguments.model
     vocabulary = load_vocabulary(
         str(model.model_name_or_path),
-        base_config.get_text_config().vocab_size,
+        base_config,
         revision=model.model_revision,
         chat_template_path=sft.chat_template_path,
         eos_token=sft.eos_token,
+        pad_token=sft.pad_token,
     )
     data = load_training_data(
         str(run.dataset_name),
@@ -92,12 +110,15 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
     _check_arguments(sft, data)
     cut = Cut(sft.max_length, sft.truncation_mode, sft.packing, sft.packing_strategy)
     encoder = Encoder(vocabulary.tokenizer, cut, completion_only=sft.completion_only_loss is not False)
-    rows = encode(data.train_rows, encoder, data.source.place, sft.dataset_num_proc)
+    rows = encode(data.train_rows, encoder, sft.dataset_num_proc)
     apart: Sequence[Any] = []
     if data.held_out_rows is not None:
-        apart = encode(data.held_out_rows, replace(encoder, cut=Cut()), data.held_out_source.place).to_list()
+        apart = encode(data.held_out_rows, replace(encoder, cut=Cut())).to_list()
     vocabulary.check(_largest_token(rows))
     vocabulary.check(max((token for row in apart for token in row["input_ids"]), default=0))
+    if arguments.pat.calibration is not None:
+        text = read_calibration(arguments.pat.calibration)
+        vocabulary.check(max(token for piece in split_text(vocabulary.tokenizer, text, CONTEXT) for token in piece))
     pieces = [list(_pieces(row, cut)) for row in apart]
     held_out = [piece for row in pieces for piece in row]
     record = replace(make_record(data, rows, cut), num_held_out=sum(map(bool, pieces)))
@@ -124,6 +145,7 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
     )
 
 
+@_bars_on_terminals_only()
 def prepare_examples(
     name: str, vocabulary: Vocabulary, *, template: TemplateChoice, max_length: int | None, limit: int | None = None
 ) -> tuple[list[Example], DataRecord]:
@@ -136,7 +158,7 @@ def prepare_examples(
     count, total = min(limit or len(data.train_rows), len(data.train_rows)), len(data.train_rows)
     some = data.train_rows.select([index * total // count for index in range(count)])
     cut = Cut(max_length)
-    rows = encode(some, Encoder(vocabulary.tokenizer, cut), data.source.place)
+    rows = encode(some, Encoder(vocabulary.tokenizer, cut))
     vocabulary.check(_largest_token(rows))
     record = make_record(data, rows, cut)
     for remark in remarks(record, data, rows, cut, vocabulary.tokenizer):

@@ -18,9 +18,9 @@ from transformers import PretrainedConfig
 
 from pat.checkpoint.card import Compaction, Cut
 from pat.checkpoint.verify import Parity
-from pat.checkpoint.write import count_parameters
 from pat.nll import NLL, Example, response_nll
 from pat.report.records import Record
+from pat.surgery.describe import count_parameters
 from pat.training.data_record import DataRecord
 
 logger = logging.getLogger(__name__)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
+import datasets
 import torch
 from peft import prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
@@ -13,8 +16,9 @@ from trl import get_quantization_config
 from pat.checkpoint.card import Cut, shown_name
 from pat.checkpoint.staging import staged_folder
 from pat.checkpoint.verify import Parity
-from pat.checkpoint.write import save_checkpoint
-from pat.loading import load_base, stored_dtype
+from pat.checkpoint.write import quiet_transformers, save_checkpoint
+from pat.loading import TokenSetup, load_base, quantization_of, stored_dtype
+from pat.loading.tokenizer import load_plain_tokenizer
 from pat.report.records import collected_warnings, write_record
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.check import announce, check, check_run
@@ -23,7 +27,6 @@ from pat.training.push import open_repository, push
 from pat.training.rehearsal import rehearse
 from pat.training.results import ModelFigures, Size, TuneRecord, TuneResult, measure, warn_of_losses
 from pat.training.stages import Stages, Trained
-from pat.tuner.quantized import keep_plain_layout
 
 
 def tune(**flags: Any) -> TuneResult:
@@ -41,7 +44,7 @@ def tune(**flags: Any) -> TuneResult:
 
 def run_tune(arguments: TuneArguments) -> TuneResult:
     """Run `pat tune` from parsed arguments; see `tune`."""
-    with collected_warnings() as warnings:
+    with collected_warnings() as warnings, _progress_bars(not arguments.sft.disable_tqdm):
         # Everything that can be wrong is found before the weights are loaded, and before anything is written.
         checked = check(arguments)
         data = prepare(arguments, checked.base_config)
@@ -54,18 +57,19 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
         # Training may load float32 for speed or stability; what is written keeps the dtype of the base's checkpoint.
         dtype, device = base.dtype, base.device
         stored = stored_dtype(checked.base_config) or dtype
-        figures = {"base": _measure(base, data, "base", Size.of(checked.base_config, stored))}
-        stages = Stages(arguments, data, run, base)
+        figures = {"base": _measure(arguments, data, base, "base", Size.of(checked.base_config, stored))}
+        tokens = _tokens(arguments, data, base, checked.base_config)
+        stages = Stages(arguments, data, tokens, run, num_steps, base)
         del base  # nobody else may hold it, or it stays in memory beside the small model
         trained = stages.run(checked.resume_from)
         inner = cast(PreTrainedModel, trained.model.get_base_model())
         size = Size.of(inner.config if trained.compaction else checked.base_config, stored)
-        figures["tuned"] = _measure(inner, data, "tuned", size.with_adapter(trained.model))
+        figures["tuned"] = _measure(arguments, data, inner, "tuned", size.with_adapter(trained.model))
 
-        parity, cut = _write(arguments, data, trained, figures, stored)
+        parity, cut = _write(arguments, data, tokens, trained, figures, stored)
         dense: Any = AutoModelForCausalLM.from_pretrained(arguments.output_dir / "model", dtype=dtype)
         size = Size(cut.num_parameters, cut.num_parameters * stored.itemsize)
-        figures["dense"] = _measure(dense.to(device), data, "dense", size)
+        figures["dense"] = _measure(arguments, data, dense.to(device), "dense", size)
         warn_of_losses(figures, dense.config.get_text_config().vocab_size)
 
     name, training_arguments = shown_name(arguments.run.model_name_or_path), arguments.sft.to_sanitized_dict()
@@ -98,6 +102,20 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
     return result
 
 
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    """Have `--disable_tqdm` hold for the libraries' bars as well."""
+    were_shown = not datasets.are_progress_bars_disabled()
+    if not shown:
+        datasets.disable_progress_bars()
+    try:
+        with quiet_transformers(not shown):
+            yield
+    finally:
+        if were_shown:
+            datasets.enable_progress_bars()
+
+
 def _load(arguments: TuneArguments, data: Prepared) -> PreTrainedModel:
     """Load the base onto the trainer's device, quantised if asked for, with the embeddings that the data needs."""
     options, sft = arguments.model, arguments.sft
@@ -110,23 +128,36 @@ def _load(arguments: TuneArguments, data: Prepared) -> PreTrainedModel:
         attn_implementation=options.attn_implementation,
         quantization_config=quantization,
     )
-    if quantization is None:
+    if quantization_of(base.config) is None:  # neither by a flag nor in the checkpoint
         base = cast(PreTrainedModel, base.to(sft.device))  # type: ignore[arg-type]
     else:
-        keep_plain_layout(base)  # it is measured before the adapter is on it
         checkpointing = bool(sft.gradient_checkpointing)
         base = cast(PreTrainedModel, prepare_model_for_kbit_training(base, use_gradient_checkpointing=checkpointing))
     data.vocabulary.fit(base)
     return base
 
 
-def _measure(model: Any, data: Prepared, stage: str, size: Size) -> ModelFigures:
+def _tokens(arguments: TuneArguments, data: Prepared, base: PreTrainedModel, base_config: Any) -> TokenSetup:
+    """Return what is written beside every model and adapter of the run."""
+    name, revision = arguments.run.model_name_or_path, arguments.model.model_revision
+    written = data.vocabulary.written or data.vocabulary.tokenizer
+    own = load_plain_tokenizer(name, revision=revision)
+    return TokenSetup.of(base_config, base.generation_config, written, base_tokenizer=own)
+
+
+def _measure(arguments: TuneArguments, data: Prepared, model: Any, stage: str, size: Size) -> ModelFigures:
     pad_token_id = cast(int, data.vocabulary.tokenizer.pad_token_id)
-    return measure(model, data.held_out, pad_token_id, stage=stage, size=size)
+    progress = not arguments.sft.disable_tqdm
+    return measure(model, data.held_out, pad_token_id, stage=stage, size=size, progress=progress)
 
 
 def _write(
-    arguments: TuneArguments, data: Prepared, trained: Trained, figures: dict[str, ModelFigures], dtype: torch.dtype
+    arguments: TuneArguments,
+    data: Prepared,
+    tokens: TokenSetup,
+    trained: Trained,
+    figures: dict[str, ModelFigures],
+    dtype: torch.dtype,
 ) -> tuple[Parity, Cut]:
     """Merge, write and verify the dense checkpoint."""
     provenance = {
@@ -141,7 +172,7 @@ def _write(
         return save_checkpoint(
             trained.model,
             staging,
-            tokenizer=data.vocabulary.tokenizer,
+            tokens=tokens,
             batches=data.verify_on,
             dtype=dtype,
             provenance=provenance,

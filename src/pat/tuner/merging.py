@@ -5,21 +5,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pat.method.basis import UnifiedMask
 from pat.method.operator import Operator
 from pat.surgery.adapted import AdaptedMatrix, merged
-from pat.surgery.dense import DenseForm, build_dense, shrink_config
-from pat.surgery.fold import Channels, Empty, HeadPlan, empty_tensor, fold_weights
+from pat.surgery.dense import DenseForm, shrink_config
+from pat.surgery.describe import head_dim
+from pat.surgery.fold import Channels, HeadPlan, fold_weights
 from pat.surgery.precision import lift, to_float64
-from pat.surgery.residual import ResidualStream, stored_tensors
-from pat.tuner.weights import effective_parameter, embedding_ratio
+from pat.surgery.residual import ResidualStream
+from pat.tuner.weights import embedding_ratio
 
 
 @dataclass(frozen=True)
@@ -41,15 +40,12 @@ class MaskedModel:
         """Return a base parameter with LoRA merged in."""
         return merged(self.factored(name))
 
-    def dense_form(
-        self, dtype: torch.dtype, *, precision: torch.dtype = torch.float64, empty: Empty = empty_tensor
-    ) -> DenseForm:
+    def dense_form(self, dtype: torch.dtype, *, precision: torch.dtype = torch.float64) -> DenseForm:
         """Return the small dense form, whose weights are folded when they are asked for.
 
         Args:
             dtype: of the dense model and its weights.
             precision: to fold matrices in.
-            empty: makes the tensors to fold into.
 
         Raises:
             PatError: transformers refuses a model of that width.
@@ -60,7 +56,7 @@ class MaskedModel:
             base.config,
             stream.family,
             pruned_hidden_size=mask.pruned_hidden_size,
-            head_dim=_head_dim(base, stream),
+            head_dim=head_dim(base),
             tied=tied,
         )
         ratio = 1.0
@@ -78,7 +74,6 @@ class MaskedModel:
             HeadPlan(tied=tied, final_gain=final_gain, embedding_ratio=ratio),
             precision=precision,
             dtype=dtype,
-            empty=empty,
         )
         return DenseForm(config, weights, folded_stream.num_tensors)
 
@@ -95,24 +90,6 @@ def adapted_form(base: PreTrainedModel, names: Iterable[str], parameter: Callabl
     config = copy.deepcopy(base.config)
     config.use_cache = True  # trainers switch it off, for training alone
     return DenseForm(config, ((name, parameter(name)) for name in listed), len(listed))
-
-
-def merge_lora(model: PeftModel, dtype: torch.dtype, *, check_finite: bool = False) -> PreTrainedModel:
-    """Return a dense model of an ordinary LoRA model (a compact one), built anew; nothing of that model is changed.
-
-    Args:
-        model: a peft model with one active LoRA adapter.
-        dtype: of the dense model.
-        check_finite: check every merged weight.
-
-    Raises:
-        PatError: `check_finite`, and a merged weight is infinite or not a number.
-    """
-    base = cast(PreTrainedModel, model.get_base_model())
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(copy.deepcopy(base.config))
-    form = adapted_form(base, stored_tensors(empty), lambda name: effective_parameter(base, name, model.active_adapter))
-    return build_dense(base, form.config, form.weights, dtype, check_finite=check_finite)
 
 
 def in_double(operator: Operator) -> Operator:
@@ -141,8 +118,3 @@ def _lifted(operator: Operator, precision: torch.dtype) -> Operator:
     for parameter in twin.parameters():
         parameter.data = lift(parameter.data, precision)
     return twin
-
-
-def _head_dim(base: PreTrainedModel, stream: ResidualStream) -> int:
-    attention = base.get_submodule(f"{stream.family.layers}.0.self_attn")
-    return int(cast(int, attention.head_dim))

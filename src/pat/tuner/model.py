@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pat.errors import PatError
+from pat.loading import keep_plain_layout
 from pat.method.basis import UnifiedMask
 from pat.method.operator import Operator
 from pat.surgery.dense import build_dense
@@ -27,7 +28,6 @@ from pat.tuner.config import PatConfig
 from pat.tuner.layer import MASK_NAME, OPERATOR_NAME, HsmLayer, MaskLayer
 from pat.tuner.merging import MaskedModel
 from pat.tuner.prepare import default_targets, new_parameters_are_empty, plan_attachment
-from pat.tuner.quantized import keep_plain_layout
 from pat.tuner.weights import effective_parameter, factored_parameter
 
 

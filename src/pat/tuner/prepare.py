@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from pat.errors import PatError
 from pat.families import Family, get_family
+from pat.loading import check_quantization, quantization_of
 from pat.method.operator import check_rank
 from pat.shape import Width, choose_width
-from pat.surgery.residual import ResidualStream, map_residual_stream, stored_tensors
+from pat.surgery.describe import check_tie, map_of
+from pat.surgery.residual import ResidualStream
 from pat.surgery.rotation import gain_block
 from pat.tuner.config import PatConfig
-from pat.tuner.quantized import quantization_of
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,10 @@ def plan_attachment(
             "AutoModelForCausalLM."
         )
     width = check_config(base_config, family, config)
-    shares_head = bool(base_config.tie_word_embeddings)
-    stream = known_stream or map_residual_stream(family, stored_tensors(model), tied=shares_head)
+    if known_stream is None:
+        check_tie(model, untie=config.untie_word_embeddings)
+    stream = known_stream or map_of(model)
+    shares_head = stream.head is None
     _check_lora_bias(config, stream)
     tied = shares_head and not config.untie_word_embeddings
     rotation = config.resolved_rotation if config.is_resolved else None
@@ -83,6 +86,7 @@ def check_config(base_config: Any, family: Family, config: PatConfig) -> Width:
     Raises:
         PatError: width or operator rank are illegal, an option impossible, or the adapter belongs to another model.
     """
+    check_quantization(base_config)
     if config.is_resolved:
         _check_base_shape(config, _shape_of(base_config, family))
     width = _width(base_config, family, config)

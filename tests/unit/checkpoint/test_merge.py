@@ -21,7 +21,7 @@ from pat.checkpoint.adapter import load_adapted
 from pat.checkpoint.merge import merge
 from pat.checkpoint.verification_text import CONTEXT, MAX_TOKENS, verification_batches
 from pat.errors import PatError
-from pat.tuner.quantized import keep_plain_layout
+from pat.loading import keep_plain_layout
 
 ROUNDING = 2e-5
 """Float32 rounding on the tiny models' logits, see test_verify.py."""

@@ -313,6 +313,36 @@ def test_a_few_rows_at_a_time_is_the_same(experts: bool, rotated: bool, monkeypa
         torch.testing.assert_close(pieces[name], weight, rtol=1e-14, atol=1e-14)
 
 
+class Recording(LowRankOperator):
+    """Notes how many vectors of the stream it is given at a time."""
+
+    seen: list[int]
+
+    def cut_outputs(self, cut: Any) -> Any:
+        twin = super().cut_outputs(cut)
+        twin.seen = self.seen
+        return twin
+
+    def add_change(self, total: Tensor, y: Tensor) -> Tensor:
+        self.seen.append(len(y))
+        return super().add_change(total, y)
+
+
+@pytest.mark.parametrize(("chunk", "expected"), [(3 * HIDDEN + 1, [3, 3, 1]), (HIDDEN - 1, [1] * 7), (10**9, [7])])
+def test_no_more_is_folded_at_once_than_fits(chunk: int, expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fold.CHUNK_ELEMENTS * torch.float64.itemsize == 8 * 1024**2  # 8 MB, as it says
+    monkeypatch.setattr(fold, "CHUNK_ELEMENTS", chunk)
+    record = family(OPTIONS | {"experts": False, "gain_offset": 0.0})
+    weights = stored(experts=False)
+    stream = map_residual_stream(record, weights, tied=False)
+    operator = Recording(HIDDEN, 2).double().requires_grad_(False)
+    operator.seen = []
+    channels = Channels.from_mask(torch.arange(HIDDEN) % 4 != 1, None)
+    operators = {stream.embedding: operator}
+    dict(fold_weights(stream, weights.__getitem__, channels, operators, HeadPlan(tied=False)))
+    assert operator.seen == expected  # of an embedding of 7 words
+
+
 @pytest.mark.parametrize("rotated", [False, True])
 def test_lora_is_added_to_the_rows_that_are_folded(rotated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fold, "CHUNK_ELEMENTS", 2 * HIDDEN)

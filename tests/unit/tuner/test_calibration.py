@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny_models import PAD_ID, batch, build
-from tiny_training import attach, logits, tuner_of
+from tiny_training import attach, largest_difference, logits, tuner_of
 from torch import Tensor, distributed
 
 from pat.errors import PatError
@@ -209,6 +209,16 @@ def test_gains_of_zero_before_every_reader_leave_an_order_of_importance() -> Non
     assert order.prior.isfinite().all() and int((order.prior > 0).sum()) == KEPT
 
 
+def test_fewer_tokens_than_channels_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = attach(build("llama", tied=True), rotation="pca")
+    tuner_of(model).calibrate(batches())
+    assert not caplog.records
+    inputs = batches()[0]
+    few = {name: values[:1, :3] for name, values in inputs.items()}
+    tuner_of(model).calibrate([few])
+    assert "stands on 3 tokens" in caplog.text and "calibration_tokens asks for" in caplog.text
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_calibration_leaves_no_trace(training: bool) -> None:
     model = attach(build("llama", tied=False), rotation="pca", lora_dropout=0.1).train(training)
@@ -367,3 +377,17 @@ def test_all_processes_of_a_distributed_run_get_the_first_one_s_calibration(tmp_
     alone = tuner_of(attach(build("llama", tied=True), rotation="pca"))
     alone.calibrate([batch(seed=0, batch_size=4)] * 4)
     torch.testing.assert_close(first[2], alone.mask().basis)
+
+
+@pytest.mark.parametrize("rotation", ["auto", "none"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_gains_of_zero_are_no_obstacle(tied: bool, rotation: str) -> None:
+    """Some channels of the final norm, and a branch that reads nothing: finite when calibrated, exact when merged."""
+    base = build("llama", tied=tied)
+    with torch.no_grad():
+        base.model.norm.weight[[3, 7, 20]] = 0.0
+        base.model.layers[1].input_layernorm.weight.zero_()
+    model = attach(base, rotation=rotation)
+    tuner_of(model).calibrate([batch()])
+    tuner_of(model).set_step(1, 1)
+    assert largest_difference(logits(model), logits(model.merge_and_unload())) < 2e-5
