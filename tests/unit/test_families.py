@@ -136,8 +136,3 @@ def test_what_is_refused_is_as_the_reason_says(model_type: str) -> None:
     assert attention.q_proj.out_features == 4 * head_dim
     width = attention.q_norm.weight.numel() if "q_norm" in REFUSED[model_type] else attention.o_proj.in_features
     assert width == 36
-
-
-def test_only_families_with_post_norms_rule_out_a_rotation() -> None:
-    with_post_norms = {"gemma2", "gemma3_text", "glm4", "olmo2", "olmo3", "flex_olmo", "exaone4", "hyperclovax"}
-    assert {name for name, record in FAMILIES.items() if record.has_post_norms} == with_post_norms

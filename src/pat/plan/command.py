@@ -17,6 +17,7 @@ from pat.recipes import recipe_defaults
 from pat.report.records import Record
 from pat.shape import LARGE_RATIO, Width, legal_widths
 from pat.surgery.dense import shrink_config
+from pat.surgery.describe import head_dim
 from pat.tuner.config import PatConfig
 from pat.tuner.prepare import check_config
 
@@ -79,8 +80,9 @@ def run_plan(options: PlanOptions) -> PlanRecord:
     base_config, family = load_config(options.model_name_or_path)
     context = _resolve_context(options.context, base_config)
     dtype = stored_dtype(base_config) or torch.float32
-    skeleton = build_skeleton(base_config, family, dtype)
-    base, head_dim = cost_of(skeleton, context), skeleton.head_dim
+    skeleton = build_skeleton(base_config, dtype)
+    base = cost_of(skeleton, context)
+    small_head_dim = head_dim(skeleton.model)  # read off before an adapter is on it
     candidates = []
     for ratio in options.pruning_ratio or (None,):
         config = PatConfig(
@@ -95,10 +97,10 @@ def run_plan(options: PlanOptions) -> PlanRecord:
             base_config,
             family,
             pruned_hidden_size=width.pruned_hidden_size,
-            head_dim=head_dim,
+            head_dim=small_head_dim,
             tied=base.tied and not options.untie_word_embeddings,
         )
-        cost = cost_of(build_skeleton(small_config, family, dtype), context)
+        cost = cost_of(build_skeleton(small_config, dtype), context)
         nearby = _nearby(base_config.num_attention_heads, width, options.multiple_of)
         candidates.append(_candidate(width, nearby, base, cost))
     recipe = recipe_defaults(RECIPE)
