@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,16 @@ def test_the_recorded_comparisons_are_read_and_drawn_as_they_were(name: str) -> 
     rows = read_rows(config)
     table = markdown(config, summarise(config, rows), num_missing(config, done_cells(rows)))
     assert table == (folder / "results.md").read_text(encoding="utf-8")
+
+
+def test_a_comparison_is_drawn_anew_without_being_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(ROOT / "docs" / "comparisons" / "tiny", tmp_path / "tiny")
+    (tmp_path / "tiny" / "results.md").unlink()
+    argv = ["--config", str(ROOT / "benchmarks/compare/configs/tiny.yaml"), "--models", "nowhere/stories260K"]
+    assert main([*argv, "--output_dir", str(tmp_path / "tiny"), "--redraw"]) == 0
+    expected = (ROOT / "docs" / "comparisons" / "tiny" / "results.md").read_text(encoding="utf-8")
+    assert (tmp_path / "tiny" / "results.md").read_text(encoding="utf-8") == expected
+    assert expected in capsys.readouterr().out
 
 
 def test_identity_is_what_decides_a_cells_figures() -> None:
