@@ -14,7 +14,6 @@ from pat.benchmark.options import BenchmarkOptions
 from pat.benchmark.prediction import Predictor
 from pat.benchmark.worker import Worker
 from pat.errors import PatError
-from pat.report.progress import progress_bar
 from pat.report.records import Record, write_record
 
 
@@ -46,12 +45,7 @@ def run_benchmark(options: BenchmarkOptions) -> BenchmarkRecord:
         # Both are started before one is asked: it takes them seconds to import what they need.
         workers = {role: stack.enter_context(closing(Worker({"name": names[role], **shared}))) for role in ROLES}
         models = {role: workers[role].load() for role in ROLES}
-<<<<<<< HEAD
         rows = measure(workers, options, predictors)
-=======
-        with progress_bar("Settings", "setting") as progress:
-            rows = measure(workers, options, predictors, progress)
->>>>>>> cli
     record = BenchmarkRecord(
         options=options,
         device=str(device),

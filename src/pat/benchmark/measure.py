@@ -13,11 +13,7 @@ from tqdm import tqdm
 from pat.benchmark.host import OutOfMemory, Timing
 from pat.benchmark.options import FEWEST_REPETITIONS, BenchmarkOptions
 from pat.benchmark.prediction import Phase, Predictor
-<<<<<<< HEAD
 from pat.benchmark.worker import Worker
-=======
-from pat.report.progress import Progress
->>>>>>> cli
 
 ROLES = ("baseline", "model")
 
@@ -25,19 +21,6 @@ PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 Status = Literal["ok", "out_of_memory", "too_long"]
 
-<<<<<<< HEAD
-=======
-"""Told how many settings are done, and of how many."""
-
-
-class Asked(Protocol):
-    """What answers requests: a `Worker`, or a stand-in for it."""
-
-    def ask(self, action: str, **arguments: Any) -> Any:
-        """Do something and return what comes of it, see `Worker.ask`."""
-        ...
-
->>>>>>> cli
 
 @dataclass(frozen=True)
 class Spread:
