@@ -65,8 +65,9 @@ def test_lora_stays_and_the_operator_becomes_rank() -> None:
     operator = tuner_of(model).operators()["model.layers.0.mlp.down_proj"]
     old_a, old_b = (factor.default.weight for factor in (adapted.mlp.down_proj.lora_A, adapted.mlp.down_proj.lora_B))
     frozen = adapted.mlp.down_proj.base_layer.weight
-    through = operator.down @ frozen + 2 * operator.down @ old_b @ old_a
-    torch.testing.assert_close(writer.lora_A.default.weight[RANK:].double(), through / 2, atol=1e-6, rtol=1e-6)
+    scale = writer.scaling["default"]
+    through = operator.down @ frozen + scale * operator.down @ old_b @ old_a
+    torch.testing.assert_close(writer.lora_A.default.weight[RANK:].double(), through / scale, atol=1e-6, rtol=1e-6)
     written = torch.cat([old_b, operator.up * operator.v()], dim=1)[keep]
     torch.testing.assert_close(writer.lora_B.default.weight.double(), written, atol=1e-6, rtol=1e-6)
     assert compact.model.peft_config["default"].rank_pattern == dict.fromkeys(

@@ -11,14 +11,14 @@ import itertools
 import json
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cells import FACTORS, Cell, contract_cells
+from cells import ADAPTERS, FACTORS, Cell, contract_cells
 from masked64 import in_float64, logits64
 from peft import LoraConfig, PeftModel
 from tiny_models import FAMILIES, WITHOUT_BIAS, shallow, tiny_tokenizer
@@ -38,7 +38,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from pat.checkpoint import merge as merging
 from pat.checkpoint.merge import merge
-from pat.checkpoint.write import savable_generation_config
 from pat.families import Family, get_family
 from pat.loading import keep_plain_layout
 from pat.surgery.residual import map_residual_stream, stored_tensors
@@ -46,7 +45,7 @@ from pat.surgery.rotation import equalised_gain, gain_block
 from pat.tuner.layer import HsmLayer, MaskLayer
 
 HIDDEN, KEPT = 48, 36
-STEPS, MILESTONE = 4, 2
+STEPS, MILESTONE = 3, 2
 
 PARITY = 1e-4
 """Masked against dense, max |Δlogit| in float32 at logits of size one: the project's acceptance."""
@@ -60,6 +59,9 @@ EXACT = 1e-12
 COMPACT_EXACT = 1e-6
 """peft keeps adapters in float32, and a DoRA magnitude is computed in it (ten times as much)."""
 
+LEGACY_ROPE = {"rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"}
+"""Fields of a configuration that repeat `rope_parameters` for engines built on transformers 4."""
+
 ALIGNMENT = 1e-6
 """The same weights at another alignment in memory (a file's mapping has one of its own): some kernels, those of the
 experts among them, then sum in another order. All other families agree to the last bit."""
@@ -71,6 +73,8 @@ class Run:
 
     cell: Cell
     folder: Path
+    base_config: dict[str, Any] = field(default_factory=dict)
+    """Of the base model, before anything was attached."""
 
     @property
     def family(self) -> Family:
@@ -81,7 +85,8 @@ class Run:
         model = shallow(self.cell.family, tied=self.cell.tied)
         if not self.cell.quantised:
             return model
-        model.save_pretrained(self.folder / "base")
+        if not (self.folder / "base").is_dir():
+            model.save_pretrained(self.folder / "base")
         four_bits = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
         )
@@ -91,11 +96,16 @@ class Run:
 
     @cached_property
     def fields(self) -> dict[str, Any]:
-        model = shallow(self.cell.family, tied=self.cell.tied)
-        stream = map_residual_stream(self.family, stored_tensors(model), tied=self.cell.tied)
-        linears = [linear for branch in stream.branches for linear in (*branch.readers, branch.writer)]
-        biased = {linear.path.rpartition(".")[2] for linear in linears if linear.bias is not None}
-        return self.cell.fields(biased)
+        """Of the `PatConfig`."""
+        fields = {"rotation": self.cell.rotation} | ADAPTERS[self.cell.adapter]
+        if self.cell.adapter == "bias":
+            stream = map_residual_stream(self.family, stored_tensors(self.base()), tied=self.cell.tied)
+            linears = [linear for branch in stream.branches for linear in (*branch.readers, branch.writer)]
+            fields["target_modules"] = sorted({lin.path.rpartition(".")[2] for lin in linears if lin.bias is not None})
+        if self.cell.adapter == "saved":
+            fields["modules_to_save"] = ["norm", "embed_tokens" if self.cell.tied else "lm_head"]
+            fields["ensure_weight_tying"] = self.cell.tied
+        return fields
 
     @property
     def training(self) -> dict[str, Any]:
@@ -106,8 +116,9 @@ class Run:
 
     @cached_property
     def trained(self) -> Trained:
-        training = self.training | {"output_dir": self.folder / "run"}
-        return train_and_merge(self.base(), training=training, milestone=MILESTONE / STEPS, **self.fields)
+        base, training = self.base(), self.training | {"output_dir": self.folder / "run"}
+        self.base_config = base.config.to_dict()
+        return train_and_merge(base, training=training, milestone=MILESTONE / STEPS, **self.fields)
 
     @cached_property
     def twin(self) -> PeftModel:
@@ -199,9 +210,9 @@ def the_dense_model_is_the_bases_class_and_smaller(run: Run) -> None:
     assert dense.config.head_dim == base.model.layers[0].self_attn.head_dim
     assert dense.config.num_attention_heads == base.config.num_attention_heads
     assert dense.config.rms_norm_eps == pytest.approx(base.config.rms_norm_eps * HIDDEN / KEPT, rel=1e-12)
-    before, after = run.base().config.to_dict(), dense.config.to_dict()
-    changed = {key for key in before | after if before.get(key) != after.get(key)}
-    assert changed <= {"hidden_size", "head_dim", "rms_norm_eps", "quantization_config", "_name_or_path"}
+    after = dense.config.to_dict()
+    changed = {key for key in run.base_config | after if run.base_config.get(key) != after.get(key)}
+    assert changed <= {"hidden_size", "head_dim", "rms_norm_eps", "quantization_config", "_name_or_path"} | LEGACY_ROPE
     sizes = {
         width: shallow(
             run.cell.family,
@@ -249,6 +260,7 @@ def the_dense_folder_opens_in_stock_transformers(run: Run) -> None:
     assert not any(info.values()), info
     assert not messages
     assert type(loaded) is type(dense)
+    assert loaded.config.rope_parameters == dense.config.rope_parameters
     assert all(torch.equal(dense.state_dict()[name], tensor) for name, tensor in loaded.state_dict().items())
     assert largest_difference(logits(loaded), run.trained.dense_logits) <= ALIGNMENT
     assert all(file.suffix != ".bin" for file in folder.iterdir())
@@ -279,28 +291,24 @@ def streamed(run: Run) -> None:
     tiny_tokenizer(base)
     run.trained.model.save_pretrained(adapter)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merging, "save_checkpoint", None)  # which merges in memory
+        patch.setattr(merging, "load_adapted", None)  # as what is merged in memory is
         merge(adapter, out, base_model=str(base), text_file=text, fold_dtype="float64", progress=False)
-    assert_holds(out, run.trained.dense, run.folder / "dense")
-
-
-def assert_holds(folder: Path, dense: PreTrainedModel, reference: Path) -> None:
-    """Weights and configuration in a folder are those of a model."""
-    loaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    loaded, info = AutoModelForCausalLM.from_pretrained(out, dtype="auto", output_loading_info=True)
     assert not any(info.values()), info
-    expected = stored_tensors(dense)
+    expected = stored_tensors(run.trained.dense)
     for name, tensor in stored_tensors(loaded).items():
         assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
-    if dense.generation_config is not None:
-        dense.generation_config = savable_generation_config(dense.generation_config)
-    dense.save_pretrained(reference)
+    assert loaded.config.rope_parameters == run.trained.dense.config.rope_parameters
     for name in ("config.json", "generation_config.json"):
-        assert json.loads((folder / name).read_text()) == json.loads((reference / name).read_text())
+        written, saved = (json.loads((folder / name).read_text()) for folder in (out, run.folder / "dense"))
+        assert written | {"rope_scaling": None} == saved | {
+            "rope_scaling": None
+        }  # for transformers 4, see `write_config`
 
 
 def resumed(run: Run) -> None:
     """A run that goes on from a checkpoint is, to the last bit, the one that was never interrupted."""
-    step = 1 + zlib.crc32(str(run.cell).encode()) % (STEPS - 1)  # before the milestone, at it, after it
+    step = 1 + zlib.crc32(str(run.cell).encode()) % (STEPS - 1)  # before the milestone, or at it
     torch.manual_seed(1000 + step)  # neither the adapter's new initial values nor the random state may matter
     model = attach(run.base(), milestone=MILESTONE / STEPS, **run.fields)
     checkpoint = run.folder / "run" / f"checkpoint-{step}"
