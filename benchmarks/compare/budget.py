@@ -12,7 +12,7 @@ from torch import nn
 
 from compare.baselines import pat_parameters
 from pat.checkpoint.hollow import hollow_model
-from pat.loading import load_config
+from pat.loading import empty_model, load_config
 from pat.shape import choose_width
 from pat.training.arguments import TuneArguments
 
@@ -31,8 +31,7 @@ def target_of(model: str, ratio: float) -> Target:
     config, family = load_config(model)
     hidden_size = getattr(config, family.hidden_size_field)
     width = choose_width(hidden_size, config.num_attention_heads, pruning_ratio=ratio).pruned_hidden_size
-    hollow = hollow_model(config, torch.bfloat16, torch.device("cpu"))
-    return Target(hidden_size, width, pat_parameters(hollow, width))
+    return Target(hidden_size, width, pat_parameters(empty_model(config), width))
 
 
 def lora_targets(base: nn.Module) -> list[str]:

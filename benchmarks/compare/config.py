@@ -11,7 +11,7 @@ from pat.errors import PatError
 from pat.evaluation.options import BATCH_SIZE, PROTOCOLS
 
 NOT_OF_A_CELL = (
-    *("output_dir", "workers", "threads", "eval_batch_size"),
+    *("output_dir", "workers", "threads", "eval_batch_size", "redraw"),
     *("models", "methods", "ablations", "ratios", "seeds", "learning_rates"),
 )
 """Fields that decide how a comparison is run and which cells it has, but no cell's figures."""
@@ -101,6 +101,10 @@ class CompareConfig:
         metadata={"help": "CPU threads of each worker; by default OMP_NUM_THREADS, or its share of the cores."},
     )
 
+    redraw: bool = field(
+        default=False, metadata={"help": "Run nothing, and write table and figures of the cells that are done."}
+    )
+
     def __post_init__(self) -> None:
         """Refuse what cannot be compared.
 
@@ -129,7 +133,8 @@ class CompareConfig:
         if (self.steps is None) == (self.epochs is None):
             raise PatError("Expected either --steps or --epochs, so that every method trains as long.")
         for name, value in asdict(self).items():
-            if isinstance(value, int | float) and value <= 0 and name not in ("lora_dropout", "use_rslora"):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if is_number and value <= 0 and name != "lora_dropout":
                 raise PatError(f"Got {name}={value}; expected a number above 0.")
         if any(rate <= 0 for rate in self.learning_rates):
             raise PatError(f"Got the learning rates {self.learning_rates}; expected numbers above 0.")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from compare.baselines import CALIBRATED, check
 from compare.budget import target_of
 from compare.cells import Row, short_name
@@ -13,10 +11,9 @@ from compare.config import CompareConfig
 from compare.data import draw_calibration, prepare_data
 from compare.inputs import digest_inputs
 from compare.methods import METHODS
-from pat.checkpoint.hollow import hollow_model
 from pat.errors import PatError
 from pat.evaluation.harness import fingerprint_questions
-from pat.loading import load_config, load_tokenizer
+from pat.loading import empty_model, load_config, load_tokenizer
 
 
 def prepare(config: CompareConfig, rows: Sequence[Row] = ()) -> dict[str, dict[str, str]]:
@@ -42,9 +39,9 @@ def prepare(config: CompareConfig, rows: Sequence[Row] = ()) -> dict[str, dict[s
         questions = fingerprint_questions(config.tasks, config.data_dir, config.limit)
     for model, name in zip(config.models, names, strict=True):
         base_config, _ = load_config(model)
-        hollow = hollow_model(base_config, torch.bfloat16, torch.device("cpu"))
+        empty = empty_model(base_config)
         for method in used:
-            check(method, hollow)
+            check(method, empty)
         prunes = any(METHODS[method].prunes for method in config.all_methods)
         widths = [target_of(model, ratio).pruned_hidden_size for ratio in config.ratios] if prunes else []
         if len(set(widths)) < len(widths):

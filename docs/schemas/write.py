@@ -36,6 +36,7 @@ def schemas() -> dict[str, dict[str, Any]]:
     for name, command in COMMANDS.items():
         module, _, function = command.run.partition(":")
         record = typing.get_type_hints(getattr(import_module(module), function))["return"]
+        record = typing.get_type_hints(record).get("record", record)  # some return it beside where things are
         assert is_dataclass(record)
         # Documented for plain dataclasses, and passed on to those inside; here the descriptions come from.
         record.__pydantic_config__ = ConfigDict(use_attribute_docstrings=True)  # type: ignore[attr-defined]

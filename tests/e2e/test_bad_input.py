@@ -73,7 +73,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write("data.jsonl", "\n".join(lines))
     write("empty.jsonl", "")
     write("malformed.jsonl", "\n".join([*lines[:2], '{"instruction": ', *lines[2:]]))
-    write("columns.jsonl", '{"question": "a", "answer": "b"}\n')
+    write("columns.jsonl", '{"frage": "a", "antwort": "b"}\n')
     write("long.jsonl", json.dumps({"prompt": "word " * 30, "completion": "yes"}) + "\n")
     write("no-responses.jsonl", '{"prompt": "a", "completion": ""}\n')
     write("data.txt", "plain text")
@@ -169,7 +169,7 @@ DATA: dict[str, tuple[dict[str, Any], list[str]]] = {
     "malformed": ({"dataset_name": "malformed.jsonl"}, ["malformed.jsonl, line 3", "not valid JSON", "expected"]),
     "wrong columns": (
         {"dataset_name": "columns.jsonl"},
-        ["columns.jsonl", "answer, question", "alpaca", "completion", "messages", "text"],
+        ["columns.jsonl", "antwort, frage", "instruction", "completion", "messages", "text"],
     ),
     "no responses": ({"dataset_name": "no-responses.jsonl"}, ["all 1 responses are empty", "expected"]),
     "all truncated": (
@@ -205,7 +205,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown template": ({"template": "vicuna"}, ["'vicuna'", "alpaca"]),
     "an optimizer of another package": ({"optim": "schedule_free_adamw"}, ["schedulefree", "install"]),
     "a schedule without its arguments": ({"lr_scheduler_type": "cosine_with_min_lr"}, ["min_lr"]),
-    "no rows in a batch": ({"per_device_train_batch_size": 0}, ["batch_size=0"]),
+    "a step that cannot be": ({"adam_beta1": 2.0}, ["beta", "2.0"]),
     "negative learning rate": ({"learning_rate": -1}, ["learning rate", "-1"]),
     "targets that are not there": ({"lora_target_modules": "nothing"}, ["nothing", "not found"]),
     "a flag that does nothing here": ({"use_peft": "false"}, ["use_peft=False", "adapter in any case"]),
@@ -281,7 +281,7 @@ def test_merge_refuses(
         ({"model": "gpt2"}, ["'gpt2'", "not supported"]),
         ({"model": "run"}, ["'run'", "no config.json", "pass run/model"]),
         ({"text_file": "empty.jsonl"}, ["empty.jsonl", "empty"]),
-        ({"dataset_name": "columns.jsonl"}, ["columns.jsonl", "answer, question"]),
+        ({"dataset_name": "columns.jsonl"}, ["columns.jsonl", "antwort, frage"]),
         ({"max_length": "many"}, ["max_length", "'many'"]),
         ({"limt": 3}, ["--limt"]),
     ],

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 from pat.benchmark.host import ModelFacts
 from pat.benchmark.measure import ROLES, Row, measure
@@ -44,15 +43,9 @@ def run_benchmark(options: BenchmarkOptions) -> BenchmarkRecord:
     with ExitStack() as stack:
         shared = {"dtype": options.dtype, "device": str(device), "threads": options.threads}
         # Both are started before one is asked: it takes them seconds to import what they need.
-        workers = {role: stack.enter_context(Worker({"name": names[role], **shared})) for role in ROLES}
+        workers = {role: stack.enter_context(closing(Worker({"name": names[role], **shared}))) for role in ROLES}
         models = {role: workers[role].load() for role in ROLES}
-        with tqdm(desc="Settings", unit="setting", disable=None, leave=False) as bar:
-
-            def progress(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            rows = measure(workers, options, predictors, progress)
+        rows = measure(workers, options, predictors)
     record = BenchmarkRecord(
         options=options,
         device=str(device),
@@ -71,19 +64,13 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         PatError: this machine has no such device.
     """
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if name == "auto":
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise PatError(f"Got device={name!r}; expected auto, cpu, or an accelerator such as cuda or cuda:0.") from error
-    count = 0 if accelerator is None else torch.accelerator.device_count()
-    known = accelerator is not None and accelerator.type == device.type and (device.index or 0) < count
-    if device.type != "cpu" and not known:
-        found = "none" if accelerator is None else f"{count} of type {accelerator.type}"
-        raise PatError(f"Got device={name!r}, but this machine has no such device (accelerators found: {found}).")
-    return device
+    known = ["cpu"]
+    if torch.accelerator.is_available() and (accelerator := torch.accelerator.current_accelerator()) is not None:
+        kind = accelerator.type
+        known = [kind, *(f"{kind}:{index}" for index in range(torch.accelerator.device_count())), *known]
+    if name not in ("auto", *known):
+        raise PatError(f"Got device={name!r}; expected auto, or what this machine has: {', '.join(known)}.")
+    return torch.device(known[0] if name == "auto" else name)
 
 
 def _write(record: BenchmarkRecord) -> None:

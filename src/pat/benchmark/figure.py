@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pat.benchmark.command import BenchmarkRecord
 from pat.benchmark.measure import PHASES
 from pat.benchmark.prediction import Phase
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 MISSING = "No figure was drawn, because matplotlib is not installed: pip install 'pat-llm[figures]'."
 
@@ -43,7 +39,6 @@ def draw(record: BenchmarkRecord, path: Path) -> None:
     figure = Figure(figsize=(1.4 + 1.25 * len(phases) * max(2, 0.33 * len(sizes) * len(contexts) + 1), 4.2), dpi=150)
     axes = figure.subplots(1, len(phases), sharey=True, squeeze=False)[0]
     step = _SLOT / len(contexts)
-    missing: list[tuple[Axes, float, float, str, str]] = []
     for axis, phase in zip(axes, phases, strict=True):
         for row in record.settings:
             if row.phase != phase:
@@ -54,10 +49,9 @@ def draw(record: BenchmarkRecord, path: Path) -> None:
             predicted, measured = row.predicted_speedup, row.speedup
             axis.hlines(predicted, x - 0.42 * step, x + 0.42 * step, color=color, linewidth=2.2, alpha=0.55)
             if measured is None:
-                words = ", ".join(
-                    sorted({side.status.replace("_", " ") for side in (row.baseline, row.model)} - {"ok"})
-                )
-                missing.append((axis, x, predicted, words, color))
+                reasons = sorted({side.status for side in (row.baseline, row.model)} - {"ok"})
+                words, place = ", ".join(reasons).replace("_", " "), axis.get_xaxis_transform()  # at the panel's foot
+                axis.text(x, 0.03, words, transform=place, rotation=90, ha="center", fontsize=7, color=color)
                 continue
             bars = [[measured.median - measured.lower_quartile], [measured.upper_quartile - measured.median]]
             axis.errorbar(x, measured.median, yerr=bars, fmt="o", color=color, markersize=5, capsize=3)
@@ -73,22 +67,8 @@ def draw(record: BenchmarkRecord, path: Path) -> None:
         axis.set_axisbelow(True)
     axes[0].set_ylabel("speed-up over the baseline")
     low, high = axes[0].get_ylim()
-    low, high = min(low, 0.95), max(high, 1.05)
-    axes[0].set_ylim(low, high)
+    axes[0].set_ylim(min(low, 0.95), max(high, 1.05))
     axes[0].yaxis.set_major_formatter("{x:g}×")
-    for axis, x, y, words, color in missing:  # where there is room, now that the limits are known
-        above = y < (low + high) / 2
-        axis.annotate(
-            words,
-            (x, y),
-            (0, 6 if above else -6),
-            textcoords="offset points",
-            rotation=90,
-            ha="center",
-            va="bottom" if above else "top",
-            fontsize=7,
-            color=color,
-        )
     handles = [
         Line2D([], [], color=_COLORS[rank % len(_COLORS)], marker="s", linestyle="", label=f"context {context} tokens")
         for rank, context in enumerate(contexts)

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, cast
+from typing import Literal, cast
+
+from tqdm import tqdm
 
 from pat.benchmark.host import OutOfMemory, Timing
 from pat.benchmark.options import FEWEST_REPETITIONS, BenchmarkOptions
 from pat.benchmark.prediction import Phase, Predictor
+from pat.benchmark.worker import Worker
 
 ROLES = ("baseline", "model")
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 Status = Literal["ok", "out_of_memory", "too_long"]
-
-Progress = Callable[[int, int], None]
-"""Told how many settings are done, and of how many."""
-
-
-class Asked(Protocol):
-    """What answers requests: a `Worker`, or a stand-in for it."""
-
-    def ask(self, action: str, **arguments: Any) -> Any:
-        """Do something and return what comes of it, see `Worker.ask`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -138,10 +130,9 @@ class _Limits:
 
 
 def measure(
-    workers: Mapping[str, Asked],
+    workers: Mapping[str, Worker],
     options: BenchmarkOptions,
     predictors: Mapping[str, Predictor],
-    progress: Progress = lambda done, total: None,
 ) -> list[Row]:
     """Measure both models at every setting, taking turns: baseline, model, model, baseline, and again.
 
@@ -149,7 +140,6 @@ def measure(
         workers: what answers for each of `ROLES`.
         options: settings, warm-up and repetitions.
         predictors: counts for each of `ROLES`.
-        progress: called after every setting.
 
     Returns:
         A row for each phase and setting, contexts outermost. A setting for which memory does not suffice has a row as
@@ -158,7 +148,7 @@ def measure(
     limits = {role: _Limits(predictors[role].max_positions) for role in ROLES}
     settings = [(context, size) for context in options.contexts for size in options.batch_sizes]
     rows: list[Row] = []
-    for done, (context, batch_size) in enumerate(settings, start=1):
+    for context, batch_size in tqdm(settings, "Settings", unit="setting", disable=None, leave=False):
         of_setting = {}
         for phase in PHASES if options.new_tokens else PHASES[:1]:
             baseline, model = (predictors[role].count(phase, batch_size, context) for role in ROLES)
@@ -167,12 +157,11 @@ def measure(
             of_setting[phase] = Row(phase, batch_size, context, *sides, baseline / model, heavy / light)
         _measure_setting(workers, options, limits, of_setting)
         rows += of_setting.values()
-        progress(done, len(settings))
     return rows
 
 
 def _measure_setting(
-    workers: Mapping[str, Asked], options: BenchmarkOptions, limits: Mapping[str, _Limits], rows: Mapping[Phase, Row]
+    workers: Mapping[str, Worker], options: BenchmarkOptions, limits: Mapping[str, _Limits], rows: Mapping[Phase, Row]
 ) -> None:
     for row in rows.values():
         for role in ROLES:
@@ -192,7 +181,7 @@ def _measure_setting(
 
 
 def _repeat(
-    worker: Asked, role: str, options: BenchmarkOptions, limits: _Limits, rows: Mapping[Phase, Row], repetition: int
+    worker: Worker, role: str, options: BenchmarkOptions, limits: _Limits, rows: Mapping[Phase, Row], repetition: int
 ) -> None:
     """Have one model do every phase once; what it cannot do, what comes after it cannot be done either."""
     for phase, row in rows.items():

@@ -6,24 +6,21 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
 """What Linux expects in `clear_refs` to start the highest resident size anew."""
 
-_OUT_OF_MEMORY = ("not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
-"""Words of errors that have no type of their own and that accelerate's list leaves out."""
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+"""Words of errors that have no type of their own."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error means that memory, of whatever device, did not suffice."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and (
-        should_reduce_batch_size(error) or any(words in str(error) for words in _OUT_OF_MEMORY)
-    )
+    if isinstance(error, RuntimeError):
+        return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+    return isinstance(error, MemoryError)
 
 
 class MemoryMeter:

@@ -21,13 +21,13 @@ class Predictor:
     """
 
     def __init__(self, name: str, *, dtype: str | None, new_tokens: int) -> None:
-        config, family = load_config(name)
+        config, _ = load_config(name)
         if getattr(config, "quantization_config", None) is not None:
             raise PatError(
                 f"Got the model {name!r}, which is quantised; expected dense weights, which the predictions are for."
             )
         kind = stored_dtype(config) or torch.float32 if dtype is None else getattr(torch, dtype)
-        self.skeleton = build_skeleton(config, family, kind)
+        self.skeleton = build_skeleton(config, kind)
         self.new_tokens = new_tokens
         self.weight_bytes = cost_of(self.skeleton, 1).total.num_bytes
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from types import TracebackType
 from typing import Any
 
 from pat.benchmark.host import ModelFacts, OutOfMemory, serve
@@ -30,12 +29,6 @@ class Worker:
     def __init__(self, load: dict[str, Any], target: Callable[[Connection], None] = serve) -> None:
         self._load, self._target = load, target
         self._connection, self._process = self._launch()
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
 
     def load(self) -> ModelFacts:
         """Load the model.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -95,7 +95,7 @@ def _evaluate(options: EvaluateOptions, warnings: list[str]) -> EvaluationRecord
     content = None if options.text_file is None else read_text(options.text_file)
     tasks = None if options.tasks is None else load_tasks(options.tasks, options.protocol, options.data_dir)
     _check_tokens(vocabulary, content, tasks or {})
-    examples: list[Example] = []
+    examples: Sequence[Example] = ()
     data = None
     if options.dataset_name is not None:
         examples, data = prepare_examples(

@@ -17,6 +17,7 @@ from pat.recipes import recipe_defaults
 from pat.report.records import Record
 from pat.shape import LARGE_RATIO, Width, legal_widths
 from pat.surgery.dense import shrink_config
+from pat.surgery.describe import head_dim
 from pat.tuner.config import PatConfig
 from pat.tuner.prepare import check_config
 
@@ -79,8 +80,9 @@ def run_plan(options: PlanOptions) -> PlanRecord:
     base_config, family = load_config(options.model_name_or_path)
     context = _resolve_context(options.context, base_config)
     dtype = stored_dtype(base_config) or torch.float32
-    skeleton = build_skeleton(base_config, family, dtype)
-    base, head_dim = cost_of(skeleton, context), skeleton.head_dim
+    skeleton = build_skeleton(base_config, dtype)
+    base = cost_of(skeleton, context)
+    small_head_dim = head_dim(skeleton.model)  # read off before an adapter is on it
     candidates = []
     for ratio in options.pruning_ratio or (None,):
         config = PatConfig(
@@ -95,12 +97,12 @@ def run_plan(options: PlanOptions) -> PlanRecord:
             base_config,
             family,
             pruned_hidden_size=width.pruned_hidden_size,
-            head_dim=head_dim,
+            head_dim=small_head_dim,
             tied=base.tied and not options.untie_word_embeddings,
         )
-        cost = cost_of(build_skeleton(small_config, family, dtype), context)
-        nearby = _nearby(base_config.num_attention_heads, width, options.multiple_of)
-        candidates.append(_candidate(width, nearby, base, cost))
+        cost = cost_of(build_skeleton(small_config, dtype), context)
+        legal = legal_widths(width.hidden_size, base_config.num_attention_heads, multiple_of=options.multiple_of)
+        candidates.append(_candidate(width, legal, base, cost))
     recipe = recipe_defaults(RECIPE)
     training = training_memory(
         skeleton, config, batch_size=recipe["per_device_train_batch_size"], length=recipe["max_length"]
@@ -120,21 +122,16 @@ def run_plan(options: PlanOptions) -> PlanRecord:
     )
 
 
-def _candidate(width: Width, nearby_widths: tuple[int, ...], base: ModelCost, cost: ModelCost) -> Candidate:
+def _candidate(width: Width, legal: range, base: ModelCost, cost: ModelCost) -> Candidate:
+    position = legal.index(width.pruned_hidden_size)
     return Candidate(
         width=width,
         pruning_ratio=width.pruning_ratio,
-        nearby_widths=nearby_widths,
+        nearby_widths=tuple(legal[max(0, position - NUM_NEIGHBOURS) : position + NUM_NEIGHBOURS + 1]),
         cost=cost,
         prefill_speedup=base.prefill_flops_per_token / cost.prefill_flops_per_token,
         decode_speedup=base.decode_bytes_per_token / cost.decode_bytes_per_token,
     )
-
-
-def _nearby(num_attention_heads: int, width: Width, multiple_of: int | None) -> tuple[int, ...]:
-    legal = legal_widths(width.hidden_size, num_attention_heads, multiple_of=multiple_of)
-    position = legal.index(width.pruned_hidden_size)
-    return tuple(legal[max(0, position - NUM_NEIGHBOURS) : position + NUM_NEIGHBOURS + 1])
 
 
 def _resolve_context(context: int | None, base_config: Any) -> int:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
-from pat.errors import PatError
-from pat.families import Family
-from pat.surgery.residual import Linear, ResidualStream, map_residual_stream, stored_tensors
+from pat.loading import empty_model
+from pat.surgery.describe import head_dim, map_of
+from pat.surgery.residual import Linear, ResidualStream, stored_tensors
 
 GROUPS = ("embedding", "head", "attention", "MLP", "norms")
 
@@ -66,16 +64,12 @@ class Skeleton:
     stream: ResidualStream
     dtype: torch.dtype
 
-    @property
-    def head_dim(self) -> int:
-        """Size of one attention head."""
-        return int(cast(int, self.model.get_submodule(f"{self.stream.family.layers}.0.self_attn").head_dim))
-
     def attention_widths(self) -> tuple[int, int]:
         """Return the summed width of all query heads, and of all key heads."""
         num_heads = self.model.config.num_attention_heads
         num_kv_heads = getattr(self.model.config, "num_key_value_heads", None) or num_heads
-        return num_heads * self.head_dim, num_kv_heads * self.head_dim
+        size = head_dim(self.model)
+        return num_heads * size, num_kv_heads * size
 
     def windows(self) -> list[int | None]:
         """Return the attention window of every layer, None where it sees everything."""
@@ -120,25 +114,14 @@ class Skeleton:
         return sum(shapes[linear.weight].numel() * share(linear) for linear in self.linears())
 
 
-def build_skeleton(config: PretrainedConfig, family: Family, dtype: torch.dtype) -> Skeleton:
-    """Build the model that a configuration describes on the meta device, where tensors have shapes only.
+def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> Skeleton:
+    """Build the model that a configuration describes.
 
     Raises:
-        PatError: transformers cannot build it, or its family's record does not account for a parameter.
+        PatError: its family's record does not account for a parameter.
     """
-    plain = copy.deepcopy(config)
-    if hasattr(plain, "quantization_config"):
-        del plain.quantization_config  # what is counted is the model that the weights stand for
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(plain, dtype=dtype)
-    except (ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise PatError(
-            f"transformers cannot build a {family.model_type} model from this configuration: "
-            f"{' '.join(str(error).split())}"
-        ) from error
-    stream = map_residual_stream(family, stored_tensors(model), tied=bool(config.tie_word_embeddings))
-    return Skeleton(cast(PreTrainedModel, model), stream, dtype)
+    model = empty_model(config, dtype)
+    return Skeleton(model, map_of(model), dtype)
 
 
 def cost_of(skeleton: Skeleton, context: int) -> ModelCost:

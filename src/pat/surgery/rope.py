@@ -38,4 +38,5 @@ def legacy_rope(config: PretrainedConfig) -> dict[str, Any]:
     if scaling.get("original_max_position_embeddings") == positions and "factor" in scaling:
         # Filled in by transformers 5 where the checkpoint has none; transformers 4 would take it for a factor of 1.
         del scaling["original_max_position_embeddings"]
-    return fields | {"rope_scaling": scaling if scaling.get("rope_type", "default") != "default" else None}
+    # A null would not say the same: some configurations of transformers 5 take it for no `rope_parameters` at all.
+    return fields | ({"rope_scaling": scaling} if scaling.get("rope_type", "default") != "default" else {})

@@ -6,7 +6,7 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,11 +16,13 @@ from pat.families import Family
 from pat.loading import load_config
 from pat.method.schedule import milestone_step
 from pat.shape import LARGE_RATIO, Width
+from pat.surgery.residual import ResidualStream
 from pat.training.arguments import TuneArguments
 from pat.training.calibration_text import read_calibration
 from pat.training.checkpoints import last_checkpoint
 from pat.training.prepare import Prepared
 from pat.training.run_file import RUN_FILE, RunFile
+from pat.tuner.model import PatModel
 from pat.tuner.prepare import check_config
 
 logger = logging.getLogger(__name__)
@@ -95,6 +97,17 @@ def announce(arguments: TuneArguments, checked: Checked, data: Prepared, model: 
         f"{soft:,} with a soft mask and {num_steps - soft:,} {rest}.",
         file=sys.stderr,
     )
+
+
+def warn_without_rotation(tuner: PatModel) -> None:
+    """Say so if the weights rule out the rotation that `pat plan`, which does not see them, has promised."""
+    config, stream = tuner.pat_config(), cast(ResidualStream, tuner.residual_stream)
+    if config.rotation == "auto" and config.resolved_rotation == "none" and not stream.family.has_post_norms:
+        logger.warning(
+            "The basis is not rotated, against what `pat plan` says of the family: the final gains of this tied model "
+            "are too far apart (gain_tolerance=%g), or trained. Channels are chosen among those that there are.",
+            config.gain_tolerance,
+        )
 
 
 def _resume_from(arguments: TuneArguments) -> str | None:

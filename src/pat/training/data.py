@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, get_args
 from datasets import Dataset
 
 from pat.errors import PatError
-from pat.training.sources import ROW, Reading, Source, TemplateChoice, load_source
+from pat.training.sources import PLACE, Reading, Source, TemplateChoice, load_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,27 +30,25 @@ class TrainingData:
     """
 
     train_rows: Dataset
-    """Examples to train on, with the column `ROW`."""
+    """Examples to train on, with the column `PLACE`."""
     held_out_rows: Dataset | None
     source: Source
-    held_out_source: Source
-    """The separate one, if there is one."""
     name: str
     """Path or hub id as given."""
     held_out_name: str | None
-    """That of the separate source, if there is one."""
+    """That of a separate source, if there is one."""
     num_dropped: int
     """Rows without a response, hence in neither dataset."""
 
     @property
     def train(self) -> Dataset:
         """Examples in columns `prompt` and `completion` (strings or message lists, `tools` beside these), or `text`."""
-        return self.train_rows.remove_columns(ROW)
+        return self.train_rows.remove_columns(PLACE)
 
     @property
     def held_out(self) -> Dataset | None:
         """Examples that are kept apart, likewise."""
-        return None if self.held_out_rows is None else self.held_out_rows.remove_columns(ROW)
+        return None if self.held_out_rows is None else self.held_out_rows.remove_columns(PLACE)
 
     @property
     def num_rows(self) -> int:
@@ -96,17 +94,16 @@ def load_training_data(
         raise PatError("Got template='chat', but the tokenizer has no chat template; pass 'alpaca' or 'auto'.")
     reading = Reading(template, chat_template, text_field)
     source = load_source(name, reading, split=split, config_name=config_name)
-    rows = _numbered(source)
-    usable = list(dict.fromkeys(rows[ROW]))
+    rows = _placed(name, source)
+    usable = list(dict.fromkeys(rows[PLACE]))
     amount = _parse_held_out(held_out)
-    apart, train, held_out_rows = source, rows, None
+    train, held_out_rows = rows, None
     if isinstance(amount, str):
-        apart = load_source(amount, reading)
-        held_out_rows = _numbered(apart)
+        held_out_rows = _placed(amount, load_source(amount, reading))
     elif count := _num_held_out(len(usable), amount, name):
         # Whole rows are kept apart: no conversation is on both sides.
         chosen = {usable[index] for index in random.Random(seed).sample(range(len(usable)), count)}
-        is_apart = [row in chosen for row in rows[ROW]]
+        is_apart = [place in chosen for place in rows[PLACE]]
         train, held_out_rows = (
             rows.select([index for index, there in enumerate(is_apart) if there == side]) for side in (False, True)
         )
@@ -114,7 +111,6 @@ def load_training_data(
         train_rows=train,
         held_out_rows=held_out_rows,
         source=source,
-        held_out_source=apart,
         name=name,
         held_out_name=amount if isinstance(amount, str) else None,
         num_dropped=source.num_rows - len(usable),
@@ -153,7 +149,9 @@ def _num_held_out(num_rows: int, amount: int | float | None, name: str) -> int:
     return count
 
 
-def _numbered(source: Source) -> Dataset:
-    """Return the examples of a source with the numbers of their rows."""
+def _placed(name: str, source: Source) -> Dataset:
+    """Return the examples of a source with the places of their rows."""
     rows = source.rows
-    return rows if ROW in rows.column_names else rows.add_column(ROW, list(range(len(rows))))
+    if PLACE in rows.column_names:
+        return rows
+    return rows.add_column(PLACE, [f"{name}, row {number}" for number in range(1, len(rows) + 1)])

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow.compute
-from datasets import Dataset
+from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from torch import Tensor
 from trl import SFTConfig, pack_dataset
 
@@ -65,6 +67,20 @@ class Prepared:
         return args
 
 
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Hide the progress bars of `datasets` where nobody watches: what is printed there are messages."""
+    hide = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if hide:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            enable_progress_bars()
+
+
+@_bars_on_terminals_only()
 def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
     """Look at tokenizer and data, once, before the weights are loaded.
 
@@ -94,10 +110,10 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
     _check_arguments(sft, data)
     cut = Cut(sft.max_length, sft.truncation_mode, sft.packing, sft.packing_strategy)
     encoder = Encoder(vocabulary.tokenizer, cut, completion_only=sft.completion_only_loss is not False)
-    rows = encode(data.train_rows, encoder, data.source.place, sft.dataset_num_proc)
+    rows = encode(data.train_rows, encoder, sft.dataset_num_proc)
     apart: Sequence[Any] = []
     if data.held_out_rows is not None:
-        apart = encode(data.held_out_rows, replace(encoder, cut=Cut()), data.held_out_source.place).to_list()
+        apart = encode(data.held_out_rows, replace(encoder, cut=Cut())).to_list()
     vocabulary.check(_largest_token(rows))
     vocabulary.check(max((token for row in apart for token in row["input_ids"]), default=0))
     if arguments.pat.calibration is not None:
@@ -129,6 +145,7 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
     )
 
 
+@_bars_on_terminals_only()
 def prepare_examples(
     name: str, vocabulary: Vocabulary, *, template: TemplateChoice, max_length: int | None, limit: int | None = None
 ) -> tuple[list[Example], DataRecord]:
@@ -141,7 +158,7 @@ def prepare_examples(
     count, total = min(limit or len(data.train_rows), len(data.train_rows)), len(data.train_rows)
     some = data.train_rows.select([index * total // count for index in range(count)])
     cut = Cut(max_length)
-    rows = encode(some, Encoder(vocabulary.tokenizer, cut), data.source.place)
+    rows = encode(some, Encoder(vocabulary.tokenizer, cut))
     vocabulary.check(_largest_token(rows))
     record = make_record(data, rows, cut)
     for remark in remarks(record, data, rows, cut, vocabulary.tokenizer):

@@ -13,7 +13,6 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +32,12 @@ _DAMAGED = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, pyarrow.A
 _DEEP = re.compile(r"(?:[\[{][^\[\]{}]*){99}")
 
 
-@dataclass(frozen=True)
-class LocalRows:
-    """The rows of one file; `numbers[i]` says where row i stands."""
-
-    path: Path
-    rows: list[Row]
-    numbers: list[int]
-    where: str = "line {}"
-    fingerprint: str = ""
-
-    def place(self, index: int) -> str:
-        """Return where a row stands, as in `data.jsonl, line 3`."""
-        return f"{self.path}, {self.where.format(self.numbers[index])}"
+Placed = list[tuple[str, Row]]
+"""Rows, and where each stands, as in `data.jsonl, line 3`."""
 
 
-def read_local(path: Path) -> LocalRows:
-    """Read all rows of a data file, compressed or not.
+def read_local(path: Path) -> tuple[Placed, str]:
+    """Read all rows of a data file, compressed or not, and the fingerprint of the file.
 
     Raises:
         PatError: no such file, another suffix, no rows, or not readable as what the suffix says (with the line).
@@ -62,13 +50,13 @@ def read_local(path: Path) -> LocalRows:
     try:
         stored = path.read_bytes()
         unpack = DECOMPRESSORS.get(path.suffix.lower())
-        local = READERS[suffix](path, stored if unpack is None else unpack(stored))
+        rows = READERS[suffix](path, stored if unpack is None else unpack(stored))
     except _DAMAGED as error:
         what = "a parquet file" if suffix == ".parquet" else "UTF-8 text"
         raise PatError(f"{path}: not readable ({' '.join(str(error).split())}); expected {what}.") from error
-    if not local.rows:
+    if not rows:
         raise PatError(f"{path} has no rows; expected at least one example.")
-    return replace(local, fingerprint=f"sha256:{hashlib.sha256(stored).hexdigest()}")
+    return rows, f"sha256:{hashlib.sha256(stored).hexdigest()}"
 
 
 def data_suffix(path: Path) -> str:
@@ -103,48 +91,39 @@ class _RepeatedField(ValueError):
 _DECODER = json.JSONDecoder(parse_int=_integer, object_pairs_hook=_fields)
 
 
-def _read_jsonl(path: Path, content: bytes) -> LocalRows:
+def _read_jsonl(path: Path, content: bytes) -> Placed:
     lines = enumerate(content.decode("utf-8-sig").split("\n"), start=1)
-    numbered = [(number, _decode(path, line, number)) for number, line in lines if line.strip()]
-    rows = [_checked(row, f"{path}, line {number}") for number, row in numbered]
-    return LocalRows(path, rows, [number for number, _ in numbered])
+    return [_checked(f"{path}, line {i}", _decode(path, line, i)) for i, line in lines if line.strip()]
 
 
-def _read_json(path: Path, content: bytes) -> LocalRows:
+def _read_json(path: Path, content: bytes) -> Placed:
     """Read a list of objects, an object that holds such a list, or one object per line."""
     text = content.decode("utf-8-sig")
-    if text.lstrip().startswith("["):
-        return _listed(path, _decode(path, text), "row {}")
     if _is_lines(text):
         return _read_jsonl(path, content)
     whole = _decode(path, text)
-    if not isinstance(whole, dict):
-        _checked(whole, str(path))
-    lists = {key: value for key, value in whole.items() if isinstance(value, list) and key not in LISTS_OF_ONE_ROW}
-    lists = {key: value for key, value in lists.items() if value and isinstance(value[0], dict)}
-    if len(lists) > 1:
-        raise PatError(f"{path}: got several lists of rows ({', '.join(lists)}); expected one of them in a file.")
-    for key, rows in lists.items():
-        return _listed(path, rows, f"row {{}} of {key!r}")
-    return LocalRows(path, [whole], [1])
+    if isinstance(whole, dict):
+        lists = {key: value for key, value in whole.items() if isinstance(value, list) and key not in LISTS_OF_ONE_ROW}
+        held = {key: value for key, value in lists.items() if value and isinstance(value[0], dict)}
+        if len(held) > 1:
+            raise PatError(f"{path}: got several lists of rows ({', '.join(held)}); expected one of them in a file.")
+        whole = next(iter(held.values()), [whole])
+    return _listed(path, whole if isinstance(whole, list) else [whole])
 
 
 def _is_lines(text: str) -> bool:
-    """Tell whether the first of several lines is a value of its own."""
+    """Tell whether the first of several lines is an object of its own."""
     first, _, rest = text.strip().partition("\n")
     try:
-        return bool(rest and _DECODER.decode(first))
+        return bool(rest) and isinstance(_DECODER.decode(first), dict)
     except json.JSONDecodeError:
         return False
     except (ValueError, RecursionError):
         return True
 
 
-def _listed(path: Path, rows: list[Any], where: str) -> LocalRows:
-    numbers = list(range(1, len(rows) + 1))
-    for number, row in zip(numbers, rows, strict=True):
-        _checked(row, f"{path}, {where.format(number)}")
-    return LocalRows(path, rows, numbers, where)
+def _listed(path: Path, rows: list[Any]) -> Placed:
+    return [_checked(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
 def _decode(path: Path, text: str, line: int | None = None) -> Any:
@@ -163,15 +142,15 @@ def _decode(path: Path, text: str, line: int | None = None) -> Any:
         raise PatError(f"{path}, line {number}: nested too deeply to be read; leave that field out.") from error
 
 
-def _checked(row: object, place: str) -> Row:
+def _checked(place: str, row: object) -> tuple[str, Row]:
     if isinstance(row, dict):
-        return row
+        return place, row
     kind = {str: "string", list: "list", bool: "boolean", type(None): "null"}.get(type(row), "number")
     raise PatError(f'{place}: got a JSON {kind}, expected an object like {{"instruction": …}}.')
 
 
-def _read_csv(path: Path, content: bytes) -> LocalRows:
-    rows, numbers = [], []
+def _read_csv(path: Path, content: bytes) -> Placed:
+    rows: Placed = []
     delimiter = "\t" if ".tsv" in path.suffixes else ","
     limit = csv.field_size_limit(CELL_LIMIT)
     try:
@@ -187,25 +166,25 @@ def _read_csv(path: Path, content: bytes) -> LocalRows:
                     f"{path}, line {reader.line_num}: got another number of fields than the header's "
                     f"{len(reader.fieldnames or ())}; quote fields that contain separators or line breaks."
                 )
-            rows.append(row)
             # Quoted fields may span lines; line_num is the row's last one.
-            numbers.append(reader.line_num - sum(value.count("\n") for value in row.values()))
+            line = reader.line_num - sum(value.count("\n") for value in row.values())
+            rows.append((f"{path}, line {line}", row))
     except csv.Error as error:
         raise PatError(f"{path}, line {reader.line_num}: not valid CSV ({error}).") from error
     finally:
         csv.field_size_limit(limit)
-    return LocalRows(path, rows, numbers)
+    return rows
 
 
-def _read_parquet(path: Path, content: bytes) -> LocalRows:
-    return _listed(path, without_nulls(pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()), "row {}")
+def _read_parquet(path: Path, content: bytes) -> Placed:
+    return _listed(path, without_nulls(pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()))
 
 
 def _unpack_zstd(stored: bytes) -> bytes:
     return bytes(pyarrow.CompressedInputStream(pyarrow.BufferReader(stored), "zstd").read())
 
 
-READERS: dict[str, Callable[[Path, bytes], LocalRows]] = {
+READERS: dict[str, Callable[[Path, bytes], Placed]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,

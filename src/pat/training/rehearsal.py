@@ -14,19 +14,21 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from pat.errors import PatError
 from pat.families import Family
 from pat.surgery.dense import shrink_config
 from pat.training.arguments import TuneArguments
 from pat.training.prepare import Prepared
+from pat.training.trainer import count_steps, make_trainer
 
 NUM_LAYERS = 2
 
@@ -105,17 +107,9 @@ def _tiny_config(base_config: Any, family: Family, head_dim: int) -> Any:
 
 def _one_step(model: PeftModel, sft: SFTConfig, data: Prepared, folder: str) -> int:
     args = data.trainer_args(sft)
-    args.output_dir, args.disable_tqdm, args.log_level = folder, True, "error"
-    trainer = SFTTrainer(
-        model=model,
-        args=args,
-        train_dataset=data.train,
-        eval_dataset=data.evaluation,
-        processing_class=copy.deepcopy(data.vocabulary.tokenizer),
-    )
-    loader = trainer.get_train_dataloader()
-    values: Any = trainer.set_initial_training_values(args, loader)
-    num_steps = int(values[-1])
+    args.disable_tqdm, args.log_level = True, "error"
+    trainer = make_trainer(model, args, data, Path(folder), tokenizer=copy.deepcopy(data.vocabulary.tokenizer))
+    num_steps = count_steps(trainer)
     trainer.create_optimizer_and_scheduler(num_steps)
     if sft.torch_compile:  # takes minutes
         return num_steps

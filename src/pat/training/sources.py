@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +24,8 @@ TemplateChoice = Literal["auto", "chat", "alpaca"]
 TASK_PREFIX = "task:"
 """Begins the name of a dataset that is made of tasks' questions."""
 
-ROW = "row"
-"""Column with the index of the row that an example comes from; a conversation gives several examples."""
+PLACE = "place"
+"""Column with where the row of an example stands; a conversation gives several examples."""
 
 # What ends in one of these is meant as a file even where there is none: no reason to ask the hub.
 FILE_SUFFIXES = {*READERS, *DECOMPRESSORS, ".txt", ".arrow", ".xlsx", ".zip", ".yaml", ".yml"}
@@ -33,14 +33,13 @@ FILE_SUFFIXES = {*READERS, *DECOMPRESSORS, ".txt", ".arrow", ".xlsx", ".zip", ".
 
 @dataclass(frozen=True)
 class Source:
-    """All examples of one source in TRL's forms, with the column `ROW` unless each is a row of its own."""
+    """All examples of one source in TRL's forms, with the column `PLACE` unless each is a row of its own."""
 
     rows: Dataset
     format: Format
     template: Template | None
     fingerprint: str
     num_rows: int  # rows read, those without a response included
-    place: Callable[[int], str] = "row {}".format  # says where a row stands
     unread: tuple[str, ...] = ()  # columns that have no part in the format
 
 
@@ -93,12 +92,12 @@ def load_task_source(name: str, split: str, template: TemplateChoice = "auto") -
 
 
 def _load_file(path: Path, reading: Reading, split: str) -> Source:
-    local = read_local(path)
-    [indices] = _selected(str(path), split, {"train": len(local.rows)}).values()
-    columns = list(dict.fromkeys(name for row in local.rows for name in row))
-    converter = _Converter(str(path), columns, local.rows[indices[0]], reading, local.place)
-    examples = [example for index in indices for example in converter.convert(local.rows[index], index)]
-    return converter.source(examples, local.fingerprint, len(indices))
+    rows, fingerprint = read_local(path)
+    [indices] = _selected(str(path), split, {"train": len(rows)}).values()
+    columns = list(dict.fromkeys(name for _, row in rows for name in row))
+    converter = _Converter(str(path), columns, rows[indices[0]][1], reading)
+    examples = [example for index in indices for example in converter.convert(*rows[index])]
+    return converter.source(examples, fingerprint, len(indices))
 
 
 def _load_folder(path: Path, reading: Reading, split: str, config_name: str | None) -> Source:
@@ -137,14 +136,14 @@ def _load_hub(name: str, reading: Reading, split: str, config_name: str | None) 
 
 
 def _convert(name: str, dataset: Dataset, reading: Reading) -> Source:
-    first = without_nulls(dataset[0])
-    converter = _Converter(name, dataset.column_names, first, reading, lambda index: f"{name}, row {index + 1}")
+    converter = _Converter(name, dataset.column_names, without_nulls(dataset[0]), reading)
 
     # Mapped rather than read into a list: stays on disk, and the next run finds it in the cache.
     def convert(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         rows = (without_nulls(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True))
-        pairs = zip(rows, indices, strict=True)
-        examples = [example for row, index in pairs for example in converter.convert(row, index)]
+        places = (f"{name}, row {index + 1}" for index in indices)
+        pairs = zip(places, rows, strict=True)
+        examples = [example for place, row in pairs for example in converter.convert(place, row)]
         return {key: [example[key] for example in examples] for key in converter.features}
 
     rows = dataset.map(
@@ -156,10 +155,8 @@ def _convert(name: str, dataset: Dataset, reading: Reading) -> Source:
 class _Converter:
     """Converts the rows of one source, whose columns and first row say how."""
 
-    def __init__(
-        self, name: str, columns: Sequence[str], first: Row, reading: Reading, place: Callable[[int], str]
-    ) -> None:
-        self.name, self.reading, self.place = name, reading, place
+    def __init__(self, name: str, columns: Sequence[str], first: Row, reading: Reading) -> None:
+        self.name, self.reading = name, reading
         self.format = format = detect_format(columns, name, reading.text_field)
         self.unread = tuple(column for column in columns if column not in format.columns)
         as_it_is = format.name == "prompt-completion" and not isinstance(first.get(format.prompt), list)
@@ -172,15 +169,15 @@ class _Converter:
         kind = List(Json()) if chat else Value("string")
         options = [name for name in OPTIONS if chat and name in format.beside]
         names = ["text"] if format.name == "text" else ["prompt", "completion"]
-        kinds: dict[str, Any] = dict.fromkeys(names, kind) | dict.fromkeys(options, Json()) | {ROW: Value("int64")}
+        kinds: dict[str, Any] = dict.fromkeys(names, kind) | dict.fromkeys(options, Json()) | {PLACE: Value("string")}
         self.features = Features(kinds)
 
-    def convert(self, row: Row, index: int) -> list[dict[str, Any]]:
+    def convert(self, place: str, row: Row) -> list[dict[str, Any]]:
         """Return the examples of a row as their columns hold them."""
         try:
             examples = convert_row(row, self.format, self.template, self.reading.chat_template)
         except RowError as error:
-            raise PatError(f"{self.place(index)}: {error}") from error
+            raise PatError(f"{place}: {error}") from error
         if self.template == "chat":  # in JSON, each message keeps the fields that it has, and no others
             examples = [
                 {
@@ -189,7 +186,7 @@ class _Converter:
                 }
                 for example in examples
             ]
-        return [{**dict.fromkeys(self.features), **example, ROW: index} for example in examples]
+        return [{**dict.fromkeys(self.features), **example, PLACE: place} for example in examples]
 
     def source(self, rows: Dataset | list[dict[str, Any]], fingerprint: str, num_rows: int) -> Source:
         """Return the source of these examples, unless there are none."""
@@ -197,7 +194,7 @@ class _Converter:
             raise PatError(f"{self.name}: all {num_rows} responses are empty; expected at least one with text.")
         if isinstance(rows, list):
             rows = Dataset.from_list(rows, self.features)
-        return Source(rows, self.format, self.template, fingerprint, num_rows, self.place, self.unread)
+        return Source(rows, self.format, self.template, fingerprint, num_rows, self.unread)
 
 
 def _selected(name: str, split: str, lengths: dict[str, int]) -> dict[str, Sequence[int]]:

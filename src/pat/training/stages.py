@@ -18,11 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from peft import PeftModel, get_peft_model
-from peft.utils.other import TrainableTokensWrapper
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from pat.checkpoint.card import Compaction
@@ -31,13 +28,13 @@ from pat.errors import PatError, RunFailed
 from pat.loading import TokenSetup, load_base
 from pat.method.schedule import milestone_step
 from pat.training.arguments import TuneArguments
-from pat.training.calibration_data import calibration_batches
 from pat.training.callback import PatCallback
-from pat.training.checkpoints import STAGE_TWO, SaveTokens, is_compact
+from pat.training.check import warn_without_rotation
+from pat.training.checkpoints import STAGE_TWO, continue_from, is_compact, load_hard
 from pat.training.guard import FiniteGuard
-from pat.training.handover import continue_from
 from pat.training.prepare import Prepared
 from pat.training.run_file import RUN_FILE, RunFile
+from pat.training.trainer import SaveTokens, StopAtMilestone, make_trainer
 from pat.tuner.compaction import check_compactable
 from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel, find_tuner
@@ -74,9 +71,14 @@ class Stages:
     tokens: TokenSetup
     """What is written beside every adapter and model of the run."""
     run_file: RunFile
+    num_steps: int
+    """Optimizer steps of both stages together."""
     base: PreTrainedModel | None
     """Handed over: nobody else may hold it, or it stays in memory beside the compact model."""
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.seconds["preparation"] = self.data.seconds
 
     @property
     def checkpoints(self) -> Path:
@@ -108,18 +110,16 @@ class Stages:
         pat_config = self.data.vocabulary.train_added(self.arguments.pat_config(), tied=tied)
         model = cast(PeftModel, get_peft_model(cast(PreTrainedModel, base), pat_config))
         tuner = cast(PatModel, find_tuner(model))
-        compacts = self._compacts(tuner)
-        args = self._stage_args(self.checkpoints)
+        warn_without_rotation(tuner)
+        compacts, callback = self._compacts(tuner), PatCallback()
+        args = self.data.trainer_args(self.arguments.sft)
         if compacts:
             # Its last checkpoint has to hold everything, and the best one is picked among those of stage two.
             args.save_only_model, args.load_best_model_at_end = False, False
-        started = time.perf_counter()
-        trainer = self._trainer(model, args, [PatCallback(), *([_StopAtMilestone()] if compacts else [])])
-        self.seconds["preparation"] = self.data.seconds + time.perf_counter() - started
-        _warn_without_rotation(tuner)
-        if not (compacts and resume_from is not None and _load_hard(trainer, tuner, resume_from)):
-            if compacts and resume_from is None and _is_hard_at_once(trainer, pat_config):
-                self._calibrate(trainer, tuner)
+        trainer = self._trainer(model, args, self.checkpoints, callback, *([StopAtMilestone()] if compacts else []))
+        if not (compacts and resume_from is not None and load_hard(trainer, tuner, resume_from)):
+            if compacts and resume_from is None and milestone_step(pat_config.milestone, self.num_steps) == 0:
+                self._skip(trainer, callback)
             else:
                 self._train(trainer, "stage_one", resume_from)
             resume_from = None
@@ -142,7 +142,7 @@ class Stages:
             str(self.compact_dir / MODEL), dtype=options.dtype, attn_implementation=options.attn_implementation
         )
         model = PeftModel.from_pretrained(base.to(self.arguments.sft.device), checkpoint, is_trainable=True)
-        trainer = self._trainer(model, self._stage_args(self.checkpoints / STAGE_TWO), [])
+        trainer = self._trainer(model, self.data.trainer_args(self.arguments.sft), self.checkpoints / STAGE_TWO)
         self._train(trainer, "stage_two", checkpoint)
         config = PatConfig.from_pretrained(str(self.arguments.output_dir / "adapter"))
         return self._trained(trainer, record, config)
@@ -157,37 +157,23 @@ class Stages:
             return False
         return True
 
-    def _stage_args(self, folder: Path) -> SFTConfig:
-        args = self.data.trainer_args(self.arguments.sft)
-        args.output_dir = str(folder)
-        return args
-
-    def _trainer(self, model: PeftModel, args: SFTConfig, callbacks: list[TrainerCallback]) -> SFTTrainer:
-        head: Any = model.get_output_embeddings()
-        if isinstance(head, TrainableTokensWrapper):
-            head.register_parameter("bias", None)  # TRL asks the head for it; peft's wrapper only passes on the weight
-        return SFTTrainer(
-            model=model,
-            args=args,
-            train_dataset=self.data.train,
-            eval_dataset=self.data.evaluation,
-            processing_class=self.data.vocabulary.tokenizer,
-            callbacks=[*callbacks, FiniteGuard(), SaveTokens(self.tokens)],
+    def _trainer(self, model: PeftModel, args: SFTConfig, folder: Path, *callbacks: TrainerCallback) -> SFTTrainer:
+        return make_trainer(
+            model, args, self.data, folder, callbacks=[*callbacks, FiniteGuard(), SaveTokens(self.tokens)]
         )
 
-    def _calibrate(self, trainer: SFTTrainer, tuner: PatModel) -> None:
-        """Choose the channels before the first step, instead of stage one."""
-        if self.arguments.pat.milestone > 0:
-            logger.warning(
-                "A milestone of %g of this run rounds to step 0: the mask is hard from the start, its channels chosen "
-                "by the calibration alone. Train longer or raise the milestone to train the mask.",
-                self.arguments.pat.milestone,
-            )
+    def _skip(self, trainer: SFTTrainer, callback: PatCallback) -> None:
+        """Have the channels chosen, and the mask hard, without a step of stage one."""
+        trainer.state.max_steps = self.num_steps
         with self._begun():
-            if tuner.needs_calibration():
-                dataloader = trainer.get_train_dataloader()
-                tuner.calibrate(calibration_batches(tuner.pat_config(), dataloader, self.data.vocabulary.tokenizer))
-            tuner.set_step(0, 0)
+            callback.on_train_begin(
+                trainer.args,
+                trainer.state,
+                trainer.control,
+                model=trainer.model,
+                train_dataloader=trainer.get_train_dataloader(),
+                processing_class=self.data.vocabulary.tokenizer,
+            )
 
     def _train(self, trainer: SFTTrainer, part: str, resume_from: Any) -> None:
         started = time.perf_counter()
@@ -245,8 +231,8 @@ class Stages:
                 "LoRA on the small model.",
                 file=sys.stderr,
             )
-        args = self._stage_args(self.checkpoints / STAGE_TWO)
-        stage_two = self._trainer(compact.model, args, [])
+        args = self.data.trainer_args(self.arguments.sft)
+        stage_two = self._trainer(compact.model, args, self.checkpoints / STAGE_TWO)
         start = None
         if trainer.state.global_step > 0:
             last = Path(done) if done else self.checkpoints / f"checkpoint-{trainer.state.global_step}"
@@ -262,49 +248,6 @@ class Stages:
         state = trainer.state
         pat_config = config.to_dict()
         return Trained(model, state.global_step, state.log_history, self.seconds, pat_config, self.run_file, record)
-
-
-def _warn_without_rotation(tuner: PatModel) -> None:
-    """Say so if the weights rule out the rotation that `pat plan`, which does not see them, has promised."""
-    config, stream = tuner.pat_config(), cast(Any, tuner.residual_stream)
-    if config.rotation == "auto" and config.resolved_rotation == "none" and not stream.family.has_post_norms:
-        logger.warning(
-            "The basis is not rotated, against what `pat plan` says of the family: the final gains of this tied model "
-            "are too far apart (gain_tolerance=%g), or trained. Channels are chosen among those that there are.",
-            config.gain_tolerance,
-        )
-
-
-def _is_hard_at_once(trainer: SFTTrainer, config: PatConfig) -> bool:
-    """Tell whether the milestone comes to step 0 of this run."""
-    values: Any = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
-    return milestone_step(config.milestone, values[-1]) == 0
-
-
-def _load_hard(trainer: SFTTrainer, tuner: PatModel, checkpoint: str) -> bool:
-    """Load a checkpoint whose mask is hard already, as a run leaves it that was cut off between the stages."""
-    model = cast(PeftModel, trainer.model)
-    model.load_adapter(checkpoint, model.active_adapter, is_trainable=True)
-    if not tuner.mask().hardened:
-        return False
-    for name in (OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME):
-        if not (Path(checkpoint) / name).is_file():
-            raise PatError(
-                f"{checkpoint}: has no {name}, so it cannot be gone on from; resume from another checkpoint."
-            )
-    trainer.create_optimizer().load_state_dict(torch.load(Path(checkpoint) / OPTIMIZER_NAME, weights_only=True))
-    trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-    return True
-
-
-class _StopAtMilestone(TrainerCallback):
-    """Ends stage one when the mask has become hard, with a checkpoint to go on from."""
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop, save and log (the loss since the last log would be lost); runs after `PatCallback`."""
-        tuner = find_tuner(kwargs["model"])
-        if tuner is not None and tuner.mask().hardened:
-            control.should_training_stop = control.should_save = control.should_log = True
 
 
 def _remove_if_empty(*folders: Path) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from datasets import Dataset, Features, List, Value
-from jinja2 import TemplateError
 
 from pat.errors import PatError
 from pat.nll import IGNORED, Example
 from pat.training.data import chat_template_of
 from pat.training.messages import reads
-from pat.training.sources import ROW
+from pat.training.sources import PLACE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,8 +80,7 @@ class Encoder:
         """Encode columns of examples, one row for each, with what `FEATURES` names.
 
         Raises:
-            RefusedRow: the chat template refuses an example.
-            PatError: the tokenizer has no end-of-sequence token.
+            PatError: the chat template refuses an example, or the tokenizer has no end-of-sequence token.
         """
         unread = [""] * len(next(iter(batch.values())))
         prompts: list[list[int]] | None = None
@@ -136,39 +134,28 @@ class Encoder:
         try:
             whole = render(row["prompt"] + row["completion"], **options)
             return whole, render(row["prompt"], add_generation_prompt=True, **options)
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise RefusedRow(row.get(ROW, 0), " ".join(str(error).split())) from error
+        except Exception as error:  # whatever the expressions of a template raise
+            where, reason = row.get(PLACE, "A row"), " ".join(str(error).split())
+            raise PatError(f"{where}: the tokenizer's chat template refuses it ({reason}); fix either.") from error
 
 
-class RefusedRow(Exception):
-    """A chat template cannot express the row of this number."""
-
-
-def encode(
-    dataset: Dataset, encoder: Encoder, place: Callable[[int], str] = "row {}".format, num_proc: int | None = None
-) -> Dataset:
+def encode(dataset: Dataset, encoder: Encoder, num_proc: int | None = None) -> Dataset:
     """Return the tokens of a dataset of examples, with the columns of `FEATURES`.
 
-    Args:
-        place: says where a row stands, by its number in the column `ROW`.
-        num_proc: processes, for a slow tokenizer or chat template; a fast tokenizer uses every core by itself.
+    A fast tokenizer uses every core by itself; `num_proc` processes serve a slow one, or a slow chat template.
 
     Raises:
-        PatError: the chat template refuses an example, or the tokenizer has no end-of-sequence token.
+        PatError: see `Encoder`.
     """
-    try:
-        return dataset.map(
-            encoder,
-            batched=True,
-            batch_size=BATCH_SIZE,
-            num_proc=num_proc,
-            remove_columns=dataset.column_names,
-            features=FEATURES,
-            desc="Tokenizing",
-        )
-    except RefusedRow as error:
-        row, reason = error.args
-        raise PatError(f"{place(row)}: the tokenizer's chat template refuses it ({reason}); fix either.") from error
+    return dataset.map(
+        encoder,
+        batched=True,
+        batch_size=BATCH_SIZE,
+        num_proc=num_proc,
+        remove_columns=dataset.column_names,
+        features=FEATURES,
+        desc="Tokenizing",
+    )
 
 
 def tokenize_examples(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, max_length: int | None) -> list[Example]:

@@ -59,7 +59,7 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
         stored = stored_dtype(checked.base_config) or dtype
         figures = {"base": _measure(arguments, data, base, "base", Size.of(checked.base_config, stored))}
         tokens = _tokens(arguments, data, base, checked.base_config)
-        stages = Stages(arguments, data, tokens, run, base)
+        stages = Stages(arguments, data, tokens, run, num_steps, base)
         del base  # nobody else may hold it, or it stays in memory beside the small model
         trained = stages.run(checked.resume_from)
         inner = cast(PreTrainedModel, trained.model.get_base_model())

@@ -8,7 +8,7 @@ import pytest
 
 from pat.benchmark import measure as module
 from pat.benchmark.host import OutOfMemory, Timing
-from pat.benchmark.measure import ROLES, Row, Spread, measure
+from pat.benchmark.measure import Row, Spread, measure
 from pat.benchmark.options import BenchmarkOptions
 
 Log = list[tuple[str, str, int]]
@@ -54,7 +54,7 @@ def run(
     }
     fields: dict[str, Any] = {"contexts": [4], "batch_sizes": [1], "new_tokens": 2, "repetitions": 3, "warmup": 1}
     predictors = {"baseline": counts(40, positions[0]), "model": counts(30, positions[1])}
-    return measure(workers, BenchmarkOptions("m", "b", **(fields | options)), predictors), log
+    return measure(workers, BenchmarkOptions("m", "b", **(fields | options)), predictors), log  # type: ignore[arg-type]
 
 
 def find(rows: list[Row], phase: str, batch_size: int, context: int = 4) -> Row:
@@ -160,12 +160,3 @@ def test_late_repetitions_are_left_out_once_there_are_three(monkeypatch: pytest.
     assert len(find(rows, "prefill", 1).model.seconds) == 3
     rows, _ = run(repetitions=20, max_seconds=55.0, warmup=0)
     assert len(find(rows, "prefill", 1).model.seconds) == 5
-
-
-def test_progress_is_told_after_every_setting() -> None:
-    workers = {role: FakeWorker(role, [], 1.0) for role in ROLES}
-    seen: list[tuple[int, int]] = []
-    options = BenchmarkOptions("m", "b", contexts=[2, 4], batch_sizes=[1, 3], repetitions=1)
-    predictors = dict.fromkeys(ROLES, counts(1, None))
-    measure(workers, options, predictors, lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]

@@ -38,7 +38,7 @@ def test_what_makes_no_sense_is_refused(field: dict[str, Any], words: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("abacus", "device='abacus'; expected auto"), ("cuda:99", "no such device")]
+    ("name", "words"), [("abacus", "device='abacus'; expected auto"), ("cuda:99", "what this machine has: .*cpu")]
 )
 def test_devices_that_are_not_there_are_refused(name: str, words: str) -> None:
     assert resolve_device("cpu").type == "cpu"

@@ -1,5 +1,6 @@
 """The parent's end of a model's process, with a script in the model's place."""
 
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ def worker(**load: Any) -> Worker:
 
 
 def test_a_process_that_the_system_kills_has_run_out_of_memory_and_is_started_again() -> None:
-    with worker() as started:
+    with closing(worker()) as started:
         assert started.load()[:2] == ("load", {"name": "small"})  # type: ignore[index]
         action, arguments, first = started.ask("prefill", batch_size=3)
         assert (action, arguments) == ("prefill", {"batch_size": 3})
@@ -32,6 +33,9 @@ def test_a_process_that_the_system_kills_has_run_out_of_memory_and_is_started_ag
 
 
 def test_a_model_that_does_not_fit_fails_the_run() -> None:
-    with worker(does="die") as started, pytest.raises(RunFailed, match="'small' does not fit into memory") as raised:
+    with (
+        closing(worker(does="die")) as started,
+        pytest.raises(RunFailed, match="'small' does not fit into memory") as raised,
+    ):
         started.load()
     assert not isinstance(raised.value, OutOfMemory)

@@ -88,6 +88,7 @@ def test_adding_the_change_in_place_and_cutting_it_beforehand(make) -> None:
     torch.testing.assert_close(part, expected[:, keep], atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(short.change(y), (y @ (d - torch.eye(HIDDEN)).mT)[:, keep], atol=1e-12, rtol=1e-12)
     assert operator.change(y).shape == y.shape  # the operator itself is as it was
+    assert not list(make().cut_outputs(lambda rows: rows).parameters())[-1].requires_grad
 
 
 @pytest.mark.parametrize("make", OPERATORS)

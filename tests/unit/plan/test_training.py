@@ -10,7 +10,6 @@ from tiny_training import attach, tuner_of
 from torch import nn
 from transformers import PreTrainedModel
 
-from pat.families import get_family
 from pat.plan.costs import build_skeleton
 from pat.plan.training import TrainingMemory, training_memory
 from pat.tuner import PatConfig
@@ -22,7 +21,7 @@ ROWS, LENGTH = 2, 128
 
 
 def planned(base: PreTrainedModel, **fields: Any) -> TrainingMemory:
-    skeleton = build_skeleton(base.config, get_family(base.config.model_type), base.dtype)
+    skeleton = build_skeleton(base.config, base.dtype)
     config = PatConfig(task_type="CAUSAL_LM", r=4, **fields)
     return training_memory(skeleton, config, batch_size=ROWS, length=LENGTH)
 

@@ -22,7 +22,7 @@ LLAMA3 = {
 YARN = {"rope_type": "yarn", "factor": 4.0}
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "default": ("llama", {"rope_type": "default", "rope_theta": 5e5}, {"rope_theta": 5e5, "rope_scaling": None}),
+    "default": ("llama", {"rope_type": "default", "rope_theta": 5e5}, {"rope_theta": 5e5}),
     "llama3": ("llama", LLAMA3 | {"rope_theta": 5e5}, {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
     # transformers 5 fills the original length in; transformers 4 would read a factor of 1 out of it.
     "yarn": ("qwen2", YARN | {"rope_theta": 2e4}, {"rope_theta": 2e4, "rope_scaling": YARN}),
@@ -34,7 +34,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "partial": (
         "phi3",
         {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
-        {"rope_theta": 1e4, "rope_scaling": None, "partial_rotary_factor": 0.5},
+        {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
     ),
     "by type of layer": (
         "gemma3_text",

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset, disable_progress_bars
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import SFTTrainer
+from trl import SFTTrainer, clone_chat_template
 
+from pat.errors import PatError
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.data import load_training_data
-from pat.training.prepare import Prepared, prepare
+from pat.training.prepare import Prepared, prepare, prepare_examples
+from pat.training.vocabulary import Vocabulary, load_vocabulary
+from pat.tuner.config import PatConfig
 
 # Like ChatML: every turn ends with the end token and a line break, a generation prompt opens the answer.
 CHAT_TEMPLATE = (
@@ -25,7 +29,6 @@ CHAT_TEMPLATE = (
 )
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>"]
 CORPUS = ["the quick brown fox jumps over the lazy dog", "a question and its answer", "Question: Answer:"] * 4
-VOCABULARY = 320
 
 
 def make_tokenizer(*, bos: bool = False, chat: bool = True) -> PreTrainedTokenizerFast:
@@ -36,9 +39,7 @@ def make_tokenizer(*, bos: bool = False, chat: bool = True) -> PreTrainedTokeniz
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     inner.train_from_iterator(
         CORPUS,
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-        ),
+        trainers.BpeTrainer(vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
     )
     if bos:
         ids = [("<bos>", inner.token_to_id("<bos>"))]
@@ -47,6 +48,9 @@ def make_tokenizer(*, bos: bool = False, chat: bool = True) -> PreTrainedTokeniz
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
     tokenizer.chat_template = CHAT_TEMPLATE if chat else None
     return tokenizer
+
+
+VOCABULARY = len(make_tokenizer())
 
 
 @pytest.fixture
@@ -149,10 +153,165 @@ def test_what_is_trained_on_is_what_sft_trainer_makes(form: str, cut: str, tmp_p
     )
     assert columns(ours.train) == columns(trainer.train_dataset)
     assert ours.evaluation is not None and columns(ours.evaluation) == columns(trainer.eval_dataset)
-    learned = sum(label != -100 for labels in trainer.train_dataset["labels"] for label in labels)
-    assert learned == ours.record.num_target_tokens - ours.record.num_cut_target_tokens
+    num_learned = sum(label != -100 for labels in trainer.train_dataset["labels"] for label in labels)
+    assert num_learned == ours.record.num_target_tokens - ours.record.num_cut_target_tokens
 
 
 def columns(dataset: Dataset) -> list[dict[str, Any]]:
     names = ("input_ids", "labels", "seq_lengths")
     return [{name: row[name] for name in names if name in row} for row in dataset.to_list()]
+
+
+def learned(data: Prepared) -> list[int]:
+    return [label for example in data.held_out for label in example["labels"] if label != -100]
+
+
+def lines_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    found = [record.getMessage() for record in caplog.records if record.name == "pat.training.prepare"]
+    caplog.clear()
+    return found
+
+
+LONG = "the dog " * 40
+PAIR = {"prompt": "the fox?\n", "completion": "the dog"}
+
+
+def test_what_is_lost_is_counted_and_said(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [PAIR, PAIR | {"completion": LONG}, PAIR | {"prompt": LONG + "\n"}, PAIR | {"completion": " ", "id": 3}]
+    prepared(base, [PAIR])
+    assert lines_of(caplog) == []
+
+    data = prepared(base, rows, max_length=32)
+    record = data.record
+    assert (record.num_rows, record.num_dropped, record.num_examples) == (4, 1, 3)
+    assert (record.num_truncated, record.num_cut_away, len(data.train)) == (2, 1, 2)
+    dropped, columns, cut, endless, away = lines_of(caplog)
+    assert dropped == "1 of 4 rows have no response and are left out." and columns == "These columns are not read: id."
+    assert "2 of 3 examples are cut at --max_length 32" in cut and f"{record.num_cut_tokens:,} of" in cut
+    assert "2 of 3 examples lose the end of their response" in endless
+    assert "1 of 3 examples have no response left within --max_length 32" in away and "keep_end" in away
+    assert "4 rows; 3 examples with" in record.describe() and "2 truncated; 0 held out" in record.describe()
+
+    record = prepared(base, rows[:3], max_length=32, truncation_mode="keep_end").record
+    assert (record.num_truncated, record.num_cut_away) == (1, 0) and record.num_cut_tokens > 0
+    assert len(lines_of(caplog)) == 1  # tokens are lost, but every response ends
+
+    with pytest.raises(PatError, match=r"All 1 responses are truncated away: got max_length 8, .* takes \d+;"):
+        prepared(base, rows[2:3], max_length=8)
+
+
+def test_texts_are_told_how_to_lose_nothing(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prepared(base, [{"text": LONG}] * 2, max_length=32)
+    [cut] = lines_of(caplog)
+    assert "2 of 2 examples are cut" in cut and "--packing_strategy wrapped" in cut
+    record = prepared(base, [{"text": LONG}] * 2, max_length=32, packing=True, packing_strategy="wrapped").record
+    assert lines_of(caplog) == [] and record.num_cut_tokens == record.num_truncated == 0
+
+
+def test_held_out_examples_are_cut_like_those_that_are_trained_on(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    apart = str(write(tmp_path / "apart.jsonl", [PAIR | {"prompt": LONG + "\n"}, PAIR, PAIR | {"completion": LONG}]))
+    cut = prepared(base, [PAIR] * 3, max_length=32, held_out=apart)
+    assert cut.record.num_held_out == len(cut.held_out) == 2
+    assert [len(example["input_ids"]) for example in cut.held_out][1] == 32
+    assert lines_of(caplog) == ["2 of 3 held-out examples are cut likewise; 2 have a response left to be measured."]
+
+    split = prepared(base, [PAIR] * 3, max_length=32, held_out=apart, packing=True, packing_strategy="bfd_split")
+    assert split.record.num_held_out == 3 and max(len(example["input_ids"]) for example in split.held_out) == 32
+    whole = prepared(base, [PAIR] * 3, max_length=None, held_out=apart)
+    learned = [
+        [label for example in data.held_out for label in example["labels"] if label > 0] for data in (split, whole)
+    ]
+    assert learned[0] == learned[1]
+
+
+def test_what_does_not_reach_the_model_is_said(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prepared(base, [{"messages": [say("user", "a", name="Ann"), say("assistant", "b", reasoning="c")]}, PAIR][:1])
+    assert "does not mention name, so what 1 of 1 examples say there is left out" in lines_of(caplog)[0]
+    prepared(base, [{"prompt": "the fox", "completion": "dog"}] * 2 + [PAIR])
+    assert "In 2 of 3 examples the completion follows its prompt without a space" in lines_of(caplog)[0]
+    prepared(base, [{"prompt": "the fox<|assistant|>", "completion": "dog"}, PAIR])
+    assert lines_of(caplog) == []
+
+
+def test_a_row_that_the_template_refuses_is_named(base: Path) -> None:
+    rows = [{"messages": [say("user", text), say("assistant", "b")]} for text in ("a", "b", "refuse")]
+    with pytest.raises(PatError, match=r"data\.jsonl, line 3: the tokenizer's chat template refuses it \(not this\)"):
+        prepared(base, rows)
+
+
+@pytest.mark.parametrize(
+    ("flags", "rows", "message"),
+    [
+        ({"packing": True, "max_length": None}, [PAIR], "packing without a max_length"),
+        ({"completion_only_loss": True}, [{"text": "a"}], "--completion_only_loss true with plain text"),
+        ({"assistant_only_loss": True}, [PAIR], "--assistant_only_loss true"),
+        ({"eos_token": "<none>"}, [PAIR], "'<none>', which the tokenizer does not know"),
+        ({"chat_template_path": "none.jinja"}, [PAIR], r"none\.jinja, which is not readable .* expected a Jinja file"),
+    ],
+)
+def test_arguments_that_do_not_fit_the_data(base: Path, flags: Any, rows: list[Any], message: str) -> None:
+    with pytest.raises(PatError, match=message):
+        prepared(base, rows, **flags)
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_the_template_is_taken_over_before_anything_is_tokenised(form: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", make_tokenizer(chat=False))
+    other = make_tokenizer()
+    other.add_tokens([AddedToken("<end>", special=True)])
+    other.eos_token = "<end>"
+    path = make_base(tmp_path / "other", other) if form == "folder" else tmp_path / "template.jinja"
+    if form == "file":
+        path.write_text(CHAT_TEMPLATE, encoding="utf-8")
+    rows = [{"messages": [say("user", "a"), say("assistant", "b")]}]
+
+    data = prepared(base, rows, chat_template_path=str(path))
+
+    vocabulary = data.vocabulary
+    assert data.record.template == "chat" and vocabulary.tokenizer.chat_template == CHAT_TEMPLATE
+    ids = make_tokenizer().apply_chat_template(rows[0]["messages"])["input_ids"]
+    assert data.train[0]["input_ids"] == ids
+    if form == "file":
+        assert (list(vocabulary.added), vocabulary.num_embeddings) == ([], VOCABULARY)
+        return
+    # As `trl.clone_chat_template` does it.
+    theirs = LlamaForCausalLM(LlamaConfig.from_pretrained(base))
+    ours = copy.deepcopy(theirs)
+    _, tokenizer, added = clone_chat_template(theirs, make_tokenizer(chat=False), str(path))
+    vocabulary.fit(ours)
+    assert list(vocabulary.added) == added[:1] and vocabulary.tokenizer.eos_token == tokenizer.eos_token
+    assert ours.get_input_embeddings().weight.shape == theirs.get_input_embeddings().weight.shape
+    assert ours.config.eos_token_id == theirs.config.eos_token_id == ours.generation_config.eos_token_id
+    for tied, saved in ((True, None), (False, ["lm_head"])):
+        config = vocabulary.train_added(PatConfig(trainable_token_indices=[5]), tied=tied)
+        assert (config.trainable_token_indices, config.modules_to_save) == ([5, added[0]], saved)
+
+
+def test_tokens_without_an_embedding_are_refused_where_they_occur(base: Path, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(base)
+    assert prepared(base, [PAIR]).vocabulary.num_embeddings == VOCABULARY  # the token is known, and not used
+    calibration = tmp_path / "calibration.txt"
+    calibration.write_text("a <new> text", encoding="utf-8")
+    new = PAIR | {"completion": "a <new> dog"}
+    apart = str(write(tmp_path / "apart.jsonl", [new]))
+    for rows, flags in (([new], {}), ([PAIR], {"held_out": apart}), ([PAIR], {"calibration": str(calibration)})):
+        with pytest.raises(PatError, match=rf"'<new>' \(id {VOCABULARY}\), but the model has embeddings"):
+            prepared(base, rows, **flags)
+    with pytest.raises(PatError, match="'<new>'"):
+        prepare_examples(apart, Vocabulary(tokenizer, VOCABULARY), template="auto", max_length=32)
+    tokenizer.pad_token = "<new>"
+    tokenizer.save_pretrained(base)
+    with pytest.raises(PatError, match="'<new>'"):
+        prepared(base, [PAIR])
+
+
+def test_examples_to_measure_are_evenly_spaced(base: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "data.jsonl", [PAIR | {"prompt": f"{index}\n"} for index in range(10)])
+    vocabulary = load_vocabulary(str(base), VOCABULARY)
+    examples, record = prepare_examples(str(file), vocabulary, template="auto", max_length=32, limit=4)
+    firsts = [vocabulary.tokenizer.decode(example["input_ids"][:1]) for example in examples]
+    assert firsts == ["0", "2", "5", "7"] and record.num_examples == 4

@@ -39,7 +39,7 @@ def test_files_have_one_split(folder: Path, split: str) -> None:
 
 def test_a_chat_template_is_refused(folder: Path) -> None:
     with pytest.raises(PatError, match=r"template='chat' with task:.*expected 'alpaca' or 'auto'"):
-        load_source(f"task:{folder}/arc_easy", Reading(template="chat"))
+        load_source(f"task:{folder}/arc_easy", Reading("chat", "a template"))
 
 
 def test_some_are_held_out(folder: Path) -> None:
