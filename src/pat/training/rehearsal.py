@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -35,8 +36,8 @@ NUM_LAYERS = 2
 
 NUM_TOKENS = 16
 
-MIN_WIDTH = 16
-"""Hidden size of the tiny model, at the least; twice the number of heads if that is more."""
+ALIGNMENT = 16
+"""Divides the hidden size of the tiny model: kernels for experts refuse rows that are not a multiple of 16 bytes."""
 
 
 def rehearse(arguments: TuneArguments, data: Prepared, base_config: Any, family: Family) -> int:
@@ -59,7 +60,9 @@ def rehearse(arguments: TuneArguments, data: Prepared, base_config: Any, family:
         except PatError:
             raise
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = " ".join(str(error).split())
+            if not isinstance(error, ValueError | ImportError):  # which libraries raise for people to read
+                reason = f"{type(error).__name__}: {reason} (--debug shows where)"
             raise PatError(f"The run cannot be set up as asked: {reason}") from error
 
 
@@ -115,7 +118,7 @@ def _check_names(arguments: TuneArguments, base: PreTrainedModel) -> None:
 def _tiny_config(base_config: Any, family: Family, head_dim: int) -> Any:
     """Return the configuration of a narrow model of two layers, whose heads and vocabulary are the base's."""
     heads = base_config.num_attention_heads
-    width = max(2, -(-MIN_WIDTH // heads)) * heads
+    width = math.lcm(2 * heads, ALIGNMENT)
     tied = bool(base_config.tie_word_embeddings)
     small = shrink_config(base_config, family, pruned_hidden_size=width, head_dim=head_dim, tied=tied)
     num_layers = small.num_hidden_layers
