@@ -2,11 +2,15 @@
 #   make demo   the main job on a small model: install, tune, prune, compare (OUT= chooses another folder)
 #   make test   the same set-up, then every test (ARGS= goes to pytest)
 #   make lint   ruff and mypy
+#   make compare CONFIG=tiny  methods x ratios x seeds under one budget; CONFIG= one of benchmarks/compare/configs or a file,
+#                             ARGS= further flags (--help lists them)
+#   make mutants  do the tests of method/ and surgery/ notice a fault? 300 mutants, about an hour (ARGS= goes to the run)
 
 PYTHON ?= python3
 OUT ?= runs/demo
 JOBS ?= 2
 ARGS ?=
+CONFIG ?= tiny
 
 VENV := .venv
 INSTALLED := $(VENV)/.installed
@@ -18,7 +22,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Instruction data that may lie beside the checkout; without it `pat demo` finds its own.
 DEMO_DATA := $(wildcard ../shared/data/instruct/instruct_21k.jsonl)
 
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test lint compare mutants clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -42,6 +46,15 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy --strict src
+
+READY_MADE := $(wildcard benchmarks/compare/configs/$(CONFIG).yaml)
+compare: export PYTHONPATH := benchmarks
+compare: $(INSTALLED)
+	@$(VENV)/bin/python -m compare --config $(or $(READY_MADE),$(CONFIG)) $(ARGS)
+
+mutants: $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet --editable '.[mutation]'
+	$(VENV)/bin/python benchmarks/mutation.py --workers $(JOBS) $(ARGS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist

@@ -32,7 +32,7 @@ from trl import SFTConfig, SFTTrainer
 
 from pat.loading import load_base, load_tokenizer
 from pat.nll import Example, response_nll
-from pat.report.results import environment
+from pat.report.records import environment
 from pat.shape import choose_width
 from pat.training.data import TrainingData, load_training_data
 from pat.training.tokens import tokenize_examples

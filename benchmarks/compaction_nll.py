@@ -15,10 +15,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pat.report.results import environment
+from pat.report.records import environment
 
 MARK = 0.02
 """Nats per response token that compaction may cost at most."""
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=128)
     parser.add_argument("--held_out", default="200")
     parser.add_argument("--recipe", default="default")
+    parser.add_argument("--jobs", type=int, default=1, help="Runs side by side; their seconds then say little.")
     parser.add_argument("--output", required=True, type=Path)
     args, flags = parser.parse_known_args()
 
@@ -42,27 +44,38 @@ def main() -> None:
     results = json.loads(args.output.read_text()) if args.output.exists() else {}
     earlier = results.get("comparisons", {}).get(key, {})
     pairs = {p["seed"]: p for p in earlier.get("pairs", [])} if settings.items() <= earlier.items() else {}
-    for seed in map(int, args.seeds.split(",")):
-        if seed not in pairs:
-            pairs[seed] = compare(args, flags, seed)
-        differences = [pair["difference"] for pair in pairs.values()]
-        record = settings | {
-            "mark": MARK,
-            "pairs": [pairs[key] for key in sorted(pairs)],
-            "mean_difference": statistics.mean(differences),
-            "standard_deviation": statistics.stdev(differences) if len(differences) > 1 else None,
-        }
-        results = results | environment()
-        results.setdefault("comparisons", {})[key] = record
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=2) + "\n")
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = {seed: start(pool, args, flags, seed) for seed in seeds if seed not in pairs}
+        for seed in seeds:
+            if seed in runs:
+                pairs[seed] = compare(runs[seed], seed)
+            differences = [pair["difference"] for pair in pairs.values()]
+            record = settings | {
+                "mark": MARK,
+                "jobs": args.jobs,
+                "pairs": [pairs[key] for key in sorted(pairs)],
+                "mean_difference": statistics.mean(differences),
+                "standard_deviation": statistics.stdev(differences) if len(differences) > 1 else None,
+            }
+            results = results | environment()
+            results.setdefault("comparisons", {})[key] = record
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def compare(args: argparse.Namespace, flags: list[str], seed: int) -> dict[str, Any]:
-    """Run one pair."""
-    pair: dict[str, Any] = {"seed": seed}
-    for name, more in (("compact", []), ("full_width", ["--no_compact", "true"])):
-        pair[name] = tune(args, [*flags, *more, "--seed", str(seed)])
+Runs = dict[str, "Future[dict[str, Any]]"]
+
+
+def start(pool: ThreadPoolExecutor, args: argparse.Namespace, flags: list[str], seed: int) -> Runs:
+    """Queue both runs of one pair."""
+    kinds = {"compact": [], "full_width": ["--no_compact", "true"]}
+    return {name: pool.submit(tune, args, [*flags, *more, "--seed", str(seed)]) for name, more in kinds.items()}
+
+
+def compare(runs: Runs, seed: int) -> dict[str, Any]:
+    """Wait for one pair and compare its runs."""
+    pair: dict[str, Any] = {"seed": seed} | {name: run.result() for name, run in runs.items()}
     pair["difference"] = pair["compact"]["nll"] - pair["full_width"]["nll"]
     print(f"seed {seed}: {pair['difference']:+.4f} nats", flush=True)
     return pair

@@ -16,7 +16,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pat.nll import batches_from_examples, response_nll
-from pat.report.results import environment
+from pat.report.records import environment
 from pat.training.data import load_training_data
 from pat.training.tokens import tokenize_examples
 from pat.tuner import PatConfig, PatModel, find_tuner

@@ -1,46 +1,62 @@
 #!/usr/bin/env bash
-# All benchmarks on one GPU, within ten minutes: what a run costs, how fast the result is, what a merge costs, and whether
-# compaction costs quality. Needs an environment with pat and its dependencies, or wheels of what is missing:
+# All benchmarks on one GPU: what a run costs, how fast the result is, what a merge costs, and whether compaction costs
+# quality. On an H100 they take about eleven minutes; PARTS splits them where that is too long for one session. Needs an
+# environment with pat and its dependencies, or wheels of what is missing:
 #
 #   WHEELS=wheels MODEL=models/smollm2 DATA=instruct.jsonl OUT=benchmarks/results/gpu bash benchmarks/gpu.sh
 #
-# WHEELS  folder of wheels, installed into a folder of their own without an index; none if everything is there
-# MODEL   a base model for the comparison of qualities, DATA its instruction data; without them it is left out
+# WHEELS   folder of wheels, pat's own among them, installed into a folder of their own without an index; none if
+#          everything is there
+# MODEL    a base model for the comparison of qualities, DATA its instruction data; without them it is left out
+# SCRATCH  folder for 30 GB on the disk that copies and merges are to be timed on; the other parts use TMPDIR (25 GB)
+# PARTS    what to do, by default all: nll memory train inference merge
 # Every part has a time limit of its own, so that one that hangs leaves the others their figures.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 OUT=${OUT:-benchmarks/results/gpu}
 PYTHON=${PYTHON:-python3}
+PARTS=${PARTS:-nll memory train inference merge}
 mkdir -p "$OUT"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
 if [ -n "${WHEELS:-}" ]; then
     site=$(mktemp -d)
     "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$site" "$WHEELS"/*.whl || exit 1
-    export PYTHONPATH="$site:$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
+    export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 "$PYTHON" -c 'import pat, torch; assert torch.cuda.is_available(), "no GPU"; print(torch.cuda.get_device_name())' || exit 1
 
-failed=0
-part() {  # part SECONDS NAME COMMAND...
-    local limit=$1 name=$2
+part() {  # part SECONDS NAME COMMAND...; nothing if it is not asked for
+    local limit=$1 name=$2 started=$SECONDS
     shift 2
-    echo "== $name"
-    timeout "$limit" "$@" 2>&1 | tee "$OUT/$name.log"
-    local status=${PIPESTATUS[0]}
-    [ "$status" -eq 0 ] || { echo "== $name ended with status $status"; failed=1; }
+    [[ " $PARTS " == *" $name "* ]] || return 0
+    timeout "$limit" "$@" > "$OUT/$name.log" 2>&1
+    local status=$?
+    cat "$OUT/$name.log"
+    echo "== $name ended with status $status after $((SECONDS - started)) s"
+    return "$status"
 }
 
-part 200 train_cost "$PYTHON" benchmarks/train_cost.py --hidden_size 4096 --layers 4 --batch_size 8 --steps 200 \
-    --repetitions 2 --output "$OUT/train_cost.json"
-part 150 inference_speed "$PYTHON" benchmarks/inference_speed.py --device cuda --dtype bfloat16 --hidden_size 4096 \
-    --decode_hidden_size 4096 --repetitions 7 --output "$OUT/inference_speed.json"
-part 120 merge_cost "$PYTHON" benchmarks/merge_cost.py --device cuda --shape 7b --parts merges \
-    --merges none,pca --repetitions 1 --output "$OUT/merge_cost.json"
+failed=0
+shape=(--hidden_size 4096 --layers 4 --batch_size 8 --output "$OUT/train_cost.json")
+# Nothing is timed in the first two, so they share the card.
+waiting=()
 if [ -n "${MODEL:-}" ] && [ -n "${DATA:-}" ]; then
-    part 120 compaction_nll "$PYTHON" benchmarks/compaction_nll.py --model "$MODEL" --data "$DATA" --seeds 0,1,2 \
-        --steps 120 --output "$OUT/compaction_nll.json"
+    OMP_NUM_THREADS=1 part 200 nll "$PYTHON" benchmarks/compaction_nll.py --model "$MODEL" --data "$DATA" \
+        --seeds 0,1,2 --steps 120 --jobs 6 --output "$OUT/compaction_nll.json" &
+    waiting+=($!)
 fi
+OMP_NUM_THREADS=2 part 200 memory "$PYTHON" benchmarks/train_cost.py --parts memory "${shape[@]}" &
+waiting+=($!)
+for job in "${waiting[@]}"; do wait "$job" || failed=1; done
+
+# 512 steps are the 2^20 tokens of the computed run.
+part 300 train "$PYTHON" benchmarks/train_cost.py --parts steps,runs,whole --steps 512 --repetitions 1 \
+    "${shape[@]}" || failed=1
+part 180 inference "$PYTHON" benchmarks/inference_speed.py --device cuda --dtype bfloat16 --hidden_size 4096 \
+    --decode_hidden_size 8192 --repetitions 7 --output "$OUT/inference_speed.json" || failed=1
+part 300 merge "$PYTHON" benchmarks/merge_cost.py --device cuda --shape 7b --parts merges --merges none,pca \
+    --repetitions 1 ${SCRATCH:+--scratch "$SCRATCH"} --output "$OUT/merge_cost.json" || failed=1
 ls -l "$OUT"
 exit $failed

@@ -13,6 +13,7 @@ read fewer bytes a second where the matrix has rows of 768 numbers than where th
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import tempfile
@@ -22,11 +23,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from pat.benchmark import BenchmarkOptions, print_benchmark, run_benchmark
-from pat.benchmark.options import parse_counts
-from pat.benchmark.record import to_dict
+from pat.benchmark.command import run_benchmark
+from pat.benchmark.options import BenchmarkOptions
+from pat.benchmark.tables import print_benchmark
 from pat.families import get_family
-from pat.report.results import write_results
+from pat.report.records import to_json, write_record
 from pat.surgery.dense import shrink_config
 
 RATIO = 0.25
@@ -36,8 +37,11 @@ MARKS = {"prefill": (8, 0.95), "decode": (1, 0.90)}
 """Smallest batch size that counts, and least share of the predicted speed-up, by phase."""
 
 
-def make_models(folder: Path, hidden_size: int, dtype: torch.dtype) -> dict[str, str]:
-    """Write a random hidden-dominated Llama and one with a hidden size that is a quarter smaller."""
+def make_models(folder: Path, hidden_size: int, dtype: torch.dtype, device: str) -> dict[str, str]:
+    """Write a random hidden-dominated Llama and one with a hidden size that is a quarter smaller.
+
+    They are drawn on the device: a CPU needs minutes for billions of numbers in bfloat16.
+    """
     config = LlamaConfig(
         hidden_size=hidden_size,
         intermediate_size=hidden_size * 11 // 4,
@@ -60,21 +64,23 @@ def make_models(folder: Path, hidden_size: int, dtype: torch.dtype) -> dict[str,
     paths = {}
     for role, shape in (("baseline", config), ("model", small)):
         paths[role] = str(folder / f"{role}-{shape.hidden_size}")
-        AutoModelForCausalLM.from_config(shape, dtype=dtype).save_pretrained(paths[role])
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+        model.save_pretrained(paths[role])
     return paths
 
 
 def run(
-    args: argparse.Namespace, hidden_size: int, contexts: str, batch_sizes: str, figure: Path | None
+    args: argparse.Namespace, hidden_size: int, contexts: list[int], batch_sizes: list[int], figure: Path | None
 ) -> dict[str, Any]:
     """Compare the two models of a shape; print the tables and return the record."""
     with tempfile.TemporaryDirectory(prefix="inference_speed-") as scratch:
-        paths = make_models(Path(scratch), hidden_size, getattr(torch, args.dtype))
+        paths = make_models(Path(scratch), hidden_size, getattr(torch, args.dtype), args.device)
         benchmark = run_benchmark(
             BenchmarkOptions(
                 **paths,
-                contexts=parse_counts(contexts, "contexts"),
-                batch_sizes=parse_counts(batch_sizes, "batch_sizes"),
+                contexts=contexts,
+                batch_sizes=batch_sizes,
                 new_tokens=args.new_tokens,
                 repetitions=args.repetitions,
                 warmup=args.warmup,
@@ -85,7 +91,7 @@ def run(
             )
         )
         print_benchmark(benchmark)
-        record = to_dict(benchmark)
+        record: dict[str, Any] = json.loads(to_json(benchmark))
         for role in paths:  # where the scratch folder was means nothing to a reader
             record["models"][role]["name"] = record["options"][role] = Path(paths[role]).name
         record["options"]["output_dir"] = None
@@ -100,7 +106,11 @@ def judge(record: dict[str, Any], phase: str) -> dict[str, Any]:
     """Hold a phase against its mark, at the setting that does worst."""
     least_batch, mark = MARKS[phase]
     rows = [row for row in record["settings"] if row["phase"] == phase and row["batch_size"] >= least_batch]
-    figures = {f"{row['batch_size']} x {row['context']}": row["measured_over_predicted"] for row in rows}
+
+    def over_predicted(row: dict[str, Any], name: str) -> float | None:
+        return None if row[name] is None else row[name]["median"] / row["predicted_speedup"]
+
+    figures = {f"{row['batch_size']} x {row['context']}": over_predicted(row, "speedup") for row in rows}
     complete = bool(figures) and None not in figures.values()
     worst = min(figures, key=lambda name: figures[name]) if complete else None
     return {
@@ -110,9 +120,9 @@ def judge(record: dict[str, Any], phase: str) -> dict[str, Any]:
         "from_batch_size": least_batch,
         "measured_over_predicted": figures,
         "cpu_time_over_predicted": {
-            f"{row['batch_size']} x {row['context']}": row["cpu_speedup"]["median"] / row["predicted_speedup"]
+            f"{row['batch_size']} x {row['context']}": over_predicted(row, "cpu_speedup")
             for row in rows
-            if row["cpu_speedup"] is not None
+            if record["device"] == "cpu"  # an accelerator's work is none of the CPU's
         },
         "worst": worst,
         "met": worst is not None and figures[worst] >= mark,
@@ -124,11 +134,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON file; the figures go beside it.")
     parser.add_argument("--hidden_size", type=int, default=1024)
-    parser.add_argument("--contexts", default="128,512,2048")
-    parser.add_argument("--batch_sizes", default="1,8,16")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 512, 2048])
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--decode_hidden_size", type=int, default=2048)
-    parser.add_argument("--decode_contexts", default="128")
-    parser.add_argument("--decode_batch_sizes", default="1,8")
+    parser.add_argument("--decode_contexts", type=int, nargs="+", default=[128])
+    parser.add_argument("--decode_batch_sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--new_tokens", type=int, default=16)
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=1)
@@ -151,7 +161,7 @@ def main() -> None:
     common["machine"] |= {"load_average_before": load_before, "load_average_after": os.getloadavg()}
     marks = {phase: judge(record, phase) for phase, record in runs.items()}
     if args.output is not None:
-        write_results(args.output, {**common, "marks": marks, "runs": runs})
+        write_record(args.output, {**common, "marks": marks, "runs": runs})
     for phase, verdict in marks.items():
         print(f"{phase}, {verdict['model']} beside {verdict['baseline']}, measured over predicted (batch x context):")
         for name, by_wall in verdict["measured_over_predicted"].items():

@@ -37,10 +37,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from pat.checkpoint.hollow import StoredWeights, hollow_model
-from pat.checkpoint.read import open_checkpoint
 from pat.checkpoint.shards import ShardWriter
+from pat.loading.stored import stored_tensors
 from pat.method.operator import default_rank
-from pat.report.results import environment, write_results
+from pat.report.records import environment, write_record
 from pat.tuner import PatConfig, find_tuner
 
 MARKS = {"peak_rss_gb": 2.0, "wall_to_copy": 4.0}
@@ -82,20 +82,20 @@ sys.exit(0 if status == 0 else 1)
 """Starts a merge: the system counts what a process had before it became another program, so that has to be little."""
 
 
-def make_base(folder: Path, config: LlamaConfig) -> None:
+def make_base(folder: Path, config: LlamaConfig, device: str = "cpu") -> None:
     """Write a random bfloat16 checkpoint in shards of 2 GB, tensor by tensor, with a tokenizer of one token a word."""
     folder.mkdir(parents=True)
     model = hollow_model(config, torch.bfloat16, torch.device("cpu"))
-    noise = torch.randn(2**24, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2**24, generator=torch.Generator().manual_seed(0)).to(device)
     with ShardWriter(folder, model, torch.bfloat16, max_shard_size="2GB") as writer:
         for index, (name, parameter) in enumerate(model.named_parameters()):
             if parameter.dim() < 2:
-                writer.write(name, 1 + 0.1 * noise[: parameter.numel()])
+                writer.write(name, (1 + 0.1 * noise[: parameter.numel()]).cpu())
                 continue
             # The same numbers over and over, shifted: drawing seven billion would take longer than merging them.
             repeats = -(-parameter.numel() // noise.numel())
             drawn = noise.roll(index * 9973).bfloat16().repeat(repeats)[: parameter.numel()].view(parameter.shape)
-            writer.write(name, drawn / math.sqrt(parameter.shape[-1]))
+            writer.write(name, (drawn / math.sqrt(parameter.shape[-1])).cpu())
     model.config.dtype = "bfloat16"
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
@@ -107,16 +107,15 @@ def make_base(folder: Path, config: LlamaConfig) -> None:
 
 
 @torch.no_grad()
-def make_adapter(base: Path, folder: Path, rotation: str) -> None:
+def make_adapter(base: Path, folder: Path, rotation: str, device: str = "cpu") -> None:
     """Save a random hardened adapter: LoRA of rank 20 on every linear layer, operators of the default rank."""
-    checkpoint = open_checkpoint(str(base))
-    assert checkpoint is not None
     config = LlamaConfig.from_pretrained(base)
     model = hollow_model(config, torch.bfloat16, torch.device("cpu"))
     model.name_or_path = str(base)
-    StoredWeights(model, checkpoint)  # the vectors
+    StoredWeights(model, stored_tensors(str(base)) or {}, base.name)  # the vectors
     pat = PatConfig(task_type="CAUSAL_LM", r=20, lora_alpha=40, pruning_ratio=0.25, rotation=rotation)
-    peft_model = get_peft_model(model, pat)
+    with torch.device(device):  # where the operators are made orthonormal; they then go to the model, on the CPU
+        peft_model = get_peft_model(model, pat)
     tuner = find_tuner(peft_model)
     assert tuner is not None
     torch.manual_seed(1)
@@ -128,7 +127,7 @@ def make_adapter(base: Path, folder: Path, rotation: str) -> None:
     width = config.hidden_size
     basis = None
     if rotation == "pca":
-        basis = torch.linalg.qr(torch.randn(width, width)).Q.double()
+        basis = torch.linalg.qr(torch.randn(width, width).to(device)).Q.double().cpu()
     prior = torch.randperm(width).double() / width - 0.25
     tuner.mask().set_prior(prior, pinned=torch.zeros(width, dtype=torch.bool), basis=basis, head_factor=None)
     tuner.set_step(2, 1)
@@ -211,6 +210,7 @@ def measure_merges(
     rows: dict[str, Any] = {name: {"runs": []} for name in names}
     for turn in range(repetitions):
         results["copy"]["seconds"].append(time_copy(base, scratch))
+        print(json.dumps({"copy": results["copy"]}), flush=True)  # at once: a run that is cut off leaves its log
         for name in names:
             if turn > 0 and name != MARKED:
                 continue
@@ -225,7 +225,6 @@ def measure_merges(
     for row in rows.values():
         row["wall_seconds"] = statistics.median(run["wall_seconds"] for run in row["runs"])
         row["peak_rss_gb"] = max(run["peak_rss_gb"] for run in row["runs"])
-    print(json.dumps(results), flush=True)
     return results | {"merges": rows}
 
 
@@ -287,11 +286,11 @@ def measure_kills(adapter: Path, scratch: Path, kills: int) -> dict[str, Any]:
 
 def is_whole(folder: Path) -> bool:
     """Tell whether a folder holds a complete checkpoint with its record."""
-    checkpoint = open_checkpoint(str(folder))
-    if checkpoint is None or not (folder / "results.json").is_file():
+    tensors = stored_tensors(str(folder))
+    if tensors is None or not (folder / "results.json").is_file():
         return False
     model = hollow_model(LlamaConfig.from_pretrained(folder), torch.bfloat16, torch.device("cpu"))
-    return not StoredWeights(model, checkpoint).left_over
+    return not StoredWeights(model, tensors, folder.name).left_over
 
 
 def judge(results: dict[str, Any]) -> dict[str, Any]:
@@ -333,13 +332,13 @@ def main() -> None:
         scratch = Path(folder)
         if "merges" in parts:
             config = SHAPES[args.shape]
-            make_base(scratch / "base", config)
+            make_base(scratch / "base", config, args.device)
             results["shape"] = {"name": args.shape} | {
                 key: getattr(config, key)
                 for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
             }
             for rotation in dict.fromkeys(MERGES[name][0] for name in names):
-                make_adapter(scratch / "base", scratch / "adapters" / rotation, rotation)
+                make_adapter(scratch / "base", scratch / "adapters" / rotation, rotation, args.device)
             before = results.get("merges", {})
             results |= measure_merges(
                 scratch / "base", scratch / "adapters", scratch, config, names, args.device, args.repetitions
@@ -361,7 +360,7 @@ def main() -> None:
     results["verdict"] = judge(results)
     print(json.dumps(results["verdict"], indent=2))
     if args.output is not None:
-        write_results(args.output, results)
+        write_record(args.output, results)
 
 
 if __name__ == "__main__":

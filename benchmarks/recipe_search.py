@@ -24,7 +24,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from pat.nll import batches_from_examples, response_nll
-from pat.training.arguments import recipe_defaults
+from pat.recipes import recipe_defaults
 from pat.training.callback import PatCallback
 from pat.training.data import load_training_data
 from pat.training.tokens import tokenize_examples
@@ -85,7 +85,8 @@ def hyperparameters(args: argparse.Namespace) -> dict[str, Any]:
     """
     recipe = recipe_defaults("paper" if args.recipe == "paper" else "default")
     names = [*OVERRIDES, "rotation", "use_rslora", "lr_scheduler_type"]
-    chosen = {name: recipe[name] for name in names if name in recipe}
+    defaults = {**vars(PatConfig()), "lora_r": PatConfig.r} | recipe
+    chosen = {name: defaults[name] for name in names}
     return chosen | {name: value for name in OVERRIDES if (value := getattr(args, name)) is not None}
 
 

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,8 +36,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from trl import SFTTrainer
 
 from pat.loading import load_tokenizer
-from pat.report.results import environment
-from pat.training.arguments import TuneArguments, build_arguments, recipe_defaults
+from pat.recipes import recipe_defaults
+from pat.report.records import environment
+from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.data import load_training_data
 from pat.training.stages import Stages
 from pat.tuner import PatConfig, PatModel, find_tuner
@@ -374,10 +376,12 @@ def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
     """Measure the peak memory of a few steps of every stage."""
     key = "peak_rss" if args.device == "cpu" else "peak_cuda"
     fresh(args, f"default:{args.folder / 'for_stage_two'}", steps=10)
-    found = {
-        kind: fresh(args, f"{kind}:{args.folder / ('for_stage_two' if kind == 'stage_two' else 'memory-' + kind)}", 4)
-        for kind in ("lora", "stage_one", "stage_one_rotated", "stage_two")
-    }
+    kinds = ("lora", "stage_one", "stage_one_rotated", "stage_two")
+    folders = {kind: args.folder / ("for_stage_two" if kind == "stage_two" else f"memory-{kind}") for kind in kinds}
+    # What a process has of an accelerator's memory does not depend on the others there.
+    with ThreadPoolExecutor(1 if args.device == "cpu" else len(kinds)) as pool:
+        rows = pool.map(lambda kind: fresh(args, f"{kind}:{folders[kind]}", 4), kinds)
+        found = dict(zip(kinds, rows, strict=True))
     reference = found["lora"][key]
     return {
         "bytes": {kind: row[key] for kind, row in found.items()},
@@ -416,7 +420,7 @@ def compose(steps: dict[str, Any], runs: dict[str, Any]) -> dict[str, Any]:
     num_steps = WHOLE_TOKENS // (steps["batch_size"] * steps["max_length"])
     result: dict[str, Any] = {"num_steps": num_steps, "fixed_seconds": {}, "ratios": {}}
     for kind, step_one in stage_one.items():
-        milestone = recipe_defaults(kind)["milestone"]
+        milestone = recipe_defaults(kind).get("milestone", PatConfig.milestone)
         short = round(milestone * runs["steps"]) * step_one * runs["batch_size"] / steps["batch_size"]
         parts = [row["stage_one"] - short + row["compaction"] for row in runs["parts"][kind]]
         fixed = result["fixed_seconds"][kind] = max(0.0, statistics.median(parts))

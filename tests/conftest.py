@@ -21,8 +21,10 @@ for folder in (REPO_ROOT / "benchmarks", TESTS_DIR):  # scripts beside the packa
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
+import gc  # noqa: E402
 import random  # noqa: E402
 
+import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -31,6 +33,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 torch.set_num_threads(1)
+
+# The same examples in every run, no files beside the checkout, and no limit that a busy machine could break.
+hypothesis.settings.register_profile("pat", derandomize=True, database=None, deadline=None)
+hypothesis.settings.register_profile(  # for benchmarks/mutation.py, to which any counterexample will do
+    "unshrunk", hypothesis.settings.get_profile("pat"), phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate)
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "pat"))
+
+
+def pytest_collection_finish() -> None:
+    """Take what is imported out of garbage collection: a Trainer collects at every start, half a second through it."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +78,14 @@ def tests_data() -> Path:
 def stories260k_path(tests_data: Path) -> Path:
     """Checkpoint of a trained 260,032-parameter Llama: hidden 64, 5 layers, 8 heads, 4 KV heads, tied."""
     return tests_data / "stories260K"
+
+
+@pytest.fixture(scope="session")
+def lettered_path(stories260k_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint like stories260K that answers questions by letter."""
+    from lettered import save_lettered
+
+    return save_lettered(stories260k_path, tmp_path_factory.mktemp("lettered"))
 
 
 @pytest.fixture

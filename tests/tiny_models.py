@@ -10,6 +10,7 @@ attention is grouped-query, and ``head_dim`` is not ``hidden_size / num_attentio
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from pat.surgery.residual import stored_tensors
 
 VOCAB_SIZE = 128
 NUM_KEY_VALUE_HEADS = 2
@@ -45,55 +48,53 @@ _BASE: dict[str, Any] = {
     "attention_dropout": 0.0,
 }
 
-# What each family adds to _BASE. Six heads where head_dim is derived, so that both head counts occur.
+_ALTERNATING = {
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": SLIDING_WINDOW,
+}
+_SIX_HEADS = {"num_attention_heads": 6}  # where head_dim is derived from the width, so that both head counts occur
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_MULTIPLIERS = {
+    "embedding_multiplier": 1.7,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.25,
+    "logits_scaling": 0.7,
+}
+# transformers warns where the original context is not shorter than max_position_embeddings.
+_LLAMA3_ROPE = {
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 10_000.0,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+}
+
 _FAMILY: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": HEAD_DIM, "attention_bias": True, "mlp_bias": True},
+    "internlm3": {"head_dim": HEAD_DIM, "qkv_bias": True, "bias": True},
+    "iquestcoder": {"head_dim": HEAD_DIM, "attention_bias": True},
     "mistral": {"head_dim": HEAD_DIM, "sliding_window": SLIDING_WINDOW},
-    "qwen2": {"num_attention_heads": 6},
+    "ministral": {"head_dim": HEAD_DIM} | _ALTERNATING,
+    "ministral3": {
+        "head_dim": HEAD_DIM,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10_000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 8,
+            "max_position_embeddings": 128,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale_all_dim": 1.0,
+            "mscale": 1.0,
+            "llama_4_scaling_beta": 0.5,
+        },
+    },
+    "qwen2": _SIX_HEADS,
     "qwen3": {"head_dim": HEAD_DIM, "attention_bias": True},
-    "gemma": {"head_dim": HEAD_DIM, "attention_bias": True},
-    "gemma2": {
-        "head_dim": HEAD_DIM,
-        "attention_bias": True,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        "sliding_window": SLIDING_WINDOW,
-        "query_pre_attn_scalar": 10,
-        "attn_logit_softcapping": 3.0,
-        "final_logit_softcapping": 4.0,
-    },
-    "gemma3_text": {
-        "head_dim": HEAD_DIM,
-        "attention_bias": True,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        "sliding_window": SLIDING_WINDOW,
-        "query_pre_attn_scalar": 10,
-    },
-    "phi3": {
-        "num_attention_heads": 6,
-        "original_max_position_embeddings": 128,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
-    },
-    "olmo2": {"num_attention_heads": 6, "attention_bias": True},
-    "smollm3": {
-        "attention_bias": True,
-        "mlp_bias": True,
-        "no_rope_layers": [1, 0, 1],
-    },
-    "granite": {
-        "num_attention_heads": 6,
-        "attention_bias": True,
-        "mlp_bias": True,
-        "embedding_multiplier": 1.7,
-        "residual_multiplier": 0.6,
-        "attention_multiplier": 0.25,
-        "logits_scaling": 0.7,
-    },
-    "mixtral": {
-        "head_dim": HEAD_DIM,
-        "intermediate_size": 40,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-    },
     "qwen3_moe": {
         "head_dim": HEAD_DIM,
         "attention_bias": True,
@@ -103,11 +104,76 @@ _FAMILY: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "mlp_only_layers": [1],
     },
+    "gemma": {"head_dim": HEAD_DIM, "attention_bias": True},
+    "gemma2": {
+        "head_dim": HEAD_DIM,
+        "attention_bias": True,
+        "query_pre_attn_scalar": 10,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 4.0,
+    }
+    | _ALTERNATING,
+    "gemma3_text": {"head_dim": HEAD_DIM, "attention_bias": True, "query_pre_attn_scalar": 10} | _ALTERNATING,
+    "vaultgemma": {
+        "head_dim": HEAD_DIM,
+        "attention_bias": True,
+        "query_pre_attn_scalar": 10,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 4.0,
+    }
+    | _ALTERNATING,
+    "phi3": {
+        "original_max_position_embeddings": 128,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
+    }
+    | _SIX_HEADS,
+    "glm": {"head_dim": HEAD_DIM, "attention_bias": True},
+    "glm4": {"head_dim": HEAD_DIM, "attention_bias": True},
+    "olmo2": {"attention_bias": True} | _SIX_HEADS,
+    "olmo3": {"attention_bias": True} | _SIX_HEADS | _ALTERNATING,
+    "flex_olmo": {"attention_bias": True, "intermediate_size": 40} | _SIX_HEADS | _EXPERTS,
+    "exaone4": _SIX_HEADS | _ALTERNATING,
+    "smollm3": {"attention_bias": True, "mlp_bias": True, "no_rope_layers": [1, 0, 1]},
+    "granite": {"attention_bias": True, "mlp_bias": True} | _SIX_HEADS | _MULTIPLIERS,
+    "granite_swa": {"attention_bias": True, "mlp_bias": True, "layer_rope_theta": [10_000.0, 0, 1_000.0]}
+    | _SIX_HEADS
+    | _MULTIPLIERS
+    | _ALTERNATING,
+    "granitemoe": {"attention_bias": True, "intermediate_size": 40} | _SIX_HEADS | _MULTIPLIERS | _EXPERTS,
+    "hyperclovax": {"head_dim": HEAD_DIM, "attention_bias": True, "mlp_bias": True} | _MULTIPLIERS,
+    "mixtral": {"head_dim": HEAD_DIM, "intermediate_size": 40} | _EXPERTS,
+    "mellum": {
+        "head_dim": HEAD_DIM,
+        "attention_bias": True,
+        "moe_intermediate_size": 40,
+        "mlp_layer_types": ["sparse", "dense", "sparse"],
+    }
+    | _EXPERTS
+    | _ALTERNATING,
+    "minimax_m2": {"head_dim": HEAD_DIM, "intermediate_size": 40, "rotary_dim": 10} | _EXPERTS,
+    "hunyuan_v1_dense": {"head_dim": HEAD_DIM, "attention_bias": True},
+    "apertus": {"attention_bias": True} | _SIX_HEADS | _LLAMA3_ROPE,
+    "arcee": {"head_dim": HEAD_DIM, "attention_bias": True, "mlp_bias": True},
+    "cwm": {"head_dim": HEAD_DIM, "mlp_bias": True} | _ALTERNATING | _LLAMA3_ROPE,
+    "ernie4_5": {"head_dim": HEAD_DIM, "use_bias": True},
+    "seed_oss": {
+        "head_dim": HEAD_DIM,
+        "attention_bias": True,
+        "attention_out_bias": True,
+        "mlp_bias": True,
+        "residual_dropout": 0.0,
+    },
 }
 
 FAMILIES: tuple[str, ...] = tuple(_FAMILY)
-ONE_PLUS_FAMILIES: frozenset[str] = frozenset({"gemma", "gemma2", "gemma3_text"})
-"""Families whose norms multiply by ``1 + weight``."""
+"""All of them, for the contract tests and the tests of the records."""
+
+WITHOUT_BIAS = frozenset({"mistral", "ministral", "ministral3", "phi3", "exaone4", "mixtral", "minimax_m2"})
+"""Families none of whose linear layers can have a bias."""
+
+KINDS: tuple[str, ...] = ("llama", "gemma3_text", "olmo2", "phi3", "qwen3_moe", "apertus")
+"""A family of each kind, for everything else: plain; sandwich norms, scaled embedding, gain 1 + weight, sliding window;
+post-norms alone; fused readers; experts beside dense layers, q/k-norm; an ungated MLP, bystanders and buffers."""
 
 
 def build(
@@ -127,17 +193,24 @@ def build(
         seed: seeds every weight; equal arguments give bit-identical models.
         hidden_size: width of the residual stream; a multiple of the head count (4 or 6).
         dtype: weights are drawn in float32 and then rounded to it.
-        **config_overrides: further config fields, e.g. ``num_hidden_layers=2`` (give ``layer_types``,
-            ``no_rope_layers`` and ``mlp_only_layers`` a matching length).
+        **config_overrides: further config fields; with fewer layers, fields that list them (``layer_types``) are cut.
     """
     if family not in _FAMILY:
         raise ValueError(f"got family {family!r}, expected one of {', '.join(FAMILIES)}")
-    fields = _BASE | _FAMILY[family] | {"hidden_size": hidden_size, "tie_word_embeddings": tied}
-    config = AutoConfig.for_model(family, **(fields | config_overrides))
+    fields = _BASE | _FAMILY[family] | {"hidden_size": hidden_size, "tie_word_embeddings": tied} | config_overrides
+    for name, value in fields.items():
+        if isinstance(value, list) and len(value) == _BASE["num_hidden_layers"]:
+            fields[name] = value[: fields["num_hidden_layers"]]
+    config = AutoConfig.for_model(family, **copy.deepcopy(fields))
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    _randomise(model, seed, one_plus=family in ONE_PLUS_FAMILIES)
+    _randomise(model, seed)
     return model.eval()
+
+
+def shallow(family: str, *, tied: bool, **fields: Any) -> PreTrainedModel:
+    """`build` with two layers, which are enough for one to read what another wrote."""
+    return build(family, tied=tied, **({"num_hidden_layers": 2} | fields))
 
 
 def norm_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -148,20 +221,19 @@ def norm_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 @torch.no_grad()
-def _randomise(model: nn.Module, seed: int, *, one_plus: bool) -> None:
-    """Redraw every parameter in name order: norms spread around 1, biases 0.2, matrices 1 / sqrt(fan-in)."""
+def _randomise(model: PreTrainedModel, seed: int) -> None:
+    """Redraw all that is stored, in name order: gains spread around 1, biases 0.2, matrices 1 / sqrt(fan-in)."""
     generator = torch.Generator().manual_seed(seed)
     norms = {f"{name}.weight" for name, _ in norm_modules(model)}
-    for name, parameter in model.named_parameters():  # a tied head appears once, as the embedding
-        noise = torch.randn(parameter.shape, generator=generator)
-        if name in norms:
-            value = GAIN_SPREAD * noise if one_plus else 1 + GAIN_SPREAD * noise
-        elif name.endswith("bias"):
-            value = 0.2 * noise
+    for name, tensor in stored_tensors(model).items():  # a tied head appears once, as the embedding
+        noise = torch.randn(tensor.shape, generator=generator)
+        if name in norms or tensor.dim() == 0:
+            tensor += GAIN_SPREAD * noise  # new norms have the gain 1, whichever number stands for it
+        elif tensor.dim() == 1:
+            tensor.copy_(0.2 * noise)
         else:
             # Embedding and head too: their last axis is the hidden size, which puts logits near deviation 1.
-            value = noise / math.sqrt(parameter.shape[-1])
-        parameter.copy_(value)
+            tensor.copy_(noise / math.sqrt(tensor.shape[-1]))
 
 
 def batch(

@@ -1,1 +1,1 @@
-"""`pat compare`: methods x ratios x seeds under one budget, and the table and figures of it."""
+"""Methods x ratios x seeds under one budget, and the table and figures of it."""

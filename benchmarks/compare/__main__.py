@@ -1,4 +1,4 @@
-"""Compare methods, ratios and seeds under one budget: `make compare CONFIG=tiny`."""
+"""Compare methods, ratios and seeds under one budget: `make compare CONFIG=tiny`, or `python -m compare --help`."""
 
 import sys
 

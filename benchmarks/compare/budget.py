@@ -10,9 +10,10 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
+from compare.baselines import pat_parameters
 from pat.checkpoint.hollow import hollow_model
-from pat.loading import load_config
-from pat.plan import make_plan
+from pat.loading import empty_model, load_config
+from pat.shape import choose_width
 from pat.training.arguments import TuneArguments
 
 
@@ -27,8 +28,10 @@ class Target:
 
 def target_of(model: str, ratio: float) -> Target:
     """Return the sizes of a model and of what PAT makes of it, exact, from its configuration."""
-    plan = make_plan(model, pruning_ratio=ratio)
-    return Target(plan.base.hidden_size, plan.pruned.hidden_size, plan.pruned.total.num_parameters)
+    config, family = load_config(model)
+    hidden_size = getattr(config, family.hidden_size_field)
+    width = choose_width(hidden_size, config.num_attention_heads, pruning_ratio=ratio).pruned_hidden_size
+    return Target(hidden_size, width, pat_parameters(empty_model(config), width))
 
 
 def lora_targets(base: nn.Module) -> list[str]:

@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from compare.cells import done_cells, is_asked_for, num_missing
-from compare.config import CompareConfig, make_config
-from compare.figure import draw_accuracy, draw_nll
-from compare.flags import add_flags, with_config_path
+from compare.config import CompareConfig
 from compare.results import read_rows
-from compare.runner import run_cells
 from compare.summary import Line, summarise
-from compare.tables import markdown
-from pat.command_parser import CommandParser
 from pat.errors import PatError, RunFailed
+from pat.options import OptionsParser
 
 logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Methods, ratios and seeds under one budget -> the paper's table, at home."""
-    parser = CommandParser("compare", main)
-    parser.prog = "python -m compare"
-    add_flags(parser)
+    """Run one comparison and return its exit status: 0 done, 1 cells failed, 2 the input is wrong."""
     try:
-        comparison = run_compare(vars(parser.parse(with_config_path(sys.argv[1:] if argv is None else argv))))
+        parser = OptionsParser("python -m compare", CompareConfig, "Methods, ratios and seeds under one budget.")
+        comparison = run_compare(parser.parse(sys.argv[1:] if argv is None else argv))
     except PatError as error:
         print(f"compare: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_status
@@ -53,14 +47,17 @@ class Comparison:
     files: list[Path]
 
 
-def run_compare(options: Mapping[str, Any]) -> Comparison:
+def run_compare(config: CompareConfig) -> Comparison:
     """Run what is not done yet of a comparison, and write `results.md`, `nll.png` and `accuracy.png`.
 
     Raises:
-        PatError: a setting, a model, the data or the baselines cannot be used.
+        PatError: a model, the data or a baseline cannot be used.
         RunFailed: cells failed; what is done stays, with its table.
     """
-    config = make_config(options)
+    if config.redraw:
+        return write_comparison(config)
+    from compare.runner import run_cells  # seconds, which what is wrong with the flags need not take
+
     try:
         rows = run_cells(config)
     except RunFailed:
@@ -76,6 +73,9 @@ def run_compare(options: Mapping[str, Any]) -> Comparison:
 
 def write_comparison(config: CompareConfig, rows: list[dict[str, Any]] | None = None) -> Comparison:
     """Write table and figures of what is done."""
+    from compare.figure import draw_accuracy, draw_nll
+    from compare.tables import markdown
+
     rows = read_rows(config) if rows is None else rows
     lines, done = summarise(config, rows), done_cells(rows)
     others = sum(not is_asked_for(config, cell) for cell in done)

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from compare.baselines import calibration_sequences
 from compare.config import CompareConfig
 from pat.errors import PatError
 from pat.training.data import load_training_data
@@ -130,6 +132,20 @@ def _split(config: CompareConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[D
             counts,
         )
     return train, validation, held_out
+
+
+def draw_calibration(
+    config: CompareConfig, tokenizer: PreTrainedTokenizerBase, files: DataFiles, seed: int
+) -> list[Tensor]:
+    """Return the text that baselines prune by: token sequences of `max_length`, from the rows to train on.
+
+    Raises:
+        PatError: there are too few rows.
+    """
+    rows = load_training_data(files.train, tokenizer=tokenizer, held_out=0).train
+    return calibration_sequences(
+        tokenizer, rows, num_sequences=config.calibration_rows, length=config.max_length, seed=seed
+    )
 
 
 def _read_record(path: Path) -> Any:

@@ -4,45 +4,46 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from compare.config import CompareConfig
 from compare.data import DataFiles
-from compare.load_baselines import baselines_folder
 from compare.methods import METHODS
-from pat.evaluation.tasks import load_questions
-from pat.evaluation.tasks.fingerprints import fingerprint_rows
 from pat.loading import load_config
-from pat.report.results import environment
-from pat.training.arguments import recipe_defaults
+from pat.recipes import recipe_defaults
+from pat.report.records import environment
+from pat.tuner.options import PatOptions
+
+BASELINES = Path(__file__).parent / "baselines"
 
 SAMPLE_BYTES = 1 << 20
 """Of a large file, so many bytes at its start, middle and end are read."""
 
 
-def digest_inputs(config: CompareConfig, model: str, files: DataFiles) -> dict[str, str]:
+def digest_inputs(config: CompareConfig, model: str, files: DataFiles, questions: str | None) -> dict[str, str]:
     """Return what the cells of a model depend on beside the settings, as short strings.
 
     Args:
         config: of the comparison.
         model: folder or hub id.
         files: the prepared rows.
+        questions: digest of the tasks' questions; None if there are no tasks.
     """
     inputs = {
         "data": files.digest(),
         "model": _digest_model(model),
-        "recipe": _digest([repr(sorted(recipe_defaults("default").items())).encode()]),
+        "recipe": _digest([repr(sorted((asdict(PatOptions()) | recipe_defaults("default")).items())).encode()]),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "version": environment()["versions"]["pat-llm"],
     }
     if any(METHODS[name].baseline for name in config.all_methods):
-        source = sorted(baselines_folder(config.baselines).glob("*.py"))  # they have no version of their own
+        source = sorted(BASELINES.glob("*.py"))  # they have no version of their own
         inputs["baselines"] = _digest(part for path in source for part in (path.name.encode(), path.read_bytes()))
-    if config.tasks is not None:
-        questions = load_questions(config.tasks, config.data_dir, config.limit)
-        inputs["questions"] = _digest([fingerprint_rows(rows).encode() for rows in questions.values()])
+    if questions is not None:
+        inputs["questions"] = questions[:16]
     return inputs
 
 

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
+from compare.baselines import CALIBRATED, check
 from compare.budget import target_of
 from compare.cells import Row, short_name
 from compare.config import CompareConfig
-from compare.data import prepare_data
+from compare.data import draw_calibration, prepare_data
 from compare.inputs import digest_inputs
-from compare.load_baselines import draw_calibration, load_baselines
 from compare.methods import METHODS
-from pat.checkpoint.hollow import hollow_model
 from pat.errors import PatError
-from pat.evaluation.tasks import load_questions
-from pat.loading import load_config, load_tokenizer
+from pat.evaluation.harness import fingerprint_questions
+from pat.loading import empty_model, load_config, load_tokenizer
 
 
 def prepare(config: CompareConfig, rows: Sequence[Row] = ()) -> dict[str, dict[str, str]]:
-    """Check models and baselines, and write the rows of data that every cell reads.
+    """Check models, tasks and baselines, and write the rows of data that every cell reads.
 
     Args:
         config: of the comparison.
@@ -37,15 +34,14 @@ def prepare(config: CompareConfig, rows: Sequence[Row] = ()) -> dict[str, dict[s
     if len(set(names)) < len(names):
         raise PatError(f"Got the models {', '.join(names)}; expected names that differ in their last part.")
     used = sorted({name for method in config.all_methods if (name := METHODS[method].baseline)})
-    baselines = load_baselines(config.baselines) if used else None
+    questions = None
     if config.tasks is not None:
-        load_questions(config.tasks, config.data_dir, config.limit)
+        questions = fingerprint_questions(config.tasks, config.data_dir, config.limit)
     for model, name in zip(config.models, names, strict=True):
         base_config, _ = load_config(model)
-        if baselines is not None:
-            hollow = hollow_model(base_config, torch.bfloat16, torch.device("cpu"))
-            for method in used:
-                baselines.check(method, hollow)
+        empty = empty_model(base_config)
+        for method in used:
+            check(method, empty)
         prunes = any(METHODS[method].prunes for method in config.all_methods)
         widths = [target_of(model, ratio).pruned_hidden_size for ratio in config.ratios] if prunes else []
         if len(set(widths)) < len(widths):
@@ -57,9 +53,9 @@ def prepare(config: CompareConfig, rows: Sequence[Row] = ()) -> dict[str, dict[s
         folder = config.output_dir / "data" / name
         tokenizer = load_tokenizer(model)
         files = prepare_data(config, tokenizer, folder, expected=known.get("data"))
-        if baselines is not None and set(used) & set(baselines.CALIBRATED):
-            draw_calibration(config, baselines, tokenizer, files, config.seeds[0])
-        inputs[name] = digest_inputs(config, model, files)
+        if set(used) & set(CALIBRATED):
+            draw_calibration(config, tokenizer, files, config.seeds[0])
+        inputs[name] = digest_inputs(config, model, files, questions)
         for what, value in known.items():
             now = inputs[name].get(what, value)  # without a baseline, theirs do not matter
             if now != value:

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
 import traceback
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTTrainer
 
+from compare.baselines import CALIBRATED, prune
 from compare.budget import Target, lora_parameters_per_rank, lora_rank, lora_targets, pat_rank, target_of
 from compare.cells import Cell, short_name
 from compare.config import CompareConfig
-from compare.data import DataFiles, data_files
-from compare.load_baselines import draw_calibration, load_baselines
+from compare.data import DataFiles, data_files, draw_calibration
 from compare.methods import METHODS, TUNED
 from pat.errors import Diverged, ParityMissed, PatError
-from pat.evaluation.tasks import evaluate_tasks
+from pat.evaluation.harness import evaluate_tasks
 from pat.loading import load_base, load_config, load_tokenizer, stored_dtype
 from pat.nll import response_nll
-from pat.report.results import environment
+from pat.report.records import environment
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.data import load_training_data
 from pat.training.guard import FiniteGuard
@@ -118,9 +118,8 @@ class _Run:
                 data_dir=self.config.data_dir,
                 limit=self.config.limit,
                 batch_size=self.config.eval_batch_size,
-                progress=False,
             )
-            self.facts["tasks"] = evaluation.to_dict()
+            self.facts["tasks"] = asdict(evaluation)
 
     def alpha(self, rank: int) -> Any:
         """Return lora_alpha for a rank, so that the scale of LoRA's product is the same for every method."""
@@ -183,12 +182,11 @@ class _Run:
         arguments.model.lora_r, arguments.model.lora_alpha = rank, self.alpha(rank)
         target = target_of(self.source, self.cell.ratio)
         result = run_tune(arguments)
-        timings = json.loads((result.output_dir / "results.json").read_text(encoding="utf-8"))["timings"]
         self.facts |= {
             "rank": rank,
             "num_trainable": num_trainable,
             "trainable_budget": budget,
-            "tune_seconds": timings["train_seconds"],
+            "tune_seconds": result.record.timings["train_seconds"],
             "hidden_size": target.hidden_size,
             "pruned_hidden_size": target.pruned_hidden_size,
             "parity": result.parity.to_dict(),
@@ -232,14 +230,14 @@ class _Run:
 
     def _prune(self, model: nn.Module, arguments: TuneArguments) -> nn.Module:
         target: Target = target_of(self.source, self.cell.ratio)
-        baselines = load_baselines(self.config.baselines)
-        calibration = ()
-        if self.method.baseline in baselines.CALIBRATED:
-            calibration = draw_calibration(self.config, baselines, self.tokenizer, self.files, self.cell.seed)
+        method = cast(str, self.method.baseline)
+        calibration = (
+            draw_calibration(self.config, self.tokenizer, self.files, self.cell.seed) if method in CALIBRATED else []
+        )
         started = time.perf_counter()
-        pruned = baselines.prune(
-            self.method.baseline,
-            model,
+        pruned = prune(
+            method,
+            cast(PreTrainedModel, model),
             target_parameters=target.num_parameters,
             pruned_hidden_size=target.pruned_hidden_size,
             calibration=calibration,

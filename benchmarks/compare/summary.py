@@ -124,7 +124,7 @@ def _machine(row: Mapping[str, Any]) -> str:
 
 
 def _accuracies(evaluation: Mapping[str, Any], suffix: str = "") -> dict[str, dict[str, float]]:
-    """Return accuracy, or what is stored beside it, by protocol and task, from `TaskEvaluation.to_dict()`."""
+    """Return accuracy, or what is stored beside it, by protocol and task, from a `TaskScores` as a dictionary."""
     result: dict[str, dict[str, float]] = {}
     for score in evaluation.get("scores", ()):
         for metric, kind in (("acc", ""), ("acc_norm", ", normalised")):

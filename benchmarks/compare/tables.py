@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compare.config import CompareConfig
 from compare.methods import Order
 from compare.summary import Line, Spread
+from pat.report.table import Table
 
 _ORDERS: dict[Order, str] = {
     "FT": "tuned alone",
@@ -198,6 +199,5 @@ def _show(spread: Spread | None, digits: int, factor: float = 1, *, with_deviati
     return f"{text} ± {spread.deviation * factor:.{digits}f}"
 
 
-def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    rows = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    return Table("", head, body, num_text_columns=len(head)).to_markdown()

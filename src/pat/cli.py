@@ -1,4 +1,4 @@
-"""The `pat` command: parse, call one function each, print. Heavy imports stay inside the commands.
+"""The `pat` command: parse, call one function, print. What a command needs is imported when it is called.
 
 Exit status: 0 done, 1 failed while running, 2 the user's input is wrong. Errors are one line on stderr; `--debug`
 shows the traceback.
@@ -9,19 +9,75 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 from pat import __version__
-from pat.command_parser import CommandParser
 from pat.errors import PatError
+from pat.options import OptionsParser
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command is made of; names of things are written as `module:name`, so that nothing is imported yet."""
+
+    summary: str
+    options: str
+    """Dataclass of its options."""
+    run: str
+    """Function of the options that does the work and returns a record of it."""
+    show: str
+    """Function of the record that prints it."""
+    first: str = ""
+    """Dataclass of those of its options that are looked at before the import of the others, which takes seconds."""
+
+
+COMMANDS = {
+    "tune": Command(
+        "Data + base model -> tuned, smaller dense checkpoint (the main job).",
+        options="pat.training.arguments:TuneArguments",
+        run="pat.training.tune:run_tune",
+        show="pat.training.summary:print_summary",
+        first="pat.training.options:RunOptions",
+    ),
+    "plan": Command(
+        "Sizes, legal widths, cost and memory of a pruned model, from its configuration alone.",
+        options="pat.plan.options:PlanOptions",
+        run="pat.plan.command:run_plan",
+        show="pat.plan.tables:print_plan",
+    ),
+    "merge": Command(
+        "PAT adapter -> dense checkpoint, streamed and verified.",
+        options="pat.checkpoint.options:MergeOptions",
+        run="pat.checkpoint.merge:run_merge",
+        show="pat.checkpoint.merge:print_merge",
+    ),
+    "evaluate": Command(
+        "Accuracy on the paper's 14 tasks, perplexity on a text file, held-out likelihood of responses.",
+        options="pat.evaluation.options:EvaluateOptions",
+        run="pat.evaluation.command:run_evaluate",
+        show="pat.evaluation.command:print_evaluation",
+    ),
+    "benchmark": Command(
+        "Speed and memory of a model beside its base, measured in turns and predicted.",
+        options="pat.benchmark.options:BenchmarkOptions",
+        run="pat.benchmark.command:run_benchmark",
+        show="pat.benchmark.tables:print_benchmark",
+    ),
+    "demo": Command(
+        "The main job on a model and data from the package index; no hub needed.",
+        options="pat.demo.options:DemoOptions",
+        run="pat.demo.command:run_demo",
+        show="pat.demo.command:print_demo",
+    ),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    arguments, debug = _without_debug(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["--version"]:
         print(f"pat {__version__}")
         return 0
@@ -48,16 +104,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(name: str, argv: Sequence[str]) -> int:
     if name not in COMMANDS:
         raise PatError(f"Got the command {name!r}; expected one of {', '.join(COMMANDS)} (see `pat --help`).")
+    command = COMMANDS[name]
     try:
         with warnings.catch_warnings():
             # What the libraries will change in their next versions is nothing a person at the terminal can act on.
             warnings.simplefilter("ignore", FutureWarning)
-            COMMANDS[name](argv)
+            if command.first and not {"-h", "--help"} & set(argv):
+                first: OptionsParser[Any] = OptionsParser(f"pat {name}", _load(command.first))
+                first.require(first.read(argv, others=True))
+            options = OptionsParser(f"pat {name}", _load(command.options), command.summary).parse(argv)
+            record = _load(command.run)(options)
+            if getattr(options, "json", False):  # a command that has the flag
+                print(_load("pat.report.records:to_json")(record), end="")
+            else:
+                _load(command.show)(record)
     except SystemExit as leave:  # argparse's way to end after --help
         if leave.code:
             raise
     sys.stdout.flush()
     return 0
+
+
+def _load(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def _without_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
+    """Take `--debug` out where it stands alone; with a value it is TrainingArguments' own."""
+    following = [*argv[1:], "-"]
+    alone = [
+        index
+        for index, argument in enumerate(argv)
+        if argument == "--debug" and (index == 0 or following[index].startswith("-"))
+    ]
+    return [argument for index, argument in enumerate(argv) if index not in alone], bool(alone)
 
 
 def _one_line(error: Exception) -> str:
@@ -67,190 +148,10 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {message or 'no message'} (run again with --debug for the traceback)"
 
 
-def _tune(argv: Sequence[str]) -> None:
-    """Data + base model -> tuned, smaller dense checkpoint (the main job)."""
-    from pat.training.arguments import parse_arguments
-    from pat.training.summary import print_summary
-    from pat.training.tune import run_tune
-
-    print_summary(run_tune(parse_arguments(argv)))
-
-
-def _merge(argv: Sequence[str]) -> None:
-    """PAT adapter -> dense checkpoint, streamed and verified."""
-    parser = CommandParser("merge", _merge)
-    parser.add_argument("--adapter", required=True, help="Folder of a PAT adapter.")
-    parser.add_argument("--output_dir", required=True, type=Path, help="Where the dense checkpoint goes; empty or new.")
-    parser.add_argument("--base_model", help="Base model, if it has moved since the adapter was trained.")
-    parser.add_argument("--dtype", help="Of the written weights, such as bfloat16; by default the base's.")
-    parser.add_argument("--text_file", help="Text to compare masked and dense model on; by default a built-in one.")
-    parser.add_argument("--max_shard_size", help="Largest weight file, such as 5GB; by default as large as the base's.")
-    parser.add_argument(
-        "--fold_dtype", help="To fold in: float64 or float32; by default float32 for weights of 16 bits, else float64."
-    )
-    parser.add_argument("--device", default="cpu", help="Where to compute, such as cuda.")
-    options = parser.parse(argv)
-
-    from pat.checkpoint.merge import merge
-
-    result = merge(
-        options.adapter,
-        options.output_dir,
-        base_model=options.base_model,
-        dtype=options.dtype,
-        text_file=options.text_file,
-        max_shard_size=options.max_shard_size,
-        fold_dtype=options.fold_dtype,
-        device=options.device,
-    )
-    print(f"Wrote {result.model_dir} ({result.num_parameters:,} parameters); {result.parity.describe()}")
-
-
-def _plan(argv: Sequence[str]) -> None:
-    """Sizes, legal widths, cost and memory of a pruned model, from its configuration alone."""
-    parser = CommandParser("plan", _plan)
-    parser.add_argument(
-        "--model_name_or_path", required=True, help="Base model folder or hub id; only its config is read."
-    )
-    parser.add_argument("--pruning_ratio", type=float, help="Share of the hidden size to cut (default 0.25).")
-    parser.add_argument("--pruned_hidden_size", type=int, help="Exact hidden size instead of a ratio.")
-    parser.add_argument("--multiple_of", type=int, help="Hard alignment of the pruned hidden size.")
-    parser.add_argument("--untie_word_embeddings", action="store_true", help="Give a tied model its own output matrix.")
-    parser.add_argument(
-        "--context", type=int, help="Tokens that costs are for (default 2048, or all the model can read)."
-    )
-    parser.add_argument("--json", action="store_true", help="Print JSON instead of tables.")
-    options = parser.parse(argv)
-
-    from pat.plan import make_plan, print_plan
-
-    print_plan(
-        make_plan(
-            options.model_name_or_path,
-            pruning_ratio=options.pruning_ratio,
-            pruned_hidden_size=options.pruned_hidden_size,
-            multiple_of=options.multiple_of,
-            untie_word_embeddings=options.untie_word_embeddings,
-            context=options.context,
-        ),
-        as_json=options.json,
-    )
-
-
-def _evaluate(argv: Sequence[str]) -> None:
-    """Accuracy on the paper's 14 tasks, perplexity on a text file, held-out likelihood of responses."""
-    parser = CommandParser("evaluate", _evaluate)
-    parser.add_argument("--model", required=True, help="Model folder or hub id, or the folder of a PAT adapter.")
-    parser.add_argument("--text_file", help="Plain text: token perplexity over sliding windows.")
-    parser.add_argument("--dataset_name", help="Instruction data: mean NLL of its responses.")
-    parser.add_argument("--template", default="auto", help="Prompt template of instruction data (auto, chat, alpaca).")
-    parser.add_argument("--max_length", type=int, default=512, help="Context in tokens.")
-    parser.add_argument(
-        "--limit",
-        type=int,
-        help="At most this many rows, thousand tokens of text, or questions of each task (evenly spaced).",
-    )
-    parser.add_argument("--tasks", nargs="+", help="Accuracy on tasks: their names, or 'paper' for its 14.")
-    parser.add_argument("--data_dir", type=Path, help="Folder with a <task>.jsonl for each; by default from the hub.")
-    parser.add_argument("--protocol", help="How tasks are asked: letter or likelihood; by default both.")
-    parser.add_argument("--batch_size", type=int, help="Rows of a forward pass.")
-    parser.add_argument("--log_samples", action="store_true", help="Keep the answer to every question of the tasks.")
-    parser.add_argument("--output_dir", type=Path, help="Keep finished tasks here; started again, none is repeated.")
-    parser.add_argument("--output", type=Path, help="Also write the figures to this JSON file.")
-    options = parser.parse(argv)
-
-    from pat.evaluation.command import evaluate, print_evaluation
-    from pat.evaluation.tasks.protocols import PROTOCOLS
-
-    print_evaluation(
-        evaluate(
-            options.model,
-            text_file=options.text_file,
-            dataset_name=options.dataset_name,
-            template=options.template,
-            max_length=options.max_length,
-            limit=options.limit,
-            tasks=None if options.tasks is None else ",".join(options.tasks),
-            protocols=options.protocol or PROTOCOLS,
-            data_dir=options.data_dir,
-            batch_size=options.batch_size,
-            log_samples=options.log_samples,
-            output_dir=options.output_dir,
-            output=options.output,
-        )
-    )
-
-
-def _benchmark(argv: Sequence[str]) -> None:
-    """Speed and memory of a model beside its base, measured in turns and predicted."""
-    parser = CommandParser("benchmark", _benchmark)
-    parser.add_argument("--model", required=True, help="Folder or hub id of the smaller model.")
-    parser.add_argument("--baseline", required=True, help="Folder or hub id of the model it is compared with.")
-    parser.add_argument("--contexts", nargs="+", help="Tokens of each sequence (default 128 512 2048).")
-    parser.add_argument("--batch_sizes", nargs="+", help="Sequences in a batch (default 1 8 16).")
-    parser.add_argument("--new_tokens", type=int, help="Tokens to generate for each sequence (default 32); 0 for none.")
-    parser.add_argument("--repetitions", type=int, help="Measurements of each model at each setting (default 5).")
-    parser.add_argument("--warmup", type=int, help="Runs at each setting before those that count (default 1).")
-    parser.add_argument(
-        "--max_seconds", type=float, help="Begin no repetition of a setting after as many seconds, once 3 are measured."
-    )
-    parser.add_argument("--dtype", help="Of both models, such as float32; by default the one each is stored in.")
-    parser.add_argument("--device", help="cpu, or an accelerator such as cuda:0; by default one that is there.")
-    parser.add_argument("--threads", type=int, help="CPU threads of each model; by default torch's choice.")
-    parser.add_argument("--output_dir", type=Path, help="Where JSON, table and figure go; empty or new.")
-    options = vars(parser.parse(argv))
-
-    from pat.benchmark import BenchmarkOptions, print_benchmark, run_benchmark
-    from pat.benchmark.options import parse_counts
-
-    given = {name: value for name, value in options.items() if value is not None}
-    for name in ("contexts", "batch_sizes"):
-        if name in given:
-            given[name] = parse_counts(",".join(given[name]), name)
-    print_benchmark(run_benchmark(BenchmarkOptions(**given)))
-
-
-def _demo(argv: Sequence[str]) -> None:
-    """The main job on a model and data from the package index; no hub needed."""
-    parser = CommandParser("demo", _demo)
-    parser.add_argument("--output_dir", type=Path, default=Path("pat-demo"), help="Where the run goes; empty or new.")
-    parser.add_argument(
-        "--dataset_name", help="Instruction data; by default the small set that comes with the package."
-    )
-    parser.add_argument("--cache_dir", type=Path, help="Where the downloaded base model is kept.")
-    parser.add_argument("--pruning_ratio", type=float, help="Share of the hidden size to cut.")
-    parser.add_argument("--max_steps", type=int, help="Optimizer steps; more give a better model.")
-    options = parser.parse(argv)
-
-    from pat.demo.command import run_demo
-
-    run_demo(
-        options.output_dir,
-        dataset_name=options.dataset_name,
-        cache_dir=options.cache_dir,
-        pruning_ratio=options.pruning_ratio,
-        max_steps=options.max_steps,
-    )
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "tune": _tune,
-    "plan": _plan,
-    "merge": _merge,
-    "evaluate": _evaluate,
-    "benchmark": _benchmark,
-    "demo": _demo,
-}
-
-
 def _overview() -> str:
-    lines = [
-        f"pat {__version__}: fine-tune a language model and get it back smaller",
-        "",
-        "usage: pat COMMAND --flags",
-        "",
-    ]
-    lines += [f"  {name:<10}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines = [f"pat {__version__}: fine-tune a language model and get it back smaller", ""]
+    lines += ["usage: pat COMMAND --flags", ""]
+    lines += [f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()]
     return "\n".join([*lines, "", "`pat COMMAND --help` lists a command's flags; `--debug` shows tracebacks."])
 
 

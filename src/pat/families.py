@@ -1,12 +1,12 @@
 """THE one place for what differs between model families: which weights write to and read from the residual stream.
 
-A record names modules relative to a decoder layer. The checks in `pat.surgery.residual` refuse a model with a parameter
+A record names modules relative to a decoder layer. The checks in `pat.surgery.residual` refuse a model with a tensor
 that its record does not account for, so a record cannot be silently incomplete.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from pat.errors import PatError
 
@@ -46,6 +46,10 @@ class Family:
     qk_norm: tuple[str, ...] = ()
     """Norms after the query and key projections: they keep their size but share the config's epsilon."""
     qk_projections: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj")
+    bystanders: tuple[str, ...] = ()
+    """Parameters and persistent buffers inside a branch that neither read nor write the stream, and are copied as they
+    are: attention sinks, constants of an activation. A layer may lack them. A norm among them must have an epsilon of
+    its own, see `qk_norm`."""
     expert_parameters: tuple[str, ...] = ()
     embedding: str = "model.embed_tokens"
     layers: str = "model.layers"
@@ -53,7 +57,7 @@ class Family:
     head: str = "lm_head"
     hidden_size_field: str = "hidden_size"
     eps_field: str = "rms_norm_eps"
-    also_known_as: tuple[str, ...] = field(default=())
+    also_known_as: tuple[str, ...] = ()
     """Model names a user may look for under this record."""
 
     @property
@@ -65,23 +69,48 @@ class Family:
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 _EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-
-_ATTENTION = Branch(_QKV, "self_attn.o_proj", pre_norm="input_layernorm")
-_MLP = Branch(_GATE_UP, "mlp.down_proj", pre_norm="post_attention_layernorm")
-_MOE = Branch(("mlp.gate", _EXPERTS[0]), _EXPERTS[1], pre_norm="post_attention_layernorm", site="mlp")
-_SANDWICH_ATTENTION = Branch(_QKV, "self_attn.o_proj", pre_norm="input_layernorm", post_norm="post_attention_layernorm")
-_SANDWICH_MLP = Branch(
-    _GATE_UP, "mlp.down_proj", pre_norm="pre_feedforward_layernorm", post_norm="post_feedforward_layernorm"
-)
+_GRANITE_EXPERTS = ("block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj")
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
+# Pre-norm branches, as in Llama.
+_ATTENTION = Branch(_QKV, "self_attn.o_proj", pre_norm="input_layernorm")
+_MLP = Branch(_GATE_UP, "mlp.down_proj", pre_norm="post_attention_layernorm")
+_UNGATED_MLP = replace(_MLP, readers=("mlp.up_proj",))
+_FUSED_MLP = replace(_MLP, readers=("mlp.gate_up_proj",))
+_MOE = Branch(("mlp.gate", _EXPERTS[0]), _EXPERTS[1], pre_norm="post_attention_layernorm", site="mlp")
+# Norms on both sides of a branch, as in Gemma 2.
+_SANDWICH_ATTENTION = replace(_ATTENTION, post_norm="post_attention_layernorm")
+_SANDWICH_MLP = replace(_MLP, pre_norm="pre_feedforward_layernorm", post_norm="post_feedforward_layernorm")
+# Norms after a branch alone, as in OLMo 2.
+_POST_ATTENTION = replace(_SANDWICH_ATTENTION, pre_norm=None)
+_POST_MLP = replace(_SANDWICH_MLP, pre_norm=None)
+
 _RECORDS = (
-    Family("llama", _ATTENTION, (_MLP,), also_known_as=("Llama 1-3", "Yi", "SmolLM2")),
-    Family("mistral", _ATTENTION, (_MLP,)),
+    Family("llama", _ATTENTION, (_MLP,), also_known_as=("Llama 1 to 3", "Yi", "SmolLM2")),
+    Family("internlm3", _ATTENTION, (_MLP,), also_known_as=("InternLM3",)),
+    Family("iquestcoder", _ATTENTION, (_MLP,), also_known_as=("IQuest-Coder",)),
+    Family("mistral", _ATTENTION, (_MLP,), also_known_as=("Mistral 7B", "Mistral Nemo")),
+    Family("ministral", _ATTENTION, (_MLP,), also_known_as=("Ministral 8B",)),
+    Family("ministral3", _ATTENTION, (_MLP,), also_known_as=("Ministral 3 (text)",)),
     Family("qwen2", _ATTENTION, (_MLP,), also_known_as=("Qwen2", "Qwen2.5")),
-    Family("qwen3", _ATTENTION, (_MLP,), qk_norm=_HEAD_NORMS),
-    Family("gemma", _ATTENTION, (_MLP,), gain_offset=1.0, scaled_embedding=True),
-    Family("gemma2", _SANDWICH_ATTENTION, (_SANDWICH_MLP,), gain_offset=1.0, scaled_embedding=True),
+    Family("qwen3", _ATTENTION, (_MLP,), qk_norm=_HEAD_NORMS, also_known_as=("Qwen3",)),
+    Family(
+        "qwen3_moe",
+        _ATTENTION,
+        (_MOE, _MLP),
+        qk_norm=_HEAD_NORMS,
+        expert_parameters=_EXPERTS,
+        also_known_as=("Qwen3 30B-A3B",),
+    ),
+    Family("gemma", _ATTENTION, (_MLP,), gain_offset=1.0, scaled_embedding=True, also_known_as=("Gemma 1",)),
+    Family(
+        "gemma2",
+        _SANDWICH_ATTENTION,
+        (_SANDWICH_MLP,),
+        gain_offset=1.0,
+        scaled_embedding=True,
+        also_known_as=("Gemma 2",),
+    ),
     Family(
         "gemma3_text",
         _SANDWICH_ATTENTION,
@@ -89,40 +118,130 @@ _RECORDS = (
         gain_offset=1.0,
         scaled_embedding=True,
         qk_norm=_HEAD_NORMS,
-        also_known_as=("Gemma 3 (text)",),
+        also_known_as=("Gemma 3 270M and 1B",),
+    ),
+    Family(
+        "vaultgemma",
+        _ATTENTION,
+        (replace(_MLP, pre_norm="pre_feedforward_layernorm"),),
+        gain_offset=1.0,
+        scaled_embedding=True,
+        also_known_as=("VaultGemma",),
     ),
     Family(
         "phi3",
-        Branch(("self_attn.qkv_proj",), "self_attn.o_proj", pre_norm="input_layernorm"),
-        (Branch(("mlp.gate_up_proj",), "mlp.down_proj", pre_norm="post_attention_layernorm"),),
-        also_known_as=("Phi-3", "Phi-4-mini"),
+        replace(_ATTENTION, readers=("self_attn.qkv_proj",)),
+        (_FUSED_MLP,),
+        also_known_as=("Phi-3", "Phi-4", "Phi-4-mini"),
+    ),
+    Family("glm", _ATTENTION, (_FUSED_MLP,), also_known_as=("GLM-4-9B-Chat",)),
+    Family(
+        "glm4",
+        replace(_ATTENTION, post_norm="post_self_attn_layernorm"),
+        (replace(_FUSED_MLP, post_norm="post_mlp_layernorm"),),
+        also_known_as=("GLM-4-0414",),
+    ),
+    Family("olmo2", _POST_ATTENTION, (_POST_MLP,), qk_norm=_HEAD_NORMS, also_known_as=("OLMo 2",)),
+    Family("olmo3", _POST_ATTENTION, (_POST_MLP,), qk_norm=_HEAD_NORMS, also_known_as=("OLMo 3",)),
+    Family(
+        "flex_olmo",
+        _POST_ATTENTION,
+        (replace(_MOE, pre_norm=None, post_norm="post_feedforward_layernorm"),),
+        qk_norm=_HEAD_NORMS,
+        expert_parameters=_EXPERTS,
+        also_known_as=("FlexOlmo",),
+    ),
+    Family("exaone4", _POST_ATTENTION, (_POST_MLP,), qk_norm=_HEAD_NORMS, also_known_as=("EXAONE 4.0",)),
+    Family("smollm3", _ATTENTION, (_MLP,), also_known_as=("SmolLM3",)),
+    # Granite's multipliers are scalars, so they commute with every operator, mask and rotation.
+    Family("granite", _ATTENTION, (_MLP,), also_known_as=("Granite 3",)),
+    Family("granite_swa", _ATTENTION, (_MLP,), bystanders=("self_attn.sinks",), also_known_as=("Granite Swash 2B",)),
+    Family(
+        "granitemoe",
+        _ATTENTION,
+        (
+            replace(
+                _MOE,
+                readers=("block_sparse_moe.router", _GRANITE_EXPERTS[0]),
+                writer=_GRANITE_EXPERTS[1],
+                site="block_sparse_moe",
+            ),
+        ),
+        expert_parameters=_GRANITE_EXPERTS,
+        also_known_as=("Granite 3 MoE",),
     ),
     Family(
-        "olmo2",
-        Branch(_QKV, "self_attn.o_proj", post_norm="post_attention_layernorm"),
-        (Branch(_GATE_UP, "mlp.down_proj", post_norm="post_feedforward_layernorm"),),
-        qk_norm=_HEAD_NORMS,
+        "hyperclovax",
+        replace(_ATTENTION, post_norm="post_norm1"),
+        (replace(_MLP, post_norm="post_norm2"),),
+        also_known_as=("HyperCLOVA X SEED Think",),
     ),
-    Family("smollm3", _ATTENTION, (_MLP,)),
-    # Granite's multipliers are scalars, so they commute with every operator, mask and rotation.
-    Family("granite", _ATTENTION, (_MLP,)),
-    Family("mixtral", _ATTENTION, (_MOE,), expert_parameters=_EXPERTS),
-    Family("qwen3_moe", _ATTENTION, (_MOE, _MLP), qk_norm=_HEAD_NORMS, expert_parameters=_EXPERTS),
+    Family("mixtral", _ATTENTION, (_MOE,), expert_parameters=_EXPERTS, also_known_as=("Mixtral",)),
+    Family(
+        "mellum", _ATTENTION, (_MOE, _MLP), qk_norm=_HEAD_NORMS, expert_parameters=_EXPERTS, also_known_as=("Mellum 2",)
+    ),
+    Family(
+        "minimax_m2",
+        _ATTENTION,
+        (_MOE,),
+        qk_norm=_HEAD_NORMS,
+        bystanders=("mlp.e_score_correction_bias",),
+        expert_parameters=_EXPERTS,
+        also_known_as=("MiniMax-M2",),
+    ),
+    Family(
+        "hunyuan_v1_dense",
+        _ATTENTION,
+        (_MLP,),
+        qk_norm=("self_attn.query_layernorm", "self_attn.key_layernorm"),
+        also_known_as=("Hunyuan 0.5B to 7B",),
+    ),
+    Family(
+        "apertus",
+        replace(_ATTENTION, pre_norm="attention_layernorm"),
+        (replace(_UNGATED_MLP, pre_norm="feedforward_layernorm"),),
+        qk_norm=_HEAD_NORMS,
+        bystanders=tuple(f"mlp.act_fn.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps")),
+        also_known_as=("Apertus",),
+    ),
+    Family("arcee", _ATTENTION, (_UNGATED_MLP,), also_known_as=("AFM",)),
+    Family("cwm", _ATTENTION, (_MLP,), also_known_as=("CWM",)),
+    Family("ernie4_5", _ATTENTION, (_MLP,), also_known_as=("ERNIE 4.5 0.3B",)),
+    Family("seed_oss", _ATTENTION, (_MLP,), also_known_as=("Seed-OSS",)),
 )
 
 FAMILIES: dict[str, Family] = {record.model_type: record for record in _RECORDS}
+
+_WITH_LAYER_NORM = (
+    "biogpt bloom codegen cohere cohere2 falcon gpt2 gpt_bigcode gpt_neo gpt_neox gptj jais2 mpt nemotron olmo opt "
+    "persimmon phi phimoe stablelm starcoder2 xglm"
+)
+
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(_WITH_LAYER_NORM.split(), "its norms are LayerNorms, and a merge is exact with RMSNorm alone"),
+    "helium": "transformers takes its hidden size for the width of all heads (o_proj), so a smaller one does not load",
+    "olmoe": "transformers takes its hidden size for the width of all heads (q_norm), so a smaller one does not load",
+}
+"""Model types that no record can describe, and why."""
 
 
 def get_family(model_type: str) -> Family:
     """Return the record of a `model_type`.
 
     Raises:
-        PatError: the family has no record; the message lists those that have one and says what a record needs.
+        PatError: the family has no record; the message lists those that have one and says what a record needs, or why
+            there can be none.
     """
-    if model_type not in FAMILIES:
-        raise PatError(
-            f"Got a model of type {model_type!r}, which is not supported; supported: {', '.join(sorted(FAMILIES))}. "
-            "A new family needs a record in pat/families.py: its residual branches (norms, readers, writer), how its "
-            "norms store their gain, and whether its embeddings are scaled; it must use RMSNorm."
-        )
-    return FAMILIES[model_type]
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    reason = f": {REFUSED[model_type]}" if model_type in REFUSED else ""
+    remedy = (
+        "Use a model of one of these."
+        if reason
+        else "A new family needs a record in pat/families.py: its residual branches (norms, readers, writer), how its "
+        "norms store their gain, and whether its embeddings are scaled; it must use RMSNorm."
+    )
+    raise PatError(
+        f"Got a model of type {model_type!r}, which is not supported{reason}; supported: "
+        f"{', '.join(sorted(FAMILIES))}. {remedy}"
+    )

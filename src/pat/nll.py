@@ -5,7 +5,7 @@ Shapes: B rows of a batch, T tokens of its longest row, V vocabulary, N scored t
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +16,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pat.errors import PatError
+from pat.report.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Example = Mapping[str, Sequence[int]]
 """One tokenised row: `input_ids`, and as many `labels` (-100: not scored) or `completion_mask` bits."""
-
-Progress = Callable[[int, int], None]
-"""Called after every batch with (batches done, batches in all)."""
 
 IGNORED = -100
 # Rows of logits turned into float32 at once: a vocabulary of 262,144 takes 1 MB a row.
@@ -37,6 +35,10 @@ class NLL:
 
     nll: float
     num_tokens: int
+    standard_error: float | None = None
+    """Of the mean, over rows (or windows of a text) drawn at random, since the tokens of one row hang together: with
+    n_i tokens and the sum s_i in row i of m, sqrt(m / (m - 1) * sum((s_i - nll * n_i)^2)) / sum(n_i). None for one row.
+    """
 
     @property
     def perplexity(self) -> float:
@@ -91,6 +93,7 @@ def response_nll(
     device = next(model.parameters()).device
     num_batches = math.ceil(len(examples) / batch_size)
     total, num_tokens = 0.0, 0
+    rows: list[Tensor] = []
     with evaluating(model), torch.no_grad():
         batches = batches_from_examples(examples, batch_size=batch_size, pad_token_id=pad_token_id, sort_by_length=True)
         for done, batch in enumerate(batches, start=1):
@@ -102,16 +105,31 @@ def response_nll(
                 use_cache=False,
             ).logits
             logits_NV, targets_N = logits_BTV[:, :-1][scored_BT], targets_BT[scored_BT]
+            row_N = scored_BT.nonzero()[:, 0].cpu()
+            sums_B2 = torch.zeros(len(scored_BT), 2, dtype=torch.float64)
             for start in range(0, len(targets_N), LOGIT_ROWS):
-                rows = slice(start, start + LOGIT_ROWS)
-                nll_N = cross_entropy(logits_NV[rows].float(), targets_N[rows], reduction="none")
-                total += nll_N.cpu().double().sum().item()
+                part = slice(start, start + LOGIT_ROWS)
+                nll_N = cross_entropy(logits_NV[part].float(), targets_N[part], reduction="none").cpu().double()
+                total += nll_N.sum().item()
+                sums_B2.index_add_(0, row_N[part], torch.stack([nll_N, torch.ones_like(nll_N)], dim=1))
+            rows.append(sums_B2)
             num_tokens += len(targets_N)
             if progress is not None:
                 progress(done, num_batches)
     if num_tokens == 0:
         raise PatError(f"Got {len(examples)} examples without a response token to score; pass rows with responses.")
-    return NLL(nll=total / num_tokens, num_tokens=num_tokens)
+    nll = total / num_tokens
+    return NLL(nll, num_tokens, _standard_error(nll, torch.cat(rows)))
+
+
+def _standard_error(nll: float, rows_M2: Tensor) -> float | None:
+    """Return the standard error of a ratio of sums over rows, of each the sum of its losses and its tokens."""
+    rows_M2 = rows_M2[rows_M2[:, 1] > 0]
+    num_rows = len(rows_M2)
+    if num_rows < 2:
+        return None
+    residuals_M = rows_M2[:, 0] - nll * rows_M2[:, 1]
+    return math.sqrt(num_rows / (num_rows - 1) * residuals_M.square().sum().item()) / rows_M2[:, 1].sum().item()
 
 
 def text_perplexity(

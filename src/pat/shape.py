@@ -1,4 +1,4 @@
-"""Which hidden sizes a pruned model may have.
+"""Which hidden sizes a pruned model may have, and the options that ask for one.
 
 One constraint is hard, because a checkpoint that breaks it cannot be loaded: the hidden size must be a multiple of
 the number of attention heads (transformers validates it for Llama, Gemma 2/3 and many others even when `head_dim` is
@@ -8,7 +8,7 @@ explicit). Alignment to tensor-core tiles and quantised rows is a preference (sp
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pat.errors import PatError
 
@@ -19,6 +19,28 @@ ALIGNMENT_SLACK = 0.03
 """How far (relative to the width asked for) a better aligned width may lie."""
 
 DEFAULT_PRUNING_RATIO = 0.25
+
+LARGE_RATIO = 0.5
+"""No published result and none of ours cuts more of the hidden size."""
+
+
+@dataclass
+class ShapeOptions:
+    """Which pruned model is asked for."""
+
+    pruning_ratio: float | None = field(
+        default=None, metadata={"help": "Share of the hidden size to cut, in (0, 1). Default 0.25."}
+    )
+    pruned_hidden_size: int | None = field(
+        default=None, metadata={"help": "Exact hidden size of the pruned model, instead of a ratio."}
+    )
+    multiple_of: int | None = field(
+        default=None, metadata={"help": "Hard alignment of the pruned hidden size, in channels."}
+    )
+    untie_word_embeddings: bool = field(
+        default=False,
+        metadata={"help": "Give a tied model an output matrix of its own (adds vocabulary x width parameters)."},
+    )
 
 
 @dataclass(frozen=True)
@@ -84,7 +106,8 @@ def choose_width(
     chosen = min(candidates, key=lambda width: (-alignment(width), abs(width - asked), width))
     why = f"cutting {ratio:.4g} of {hidden_size} leaves {asked:g}; multiples of {legal.step} can be loaded"
     if near:
-        why += f", {len(near)} lie within {ALIGNMENT_SLACK:.0%}, the best aligned is a multiple of {alignment(chosen)}"
+        lie = "1 lies" if len(near) == 1 else f"{len(near)} lie"
+        why += f", {lie} within {ALIGNMENT_SLACK:.0%}, the best aligned is a multiple of {alignment(chosen)}"
     else:
         why += f", none lies within {ALIGNMENT_SLACK:.0%}, this is the nearest"
     return Width(hidden_size, chosen, why)

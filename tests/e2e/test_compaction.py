@@ -190,12 +190,13 @@ def test_a_second_training_leaves_no_stage_two_of_the_first(
 
 
 def test_a_hard_checkpoint_is_gone_on_from_whatever_the_milestone_is(
-    kept: Path, base: Path, data: Path, tmp_path: Path
+    kept: Path, base: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    checkpoint = kept / "checkpoints" / f"checkpoint-{MILESTONE}"
+    checkpoint = shutil.copytree(kept / "checkpoints" / f"checkpoint-{MILESTONE}", tmp_path / f"checkpoint-{MILESTONE}")
     out = tmp_path / "out"
     pat.tune(**flags(base, data, out, use_dora=True, milestone=0.0, resume_from_checkpoint=str(checkpoint)))
     assert logged(out, "loss") == logged(kept, "loss")
+    assert "has no run.json, so its configuration is not known" in caplog.text
 
 
 def test_checkpoints_of_stage_two_can_be_merged(kept: Path, tmp_path: Path) -> None:
@@ -210,7 +211,11 @@ def test_full_width_cannot_be_had_from_a_checkpoint_of_the_compact_model(
 ) -> None:
     checkpoint = kept / "checkpoints" / "compact" / f"checkpoint-{STEPS - 1}"
     with pytest.raises(PatError, match="no_compact"):
-        pat.tune(**flags(base, data, tmp_path / "out", no_compact=True, resume_from_checkpoint=str(checkpoint)))
+        pat.tune(
+            **flags(
+                base, data, tmp_path / "out", use_dora=True, no_compact=True, resume_from_checkpoint=str(checkpoint)
+            )
+        )
 
 
 def test_without_an_order_of_the_channels_nothing_is_left(base: Path, data: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pat.cli import main
 
 KILLED_MERGE = """
 import os, signal, sys
-from pat.checkpoint import shards, streamed
+from pat.checkpoint import shards, write
 from pat.cli import main
 
 moment = int(sys.argv[1])
@@ -34,8 +34,8 @@ def counted(function):
         return function(*args, **options)
     return wrapper
 
-shards.ShardWriter._write = counted(shards.ShardWriter._write)
-streamed.compare = counted(streamed.compare)
+shards.ShardWriter.write = counted(shards.ShardWriter.write)
+write.compare = counted(write.compare)
 os.replace = counted(os.replace)
 sys.exit(main(["merge", *sys.argv[2:]]))
 """

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from tiny_models import build, tiny_tokenizer
@@ -18,6 +20,8 @@ from transformers import AutoModelForCausalLM
 import pat
 from pat.cli import main
 from pat.demo import command as demo
+
+SCHEMAS = Path(__file__).resolve().parents[2] / "docs" / "schemas"
 
 LOADS_WITHOUT_PAT = """
 import sys
@@ -66,7 +70,7 @@ def run(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_what_a_run_leaves(run: Path) -> None:
-    assert {path.name for path in run.iterdir()} == {"model", "adapter", "compact", "results.json"}
+    assert {path.name for path in run.iterdir()} == {"model", "adapter", "compact", "results.json", "run.json"}
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     expected = {"schema_version", "versions", "machine", "seed", "recipe", "cut", "figures", "parity", "data"}
     assert expected <= set(results)
@@ -147,7 +151,7 @@ def test_a_run_that_was_cut_off_is_resumed(stage: str, base: Path, data: Path, r
         left = (
             path.name in kept
             if path.parent.name == "checkpoints"
-            else path.name in ("checkpoints", "compact", "adapter")
+            else path.name in ("checkpoints", "compact", "adapter", "run.json")
         )
         if not left:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -170,6 +174,21 @@ def test_cut_off_before_the_first_checkpoint_it_starts_anew(base: Path, data: Pa
     argv = ["tune", *as_argv(flags(base, data, tmp_path / "out"))]
     assert main([*argv, "--resume_from_checkpoint", "true"]) == 2
     assert main(argv) == 0
+
+
+def test_what_is_doubtful_of_a_run_is_kept_with_its_results(base: Path, data: Path, tmp_path: Path) -> None:
+    """A cut beyond what is known to work, gains that rule the rotation out, a milestone at step 0, nothing learnt."""
+    doubtful = {"pruning_ratio": 0.65, "gain_tolerance": 0.0, "milestone": 0.02, "learning_rate": 1e-6}
+    result = pat.tune(**flags(base, data, tmp_path / "out", **doubtful))
+    said = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))["warnings"]
+    assert said == result.record.warnings
+    expected = ("more than has been shown to work", "is not rotated", "rounds to step 0", "guessing|than its base")
+    assert [len([line for line in said if re.search(words, line)]) for words in expected] == [1, 1, 1, 1]
+
+
+def test_the_results_fit_the_published_schema(run: Path) -> None:
+    schema = json.loads((SCHEMAS / "tune.json").read_text(encoding="utf-8"))
+    jsonschema.validate(json.loads((run / "results.json").read_text(encoding="utf-8")), schema)
 
 
 def test_a_ratio_that_is_rounded_far_is_said(
@@ -202,7 +221,7 @@ def test_packing_and_picking_the_best_checkpoint(base: Path, data: Path, tmp_pat
 def test_the_demo_shows_both_models(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "prepare_smollm2", lambda *args, **kwargs: base)
+    monkeypatch.setattr(demo, "prepare_smollm2", lambda *_, **__: base)
     monkeypatch.setattr(demo, "RECIPE", demo.RECIPE | {"max_length": 64, "held_out": 4, "gain_tolerance": 0.4})
     monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 3)
     out = tmp_path / "demo"

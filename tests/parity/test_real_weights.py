@@ -44,7 +44,7 @@ def batches_of(
 def measured(model: PeftModel, floor: Parity, batches: list[dict[str, Tensor]], folder: Path) -> tuple[Parity, Cut]:
     """Write the dense model and return (parity, cut), the dense model read back from disk; print all figures."""
     folder.mkdir()
-    parity, cut = save_checkpoint(model, folder, tokenizer=None, batches=batches, dtype=None, provenance={})
+    parity, cut = save_checkpoint(model, folder, batches=batches, provenance={})
     assert int(tuner_of(model).mask().keep.sum()) == cut.pruned_hidden_size
     print(
         f"\n{cut.hidden_size} -> {cut.pruned_hidden_size}, rotation {cut.rotation}, {cut.num_parameters:,} parameters: "

@@ -1,41 +1,46 @@
-"""The command line: help, exit statuses, config files, and one call of the right function by each command."""
+"""The command line: help, exit statuses, and one call of the right function by each command."""
 
 import importlib
 import os
+import statistics
+import subprocess
 import sys
+import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pat import __version__, cli
-from pat.benchmark import BenchmarkOptions
 from pat.errors import PatError, RunFailed
-from pat.training.arguments import TuneArguments, parse_arguments
+from pat.options import OptionsParser
+from pat.training.arguments import TuneArguments, build_arguments
+from pat.tuner.config import PatConfig
+from pat.tuner.options import PatOptions
 
 BASE = ["--model_name_or_path", "base", "--dataset_name", "data.jsonl", "--output_dir", "out"]
 
+MAX_SECONDS = 0.5
+"""From the start of the interpreter to its end, for what needs no model: a person notices no delay."""
 
-def replace(monkeypatch: pytest.MonkeyPatch, target: str, result: Any = None) -> list[tuple[tuple[Any, ...], Any]]:
-    """Replace a function that a command imports by one that notes its arguments."""
-    calls: list[tuple[tuple[Any, ...], Any]] = []
-    module, _, name = target.rpartition(".")
 
-    def note(*args: Any, **kwargs: Any) -> Any:
-        calls.append((args, kwargs))
+def parse(*argv: str) -> TuneArguments:
+    return OptionsParser("pat tune", TuneArguments).parse([*BASE, *argv])
+
+
+def replace(monkeypatch: pytest.MonkeyPatch, target: str, result: Any = None) -> list[Any]:
+    """Replace a function `module:name` by one that notes its argument."""
+    calls: list[Any] = []
+    module, _, name = target.partition(":")
+
+    def note(argument: Any) -> Any:
+        calls.append(argument)
         if isinstance(result, BaseException):
             raise result
         return result
 
     monkeypatch.setattr(importlib.import_module(module), name, note)
     return calls
-
-
-@pytest.fixture
-def planned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], Any]]:
-    replace(monkeypatch, "pat.plan.print_plan")
-    return replace(monkeypatch, "pat.plan.make_plan")
 
 
 # -- help and exit statuses --------------------------------------------------------------------------------------------
@@ -49,9 +54,36 @@ def test_without_a_command_the_overview_names_all_of_them(capsys: pytest.Capture
     assert capsys.readouterr().out == overview
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--version"]) == 0
-    assert capsys.readouterr().out == f"pat {__version__}\n"
+@pytest.mark.parametrize(
+    ("argv", "status", "words"),
+    [
+        (["--version"], 0, f"pat {__version__}"),
+        (["--help"], 0, "usage: pat COMMAND"),
+        (["merge", "--help"], 0, "--adapter"),
+        (["prune"], 2, "Got the command 'prune'"),
+        (["plan", "--model_name_or_path", "m", "--multiple_of", "many"], 2, "'many'"),
+        (["evaluate", "--modle", "m"], 2, "did you mean --model?"),
+        (["benchmark", "--model", "m"], 2, "--baseline is missing"),
+        (["demo", "--max_steps", "few"], 2, "'few'"),
+        (["tune", "--model_name_or_path", "m"], 2, "--dataset_name is missing"),
+        (["tune", *BASE, "--config", "nowhere.yaml"], 2, "no such file"),
+        (["tune", *BASE, "--recipe", "best"], 2, "default, paper"),
+    ],
+)
+def test_what_needs_no_model_imports_no_torch_and_is_quick(argv: list[str], status: int, words: str) -> None:
+    """Time is taken where nothing else is (a median, and only of `--version`): other tests may run beside this one."""
+    code = (
+        "import sys\nfrom pat.cli import main\nstatus = main(sys.argv[1:])\nprint('torch' in sys.modules)\n"
+        "sys.exit(status)"
+    )
+    seconds = []
+    for _ in range(9 if argv == ["--version"] else 1):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - started)
+        assert done.returncode == status and words in done.stdout + done.stderr
+        assert done.stdout.splitlines()[-1] == "False"
+    assert len(seconds) == 1 or statistics.median(seconds) <= MAX_SECONDS
 
 
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))
@@ -86,24 +118,21 @@ def test_the_help_of_tune_starts_with_what_matters_and_names_each_flag_once(caps
     ],
 )
 def test_errors_are_one_line_and_a_status(
-    error: BaseException,
-    status: int,
-    line: str,
-    planned: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    error: BaseException, status: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    replace(monkeypatch, "pat.plan.make_plan", error)
+    replace(monkeypatch, cli.COMMANDS["plan"].run, error)
     assert cli.main(["plan", "--model_name_or_path", "m"]) == status
     assert capsys.readouterr().err == line
-    with pytest.raises(type(error)):
-        cli.main(["plan", "--model_name_or_path", "m", "--debug"])
+    for argv in (["--debug", "plan"], ["plan", "--debug"]):
+        with pytest.raises(type(error)):
+            cli.main([*argv, "--model_name_or_path", "m"])
 
 
-def test_an_unknown_command_is_answered_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["prune"]) == 2
-    error = capsys.readouterr().err
-    assert "'prune'" in error and all(name in error for name in cli.COMMANDS)
+def test_debug_with_a_value_is_the_trainers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = replace(monkeypatch, cli.COMMANDS["tune"].run, "result")
+    replace(monkeypatch, cli.COMMANDS["tune"].show)
+    assert cli.main(["tune", *BASE, "--debug", "underflow_overflow", "--debug"]) == 0
+    assert [option.value for option in calls[0].sft.debug] == ["underflow_overflow"]
 
 
 def test_a_reader_that_has_gone_is_no_error(
@@ -119,141 +148,62 @@ def test_a_reader_that_has_gone_is_no_error(
     assert capsys.readouterr().err == ""
 
 
-# -- what commands call ------------------------------------------------------------------------------------------------
+REQUIRED = {
+    "tune": BASE,
+    "plan": BASE[:2],
+    "merge": ["--adapter", "a", "--output_dir", "out"],
+    "evaluate": ["--model", "m", "--text_file", "t"],
+    "benchmark": ["--model", "m", "--baseline", "b"],
+    "demo": [],
+}
 
 
-def test_plan_passes_its_flags_on(planned: Any) -> None:
-    flags = ["--pruned-hidden-size", "64", "--multiple_of=16", "--untie_word_embeddings"]
-    assert cli.main(["plan", "--model_name_or_path", "m", *flags]) == 0
-    options = {"pruning_ratio": None, "pruned_hidden_size": 64, "multiple_of": 16, "untie_word_embeddings": True}
-    options["context"] = None
-    assert planned == [(("m",), options)]
-
-
-def test_evaluate_passes_its_flags_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = replace(monkeypatch, "pat.evaluation.command.evaluate", "figures")
-    shown = replace(monkeypatch, "pat.evaluation.command.print_evaluation")
-    assert cli.main(["evaluate", "--model", "m", "--text_file", "t", "--limit", "3", "--output", "o.json"]) == 0
-    tasks = ["--tasks", "paper", "--data_dir", "d", "--protocol", "letter", "--batch_size", "4", "--log_samples"]
-    assert cli.main(["evaluate", "--model", "m", *tasks, "--output_dir", "out"]) == 0
-    common = {"dataset_name": None, "template": "auto", "max_length": 512}
-    text = {"text_file": "t", "limit": 3, "output": Path("o.json"), "tasks": None, "data_dir": None}
-    text |= {"protocols": ("letter", "likelihood"), "batch_size": None, "log_samples": False, "output_dir": None}
-    asked = {"text_file": None, "limit": None, "output": None, "tasks": "paper", "data_dir": Path("d")}
-    asked |= {"protocols": "letter", "batch_size": 4, "log_samples": True, "output_dir": Path("out")}
-    assert calls == [(("m",), common | text), (("m",), common | asked)]
-    assert shown == [(("figures",), {})] * 2
-
-
-def test_benchmark_passes_its_flags_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    calls = replace(monkeypatch, "pat.benchmark.run_benchmark", "figures")
-    shown = replace(monkeypatch, "pat.benchmark.print_benchmark")
-    models = ["--model", "m", "--baseline", "b"]
-    assert cli.main(["benchmark", *models]) == 0
-    file = tmp_path / "benchmark.yaml"
-    file.write_text("contexts: [512, 128]\nrepetitions: 3\n")
-    assert cli.main(["benchmark", *models, "--batch_sizes", "1", "8,4", "--threads=2", "--config", str(file)]) == 0
-    expected = BenchmarkOptions("m", "b", contexts=(128, 512), batch_sizes=(1, 4, 8), repetitions=3, threads=2)
-    assert [arguments[0] for arguments, _ in calls] == [BenchmarkOptions("m", "b"), expected]
-    assert shown == [(("figures",), {})] * 2
-
-
-def test_merge_passes_its_flags_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    parity = SimpleNamespace(describe=lambda: "Parity is fine.")
-    result = SimpleNamespace(model_dir=Path("out"), num_parameters=1234, parity=parity)
-    calls = replace(monkeypatch, "pat.checkpoint.merge.merge", result)
-    assert cli.main(["merge", "--adapter", "a", "--output_dir", "out", "--base_model", "b"]) == 0
-    expected = {"base_model": "b", "dtype": None, "text_file": None, "max_shard_size": None}
-    assert calls == [(("a", Path("out")), expected | {"fold_dtype": None, "device": "cpu"})]
-    assert capsys.readouterr().out == "Wrote out (1,234 parameters); Parity is fine.\n"
-
-
-def test_tune_runs_what_was_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = replace(monkeypatch, "pat.training.tune.run_tune", "result")
-    shown = replace(monkeypatch, "pat.training.summary.print_summary")
-    assert cli.main(["tune", *BASE, "--pruning_ratio", "0.5"]) == 0
-    arguments = calls[0][0][0]
-    assert isinstance(arguments, TuneArguments)
-    assert arguments.pat.pruning_ratio == 0.5
-    assert shown == [(("result",), {})]
-
-
-# -- config files ------------------------------------------------------------------------------------------------------
-
-
-def test_a_config_file_gives_flags_that_typed_ones_override(planned: Any, tmp_path: Path) -> None:
-    file = tmp_path / "plan.yaml"
-    file.write_text(
-        "model_name_or_path: m\npruning_ratio: 0.3\nmultiple_of: 8\nuntie_word_embeddings: true\njson: null\n"
-    )
-    assert cli.main(["plan", "--config", str(file), "--multiple_of", "16"]) == 0
-    options = {"pruning_ratio": 0.3, "pruned_hidden_size": None, "multiple_of": 16, "untie_word_embeddings": True}
-    options["context"] = None
-    assert planned == [(("m",), options)]
-
-
-def test_a_config_file_of_tune_lies_between_recipe_and_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PAT_TEST_VARIABLE", "")
-    file = tmp_path / "run.yaml"
-    file.write_text(
-        "recipe: paper\nlearning_rate: 3e-4\nmilestone: 0.25\nseed: 3\nlora_target_modules: [q_proj, v_proj]\n"
-        "lr_scheduler_kwargs: {power: 2.0}\nenv: {PAT_TEST_VARIABLE: 7}\n"
-    )
-    for flags in (["--config", str(file)], [f"--config={file}"]):
-        arguments = parse_arguments([*BASE, *flags, "--seed", "5"])
-        assert arguments.run.recipe == "paper" and arguments.pat.rotation == "none"
-        assert arguments.sft.learning_rate == 3e-4 and arguments.pat.milestone == 0.25
-        assert arguments.sft.seed == 5
-        assert arguments.model.lora_target_modules == ["q_proj", "v_proj"]
-        assert arguments.sft.lr_scheduler_kwargs == {"power": 2.0}
-    assert os.environ["PAT_TEST_VARIABLE"] == "7"
-
-
-@pytest.mark.parametrize("command", ["plan", "tune"])
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("pruning_ratio: [", ["line 1", "YAML"]),
-        ("just text", ["mapping"]),
-        ("pruning_rato: 0.3", ["pruning_rato"]),
-        ("pruning_ratio: a lot", ["pruning_ratio", "'a lot'"]),
-    ],
-)
-def test_what_is_wrong_with_a_config_file_is_said(
-    command: str, content: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "bad.yaml"
-    file.write_text(content)
-    required = BASE if command == "tune" else BASE[:2]
-    assert cli.main([command, *required, "--config", str(file)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and all(word in error for word in words)
-
-
-@pytest.mark.parametrize("flags", [["--config"], ["--config", "a", "--config", "b"], ["--config", "nowhere.yaml"]])
-def test_a_config_flag_needs_one_file(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", "--model_name_or_path", "m", *flags]) == 2
-    assert "--config" in capsys.readouterr().err
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_a_command_runs_its_options_and_shows_what_comes_of_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = cli.COMMANDS[name]
+    ran, shown = replace(monkeypatch, command.run, "record"), replace(monkeypatch, command.show)
+    assert cli.main([name, *REQUIRED[name]]) == 0
+    module, _, options = command.options.partition(":")
+    assert [type(call) for call in ran] == [getattr(importlib.import_module(module), options)]
+    assert shown == ["record"]
 
 
 # -- pat tune's arguments ----------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_flag_is_answered_with_the_nearest_one() -> None:
-    with pytest.raises(PatError, match=r"unknown flag --prunning_ratio; did you mean --pruning_ratio\?"):
-        parse_arguments([*BASE, "--prunning_ratio", "0.3"])
+def test_a_config_file_of_tune_lies_between_recipe_and_flags(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "recipe: paper\nlearning_rate: 3e-4\nmilestone: 0.25\nseed: 3\nlora_target_modules: [q_proj, v_proj]\n"
+        "lr_scheduler_kwargs: {power: 2.0}\nsave_strategy: no\n"
+    )
+    arguments = parse("--config", str(file), "--seed", "5")
+    assert arguments.run.recipe == "paper" and arguments.pat.rotation == "none"
+    assert arguments.sft.learning_rate == 3e-4 and arguments.pat.milestone == 0.25
+    assert arguments.sft.seed == 5 and arguments.sft.save_strategy == "no"
+    assert arguments.model.lora_target_modules == ["q_proj", "v_proj"]
+    assert arguments.sft.lr_scheduler_kwargs == {"power": 2.0}
+
+
+def test_what_the_libraries_refuse_is_one_line() -> None:
+    with pytest.raises(PatError, match=r"8 bit and 4 bit .* \(see `pat tune --help`\)\."):
+        parse("--load_in_4bit", "--load_in_8bit")
 
 
 def test_recipes_are_defaults_under_all_flags() -> None:
-    assert parse_arguments(BASE).pat.rotation == "auto"
-    paper = parse_arguments([*BASE, "--recipe=paper", "--milestone", "0.5"])
+    default = parse()
+    assert default.pat == PatOptions() and default.pat_config() == PatConfig(task_type="CAUSAL_LM")
+    assert default.sft.learning_rate == 5e-4 and default.sft.max_length == 512
+    paper = parse("--recipe=paper", "--milestone", "0.5")
     assert paper.sft.learning_rate == 5e-5 and paper.pat.milestone == 0.5
-    with pytest.raises(PatError, match="default, paper"):
-        parse_arguments([*BASE, "--recipe", "best"])
+    assert (paper.pat.operator_lr_multiplier, paper.model.use_rslora) == (1.0, False)
+    assert paper == build_arguments(
+        model_name_or_path="base", dataset_name="data.jsonl", output_dir="out", recipe="paper", milestone=0.5
+    )
 
 
 @pytest.mark.filterwarnings("error")
 def test_gradient_checkpointing_can_be_switched_on_without_a_word_about_its_new_name() -> None:
-    assert parse_arguments([*BASE, "--gradient_checkpointing"]).sft.activation_checkpointing is True
-    assert parse_arguments([*BASE, "--activation_checkpointing"]).sft.gradient_checkpointing is True
-    assert parse_arguments([*BASE, "--use_cpu", "--gradient_checkpointing=no"]).sft.activation_checkpointing is False
+    assert parse("--gradient_checkpointing").sft.activation_checkpointing is True
+    assert parse("--activation_checkpointing").sft.gradient_checkpointing is True
+    assert parse("--use_cpu", "--gradient_checkpointing=no").sft.activation_checkpointing is False

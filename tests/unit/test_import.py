@@ -1,4 +1,4 @@
-"""`import pat`: registers the method, knows its names, and leaves what only training needs for later."""
+"""`import pat`: registers the method whatever the order of imports, and imports nothing heavy by itself."""
 
 from __future__ import annotations
 
@@ -9,23 +9,55 @@ import pytest
 
 import pat
 
-CHECKS = """
-import sys
+REGISTERED = """
+from peft import PeftConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 import pat
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-assert pat.PatConfig in PEFT_TYPE_TO_CONFIG_MAPPING.values()
-late = {"trl", "datasets", "pat.training.tune"} & set(sys.modules)
-assert not late, late
-from pat import *
-assert callable(tune) and callable(PatCallback) and PatError and PatConfig
+assert PEFT_TYPE_TO_CONFIG_MAPPING["PAT"] is pat.PatConfig
+assert PEFT_TYPE_TO_TUNER_MAPPING["PAT"].__name__ == "PatModel"
+assert not [finder for finder in sys.meta_path if type(finder).__module__ == "pat.registration"]
+assert not {"trl", "datasets", "pat.training.tune"} & set(sys.modules)
+"""
+
+LOOKED_FOR_ONLY = """
+from importlib.util import find_spec
+assert find_spec("peft") is not None and "peft" not in sys.modules and "torch" not in sys.modules
+"""
+
+NOTHING_MORE_THAN_PEFT = """
+import pat
+assert "peft" not in sys.modules and "torch" not in sys.modules
+import peft
+own = set(sys.modules)
+import subprocess
+alone = subprocess.run([sys.executable, "-c", "import sys, peft; print(*sys.modules)"], capture_output=True, text=True)
+more = {name for name in own - set(alone.stdout.split()) if name.partition(".")[0] not in ("pat", "subprocess")}
+assert not {name.partition(".")[0] for name in more} & {"trl", "datasets", "accelerate", "lm_eval", "rich"}, more
 """
 
 
-def test_what_trains_is_imported_when_it_is_asked_for() -> None:
-    subprocess.run([sys.executable, "-c", CHECKS], check=True)
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pat" + LOOKED_FOR_ONLY,
+        "import peft\nimport pat",
+        "import pat.tuner.config",
+        r"import pickle; pickle.loads(b'\x80\x04cpat.tuner.config\nPatType\n\x8c\x03PAT\x85R.')",
+    ],
+    ids=["before peft", "after peft", "by the tuner", "by a pickle"],
+)
+def test_the_method_is_registered_in_every_order_of_imports(code: str) -> None:
+    subprocess.run([sys.executable, "-c", f"import sys\n{code}\n{REGISTERED}"], check=True)
 
 
-def test_other_names_are_errors() -> None:
+def test_importing_it_imports_no_more_than_peft_does() -> None:
+    subprocess.run([sys.executable, "-c", f"import sys\n{NOTHING_MORE_THAN_PEFT}"], check=True)
+
+
+def test_public_names_come_with_a_star_and_others_are_errors() -> None:
+    names: dict[str, object] = {}
+    exec("from pat import *", names)
+    assert set(pat.__all__) <= set(names)
     with pytest.raises(AttributeError, match="'pat' has no attribute 'tuned'"):
         pat.tuned  # noqa: B018
     with pytest.raises(ImportError):

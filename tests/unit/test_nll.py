@@ -102,6 +102,22 @@ def test_response_nll_equals_float64_unbatched(batch_size: int) -> None:
     assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
 
 
+def test_the_standard_error_is_that_of_rows_drawn_at_random() -> None:
+    """By the formula in float64, and about what drawing the rows again and again gives."""
+    model, examples = make_model(), make_examples(count=60)
+    parts = [reference_nll(model, [example]) for example in examples]
+    sums = torch.tensor([nll * num for nll, num in parts], dtype=torch.float64)
+    nums = torch.tensor([num for _, num in parts], dtype=torch.float64)
+    result = response_nll(model, examples, batch_size=8, pad_token_id=0)
+    residuals = sums - sums.sum() / nums.sum() * nums
+    expected = (60 / 59 * residuals.square().sum()).sqrt() / nums.sum()
+    assert result.standard_error == pytest.approx(float(expected), rel=1e-4)
+    draws = torch.randint(60, (4000, 60), generator=torch.Generator().manual_seed(0))
+    spread = (sums[draws].sum(1) / nums[draws].sum(1)).std()
+    assert result.standard_error == pytest.approx(float(spread), rel=0.1)
+    assert response_nll(model, examples[:1], batch_size=8, pad_token_id=0).standard_error is None
+
+
 def test_many_scored_tokens_are_summed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     model, examples = make_model(), make_examples()
     expected, count = reference_nll(model, examples)

@@ -2,7 +2,9 @@
 
 import math
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given
 
 from pat.errors import PatError
 from pat.shape import ALIGNMENT_SLACK, ALIGNMENTS, Width, choose_width
@@ -29,27 +31,35 @@ def test_a_ratio_becomes_the_specifications_width(hidden_size: int, heads: int, 
     assert str(expected) in width.reason or "multiples of" in width.reason
 
 
-@pytest.mark.parametrize("multiple_of", [None, 16, 64])
-@pytest.mark.parametrize("heads", [1, 4, 9, 12, 32])
-@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.25, 0.3, 0.5, 0.77])
-@pytest.mark.parametrize("hidden_size", [768, 2304])
+@given(
+    hidden_size=st.integers(2, 5000),
+    heads=st.integers(1, 80),
+    ratio=st.floats(0, 1, exclude_min=True, exclude_max=True),
+    multiple_of=st.none() | st.sampled_from([1, 8, 48, 64]),
+)
 def test_among_the_legal_widths_within_3_percent_the_best_aligned_then_the_nearest_is_taken(
     hidden_size: int, heads: int, ratio: float, multiple_of: int | None
 ) -> None:
+    """By brute force, over every width there is."""
+    legal = [w for w in range(1, hidden_size) if w % heads == 0 and w % (multiple_of or 1) == 0]
+    if not legal:
+        with pytest.raises(PatError, match="lower multiple_of"):
+            choose_width(hidden_size, heads, pruning_ratio=ratio, multiple_of=multiple_of)
+        return
     width = choose_width(hidden_size, heads, pruning_ratio=ratio, multiple_of=multiple_of).pruned_hidden_size
     asked = hidden_size * (1 - ratio)
-    legal = [w for w in range(1, hidden_size) if w % heads == 0 and w % (multiple_of or 1) == 0]
     assert width in legal
+    assert choose_width(hidden_size, heads, pruned_hidden_size=width).pruned_hidden_size == width
 
-    def rank(w: int) -> tuple[int, float]:
+    def rank(w: int) -> tuple[int, float, int]:
         alignment = max((a for a in ALIGNMENTS if w % a == 0), default=1)
-        return alignment, -abs(w - asked)
+        return alignment, -abs(w - asked), -w
 
     near = [w for w in legal if abs(w - asked) <= ALIGNMENT_SLACK * asked]
     if near:
-        assert rank(width) == max(map(rank, near))
+        assert width == max(near, key=rank)
     else:
-        assert abs(width - asked) == min(abs(w - asked) for w in legal)
+        assert width == min(legal, key=lambda w: (abs(w - asked), w))
 
 
 def test_the_constants_are_the_specifications() -> None:

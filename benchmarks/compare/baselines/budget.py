@@ -8,15 +8,14 @@ of parameters in all, and takes the one of its settings that comes nearest, abov
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from pat.checkpoint.write import count_parameters
-from pat.families import Family, get_family
+from pat.families import get_family
 from pat.surgery.dense import shrink_config
-from pat.surgery.residual import ResidualStream, map_residual_stream
+from pat.surgery.describe import count_parameters, head_dim
 
 Setting = TypeVar("Setting")
 
@@ -47,7 +46,7 @@ def pat_config(model: PreTrainedModel, pruned_hidden_size: int, *, untie: bool =
         model.config,
         family,
         pruned_hidden_size=pruned_hidden_size,
-        head_dim=head_dim(model, family),
+        head_dim=head_dim(model),
         tied=bool(model.config.tie_word_embeddings) and not untie,
     )
 
@@ -55,19 +54,3 @@ def pat_config(model: PreTrainedModel, pruned_hidden_size: int, *, untie: bool =
 def nearest(settings: Iterable[Setting], size: Callable[[Setting], int], target: int) -> Setting:
     """Return the setting whose size is nearest to a target, above or below; ties go to the smaller model."""
     return min(settings, key=lambda setting: (abs(size(setting) - target), size(setting)))
-
-
-def head_dim(model: PreTrainedModel, family: Family) -> int:
-    """Return the size of one attention head, whether or not the configuration names it."""
-    return int(cast(Any, model.get_submodule(f"{family.layers}.0.self_attn")).head_dim)
-
-
-def residual_stream(model: PreTrainedModel) -> ResidualStream:
-    """Return the roles of a base model's parameters.
-
-    Raises:
-        PatError: the family has no record, or the record does not fit.
-    """
-    family = get_family(model.config.model_type)
-    names = (name for name, _ in model.named_parameters())
-    return map_residual_stream(family, names, tied=bool(model.config.tie_word_embeddings))

@@ -43,8 +43,7 @@ def calibration_sequences(
     if len(sequences) < num_sequences:
         raise PatError(
             f"Got {len(dataset)} rows, enough for {len(sequences)} calibration sequences of {length} tokens; expected "
-            f"{num_sequences}. Pass more rows, or ask for fewer or shorter ones (pat compare: --calibration_rows, "
-            "--max_length)."
+            f"{num_sequences}. Pass more rows, or ask for fewer or shorter ones (--calibration_rows, --max_length)."
         )
     return sequences
 

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pat.surgery.dense import build_dense
+from pat.surgery.describe import map_of
 from pat.surgery.fold import Channels, HeadPlan, fold_weights
 from pat.surgery.precision import to_float64
-from pat.surgery.residual import ResidualStream
+from pat.surgery.residual import ResidualStream, stored_tensors
 from pat.tuner.weights import embedding_ratio
 
-from .budget import pat_config, residual_stream
+from .budget import pat_config
 
 
 def keep_random(hidden_size: int, pruned_hidden_size: int, *, seed: int) -> Tensor:
@@ -49,7 +50,7 @@ def magnitude_scores(model: PreTrainedModel) -> Tensor:
     Raises:
         PatError: unsupported family.
     """
-    stream = residual_stream(model)
+    stream = map_of(model)
 
     def weight(name: str) -> Tensor:
         return to_float64(model.get_parameter(name).detach())
@@ -75,15 +76,15 @@ def cut_channels(model: PreTrainedModel, keep: Tensor) -> PreTrainedModel:
     Raises:
         PatError: unsupported family, or transformers refuses that width.
     """
-    stream: ResidualStream = residual_stream(model)
-    family = stream.family
+    stream: ResidualStream = map_of(model)
+    family, tensors = stream.family, stored_tensors(model)
     config = pat_config(model, len(keep))
     ratio = 1.0
     if family.scaled_embedding:
         ratio = embedding_ratio(model.get_submodule(family.embedding), len(keep), model.dtype)
     folded = fold_weights(
         stream,
-        lambda name: model.get_parameter(name).detach(),
+        lambda name: tensors[name].detach(),
         Channels(getattr(model.config, family.hidden_size_field), keep),
         {},
         HeadPlan(tied=stream.head is None, embedding_ratio=ratio),

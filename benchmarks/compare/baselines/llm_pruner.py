@@ -32,8 +32,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from pat.errors import PatError
 from pat.families import Family, get_family
 from pat.surgery.dense import build_dense
+from pat.surgery.describe import head_dim
 
-from .budget import head_dim, nearest, num_parameters
+from .budget import nearest, num_parameters
 from .calibration import batched
 from .working_copy import float32_copy
 
@@ -131,7 +132,7 @@ def layer_importance(model: PreTrainedModel, calibration: Iterable[Tensor]) -> l
     """Return the Taylor importance of the groups of every layer."""
     family, base = get_family(model.config.model_type), _base_shape(model)
     term = taylor_terms(model, calibration, _cut_parameters(model, family))
-    per_head = head_dim(model, family)
+    per_head = head_dim(model)
     biases = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
     layers = []
     for index in range(model.config.num_hidden_layers):
@@ -213,7 +214,7 @@ def _cut(
     """Yield every parameter of the pruned model: the base's own, without the rows and columns of what goes."""
     cuts: dict[str, tuple[Tensor, int]] = {}
     for index, layer in enumerate(importance):
-        queries, groups, channels = _kept(layer, shape, head_dim(model, family))
+        queries, groups, channels = _kept(layer, shape, head_dim(model))
         plan: Mapping[str, tuple[Tensor, int]] = {
             QUERY: (queries, 0),
             KEY: (groups, 0),
@@ -285,7 +286,7 @@ def _config(model: PreTrainedModel, shape: Shape) -> PretrainedConfig:
     config.num_attention_heads = shape.num_attention_heads
     config.num_key_value_heads = shape.num_key_value_heads
     config.intermediate_size = shape.intermediate_size
-    config.head_dim = head_dim(model, get_family(config.model_type))
+    config.head_dim = head_dim(model)
     config.use_cache = True
     config.validate()
     return config
@@ -307,7 +308,7 @@ def check_prunable(model: PreTrainedModel, family: Family) -> None:
     needed = [f"{family.layers}.0.{path}.weight" for path in (QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN)]
     missing = [name for name in needed if name not in names]
     norms = (f"{family.layers}.0.{norm}.weight" for norm in family.qk_norm)
-    wide = [name for name in norms if model.get_parameter(name).numel() != head_dim(model, family)]
+    wide = [name for name in norms if model.get_parameter(name).numel() != head_dim(model)]
     if missing or wide:
         problem = f"has no {missing[0]}" if missing else f"normalises all heads together ({wide[0]})"
         raise PatError(

@@ -2,78 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from typing import Literal
 
-from tqdm import tqdm
+import torch
 
-from pat.benchmark.figure import can_draw, draw
-from pat.benchmark.measure import ROLES, Progress, measure
-from pat.benchmark.options import BenchmarkOptions, check_options
+from pat.benchmark.host import ModelFacts
+from pat.benchmark.measure import ROLES, Row, measure
+from pat.benchmark.options import BenchmarkOptions
 from pat.benchmark.prediction import Predictor
-from pat.benchmark.process import Worker
-from pat.benchmark.record import Benchmark, to_dict
-from pat.benchmark.tables import markdown
-from pat.report.results import write_results
+from pat.benchmark.worker import Worker
+from pat.errors import PatError
+from pat.report.records import Record, write_record
 
 
-def run_benchmark(options: BenchmarkOptions) -> Benchmark:
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkRecord(Record):
+    """Measurements of two models, and what was predicted for them."""
+
+    command: Literal["benchmark"] = "benchmark"
+    options: BenchmarkOptions
+    device: str
+    models: dict[str, ModelFacts]
+    """What was loaded, by role."""
+    predicted_weight_bytes: dict[str, int]
+    settings: list[Row]
+
+
+def run_benchmark(options: BenchmarkOptions) -> BenchmarkRecord:
     """Compare two models, and write `results.json`, `results.md` and `speedup.png` if there is an output folder.
 
     Raises:
-        PatError: see `check_options`; or a model cannot be loaded.
+        PatError: a model cannot be used, or there is no such device.
         RunFailed: the models do not fit into memory, or a process fails.
     """
-    check_options(options)
+    device = resolve_device(options.device)
     names = {"baseline": options.baseline, "model": options.model}
-    predictors = {role: Predictor(names[role], options) for role in ROLES}
-    device = options.resolved_device()
+    predictors = {role: Predictor(names[role], dtype=options.dtype, new_tokens=options.new_tokens) for role in ROLES}
     with ExitStack() as stack:
-        workers: dict[str, Worker] = {}
-        for role in ROLES:
-            load = {"name": names[role], "dtype": options.dtype, "device": str(device), "threads": options.threads}
-            workers[role] = stack.enter_context(Worker(load))
-            workers[role].launch()
-        facts = {role: workers[role].load() for role in ROLES}
-        with _progress() as progress:
-            rows = measure(
-                workers,
-                options,
-                max_positions={role: predictors[role].max_positions for role in ROLES},
-                progress=progress,
-            )
-    benchmark = Benchmark(
+        shared = {"dtype": options.dtype, "device": str(device), "threads": options.threads}
+        # Both are started before one is asked: it takes them seconds to import what they need.
+        workers = {role: stack.enter_context(closing(Worker({"name": names[role], **shared}))) for role in ROLES}
+        models = {role: workers[role].load() for role in ROLES}
+        rows = measure(workers, options, predictors)
+    record = BenchmarkRecord(
         options=options,
         device=str(device),
-        facts=facts,
+        models=models,
         predicted_weight_bytes={role: predictors[role].weight_bytes for role in ROLES},
-        rows=rows,
-        predictions={
-            (row.batch_size, row.context): {role: predictors[role].at(row.batch_size, row.context) for role in ROLES}
-            for row in rows
-        },
+        settings=rows,
     )
     if options.output_dir is not None:
-        _write(benchmark)
-    return benchmark
+        _write(record)
+    return record
 
 
-def _write(benchmark: Benchmark) -> None:
-    folder = benchmark.options.output_dir
+def resolve_device(name: str) -> torch.device:
+    """Return the device that the models run on.
+
+    Raises:
+        PatError: this machine has no such device.
+    """
+    known = ["cpu"]
+    if torch.accelerator.is_available() and (accelerator := torch.accelerator.current_accelerator()) is not None:
+        kind = accelerator.type
+        known = [kind, *(f"{kind}:{index}" for index in range(torch.accelerator.device_count())), *known]
+    if name not in ("auto", *known):
+        raise PatError(f"Got device={name!r}; expected auto, or what this machine has: {', '.join(known)}.")
+    return torch.device(known[0] if name == "auto" else name)
+
+
+def _write(record: BenchmarkRecord) -> None:
+    from pat.benchmark.figure import can_draw, draw
+    from pat.benchmark.tables import to_markdown
+
+    folder = record.options.output_dir
     assert folder is not None
-    write_results(folder / "results.json", to_dict(benchmark))
-    (folder / "results.md").write_text(markdown(benchmark), encoding="utf-8")
+    write_record(folder / "results.json", record)
+    (folder / "results.md").write_text(to_markdown(record), encoding="utf-8")
     if can_draw():
-        draw(benchmark, folder / "speedup.png")
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """Yield a progress function that draws a bar on stderr if a person is looking."""
-    with tqdm(desc="Settings", unit="setting", disable=None, leave=False) as bar:
-
-        def report(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield report
+        draw(record, folder / "speedup.png")

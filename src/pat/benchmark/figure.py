@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from pat.benchmark.measure import PHASES, Phase
-from pat.benchmark.record import Benchmark
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from pat.benchmark.command import BenchmarkRecord
+from pat.benchmark.measure import PHASES
+from pat.benchmark.prediction import Phase
 
 MISSING = "No figure was drawn, because matplotlib is not installed: pip install 'pat-llm[figures]'."
 
@@ -28,7 +25,7 @@ def can_draw() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def draw(benchmark: Benchmark, path: Path) -> None:
+def draw(record: BenchmarkRecord, path: Path) -> None:
     """Draw measured speed-ups as points with quartiles, predicted ones as lines across them, and save a PNG.
 
     Batch sizes stand side by side, within each its contexts. A setting without a figure says so.
@@ -36,25 +33,25 @@ def draw(benchmark: Benchmark, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    phases = [phase for phase in PHASES if any(row.phase == phase for row in benchmark.rows)]
-    options = benchmark.options
+    phases = [phase for phase in PHASES if any(row.phase == phase for row in record.settings)]
+    options = record.options
     contexts, sizes = options.contexts, options.batch_sizes
     figure = Figure(figsize=(1.4 + 1.25 * len(phases) * max(2, 0.33 * len(sizes) * len(contexts) + 1), 4.2), dpi=150)
     axes = figure.subplots(1, len(phases), sharey=True, squeeze=False)[0]
     step = _SLOT / len(contexts)
-    missing: list[tuple[Axes, float, float, str, str]] = []
     for axis, phase in zip(axes, phases, strict=True):
-        for row in benchmark.rows:
+        for row in record.settings:
             if row.phase != phase:
                 continue
             rank = contexts.index(row.context)
             color = _COLORS[rank % len(_COLORS)]
             x = sizes.index(row.batch_size) + (rank - (len(contexts) - 1) / 2) * step
-            predicted, measured = benchmark.predicted_speedup(row), row.speedup
+            predicted, measured = row.predicted_speedup, row.speedup
             axis.hlines(predicted, x - 0.42 * step, x + 0.42 * step, color=color, linewidth=2.2, alpha=0.55)
             if measured is None:
-                words = ", ".join(sorted({r.status.replace("_", " ") for r in row.results.values()} - {"ok"}))
-                missing.append((axis, x, predicted, words, color))
+                reasons = sorted({side.status for side in (row.baseline, row.model)} - {"ok"})
+                words, place = ", ".join(reasons).replace("_", " "), axis.get_xaxis_transform()  # at the panel's foot
+                axis.text(x, 0.03, words, transform=place, rotation=90, ha="center", fontsize=7, color=color)
                 continue
             bars = [[measured.median - measured.lower_quartile], [measured.upper_quartile - measured.median]]
             axis.errorbar(x, measured.median, yerr=bars, fmt="o", color=color, markersize=5, capsize=3)
@@ -70,22 +67,8 @@ def draw(benchmark: Benchmark, path: Path) -> None:
         axis.set_axisbelow(True)
     axes[0].set_ylabel("speed-up over the baseline")
     low, high = axes[0].get_ylim()
-    low, high = min(low, 0.95), max(high, 1.05)
-    axes[0].set_ylim(low, high)
+    axes[0].set_ylim(min(low, 0.95), max(high, 1.05))
     axes[0].yaxis.set_major_formatter("{x:g}×")
-    for axis, x, y, words, color in missing:  # where there is room, now that the limits are known
-        above = y < (low + high) / 2
-        axis.annotate(
-            words,
-            (x, y),
-            (0, 6 if above else -6),
-            textcoords="offset points",
-            rotation=90,
-            ha="center",
-            va="bottom" if above else "top",
-            fontsize=7,
-            color=color,
-        )
     handles = [
         Line2D([], [], color=_COLORS[rank % len(_COLORS)], marker="s", linestyle="", label=f"context {context} tokens")
         for rank, context in enumerate(contexts)
@@ -96,7 +79,7 @@ def draw(benchmark: Benchmark, path: Path) -> None:
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), fontsize=8, frameon=False)
     model, baseline = _short_names(options.model, options.baseline)
-    where = f"{benchmark.device}, {benchmark.facts['model']['dtype']}"
+    where = f"{record.device}, {record.models['model'].dtype}"
     figure.suptitle(f"{model} against the baseline\n{baseline} ({where})", fontsize=9)
     figure.set_layout_engine("constrained")
     figure.savefig(path)

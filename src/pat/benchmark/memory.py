@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
 """What Linux expects in `clear_refs` to start the highest resident size anew."""
 
-_OUT_OF_MEMORY = ("not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
-"""Words of errors that have no type of their own and that accelerate's list leaves out."""
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+"""Words of errors that have no type of their own."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error means that memory, of whatever device, did not suffice."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and (
-        should_reduce_batch_size(error) or any(words in str(error) for words in _OUT_OF_MEMORY)
-    )
+    if isinstance(error, RuntimeError):
+        return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+    return isinstance(error, MemoryError)
 
 
 class MemoryMeter:
@@ -34,44 +30,35 @@ class MemoryMeter:
     """
 
     def __init__(self, device: torch.device) -> None:
-        module: Any = None if device.type == "cpu" else torch.get_device_module(device)
-        self._on_cpu = device.type == "cpu"
         self._device = device
-        self._module = module if hasattr(module, "max_memory_allocated") else None
+        self._on_cpu = device.type == "cpu"
 
     @property
-    def scope(self) -> str:
-        """What a peak refers to: one `request`, all of the `process` so far, or `none` if it cannot be known."""
-        if not self._on_cpu:
-            return "none" if self._module is None else "request"
-        return "request" if _CLEAR.exists() else "process"
+    def resets(self) -> bool:
+        """Whether a peak is that since `reset`; if not, it is that of the process so far."""
+        return not self._on_cpu or _CLEAR.exists()
 
     def reset(self) -> None:
         """Forget the peak so far, where the system allows it."""
-        if self._module is not None:
-            self._module.reset_peak_memory_stats(self._device)
-        elif self._on_cpu and _CLEAR.exists():
+        if not self._on_cpu:
+            torch.accelerator.reset_peak_memory_stats(self._device)
+        elif _CLEAR.exists():
             _CLEAR.write_text(_RESET_PEAK)
 
-    def peak_bytes(self) -> int | None:
+    def peak_bytes(self) -> int:
         """Return the highest amount since `reset`."""
-        if self._module is not None:
-            return int(self._module.max_memory_allocated(self._device))
-        return _resident("VmHWM") if self._on_cpu else None
+        return _resident("VmHWM") if self._on_cpu else torch.accelerator.max_memory_allocated(self._device)
 
-    def current_bytes(self) -> int | None:
+    def current_bytes(self) -> int:
         """Return the amount in use."""
-        if self._module is not None:
-            return int(self._module.memory_allocated(self._device))
-        return _resident("VmRSS") if self._on_cpu else None
+        return _resident("VmRSS") if self._on_cpu else torch.accelerator.memory_allocated(self._device)
 
 
 def _resident(field: str) -> int:
     """Read a size from Linux' account of this process; elsewhere only the highest so far can be had."""
     if _STATUS.exists():
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) * 1024
+        (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+        return int(line.split()[1]) * 1024
     import resource  # not on every system
 
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,140 +1,71 @@
-"""What `pat benchmark` can be asked for, and what is wrong with it if it cannot be done."""
+"""Options of `pat benchmark`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
+from pat.checkpoint.staging import check_output_folder
 from pat.errors import PatError
-from pat.loading import load_config
-
-CONTEXTS = (128, 512, 2048)
-"""128 is the paper's."""
-
-BATCH_SIZES = (1, 8, 16)
 
 FEWEST_REPETITIONS = 3
 """With fewer there is no spread to speak of."""
 
+DTYPES = ("float32", "bfloat16", "float16")
 
-@dataclass(frozen=True)
+
+@dataclass
 class BenchmarkOptions:
     """A comparison of two models. Lists are sorted and free of repetitions."""
 
-    model: str
-    """Folder or hub id of the smaller model."""
-    baseline: str
-    """Folder or hub id of the model that it is compared with."""
-    contexts: tuple[int, ...] = CONTEXTS
-    """Tokens of each sequence that are read, and held in the cache when generation starts."""
-    batch_sizes: tuple[int, ...] = BATCH_SIZES
-    new_tokens: int = 32
-    """Tokens that are generated for each sequence; 0 leaves generation out."""
-    repetitions: int = 5
-    """Measurements of each model at each setting, taken in turns."""
-    warmup: int = 1
-    """Runs of each model at each setting before those that count."""
-    max_seconds: float | None = None
-    """No repetition of a setting is begun after as many seconds, once `FEWEST_REPETITIONS` are measured."""
-    dtype: str | None = None
-    """Of both models; by default each in the dtype that it is stored in."""
-    device: str = "auto"
-    """`auto` takes an accelerator where there is one."""
-    threads: int | None = None
-    """Of the CPU for each model; by default torch's choice."""
-    output_dir: Path | None = None
+    model: str = field(metadata={"help": "Folder or hub id of the smaller model."})
+    baseline: str = field(metadata={"help": "Folder or hub id of the model that it is compared with."})
+    contexts: list[int] = field(
+        default_factory=lambda: [128, 512, 2048],  # 128 is the paper's
+        metadata={"help": "Tokens of each sequence that are read, and held in the cache when generation starts."},
+    )
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 16], metadata={"help": "Sequences in a batch."})
+    new_tokens: int = field(default=32, metadata={"help": "Tokens to generate for each sequence; 0 for none."})
+    repetitions: int = field(
+        default=5, metadata={"help": "Measurements of each model at each setting, taken in turns."}
+    )
+    warmup: int = field(default=1, metadata={"help": "Runs of each model at each setting before those that count."})
+    max_seconds: float | None = field(
+        default=None,
+        metadata={"help": "No repetition of a setting begins after as many seconds, once 3 are measured."},
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={"help": "Dtype of both models; by default the one each is stored in.", "choices": DTYPES},
+    )
+    device: str = field(
+        default="auto", metadata={"help": "auto (an accelerator where there is one), cpu, or a name such as cuda:0."}
+    )
+    threads: int | None = field(
+        default=None, metadata={"help": "CPU threads of each model; by default torch's choice."}
+    )
+    output_dir: Path | None = field(
+        default=None, metadata={"help": "Folder of JSON, table and figure; it must be empty or new."}
+    )
 
-    def resolved_device(self) -> torch.device:
-        """Return the device that the models run on."""
-        if self.device != "auto":
-            return torch.device(self.device)
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator or torch.device("cpu")
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense on any machine and with any model.
 
-
-def parse_counts(text: str | int | Sequence[int], flag: str) -> tuple[int, ...]:
-    """Read a list of positive whole numbers, such as `1,8,16` or `[1, 8, 16]`.
-
-    Returns:
-        The numbers, ascending, each once.
-
-    Raises:
-        PatError: it is empty, or something else than a positive whole number is in it.
-    """
-    items = text.strip("[]() ").replace(",", " ").split() if isinstance(text, str) else text
-    try:
-        numbers = sorted({int(item) for item in ([items] if isinstance(items, int) else items)})
-    except ValueError:
-        numbers = []
-    if not numbers or numbers[0] < 1:
-        raise PatError(f"Got {flag}={text!r}; expected whole numbers above 0 with commas between, such as 1,8,16.")
-    return tuple(numbers)
-
-
-def check_options(options: BenchmarkOptions) -> None:
-    """Refuse what cannot be measured before anything is loaded or written.
-
-    Raises:
-        PatError: a number, device or dtype that makes no sense, a model that cannot be used, or an output folder that
-            is not empty.
-    """
-    for flag, numbers in (("contexts", options.contexts), ("batch_sizes", options.batch_sizes)):
-        parse_counts(numbers, flag)
-    for flag, value, least in (
-        ("repetitions", options.repetitions, 1),
-        ("warmup", options.warmup, 0),
-        ("new_tokens", options.new_tokens, 0),
-        ("threads", 1 if options.threads is None else options.threads, 1),
-    ):
-        if value < least:
-            raise PatError(f"Got {flag}={value}; expected a whole number from {least}.")
-    if options.max_seconds is not None and not options.max_seconds > 0:
-        raise PatError(f"Got max_seconds={options.max_seconds}; expected a number above 0.")
-    _check_device(options.device)
-    if options.dtype is not None:
-        resolve_dtype(options.dtype)
-    if options.output_dir is not None and options.output_dir.exists():
-        if not options.output_dir.is_dir():
-            raise PatError(f"Got output_dir={options.output_dir}, which is a file; expected a folder, empty or new.")
-        if any(options.output_dir.iterdir()):
-            raise PatError(f"{options.output_dir}: the output folder is not empty; choose another one, or empty it.")
-    for name in (options.model, options.baseline):
-        config, _ = load_config(name)
-        if getattr(config, "quantization_config", None) is not None:
-            raise PatError(
-                f"Got the model {name!r}, which is quantised; expected dense weights, which the predictions are for."
-            )
-
-
-def resolve_dtype(name: str) -> torch.dtype:
-    """Return a floating-point dtype by name.
-
-    Raises:
-        PatError: there is none of that name.
-    """
-    dtype = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
-        raise PatError(f"Got dtype={name!r}; expected float32, bfloat16 or float16.")
-    return dtype
-
-
-def _check_device(name: str) -> None:
-    if name == "auto":
-        return
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise PatError(f"Got device={name!r}; expected auto, cpu, or an accelerator such as cuda or cuda:0.") from error
-    if device.type == "cpu":
-        return
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if (
-        accelerator is None
-        or accelerator.type != device.type
-        or (device.index or 0) >= torch.accelerator.device_count()
-    ):
-        found = "none" if accelerator is None else f"{torch.accelerator.device_count()} of type {accelerator.type}"
-        raise PatError(f"Got device={name!r}, but this machine has no such device (accelerators found: {found}).")
+        Raises:
+            PatError: a number or dtype that makes no sense, or an output folder that is not empty.
+        """
+        for name in ("contexts", "batch_sizes"):
+            counts = sorted(set(getattr(self, name)))
+            if not counts or counts[0] < 1:
+                raise PatError(f"Got {name}={getattr(self, name)}; expected whole numbers above 0, such as 1 8 16.")
+            setattr(self, name, counts)
+        for name, least in (("repetitions", 1), ("warmup", 0), ("new_tokens", 0), ("threads", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise PatError(f"Got {name}={value}; expected a whole number from {least}.")
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise PatError(f"Got max_seconds={self.max_seconds}; expected a number above 0.")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise PatError(f"Got dtype={self.dtype!r}; expected one of {', '.join(DTYPES)}.")
+        if self.output_dir is not None:
+            self.output_dir = check_output_folder(self.output_dir)

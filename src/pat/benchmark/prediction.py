@@ -2,47 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Literal
 
-from pat.benchmark.options import BenchmarkOptions, resolve_dtype
+import torch
+
+from pat.errors import PatError
 from pat.loading import load_config, stored_dtype
-from pat.plan.costs import Skeleton, build_skeleton, cost_at, cost_of
+from pat.plan.costs import build_skeleton, cost_at, cost_of
 
-
-@dataclass(frozen=True)
-class SettingPrediction:
-    """Counts of one model at one batch size and context."""
-
-    prefill_flops: float
-    decode_bytes: float
-    """Read for one token of each sequence, on average over the tokens that are generated."""
-    kv_cache_bytes: int
-    """Of all sequences, when the last token is generated."""
+Phase = Literal["prefill", "decode"]
 
 
 class Predictor:
-    """Counts of one model, from its configuration alone."""
+    """Counts of one model, from its configuration alone.
 
-    def __init__(self, name: str, options: BenchmarkOptions) -> None:
-        config, family = load_config(name)
-        dtype = resolve_dtype(options.dtype or str(stored_dtype(config) or "float32"))
-        self.skeleton: Skeleton = build_skeleton(config, family, dtype)
-        self.new_tokens = options.new_tokens
+    Raises:
+        PatError: the model cannot be used, or is quantised.
+    """
+
+    def __init__(self, name: str, *, dtype: str | None, new_tokens: int) -> None:
+        config, _ = load_config(name)
+        if getattr(config, "quantization_config", None) is not None:
+            raise PatError(
+                f"Got the model {name!r}, which is quantised; expected dense weights, which the predictions are for."
+            )
+        kind = stored_dtype(config) or torch.float32 if dtype is None else getattr(torch, dtype)
+        self.skeleton = build_skeleton(config, kind)
+        self.new_tokens = new_tokens
+        self.weight_bytes = cost_of(self.skeleton, 1).total.num_bytes
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
 
-    @property
-    def num_parameters(self) -> int:
-        """Of the whole model."""
-        return cost_of(self.skeleton, 1).total.num_parameters
+    def count(self, phase: Phase, batch_size: int, context: int) -> float:
+        """Return the FLOPs of reading a batch, or the bytes read for one new token of each of its sequences.
 
-    @property
-    def weight_bytes(self) -> int:
-        """Of the whole model."""
-        return cost_of(self.skeleton, 1).total.num_bytes
+        The bytes are an average over the tokens that are generated.
+        """
+        if phase == "prefill":
+            return cost_at(self.skeleton, batch_size=batch_size, context=context).prefill_flops
+        midway = context + (self.new_tokens + 1) // 2
+        return cost_at(self.skeleton, batch_size=batch_size, context=midway).decode_bytes
 
-    def at(self, batch_size: int, context: int) -> SettingPrediction:
-        """Count what a setting takes."""
-        midway = cost_at(self.skeleton, batch_size=batch_size, context=context + (self.new_tokens + 1) // 2)
+    def memory_bytes(self, batch_size: int, context: int) -> int:
+        """Return the size of the weights, and of all caches when the last token is generated."""
         end = cost_at(self.skeleton, batch_size=batch_size, context=context + self.new_tokens)
-        start = cost_at(self.skeleton, batch_size=batch_size, context=context)
-        return SettingPrediction(start.prefill_flops, midway.decode_bytes, end.kv_cache_bytes)
+        return self.weight_bytes + end.kv_cache_bytes

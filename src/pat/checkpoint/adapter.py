@@ -5,24 +5,34 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model_state_dict
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig, PretrainedConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from pat.checkpoint.card import Compaction, shown_name
 from pat.checkpoint.compact import MODEL, RECORD, read_compaction
+from pat.checkpoint.hollow import StoredWeights, hollow_model
+from pat.checkpoint.layout import UnknownLayoutError
 from pat.checkpoint.write import quiet_transformers
 from pat.errors import PatError
-from pat.loading import load_base, load_config
+from pat.loading import TokenSetup, check_special_ids, load_base, load_config, quantization_of
+from pat.loading.stored import dtype_of, stored_tensors
+from pat.loading.tokenizer import load_plain_tokenizer
 from pat.tuner import PatConfig
 from pat.tuner.config import PatType
 from pat.tuner.prepare import check_config
+from pat.tuner.weights import PREFIX
+
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+"""Initialisations of LoRA that leave the base model's weights as they are."""
 
 
 def read_adapter_config(adapter: str | os.PathLike[str]) -> LoraConfig:
@@ -92,6 +102,74 @@ def base_name(adapter: str | os.PathLike[str], config: LoraConfig, base_model: s
     return recorded
 
 
+def adapter_tokens(adapter: str | os.PathLike[str], name: str, base_config: PretrainedConfig) -> TokenSetup:
+    """Return the tokenizer and generation config of the run that an adapter is of, or else those of its base model.
+
+    Args:
+        adapter: its folder.
+        name: of the base model.
+        base_config: of the base model.
+
+    Raises:
+        PatError: neither has a tokenizer, or its special tokens lie beyond the base's embedding.
+    """
+    folder = Path(adapter).expanduser()
+    is_there = (folder / TOKENIZER_CONFIG_FILE).is_file()
+    tokenizer = load_plain_tokenizer(str(folder) if is_there else name)
+    check_special_ids(tokenizer, base_config.vocab_size)
+    generation_config = base_tokenizer = None
+    with suppress(OSError):
+        generation_config = GenerationConfig.from_pretrained(name)
+    with suppress(OSError):
+        generation_config = GenerationConfig.from_pretrained(folder)
+    if is_there:
+        with suppress(PatError):
+            base_tokenizer = load_plain_tokenizer(name)
+    return TokenSetup.of(base_config, generation_config, tokenizer, base_tokenizer=base_tokenizer)
+
+
+def load_hollow(
+    adapter: str | os.PathLike[str], name: str, config: LoraConfig, *, device: str | torch.device = "cpu"
+) -> tuple[PeftModel, StoredWeights] | None:
+    """Put a saved adapter on a base model that stays on disk, None if that base or adapter has to be in memory.
+
+    That is so for bases that are quantised or not stored as safetensors, for initialisations of LoRA that change the
+    base, and for adapters that carry weights of the base (LoRA on the embedding).
+
+    Raises:
+        PatError: adapter or base cannot be read, or do not fit each other.
+    """
+    base_config, family = load_config(name)
+    quantised = quantization_of(base_config) is not None
+    if isinstance(config, PatConfig):
+        check_config(base_config, family, config)
+        quantised = quantised or config.base_quantization is not None
+    if quantised or config.init_lora_weights not in _INITIALISATIONS:
+        return None
+    with fitting(name, adapter):
+        if _carries_base_weights(adapter):
+            return None
+    tensors = stored_tensors(name, download=True)
+    if tensors is None:
+        return None
+    dtype = dtype_of(tensors) or torch.float32
+    base = hollow_model(base_config, dtype, torch.device(device))
+    try:
+        stored = StoredWeights(base, tensors, name)
+    except UnknownLayoutError:
+        return None
+    # peft rounds an adapter to the dtype of the layer it is loaded beside.
+    fine = torch.promote_types(dtype, torch.float32)
+    with quiet_transformers(True), fitting(name, adapter), stored.as_dtype(fine):
+        folder = str(Path(adapter).expanduser())
+        model = PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True, torch_device=str(device))
+        check_complete(model, adapter)
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save.to(dtype).to(fine)  # as loading rounds it, and then to compute in
+    return model.eval(), stored
+
+
 def load_adapted(
     adapter: str | os.PathLike[str],
     *,
@@ -157,6 +235,11 @@ def check_complete(model: PeftModel, adapter: str | os.PathLike[str]) -> None:
             f"{adapter}: lacks {len(missing)} of {len(expected)} tensors, such as {min(missing)}; the adapter is not "
             "complete, or made by another version."
         )
+
+
+def _carries_base_weights(adapter: str | os.PathLike[str]) -> bool:
+    with safe_open(Path(adapter).expanduser() / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+        return any(".base_layer." in name and PREFIX not in name for name in file.keys())  # noqa: SIM118
 
 
 def _one_line(error: BaseException) -> str:

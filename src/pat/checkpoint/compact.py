@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel
 
 from pat.checkpoint.card import Compaction, shown_name
-from pat.checkpoint.staging import staged_folder
-from pat.checkpoint.verify import Parity, check, compare, permutation_floor
-from pat.checkpoint.write import count_parameters, quiet_transformers, savable_generation_config
+from pat.checkpoint.staging import make_readable, staged_folder
+from pat.checkpoint.verify import check, compare, permutation_floor
+from pat.checkpoint.write import pruning_of, quiet_transformers, write_config
 from pat.errors import PatError
+from pat.loading import TokenSetup
+from pat.loading.tokenizer import savable_generation_config
 from pat.tuner.compaction import CompactModel
 from pat.tuner.model import PatModel
 
@@ -30,23 +32,14 @@ COMPACTION_REFUSED = (
 )
 
 
-def describe_compaction(tuner: PatModel, parity: Parity) -> Compaction:
-    """Return the record of a compaction of the active adapter."""
-    mask, config = tuner.mask(), tuner.pat_config()
-    return Compaction(
-        base_model=shown_name(config.base_model_name_or_path or "unknown"),
-        hidden_size=mask.hidden_size,
-        pruned_hidden_size=mask.pruned_hidden_size,
-        num_parameters_base=count_parameters(cast(PreTrainedModel, tuner.model).config),
-        rotation=config.resolved_rotation or "none",
-        mask=config.mask,
-        milestone_step=mask.milestone_step,
-        parity=parity.to_dict(),
-    )
-
-
 def write_compact(
-    masked: PeftModel, tuner: PatModel, folder: Path, *, tokenizer: Any, batches: Iterable[Mapping[str, Any]], seed: int
+    masked: PeftModel,
+    tuner: PatModel,
+    folder: Path,
+    *,
+    tokens: TokenSetup | None = None,
+    batches: Iterable[Mapping[str, Any]],
+    seed: int,
 ) -> tuple[CompactModel, Compaction]:
     """Compact the active adapter, compare both models, and write the small one; the folder appears complete or not.
 
@@ -54,7 +47,7 @@ def write_compact(
         masked: the peft model with the PAT adapter.
         tuner: the tuner in it.
         folder: a new or empty folder.
-        tokenizer: saved beside the small base.
+        tokens: what is written beside the small base and beside its adapter; None leaves the tokenizer out.
         batches: text to compare on, see `compare`.
         seed: of LoRA that starts anew.
 
@@ -64,20 +57,35 @@ def write_compact(
     batches = list(batches)
     with staged_folder(folder) as staging, quiet_transformers(True):
         parts = tuner.compact()
-        if parts.base.generation_config is not None:
+        if tokens is not None:
+            tokens.describe(parts.base.config)
+            parts.base.generation_config = copy.deepcopy(tokens.generation_config)  # trainers change it
+        elif parts.base.generation_config is not None:
             parts.base.generation_config = savable_generation_config(parts.base.generation_config)
         parts.base.save_pretrained(staging / MODEL)
-        tokenizer.save_pretrained(staging / MODEL)
+        write_config(parts.base.config, staging / MODEL)
         compact = parts.attach(seed)
         parity = compare(masked, compact.model, batches)
         parity = check(parity, COMPACTION_REFUSED, floor=lambda: permutation_floor(tuner.merge_and_unload(), batches))
-        record = describe_compaction(tuner, parity)
+        name = shown_name(tuner.pat_config().base_model_name_or_path or "unknown")
+        record = Compaction(**asdict(pruning_of(tuner)), base_model=name, parity=parity.to_dict())
         parts.config.base_model_name_or_path = str(staging / MODEL)  # peft looks for the configuration there
-        compact.model.save_pretrained(str(staging / ADAPTER))
+        save_adapter(compact.model, staging / ADAPTER, tokens)
         parts.config.base_model_name_or_path = os.path.realpath(folder / MODEL)
         parts.config.save_pretrained(str(staging / ADAPTER))
+        if tokens is not None:
+            tokens.save(staging / MODEL)
         (staging / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
     return compact, record
+
+
+def save_adapter(model: PeftModel, folder: Path, tokens: TokenSetup | None = None) -> None:
+    """Write an adapter with what else belongs to its run: tokenizer, chat template, generation config."""
+    model.save_pretrained(str(folder))
+    (folder / "README.md").unlink(missing_ok=True)  # peft's form, with nothing filled in
+    if tokens is not None:
+        tokens.save(folder)
+    make_readable(folder)
 
 
 def read_compaction(folder: Path) -> Compaction:

@@ -1,4 +1,4 @@
-"""Models whose matrices stay on disk and are read when they are needed, one module at a time.
+"""Models whose weights stay on disk and are read when they are needed, one module at a time.
 
 A hollow parameter has the shape, dtype and device of the real one but takes no memory: one NaN, seen through a view of
 that shape. Everything that looks at a model's structure, peft above all, takes it for the real one, and a matrix that
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any, cast
@@ -18,16 +18,16 @@ import torch
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pat.checkpoint.layout import Piece, UnknownLayoutError, stored_layout
-from pat.checkpoint.memory import ReusedMemory
-from pat.checkpoint.read import Checkpoint
 from pat.loading import incomplete_weights
-
-AHEAD_BYTES = 2**30
-"""How far ahead of their use the system is asked to read weights from the disk, into its file cache."""
+from pat.loading.stored import StoredTensor, unreadable
+from pat.surgery.adapted import AdaptedMatrix
+from pat.surgery.residual import stored_tensors
+from pat.tuner.weights import factored_parameter
 
 Places = list[tuple[nn.Module, str]]
 """Modules that hold a parameter, and under which name."""
@@ -46,12 +46,12 @@ def hollow_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.dev
 
 
 class StoredWeights:
-    """The parameters of a hollow model and where they lie in a checkpoint. Vectors are read at once, and stay.
+    """The tensors of a hollow model and where they lie in a checkpoint. Vectors and buffers are read at once, and stay.
 
     Args:
         model: a hollow model without adapters, which may be put on it afterwards.
-        checkpoint: what its parameters are stored in.
-        memory: what to read into; several models may share it.
+        stored: the tensors of a checkpoint that its parameters are stored in.
+        name: of the checkpoint, for messages.
 
     Raises:
         PatError: the checkpoint has a parameter in another shape.
@@ -59,65 +59,62 @@ class StoredWeights:
             under the names known here.
     """
 
-    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, memory: ReusedMemory | None = None) -> None:
-        self.model, self.checkpoint, self.memory = model, checkpoint, memory or ReusedMemory()
+    def __init__(self, model: PreTrainedModel, stored: Mapping[str, StoredTensor], name: str) -> None:
+        self.model, self.stored, self.name = model, stored, name
         self.dtype, self.device = model.dtype, model.device
-        parameters = dict(model.named_parameters())
-        owners = {id(parameter): name for name, parameter in parameters.items()}
-        everywhere = model.named_parameters(remove_duplicate=False)
-        self._canonical = {name: owners[id(parameter)] for name, parameter in everywhere}
-        self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        self._asked_for: set[str] = set()
+        tensors = stored_tensors(model)
+        owners = {id(tensor): name for name, tensor in tensors.items()}
+        everywhere = tensors | dict(model.named_parameters(remove_duplicate=False))
+        self._canonical = {name: owners[id(tensor)] for name, tensor in everywhere.items()}
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self._pieces = self._find(stored_layout(model))
-        self._next = dict(zip(self.shapes, [*list(self.shapes)[1:], None], strict=True))
-        for name, shape in self.shapes.items():
-            if len(shape) < 2:
+        for name, tensor in tensors.items():
+            is_buffer = not isinstance(tensor, nn.Parameter)
+            if is_buffer or tensor.dim() < 2:
                 owner, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(owner), leaf, _frozen(self.read(name)))
+                setattr(model.get_submodule(owner), leaf, self.read(name) if is_buffer else _frozen(self.read(name)))
         self._at_rest = dict(model.named_parameters())
 
     @property
     def left_over(self) -> set[str]:
         """Names of stored tensors that no parameter is read from."""
-        return set(self.checkpoint.tensors) - {piece.name for pieces in self._pieces.values() for piece in pieces}
+        return set(self.stored) - {piece.name for pieces in self._pieces.values() for piece in pieces}
+
+    @property
+    def shard_bytes(self) -> int | None:
+        """Size in bytes of the tensors in the largest file, None if there is but one file."""
+        sizes: dict[Any, int] = defaultdict(int)
+        for tensor in self.stored.values():
+            sizes[tensor.file] += tensor.numel * (tensor.dtype or self.dtype).itemsize
+        return max(sizes.values()) if len(sizes) > 1 else None
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return a parameter rounded to the model's dtype, as loading rounds it, in that or a finer dtype.
 
-        A matrix that needs no conversion is not copied, see `Checkpoint.mapped`.
+        One that needs no conversion is not copied but mapped from its file, which is opened anew each time: the pages
+        of an open file count as this process's own memory for as long as the kernel likes.
+
+        Raises:
+            PatError: its file cannot be read.
         """
         name = self._canonical[name]
-        target = dtype or self.dtype
-        stored = [self.checkpoint.tensors[piece.name].dtype for piece in self._pieces[name]]
-        rounds = any(torch.promote_types(d, self.dtype) != self.dtype for d in stored if d is not None)
-        dtype, pieces = self.dtype if rounds else target, self._pieces[name]
-        if len(pieces) == 1 and stored == [dtype] and self.device.type == "cpu" and len(self.shapes[name]) > 1:
-            out = self.checkpoint.mapped(pieces[0].name).view(self.shapes[name])
-        else:
-            out = self.memory.empty(self.shapes[name], dtype, self.device)
-            for piece in pieces:
-                self.checkpoint.read(piece.name, out.view(-1)[piece.start : piece.start + piece.numel])
-        self._prefetch(name)
-        return out.to(target)
+        parts: list[Tensor] = []
+        for piece, opened in self._opened(name):
+            try:
+                parts.append(opened.get_tensor(piece.name).to(self.device, self.dtype))
+            except (OSError, SafetensorError) as error:
+                raise unreadable(self.name, self.stored[piece.name].file, error) from error
+        whole = parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
+        return whole.view(self.shapes[name]).to(dtype or self.dtype)
 
-    def rows(self, name: str, indices: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return a matrix of which only some rows have been read, rounded as `read` does; the others hold anything.
-
-        On a CPU, rows that nobody touches take no memory.
-        """
-        name = self._canonical[name]
-        stored = self.checkpoint.mapped(self._pieces[name][0].name).view(self.shapes[name])
-        self._prefetch(name)
-        indices = indices.unique()
-        read = stored.index_select(0, indices.cpu()).to(self.device, self.dtype).to(dtype)
-        return torch.empty(self.shapes[name], dtype=dtype, device=self.device).index_copy_(0, indices, read)
-
-    @contextmanager
-    def present(self, name: str) -> Iterator[None]:
-        """Have one parameter in the model, wherever adapters have put it, in the model's dtype."""
-        name = self._canonical[name]
-        with self._filled({name: self._places[name]}, self.dtype):
-            yield
+    def factored(self, name: str, adapter: str) -> Tensor | AdaptedMatrix:
+        """Return a parameter as the adapted model uses it, a plain LoRA not multiplied out."""
+        module = self.model.get_submodule(name.rpartition(".")[0])
+        if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            return self.read(name)
+        canonical = self._canonical[name]
+        with self._filled({canonical: self._places[canonical]}, self.dtype):
+            return factored_parameter(self.model, name, adapter)
 
     @contextmanager
     def running(self, dtype: torch.dtype) -> Iterator[None]:
@@ -132,11 +129,18 @@ class StoredWeights:
         for name, places in self._places.items():
             for owner, leaf in places:
                 needs[around.get(owner, owner)][name].append((owner, leaf))
-        with ExitStack() as stack:
+        with ExitStack() as handles:
             for module, parameters in needs.items():
-                visit = _Visit(self, parameters, dtype)
-                stack.callback(module.register_forward_pre_hook(visit.enter).remove)
-                stack.callback(module.register_forward_hook(visit.leave, always_call=True).remove)
+                visit = ExitStack()
+
+                def enter(_module: nn.Module, _args: Any, visit: Any = visit, needed: Any = parameters) -> None:
+                    visit.enter_context(self._filled(needed, dtype))
+
+                def leave(_module: nn.Module, _args: Any, _output: Any, visit: Any = visit) -> None:
+                    visit.close()
+
+                handles.callback(module.register_forward_pre_hook(enter).remove)
+                handles.callback(module.register_forward_hook(leave, always_call=True).remove)
             yield
 
     @contextmanager
@@ -148,17 +152,25 @@ class StoredWeights:
         finally:
             self._swap_hollows(self.dtype)
 
+    def _opened(self, name: str) -> Iterator[tuple[Piece, Any]]:
+        """Yield the pieces of a parameter in order, each with the open file that it lies in."""
+        with ExitStack() as stack:
+            files: dict[Any, Any] = {}
+            for piece in self._pieces[name]:
+                path = self.stored[piece.name].file
+                if path not in files:
+                    try:
+                        files[path] = stack.enter_context(safe_open(path, "pt"))
+                    except (OSError, SafetensorError) as error:
+                        raise unreadable(self.name, path, error) from error
+                yield piece, files[path]
+
     @contextmanager
-    def _filled(
-        self, parameters: Mapping[str, Places], dtype: torch.dtype, looked_up: Tensor | None = None
-    ) -> Iterator[None]:
+    def _filled(self, parameters: Mapping[str, Places], dtype: torch.dtype) -> Iterator[None]:
         try:
             for name, places in parameters.items():
                 resting = self._at_rest[name]
-                if looked_up is not None and len(self._pieces[name]) == 1:
-                    real = _frozen(self.rows(name, looked_up, dtype))
-                else:
-                    real = _frozen(resting.to(dtype) if resting.dim() < 2 else self.read(name, dtype))
+                real = _frozen(resting.to(dtype) if resting.dim() < 2 else self.read(name, dtype))
                 for owner, leaf in places:
                     setattr(owner, leaf, real)
             yield
@@ -180,23 +192,16 @@ class StoredWeights:
 
     def _swap_hollows(self, dtype: torch.dtype) -> None:
         hollows = {id(p): name for name, p in self._at_rest.items() if p.dim() > 1}
-
-        def swap(parameter: nn.Parameter) -> nn.Parameter:
-            if id(parameter) in hollows:
-                return _hollow(parameter, dtype, self.device)
-            return parameter
-
-        replaced = _swap(self.model, swap)
+        replaced = _swap(self.model, lambda p: _hollow(p, dtype, self.device) if id(p) in hollows else p)
         self._at_rest |= {name: replaced[key] for key, name in hollows.items()}
 
     def _find(self, layout: Mapping[str, tuple[Piece, ...]]) -> dict[str, tuple[Piece, ...]]:
         """Return where each parameter really is: what stock transformers accepts is accepted here."""
-        stored, prefix = self.checkpoint.tensors, f"{self.model.base_model_prefix}."
+        stored, prefix = self.stored, f"{self.model.base_model_prefix}."
         aliases: dict[str, list[str]] = defaultdict(list)
         for alias, name in self._canonical.items():
             aliases[name].append(alias)
         found: dict[str, tuple[Piece, ...]] = {}
-        missing: list[str] = []
         for name, pieces in layout.items():
             whole = [(Piece(alias, tuple(self.shapes[name]), 0),) for alias in aliases[name]]
             ways = [way for way in (pieces, *whole) if all(piece.name in stored for piece in way)]
@@ -207,46 +212,12 @@ class StoredWeights:
                 ways = [bare] if all(piece.name in stored for piece in bare) else []
             if not ways:  # under a name that transformers may know, and will judge
                 raise UnknownLayoutError(f"{name} is not stored under its own name")
-            if any(stored[piece.name].shape != piece.shape for piece in ways[0]):
-                missing.append(name)
-            elif any(stored[piece.name].dtype is None for piece in ways[0]):
+            if any(stored[piece.name].dtype is None for piece in ways[0]):
                 raise UnknownLayoutError(f"{name} is stored in a format of its own")
-            else:
-                found[name] = ways[0]
-        if missing:
-            raise incomplete_weights(self.checkpoint.name, missing)
+            if any(stored[piece.name].shape != piece.shape for piece in ways[0]):
+                raise incomplete_weights(self.name, [name])
+            found[name] = ways[0]
         return found
-
-    def _prefetch(self, name: str) -> None:
-        """Have the disk busy with what comes next while this parameter is worked on."""
-        if len(self.shapes[name]) < 2:
-            return  # vectors are read one after the other, and would wait for what was asked for
-        self._asked_for.discard(name)  # another pass will have to ask again
-        ahead = 0
-        following = self._next[name]
-        while following is not None and ahead < AHEAD_BYTES:
-            for piece in self._pieces[following]:
-                if following not in self._asked_for:
-                    self.checkpoint.prefetch(piece.name)
-                ahead += self.checkpoint.tensors[piece.name].num_bytes
-            self._asked_for.add(following)
-            following = self._next[following]
-
-
-class _Visit:
-    """A pair of forward hooks: parameters come before a module runs and go when it has."""
-
-    def __init__(self, weights: StoredWeights, parameters: Mapping[str, Places], dtype: torch.dtype) -> None:
-        self.weights, self.parameters, self.dtype = weights, parameters, dtype
-        self.stack = ExitStack()
-
-    def enter(self, module: nn.Module, args: Any) -> None:
-        # Of an embedding, half a gigabyte in float32, a few words are needed.
-        looked_up = args[0] if isinstance(module, nn.Embedding) and args else None
-        self.stack.enter_context(self.weights._filled(self.parameters, self.dtype, looked_up))
-
-    def leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        self.stack.close()
 
 
 def _hollow(parameter: Tensor, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
@@ -257,7 +228,7 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def _swap(model: nn.Module, replace: Any) -> dict[int, nn.Parameter]:
+def _swap(model: nn.Module, replace: Callable[[nn.Parameter], nn.Parameter]) -> dict[int, nn.Parameter]:
     """Put another parameter in each one's place, everywhere; return the new ones by the identity of the old."""
     replaced: dict[int, nn.Parameter] = {}
     kept: list[nn.Parameter] = []  # an identity is one only as long as its object lives

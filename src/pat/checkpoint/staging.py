@@ -57,6 +57,7 @@ def staged_folder(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
         with suppress(BlockingIOError):  # somebody who clears up looks at it just now
             lock = lock_folder(staging)
         yield staging
+        make_readable(staging)
         _sync(staging)
         _rename(staging, target)
         _sync_folder(target.parent)
@@ -103,6 +104,17 @@ def _remove_stale(parent: Path, prefix: str) -> None:
             if lock is not None:
                 shutil.rmtree(folder, ignore_errors=True)
                 os.close(lock)
+
+
+def make_readable(folder: Path) -> None:
+    """Give files the permissions of any new file; safetensors makes its own readable by their owner alone."""
+    probe = folder / f".probe-{secrets.token_hex(4)}"
+    probe.touch()  # the only way to know the permissions of a new file without changing them for other threads
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def _sync(folder: Path) -> None:

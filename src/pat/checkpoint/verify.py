@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pat.errors import ParityMissed, PatError
-from pat.families import get_family
 from pat.nll import evaluating
 from pat.surgery.dense import build_dense, shrink_config
+from pat.surgery.describe import head_dim, map_of
 from pat.surgery.fold import Channels, HeadPlan, fold_weights
-from pat.surgery.residual import map_residual_stream
+from pat.surgery.residual import stored_tensors
 
 LOGIT_ROWS = 256
 """Rows of logits turned into float32 at once: a vocabulary of 262,144 takes 1 MB a row."""
@@ -181,20 +181,19 @@ def permutation_floor(model: PreTrainedModel, batches: Iterable[Mapping[str, Any
         batches: see `compare`.
         seed: of the permutation.
     """
-    family = get_family(model.config.model_type)
-    tied = bool(model.config.tie_word_embeddings)
-    stream = map_residual_stream(family, (name for name, _ in model.named_parameters()), tied=tied)
+    stream, tensors = map_of(model), stored_tensors(model)
+    family, tied = stream.family, stream.head is None
     hidden_size = getattr(model.config, family.hidden_size_field)
     order = torch.randperm(hidden_size, generator=torch.Generator().manual_seed(seed))
     config = shrink_config(
         model.config,
         family,
         pruned_hidden_size=hidden_size,
-        head_dim=cast(Any, model.get_submodule(f"{family.layers}.0.self_attn")).head_dim,
+        head_dim=head_dim(model),
         tied=tied,
     )
     folded = fold_weights(
-        stream, lambda name: model.get_parameter(name).detach(), Channels(hidden_size, order), {}, HeadPlan(tied=tied)
+        stream, lambda name: tensors[name].detach(), Channels(hidden_size, order), {}, HeadPlan(tied=tied)
     )
     weights = {name: tensor.to(model.dtype) for name, tensor in folded}
     permuted: nn.Module = build_dense(model, config, weights, model.dtype)

@@ -1,116 +1,129 @@
-"""Write the dense checkpoint: fold, save, read back, compare, and only then give it its name."""
+"""Write the dense checkpoint: fold, write, read back, compare. Tensors are folded and written one at a time."""
 
 from __future__ import annotations
 
 import copy
+import json
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
-from pat.checkpoint.card import Compaction, Cut, render_card
+from pat.checkpoint.card import Compaction, Cut, Pruning, render_card
+from pat.checkpoint.hollow import StoredWeights, hollow_model
+from pat.checkpoint.layout import UnknownLayoutError
+from pat.checkpoint.shards import ShardWriter, writing_failed
 from pat.checkpoint.verify import Parity, check, compare, permutation_floor
 from pat.errors import PatError, RunFailed
-from pat.tuner.config import PatConfig
-from pat.tuner.merging import merge_lora
+from pat.loading import TokenSetup, empty_model
+from pat.loading.stored import stored_tensors
+from pat.loading.tokenizer import savable_generation_config
+from pat.surgery.adapted import AdaptedMatrix, merged
+from pat.surgery.dense import DenseForm
+from pat.surgery.describe import count_parameters
+from pat.surgery.residual import stored_tensors as model_tensors
+from pat.surgery.rope import legacy_rope
+from pat.tuner.merging import adapted_form
 from pat.tuner.model import PatModel, find_tuner
+from pat.tuner.weights import factored_parameter
 
 MAX_SHARD_SIZE = "5GB"
 
-_SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-
 
 def save_checkpoint(
-    peft_model: nn.Module,
+    model: nn.Module,
     folder: Path,
     *,
-    tokenizer: Any,
     batches: Iterable[Mapping[str, Any]],
-    dtype: torch.dtype | None,
     provenance: Mapping[str, Any],
+    stored: StoredWeights | None = None,
+    tokens: TokenSetup | None = None,
+    dtype: torch.dtype | None = None,
+    precision: torch.dtype | None = None,
     compaction: Compaction | None = None,
     progress: bool = False,
-    max_shard_size: str = MAX_SHARD_SIZE,
+    max_shard_size: int | str | None = None,
+    timings: dict[str, float] | None = None,
 ) -> tuple[Parity, Cut]:
     """Merge the active adapter and write a verified dense checkpoint; the adapted model stays as it is.
 
     Args:
-        peft_model: a peft model whose active adapter is a PAT adapter past its milestone, or a compact model.
+        model: a peft model whose active adapter is a PAT adapter past its milestone, or a compact model.
         folder: an existing folder, such as `staged_folder` gives, so that it appears complete or not at all.
-        tokenizer: saved along with its chat template; None to leave it out.
         batches: text to compare on, see `compare`.
-        dtype: of the dense model; None for the base's.
         provenance: for the model card, see `render_card`.
+        stored: where the base's weights are read from, if the base is hollow.
+        tokens: the tokenizer and what belongs to it; None leaves the tokenizer out and the rest as the base has it.
+        dtype: of the dense model, by default the base's.
+        precision: to fold matrices in, float64 or float32; by default float64 in memory, and as `fold_precision` has it
+            where the base is on disk.
         compaction: what was cut before, if this is a compact model with its ordinary LoRA adapter.
-        progress: show progress bars.
-        max_shard_size: size limit of one weight file, such as `"5GB"`.
+        progress: show a bar over the tensors.
+        max_shard_size: size limit of one weight file, such as `"5GB"`; by default that of the base's.
+        timings: takes down the seconds that folding with writing, and comparing, have taken.
 
     Returns:
         Figures of the comparison, and what was cut.
 
     Raises:
-        PatError: no adapter, or an adapter before its milestone.
+        PatError: no adapter, an adapter before its milestone, or a folded weight that is not finite.
         RunFailed: the checkpoint could not be written, or is not the tuned model.
     """
-    tuner = find_tuner(peft_model)
+    tuner = find_tuner(model)
     if tuner is None and compaction is None:
-        raise PatError(
-            f"Got a {type(peft_model).__name__} without a PAT adapter; expected a model tuned with PatConfig."
-        )
+        raise PatError(f"Got a {type(model).__name__} without a PAT adapter; expected a model tuned with PatConfig.")
     batches = list(batches)
+    base = cast(PreTrainedModel, tuner.model if tuner is not None else cast(PeftModel, model).get_base_model())
+    dtype = dtype or (base.dtype if stored is None else stored.dtype)
+    timings = {} if timings is None else timings
+    started = time.perf_counter()
+    precision = precision or (torch.float64 if stored is None else fold_precision(dtype))
+    form = _dense_form(model, base, tuner, stored, dtype, precision)
+    dense = empty_model(form.config, dtype)
+    limit = max_shard_size or (stored and stored.shard_bytes) or MAX_SHARD_SIZE
+    with ShardWriter(folder, dense, dtype, max_shard_size=limit) as writer:
+        for name, tensor in tqdm(form.weights, "Folding", form.num_weights, unit="tensor", disable=not progress):
+            writer.write(name, _rounded(name, tensor, dtype))
+            del tensor  # or it would be there while the next one is folded
+    timings["fold_seconds"] = time.perf_counter() - started
+    try:
+        _write_companions(base, dense, folder, tokens)
+    except (OSError, SafetensorError) as error:
+        raise writing_failed(error) from error
+    started = time.perf_counter()
     with quiet_transformers(not progress):
-        if tuner is not None:
-            dense = tuner.merge_and_unload(progressbar=progress, safe_merge=True, dtype=dtype)
-        else:
-            compact = cast(PeftModel, peft_model)
-            dense = merge_lora(compact, dtype or cast(Any, compact).dtype, check_finite=True)
-        dtype = dense.dtype
-        if dense.generation_config is not None:
-            dense.generation_config = savable_generation_config(dense.generation_config)
-        try:
-            dense.save_pretrained(folder, max_shard_size=max_shard_size)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-        except (OSError, SafetensorError) as error:
-            raise RunFailed(f"Writing the checkpoint failed ({' '.join(str(error).split())}).") from error
-        # What is compared is what lies on the disk, and there is no need to hold it twice.
-        del dense
-        written = load_written(folder, dtype)
-    device = next(peft_model.parameters()).device
-    parity = compare(peft_model, cast(nn.Module, written).to(device), batches)
-    parity = check(parity, floor=lambda: permutation_floor(written, batches))
-    return parity, write_card(folder, written, tuner, compaction, parity, provenance)
-
-
-def write_card(
-    folder: Path,
-    dense: PreTrainedModel,
-    tuner: PatModel | None,
-    compaction: Compaction | None,
-    parity: Parity,
-    provenance: Mapping[str, Any],
-) -> Cut:
-    """Write the model card of a checkpoint whose weights are in `folder`, and return what was cut.
-
-    That is known from the adapter's `tuner`, or from the record of the `compaction` that a compact model comes from.
-    """
-    if tuner is not None:
-        cut = describe_cut(tuner, dense, folder)
-    else:
-        assert compaction is not None
-        cut = compaction.cut(dense.num_parameters(), weight_bytes(folder))
+        parity = _compare(model, dense, folder, stored, dtype, batches)
+        # Only a model that computes in 32 bits comes to the floor, and only if it is past the tolerance.
+        device = next(model.parameters()).device
+        parity = check(parity, floor=lambda: permutation_floor(load_written(folder, dtype, device), batches))
+    timings["verify_seconds"] = time.perf_counter() - started
+    pruning = cast(Pruning, compaction) if tuner is None else pruning_of(tuner)
+    cut = Cut.of(pruning, num_parameters=dense.num_parameters(), num_bytes=weight_bytes(folder))
     (folder / "README.md").write_text(render_card(cut, parity, provenance), encoding="utf-8")
-    return cut
+    return parity, cut
 
 
-def load_written(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def fold_precision(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype to fold matrices in that are written in `dtype`.
+
+    Weights of 16 bits are rounded when they are written, by up to 2^-9 (bfloat16) or 2^-12 of their size. What folding
+    in float32 adds is some 2^-20, and it takes a third of the time (docs/results.md).
+    """
+    return torch.float32 if dtype.itemsize <= 2 else torch.float64
+
+
+def load_written(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
     """Load a checkpoint as any user of transformers does.
 
     Raises:
@@ -121,31 +134,21 @@ def load_written(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     problems = {key: value for key, value in info.items() if value}
     if problems:
         raise RunFailed(f"The written checkpoint does not load cleanly: {problems}.")
-    return cast(PreTrainedModel, model)
+    return cast(PreTrainedModel, model.to(device))
 
 
-def savable_generation_config(config: GenerationConfig) -> GenerationConfig:
-    """Return a copy that transformers agrees to save.
+def write_config(config: PretrainedConfig, folder: Path) -> None:
+    """Write `config.json`, in the words of transformers 4 as well.
 
-    It refuses sampling parameters beside greedy decoding, which older checkpoints have (Llama 2) and generation
-    ignores: they are unset.
+    Some configurations of transformers 5 would take the old words for `rope_parameters` itself. They go without, since
+    transformers 4 has none of their families.
     """
-    config = copy.deepcopy(config)
-    if not config.do_sample:
-        for flag in _SAMPLING_FLAGS:
-            if hasattr(config, flag):
-                setattr(config, flag, None)
-    return config
-
-
-def count_parameters(config: PretrainedConfig) -> int:
-    """Count the parameters of the model a configuration describes; shared ones (tied embeddings) count once."""
-    plain = copy.deepcopy(config)
-    if hasattr(plain, "quantization_config"):
-        del plain.quantization_config  # 4-bit storage holds two weights in one element
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(plain)
-    return sum(parameter.numel() for parameter in model.parameters())
+    config.save_pretrained(folder)
+    path = folder / CONFIG_NAME
+    fields = json.loads(path.read_text(encoding="utf-8")) | legacy_rope(config)
+    again = type(config).from_dict(copy.deepcopy(fields))
+    if getattr(again, "rope_parameters", None) == getattr(config, "rope_parameters", None):
+        path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def weight_bytes(folder: Path) -> int:
@@ -153,16 +156,13 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def describe_cut(tuner: PatModel, dense: PreTrainedModel, folder: Path) -> Cut:
-    """Return what merging the active adapter cut, for the dense model written to a folder."""
-    mask = tuner.mask()
-    config = cast(PatConfig, tuner.peft_config[tuner.adapter])
-    return Cut(
+def pruning_of(tuner: PatModel) -> Pruning:
+    """Return what merging or compacting the active adapter cuts."""
+    mask, config = tuner.mask(), tuner.pat_config()
+    return Pruning(
         hidden_size=mask.hidden_size,
         pruned_hidden_size=mask.pruned_hidden_size,
         num_parameters_base=count_parameters(cast(PreTrainedModel, tuner.model).config),
-        num_parameters=dense.num_parameters(),
-        num_bytes=weight_bytes(folder),
         rotation=config.resolved_rotation or "none",
         mask=config.mask,
         milestone_step=mask.milestone_step,
@@ -181,3 +181,80 @@ def quiet_transformers(quiet: bool) -> Iterator[None]:
     finally:
         if before:
             shown.enable_progress_bar()
+
+
+def _dense_form(
+    model: nn.Module,
+    base: PreTrainedModel,
+    tuner: PatModel | None,
+    stored: StoredWeights | None,
+    dtype: torch.dtype,
+    precision: torch.dtype,
+) -> DenseForm:
+    adapter = tuner.adapter if tuner is not None else cast(PeftModel, model).active_adapter
+
+    def factored(name: str) -> Tensor | AdaptedMatrix:
+        return factored_parameter(base, name, adapter) if stored is None else stored.factored(name, adapter)
+
+    if tuner is None:
+        names = model_tensors(empty_model(base.config))
+        return adapted_form(base, names, lambda name: merged(factored(name)))
+    masked = replace(tuner.masked_model(adapter, "a merge"), factored=factored)
+    return masked.dense_form(dtype, precision=precision)
+
+
+def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a folded weight in the dtype it is written in.
+
+    Raises:
+        PatError: it is not finite, or too large for that dtype.
+    """
+    rounded = tensor.to(dtype).contiguous()
+    if rounded.numel() == 0 or all(bool(extreme.isfinite()) for extreme in rounded.aminmax()):  # both hand on a NaN
+        return rounded
+    if dtype == torch.float16 and not bool(rounded.isnan().any()):  # an adapter that is broken makes NaNs, too
+        raise PatError(
+            f"The folded weight {name} is beyond the range of float16 (65,504); write the model in --dtype bfloat16 or "
+            "float32."
+        )
+    raise PatError(f"Got non-finite values in the folded weight {name}; the adapter is broken.")
+
+
+def _write_companions(base: PreTrainedModel, dense: PreTrainedModel, folder: Path, tokens: TokenSetup | None) -> None:
+    """Write what `save_pretrained` writes beside the weights, and the tokenizer."""
+    config = dense.config
+    config.dtype = str(dense.dtype).removeprefix("torch.")
+    config.architectures = [type(dense).__name__]
+    if tokens is not None:
+        tokens.describe(config)
+        tokens.save(folder)
+    elif base.generation_config is not None:
+        savable_generation_config(base.generation_config).save_pretrained(folder)
+    write_config(config, folder)
+
+
+def _compare(
+    model: nn.Module,
+    dense: PreTrainedModel,
+    folder: Path,
+    stored: StoredWeights | None,
+    dtype: torch.dtype,
+    batches: list[Mapping[str, Any]],
+) -> Parity:
+    """Compare what was written with the tuned model; both run from disk, in float32 or better, if the base is there."""
+    if stored is None:
+        return compare(model, load_written(folder, dtype, next(model.parameters()).device), batches)
+    try:
+        tensors = stored_tensors(str(folder)) or {}
+        written = StoredWeights(hollow_model(dense.config, dtype, stored.device), tensors, folder.name)
+    except (PatError, UnknownLayoutError) as error:
+        raise RunFailed(f"The written checkpoint does not load cleanly: {error}") from error
+    if written.left_over:
+        raise RunFailed(f"The written checkpoint does not load cleanly: {min(written.left_over)} is left over.")
+    # Many processors take twenty times as long for a product in bfloat16.
+    with stored.running(_fine(stored.dtype)), written.running(_fine(dtype)):
+        return compare(model, written.model, batches)
+
+
+def _fine(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
-from pat.checkpoint.staging import check_output_folder
 from pat.demo.data import SAMPLE_PROMPTS, demo_data_path
 from pat.demo.model import prepare_smollm2
+from pat.demo.options import DemoOptions
 from pat.loading import load_tokenizer
+from pat.report.records import Record
+from pat.report.table import Table
 from pat.training.arguments import build_arguments
-from pat.training.results import TuneResult
+from pat.training.readers import read_local
+from pat.training.results import TuneRecord, TuneResult
+from pat.training.sources import FILE_SUFFIXES
 from pat.training.summary import print_summary
 from pat.training.tune import run_tune
 
 RECIPE: dict[str, Any] = {
-    # About ten minutes of training on two cores. The cut is mild, because so few steps cannot give a model of 135 M
-    # parameters back what a larger cut takes: after 25 % its answers are no longer sensible.
-    "pruning_ratio": 0.125,
-    "max_steps": 150,
     "per_device_train_batch_size": 4,
     "max_length": 128,
     "learning_rate": 5e-4,
@@ -47,75 +45,66 @@ class Sample:
     small: str
 
 
-def run_demo(
-    output_dir: Path,
-    *,
-    dataset_name: str | None = None,
-    cache_dir: Path | None = None,
-    pruning_ratio: float | None = None,
-    max_steps: int | None = None,
-) -> TuneResult:
-    """Prepare the demo model, tune and prune it, and show what came out.
+@dataclass(frozen=True, kw_only=True)
+class DemoRecord(Record):
+    """What a demo came to."""
 
-    Args:
-        output_dir: folder of the run, as `pat tune` leaves it, plus `samples.md`.
-        dataset_name: instruction data; by default the package's own small set.
-        cache_dir: where the downloaded base model is kept.
-        pruning_ratio: share of the hidden size to cut, instead of the demo's.
-        max_steps: optimizer steps, instead of the demo's.
+    command: Literal["demo"] = "demo"
+    output_dir: Path
+    run: TuneRecord
+    samples: list[Sample]
+
+
+def run_demo(options: DemoOptions) -> DemoRecord:
+    """Prepare the demo model, tune and prune it, and have base and small model answer the same prompts.
+
+    The output folder is that of `pat tune`, plus `samples.md`.
 
     Raises:
-        PatError: the output folder is in use, or the base model cannot be prepared.
+        PatError: the data cannot be read, or the base model cannot be prepared.
         RunFailed: see `pat.tune`.
     """
-    console = Console()
-    check_output_folder(output_dir)
-    base = prepare_smollm2(cache_dir, progress=console.print)
-    data = dataset_name or str(demo_data_path())
-    chosen = {"pruning_ratio": pruning_ratio, "max_steps": max_steps}
-    flags = RECIPE | {flag: value for flag, value in chosen.items() if value is not None}
-    console.print(
-        f"Tuning {base.name} on {Path(data).name}: {flags['max_steps']} steps, cutting {flags['pruning_ratio']:.1%}"
-    )
+    data = options.dataset_name or str(demo_data_path())
+    if (path := Path(data).expanduser()).is_file() or path.suffix in FILE_SUFFIXES:
+        read_local(path)  # what is wrong with it is to be said before the download
+    base = prepare_smollm2(options.cache_dir, progress=print)
+    print(f"Tuning {base.name} on {path.name}: {options.max_steps} steps, cutting {options.pruning_ratio:.1%}")
     result = run_tune(
-        build_arguments(model_name_or_path=str(base), dataset_name=data, output_dir=str(output_dir), **flags)
+        build_arguments(
+            model_name_or_path=str(base),
+            dataset_name=data,
+            output_dir=options.output_dir,
+            pruning_ratio=options.pruning_ratio,
+            max_steps=options.max_steps,
+            **RECIPE,
+        )
     )
-    print_summary(result)
-    samples = answer_side_by_side(base, result.model_dir)
-    _print_samples(console, samples)
-    (output_dir / "samples.md").write_text(_as_markdown(samples), encoding="utf-8")
-    return result
-
-
-def answer_side_by_side(base: Path, small: Path) -> list[Sample]:
-    """Answer the sample prompts greedily with two checkpoints."""
-    answers = [
-        _answers(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval(), load_tokenizer(str(folder)))
-        for folder in (base, small)
-    ]
-    return [Sample(*row) for row in zip(SAMPLE_PROMPTS, *answers, strict=True)]
+    answers = [_answers(folder) for folder in (base, result.model_dir)]
+    samples = [Sample(*row) for row in zip(SAMPLE_PROMPTS, *answers, strict=True)]
+    (options.output_dir / "samples.md").write_text(_as_markdown(samples), encoding="utf-8")
+    return DemoRecord(output_dir=options.output_dir, run=result.record, samples=samples)
 
 
 @torch.no_grad()
-def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _answers(checkpoint: Path) -> list[str]:
+    """Answer the sample prompts greedily."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint).eval(), load_tokenizer(str(checkpoint))
     answers = []
     for prompt in SAMPLE_PROMPTS:
         inputs: Any = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-        output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)  # type: ignore[operator]
+        output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         new = output[0][inputs["input_ids"].shape[1] :]
         answers.append(" ".join(str(tokenizer.decode(new, skip_special_tokens=True)).split()))
     return answers
 
 
-def _print_samples(console: Console, samples: list[Sample]) -> None:
-    table = Table(title="Greedy answers", show_lines=True)
-    for heading in ("prompt", "base", "small"):
-        table.add_column(heading, overflow="fold")
-    for sample in samples:
-        table.add_row(sample.prompt, sample.base, sample.small)
-    console.print(table)
+def print_demo(record: DemoRecord) -> None:
+    """Print the figures of the run, and both models' answers."""
+    print_summary(TuneResult(record.output_dir, record.run))
+    rows = [(sample.prompt, sample.base, sample.small) for sample in record.samples]
+    Table("Greedy answers", ("prompt", "base", "small"), rows, num_text_columns=3).print()
 
 
 def _as_markdown(samples: list[Sample]) -> str:

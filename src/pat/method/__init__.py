@@ -1,1 +1,1 @@
-"""The method itself in pure torch: operators, the unified mask, its schedule, the regularisers."""
+"""The method itself in pure torch: gates and the basis they act in, operators, their schedule, the two losses."""

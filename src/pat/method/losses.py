@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 NORM_EPSILON = 1e-8
-"""Inside the root of every norm. At X = 0 the bare Frobenius norm has a gradient of size one made of rounding, which
-Adam would turn into full-size steps while v = 0 gives L0 and L1 no gradient from the task."""
+"""Number added under the root of every norm. At X = 0 the bare Frobenius norm has a gradient of size one made of
+rounding, which Adam would turn into full-size steps while v = 0 gives L0 and L1 no gradient from the task."""
 
 
 def active_channel_loss(logits: Tensor, num_target: int) -> Tensor:

@@ -121,8 +121,8 @@ DEFAULT_RANK_SHARE = 0.05
 """Default rank as a share of the hidden size; the paper uses 200 of 4096."""
 
 RANK_MULTIPLE = 8
-"""Default ranks are multiples of it where they can be: products with a rank of 51 take a third longer than with 48 on a
-CPU's vector units, and tensor cores need it."""
+"""Default ranks are multiples of this number where they can be: products with a rank of 51 take a third longer than
+with 48 on a CPU's vector units, and tensor cores need it."""
 
 
 def build_operator(hidden_size: int, rank: int | str | None, *, lr_multiplier: float = 1.0) -> Operator:

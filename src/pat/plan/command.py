@@ -1,125 +1,136 @@
-"""`pat plan`: the width taken, and the sizes, costs and memory that follow from it."""
+"""`pat plan`: the widths taken, and the sizes, costs and memory that follow from them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 
 from pat.errors import PatError
 from pat.loading import load_config, stored_dtype
 from pat.plan.costs import ModelCost, build_skeleton, cost_of
+from pat.plan.options import PlanOptions
 from pat.plan.training import TrainingMemory, training_memory
-from pat.shape import Width, legal_widths
+from pat.recipes import recipe_defaults
+from pat.report.records import Record
+from pat.shape import LARGE_RATIO, Width, legal_widths
 from pat.surgery.dense import shrink_config
-from pat.training.arguments import recipe_defaults
+from pat.surgery.describe import head_dim
 from pat.tuner.config import PatConfig
 from pat.tuner.prepare import check_config
 
 CONTEXT = 2048
-"""Tokens that costs and memory refer to unless others are asked for; fewer if the model cannot read as many."""
+"""Number of tokens that costs and memory refer to unless another is asked for; fewer if the model reads fewer."""
 
 NUM_NEIGHBOURS = 3
-"""Legal widths shown on either side of the one taken."""
+"""Number of legal widths shown on either side of the one taken."""
 
 RECIPE = "default"
-"""The recipe whose rank, batch size and length the training memory is for."""
+"""The recipe whose batch size and length the training memory is for."""
+
+Rotation = Literal["pca", "none", "open"]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Candidate:
+    """One width that the model may be pruned to, and what it comes to."""
+
+    width: Width
+    pruning_ratio: float
+    """Share of the hidden size that is cut."""
+    nearby_widths: tuple[int, ...]
+    """Legal widths around the one taken, ascending, itself included."""
+    cost: ModelCost
+    prefill_speedup: float
+    """Expected factor where arithmetic is the limit (reading text, large batches): ratio of FLOPs."""
+    decode_speedup: float
+    """Expected factor where memory is the limit (generating, batch size 1): ratio of bytes read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRecord(Record):
     """What pruning a model comes to. Nothing here needs its weights."""
 
+    command: Literal["plan"] = "plan"
     model_name_or_path: str
     model_type: str
     dtype: str
-    """Of the weights, base and pruned."""
-    width: Width
-    nearby_widths: tuple[int, ...]
-    """Legal widths around the one taken, ascending, itself included."""
-    rotation: str
-    """What `rotation="auto"` comes to; a tied model's gains may still rule it out."""
+    """Dtype of the weights, base and pruned."""
+    rotation: Rotation
+    """What `rotation="auto"` comes to; open where it depends on the final gain, which is among the weights."""
     context: int
     base: ModelCost
-    pruned: ModelCost
+    candidates: tuple[Candidate, ...]
+    """One for each ratio, in the order in which they were given."""
     training: TrainingMemory
+    """Up to the milestone, at the base's width and whatever the ratio."""
     notes: tuple[str, ...]
     """What the reader has to know about these figures."""
 
-    @property
-    def prefill_speedup(self) -> float:
-        """Expected factor where arithmetic is the limit (reading text, large batches): ratio of FLOPs."""
-        return self.base.prefill_flops_per_token / self.pruned.prefill_flops_per_token
 
-    @property
-    def decode_speedup(self) -> float:
-        """Expected factor where memory is the limit (generating, batch size 1): ratio of bytes read."""
-        return self.base.decode_bytes_per_token / self.pruned.decode_bytes_per_token
-
-
-def make_plan(
-    model_name_or_path: str,
-    *,
-    pruning_ratio: float | None = None,
-    pruned_hidden_size: int | None = None,
-    multiple_of: int | None = None,
-    untie_word_embeddings: bool = False,
-    context: int | None = None,
-) -> Plan:
+def run_plan(options: PlanOptions) -> PlanRecord:
     """Plan the pruning of a model from its configuration alone.
-
-    Args:
-        model_name_or_path: a folder or hub id; only `config.json` is read.
-        pruning_ratio: share of the hidden size to cut; 0.25 if neither this nor a width is given.
-        pruned_hidden_size: exact width instead of a ratio.
-        multiple_of: hard alignment of the width.
-        untie_word_embeddings: give a tied model an output matrix of its own.
-        context: tokens that costs and memory are for; by default 2048, or as many as the model can read.
 
     Raises:
         PatError: no such model, not a causal language model, unsupported family, no such width, or a context that the
             model cannot read.
     """
-    base_config, family = load_config(model_name_or_path)
-    context = _resolve_context(context, base_config)
-    recipe = recipe_defaults(RECIPE)
-    pat_config = PatConfig(
-        task_type="CAUSAL_LM",
-        r=recipe["lora_r"],
-        lora_alpha=recipe["lora_alpha"],
-        pruning_ratio=pruning_ratio,
-        pruned_hidden_size=pruned_hidden_size,
-        multiple_of=multiple_of,
-        untie_word_embeddings=untie_word_embeddings,
-    )
-    width = check_config(base_config, family, pat_config)
+    base_config, family = load_config(options.model_name_or_path)
+    context = _resolve_context(options.context, base_config)
     dtype = stored_dtype(base_config) or torch.float32
-    base = build_skeleton(base_config, family, dtype)
-    small_config = shrink_config(
-        base_config,
-        family,
-        pruned_hidden_size=width.pruned_hidden_size,
-        head_dim=base.head_dim,
-        tied=bool(base_config.tie_word_embeddings) and not untie_word_embeddings,
-    )
-    base_cost = cost_of(base, context)
-    pruned_cost = cost_of(build_skeleton(small_config, family, dtype), context)
+    skeleton = build_skeleton(base_config, dtype)
+    base = cost_of(skeleton, context)
+    small_head_dim = head_dim(skeleton.model)  # read off before an adapter is on it
+    candidates = []
+    for ratio in options.pruning_ratio or (None,):
+        config = PatConfig(
+            task_type="CAUSAL_LM",
+            pruning_ratio=ratio,
+            pruned_hidden_size=options.pruned_hidden_size,
+            multiple_of=options.multiple_of,
+            untie_word_embeddings=options.untie_word_embeddings,
+        )
+        width = check_config(base_config, family, config)
+        small_config = shrink_config(
+            base_config,
+            family,
+            pruned_hidden_size=width.pruned_hidden_size,
+            head_dim=small_head_dim,
+            tied=base.tied and not options.untie_word_embeddings,
+        )
+        cost = cost_of(build_skeleton(small_config, dtype), context)
+        legal = legal_widths(width.hidden_size, base_config.num_attention_heads, multiple_of=options.multiple_of)
+        candidates.append(_candidate(width, legal, base, cost))
+    recipe = recipe_defaults(RECIPE)
     training = training_memory(
-        base, pat_config, batch_size=recipe["per_device_train_batch_size"], length=recipe["max_length"]
+        skeleton, config, batch_size=recipe["per_device_train_batch_size"], length=recipe["max_length"]
     )
-    return Plan(
-        model_name_or_path=model_name_or_path,
+    attached: PatConfig = cast(Any, skeleton.model).peft_config["default"]  # the memory was counted on it
+    rotation: Rotation = "none" if attached.resolved_rotation == "none" else "pca"
+    return PlanRecord(
+        model_name_or_path=options.model_name_or_path,
         model_type=family.model_type,
         dtype=str(dtype).removeprefix("torch."),
-        width=width,
-        nearby_widths=_nearby(base_config.num_attention_heads, width, multiple_of),
-        rotation=pat_config.resolved_rotation or "none",
+        rotation="open" if rotation == "pca" and cost.tied else rotation,
         context=context,
-        base=base_cost,
-        pruned=pruned_cost,
+        base=base,
+        candidates=tuple(candidates),
         training=training,
-        notes=tuple(_notes(base_config, pat_config, base_cost, pruned_cost, context)),
+        notes=tuple(_notes(base_config, config, base, candidates, context)),
+    )
+
+
+def _candidate(width: Width, legal: range, base: ModelCost, cost: ModelCost) -> Candidate:
+    position = legal.index(width.pruned_hidden_size)
+    return Candidate(
+        width=width,
+        pruning_ratio=width.pruning_ratio,
+        nearby_widths=tuple(legal[max(0, position - NUM_NEIGHBOURS) : position + NUM_NEIGHBOURS + 1]),
+        cost=cost,
+        prefill_speedup=base.prefill_flops_per_token / cost.prefill_flops_per_token,
+        decode_speedup=base.decode_bytes_per_token / cost.decode_bytes_per_token,
     )
 
 
@@ -133,13 +144,9 @@ def _resolve_context(context: int | None, base_config: Any) -> int:
     return context
 
 
-def _nearby(num_attention_heads: int, width: Width, multiple_of: int | None) -> tuple[int, ...]:
-    legal = legal_widths(width.hidden_size, num_attention_heads, multiple_of=multiple_of)
-    position = legal.index(width.pruned_hidden_size)
-    return tuple(legal[max(0, position - NUM_NEIGHBOURS) : position + NUM_NEIGHBOURS + 1])
-
-
-def _notes(base_config: Any, pat_config: PatConfig, base: ModelCost, pruned: ModelCost, context: int) -> list[str]:
+def _notes(
+    base_config: Any, pat_config: PatConfig, base: ModelCost, candidates: Sequence[Candidate], context: int
+) -> list[str]:
     notes = [
         "Prefill: 2 x matmul parameters + 4 x heads x head size x layers x mean number of keys, per token of a text of "
         f"{context} tokens; the head counts for the last of them only. Expected where arithmetic is the limit.",
@@ -152,7 +159,9 @@ def _notes(base_config: Any, pat_config: PatConfig, base: ModelCost, pruned: Mod
         notes.append("The configuration does not name the weights' dtype; bytes are for float32.")
     if getattr(base_config, "quantization_config", None) is not None:
         notes.append("The base is quantised; sizes are those of the dequantised weights, which the merge writes.")
-    if base.tied and not pruned.tied:
-        extra = pruned.groups["head"].num_parameters
-        notes.append(f"Untying gives the pruned model a head of {extra:,} parameters of its own.")
+    if any(candidate.pruning_ratio > LARGE_RATIO for candidate in candidates):
+        notes.append("Cutting more than half of the hidden size has not been shown to work; expect a much worse model.")
+    if base.tied and not candidates[0].cost.tied:
+        heads = (f"{candidate.cost.groups['head'].num_parameters:,}" for candidate in candidates)
+        notes.append(f"Untying gives the pruned model a head of {' or '.join(heads)} parameters of its own.")
     return notes

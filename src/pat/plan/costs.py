@@ -2,71 +2,58 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
-from pat.errors import PatError
-from pat.families import Family
-from pat.surgery.residual import Linear, ResidualBranch, ResidualStream, map_residual_stream
+from pat.loading import empty_model
+from pat.surgery.describe import head_dim, map_of
+from pat.surgery.residual import Linear, ResidualStream, stored_tensors
 
 GROUPS = ("embedding", "head", "attention", "MLP", "norms")
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much of a model one group of parameters is; a head tied to the embedding counts as embedding."""
+    """How much of a model one group of tensors is; a head tied to the embedding counts as embedding."""
 
     num_parameters: int
     num_bytes: int
 
 
 @dataclass(frozen=True)
-class ModelCost:
-    """What one model is and costs; bytes are of its weights' dtype."""
+class SettingCost:
+    """What a batch of equally long sequences takes; bytes are in the weights' dtype."""
 
-    hidden_size: int
-    head_dim: int
-    tied: bool
-    groups: dict[str, Size]
-    """By `GROUPS`; their sum is exactly what the checkpoint's tensors hold."""
-    num_matmul_parameters: int
-    """Weights that multiply every token: all linear maps and the head, of experts only the routed share."""
-    prefill_flops_per_token: float
-    """Of reading a text as long as the context, see `SettingCost.prefill_flops`, on average over its tokens."""
+    prefill_flops: float
+    """FLOPs of reading all tokens: `2 * matmul parameters + 4 * heads * head_dim * layers * keys` for each of them,
+    where keys is the mean number that a token attends to, and the head's product once for each sequence."""
+    decode_bytes: float
+    """Bytes read to generate one token for each sequence after the context: weights in use, and the caches."""
     kv_cache_bytes: int
-    """Of one sequence as long as the context."""
-    decode_bytes_per_token: int
-    """Read from memory to generate one token after the context, at batch size 1: weights in use and the cache."""
-
-    @property
-    def total(self) -> Size:
-        """All groups together."""
-        sizes = self.groups.values()
-        return Size(sum(size.num_parameters for size in sizes), sum(size.num_bytes for size in sizes))
-
-    @property
-    def inference_bytes(self) -> int:
-        """Memory for generating one sequence up to the context: weights and cache, without working memory."""
-        return self.total.num_bytes + self.kv_cache_bytes
+    """Size of the caches of all sequences together."""
 
 
 @dataclass(frozen=True)
-class SettingCost:
-    """What a batch of equally long sequences takes; bytes are of the weights' dtype."""
+class ModelCost:
+    """What one model is, and what one sequence as long as the context costs; bytes are in the weights' dtype."""
 
-    prefill_flops: float
-    """For all tokens `2 * matmul parameters + 4 * heads * head_dim * layers * keys`, keys being the mean number that a
-    token attends to; the head's product once a sequence, for the token to come. The embedding's lookup is none."""
-    decode_bytes: float
-    """Read from memory to generate one token for each sequence after the context: weights in use, and the caches."""
+    hidden_size: int
+    tied: bool
+    """Whether one matrix serves embedding and head."""
+    groups: dict[str, Size]
+    """Sizes by `GROUPS`; their sum is exactly what the checkpoint's tensors hold."""
+    total: Size
+    prefill_flops_per_token: float
+    """FLOPs of reading the text, on average over its tokens."""
+    decode_bytes_per_token: int
+    """Bytes read to generate one token after the context: weights in use, and the cache."""
     kv_cache_bytes: int
-    """Of all sequences together."""
+    inference_bytes: int
+    """Memory for weights and cache, without working memory."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +64,12 @@ class Skeleton:
     stream: ResidualStream
     dtype: torch.dtype
 
-    @property
-    def head_dim(self) -> int:
-        """Size of one attention head."""
-        return int(cast(int, self.model.get_submodule(f"{self.stream.family.layers}.0.self_attn").head_dim))
-
     def attention_widths(self) -> tuple[int, int]:
         """Return the summed width of all query heads, and of all key heads."""
         num_heads = self.model.config.num_attention_heads
         num_kv_heads = getattr(self.model.config, "num_key_value_heads", None) or num_heads
-        return num_heads * self.head_dim, num_kv_heads * self.head_dim
+        size = head_dim(self.model)
+        return num_heads * size, num_kv_heads * size
 
     def windows(self) -> list[int | None]:
         """Return the attention window of every layer, None where it sees everything."""
@@ -94,24 +77,32 @@ class Skeleton:
         return [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=self.model.config).layers]
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Return every parameter's shape by name; a tied head is not listed apart."""
-        return {name: parameter.shape for name, parameter in self.model.named_parameters()}
+        """Return the shape of every stored tensor by name; a tied head is not listed apart."""
+        return {name: tensor.shape for name, tensor in stored_tensors(self.model).items()}
 
-    @property
-    def head(self) -> Linear:
-        """The linear map that gives the logits, tied or not."""
-        return self.stream.head or Linear(self.stream.embedding, f"{self.stream.embedding}.weight", None)
+    def groups(self) -> dict[str, list[str]]:
+        """Return the names of all stored tensors by `GROUPS`."""
+        stream = self.stream
+        groups: dict[str, list[str]] = {group: [] for group in GROUPS}
+        groups["embedding"].append(f"{stream.embedding}.weight")
+        groups["head"] += stream.head.names if stream.head is not None else ()
+        for branch in stream.branches:
+            group = "attention" if branch.writer.path.endswith(stream.family.attention.writer) else "MLP"
+            groups[group] += [name for linear in (*branch.readers, branch.writer) for name in linear.names]
+            groups["norms"] += [f"{norm}.weight" for norm in (branch.pre_norm, branch.post_norm) if norm is not None]
+        groups["norms"] += [f"{stream.final_norm}.weight", *stream.untouched]
+        return groups
 
     def linears(self) -> list[Linear]:
-        """Return the linear maps of all layers, the head not among them."""
+        """Return the linear maps of all layers; the head is not among them."""
         return [linear for branch in self.stream.branches for linear in (*branch.readers, branch.writer)]
 
     def num_in_use(self, batch_size: int = 1) -> float:
         """Return how many weights of the layers' linear maps multiply at least one token of a batch.
 
         Args:
-            batch_size: tokens in the batch; of stacked experts those count that one of them is routed to, on average if
-                the router has no preference.
+            batch_size: number of tokens. Stacked experts count in so far as one of the tokens is routed to them, on
+                average if the router has no preference.
         """
         shapes = self.shapes()
 
@@ -123,26 +114,14 @@ class Skeleton:
         return sum(shapes[linear.weight].numel() * share(linear) for linear in self.linears())
 
 
-def build_skeleton(config: PretrainedConfig, family: Family, dtype: torch.dtype) -> Skeleton:
-    """Build the model that a configuration describes on the meta device, where tensors have shapes only.
+def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> Skeleton:
+    """Build the model that a configuration describes.
 
     Raises:
-        PatError: transformers cannot build it, or its family's record does not account for a parameter.
+        PatError: its family's record does not account for a parameter.
     """
-    plain = copy.deepcopy(config)
-    if hasattr(plain, "quantization_config"):
-        del plain.quantization_config  # what is counted is the model that the weights stand for
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(plain, dtype=dtype)
-    except (ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise PatError(
-            f"transformers cannot build a {family.model_type} model from this configuration: "
-            f"{' '.join(str(error).split())}"
-        ) from error
-    names = (name for name, _ in model.named_parameters())
-    stream = map_residual_stream(family, names, tied=bool(config.tie_word_embeddings))
-    return Skeleton(cast(PreTrainedModel, model), stream, dtype)
+    model = empty_model(config, dtype)
+    return Skeleton(model, map_of(model), dtype)
 
 
 def cost_of(skeleton: Skeleton, context: int) -> ModelCost:
@@ -150,19 +129,25 @@ def cost_of(skeleton: Skeleton, context: int) -> ModelCost:
 
     Args:
         skeleton: the model.
-        context: tokens of the text read, or held in the cache.
+        context: number of tokens that are read, or held in the cache.
     """
-    stream, parameters = skeleton.stream, dict(skeleton.model.named_parameters())
-    setting = cost_at(skeleton, batch_size=1, context=context)
+    tensors = stored_tensors(skeleton.model)
+
+    def size(names: Iterable[str]) -> Size:
+        chosen = [tensors[name] for name in names]
+        num_parameters = sum(t.numel() for t in chosen if isinstance(t, nn.Parameter))  # buffers are none
+        return Size(num_parameters, sum(t.numel() * t.element_size() for t in chosen))
+
+    total, setting = size(tensors), cost_at(skeleton, batch_size=1, context=context)
     return ModelCost(
-        hidden_size=parameters[f"{stream.final_norm}.weight"].numel(),
-        head_dim=skeleton.head_dim,
-        tied=stream.head is None,
-        groups={group: _size(parameters, names) for group, names in _names_by_group(stream).items()},
-        num_matmul_parameters=round(skeleton.num_in_use()) + parameters[skeleton.head.weight].numel(),
+        hidden_size=tensors[f"{skeleton.stream.final_norm}.weight"].numel(),
+        tied=skeleton.stream.head is None,
+        groups={group: size(names) for group, names in skeleton.groups().items()},
+        total=total,
         prefill_flops_per_token=setting.prefill_flops / context,
-        kv_cache_bytes=setting.kv_cache_bytes,
         decode_bytes_per_token=round(setting.decode_bytes),
+        kv_cache_bytes=setting.kv_cache_bytes,
+        inference_bytes=total.num_bytes + setting.kv_cache_bytes,
     )
 
 
@@ -171,50 +156,20 @@ def cost_at(skeleton: Skeleton, *, batch_size: int, context: int) -> SettingCost
 
     Args:
         skeleton: the model.
-        batch_size: sequences.
-        context: tokens of each that are read, or held in its cache.
+        batch_size: number of sequences.
+        context: number of tokens of each that are read, or held in its cache.
     """
-    shapes = skeleton.shapes()
-    head = shapes[skeleton.head.weight].numel()
+    shapes, stream = skeleton.shapes(), skeleton.stream
+    head = shapes[f"{stream.embedding}.weight" if stream.head is None else stream.head.weight].numel()
     query_width, key_width = skeleton.attention_widths()
-    windows = skeleton.windows()
-    keys = sum(_mean_visible(context, window) for window in windows)
-    element = skeleton.dtype.itemsize
-    cached = sum(min(context, window or context) for window in windows)
-    kv_cache_bytes = 2 * batch_size * cached * key_width * element
-    vectors = sum(shapes[name].numel() for name in _names_by_group(skeleton.stream)["norms"]) + sum(
-        shapes[linear.bias].numel() for linear in skeleton.linears() if linear.bias is not None
-    )
+    windows = [min(context, window or context) for window in skeleton.windows()]
+    # A token sees itself and what comes before it, up to the window: 1, 2, ... and then the window's length.
+    keys = sum((w * (w + 1) / 2 + (context - w) * w) / context for w in windows)
+    kv_cache_bytes = 2 * batch_size * sum(windows) * key_width * skeleton.dtype.itemsize
+    vectors = [*skeleton.groups()["norms"], *(linear.bias for linear in skeleton.linears() if linear.bias is not None)]
+    weights = skeleton.num_in_use(batch_size) + head + sum(shapes[name].numel() for name in vectors)
     return SettingCost(
         prefill_flops=batch_size * (context * (2 * skeleton.num_in_use() + 4 * query_width * keys) + 2 * head),
-        decode_bytes=(skeleton.num_in_use(batch_size) + head + vectors) * element + kv_cache_bytes,
+        decode_bytes=weights * skeleton.dtype.itemsize + kv_cache_bytes,
         kv_cache_bytes=kv_cache_bytes,
     )
-
-
-def _names_by_group(stream: ResidualStream) -> dict[str, list[str]]:
-    """Distribute all parameter names over `GROUPS`."""
-    groups: dict[str, list[str]] = {group: [] for group in GROUPS}
-    groups["embedding"].append(f"{stream.embedding}.weight")
-    groups["head"] += stream.head.names if stream.head is not None else ()
-    for branch in stream.branches:
-        group = "attention" if branch.writer.path.endswith(stream.family.attention.writer) else "MLP"
-        groups[group] += [name for linear in (*branch.readers, branch.writer) for name in linear.names]
-        groups["norms"] += _norms(branch)
-    groups["norms"] += [f"{stream.final_norm}.weight", *stream.untouched]
-    return groups
-
-
-def _norms(branch: ResidualBranch) -> list[str]:
-    return [f"{norm}.weight" for norm in (branch.pre_norm, branch.post_norm) if norm is not None]
-
-
-def _size(parameters: Mapping[str, Tensor], names: list[str]) -> Size:
-    chosen = [parameters[name] for name in names]
-    return Size(sum(p.numel() for p in chosen), sum(p.numel() * p.element_size() for p in chosen))
-
-
-def _mean_visible(length: int, window: int | None) -> float:
-    """Return how many keys a token attends to, itself included, on average over a causal text of `length` tokens."""
-    w = min(length, window or length)
-    return (w * (w + 1) / 2 + (length - w) * w) / length

@@ -1,1 +1,1 @@
-"""What a command leaves behind: records of its figures, and how they are shown."""
+"""What commands leave behind: records for programs, tables for people."""

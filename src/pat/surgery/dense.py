@@ -1,16 +1,30 @@
-"""Build the small dense model: shrink a configuration, and load folded weights into the base model's own class."""
+"""The small dense model: its configuration, its weights to be folded, and the base model's own class built of both."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pat.errors import PatError, RunFailed
 from pat.families import Family
+from pat.surgery.rope import legacy_rope
+
+
+@dataclass(frozen=True)
+class DenseForm:
+    """What a dense model is made of."""
+
+    config: PretrainedConfig
+    weights: Iterable[tuple[str, Tensor]]
+    """Name and value of each parameter, computed when it is asked for."""
+    num_weights: int
 
 
 def shrink_config(
@@ -33,6 +47,9 @@ def shrink_config(
     small.use_cache = True  # trainers switch it off, for training alone
     if hasattr(small, "quantization_config"):
         del small.quantization_config
+    for name, value in legacy_rope(small).items():
+        if name != "rope_scaling":  # another name for `rope_parameters` here; see `pat.checkpoint.write.write_config`
+            setattr(small, name, value)
     try:
         small.validate()
     except Exception as error:  # transformers raises its own validation classes; the message is what matters
@@ -44,17 +61,39 @@ def shrink_config(
 
 
 def build_dense(
-    base: PreTrainedModel, config: PretrainedConfig, weights: dict[str, Tensor], dtype: torch.dtype
+    base: PreTrainedModel,
+    config: PretrainedConfig,
+    weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    *,
+    check_finite: bool = False,
+    num_weights: int | None = None,
 ) -> PreTrainedModel:
     """Build a model of the base's class from a shrunk configuration and folded weights.
 
+    Args:
+        base: gives the class and the generation config.
+        config: of the model to build.
+        weights: by name, or as pairs that are computed one after the other.
+        dtype: of the model.
+        check_finite: check every weight.
+        num_weights: how many there are, to show a bar over them; None shows none.
+
     Raises:
+        PatError: `check_finite`, and a weight is infinite or not a number.
         RunFailed: a weight is missing, left over, or of the wrong shape.
     """
+    pairs = weights.items() if isinstance(weights, Mapping) else weights
+    rounded: dict[str, Tensor] = {}
+    for name, tensor in tqdm(pairs, total=num_weights, desc="Folding", unit="tensor", disable=num_weights is None):
+        if check_finite and not tensor.isfinite().all():
+            raise PatError(f"Got non-finite values in the folded weight {name}; the adapter is broken.")
+        # Contiguous: folding leaves transposed views, and a kernel rounds those otherwise than what it loads later.
+        rounded[name] = tensor.to(dtype).contiguous()
     loaded = type(base).from_pretrained(
         None,
         config=config,
-        state_dict=weights,
+        state_dict=rounded,
         dtype=dtype,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # listed in the report below, instead of raised without a name

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -23,16 +23,7 @@ from pat.surgery.precision import lift, to_float64
 from pat.surgery.residual import Linear, ResidualBranch, ResidualStream
 
 CHUNK_ELEMENTS = 2**20
-"""Of a matrix, how much is folded at once: 8 MB in float64."""
-
-
-Empty = Callable[[Sequence[int], torch.dtype, torch.device], Tensor]
-"""Makes a contiguous tensor of undefined content."""
-
-
-def empty_tensor(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Make a tensor as torch does."""
-    return torch.empty(tuple(shape), dtype=dtype, device=device)
+"""Number of elements of a matrix that are folded at once: 8 MB in float64."""
 
 
 class Operator(Protocol):
@@ -97,7 +88,7 @@ class Channels:
     def select(self, rows: Tensor) -> Tensor:
         """Return `rows[..., K]`, whatever device they are on."""
         keep = self.keep.to(rows.device)
-        if rows.dim() > 1 and rows.stride(-1) > rows.stride(-2):  # of a writer: its rows lie one after the other
+        if rows.dim() > 1 and rows.stride(-1) > rows.stride(-2):  # a writer, whose rows lie one by one
             return rows.mT.index_select(-2, keep).mT
         return rows.index_select(-1, keep)
 
@@ -111,7 +102,7 @@ class HeadPlan:
     final_gain: Tensor | None = None
     """Gain of the final norm in place of the stored one (tied rotation: equalised in the rotated block), `(d,)`."""
     embedding_ratio: float = 1.0
-    """By how much the model's own scale on its embeddings shrinks (families that multiply by sqrt(hidden size)):
+    """Factor by which the model's own scale on its embeddings shrinks (families that multiply by sqrt(hidden size)):
     about sqrt(d/d'), exactly the ratio of the scales as the two models round them."""
 
 
@@ -123,7 +114,6 @@ class _Fold:
     channels: Channels
     precision: torch.dtype
     dtype: torch.dtype
-    empty: Empty
 
     def load(self, name: str) -> Tensor:
         """Return a vector, or a matrix to be left as it is, in float64; nothing is gained by less."""
@@ -156,7 +146,7 @@ class _Fold:
         small = self.channels.pruned_hidden_size
         shape = (*stack, small, num_rows) if writer else (*stack, num_rows, small)
         stored = weight.weight if isinstance(weight, AdaptedMatrix) else weight
-        result = self.empty(shape, self.dtype, lift(stored.new_empty(0), self.precision).device)
+        result = torch.empty(shape, dtype=self.dtype, device=lift(stored.new_empty(0), self.precision).device)
         target = result.mT if writer else result
         step = max(1, CHUNK_ELEMENTS // width)
         if isinstance(vectors, AdaptedMatrix):
@@ -185,7 +175,6 @@ def fold_weights(
     *,
     precision: torch.dtype = torch.float64,
     dtype: torch.dtype | None = None,
-    empty: Empty = empty_tensor,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every parameter of the small dense model, one at a time.
 
@@ -198,13 +187,12 @@ def fold_weights(
         plan: treatment of embedding, final norm and head.
         precision: in which matrices are folded; the operators must be in it.
         dtype: of the results, rounded once; by default `precision`.
-        empty: makes the tensors to fold into.
 
     Yields:
         (name in the base model, contiguous tensor of the new shape). A tied head is not yielded.
     """
     family = stream.family
-    fold = _Fold(weight, channels.to(precision), precision, dtype or precision, empty)
+    fold = _Fold(weight, channels.to(precision), precision, dtype or precision)
     channels = fold.channels
 
     name, write = f"{stream.embedding}.weight", fold.writer(operators.get(stream.embedding))

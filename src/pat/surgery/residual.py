@@ -1,12 +1,15 @@
 """The residual stream of a model as data: which parameters read it, write it, or normalise it.
 
-Built from parameter names alone, so that the same map serves a model in memory and a checkpoint on disk.
+Built from names alone, so that the same map serves a model in memory and a checkpoint on disk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from pat.errors import PatError
 from pat.families import Branch, Family
@@ -48,7 +51,7 @@ class ResidualStream:
     head: Linear | None
     """None if the checkpoint has no head of its own (tied to the embedding)."""
     untouched: tuple[str, ...]
-    """Names of parameters that do not touch the residual stream (norms over the head dimension)."""
+    """Names of tensors that do not touch the residual stream: norms over the head dimension, and bystanders."""
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -56,8 +59,8 @@ class ResidualStream:
         return (self.embedding, *(branch.site for branch in self.branches))
 
     @property
-    def num_parameters(self) -> int:
-        """Number of parameter tensors the stream accounts for."""
+    def num_tensors(self) -> int:
+        """Number of tensors the stream accounts for."""
         return sum(1 for _ in _accounted_names(self))
 
     def untie(self) -> ResidualStream:
@@ -72,18 +75,28 @@ class ResidualStream:
         )
 
 
-def map_residual_stream(family: Family, parameter_names: Iterable[str], *, tied: bool) -> ResidualStream:
-    """Map a model's parameters to their roles.
+def stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return what a checkpoint of a model without adapters holds, by name: parameters and persistent buffers.
+
+    A shared parameter is there once.
+    """
+    recomputed = {name for name, _ in model.named_non_persistent_buffers()}
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name not in recomputed}
+    return dict(model.named_parameters()) | buffers
+
+
+def map_residual_stream(family: Family, names: Iterable[str], *, tied: bool) -> ResidualStream:
+    """Map a model's tensors to their roles.
 
     Args:
         family: record of the model's type.
-        parameter_names: full names in the base model, without any adapter.
+        names: full names of the tensors in the base model, see `stored_tensors`.
         tied: whether the head shares the embedding's weight.
 
     Raises:
-        PatError: a parameter the record expects is missing, or one is left that the record does not account for.
+        PatError: a tensor the record expects is missing, or one is left that the record does not account for.
     """
-    names = set(parameter_names)
+    names = set(names)
     num_layers = 1 + max(_layer_indices(family, names), default=-1)
     if num_layers == 0:
         raise PatError(
@@ -99,6 +112,7 @@ def map_residual_stream(family: Family, parameter_names: Iterable[str], *, tied:
             raise PatError(f"Layer {index} has no feed-forward writer known to the record of {family.model_type!r}.")
         branches += [_branch(prefix, branch, names) for branch in (family.attention, feed_forward)]
         untouched += [f"{prefix}{norm}.weight" for norm in family.qk_norm]
+        untouched += [prefix + name for name in family.bystanders if prefix + name in names]
     stream = ResidualStream(
         family=family,
         embedding=family.embedding,
@@ -107,12 +121,14 @@ def map_residual_stream(family: Family, parameter_names: Iterable[str], *, tied:
         head=None if tied else _linear(family.head, names),
         untouched=tuple(untouched),
     )
-    unaccounted = names - set(_accounted_names(stream)) - ({f"{family.head}.weight"} if tied else set())
+    accounted = set(_accounted_names(stream))
+    if missing := accounted - names:
+        raise PatError(f"The model has no tensor {min(missing)}, which its family's record expects.")
+    unaccounted = names - accounted - ({f"{family.head}.weight"} if tied else set())
     if unaccounted:
-        example = sorted(unaccounted)[0]
         raise PatError(
-            f"The record of family {family.model_type!r} does not account for {len(unaccounted)} parameter(s) of this "
-            f"model, such as {example!r}; extend the record in pat/families.py before pruning it."
+            f"The record of family {family.model_type!r} does not account for {len(unaccounted)} tensor(s) of this "
+            f"model, such as {min(unaccounted)!r}; extend the record in pat/families.py before pruning it."
         )
     return stream
 
@@ -134,7 +150,7 @@ def _linear(path: str, names: set[str]) -> Linear:
         return Linear(path, f"{path}.weight", bias if bias in names else None)
     if path in names:
         return Linear(path, path, None)
-    raise PatError(f"The model has no parameter {path}.weight, which its family's record expects.")
+    raise PatError(f"The model has no tensor {path}.weight, which its family's record expects.")
 
 
 def _exists(path: str, names: set[str]) -> bool:

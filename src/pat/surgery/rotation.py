@@ -1,4 +1,4 @@
-"""Choosing the basis in which channels are counted: PCA of the residual stream, whole or in a block of equal gain.
+"""The choice of the basis in which channels are counted: PCA of the stream, whole or in a block of equal gain.
 
 RMSNorm commutes with an orthogonal Q once its gain is folded into the readers, so one Q for the whole stream keeps the
 function (specification, "Rotation"). In a tied model the final gain stands between stream and head and cannot be
@@ -19,7 +19,7 @@ order well before the milestone, narrow enough for training to swap channels nea
 
 @dataclass(frozen=True)
 class ChannelOrder:
-    """Outcome of a calibration, ready for `UnifiedMask.set_prior`; all tensors of the mask's width d."""
+    """Outcome of a calibration, as `UnifiedMask.set_prior` takes it; all tensors have the mask's width d."""
 
     prior: Tensor
     """Prior order p, `(d,)`: positive for the channels to keep, zero for pinned ones."""
@@ -29,17 +29,29 @@ class ChannelOrder:
     """Orthogonal Q, `(d, d)`, columns by falling energy inside the rotated block; None without rotation."""
     energy_kept: float
     """Share of the (unpinned) energy that the leading channels hold, in [0, 1]."""
+    head_factor: Tensor | None = None
+    """Factor on the final norm's output, `(d,)`, that makes its gain equal in the rotated block of a tied model."""
+    num_tokens: int = 0
+    """Number of tokens that were measured."""
 
 
 def gain_block(gain: Tensor, tolerance: float) -> Tensor:
-    """Return the boolean `(d,)` block of channels whose gain lies within `tolerance` (relative) of the median."""
+    """Return the boolean `(d,)` block of channels whose gain lies within `tolerance` (relative) of the median.
+
+    Only gains of the median's sign belong to it, however wide the tolerance: no factor makes a zero equal to another.
+    """
     median = gain.median()
-    return (gain - median).abs() <= tolerance * median.abs()
+    return ((gain - median).abs() <= tolerance * median.abs()) & (gain * median.sign() > 0)
 
 
 def equalised_gain(gain: Tensor, block: Tensor) -> Tensor:
     """Return the gain `(d,)` with the block's entries replaced by their mean."""
     return torch.where(block, gain[block].mean(), gain)
+
+
+def equalising_factor(gain: Tensor, block: Tensor) -> Tensor:
+    """Return the factor `(d,)` that turns a gain into the equalised one: exactly 1 outside of the block."""
+    return torch.where(block, equalised_gain(gain, block) / gain, 1.0)
 
 
 def pca_order(covariance: Tensor, num_keep: int, block: Tensor | None = None) -> ChannelOrder:

@@ -1,149 +1,170 @@
-"""What `pat tune` can be told: TRL's own flags, the method's, and a recipe of defaults under them."""
+"""What `pat tune` can be told: options of ours, of the method, and of TRL, with a recipe of defaults under them."""
 
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar
 
 import torch
-import yaml
-from trl import ModelConfig, SFTConfig, TrlParser
+from trl import ModelConfig, SFTConfig
 
-from pat.config_file import read_config, split_config
 from pat.errors import PatError
-from pat.training.help import USAGE, Formatter, render_help, unknown_flags
+from pat.options import OptionsParser
+from pat.recipes import recipe_defaults
+from pat.shape import check_request
+from pat.training.options import RunOptions
 from pat.tuner.config import PatConfig
 from pat.tuner.options import PatOptions
 
-RECIPES = ("default", "paper")
-
-_OUR_HELP = {
-    "model_name_or_path": "Base model: a folder or a hub id.",
-    "output_dir": "Where the run goes, a new or empty folder: model/, adapter/, compact/, results.json.",
+_LORA = {
+    "r": "lora_r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "target_modules": "lora_target_modules",
+    "target_parameters": "lora_target_parameters",
+    "modules_to_save": "lora_modules_to_save",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
 }
-"""What flags of the libraries mean here."""
+"""Fields of `LoraConfig`, and what TRL's ModelConfig calls them."""
 
 
-@dataclass
-class RunOptions:
-    """Data and housekeeping of one run."""
+_ONE_PROCESS = "`pat tune` runs in one process"
+_NO_METRICS = "it is for a function that computes metrics, which a command line cannot give"
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id, or a local .json, .jsonl, .parquet or .csv file; its format is detected. "
-            "task:arc_easy,piqa (task:FOLDER/arc_easy,piqa for <task>.train.jsonl files) is the train split of tasks."
-        },
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split of a hub dataset to train on."})
-    template: str = field(
-        default="auto",
-        metadata={"help": "How instructions become prompts: 'chat', 'alpaca', or 'auto' (chat if the tokenizer can)."},
-    )
-    held_out: str | None = field(
-        default=None,
-        metadata={
-            "help": "Rows kept apart for the final figures: a number, a share, or a file. Default: 1 in 50, up to 200."
-        },
-    )
-    recipe: str = field(
-        default="default", metadata={"help": "Defaults under all other flags: 'default' (ours) or 'paper'."}
-    )
-    no_compact: bool = field(
-        default=False,
-        metadata={"help": "Train at full width to the end, instead of shrinking the model at the milestone."},
-    )
-    keep_checkpoints: bool = field(
-        default=False, metadata={"help": "Leave the trainer's checkpoints in OUTPUT_DIR/checkpoints after success."}
-    )
+REFUSED: dict[str, tuple[Any, str]] = {
+    "use_peft": (True, "`pat tune` trains an adapter in any case"),
+    "lora_task_type": ("CAUSAL_LM", "`pat tune` is for causal language models"),
+    "model_init_kwargs": (None, "the base is loaded by --dtype, --attn_implementation and --model_revision"),
+    "trust_remote_code": (False, "the families are those of transformers, whose own code is used"),
+    "dataset_kwargs": (None, "rows are prepared before the trainer sees them"),
+    "do_train": (True, "it is for scripts of one's own; `pat tune` trains"),
+    "do_eval": (False, "it is for scripts of one's own; --eval_strategy evaluates"),
+    "do_predict": (False, "it is for scripts of one's own; `pat evaluate` measures a model"),
+    "bf16_full_eval": (False, "the trainer evaluates while it trains, where it has no effect"),
+    "fp16_full_eval": (False, "the trainer evaluates while it trains, where it has no effect"),
+    "include_for_metrics": ([], _NO_METRICS),
+    "batch_eval_metrics": (False, _NO_METRICS),
+    "hub_strategy": ("end", "the finished model is pushed, once"),
+    "hub_always_push": (False, "the finished model is pushed, once"),
+    "fsdp": ("", _ONE_PROCESS),
+    "fsdp_config": (None, _ONE_PROCESS),
+    "deepspeed": (None, _ONE_PROCESS),
+    "parallelism_config": (None, _ONE_PROCESS),
+    "local_rank": (-1, _ONE_PROCESS),
+    "average_tokens_across_devices": (True, _ONE_PROCESS),
+    "ddp_find_unused_parameters": (None, _ONE_PROCESS),
+    "ddp_bucket_cap_mb": (None, _ONE_PROCESS),
+    "ddp_broadcast_buffers": (None, _ONE_PROCESS),
+    "ddp_static_graph": (None, _ONE_PROCESS),
+    "ddp_backend": (None, _ONE_PROCESS),
+    "ddp_timeout": (1800, _ONE_PROCESS),
+    "log_on_each_node": (True, _ONE_PROCESS),
+    "log_level_replica": ("warning", _ONE_PROCESS),
+    "save_on_each_node": (False, _ONE_PROCESS),
+    "eval_use_gather_object": (False, _ONE_PROCESS),
+}
+"""Flags of the libraries that would have no effect here: the value that says what is so anyway, and the reason.
+
+All others are passed on to the trainer or used by us; `tests/unit/training/test_arguments.py` lists them.
+"""
+
+
+class OneDevice(SFTConfig):
+    """Arguments of a trainer that takes one of several GPUs, instead of `nn.DataParallel` on all of them."""
+
+    @property
+    def n_gpu(self) -> int:
+        """Number of GPUs, at most one."""
+        return min(int(super().n_gpu), 1)
 
 
 @dataclass(frozen=True)
 class TuneArguments:
-    """A parsed command line of `pat tune`."""
+    """Everything that `pat tune` is told, the defaults filled in."""
 
-    run: RunOptions
-    pat: PatOptions
-    sft: SFTConfig
-    model: ModelConfig
-    output_dir: Path
+    run: RunOptions = field(metadata={"section": "data and run"})
+    pat: PatOptions = field(metadata={"section": "pruning"})
+    model: ModelConfig = field(metadata={"section": "model and adapter (TRL's ModelConfig)"})
+    sft: OneDevice = field(metadata={"section": "training (TRL's SFTConfig, transformers' TrainingArguments)"})
+
+    USAGE: ClassVar = (
+        "pat tune --model_name_or_path M --dataset_name D --output_dir OUT [--pruning_ratio R] [--flag value ...]"
+    )
+    DESCRIPTION: ClassVar = """\
+Fine-tune a language model and get it back smaller: M (folder or hub id) is tuned on D (hub id, .json, .jsonl, .parquet
+or .csv), loses the share R of its hidden size, and is written to OUT/model as a standard checkpoint that loads without
+pat. OUT/results.json holds the figures, OUT/adapter the adapter as of the milestone, where the model shrinks, and
+OUT/compact the small base and its LoRA adapter from there on.
+
+examples:
+  pat tune --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --dataset_name data.jsonl --pruning_ratio 0.25 \\
+      --output_dir small
+  pat tune --config run.yaml --output_dir small       # run.yaml: lines such as `learning_rate: 2e-4`; flags win
+
+Every flag of transformers' TrainingArguments and TRL's SFTConfig and ModelConfig works, or is refused with the reason;
+- may stand for _. The defaults shown are the recipe's (--recipe) and the libraries'. --config FILE takes flags from a
+file, --debug shows tracebacks.\
+"""
+    MAIN_FLAGS: ClassVar = (
+        "model_name_or_path",
+        "dataset_name",
+        "output_dir",
+        "pruning_ratio",
+        "recipe",
+        "template",
+        "max_length",
+        "num_train_epochs",
+        "max_steps",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "lora_r",
+        "seed",
+    )
+    """Flags that most runs set."""
+    REFUSED: ClassVar = REFUSED
+
+    @staticmethod
+    def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what lies between TRL's defaults and what is given: LoRA's, the machine's, the recipe's."""
+        lora = {flag: PatConfig.__dataclass_fields__[name].default for name, flag in _LORA.items()}
+        return {**lora, **_machine_defaults(), **recipe_defaults(given.get("recipe", RunOptions.recipe))}
+
+    def __post_init__(self) -> None:
+        check_request(self.pat.pruning_ratio, self.pat.pruned_hidden_size)
+        if self.sft.eval_strategy != "no" and self.run.held_out in ("0", 0):
+            raise PatError(
+                f"Got eval_strategy={str(self.sft.eval_strategy)!r} with held_out=0; expected rows to evaluate on: "
+                "leave --held_out at its default, or set --eval_strategy no."
+            )
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise PatError(
+                f"Got {os.environ['WORLD_SIZE']} processes; `pat tune` runs in one. Train with PatCallback in a script "
+                "of your own, and merge with `pat merge`."
+            )
+        if self.sft.activation_offloading and not torch.accelerator.is_available():
+            raise PatError(
+                "Got activation_offloading on a machine without an accelerator to offload from; leave it out."
+            )
+        # The trainer writes its checkpoints below the run's folder, whose other names are the product's.
+        self.sft.output_dir = str(self.output_dir / "checkpoints")
+        self.sft.push_to_hub = False  # the trainers would push their checkpoints
+
+    @property
+    def output_dir(self) -> Path:
+        """Folder of the run."""
+        return Path(self.run.output_dir)
 
     def pat_config(self) -> PatConfig:
         """Return the adapter's configuration."""
-        model = self.model
-        options = {f.name: getattr(self.pat, f.name) for f in fields(PatOptions)}
+        lora = {name: getattr(self.model, flag) for name, flag in _LORA.items()}
         return PatConfig(
-            task_type="CAUSAL_LM",
-            r=model.lora_r,
-            lora_alpha=model.lora_alpha,
-            lora_dropout=model.lora_dropout,
-            target_modules=model.lora_target_modules,
-            target_parameters=model.lora_target_parameters,
-            modules_to_save=model.lora_modules_to_save,
-            use_rslora=model.use_rslora,
-            use_dora=model.use_dora,
-            **options,
+            task_type="CAUSAL_LM", **lora, **{f.name: getattr(self.pat, f.name) for f in fields(PatOptions)}
         )
-
-
-class Parser(TrlParser):
-    """TRL's parser with our flags first in its help, and errors as `PatError` (one line) instead of a page of usage."""
-
-    def __init__(self) -> None:
-        dataclasses: list[Any] = [RunOptions, PatOptions, SFTConfig, ModelConfig]
-        super().__init__(dataclasses, prog="pat tune", usage=USAGE, formatter_class=Formatter, allow_abbrev=False)
-        for action in self._actions:
-            action.help = _OUR_HELP.get(action.dest, action.help)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print."""
-        raise PatError(f"{message} (see `pat tune --help`).")
-
-    def format_help(self) -> str:
-        """Return the help page, in sections by where a flag comes from."""
-        owners: dict[str, Any] = {
-            "data and run": RunOptions,
-            "pruning": PatOptions,
-            "model and adapter (TRL's ModelConfig)": ModelConfig,
-            "training (TRL's SFTConfig, transformers' TrainingArguments)": SFTConfig,
-        }
-        names = {heading: [f.name for f in fields(owner)] for heading, owner in owners.items()}
-        return render_help(self, [*names.items(), ("other", ("help",))])
-
-
-def parse_arguments(argv: Sequence[str]) -> TuneArguments:
-    """Parse a command line: recipe below `--config` file below flags.
-
-    Raises:
-        PatError: an unknown flag, a value of the wrong type, an unknown recipe, or a config file that cannot be read.
-    """
-    parser = Parser()
-    path, flags = split_config(argv)
-    config = {} if path is None else read_config(path)
-    _set_environment(config.pop("env", {}))
-    parser.set_defaults_with_config(**_machine_defaults())
-    parser.set_defaults_with_config(**recipe_defaults(_value_of(flags, "--recipe") or config.get("recipe", "default")))
-    unknown = parser.set_defaults_with_config(**config)
-    if unknown:
-        parser.error(f"{path}: {unknown_flags(unknown, parser)}")
-    try:
-        with _trls_own_deprecations_ignored():
-            parsed: Any = parser.parse_args_into_dataclasses(
-                flags, return_remaining_strings=True, look_for_args_file=False
-            )
-    except (ValueError, TypeError, OSError) as error:
-        raise PatError(f"{' '.join(str(error).split())} (see `pat tune --help`).") from error
-    run, pat, sft, model, rest = parsed
-    if rest:
-        parser.error(unknown_flags(rest, parser))
-    return _bundle(run, pat, sft, model)
 
 
 def build_arguments(**flags: Any) -> TuneArguments:
@@ -152,48 +173,7 @@ def build_arguments(**flags: Any) -> TuneArguments:
     Raises:
         PatError: an unknown keyword, a value that does not fit, or an unknown recipe.
     """
-    merged = {**_machine_defaults(), **recipe_defaults(flags.get("recipe", "default")), **flags}
-    try:
-        with _trls_own_deprecations_ignored():
-            run, pat, sft, model = Parser().parse_dict(merged)
-    except (ValueError, TypeError) as error:
-        raise PatError(" ".join(str(error).split())) from error
-    return _bundle(run, pat, sft, model)
-
-
-def _bundle(run: RunOptions, pat: PatOptions, sft: SFTConfig, model: ModelConfig) -> TuneArguments:
-    needed = {
-        "--model_name_or_path": model.model_name_or_path,
-        "--dataset_name": run.dataset_name,
-        "--output_dir": sft.output_dir,
-    }
-    for flag, value in needed.items():
-        if not value:
-            raise PatError(
-                f"{flag} is missing; expected a base model, a data file and an output folder (see `pat tune --help`)."
-            )
-    if sft.eval_strategy != "no" and run.held_out in ("0", 0):
-        raise PatError(
-            f"Got eval_strategy={str(sft.eval_strategy)!r} with held_out=0; expected rows to evaluate on: leave "
-            "--held_out at its default, or set --eval_strategy no."
-        )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise PatError(
-            f"Got {os.environ['WORLD_SIZE']} processes; `pat tune` runs in one. Train with PatCallback in a script of "
-            "your own, and merge with `pat merge`."
-        )
-    output_dir = Path(str(sft.output_dir))
-    # The trainer writes its checkpoints below the run's folder, whose other names are the product's.
-    sft.output_dir = str(output_dir / "checkpoints")
-    return TuneArguments(run, pat, sft, model, output_dir)
-
-
-@contextmanager
-def _trls_own_deprecations_ignored() -> Iterator[None]:
-    """Silence what transformers says about the old name of a flag that TRL's defaults still use."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
-        yield
+    return OptionsParser("pat tune", TuneArguments).build(flags)
 
 
 def _machine_defaults() -> dict[str, Any]:
@@ -203,35 +183,6 @@ def _machine_defaults() -> dict[str, Any]:
     Without one, TRL's bf16 autocast is refused and its recomputing of activations only costs time, and arithmetic in
     bf16 is many times slower on most CPUs than in float32.
     """
-    everywhere = {"output_dir": ""}  # instead of a folder of transformers' own choice
     if torch.accelerator.is_available():
-        return everywhere | {"dtype": "auto"}
-    return everywhere | {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "dtype": "float32"}
-
-
-def recipe_defaults(name: str) -> dict[str, Any]:
-    """Return the flags a recipe stands for.
-
-    Raises:
-        PatError: no such recipe.
-    """
-    if name not in RECIPES:
-        raise PatError(f"Got recipe={name!r}; expected one of {', '.join(RECIPES)}.")
-    text = resources.files("pat.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-    return {"recipe": name, **yaml.safe_load(text)}
-
-
-def _value_of(argv: Sequence[str], flag: str) -> str | None:
-    for index, item in enumerate(argv):
-        if item == flag and index + 1 < len(argv):
-            return argv[index + 1]
-        if item.startswith(flag + "="):
-            return item.partition("=")[2]
-    return None
-
-
-def _set_environment(variables: Any) -> None:
-    """Set what a config file lists under `env`, as TRL's parser does."""
-    if not isinstance(variables, dict):
-        raise PatError(f"Got env: {variables!r} in the config file; expected a mapping of names to values.")
-    os.environ.update({str(name): str(value) for name, value in variables.items()})
+        return {"dtype": "auto"}
+    return {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "dtype": "float32"}

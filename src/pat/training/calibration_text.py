@@ -32,6 +32,9 @@ def read_calibration(path: str) -> str:
 def batches_from_text_file(path: str, tokenizer: Any) -> Iterator[dict[str, Tensor]]:
     """Yield batches of consecutive pieces of a text file, `input_ids` of shape `(batch, 512)`, the rest dropped.
 
+    Every piece starts with a beginning-of-sequence token if the tokenizer starts texts with one: models that were
+    trained that way (Gemma) have another residual stream without it.
+
     Raises:
         PatError: see `read_calibration`; or there is no tokenizer to read it with.
     """

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pat.errors import PatError
 from pat.method.schedule import milestone_step
-from pat.training.calibration_text import batches_from_text_file
-from pat.tuner.config import PatConfig
+from pat.training.calibration_data import calibration_batches
 from pat.tuner.model import PatModel, find_tuner
 
 logger = logging.getLogger(__name__)
@@ -46,11 +43,18 @@ class PatCallback(TrainerCallback):
         """Put right what trainers do to adapters without knowing of the mask: halved precision, copies half made.
 
         Raises:
-            PatError: the outcome of a calibration has been cast to half precision.
+            PatError: the outcome of a calibration has been cast to half precision, or the trainer is about to wrap the
+                model in `nn.DataParallel`.
         """
         tuner = find_tuner(kwargs["model"])
         if tuner is None:
             return
+        if args.n_gpu > 1 and not _is_quantised(tuner):  # then the trainer wraps it
+            raise PatError(
+                f"Got {args.n_gpu} GPUs in one process, over which the trainer would replicate the model "
+                "(nn.DataParallel) without the mask's state; set CUDA_VISIBLE_DEVICES=0, or start one process for each "
+                "GPU (accelerate launch, torchrun)."
+            )
         _restore_float32(tuner)
         _complete_copies(tuner)
 
@@ -73,6 +77,16 @@ class PatCallback(TrainerCallback):
                 config.milestone,
                 state.max_steps,
             )
+        kind = _learns_from(args, kwargs.get("train_dataloader"))
+        if kind is not None and not tuner.mask(self._adapter).hardened:
+            logger.warning(
+                "Training from %s starts with a soft mask: until step %d it takes channels away, and the policy is no "
+                "longer the model whose answers are judged. Prune by supervised fine-tuning first, merge, and train "
+                "the small model from %s.",
+                kind,
+                self._milestone_step,
+                kind,
+            )
         if tuner.needs_calibration(self._adapter):
             order = tuner.calibrate(
                 calibration_batches(config, kwargs.get("train_dataloader"), kwargs.get("processing_class")),
@@ -84,6 +98,8 @@ class PatCallback(TrainerCallback):
                 100 * order.energy_kept,
                 int(order.pinned.sum()),
             )
+            figures = {"pat/calibration_tokens": order.num_tokens, "pat/energy_kept": order.energy_kept}
+            state.log_history.append(figures | {"step": state.global_step})
         tuner.set_step(state.global_step, self._milestone_step, self._adapter)
 
     def on_step_begin(
@@ -119,8 +135,7 @@ class PatCallback(TrainerCallback):
         if self._adapter is None or not self._last or logs is None or "loss" not in logs:
             return
         mask = self._tuner(kwargs["model"]).mask(self._adapter)
-        active = int(mask.keep.sum()) if mask.hardened else int((mask.gate() > 0.5).sum())
-        values = self._last | {"pat/active_channels": active}
+        values = self._last | {"pat/active_channels": mask.num_active}
         logs.update(values)
         state.log_history.append(values | {"step": state.global_step})
 
@@ -145,11 +160,15 @@ def _restore_float32(tuner: PatModel) -> None:
         for parameter in module.parameters():
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()
-    if getattr(tuner.model, "is_loaded_in_4bit", False) or getattr(tuner.model, "is_loaded_in_8bit", False):
+    if _is_quantised(tuner):
         # LoRA's factors, too: peft keeps them in float32, and cast, the live model would not be the one that is saved.
         for parameter in tuner.model.parameters():
             if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()
+
+
+def _is_quantised(tuner: PatModel) -> bool:
+    return any(getattr(tuner.model, name, False) for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"))
 
 
 def _complete_copies(tuner: PatModel) -> None:
@@ -171,26 +190,12 @@ def _complete_copies(tuner: PatModel) -> None:
             mask.load_state_dict(tuner.mask(source).state_dict())
 
 
-def calibration_batches(config: PatConfig, dataloader: Any, tokenizer: Any) -> Iterable[Mapping[str, Any]]:
-    """Return batches to calibrate on, without disturbing the order or the random state of the training data."""
-    if config.calibration is not None:
-        return batches_from_text_file(config.calibration, tokenizer)
-    if dataloader is None:
-        raise PatError(
-            "The rotation needs data, but the trainer has no training data; call model.calibrate(dataloader) before "
-            "training, set PatConfig.calibration to a text file, or use rotation='none'."
-        )
-    dataset = getattr(dataloader, "dataset", None)
-    if dataset is None or isinstance(dataset, IterableDataset):
-        return _input_batches(dataloader)
-    # A loader of its own, since iterating the trainer's would move its sampler on; of a seeded sample, since files are
-    # often sorted.
-    batch_size = getattr(dataloader, "batch_size", None) or 8
-    sample = Subset(dataset, torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist())
-    return _input_batches(DataLoader(sample, batch_size=batch_size, collate_fn=dataloader.collate_fn))
-
-
-def _input_batches(loader: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
-    with torch.random.fork_rng():
-        for batch in loader:
-            yield {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+def _learns_from(args: TrainingArguments, dataloader: Any) -> str | None:
+    """Tell by the columns of its data whether a trainer learns from preferences or rewards; None if from neither."""
+    if any(name.startswith("teacher") for name in vars(args)):
+        return None  # distillation trains on prompts alone as well
+    columns = set(getattr(getattr(dataloader, "dataset", None), "column_names", None) or ())
+    has_answers = any(name.startswith(("completion", "chosen", "input_ids", "text", "messages")) for name in columns)
+    if any(name.startswith("rejected") for name in columns) or ("label" in columns and has_answers):
+        return "preferences"
+    return "rewards" if not has_answers and any(name.startswith("prompt") for name in columns) else None

@@ -1,16 +1,22 @@
-"""The checkpoints of a run of two stages: where they are, and which of them to go on from."""
+"""The checkpoints of a run: which of them to go on from, and how the second stage goes on from the first."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any, cast
 
-from peft import PeftType
+import torch
+from peft import PeftModel, PeftType
 from peft.utils import CONFIG_NAME
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import Trainer, TrainerState
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pat.errors import PatError
+from pat.tuner.compaction import CompactModel
+from pat.tuner.model import PatModel
 
 STAGE_TWO = "compact"
 """Folder of stage two below the checkpoints, so that a resumed run finds the stage it was in."""
@@ -39,3 +45,70 @@ def last_checkpoint(checkpoints: Path) -> str | None:
         if steps:
             return str(steps[max(steps)])
     return None
+
+
+def load_hard(trainer: Trainer, tuner: PatModel, checkpoint: str) -> bool:
+    """Load a checkpoint if its mask is hard already, as a run leaves it that was cut off between the stages.
+
+    Raises:
+        PatError: a file of the trainer's is missing.
+    """
+    model = cast(PeftModel, trainer.model)
+    model.load_adapter(checkpoint, model.active_adapter, is_trainable=True)
+    if not tuner.mask().hardened:
+        return False
+    for name in (OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME):
+        if not (Path(checkpoint) / name).is_file():
+            raise PatError(
+                f"{checkpoint}: has no {name}, so it cannot be gone on from; resume from another checkpoint."
+            )
+    trainer.create_optimizer().load_state_dict(torch.load(Path(checkpoint) / OPTIMIZER_NAME, weights_only=True))
+    trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    return True
+
+
+def continue_from(done: Path, trainer: Trainer, compact: CompactModel, stage_two: Trainer) -> Path:
+    """Turn stage one's last checkpoint into one that stage two resumes from, in stage two's own folder."""
+    target = Path(cast(str, stage_two.args.output_dir)) / done.name
+    folder = target.with_name(f".{target.name}.tmp")  # whole or not at all: a resumed run takes what it finds
+    for leftover in (target, folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for file in done.iterdir():  # schedule, random state, scaler
+        if file.suffix in (".pt", ".pth") and file.name != OPTIMIZER_NAME:
+            shutil.copy2(file, folder)
+    assert (folder / SCHEDULER_NAME).is_file()
+    state = json.loads((done / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    # Where the best checkpoint so far was one of the masked model, it cannot be loaded into the compact one.
+    state |= {"best_metric": None, "best_model_checkpoint": None, "best_global_step": None}
+    compact.model.save_pretrained(str(folder))
+    torch.save(_inherited_state(trainer, compact, stage_two), folder / OPTIMIZER_NAME)
+    (folder / TRAINER_STATE_NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    return folder.rename(target)
+
+
+def _inherited_state(trainer: Trainer, compact: CompactModel, stage_two: Trainer) -> dict[str, Any]:
+    """Return the optimizer state stage two starts with: the moments of parameters that go on, cut like they are.
+
+    New factors have none and start at their own step 0; with the old step count their first updates would be some three
+    times too large.
+    """
+    before = cast(torch.optim.Optimizer, trainer.optimizer)
+    now = stage_two.create_optimizer()
+    result: dict[str, Any] = now.state_dict()
+    parameters = [parameter for group in now.param_groups for parameter in group["params"]]
+    for index, parameter in enumerate(parameters):
+        old = compact.inherited.get(parameter)
+        state = {} if old is None else before.state.get(old.parameter, {})
+        tensors = [value for value in state.values() if isinstance(value, torch.Tensor) and value.dim() > 0]
+        # Optimizers with states of another shape (factored, quantised) start anew.
+        if old is None or not state or any(value.shape != old.parameter.shape for value in tensors):
+            continue
+        result["state"][index] = {
+            name: old.cut(value) if isinstance(value, torch.Tensor) and value.dim() > 0 else value
+            for name, value in state.items()
+        }
+    groups = zip(result["param_groups"], before.state_dict()["param_groups"], strict=False)
+    for group, old_group in groups:  # the learning rate as the schedule has left it
+        group.update({name: value for name, value in old_group.items() if name != "params"})
+    return result

@@ -91,10 +91,11 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
     sft, run, model = arguments.sft, arguments.run, arguments.model
     vocabulary = load_vocabulary(
         str(model.model_name_or_path),
-        base_config.get_text_config().vocab_size,
+        base_config,
         revision=model.model_revision,
         chat_template_path=sft.chat_template_path,
         eos_token=sft.eos_token,
+        pad_token=sft.pad_token,
     )
     data = load_training_data(
         str(run.dataset_name),

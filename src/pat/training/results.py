@@ -1,21 +1,29 @@
-"""Figures of a run: what each of its models comes to."""
+"""The record of a run: what each of its models comes to, and everything that leads there."""
 
 from __future__ import annotations
 
-import sys
+import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import PretrainedConfig
 
+from pat.checkpoint.card import Compaction, Cut
 from pat.checkpoint.verify import Parity
-from pat.checkpoint.write import count_parameters
-from pat.nll import NLL, Example, response_nll
+from pat.nll import NLL, response_nll
+from pat.report.progress import progress_bar
+from pat.report.records import Record
+from pat.surgery.describe import count_parameters
+from pat.training.data_record import DataRecord
+from pat.training.prepare import Prepared
+
+logger = logging.getLogger(__name__)
 
 EVAL_BATCH_SIZE = 8
 
@@ -52,58 +60,114 @@ class ModelFigures:
     """Of the weights as they are stored in a checkpoint."""
     held_out_nll: float | None
     """Mean over response tokens, in nats; None without held-out data."""
+    held_out_standard_error: float | None
+    """Of that mean, over rows; see `NLL`."""
     num_held_out_tokens: int
     tokens_per_second: float | None
     """Forward throughput over the held-out rows, padding excluded."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TuneRecord(Record):
+    """What `pat tune` came to. Of paths only the last component is kept."""
+
+    command: Literal["tune"] = "tune"
+    model_name_or_path: str
+    dataset: str
+    recipe: str
+    seed: int
+    num_steps: int
+    device: str
+    dtype: str
+    """Of the base while it was trained on."""
+    cut: Cut
+    pat_config: dict[str, Any]
+    training_arguments: dict[str, Any]
+    data: DataRecord
+    figures: dict[str, ModelFigures]
+    """By stage: `base`, `tuned` (masked or compact, with its adapter), `dense`."""
+    parity: Parity
+    """The tuned model against the dense one."""
+    compaction: Compaction | None
+    timings: dict[str, float]
+    log_history: list[dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class TuneResult:
-    """Where a run left its outputs, and its main figures."""
+    """A finished run: where its outputs are, and its record."""
 
     output_dir: Path
-    model_dir: Path
-    adapter_dir: Path
-    figures: dict[str, ModelFigures]
-    """By stage: `base`, `tuned` (masked), `dense`."""
-    parity: Parity
+    record: TuneRecord
+
+    @property
+    def model_dir(self) -> Path:
+        """Folder of the dense checkpoint."""
+        return self.output_dir / "model"
+
+    @property
+    def adapter_dir(self) -> Path:
+        """Folder of the last adapter."""
+        return self.output_dir / ("adapter" if self.record.compaction is None else "compact/adapter")
+
+    @property
+    def figures(self) -> dict[str, ModelFigures]:
+        """Figures by stage, see `TuneRecord`."""
+        return self.record.figures
+
+    @property
+    def parity(self) -> Parity:
+        """The tuned model against the dense one."""
+        return self.record.parity
 
 
-def measure(
-    model: nn.Module,
-    examples: Sequence[Example],
-    pad_token_id: int,
-    *,
-    stage: str,
-    size: Size,
-    show_progress: bool = True,
-) -> ModelFigures:
+def measure(model: nn.Module, data: Prepared, stage: str, size: Size, *, progress: bool = True) -> ModelFigures:
     """Time a model's held-out likelihood, with a progress bar on stderr, and put its sizes beside it.
 
     Args:
         model: scored as it is, in its own device and dtype.
-        examples: tokenised held-out rows; none leave likelihood and speed open.
-        pad_token_id: for padding batches.
+        data: its held-out examples are scored; none leave likelihood and speed open.
         stage: name on the progress bar.
         size: of its weights (given, because quantised storage holds several in one element).
-        show_progress: whether there is a bar.
+        progress: whether there is a bar.
     """
     nll: NLL | None = None
     speed: float | None = None
-    if examples:
-        with tqdm(desc=f"Scoring {stage}", unit="batch", file=sys.stderr, disable=not show_progress) as bar:
-
-            def advance(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
+    if data.held_out:
+        pad_token_id = cast(int, data.vocabulary.tokenizer.pad_token_id)
+        with progress_bar(f"Scoring {stage}", "batch", shown=progress) as bar:
             start = time.perf_counter()
-            nll = response_nll(model, examples, batch_size=EVAL_BATCH_SIZE, pad_token_id=pad_token_id, progress=advance)
-            speed = sum(len(example["input_ids"]) for example in examples) / (time.perf_counter() - start)
+            nll = response_nll(
+                model, data.held_out, batch_size=EVAL_BATCH_SIZE, pad_token_id=pad_token_id, progress=bar
+            )
+            speed = sum(len(example["input_ids"]) for example in data.held_out) / (time.perf_counter() - start)
     return ModelFigures(
         num_parameters=size.num_parameters,
         num_bytes=size.num_bytes,
         held_out_nll=None if nll is None else nll.nll,
+        held_out_standard_error=None if nll is None else nll.standard_error,
         num_held_out_tokens=0 if nll is None else nll.num_tokens,
         tokens_per_second=speed,
     )
+
+
+def warn_of_losses(figures: Mapping[str, ModelFigures], vocab_size: int) -> None:
+    """Say so if tuning has made the model worse than its base, or no better than guessing."""
+    base, dense = figures["base"].held_out_nll, figures["dense"].held_out_nll
+    if base is None or dense is None:
+        return
+    if not dense < math.log(vocab_size):
+        logger.warning(
+            "The model is no better than guessing: its held-out loss is %.3f, and a uniform choice among %d tokens has "
+            "%.3f. Train longer, cut less, or lower the learning rate.",
+            dense,
+            vocab_size,
+            math.log(vocab_size),
+        )
+    elif dense > base:
+        logger.warning(
+            "The model is worse on the held-out rows than its base (%.3f against %.3f nats per token). Train longer, "
+            "cut less, or lower the learning rate.",
+            dense,
+            base,
+        )

@@ -14,9 +14,7 @@ from datasets import Dataset, DatasetDict, Features, Json, List, ReadInstruction
 from datasets.exceptions import DatasetNotFoundError
 
 from pat.errors import PatError
-from pat.questions.rows import load_rows
-from pat.questions.table import resolve_tasks
-from pat.questions.wording import letter_answer, letter_instruction
+from pat.questions import letter_answer, letter_instruction, load_rows, resolve_tasks
 from pat.training.formats import ALPACA, OPTIONS, Format, Template, convert_row, detect_format
 from pat.training.messages import RowError
 from pat.training.readers import DECOMPRESSORS, READERS, SUFFIXES, Row, data_suffix, read_local, without_nulls

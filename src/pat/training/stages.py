@@ -18,24 +18,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from peft import PeftModel, get_peft_model
-from peft.utils.other import TrainableTokensWrapper
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from pat.checkpoint.card import Compaction
-from pat.checkpoint.compact import ADAPTER, MODEL, read_compaction, write_compact
+from pat.checkpoint.compact import ADAPTER, MODEL, read_compaction, save_adapter, write_compact
 from pat.errors import PatError, RunFailed
-from pat.loading import load_base
+from pat.loading import TokenSetup, load_base
 from pat.method.schedule import milestone_step
 from pat.training.arguments import TuneArguments
-from pat.training.callback import PatCallback, calibration_batches
-from pat.training.checkpoints import STAGE_TWO, is_compact
+from pat.training.callback import PatCallback
+from pat.training.check import warn_without_rotation
+from pat.training.checkpoints import STAGE_TWO, continue_from, is_compact, load_hard
 from pat.training.guard import FiniteGuard
-from pat.training.handover import continue_from
 from pat.training.prepare import Prepared
+from pat.training.run_file import RUN_FILE, RunFile
+from pat.training.trainer import SaveTokens, StopAtMilestone, make_trainer
 from pat.tuner.compaction import check_compactable
 from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel, find_tuner
@@ -54,7 +53,13 @@ class Trained:
     seconds: dict[str, float]
     """By part: `preparation` (of the rows), `stage_one`, `compaction`, `stage_two`."""
     pat_config: dict[str, Any]
+    run: RunFile
     compaction: Compaction | None = None
+
+    def timings(self) -> dict[str, float]:
+        """Return the seconds of each part, and of the training as a whole."""
+        train = sum(seconds for part, seconds in self.seconds.items() if part != "preparation")
+        return {"train_seconds": train, **{f"{part}_seconds": seconds for part, seconds in self.seconds.items()}}
 
 
 @dataclass
@@ -63,9 +68,17 @@ class Stages:
 
     arguments: TuneArguments
     data: Prepared
+    tokens: TokenSetup
+    """What is written beside every adapter and model of the run."""
+    run_file: RunFile
+    num_steps: int
+    """Optimizer steps of both stages together."""
     base: PreTrainedModel | None
     """Handed over: nobody else may hold it, or it stays in memory beside the compact model."""
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.seconds["preparation"] = self.data.seconds
 
     @property
     def checkpoints(self) -> Path:
@@ -97,17 +110,16 @@ class Stages:
         pat_config = self.data.vocabulary.train_added(self.arguments.pat_config(), tied=tied)
         model = cast(PeftModel, get_peft_model(cast(PreTrainedModel, base), pat_config))
         tuner = cast(PatModel, find_tuner(model))
-        compacts = self._compacts(tuner)
-        args = self._stage_args(self.checkpoints)
+        warn_without_rotation(tuner)
+        compacts, callback = self._compacts(tuner), PatCallback()
+        args = self.data.trainer_args(self.arguments.sft)
         if compacts:
             # Its last checkpoint has to hold everything, and the best one is picked among those of stage two.
             args.save_only_model, args.load_best_model_at_end = False, False
-        started = time.perf_counter()
-        trainer = self._trainer(model, args, [PatCallback(), *([_StopAtMilestone()] if compacts else [])])
-        self.seconds["preparation"] = self.data.seconds + time.perf_counter() - started
-        if not (compacts and resume_from is not None and _load_hard(trainer, tuner, resume_from)):
-            if compacts and resume_from is None and _is_hard_at_once(trainer, pat_config):
-                self._calibrate(trainer, tuner)
+        trainer = self._trainer(model, args, self.checkpoints, callback, *([StopAtMilestone()] if compacts else []))
+        if not (compacts and resume_from is not None and load_hard(trainer, tuner, resume_from)):
+            if compacts and resume_from is None and milestone_step(pat_config.milestone, self.num_steps) == 0:
+                self._skip(trainer, callback)
             else:
                 self._train(trainer, "stage_one", resume_from)
             resume_from = None
@@ -130,7 +142,7 @@ class Stages:
             str(self.compact_dir / MODEL), dtype=options.dtype, attn_implementation=options.attn_implementation
         )
         model = PeftModel.from_pretrained(base.to(self.arguments.sft.device), checkpoint, is_trainable=True)
-        trainer = self._trainer(model, self._stage_args(self.checkpoints / STAGE_TWO), [])
+        trainer = self._trainer(model, self.data.trainer_args(self.arguments.sft), self.checkpoints / STAGE_TWO)
         self._train(trainer, "stage_two", checkpoint)
         config = PatConfig.from_pretrained(str(self.arguments.output_dir / "adapter"))
         return self._trained(trainer, record, config)
@@ -145,50 +157,52 @@ class Stages:
             return False
         return True
 
-    def _stage_args(self, folder: Path) -> SFTConfig:
-        args = self.data.trainer_args(self.arguments.sft)
-        args.output_dir = str(folder)
-        return args
-
-    def _trainer(self, model: PeftModel, args: SFTConfig, callbacks: list[TrainerCallback]) -> SFTTrainer:
-        head: Any = model.get_output_embeddings()
-        if isinstance(head, TrainableTokensWrapper):
-            head.register_parameter("bias", None)  # TRL asks the head for it; peft's wrapper only passes on the weight
-        return SFTTrainer(
-            model=model,
-            args=args,
-            train_dataset=self.data.train,
-            eval_dataset=self.data.evaluation,
-            processing_class=self.data.vocabulary.tokenizer,
-            callbacks=[*callbacks, FiniteGuard()],
+    def _trainer(self, model: PeftModel, args: SFTConfig, folder: Path, *callbacks: TrainerCallback) -> SFTTrainer:
+        return make_trainer(
+            model, args, self.data, folder, callbacks=[*callbacks, FiniteGuard(), SaveTokens(self.tokens)]
         )
 
-    def _calibrate(self, trainer: SFTTrainer, tuner: PatModel) -> None:
-        """Choose the channels before the first step, instead of stage one."""
-        with self._leaving_no_empty_folders():
-            if tuner.needs_calibration():
-                dataloader = trainer.get_train_dataloader()
-                tuner.calibrate(calibration_batches(tuner.pat_config(), dataloader, self.data.vocabulary.tokenizer))
-            tuner.set_step(0, 0)
+    def _skip(self, trainer: SFTTrainer, callback: PatCallback) -> None:
+        """Have the channels chosen, and the mask hard, without a step of stage one."""
+        trainer.state.max_steps = self.num_steps
+        with self._begun():
+            callback.on_train_begin(
+                trainer.args,
+                trainer.state,
+                trainer.control,
+                model=trainer.model,
+                train_dataloader=trainer.get_train_dataloader(),
+                processing_class=self.data.vocabulary.tokenizer,
+            )
 
     def _train(self, trainer: SFTTrainer, part: str, resume_from: Any) -> None:
         started = time.perf_counter()
         try:
-            with self._leaving_no_empty_folders():
+            with self._begun():
                 trainer.train(resume_from_checkpoint=resume_from or None)
         except RunFailed as error:
             last = Path(cast(str, trainer.args.output_dir)) / "last-finite"
             trainer.save_model(str(last))
             raise type(error)(f"{error} The adapter before that step is in {last}.") from error
         self.seconds[part] = time.perf_counter() - started
+        self._finished(part)
+
+    def _finished(self, part: str) -> None:
+        self.run_file = self.run_file.after(part)
+        self.run_file.write(self.arguments.output_dir)
 
     @contextmanager
-    def _leaving_no_empty_folders(self) -> Iterator[None]:
-        """If the user's input turns out to be wrong, take back the folders that the trainer makes before it starts."""
+    def _begun(self) -> Iterator[None]:
+        """Write what run this is; if the user's input turns out to be wrong, take back what was made until then."""
+        output_dir = self.arguments.output_dir
+        is_new = not (output_dir / RUN_FILE).exists()
+        self.run_file.write(output_dir)
         try:
             yield
-        except PatError:
-            _remove_if_empty(self.checkpoints, self.arguments.output_dir)
+        except PatError as error:
+            if is_new and not isinstance(error, RunFailed):
+                (output_dir / RUN_FILE).unlink()
+            _remove_if_empty(self.checkpoints, output_dir)
             raise
 
     def _compact(
@@ -199,7 +213,7 @@ class Stages:
         `done` is the checkpoint that was loaded; by default the one that stage one has just ended with.
         """
         started = time.perf_counter()
-        _save_adapter(model, self.arguments.output_dir / "adapter")
+        save_adapter(model, self.arguments.output_dir / "adapter", self.tokens)
         # Of an earlier run: its stage two belongs to other channels, and must not be what a resumed run finds.
         for folder in (self.checkpoints / STAGE_TWO, self.compact_dir):
             shutil.rmtree(folder, ignore_errors=True)
@@ -207,7 +221,7 @@ class Stages:
             model,
             tuner,
             self.compact_dir,
-            tokenizer=self.data.vocabulary.tokenizer,
+            tokens=self.tokens,
             batches=self.data.verify_on,
             seed=self.arguments.sft.seed,
         )
@@ -217,57 +231,23 @@ class Stages:
                 "LoRA on the small model.",
                 file=sys.stderr,
             )
-        args = self._stage_args(self.checkpoints / STAGE_TWO)
-        stage_two = self._trainer(compact.model, args, [])
+        args = self.data.trainer_args(self.arguments.sft)
+        stage_two = self._trainer(compact.model, args, self.checkpoints / STAGE_TWO)
         start = None
         if trainer.state.global_step > 0:
             last = Path(done) if done else self.checkpoints / f"checkpoint-{trainer.state.global_step}"
             start = str(continue_from(last, trainer, compact, stage_two))
         self.seconds["compaction"] = time.perf_counter() - started
+        self._finished("compaction")
         return stage_two, start, record
 
     def _trained(self, trainer: SFTTrainer, record: Compaction | None, config: Any) -> Trained:
         model = cast(PeftModel, trainer.model)
-        _save_adapter(model, self.arguments.output_dir / "adapter" if record is None else self.compact_dir / ADAPTER)
+        folder = self.arguments.output_dir / "adapter" if record is None else self.compact_dir / ADAPTER
+        save_adapter(model, folder, self.tokens)
         state = trainer.state
-        return Trained(model, state.global_step, state.log_history, self.seconds, config.to_dict(), record)
-
-
-def _save_adapter(model: PeftModel, folder: Path) -> None:
-    model.save_pretrained(str(folder))
-    (folder / "README.md").unlink(missing_ok=True)  # peft's form, with nothing filled in
-
-
-def _is_hard_at_once(trainer: SFTTrainer, config: PatConfig) -> bool:
-    """Tell whether the milestone comes to step 0 of this run."""
-    values: Any = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
-    return milestone_step(config.milestone, values[-1]) == 0
-
-
-def _load_hard(trainer: SFTTrainer, tuner: PatModel, checkpoint: str) -> bool:
-    """Load a checkpoint whose mask is hard already, as a run leaves it that was cut off between the stages."""
-    model = cast(PeftModel, trainer.model)
-    model.load_adapter(checkpoint, model.active_adapter, is_trainable=True)
-    if not tuner.mask().hardened:
-        return False
-    for name in (OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME):
-        if not (Path(checkpoint) / name).is_file():
-            raise PatError(
-                f"{checkpoint}: has no {name}, so it cannot be gone on from; resume from another checkpoint."
-            )
-    trainer.create_optimizer().load_state_dict(torch.load(Path(checkpoint) / OPTIMIZER_NAME, weights_only=True))
-    trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-    return True
-
-
-class _StopAtMilestone(TrainerCallback):
-    """Ends stage one when the mask has become hard, with a checkpoint to go on from."""
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop, save and log (the loss since the last log would be lost); runs after `PatCallback`."""
-        tuner = find_tuner(kwargs["model"])
-        if tuner is not None and tuner.mask().hardened:
-            control.should_training_stop = control.should_save = control.should_log = True
+        pat_config = config.to_dict()
+        return Trained(model, state.global_step, state.log_history, self.seconds, pat_config, self.run_file, record)
 
 
 def _remove_if_empty(*folders: Path) -> None:

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
-import sys
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
+import datasets
+import torch
 from peft import prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from trl import get_quantization_config
 
-from pat.checkpoint.card import shown_name
-from pat.checkpoint.staging import check_output_folder, staged_folder
-from pat.checkpoint.write import save_checkpoint
-from pat.errors import PatError
-from pat.loading import load_base, load_config, stored_dtype
-from pat.report.results import environment, write_results
+from pat.checkpoint.card import Cut, shown_name
+from pat.checkpoint.staging import staged_folder
+from pat.checkpoint.verify import Parity
+from pat.checkpoint.write import quiet_transformers, save_checkpoint
+from pat.loading import TokenSetup, load_base, quantization_of, stored_dtype
+from pat.loading.tokenizer import load_plain_tokenizer
+from pat.report.records import collected_warnings, write_record
 from pat.training.arguments import TuneArguments, build_arguments
-from pat.training.calibration_text import read_calibration
-from pat.training.checkpoints import last_checkpoint
-from pat.training.prepare import prepare
-from pat.training.results import Size, TuneResult, measure
-from pat.training.stages import Stages
-from pat.tuner.prepare import check_config
-from pat.tuner.quantized import keep_plain_layout
-
-logger = logging.getLogger(__name__)
-
-RATIO_SLACK = 0.01
-"""Said before training if the width that can be loaded lies further from the ratio asked for."""
+from pat.training.check import announce, check, check_run
+from pat.training.prepare import Prepared, prepare
+from pat.training.push import open_repository, push
+from pat.training.rehearsal import rehearse
+from pat.training.results import ModelFigures, Size, TuneRecord, TuneResult, measure, warn_of_losses
+from pat.training.stages import Stages, Trained
 
 
 def tune(**flags: Any) -> TuneResult:
@@ -49,148 +44,143 @@ def tune(**flags: Any) -> TuneResult:
 
 def run_tune(arguments: TuneArguments) -> TuneResult:
     """Run `pat tune` from parsed arguments; see `tune`."""
-    sft, name = arguments.sft, str(arguments.model.model_name_or_path)
-    output_dir, checkpoints = arguments.output_dir, arguments.output_dir / "checkpoints"
+    shown = not arguments.sft.disable_tqdm
+    with collected_warnings() as warnings, _progress_bars(shown):
+        # Everything that can be wrong is found before the weights are loaded, and before anything is written.
+        checked = check(arguments)
+        data = prepare(arguments, checked.base_config)
+        run = check_run(arguments, checked, data)
+        num_steps = rehearse(arguments, data, checked.base_config, checked.family)
+        repository = open_repository(arguments)
 
-    # Everything that can be wrong is found before the weights are loaded, and before anything is written.
-    resume_from = _resume_from(arguments)
-    pat_config = arguments.pat_config()
-    base_config, family = load_config(name, revision=arguments.model.model_revision)
-    width = check_config(base_config, family, pat_config)
-    if pat_config.pruning_ratio is not None and abs(width.pruning_ratio - pat_config.pruning_ratio) > RATIO_SLACK:
-        logger.warning("%.1f %% of the hidden size will be cut: %s.", 100 * width.pruning_ratio, width.reason)
-    if pat_config.calibration is not None:
-        read_calibration(pat_config.calibration)
-    data = prepare(arguments, base_config)
-    tokenizer, held_out = data.vocabulary.tokenizer, data.held_out
-    pad_token_id = cast(int, tokenizer.pad_token_id)
-    if not sft.disable_tqdm:
-        print(data.record.describe(), file=sys.stderr)
-    set_seed(sft.seed)
-    base = _load_base(arguments)
-    data.vocabulary.fit(base)
-    stages = Stages(arguments, data, base=base)
-    del base
-    assert stages.base is not None
-    # Training may load float32 for speed or stability; what is written keeps the dtype of the base's checkpoint.
-    dtype = stages.base.dtype
-    stored = stored_dtype(base_config) or dtype
-    base_size = Size.of(base_config, stored)
-    figures = {"base": measure(stages.base, held_out, pad_token_id, stage="base", size=base_size)}
+        base = _load(arguments, data)
+        announce(arguments, checked, data, base, num_steps)
+        # Training may load float32 for speed or stability; what is written keeps the dtype of the base's checkpoint.
+        dtype, device = base.dtype, base.device
+        stored = stored_dtype(checked.base_config) or dtype
+        size = Size.of(checked.base_config, stored)
+        figures = {"base": measure(base, data, "base", size, progress=shown)}
+        tokens = _tokens(arguments, data, base, checked.base_config)
+        stages = Stages(arguments, data, tokens, run, num_steps, base)
+        del base  # nobody else may hold it, or it stays in memory beside the small model
+        trained = stages.run(checked.resume_from)
+        inner = cast(PreTrainedModel, trained.model.get_base_model())
+        size = (size if trained.compaction is None else Size.of(inner.config, stored)).with_adapter(trained.model)
+        figures["tuned"] = measure(inner, data, "tuned", size, progress=shown)
 
-    trained = stages.run(resume_from)
-    model = trained.model
-    inner_size = (
-        base_size
-        if trained.compaction is None
-        else Size.of(cast(PreTrainedModel, model.get_base_model()).config, stored)
-    )
-    figures["tuned"] = measure(
-        model.get_base_model(), held_out, pad_token_id, stage="tuned", size=inner_size.with_adapter(model)
-    )
-    nlls = {stage: figure.held_out_nll for stage, figure in figures.items() if figure.held_out_nll is not None}
-    provenance = _provenance(arguments) | {"num_steps": trained.num_steps, "held_out_nll": nlls}
-    with staged_folder(output_dir / "model") as staging:
-        parity, cut = save_checkpoint(
-            model,
-            staging,
-            tokenizer=tokenizer,
-            batches=data.verify_on,
-            dtype=stored,
-            provenance=provenance,
-            compaction=trained.compaction,
-            progress=not sft.disable_tqdm,
-        )
-    dense = AutoModelForCausalLM.from_pretrained(output_dir / "model", dtype=dtype).to(model.device)
-    dense_size = Size(cut.num_parameters, cut.num_parameters * stored.itemsize)
-    figures["dense"] = measure(dense, held_out, pad_token_id, stage="dense", size=dense_size)
+        parity, cut = _write(arguments, data, tokens, trained, figures, stored)
+        dense: Any = AutoModelForCausalLM.from_pretrained(arguments.output_dir / "model", dtype=dtype)
+        size = Size(cut.num_parameters, cut.num_parameters * stored.itemsize)
+        figures["dense"] = measure(dense.to(device), data, "dense", size, progress=shown)
+        warn_of_losses(figures, dense.config.get_text_config().vocab_size)
 
-    write_results(
-        output_dir / "results.json",
-        {
-            "command": "tune",
-            **environment(),
-            **provenance,
-            "model_name_or_path": shown_name(name),
-            "dataset": data.record.source,
-            "cut": asdict(cut),
-            "pat_config": trained.pat_config | {"base_model_name_or_path": shown_name(name)},
-            "training_arguments": sft.to_sanitized_dict() | {"output_dir": output_dir.name, "logging_dir": None},
-            "data": asdict(data.record),
-            "figures": {stage: asdict(figure) for stage, figure in figures.items()},
-            "parity": parity.to_dict(),
-            "compaction": None if trained.compaction is None else asdict(trained.compaction),
-            "timings": {
-                "train_seconds": sum(v for part, v in trained.seconds.items() if part != "preparation"),
-                **{f"{part}_seconds": seconds for part, seconds in trained.seconds.items()},
-            },
-            "log_history": trained.log_history,
-        },
+    record = _record(
+        arguments,
+        data,
+        trained,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        cut=cut,
+        figures=figures,
+        parity=parity,
+        warnings=warnings,
     )
+    write_record(arguments.output_dir / "results.json", record)
+    trained.run.after("results").write(arguments.output_dir)
     if not arguments.run.keep_checkpoints:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    adapter_dir = output_dir / "adapter" if trained.compaction is None else output_dir / "compact" / "adapter"
-    return TuneResult(output_dir, output_dir / "model", adapter_dir, figures, parity)
+        shutil.rmtree(arguments.output_dir / "checkpoints", ignore_errors=True)
+    result = TuneResult(arguments.output_dir, record)
+    if repository is not None:
+        push(arguments, repository, result.model_dir)
+    return result
 
 
-def _load_base(arguments: TuneArguments) -> PreTrainedModel:
-    """Load the base onto the trainer's device, quantised if asked for."""
-    options = arguments.model
+def _record(arguments: TuneArguments, data: Prepared, trained: Trained, **found: Any) -> TuneRecord:
+    name, training_arguments = shown_name(arguments.run.model_name_or_path), arguments.sft.to_sanitized_dict()
+    return TuneRecord(
+        model_name_or_path=name,
+        dataset=data.record.source,
+        recipe=arguments.run.recipe,
+        seed=arguments.sft.seed,
+        num_steps=trained.num_steps,
+        pat_config=trained.pat_config | {"base_model_name_or_path": name},
+        training_arguments=training_arguments | {"output_dir": arguments.output_dir.name, "logging_dir": None},
+        data=data.record,
+        compaction=trained.compaction,
+        timings=trained.timings(),
+        log_history=trained.log_history,
+        **found,
+    )
+
+
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    """Have `--disable_tqdm` hold for the libraries' bars as well."""
+    were_shown = not datasets.are_progress_bars_disabled()
+    if not shown:
+        datasets.disable_progress_bars()
+    try:
+        with quiet_transformers(not shown):
+            yield
+    finally:
+        if were_shown:
+            datasets.enable_progress_bars()
+
+
+def _load(arguments: TuneArguments, data: Prepared) -> PreTrainedModel:
+    """Load the base onto the trainer's device, quantised if asked for, with the embeddings that the data needs."""
+    options, sft = arguments.model, arguments.sft
     quantization = get_quantization_config(options)
+    set_seed(sft.seed)
     base = load_base(
-        str(options.model_name_or_path),
+        arguments.run.model_name_or_path,
         revision=options.model_revision,
         dtype=options.dtype,
         attn_implementation=options.attn_implementation,
         quantization_config=quantization,
     )
-    if quantization is None:
-        return cast(PreTrainedModel, base.to(arguments.sft.device))  # type: ignore[arg-type]
-    keep_plain_layout(base)  # it is measured before the adapter is on it
-    return cast(
-        PreTrainedModel,
-        prepare_model_for_kbit_training(base, use_gradient_checkpointing=bool(arguments.sft.gradient_checkpointing)),
-    )
+    if quantization_of(base.config) is None:  # neither by a flag nor in the checkpoint
+        base = cast(PreTrainedModel, base.to(sft.device))  # type: ignore[arg-type]
+    else:
+        checkpointing = bool(sft.gradient_checkpointing)
+        base = cast(PreTrainedModel, prepare_model_for_kbit_training(base, use_gradient_checkpointing=checkpointing))
+    data.vocabulary.fit(base)
+    return base
 
 
-def _resume_from(arguments: TuneArguments) -> str | None:
-    """Return the checkpoint to resume from, after checking that what this run will write is free to be written.
-
-    Raises:
-        PatError: there is no such checkpoint, the output folder is in use, or it holds a finished model.
-    """
-    given: Any = arguments.sft.resume_from_checkpoint  # TRL's parser leaves "true" a string
-    if isinstance(given, str) and given.lower() in ("true", "false"):
-        given = given.lower() == "true"
-    if not given:
-        if last_checkpoint(arguments.output_dir / "checkpoints") is not None:
-            raise PatError(
-                f"{arguments.output_dir}: holds the checkpoints of a run; go on with it by "
-                "--resume_from_checkpoint true, or choose another output folder."
-            )
-        _remove_if_empty(arguments.output_dir / "checkpoints")  # of a run cut off before its first checkpoint
-        check_output_folder(arguments.output_dir)
-        return None
-    check_output_folder(arguments.output_dir / "model")
-    checkpoints = arguments.output_dir / "checkpoints"
-    found = last_checkpoint(checkpoints) if given is True else given
-    if not isinstance(found, str) or not Path(found).is_dir():
-        raise PatError(
-            f"Got resume_from_checkpoint={given}, but there is no checkpoint "
-            f"{'in ' + str(checkpoints) if given is True else 'at that path'}; leave the flag out to start anew."
-        )
-    return found
+def _tokens(arguments: TuneArguments, data: Prepared, base: PreTrainedModel, base_config: Any) -> TokenSetup:
+    """Return what is written beside every model and adapter of the run."""
+    name, revision = arguments.run.model_name_or_path, arguments.model.model_revision
+    written = data.vocabulary.written or data.vocabulary.tokenizer
+    own = load_plain_tokenizer(name, revision=revision)
+    return TokenSetup.of(base_config, base.generation_config, written, base_tokenizer=own)
 
 
-def _remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-
-
-def _provenance(arguments: TuneArguments) -> dict[str, Any]:
-    return {
-        "model_name_or_path": arguments.model.model_name_or_path,
+def _write(
+    arguments: TuneArguments,
+    data: Prepared,
+    tokens: TokenSetup,
+    trained: Trained,
+    figures: dict[str, ModelFigures],
+    dtype: torch.dtype,
+) -> tuple[Parity, Cut]:
+    """Merge, write and verify the dense checkpoint."""
+    provenance = {
+        "model_name_or_path": arguments.run.model_name_or_path,
         "dataset": arguments.run.dataset_name,
         "recipe": arguments.run.recipe,
         "seed": arguments.sft.seed,
+        "num_steps": trained.num_steps,
+        "held_out_nll": {stage: f.held_out_nll for stage, f in figures.items() if f.held_out_nll is not None},
     }
+    with staged_folder(arguments.output_dir / "model") as staging:
+        return save_checkpoint(
+            trained.model,
+            staging,
+            tokens=tokens,
+            batches=data.verify_on,
+            dtype=dtype,
+            provenance=provenance,
+            compaction=trained.compaction,
+            progress=not arguments.sft.disable_tqdm,
+        )

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from pat.errors import PatError
-from pat.loading import load_tokenizer
+from pat.loading import padded
+from pat.loading.tokenizer import load_plain_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from pat.tuner.config import PatConfig
 
@@ -30,16 +31,16 @@ class Vocabulary:
     """Rows of the embedding, those for added tokens included."""
     added: Sequence[int] = ()
     """Tokens that another tokenizer brought along with its chat template."""
+    written: PreTrainedTokenizerBase | None = None
+    """The tokenizer as it is to be written, without a padding token that was only needed here."""
 
     def check(self, largest: int) -> None:
         """Check that the model has an embedding for the tokens that occur, up to the largest, and the special ones.
 
         Raises:
-            PatError: it has not, or there is no token to pad with.
+            PatError: it has not.
         """
         tokenizer = self.tokenizer
-        if tokenizer.pad_token_id is None:
-            raise PatError("The tokenizer has neither a padding nor an end-of-sequence token; pass --eos_token.")
         special = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
         token = max(largest, *(int(cast(int, id)) for id in special if id is not None))
         if token >= self.num_embeddings:
@@ -72,26 +73,29 @@ class Vocabulary:
 
 def load_vocabulary(
     name: str,
-    num_embeddings: int,
+    base_config: PretrainedConfig,
     *,
     revision: str | None = None,
     chat_template_path: str | None = None,
     eos_token: str | None = None,
+    pad_token: str | None = None,
 ) -> Vocabulary:
     """Load the tokenizer of a model as TRL's trainer would make it, since data is looked at before.
 
     Args:
         name: the model.
-        num_embeddings: rows of its embedding.
+        base_config: configuration of the model.
         revision: of the model.
         chat_template_path: a Jinja file, or a tokenizer (folder or hub id) whose template, added tokens and end token
             are taken over.
         eos_token: an end token of the tokenizer's.
+        pad_token: a padding token of the tokenizer's.
 
     Raises:
         PatError: there is no such tokenizer, file, template or token.
     """
-    tokenizer = load_tokenizer(name, revision=revision)
+    tokenizer = load_plain_tokenizer(name, revision=revision)
+    num_embeddings = base_config.get_text_config().vocab_size
     added: list[int] = []
     if chat_template_path is not None and chat_template_path.endswith((".jinja", ".j2")):
         path = Path(chat_template_path).expanduser()
@@ -102,7 +106,7 @@ def load_vocabulary(
                 f"Got --chat_template_path {path}, which is not readable ({error}); expected a Jinja file."
             ) from error
     elif chat_template_path is not None:
-        source = load_tokenizer(chat_template_path)
+        source = load_plain_tokenizer(chat_template_path)
         if not source.chat_template:
             raise PatError(f"Got --chat_template_path {chat_template_path}, a tokenizer without a chat template.")
         tokenizer.chat_template = source.chat_template
@@ -111,10 +115,11 @@ def load_vocabulary(
         tokenizer.add_tokens(cast(Any, tokens))
         added = sorted(tokenizer.get_vocab()[token.content] for token in tokens)
         eos_token = eos_token or cast("str | None", source.eos_token)
-    if eos_token is not None:
-        if eos_token not in tokenizer.get_vocab():
-            raise PatError(f"Got the end token {eos_token!r}, which the tokenizer does not know; expected one it has.")
-        tokenizer.eos_token = eos_token
+    for field, token in (("eos_token", eos_token), ("pad_token", pad_token)):
+        if token is not None:
+            if token not in tokenizer.get_vocab():
+                raise PatError(f"Got {field}={token!r}, which the tokenizer does not know; expected one it has.")
+            setattr(tokenizer, field, token)
     if added and added[-1] >= num_embeddings:
         num_embeddings = -(-(added[-1] + 1) // MULTIPLE) * MULTIPLE
-    return Vocabulary(tokenizer, num_embeddings, added)
+    return Vocabulary(padded(tokenizer, base_config), num_embeddings, added, tokenizer)

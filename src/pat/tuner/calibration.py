@@ -1,19 +1,23 @@
-"""Measure the residual stream on calibration text: second moments for a rotation, importance without one."""
+"""Calibration: measure the residual stream on text, and choose a rotation and an order of the channels from it."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
 from pat.errors import PatError, RunFailed
+from pat.method.basis import UnifiedMask
 from pat.nll import evaluating
 from pat.surgery.precision import to_float64
 from pat.surgery.residual import ResidualStream
+from pat.surgery.rotation import ChannelOrder, equalising_factor, gain_block, importance_order, pca_order
+from pat.tuner.config import PatConfig
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +25,64 @@ DEFAULT_TOKENS_PER_CHANNEL = 4
 """Calibration tokens per hidden channel. The second moment of d channels from n tokens settles at a few n/d; each token
 counts at every branch. SmolLM2-135M cut to 432 of 576 channels, before any tuning, two samples each: 4.85 and 4.77 nats
 with 1 token a channel, 4.66 and 4.71 with 2, 4.57 and 4.63 with 4."""
+
+
+def choose_channels(
+    model: nn.Module,
+    stream: ResidualStream,
+    config: PatConfig,
+    mask: UnifiedMask,
+    effective: Callable[[str], Tensor],
+    batches: Iterable[Mapping[str, Any]],
+) -> ChannelOrder:
+    """Measure the stream and order its channels: by energy in the PCA basis, or by importance without a rotation.
+
+    Args:
+        model: the base model, its adapters disabled.
+        stream: roles of its parameters.
+        config: of the adapter.
+        mask: of the adapter; it says which parts a calibration has to fill.
+        effective: returns a base parameter by name, with LoRA merged in.
+        batches: see `StreamStatistics.collect`; read until there are enough tokens.
+
+    Returns:
+        The order, in a distributed run that of the first process.
+
+    Raises:
+        PatError: the batches hold no token, or too few channels can be rotated.
+        RunFailed: the model's activations are not finite.
+    """
+    rotate = mask.basis is not None
+    enough = DEFAULT_TOKENS_PER_CHANNEL * mask.hidden_size
+    statistics = StreamStatistics(model, stream, full=rotate)
+    statistics.collect(batches, config.calibration_tokens or enough)
+    if statistics.num_tokens < mask.hidden_size:
+        logger.warning(
+            "The %s of %d channels stands on %d calibration tokens, fewer than it has channels; give more text "
+            "(calibration_tokens=%d is the default for this model), or use rotation='none'.",
+            "rotation" if rotate else "order of importance",
+            mask.hidden_size,
+            statistics.num_tokens,
+            enough,
+        )
+    if not rotate:
+        order = importance_order(statistics.importance(effective), mask.pruned_hidden_size)
+    elif mask.head_factor is None:
+        order = pca_order(statistics.covariance(), mask.pruned_hidden_size)
+    else:
+        norm = f"{stream.final_norm}.weight"
+        gain = to_float64(effective(norm)) + stream.family.gain_offset
+        block = gain_block(gain, config.gain_tolerance)
+        order = pca_order(statistics.covariance(), mask.pruned_hidden_size, block)
+        order = replace(order, head_factor=equalising_factor(gain, block))
+    num_pinned = int(order.pinned.sum())
+    if num_pinned >= mask.pruned_hidden_size:
+        raise PatError(
+            f"Got {num_pinned} of {mask.hidden_size} channels whose final gain keeps them from being rotated, and only "
+            f"{mask.pruned_hidden_size} channels are to be kept; raise gain_tolerance or use rotation='none'."
+        )
+    share_from_first_process(order.prior, order.pinned, order.basis, order.head_factor)
+    return replace(order, num_tokens=statistics.num_tokens)
 
 
 class StreamStatistics:
@@ -63,8 +125,7 @@ class StreamStatistics:
                     for key in ("attention_mask", "position_ids")
                     if batch.get(key) is not None
                 }
-                real = given.get("attention_mask", torch.ones_like(ids))
-                self._selected = real.flatten().nonzero().squeeze(1)
+                self._selected = self._real_tokens(ids, given).flatten().nonzero().squeeze(1)
                 self.num_tokens += len(self._selected)
                 self.model(input_ids=ids, use_cache=False, logits_to_keep=1, **given)
         if self.num_tokens == 0:
@@ -74,21 +135,12 @@ class StreamStatistics:
                 "The base model's activations on the calibration data became non-finite; expected finite numbers: "
                 "check its weights, or load it in another dtype."
             )
-        num_channels = next(iter(self._moments.values())).shape[-1]
-        if self.num_tokens < num_channels:
-            logger.warning(
-                "The calibration of %d channels stands on %d tokens, so that part of it is arbitrary; give more text "
-                "(calibration_tokens asks for %d).",
-                num_channels,
-                self.num_tokens,
-                max_tokens,
-            )
 
     def covariance(self) -> Tensor:
         """Return the summed second moment, `(d, d)` in float64."""
         return self._moments[""] / self.num_tokens
 
-    def importance(self, effective: Any) -> Tensor:
+    def importance(self, effective: Callable[[str], Tensor]) -> Tensor:
         """Return the importance of each channel, `(d,)`: its energy times what the readers behind it make of it.
 
         Args:
@@ -102,7 +154,7 @@ class StreamStatistics:
                 energy = energy * gain.square().to(energy.device)
             weight = torch.stack([to_float64(effective(r)).square().flatten(0, -2).sum(0) for r in readers]).sum(0)
             score = energy * weight.to(energy.device)
-            share = score / score.sum()
+            share = score / score.sum().clamp_min(torch.finfo(score.dtype).tiny)  # a reader may read nothing at all
             total = share if total is None else total + share.to(total.device)
         assert total is not None
         return total
@@ -118,6 +170,18 @@ class StreamStatistics:
         # On the device of the first site, if the model is spread over several.
         known = self._moments.get(key)
         self._moments[key] = moment if known is None else known + moment.to(known.device)
+
+    def _real_tokens(self, ids: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+        """Tell tokens from padding, by the mask or, for packed and for bare rows, by what a row ends with."""
+        mask = given.get("attention_mask")
+        if mask is not None and mask.shape == ids.shape:
+            return mask.bool()
+        pad = getattr(getattr(self.model, "config", None), "pad_token_id", None)
+        if "position_ids" in given:
+            filler = given["position_ids"].expand_as(ids) == 0
+        else:
+            filler = ids == pad if pad is not None else torch.zeros_like(ids, dtype=torch.bool)
+        return ~filler.flip(-1).cumprod(-1).flip(-1).bool()
 
     def _sites(self) -> list[str]:
         return [site for site, _, _ in self._read_sites()]

@@ -13,8 +13,8 @@ from pat.families import get_family
 from pat.tuner.config import PatConfig
 
 NAMES_OF_EXPERTS = frozenset({"gate_proj", "up_proj", "down_proj"})
-"""In families with experts peft takes these names, on the few layers that have a dense MLP instead, for those of
-experts in older checkpoints, and targets the experts."""
+"""Names of linear layers that peft takes for those of experts in older checkpoints. In families with experts it then
+targets the experts instead of the few layers that have a dense MLP."""
 
 
 def compact_lora_config(

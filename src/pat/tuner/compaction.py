@@ -27,12 +27,13 @@ from transformers import PreTrainedModel
 from pat.errors import PatError
 from pat.method.operator import LowRankOperator
 from pat.surgery.adapted import AdaptedMatrix
+from pat.surgery.dense import build_dense
 from pat.surgery.fold import Channels, Operator, cut_writer_rows
 from pat.surgery.precision import to_float64
 from pat.surgery.residual import Linear, ResidualBranch
 from pat.tuner.compact_config import NAMES_OF_EXPERTS, compact_lora_config
 from pat.tuner.config import PatConfig
-from pat.tuner.merging import MaskedModel, in_double, merge_dense
+from pat.tuner.merging import MaskedModel, in_double
 from pat.tuner.weights import base_parameter
 
 logger = logging.getLogger(__name__)
@@ -146,8 +147,9 @@ def compact(model: MaskedModel, config: PatConfig, adapter: str) -> Compacted:
         return base_parameter(model.base, name) if name in split else model.factored(name)
 
     operators = {site: op for site, op in model.operators.items() if site not in splitter.operators_in_rank}
-    frozen = replace(model, factored=factored, operators=operators)
-    base = merge_dense(frozen, model.base.dtype, check_finite=False, progress=False, instead=splitter.biases)
+    form = replace(model, factored=factored, operators=operators).dense_form(model.base.dtype)
+    weights = ((name, splitter.biases.get(name, folded)) for name, folded in form.weights)
+    base = build_dense(model.base, form.config, weights, model.base.dtype)
     base = cast(PreTrainedModel, base.to(model.base.device))  # type: ignore[arg-type]
     shapes = {path: (len(given.a), given.scale) for path, given in factors.items()}
     others = splitter.lora_without(factors)

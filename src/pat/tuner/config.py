@@ -24,6 +24,15 @@ class PatType(enum.StrEnum):
     PAT = "PAT"
 
 
+_DECISIVE = (
+    "pruning_ratio",
+    "pruned_hidden_size",
+    "multiple_of",
+    "rotation",
+    "gain_tolerance",
+    "untie_word_embeddings",
+)
+
 _CHOICES = {
     "mask": ("trainable", "frozen"),
     "rotation": ("auto", "pca", "none"),
@@ -38,21 +47,31 @@ class PatConfig(PatOptions, LoraConfig):
         PatError: a field holds a value the method cannot use, or an option of LoRA that does not go with pruning.
     """
 
+    # LoRA's part of the recipe; peft's own defaults are others.
+    r: int = field(default=20, metadata={"help": "Rank of LoRA."})
+    lora_alpha: int = field(default=40, metadata={"help": "Numerator of the factor on LoRA's product."})
+    use_rslora: bool = field(
+        default=True, metadata={"help": "Whether that factor is lora_alpha / sqrt(r) instead of lora_alpha / r."}
+    )
     base_shape: dict[str, Any] | None = field(
         default=None, metadata={"help": "Filled in: shape of the base model the adapter belongs to."}
+    )
+    base_quantization: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Filled in: how the base model was quantised when the adapter was made."}
+    )
+    resolved_width: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Filled in: the hidden size chosen. Adapters so outlive a change of the rule."},
     )
     resolved_rotation: str | None = field(
         default=None, metadata={"help": "Filled in: what `rotation` came to for this base model."}
     )
-    resolved_width: dict[str, Any] | None = field(
+    resolved_from: dict[str, Any] | None = field(
         default=None,
         metadata={
-            "help": "Filled in: the hidden size chosen, and the options it was chosen by. Loading takes it as it is, "
-            "so that adapters outlive a change of the rule."
+            "help": "Filled in: the options that the other filled-in fields were chosen by. Loading an adapter takes "
+            "them as they are; with another option they are chosen anew."
         },
-    )
-    base_quantization: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Filled in: how the base model was quantised when the adapter was made."}
     )
 
     def __post_init__(self) -> None:
@@ -63,6 +82,8 @@ class PatConfig(PatOptions, LoraConfig):
                 raise PatError(f"Got {name}={getattr(self, name)!r}; expected one of {', '.join(map(repr, choices))}.")
         if not 0 <= self.milestone <= 1:
             raise PatError(f"Got milestone={self.milestone}; expected a share of the optimizer steps in [0, 1].")
+        if self.pruned_hidden_size is not None and self.pruning_ratio == DEFAULT_PRUNING_RATIO:
+            self.pruning_ratio = None  # filled in when this configuration was first made, which named no width
         check_request(self.pruning_ratio, self.pruned_hidden_size)
         if self.pruning_ratio is None and self.pruned_hidden_size is None:
             self.pruning_ratio = DEFAULT_PRUNING_RATIO
@@ -81,3 +102,15 @@ class PatConfig(PatOptions, LoraConfig):
                 raise PatError(f"Got {name}={getattr(self, name)}; expected a number that is not negative.")
         if self.layer_replication:
             raise PatError("Got layer_replication, which PAT does not support: replicated layers share their weights.")
+        if self.resolved_rotation is not None and self.resolved_from is None:  # of an adapter that lacks this record
+            self.resolved_from = self.asked()
+
+    def asked(self) -> dict[str, Any]:
+        """Return the options that decide on width and rotation, as they are now."""
+        options: dict[str, Any] = {name: getattr(self, name) for name in _DECISIVE}
+        return options | {"modules_to_save": sorted(self.modules_to_save) if self.modules_to_save else None}
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether the filled-in fields belong to the options as they are now: those of an adapter that is made."""
+        return self.resolved_from == self.asked()

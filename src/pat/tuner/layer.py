@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pat.method.mask import UnifiedMask
+from pat.method.basis import UnifiedMask
 from pat.method.operator import Operator
 
 MASK_NAME = "pat_mask"
@@ -136,7 +136,7 @@ class HsmLayer(_HookedLayer):
         for name in self._active():
             operator, mask = self.operator(name), self._mask_layer[0].mask(name)
             if mask.basis is None:
-                output = operator.gated(output, mask.gate())
+                output = operator.gated(output, mask.values())
             else:
                 output = mask(output + operator.change(output).to(output.dtype))
         return output

@@ -1,31 +1,29 @@
-"""From a masked model to its dense form: fold, cut, and build (specification, "Exact merge")."""
+"""From an adapted model to its dense form: what is folded, and in which precision (specification, "Exact merge")."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from pat.errors import PatError
-from pat.method.mask import UnifiedMask
+from pat.method.basis import UnifiedMask
 from pat.method.operator import Operator
 from pat.surgery.adapted import AdaptedMatrix, merged
-from pat.surgery.dense import build_dense, shrink_config
-from pat.surgery.fold import Channels, Empty, HeadPlan, empty_tensor, fold_weights
+from pat.surgery.dense import DenseForm, shrink_config
+from pat.surgery.describe import head_dim
+from pat.surgery.fold import Channels, HeadPlan, fold_weights
 from pat.surgery.precision import lift, to_float64
 from pat.surgery.residual import ResidualStream
-from pat.tuner.weights import effective_parameter, embedding_ratio
+from pat.tuner.weights import embedding_ratio
 
 
 @dataclass(frozen=True)
 class MaskedModel:
-    """A base model with one hardened adapter, as the merge sees it."""
+    """A base model with one hardened adapter, as a merge or a compaction sees it."""
 
     base: PreTrainedModel
     stream: ResidualStream
@@ -42,58 +40,42 @@ class MaskedModel:
         """Return a base parameter with LoRA merged in."""
         return merged(self.factored(name))
 
+    def dense_form(self, dtype: torch.dtype, *, precision: torch.dtype = torch.float64) -> DenseForm:
+        """Return the small dense form, whose weights are folded when they are asked for.
 
-@dataclass(frozen=True)
-class DenseForm:
-    """What a dense model is made of."""
+        Args:
+            dtype: of the dense model and its weights.
+            precision: to fold matrices in.
 
-    config: PretrainedConfig
-    weights: Iterable[tuple[str, Tensor]]
-    """Name and value of each parameter, computed when it is asked for."""
-    num_weights: int
-
-
-def masked_form(
-    model: MaskedModel, dtype: torch.dtype, *, precision: torch.dtype = torch.float64, empty: Empty = empty_tensor
-) -> DenseForm:
-    """Return the small dense form of a masked model (specification, "Exact merge").
-
-    Args:
-        model: what to merge; its mask must be 0/1.
-        dtype: of the dense model and its weights.
-        precision: to fold matrices in.
-        empty: makes the tensors to fold into.
-
-    Raises:
-        PatError: transformers refuses a model of that width.
-    """
-    base, stream, mask = model.base, model.stream, model.mask
-    tied = stream.head is None and not model.untie
-    config = shrink_config(
-        base.config,
-        stream.family,
-        pruned_hidden_size=mask.pruned_hidden_size,
-        head_dim=_head_dim(base, stream),
-        tied=tied,
-    )
-    ratio = 1.0
-    if stream.family.scaled_embedding:
-        ratio = embedding_ratio(base.get_submodule(stream.embedding), mask.pruned_hidden_size, dtype)
-    final_gain = None
-    if mask.head_factor is not None:
-        final_gain = model.final_gain * to_float64(mask.head_factor).to(model.final_gain.device)
-    folded_stream = stream.untie() if model.untie and stream.head is None else stream
-    weights = fold_weights(
-        folded_stream,
-        model.factored,
-        Channels.from_mask(mask.keep, mask.basis),
-        _Lifted(model.operators, precision),
-        HeadPlan(tied=tied, final_gain=final_gain, embedding_ratio=ratio),
-        precision=precision,
-        dtype=dtype,
-        empty=empty,
-    )
-    return DenseForm(config, weights, folded_stream.num_parameters)
+        Raises:
+            PatError: transformers refuses a model of that width.
+        """
+        base, stream, mask = self.base, self.stream, self.mask
+        tied = stream.head is None and not self.untie
+        config = shrink_config(
+            base.config,
+            stream.family,
+            pruned_hidden_size=mask.pruned_hidden_size,
+            head_dim=head_dim(base),
+            tied=tied,
+        )
+        ratio = 1.0
+        if stream.family.scaled_embedding:
+            ratio = embedding_ratio(base.get_submodule(stream.embedding), mask.pruned_hidden_size, dtype)
+        final_gain = None
+        if mask.head_factor is not None:
+            final_gain = self.final_gain * to_float64(mask.head_factor).to(self.final_gain.device)
+        folded_stream = stream.untie() if self.untie and stream.head is None else stream
+        weights = fold_weights(
+            folded_stream,
+            self.factored,
+            Channels.from_mask(mask.keep, mask.basis),
+            _Lifted(self.operators, precision),
+            HeadPlan(tied=tied, final_gain=final_gain, embedding_ratio=ratio),
+            precision=precision,
+            dtype=dtype,
+        )
+        return DenseForm(config, weights, folded_stream.num_tensors)
 
 
 def adapted_form(base: PreTrainedModel, names: Iterable[str], parameter: Callable[[str], Tensor]) -> DenseForm:
@@ -108,61 +90,6 @@ def adapted_form(base: PreTrainedModel, names: Iterable[str], parameter: Callabl
     config = copy.deepcopy(base.config)
     config.use_cache = True  # trainers switch it off, for training alone
     return DenseForm(config, ((name, parameter(name)) for name in listed), len(listed))
-
-
-def merge_dense(
-    model: MaskedModel,
-    dtype: torch.dtype,
-    *,
-    check_finite: bool,
-    progress: bool,
-    instead: Mapping[str, Tensor] | None = None,
-) -> PreTrainedModel:
-    """Return the small dense model; nothing of the masked model is changed.
-
-    Args:
-        model: what to merge; its mask must be 0/1.
-        dtype: of the dense model.
-        check_finite: check every folded weight.
-        progress: show a bar over the parameters.
-        instead: parameters of the dense model that are not to be folded but taken as given.
-
-    Raises:
-        PatError: `check_finite`, and a folded weight is infinite or not a number.
-    """
-    form = masked_form(model, dtype)
-    given = instead or {}
-    chosen = ((name, given.get(name, tensor)) for name, tensor in form.weights)
-    shown = _progress(chosen, form.num_weights, progress)
-    return build_dense(model.base, form.config, _rounded(shown, dtype, check_finite=check_finite), dtype)
-
-
-def merge_lora(model: PeftModel, dtype: torch.dtype, *, check_finite: bool = False) -> PreTrainedModel:
-    """Return a dense model of an ordinary LoRA model (a compact one), built anew; nothing of that model is changed.
-
-    Args:
-        model: a peft model with one active LoRA adapter.
-        dtype: of the dense model.
-        check_finite: check every merged weight.
-
-    Raises:
-        PatError: `check_finite`, and a merged weight is infinite or not a number.
-    """
-    base = cast(PreTrainedModel, model.get_base_model())
-    with torch.device("meta"):
-        names = [name for name, _ in type(base)(base.config).named_parameters()]
-    form = adapted_form(base, names, lambda name: effective_parameter(base, name, model.active_adapter))
-    return build_dense(base, form.config, _rounded(form.weights, dtype, check_finite=check_finite), dtype)
-
-
-def _rounded(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, *, check_finite: bool) -> dict[str, Tensor]:
-    result: dict[str, Tensor] = {}
-    for name, tensor in weights:
-        if check_finite and not tensor.isfinite().all():
-            raise PatError(f"Got non-finite values in the folded weight {name}; the adapter is broken.")
-        # Contiguous: folding leaves transposed views, and a kernel rounds those otherwise than what it loads later.
-        result[name] = tensor.to(dtype).contiguous()
-    return result
 
 
 def in_double(operator: Operator) -> Operator:
@@ -191,16 +118,3 @@ def _lifted(operator: Operator, precision: torch.dtype) -> Operator:
     for parameter in twin.parameters():
         parameter.data = lift(parameter.data, precision)
     return twin
-
-
-def _head_dim(base: PreTrainedModel, stream: ResidualStream) -> int:
-    attention = base.get_submodule(f"{stream.family.layers}.0.self_attn")
-    return int(cast(int, attention.head_dim))
-
-
-def _progress(items: Iterable[tuple[str, Tensor]], total: int, show: bool) -> Iterable[tuple[str, Tensor]]:
-    if not show:
-        return items
-    from tqdm import tqdm
-
-    return cast(Iterable[tuple[str, Tensor]], tqdm(items, total=total, desc="Folding", unit="tensor"))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+import copy
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -14,18 +14,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pat.errors import PatError
-from pat.method.mask import UnifiedMask
-from pat.method.operator import Operator, build_operator
+from pat.loading import keep_plain_layout
+from pat.method.basis import UnifiedMask
+from pat.method.operator import Operator
+from pat.surgery.dense import build_dense
 from pat.surgery.precision import to_float64
 from pat.surgery.residual import ResidualStream
-from pat.surgery.rotation import ChannelOrder, equalised_gain, gain_block, importance_order, pca_order
-from pat.tuner.calibration import DEFAULT_TOKENS_PER_CHANNEL, StreamStatistics, share_from_first_process
+from pat.surgery.rotation import ChannelOrder
+from pat.tuner.attach import add_mask_and_operators
+from pat.tuner.calibration import choose_channels
 from pat.tuner.compaction import Compacted, compact
 from pat.tuner.config import PatConfig
 from pat.tuner.layer import MASK_NAME, OPERATOR_NAME, HsmLayer, MaskLayer
-from pat.tuner.merging import MaskedModel, merge_dense
-from pat.tuner.prepare import AttachmentPlan, default_targets, new_parameters_are_empty, plan_attachment
-from pat.tuner.quantized import keep_plain_layout
+from pat.tuner.merging import MaskedModel
+from pat.tuner.prepare import default_targets, new_parameters_are_empty, plan_attachment
 from pat.tuner.weights import effective_parameter, factored_parameter
 
 
@@ -44,60 +46,27 @@ class PatModel(LoraModel):
     tuner_layer_cls = BaseTunerLayer  # type: ignore[assignment]
 
     residual_stream: ResidualStream | None = None
-    tied = False
 
     # -- attaching ---------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Attach an adapter: LoRA by peft, then the operators and the mask."""
-        config = self.pat_config(adapter_name)
+        # What is filled in belongs to this adapter: the user's object can be used for another one.
+        config = self.peft_config[adapter_name] = copy.deepcopy(self.pat_config(adapter_name))
         plan = plan_attachment(model, config, known_stream=self.residual_stream)
         self.residual_stream = plan.stream
         keep_plain_layout(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config.resolved_from = config.asked()  # as peft leaves them
         # peft says it as an option or, for the first adapter, by a context that empties new parameters.
         empty = bool(kwargs.get("low_cpu_mem_usage")) or new_parameters_are_empty()
-        self._add_sparsification(model, adapter_name, config, plan, empty=empty)
+        add_mask_and_operators(model, adapter_name, config, plan, empty=empty)
+        for layer in self._sparsification_layers():
+            layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert self.residual_stream is not None
         return default_targets(cast(PatConfig, peft_config), self.model, self.residual_stream)
-
-    def _add_sparsification(
-        self, model: nn.Module, adapter_name: str, config: PatConfig, plan: AttachmentPlan, *, empty: bool
-    ) -> None:
-        stream, width = plan.stream, plan.width
-        device = next(model.get_submodule(stream.embedding).parameters()).device
-        holder = model.get_submodule(stream.embedding.rpartition(".")[0])
-        if not hasattr(holder, MASK_NAME):
-            holder.add_module(MASK_NAME, MaskLayer())
-        mask_layer = cast(MaskLayer, getattr(holder, MASK_NAME))
-        mask = UnifiedMask(
-            width.hidden_size,
-            width.pruned_hidden_size,
-            kind=config.mask,  # type: ignore[arg-type]
-            has_basis=plan.rotation == "pca",
-            has_head_factor=plan.rotation == "pca" and plan.tied,
-            lr_multiplier=config.mask_lr_multiplier,
-        )
-        mask_layer.add_adapter(adapter_name, mask, device)
-        for site in stream.sites:
-            parent = model.get_submodule(site.rpartition(".")[0])
-            if not hasattr(parent, OPERATOR_NAME):
-                parent.add_module(OPERATOR_NAME, HsmLayer(mask_layer))
-            layer = cast(HsmLayer, getattr(parent, OPERATOR_NAME))
-            site_device = next(model.get_submodule(site).parameters()).device
-            with torch.device("meta") if empty else nullcontext():  # about to be loaded: orthogonalising takes minutes
-                operator = build_operator(
-                    width.hidden_size, config.operator_rank, lr_multiplier=config.operator_lr_multiplier
-                )
-            layer.add_adapter(adapter_name, operator, site_device)
-            # LoRA and modules_to_save may just have replaced the writer: hook whatever stands there now.
-            final_norm = model.get_submodule(stream.final_norm) if site == stream.embedding else None
-            layer.set_tied(adapter_name, tied=final_norm is not None and plan.tied)
-            layer.attach(model.get_submodule(site), final_norm)
-        for sparsification_layer in self._sparsification_layers():
-            sparsification_layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     # -- the method's own surface ------------------------------------------------------------------------------
 
@@ -170,30 +139,21 @@ class PatModel(LoraModel):
                 f"Got a calibration at step {mask.step}; expected it before training, since it changes the basis the "
                 "mask was trained in."
             )
-        config = self.pat_config(name)
-        stream = cast(ResidualStream, self.residual_stream)
-        budget = config.calibration_tokens or DEFAULT_TOKENS_PER_CHANNEL * mask.hidden_size
-        rotate = config.resolved_rotation == "pca"
-        statistics = StreamStatistics(self.model, stream, full=rotate)
         were_enabled = any(not layer.disable_adapters for layer in self._sparsification_layers())
         self.disable_adapter_layers()
         try:
-            statistics.collect(dataloader, budget)
+            order = choose_channels(
+                self.model,
+                cast(ResidualStream, self.residual_stream),
+                self.pat_config(name),
+                mask,
+                lambda parameter: effective_parameter(self.model, parameter, name),
+                dataloader,
+            )
         finally:
             if were_enabled:
                 self.enable_adapter_layers()
-        head_factor = None
-        if not rotate:
-            order = importance_order(statistics.importance(self._parameter(name)), mask.pruned_hidden_size)
-        else:
-            block = None
-            if mask.head_factor is not None:
-                gain = self._final_gain(name)
-                block = gain_block(gain, config.gain_tolerance)
-                head_factor = equalised_gain(gain, block) / gain
-            order = pca_order(statistics.covariance(), mask.pruned_hidden_size, block)
-        share_from_first_process(order.prior, order.pinned, order.basis, head_factor)
-        mask.set_prior(order.prior, pinned=order.pinned, basis=order.basis, head_factor=head_factor)
+        mask.set_prior(order.prior, pinned=order.pinned, basis=order.basis, head_factor=order.head_factor)
         return order
 
     # -- leaving -----------------------------------------------------------------------------------------------
@@ -220,7 +180,12 @@ class PatModel(LoraModel):
         if adapter_names is not None and len(adapter_names) != 1:
             raise PatError(f"Got adapter_names={adapter_names}; PAT merges exactly one adapter.")
         masked = self.masked_model(adapter_names[0] if adapter_names else self.adapter, "a merge")
-        return merge_dense(masked, dtype or masked.base.dtype, check_finite=safe_merge, progress=progressbar)
+        dtype = dtype or masked.base.dtype
+        form = masked.dense_form(dtype)
+        num_weights = form.num_weights if progressbar else None
+        return build_dense(
+            masked.base, form.config, form.weights, dtype, check_finite=safe_merge, num_weights=num_weights
+        )
 
     def compact(self, adapter_name: str | None = None) -> Compacted:
         """Return a small model with an ordinary LoRA adapter to train on; the masked model stays as it is.
@@ -284,9 +249,6 @@ class PatModel(LoraModel):
 
     def _sparsification_layers(self) -> list[HsmLayer | MaskLayer]:
         return [module for module in self.model.modules() if isinstance(module, HsmLayer | MaskLayer)]
-
-    def _parameter(self, adapter_name: str) -> Callable[[str], Tensor]:
-        return lambda name: effective_parameter(self.model, name, adapter_name)
 
     def _final_gain(self, adapter_name: str) -> Tensor:
         stream = cast(ResidualStream, self.residual_stream)

@@ -1,21 +1,17 @@
-"""The method's own options: one place for names, defaults and help, shared by `PatConfig` and the command line."""
+"""The method's own options: one place for names, defaults and help, shared by `PatConfig` and the command line.
+
+The defaults are the recipe that came out best in our comparisons; `recipes/paper.yaml` holds the paper's instead.
+"""
 
 from dataclasses import dataclass, field
 
+from pat.shape import ShapeOptions
+
 
 @dataclass
-class PatOptions:
+class PatOptions(ShapeOptions):
     """What pruning-aware tuning adds to a LoRA configuration."""
 
-    pruning_ratio: float | None = field(
-        default=None, metadata={"help": "Share of the hidden size to cut, in (0, 1). Default 0.25."}
-    )
-    pruned_hidden_size: int | None = field(
-        default=None, metadata={"help": "Exact hidden size of the pruned model, instead of a ratio."}
-    )
-    multiple_of: int | None = field(
-        default=None, metadata={"help": "Hard alignment of the pruned hidden size, in channels."}
-    )
     operator_rank: int | str | None = field(
         default=None, metadata={"help": "Rank of the operators, or 'dense'. Default: a twentieth of the width."}
     )
@@ -27,7 +23,7 @@ class PatOptions:
         },
     )
     milestone: float = field(
-        default=1 / 3, metadata={"help": "Share of the optimizer steps after which the mask is 0/1."}
+        default=0.02, metadata={"help": "Share of the optimizer steps after which the mask is 0/1 (the paper: 1/3)."}
     )
     active_loss_weight: float = field(default=1e-3, metadata={"help": "Weight of the active-channel loss (eq. 9)."})
     identity_loss_weight: float = field(default=1e-3, metadata={"help": "Weight of the identity loss (eq. 11)."})
@@ -35,11 +31,7 @@ class PatOptions:
         default=40.0, metadata={"help": "Learning rate of the mask as a multiple of the trainer's."}
     )
     operator_lr_multiplier: float = field(
-        default=1.0, metadata={"help": "Learning rate of the operators' v as a multiple of the trainer's."}
-    )
-    untie_word_embeddings: bool = field(
-        default=False,
-        metadata={"help": "Give a tied model an output matrix of its own (adds vocabulary x width parameters)."},
+        default=30.0, metadata={"help": "Learning rate of the operators' v as a multiple of the trainer's."}
     )
     calibration: str | None = field(
         default=None, metadata={"help": "Text file to compute the rotation from, instead of the training data."}

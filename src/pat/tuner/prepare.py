@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from pat.errors import PatError
 from pat.families import Family, get_family
+from pat.loading import check_quantization, quantization_of
 from pat.method.operator import check_rank
 from pat.shape import Width, choose_width
-from pat.surgery.residual import ResidualStream, map_residual_stream
+from pat.surgery.describe import check_tie, map_of
+from pat.surgery.residual import ResidualStream
 from pat.surgery.rotation import gain_block
 from pat.tuner.config import PatConfig
-from pat.tuner.quantized import quantization_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def plan_attachment(
 
     Args:
         model: the base model; untouched unless `known_stream` says that an adapter is on it already.
-        config: changed in place: what it calls "filled in" is.
+        config: of the adapter, which keeps it; changed in place where it says "filled in".
         known_stream: map of the base's parameters, if known from an earlier adapter.
 
     Raises:
@@ -64,28 +65,32 @@ def plan_attachment(
             "AutoModelForCausalLM."
         )
     width = check_config(base_config, family, config)
-    shares_head = bool(base_config.tie_word_embeddings)
-    stream = known_stream or map_residual_stream(family, (n for n, _ in model.named_parameters()), tied=shares_head)
+    if known_stream is None:
+        check_tie(model, untie=config.untie_word_embeddings)
+    stream = known_stream or map_of(model)
+    shares_head = stream.head is None
     _check_lora_bias(config, stream)
     tied = shares_head and not config.untie_word_embeddings
-    if config.resolved_rotation is None:  # a new adapter, not a loaded one
-        config.base_quantization = quantization_of(base_config)
-    rotation = config.resolved_rotation or _resolve_rotation(model, config, stream, width, tied=tied)
-    config.resolved_rotation = rotation
+    rotation = config.resolved_rotation if config.is_resolved else None
+    if rotation is None:  # a new adapter, not a loaded one
+        rotation = _resolve_rotation(model, config, stream, width, tied=tied)
+        config.base_shape, config.base_quantization = _shape_of(base_config, family), quantization_of(base_config)
+        config.resolved_width = {"hidden_size": width.pruned_hidden_size}
+        config.resolved_rotation = rotation
     return AttachmentPlan(stream, width, rotation, tied)
 
 
 def check_config(base_config: Any, family: Family, config: PatConfig) -> Width:
-    """Check what a base model's configuration alone can tell, without its weights.
-
-    Fills in `config.base_shape` and `config.resolved_width`.
+    """Check what a base model's configuration alone can tell, without its weights, and return the width it comes to.
 
     Raises:
         PatError: width or operator rank are illegal, an option impossible, or the adapter belongs to another model.
     """
-    width = _resolve_width(base_config, family, config)
+    check_quantization(base_config)
+    if config.is_resolved:
+        _check_base_shape(config, _shape_of(base_config, family))
+    width = _width(base_config, family, config)
     check_rank(width.hidden_size, config.operator_rank)
-    _check_base_shape(config, _shape_of(base_config, family))
     _check_ends(config, family, tied=bool(base_config.tie_word_embeddings) and not config.untie_word_embeddings)
     _check_longrope(base_config, width)
     if config.rotation == "pca" and family.has_post_norms:
@@ -93,21 +98,18 @@ def check_config(base_config: Any, family: Family, config: PatConfig) -> Width:
     return width
 
 
-def _resolve_width(base_config: Any, family: Family, config: PatConfig) -> Width:
-    """Take the width on record, or choose one and record it.
-
-    The record holds what was asked for as well: a configuration may be changed and used for another adapter.
-    """
+def _width(base_config: Any, family: Family, config: PatConfig) -> Width:
+    """Take the width on record, or choose one."""
     hidden_size = getattr(base_config, family.hidden_size_field)
-    asked = {name: getattr(config, name) for name in ("pruning_ratio", "pruned_hidden_size", "multiple_of")}
-    asked["base_hidden_size"] = hidden_size
-    record = config.resolved_width
-    if record is not None and {name: record.get(name) for name in asked} == asked:
-        return Width(hidden_size, record["hidden_size"], "chosen when the adapter was made")
-    del asked["base_hidden_size"]
-    width = choose_width(hidden_size, base_config.num_attention_heads, **asked)
-    config.resolved_width = {"hidden_size": width.pruned_hidden_size, "base_hidden_size": hidden_size, **asked}
-    return width
+    if config.is_resolved and config.resolved_width is not None:
+        return Width(hidden_size, config.resolved_width["hidden_size"], "chosen when the adapter was made")
+    return choose_width(
+        hidden_size,
+        base_config.num_attention_heads,
+        pruning_ratio=config.pruning_ratio,
+        pruned_hidden_size=config.pruned_hidden_size,
+        multiple_of=config.multiple_of,
+    )
 
 
 def default_targets(config: PatConfig, model: nn.Module, stream: ResidualStream) -> PatConfig:
@@ -147,13 +149,15 @@ def _shape_of(base_config: Any, family: Family) -> dict[str, Any]:
 
 
 def _check_base_shape(config: PatConfig, shape: dict[str, Any]) -> None:
-    if config.base_shape is None:
-        config.base_shape = shape
-    elif config.base_shape != shape:
-        differing = [k for k in shape if config.base_shape.get(k) != shape[k]]
-        got = ", ".join(f"{k}={shape[k]}" for k in differing)
-        expected = ", ".join(f"{k}={config.base_shape.get(k)}" for k in differing)
-        raise PatError(f"The adapter does not fit this base model: got {got}; the adapter was made for {expected}.")
+    made_for = config.base_shape or shape
+    differing = [name for name in shape if made_for.get(name) != shape[name]]
+    if differing:
+        got = ", ".join(f"{name}={shape[name]}" for name in differing)
+        expected = ", ".join(f"{name}={made_for.get(name)}" for name in differing)
+        raise PatError(
+            f"The adapter does not fit this base model: got {got}; the adapter was made for {expected}. A new adapter "
+            "needs a PatConfig of its own, not that of a made one."
+        )
 
 
 def _check_ends(config: PatConfig, family: Family, *, tied: bool) -> None:

@@ -14,13 +14,14 @@ from compare.baselines.channels import cut_channels, keep_largest, keep_random, 
 from compare.budget import lora_targets
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tiny_models import FAMILIES, batch, build, tiny_tokenizer
+from tiny_models import KINDS, batch, build, tiny_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pat.errors import PatError
 from pat.nll import response_nll
-from pat.plan import make_plan
+from pat.plan.command import run_plan
+from pat.plan.options import PlanOptions
 from pat.training.data import load_training_data
 from pat.training.tokens import tokenize_examples
 
@@ -95,10 +96,10 @@ def test_unknown_methods() -> None:
 def test_the_budget_is_what_pat_plan_says(tied: bool, tmp_path: Path) -> None:
     model = build("gemma3_text", tied=tied)
     model.save_pretrained(tmp_path)
-    plan = make_plan(str(tmp_path), pruned_hidden_size=WIDTH)
-    assert pat_parameters(model, WIDTH) == plan.pruned.total.num_parameters
-    untied = make_plan(str(tmp_path), pruned_hidden_size=WIDTH, untie_word_embeddings=True)
-    assert pat_parameters(model, WIDTH, untie=True) == untied.pruned.total.num_parameters
+    for untie in (False, True):
+        options = PlanOptions(model_name_or_path=str(tmp_path), pruned_hidden_size=WIDTH, untie_word_embeddings=untie)
+        planned = run_plan(options).candidates[0].cost.total.num_parameters
+        assert pat_parameters(model, WIDTH, untie=untie) == planned
 
 
 def test_nearest_goes_both_ways() -> None:
@@ -108,7 +109,7 @@ def test_nearest_goes_both_ways() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_cut_channels_are_channels_set_to_zero(family: str, tied: bool) -> None:
     model, keep = build(family, tied=tied), keep_random(48, WIDTH, seed=1)
     dense = cut_channels(model, keep)
@@ -124,7 +125,7 @@ def test_cut_channels_are_channels_set_to_zero(family: str, tied: bool) -> None:
     assert (dense(**batch()).logits - expected)[real].abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_magnitude_finds_the_channels_that_hardly_exist(family: str) -> None:
     model = build(family, tied=False)
     faint = torch.tensor([3, 17, 40])

@@ -1,6 +1,8 @@
 """Which cells there are, in which order they can be run, and how learning rates are chosen."""
 
-import pytest
+from pathlib import Path
+from typing import Any
+
 from compare.cells import (
     Cell,
     chosen_rate,
@@ -12,22 +14,22 @@ from compare.cells import (
     result_cells,
     tuned_cell,
 )
-from compare.config import CompareConfig, make_config
+from compare.config import CompareConfig
 
 
-def config(**overrides: object) -> CompareConfig:
-    settings = {
-        "models": "models/small",
+def config(**overrides: Any) -> CompareConfig:
+    settings: dict[str, Any] = {
+        "models": ["models/small"],
         "data": "rows.jsonl",
-        "methods": "base,lora,slicegpt,slicegpt_after,pat",
-        "ablations": "random",
-        "ratios": "0.25,0.5",
-        "seeds": "0,1",
-        "learning_rates": "1e-3,2e-3",
-        "output_dir": "out",
+        "methods": ["base", "lora", "slicegpt", "slicegpt_after", "pat"],
+        "ablations": ["random"],
+        "ratios": [0.25, 0.5],
+        "seeds": [0, 1],
+        "learning_rates": [1e-3, 2e-3],
+        "output_dir": Path("out"),
         "steps": 3,
     }
-    return make_config(settings | overrides)
+    return CompareConfig(**settings | overrides)
 
 
 def row(cell: Cell, **figures: float | None) -> dict[str, object]:
@@ -57,7 +59,7 @@ def test_what_is_open_does_not_count_what_is_not_asked_for() -> None:
     whole = config()
     done = {cell: row(cell) for cell in run_all(whole)}
     assert num_open(whole, {}) == num_cells(whole) and num_open(whole, done) == 0
-    few = config(methods="lora", ablations=None, ratios="0.25", seeds="0,2")
+    few = config(methods=["lora"], ablations=[], ratios=[0.25], seeds=[0, 2])
     assert num_cells(few) == 2 + 2 and num_open(few, done) == 1
 
 
@@ -73,7 +75,7 @@ def test_no_cell_runs_before_what_it_needs() -> None:
 
 
 def test_the_rate_with_the_least_validation_loss_wins_and_a_diverged_one_never() -> None:
-    settings = config(learning_rates="1e-3,2e-3,4e-3")
+    settings = config(learning_rates=[1e-3, 2e-3, 4e-3])
     losses = {1e-3: None, 2e-3: 2.0, 4e-3: 3.0}
     done = done_cells([row(Cell("small", "lora", 0.0, 0, r, search=True), validation_nll=v) for r, v in losses.items()])
     assert chosen_rate(settings, "small", "lora", done) == 2e-3
@@ -89,7 +91,7 @@ def test_ft_p_prunes_the_model_of_its_own_seed_and_of_the_chosen_rate() -> None:
     assert tuned_cell(Cell("small", "slicegpt_after", 0.5, 1, 2e-3)) == Cell("small", "lora", 0.0, 1, 2e-3)
     assert len(cells) == 4
     # Another rate of LoRA's is another model: what was pruned from the old one is not a result any more.
-    wider = config(learning_rates="1e-3,2e-3,4e-3")
+    wider = config(learning_rates=[1e-3, 2e-3, 4e-3])
     better = Cell("small", "lora", 0.0, 0, 4e-3, search=True)
     done = {cell: row(cell) for cell in run_all(settings)} | {better: row(better, validation_nll=0.5)}
     assert [cell.learning_rate for cell in ready_cells(wider, done) if cell.method == "lora"] == [4e-3, 4e-3]
@@ -98,12 +100,8 @@ def test_ft_p_prunes_the_model_of_its_own_seed_and_of_the_chosen_rate() -> None:
     assert len(after) == 4 and {cell.learning_rate for cell in after} == {4e-3}
 
 
-def test_tasks_may_be_a_list() -> None:
-    assert config(tasks=["piqa", "rte"]).tasks == config(tasks="piqa, rte").tasks == "piqa,rte"
-
-
 def test_a_single_rate_is_not_searched() -> None:
-    settings = config(learning_rates="1e-3")
+    settings = config(learning_rates=[1e-3])
     assert not any(cell.search for cell in run_all(settings))
     assert {cell.learning_rate for cell in run_all(settings) if cell.method == "pat"} == {1e-3}
 
@@ -120,37 +118,6 @@ def test_seeds_and_rates_are_in_a_cells_name() -> None:
     cells = list(result_cells(config(), "small", "pat", 1e-3))
     assert len({cell.name for cell in cells}) == len(cells) == 4
     assert all("/" not in cell.name for cell in cells)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ({"methods": "lora,prune_it"}, "prune_it"),
-        ({"methods": "slicegpt_after"}, "lora"),
-        ({"ablations": "lora"}, "does not prune"),
-        ({"ratios": "0.25,1.5"}, "1.5"),
-        ({"ablation_ratio": "0.3"}, "0.3"),
-        ({"steps": None}, "--steps or --epochs"),
-        ({"steps": 0}, "steps=0"),
-        ({"search_steps": 0}, "search_steps=0"),
-        ({"steps": None, "epochs": 0}, "epochs=0"),
-        ({"learning_rates": "1e-3,0"}, "learning rates"),
-        ({"rows": -1}, "rows=-1"),
-        ({"methods": []}, "no methods"),
-        ({"epochs": 2}, "--steps or --epochs"),
-        ({"steps": "many"}, "whole number"),
-        ({"seeds": "0,one"}, "whole numbers"),
-        ({"protocols": "letters"}, "letters"),
-        ({"colour": "red"}, "colour"),
-        ({"data": None}, "--data is missing"),
-        ({"use_rslora": "perhaps"}, "true or false"),
-    ],
-)
-def test_wrong_settings_are_named(overrides: dict[str, object], message: str) -> None:
-    from pat import PatError
-
-    with pytest.raises(PatError, match=message):
-        config(**overrides)
 
 
 def test_what_belongs_to_a_comparison_does_not_depend_on_the_rate() -> None:

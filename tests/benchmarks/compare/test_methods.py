@@ -2,18 +2,19 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 from compare.budget import lora_parameters_per_rank, lora_targets, pat_rank
 from compare.cells import Cell
-from compare.config import CompareConfig, make_config
+from compare.config import CompareConfig
 from compare.data import prepare_data
 from compare.methods import METHODS, PAPER
 from compare.run_cell import _Run
 from tiny_models import build, tiny_tokenizer
 
 from pat.loading import load_tokenizer
-from pat.training.arguments import recipe_defaults
+from pat.recipes import recipe_defaults
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +24,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> CompareConfig:
     tiny_tokenizer().save_pretrained(root / "base")
     rows = [{"prompt": f"say {i} ", "completion": f"it is {i * i}"} for i in range(40)]
     (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    settings = {
-        "models": str(root / "base"),
+    settings: dict[str, Any] = {
+        "models": [str(root / "base")],
         "data": str(root / "rows.jsonl"),
-        "methods": "lora",
-        "output_dir": str(root / "out"),
+        "methods": ["lora"],
+        "output_dir": root / "out",
         "steps": 30,
         "rank": 16,
         "lora_alpha": 8,
@@ -37,7 +38,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> CompareConfig:
         "max_length": 64,
         "template": "auto",
     }
-    made = make_config(settings)
+    made = CompareConfig(**settings)
     prepare_data(made, load_tokenizer(str(root / "base")), root / "out" / "data" / "base")
     return made
 

@@ -5,25 +5,25 @@ from typing import Any
 
 import pytest
 from compare.cells import Cell, Row, done_cells, num_missing
-from compare.config import CompareConfig, make_config
+from compare.config import CompareConfig
 from compare.figure import draw_accuracy, draw_nll
 from compare.results import FILE, append_row, read_rows
 from compare.summary import summarise
 from compare.tables import markdown
 
 
-def config(folder: Path, **overrides: object) -> CompareConfig:
-    settings = {
-        "models": "models/small",
+def config(folder: Path, **overrides: Any) -> CompareConfig:
+    settings: dict[str, Any] = {
+        "models": ["models/small"],
         "data": "rows.jsonl",
-        "methods": "lora,pat",
-        "ratios": "0.25",
-        "seeds": "0,1,2",
-        "learning_rates": "1e-3",
-        "output_dir": str(folder),
+        "methods": ["lora", "pat"],
+        "ratios": [0.25],
+        "seeds": [0, 1, 2],
+        "learning_rates": [1e-3],
+        "output_dir": folder,
         "steps": 3,
     }
-    return make_config(settings | overrides)
+    return CompareConfig(**settings | overrides)
 
 
 def row(settings: CompareConfig, method: str, seed: int, nll: float, accuracy: float) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def test_the_table_says_what_is_missing_and_what_share_is_left(tmp_path: Path) -
 
 
 def test_a_method_without_any_result_is_missing_too(tmp_path: Path) -> None:
-    settings = config(tmp_path, learning_rates="1e-3,1e-2")
+    settings = config(tmp_path, learning_rates=[1e-3, 1e-2])
     assert count_missing(settings, []) == 6  # nothing is known of any rate
     settings = config(tmp_path)
     assert count_missing(settings, rows(settings)) == 0
@@ -83,7 +83,7 @@ def test_the_orders_of_the_table_are_explained_and_no_others(tmp_path: Path) -> 
 
 
 def test_the_table_says_on_how_many_tokens_it_stands_and_at_which_rate_a_pruned_model_was_tuned(tmp_path: Path) -> None:
-    settings = config(tmp_path, methods="lora,slicegpt_after", held_out=1200)
+    settings = config(tmp_path, methods=["lora", "slicegpt_after"], held_out=1200)
     some = [row(settings, "lora", 0, 2.0, 0.5) | {"num_held_out_tokens": 3978}]
     after = Cell("small", "slicegpt_after", 0.25, 0, 1e-3)
     some += [row(settings, "pat", 0, 3.0, 0.5) | {"cell": after.to_dict()}]
@@ -94,7 +94,7 @@ def test_the_table_says_on_how_many_tokens_it_stands_and_at_which_rate_a_pruned_
 
 
 def test_without_an_unpruned_model_there_is_no_share(tmp_path: Path) -> None:
-    settings = config(tmp_path, methods="pat")
+    settings = config(tmp_path, methods=["pat"])
     table = markdown(settings, summarise(settings, rows(settings)[3:]))
     assert "0.001 M |" in table and "(100.0%)" not in table
 
@@ -135,7 +135,7 @@ def test_a_mean_over_fewer_seeds_says_so(tmp_path: Path) -> None:
 
 
 def test_a_rate_at_the_edge_and_a_budget_missed_are_seen(tmp_path: Path) -> None:
-    settings = config(tmp_path, learning_rates="1e-3,1e-2,1e-1", methods="lora")
+    settings = config(tmp_path, learning_rates=[1e-3, 1e-2, 1e-1], methods=["lora"])
     done = [row(settings, "lora", 0, 2.0, 0.5) | {"num_trainable": 1_500_000, "trainable_budget": 1_000_000}]
     for rate, nll in ((1e-3, 1.0), (1e-2, 2.0), (1e-1, 3.0)):
         cell = Cell("small", "lora", 0.0, 0, rate, search=True).to_dict()
@@ -157,7 +157,7 @@ def test_the_table_says_where_it_was_measured(tmp_path: Path) -> None:
 
 
 def test_one_seed_has_no_spread(tmp_path: Path) -> None:
-    settings = config(tmp_path, seeds="0")
+    settings = config(tmp_path, seeds=[0])
     table = markdown(settings, summarise(settings, rows(settings)))
     main = table.split("###")[0]
     assert "2.000 |" in main and "2.000 ±" not in main
@@ -191,4 +191,4 @@ def test_another_comparisons_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PatError, match=r"steps=3, got 4.*--output_dir"):
         read_rows(config(tmp_path, steps=4))
     # More seeds, ratios and methods go on with what is there.
-    assert len(read_rows(config(tmp_path, seeds="0,1,2,3", methods="base,lora,pat"))) == 1
+    assert len(read_rows(config(tmp_path, seeds=[0, 1, 2, 3], methods=["base", "lora", "pat"]))) == 1

@@ -59,9 +59,34 @@ def test_sizes_method_and_parity_are_told() -> None:
         assert fact in text, fact
 
 
+def test_the_run_is_told_where_it_is_known() -> None:
+    text = card(
+        prompt_format="the tokenizer's chat template",
+        num_tokens_seen=1_234_567,
+        learning_rates={"adapter": 2e-4, "mask": 8e-3},
+        max_length=2048,
+        held_out_nll={"base": 1.8, "dense": 2.1},
+        held_out_standard_error={"dense": 0.01234},
+        num_held_out_tokens=29_571,
+        limits=["Not for medicine."],
+    )
+    for fact in (
+        "- prompt format: the tokenizer's chat template",
+        "- tokens seen: 1,234,567",
+        "- learning rates: adapter 0.0002, mask 0.008",
+        "nats per response token, on 29,571 tokens",
+        "| base | 1.800 |",
+        "| dense | 2.100 ± 0.012 |",
+        "- It was tuned on prompts of one form: the tokenizer's chat template.",
+        "longer than 2,048 tokens",
+        "- Not for medicine.",
+    ):
+        assert fact in text, fact
+
+
 def test_what_is_not_known_is_not_mentioned() -> None:
     text = card()
-    for absent in ("recipe", "data:", "seed", "Held-out", "None"):
+    for absent in ("recipe", "data:", "seed", "Held-out", "None", "prompt", "longer", "learning", "±"):
         assert absent not in text, absent
 
 

@@ -8,23 +8,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, build
+from tiny_models import KINDS, build
 from tiny_training import logits
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pat.checkpoint.hollow import StoredWeights, hollow_model
-from pat.checkpoint.layout import UnknownLayoutError
-from pat.checkpoint.read import open_checkpoint
+from pat.checkpoint.layout import UnknownLayoutError, stored_layout
 from pat.errors import PatError
+from pat.loading.stored import stored_tensors
 
 CPU = torch.device("cpu")
 
 
 def stored(folder: Path, dtype: torch.dtype = torch.float32) -> StoredWeights:
-    found = open_checkpoint(str(folder))
+    found = stored_tensors(str(folder))
     assert found is not None
-    config: Any = AutoModelForCausalLM.from_pretrained(folder).config
-    return StoredWeights(hollow_model(config, dtype, CPU), found)
+    config: Any = AutoConfig.from_pretrained(folder)
+    return StoredWeights(hollow_model(config, dtype, CPU), found, "base")
 
 
 def memory(model: torch.nn.Module) -> int:
@@ -33,7 +33,7 @@ def memory(model: torch.nn.Module) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_a_running_hollow_model_is_the_model(family: str, tied: bool, dtype: torch.dtype, tmp_path: Path) -> None:
     build(family, tied=tied, dtype=dtype).save_pretrained(tmp_path)
     real: PreTrainedModel = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
@@ -67,20 +67,6 @@ def test_weights_are_there_only_while_their_module_runs(tmp_path: Path) -> None:
         logits(weights.model)
     assert seen[0]
     assert seen[1] < 1000
-
-
-def test_every_pass_asks_the_disk_for_every_matrix_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build("llama", tied=False).save_pretrained(tmp_path)
-    weights = stored(tmp_path)
-    asked: list[str] = []
-    monkeypatch.setattr(weights.checkpoint, "prefetch", asked.append)
-    matrices = [name for name, shape in weights.shapes.items() if len(shape) > 1]
-    with weights.running(torch.float32):
-        for _ in range(2):
-            asked.clear()
-            logits(weights.model)
-            assert len(asked) == len(set(asked))
-            assert set(matrices[1:]) <= set(asked)
 
 
 def test_a_module_that_fails_gives_its_weights_back(tmp_path: Path) -> None:
@@ -135,23 +121,58 @@ def test_a_tied_matrix_that_is_there_twice_is_left_to_transformers(tmp_path: Pat
         stored(tmp_path)
 
 
-@pytest.mark.parametrize("change", ["missing", "reshaped"])
-def test_a_checkpoint_that_is_not_complete(change: str, tmp_path: Path) -> None:
-    """What is missing may be there under a name that only transformers knows: it is left to it."""
+def test_a_checkpoint_that_lacks_a_weight_is_left_to_transformers(tmp_path: Path) -> None:
+    """What is missing may be there under a name that only transformers knows."""
     build("llama", tied=True).save_pretrained(tmp_path)
     name = "model.layers.1.mlp.up_proj.weight"
-    config = AutoModelForCausalLM.from_pretrained(tmp_path).config
-    changed = {} if change == "missing" else {name: torch.ones(3, 4)}
-    rename(tmp_path, lambda found: {n: t for n, t in found.items() if n != name} | changed)
-    found = open_checkpoint(str(tmp_path))
-    assert found is not None
-    expected = {
-        "missing": (UnknownLayoutError, f"{name} is not stored under its own name"),
-        "reshaped": (PatError, f"1 are missing or of another shape, such as {name}"),
-    }
-    kind, message = expected[change]
-    with pytest.raises(kind, match=message):
-        StoredWeights(hollow_model(config, torch.float32, CPU), found)
+    rename(tmp_path, lambda found: {n: t for n, t in found.items() if n != name})
+    with pytest.raises(UnknownLayoutError, match=f"{name} is not stored under its own name"):
+        stored(tmp_path)
+
+
+def test_a_weight_of_another_shape(tmp_path: Path) -> None:
+    build("llama", tied=True).save_pretrained(tmp_path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    rename(tmp_path, lambda found: found | {name: torch.ones(3, 4)})
+    with pytest.raises(PatError, match=f"1 are missing or of another shape, such as {name}"):
+        stored(tmp_path)
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    build("llama", tied=True).save_pretrained(tmp_path)
+    weights = stored(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(PatError, match="is not readable"):
+        weights.read("model.layers.1.mlp.up_proj.weight")
+
+
+def test_a_mapped_weight_never_changes_its_file(tmp_path: Path) -> None:
+    model = build("llama", tied=True)
+    model.save_pretrained(tmp_path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights = stored(tmp_path)
+    weights.read(name).zero_()
+    assert torch.equal(weights.read(name), model.get_parameter(name))
+
+
+def test_sizes_of_shards(tmp_path: Path) -> None:
+    model = build("llama", tied=False)
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="60KB")
+    assert stored(tmp_path / "one").shard_bytes is None
+    largest = stored(tmp_path / "many").shard_bytes
+    assert largest is not None
+    assert 30_000 < largest <= 60_000
+
+
+def test_another_order_than_rows_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pat.checkpoint import layout
+
+    model = build("llama", tied=False)
+    monkeypatch.setattr(layout, "revert_weight_conversion", lambda _, s: {n: t.flip(0) for n, t in s.items()})
+    with pytest.raises(UnknownLayoutError, match="another order"):
+        stored_layout(model)
 
 
 def test_what_nothing_is_read_from_is_left_over(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,9 @@ from tiny_models import build
 from transformers import AutoModelForCausalLM
 
 from pat.checkpoint import shards
-from pat.checkpoint.hollow import hollow_model
 from pat.checkpoint.shards import ShardWriter
 from pat.errors import RunFailed
-
-CPU = torch.device("cpu")
+from pat.loading import empty_model
 
 
 @pytest.mark.parametrize("limit", ["5GB", "60KB", "10KB"])
@@ -28,7 +25,7 @@ def test_files_are_those_of_save_pretrained(family: str, tied: bool, limit: str,
     model.save_pretrained(tmp_path / "stock", max_shard_size=limit)
     (tmp_path / "streamed").mkdir()
     with ShardWriter(
-        tmp_path / "streamed", hollow_model(model.config, torch.bfloat16, CPU), torch.bfloat16, max_shard_size=limit
+        tmp_path / "streamed", empty_model(model.config, torch.bfloat16), torch.bfloat16, max_shard_size=limit
     ) as writer:
         for name, parameter in reversed(list(model.named_parameters())):
             writer.write(name, parameter.float())
@@ -47,38 +44,8 @@ def test_files_are_those_of_save_pretrained(family: str, tied: bool, limit: str,
         assert index["metadata"]["total_size"] == 2 * index["metadata"]["total_parameters"]
 
 
-@pytest.mark.parametrize(("family", "limit"), [("llama", "10KB"), ("mixtral", "60KB"), ("llama", "5GB")])
-def test_every_file_is_on_the_disk_when_it_is_left(
-    family: str, limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    synced: set[int] = set()
-    monkeypatch.setattr(shards.os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
-    model = build(family, tied=False)
-    hollow = hollow_model(model.config, torch.float32, CPU)
-    with ShardWriter(tmp_path, hollow, torch.float32, max_shard_size=limit) as writer:
-        for name, parameter in model.named_parameters():
-            writer.write(name, parameter)
-    assert synced == {path.stat().st_ino for path in tmp_path.glob("*.safetensors")}
-
-
-def test_a_disk_that_fails_at_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: int) -> None:
-        raise OSError(errno.EIO, "broken disk")
-
-    monkeypatch.setattr(shards.os, "fsync", fail)
-    model = build("llama", tied=False)
-    with (
-        pytest.raises(RunFailed, match="broken disk"),
-        ShardWriter(
-            tmp_path, hollow_model(model.config, torch.float32, CPU), torch.float32, max_shard_size="5GB"
-        ) as writer,
-    ):
-        for name, parameter in model.named_parameters():
-            writer.write(name, parameter)
-
-
 def written_short(tmp_path: Path) -> None:
-    model = hollow_model(build("llama", tied=True).config, torch.float32, CPU)
+    model = empty_model(build("llama", tied=True).config)
     with ShardWriter(tmp_path, model, torch.float32, max_shard_size="5GB") as writer:
         for name, parameter in list(model.named_parameters())[1:]:
             writer.write(name, torch.zeros(parameter.shape))
@@ -91,7 +58,7 @@ def test_a_weight_left_out_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "shape"), [("model.norm.bias", (48,)), ("model.norm.weight", (47,))])
 def test_a_weight_that_does_not_belong_is_an_error(name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
-    model = hollow_model(build("llama", tied=True).config, torch.float32, CPU)
+    model = empty_model(build("llama", tied=True).config)
     with (
         pytest.raises(RunFailed, match="do not fit"),
         ShardWriter(tmp_path, model, torch.float32, max_shard_size="5GB") as writer,
@@ -104,7 +71,7 @@ def test_a_full_disk_shows_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(shards.os, "posix_fallocate", full, raising=False)
-    model = hollow_model(build("llama", tied=True).config, torch.float32, CPU)
+    model = empty_model(build("llama", tied=True).config)
     with pytest.raises(RunFailed, match="No space left on device"):
         ShardWriter(tmp_path, model, torch.float32, max_shard_size="5GB")
 
@@ -113,13 +80,13 @@ def test_an_error_while_writing_is_told(tmp_path: Path, monkeypatch: pytest.Monk
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(ShardWriter, "_write", fail)
+    monkeypatch.setattr(shards, "memoryview", fail, raising=False)
     with pytest.raises(RunFailed, match="Input/output error"):
         written_short(tmp_path)
 
 
 def test_the_header_is_there_before_any_tensor(tmp_path: Path) -> None:
-    model = hollow_model(build("llama", tied=True).config, torch.float32, CPU)
+    model = empty_model(build("llama", tied=True).config)
     with pytest.raises(KeyError), ShardWriter(tmp_path, model, torch.float32, max_shard_size="5GB"):
         found = load_file(tmp_path / "model.safetensors")
         assert {name: tensor.shape for name, tensor in found.items()} == {

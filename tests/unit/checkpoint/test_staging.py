@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from pat.checkpoint.staging import staged_folder
 
@@ -46,6 +49,22 @@ def test_a_killed_writer_leaves_no_target_and_the_next_one_tidies_up(tmp_path: P
         assert staging_folders(tmp_path) == [folder] != stale
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other.tmp-0", "out"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions are of another kind there")
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_have_the_permissions_of_any_other(umask: int, tmp_path: Path) -> None:
+    """safetensors makes its own readable by their owner alone."""
+    before = os.umask(umask)
+    try:
+        with staged_folder(tmp_path / "out") as folder:
+            (folder / "inner").mkdir()
+            save_file({"a": torch.ones(1)}, folder / "inner" / "model.safetensors")
+    finally:
+        os.umask(before)
+    (file,) = (tmp_path / "out" / "inner").iterdir()
+    assert file.stat().st_mode & 0o777 == 0o666 & ~umask
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["inner"]
 
 
 def test_a_living_writer_is_left_alone(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hardened import hardened
-from tiny_models import FAMILIES, PAD_ID, batch, build
+from tiny_models import KINDS, PAD_ID, batch, build
 from torch import Tensor, nn
 
 from pat.checkpoint import verify
@@ -119,7 +119,7 @@ def test_no_token_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_permuting_the_channels_changes_rounding_only(family: str, tied: bool) -> None:
     model = build(family, tied=tied)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -27,7 +27,8 @@ def matrix(operator: nn.Module) -> Tensor:
     """D written out from equation 4, entry by entry."""
     if isinstance(operator, DenseOperator):
         return torch.eye(HIDDEN, dtype=torch.float64) + operator.matrix.detach()
-    l0, v, l1 = operator.down.detach(), operator.scale.detach(), operator.up.detach()
+    l0, l1 = operator.down.detach(), operator.up.detach()
+    v = operator.lr_multiplier * operator.scale.detach()
     d = torch.eye(HIDDEN, dtype=torch.float64)
     for i in range(HIDDEN):
         for j in range(HIDDEN):
@@ -35,7 +36,11 @@ def matrix(operator: nn.Module) -> Tensor:
     return d
 
 
-OPERATORS = [lambda: LowRankOperator(HIDDEN, RANK), lambda: DenseOperator(HIDDEN)]
+OPERATORS = [
+    lambda: LowRankOperator(HIDDEN, RANK),
+    lambda: LowRankOperator(HIDDEN, RANK, lr_multiplier=7.0),
+    lambda: DenseOperator(HIDDEN),
+]
 
 
 @pytest.mark.parametrize("make", OPERATORS)
@@ -68,6 +73,22 @@ def test_change_is_d_minus_identity_and_its_transpose(make) -> None:
     torch.testing.assert_close(
         y + operator.change_transposed(y), torch.einsum("ji,btj->bti", d, y), atol=1e-12, rtol=1e-12
     )
+
+
+@pytest.mark.parametrize("make", OPERATORS)
+def test_adding_the_change_in_place_and_cutting_it_beforehand(make) -> None:
+    operator, y, total = trained(make()).requires_grad_(False), random(5, HIDDEN, seed=9), random(5, HIDDEN, seed=10)
+    d, keep = matrix(operator), torch.tensor([0, 3, 5])
+    expected = total + y @ (d - torch.eye(HIDDEN)).mT
+    short = operator.cut_outputs(lambda rows: rows[..., keep])
+    part = total[:, keep].clone()
+    assert operator.add_change(total, y) is total
+    torch.testing.assert_close(total, expected, atol=1e-12, rtol=1e-12)
+    assert short.add_change(part, y) is part
+    torch.testing.assert_close(part, expected[:, keep], atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(short.change(y), (y @ (d - torch.eye(HIDDEN)).mT)[:, keep], atol=1e-12, rtol=1e-12)
+    assert operator.change(y).shape == y.shape  # the operator itself is as it was
+    assert not list(make().cut_outputs(lambda rows: rows).parameters())[-1].requires_grad
 
 
 @pytest.mark.parametrize("make", OPERATORS)
@@ -115,6 +136,15 @@ def test_gradients_by_finite_differences(name: str, method: str) -> None:
     assert torch.autograd.gradcheck(function, point)
 
 
+def test_the_multiplier_moves_v_that_many_times_faster_under_adam() -> None:
+    for multiplier in (1.0, 7.0):
+        operator = build_operator(HIDDEN, RANK, lr_multiplier=multiplier)
+        optimizer = torch.optim.Adam(operator.parameters(), lr=1e-3)
+        operator.change(torch.randn(5, HIDDEN)).sum().backward()
+        optimizer.step()
+        torch.testing.assert_close(operator.v().abs(), torch.full((RANK,), multiplier * 1e-3), rtol=1e-3, atol=0)
+
+
 def test_at_the_start_only_the_scale_has_a_gradient() -> None:
     """v = 0 shields L0 and L1 from the task's gradient, not v itself."""
     operator = LowRankOperator(HIDDEN, RANK)
@@ -136,6 +166,7 @@ def test_parameters_stay_float32_and_the_output_has_the_inputs_dtype(dtype: torc
 
 def test_build_operator() -> None:
     assert build_operator(40, None).scale.shape == (2,)  # 5 %
+    assert build_operator(40, None).lr_multiplier == LowRankOperator(40, 2).lr_multiplier == 1
     # From 160 channels on multiples of 8: the paper's 200 of 4096, SmolLM2's 29 of 576.
     assert [default_rank(size) for size in (158, 160, 576, 1024, 4096)] == [8, 8, 32, 48, 208]
     assert build_operator(8, None).scale.shape == (1,)

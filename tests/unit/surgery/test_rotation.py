@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from pat.surgery.rotation import (
-    PRIOR_SPREAD,
     ChannelOrder,
     equalised_gain,
+    equalising_factor,
     gain_block,
     importance_order,
     pca_order,
@@ -28,7 +28,7 @@ def check_prior(order: ChannelOrder, num_positive: int) -> None:
     assert not (free == 0).any()
     assert not order.prior[order.pinned].any()
     steps = free.sort(descending=True).values.diff()
-    torch.testing.assert_close(steps, torch.full_like(steps, -PRIOR_SPREAD / HIDDEN), atol=1e-12, rtol=0)
+    torch.testing.assert_close(steps, torch.full_like(steps, -4.0 / HIDDEN), atol=1e-12, rtol=0)
 
 
 def test_pca_of_the_whole_stream() -> None:
@@ -79,6 +79,16 @@ def test_a_rotated_block_commutes_with_an_equalised_gain() -> None:
 def test_the_tolerance_is_relative_to_the_median_whatever_its_sign() -> None:
     gain = torch.tensor([-10.0, -10.5, -9.0, -12.0, 10.0])
     assert gain_block(gain, 0.11).tolist() == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("tolerance", [0.15, 1.5])
+def test_a_channel_without_gain_stays_as_it_is(tolerance: float) -> None:
+    gain = torch.tensor([1.0, 1.1, 0.0, 0.9, -0.2, 1.0], dtype=torch.float64)
+    block = gain_block(gain, tolerance)
+    assert not block[2]
+    factor = equalising_factor(gain, block)
+    assert factor[~block].tolist() == [1.0] * int((~block).sum())
+    torch.testing.assert_close(factor * gain, equalised_gain(gain, block), atol=1e-15, rtol=0)
 
 
 def test_importance_order_keeps_the_channels_and_breaks_ties_by_index() -> None:

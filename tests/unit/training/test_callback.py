@@ -44,7 +44,7 @@ def llama(*, tied: bool = True, **fields: Any) -> Any:
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_the_mask_follows_the_optimizer_steps_not_the_micro_batches(accumulation: int) -> None:
-    model = llama(rotation="none", milestone=0.5)
+    model = llama(rotation="none", milestone=0.5, operator_lr_multiplier=1.0, use_rslora=False)
     mask, seen = tuner_of(model).mask(), []
 
     def forward(_module: nn.Module, _args: Any) -> None:
@@ -120,7 +120,7 @@ def test_milestone_zero_needs_a_prior() -> None:
 
 def test_a_best_checkpoint_is_only_picked_from_the_milestone_on(tmp_path: Path) -> None:
     """Whatever the metric says: the best one, of a soft mask, would bring back a model that cannot be merged."""
-    model = llama(rotation="none", milestone=0.5)
+    model = llama(rotation="none", milestone=0.5, operator_lr_multiplier=1.0, use_rslora=False)
     trainer = train(
         model,
         max_steps=4,
@@ -236,7 +236,22 @@ def test_regularisers_are_logged_apart_from_the_loss() -> None:
     entries = [entry for entry in trainer.state.log_history if "pat/identity_loss" in entry]
     assert [entry["step"] for entry in entries] == [1, 2, 3]
     assert entries[0]["pat/active_loss"] == KEPT
-    assert entries[0]["pat/active_channels"] >= 0
+
+
+def test_the_logged_count_is_that_of_equation_9() -> None:
+    """Channels with a positive proxy weight plus prior, pinned ones included, whatever their gate is at that step."""
+    model = llama(rotation="pca", milestone=1.0)
+    counted = []
+
+    def count(_model: nn.Module, _state: Any) -> None:
+        mask = tuner_of(model).mask()
+        positive = (mask.lr_multiplier * mask.weight + mask.prior > 0) | mask.pinned
+        counted.append(int(positive.sum()))
+
+    trainer = train(model, max_steps=6, learning_rate=2e-2, callbacks=[Recorder(on_step_end=count)], num_examples=24)
+    assert tuner_of(model).mask().pinned.any()
+    logged = [entry["pat/active_channels"] for entry in trainer.state.log_history if "pat/active_channels" in entry]
+    assert logged == [*counted[:-1], KEPT] and len(set(counted)) > 1
 
 
 class Reporter(TrainerCallback):
@@ -337,17 +352,10 @@ def test_a_calibration_made_before_is_kept(calls: dict[str, int]) -> None:
     assert torch.equal(tuner_of(model).mask().basis, basis)
 
 
-def test_calibration_reads_a_seeded_sample_of_the_training_data() -> None:
-    """Instruction files are often sorted: the first rows would all be alike."""
-    bases = []
-    for seed in (1, 2):
-        model = llama(rotation="pca", calibration_tokens=64)
-        train(model, num_examples=64, seed=seed)
-        bases.append(tuner_of(model).mask().basis)
-    assert torch.equal(*bases)
-    other = llama(rotation="pca", calibration_tokens=64)
-    tuner_of(other).calibrate([{"input_ids": Examples(64).ids[:4]}])
-    assert not torch.allclose(bases[0], tuner_of(other).mask().basis)
+def test_what_a_calibration_stands_on_is_in_the_log() -> None:
+    trainer = train(llama(rotation="pca", calibration_tokens=100))
+    (entry,) = [entry for entry in trainer.state.log_history if "pat/calibration_tokens" in entry]
+    assert entry["pat/calibration_tokens"] == 128 and 0.5 < entry["pat/energy_kept"] < 1 and entry["step"] == 0
 
 
 def test_calibration_from_a_text_file(tmp_path: Path, calls: dict[str, int]) -> None:
@@ -369,6 +377,57 @@ def test_calibration_from_a_text_file(tmp_path: Path, calls: dict[str, int]) -> 
 def test_a_missing_calibration_file_is_an_error() -> None:
     with pytest.raises(PatError, match=r"nowhere\.txt"):
         train(llama(rotation="pca", calibration="/nowhere.txt"))
+
+
+# -- what the trainer is for -------------------------------------------------------------------------------------------
+
+
+class Columns(Examples):
+    """The examples, with the columns of another trainer's data."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__(16)
+        self.column_names = list(names)
+
+
+@pytest.mark.parametrize(
+    ("columns", "milestone", "kind"),
+    [
+        (("prompt_ids", "chosen_ids", "rejected_ids"), 0.5, "preferences"),
+        (("prompt_ids", "completion_ids", "label"), 0.5, "preferences"),
+        (("prompt", "answer"), 0.5, "rewards"),
+        (("input_ids", "completion_mask"), 0.5, None),
+        (("prompt", "completion"), 0.5, None),
+        (("prompt", "rejected"), 0.0, None),  # hard already
+    ],
+)
+def test_training_from_preferences_or_rewards_on_a_soft_mask_is_warned_about_once(
+    columns: tuple[str, ...], milestone: float, kind: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = llama(rotation="pca", milestone=milestone)
+    tuner_of(model).calibrate([{"input_ids": Examples(8, seed=9).ids}])
+    if milestone == 0:
+        tuner_of(model).set_step(0, 0)
+    train(model, max_steps=4, dataset=Columns(*columns), remove_unused_columns=False)
+    warned = [message for message in caplog.messages if "soft mask" in message]
+    assert len(warned) == (kind is not None)
+    if kind is not None:
+        assert f"Training from {kind}" in warned[0] and "until step 2" in warned[0] and "fine-tuning first" in warned[0]
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_second_gpu_in_the_same_process_is_refused(tmp_path: Path, quantised: bool) -> None:
+    """transformers would take it unasked, by nn.DataParallel; quantised models it leaves alone."""
+    args = TrainingArguments(**arguments(tmp_path))
+    args._n_gpu = 2
+    model = llama(rotation="none")
+    model.base_model.model.is_loaded_in_4bit = quantised
+    make = lambda: Trainer(model=model, args=args, train_dataset=Examples(4), callbacks=[PatCallback()])  # noqa: E731
+    if quantised:
+        make()
+        return
+    with pytest.raises(PatError, match=r"2 GPUs in one process.*nn\.DataParallel.*CUDA_VISIBLE_DEVICES=0.*torchrun"):
+        make()
 
 
 # -- misuse ------------------------------------------------------------------------------------------------------------

@@ -12,17 +12,23 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny_models import PAD_ID, batch, build
-from tiny_training import attach, logits, tuner_of
+from tiny_training import attach, largest_difference, logits, tuner_of
 from torch import Tensor, distributed
 
 from pat.errors import PatError
 from pat.families import get_family
+from pat.surgery.residual import map_residual_stream
 from pat.tuner.calibration import DEFAULT_TOKENS_PER_CHANNEL, StreamStatistics
 
 HIDDEN, KEPT = 48, 36
 
 FLOAT32 = 1e-5
 """Relative: the stream is read in float32."""
+
+
+STREAM = map_residual_stream(
+    get_family("llama"), [n for n, _ in build("llama", tied=False).named_parameters()], tied=False
+)
 
 
 def batches() -> list[dict[str, Tensor]]:
@@ -109,23 +115,39 @@ def test_without_a_rotation_importance_is_energy_times_what_the_readers_make_of_
     )
 
 
+def tokens_counted(inputs: dict[str, Tensor]) -> Tensor:
+    """Return for each token whether it was measured."""
+    statistics = StreamStatistics(build("llama", tied=False), STREAM, full=True)
+    statistics.collect([inputs], 10_000)
+    counted = torch.zeros(inputs["input_ids"].numel(), dtype=torch.bool)
+    counted[statistics._selected] = True
+    assert statistics.num_tokens == int(counted.sum())
+    return counted.view(inputs["input_ids"].shape)
+
+
+def test_real_tokens_are_told_from_padding_by_the_mask_or_by_what_a_row_ends_with() -> None:
+    one = batch(seed=3, batch_size=2)
+    real = one["attention_mask"].bool()
+    assert not real.all()
+    assert torch.equal(tokens_counted(one), real)
+    assert torch.equal(tokens_counted({"input_ids": one["input_ids"]}), real)
+    left = batch(seed=3, batch_size=2, padding_side="left")
+    assert torch.equal(tokens_counted(left), left["attention_mask"].bool())
+    inner = {"input_ids": one["input_ids"].clone()}
+    inner["input_ids"][0, 3] = PAD_ID  # a token like any other in the middle of a text
+    assert tokens_counted(inner)[0].all()
+    # Two packed texts of 9 and 11 tokens, filled up to 24 by a trainer's pad_to_multiple_of.
+    positions = torch.cat([torch.arange(9), torch.arange(11), torch.zeros(4, dtype=torch.long)]).unsqueeze(0)
+    packed = {"input_ids": one["input_ids"][:1], "position_ids": positions}
+    assert tokens_counted(packed).tolist() == [[True] * 20 + [False] * 4]
+
+
 def test_padding_does_not_count() -> None:
     one = batch(seed=3, batch_size=2)
     garbled = {name: tensor.clone() for name, tensor in one.items()}
     garbled["input_ids"][garbled["attention_mask"] == 0] = 77
-    bases = []
-    for inputs in (one, garbled):
-        model = attach(build("llama", tied=False), rotation="pca")
-        bases.append(tuner_of(model).calibrate([inputs]).basis)
-    assert torch.equal(*bases)
-    assert (one["input_ids"] == PAD_ID).any()
-
-
-def test_a_missing_attention_mask_means_no_padding() -> None:
-    one = {"input_ids": batch(seed=3, batch_size=1)["input_ids"]}
-    with_mask = one | {"attention_mask": torch.ones_like(one["input_ids"])}
     first, second = (tuner_of(attach(build("llama", tied=False), rotation="pca")) for _ in range(2))
-    assert torch.equal(first.calibrate([one]).basis, second.calibrate([with_mask]).basis)
+    assert torch.equal(first.calibrate([one]).basis, second.calibrate([garbled]).basis)
 
 
 @pytest.mark.parametrize(("budget", "expected"), [(100, 2), (96, 1), (None, 2)])
@@ -138,33 +160,67 @@ def test_reading_stops_at_the_budget(budget: int | None, expected: int) -> None:
         nonlocal read
         while True:
             read += 1
-            yield {"input_ids": batch(seed=read, batch_size=4)["input_ids"]}
+            yield {"input_ids": torch.randint(4, 128, (4, 24))}
 
-    model = attach(build("llama", tied=False), rotation="pca", calibration_tokens=budget)
-    tuner_of(model).calibrate(endless())
+    order = tuner_of(attach(build("llama", tied=False), rotation="pca", calibration_tokens=budget)).calibrate(endless())
     assert read in (expected, expected + 1)  # whether the batch after the last is fetched is the loop's affair
+    assert order.num_tokens == 96 * expected
 
 
-def test_fewer_tokens_than_channels_are_said(caplog: pytest.LogCaptureFixture) -> None:
-    model = attach(build("llama", tied=True), rotation="pca")
-    tuner_of(model).calibrate(batches())
-    assert not caplog.records
-    inputs = batches()[0]
-    few = {name: values[:1, :3] for name, values in inputs.items()}
-    tuner_of(model).calibrate([few])
-    assert "stands on 3 tokens" in caplog.text and "calibration_tokens asks for" in caplog.text
+@pytest.mark.parametrize(
+    ("family", "what"), [("llama", "rotation of 48 channels"), ("olmo2", "order of importance of 48 channels")]
+)
+def test_a_calibration_on_fewer_tokens_than_channels_is_warned_about(
+    family: str, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def calibrate(length: int) -> None:
+        tuner_of(attach(build(family, tied=False))).calibrate([batch(seed=3, batch_size=1, length=length)])
+
+    calibrate(48)
+    assert not caplog.messages
+    calibrate(47)
+    (message,) = caplog.messages
+    assert f"The {what} stands on 47 calibration tokens" in message
+    assert "calibration_tokens=192" in message and "rotation='none'" in message
+
+
+@pytest.mark.parametrize("tolerance", [0.4, 1.5])
+def test_a_final_norm_with_gains_of_zero_is_calibrated_and_merged_exactly(tolerance: float) -> None:
+    base = build("llama", tied=True)
+    with torch.no_grad():
+        base.model.norm.weight[[3, 17]] = 0.0
+    expected = logits(base)
+    model = attach(base, rotation="pca", gain_tolerance=tolerance)
+    tuner = tuner_of(model)
+    order = tuner.calibrate(batches())
+    assert order.pinned[[3, 17]].all()
+    factor = tuner.mask().head_factor
+    assert factor.isfinite().all() and torch.equal(factor[order.pinned], torch.ones(int(order.pinned.sum())))
+    assert logits(model).isfinite().all() and expected.isfinite().all()
+    tuner.set_step(1, 1)
+    torch.testing.assert_close(logits(model.merge_and_unload()), logits(model), atol=1e-4, rtol=0)
+
+
+def test_gains_of_zero_before_every_reader_leave_an_order_of_importance() -> None:
+    base = build("olmo2", tied=False)
+    with torch.no_grad():
+        base.model.norm.weight.zero_()
+    order = tuner_of(attach(base, rotation="auto")).calibrate(batches())
+    assert order.prior.isfinite().all() and int((order.prior > 0).sum()) == KEPT
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_calibration_leaves_no_trace(training: bool) -> None:
     model = attach(build("llama", tied=False), rotation="pca", lora_dropout=0.1).train(training)
+    model.base_model.model.model.layers[0].train(not training)
+    modes = [module.training for module in model.modules()]
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "pat_mask" not in name}
     hooks = sum(len(module._forward_pre_hooks) for module in model.modules())
     state = torch.get_rng_state()
     tuner_of(model).calibrate(batches())
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(module.training == training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trainable
     assert sum(len(module._forward_pre_hooks) for module in model.modules()) == hooks
     after = model.state_dict()
@@ -259,7 +315,7 @@ def forward_arguments(model: PeftModel, inputs: dict[str, Tensor]) -> dict[str, 
 
 def test_packed_rows_are_told_apart_by_their_position_ids() -> None:
     """transformers does so only where there is no attention mask: none may be invented."""
-    ids = batch(seed=3, batch_size=4)["input_ids"].flatten().unsqueeze(0)
+    ids = batch(seed=3, batch_size=4)["input_ids"].clamp_min(4).flatten().unsqueeze(0)  # no padding
     length = ids.shape[1] // 4
     packed = {"input_ids": ids, "position_ids": torch.arange(length).repeat(4).unsqueeze(0)}
     rows = {"input_ids": ids.view(4, length)}
@@ -271,14 +327,6 @@ def test_packed_rows_are_told_apart_by_their_position_ids() -> None:
         mask = tuner_of(model).mask()
         moments.append(mask.basis @ torch.diag(mask.prior) @ mask.basis.mT)
     torch.testing.assert_close(*moments, atol=1e-3, rtol=0)
-
-
-def test_every_submodule_s_mode_is_as_before() -> None:
-    model = attach(build("llama", tied=False), rotation="pca").train()
-    model.base_model.model.model.layers[0].eval()
-    modes = [module.training for module in model.modules()]
-    tuner_of(model).calibrate(batches())
-    assert [module.training for module in model.modules()] == modes
 
 
 def test_sites_on_other_devices_are_added_on_the_first_one_s() -> None:
@@ -319,3 +367,17 @@ def test_all_processes_of_a_distributed_run_get_the_first_one_s_calibration(tmp_
     alone = tuner_of(attach(build("llama", tied=True), rotation="pca"))
     alone.calibrate([batch(seed=0, batch_size=4)] * 4)
     torch.testing.assert_close(first[2], alone.mask().basis)
+
+
+@pytest.mark.parametrize("rotation", ["auto", "none"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_gains_of_zero_are_no_obstacle(tied: bool, rotation: str) -> None:
+    """Some channels of the final norm, and a branch that reads nothing: finite when calibrated, exact when merged."""
+    base = build("llama", tied=tied)
+    with torch.no_grad():
+        base.model.norm.weight[[3, 7, 20]] = 0.0
+        base.model.layers[1].input_layernorm.weight.zero_()
+    model = attach(base, rotation=rotation)
+    tuner_of(model).calibrate([batch()])
+    tuner_of(model).set_step(1, 1)
+    assert largest_difference(logits(model), logits(model.merge_and_unload())) < 2e-5

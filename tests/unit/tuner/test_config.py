@@ -1,5 +1,6 @@
 """The configuration: its fields, what it refuses, and that it survives JSON and pickle."""
 
+import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -18,8 +19,14 @@ def test_it_is_a_lora_config_with_fields_of_its_own() -> None:
     assert isinstance(config, LoraConfig)
     assert (config.r, config.lora_alpha, config.use_dora, config.use_rslora) == (20, 40, True, True)
     assert config.pruning_ratio == 0.25 and config.pruned_hidden_size is None
-    assert config.milestone == 1 / 3 and config.mask == "trainable" and config.rotation == "auto"
+    assert (
+        config.milestone == 0.02
+        and config.operator_lr_multiplier == 30
+        and config.mask == "trainable"
+        and config.rotation == "auto"
+    )
     assert PatConfig(pruned_hidden_size=36).pruning_ratio is None
+    assert dataclasses.replace(config, pruned_hidden_size=36).pruning_ratio is None  # nobody asked for the default
 
 
 @pytest.mark.parametrize(

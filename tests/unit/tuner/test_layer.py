@@ -9,7 +9,7 @@ from tiny_models import build
 from tiny_training import attach, logits, pat_config, tuner_of
 from torch import nn
 
-from pat.method.mask import UnifiedMask
+from pat.method.basis import UnifiedMask
 from pat.method.operator import DenseOperator, LowRankOperator
 from pat.tuner.layer import HsmLayer, MaskLayer
 
@@ -42,7 +42,7 @@ def test_the_hook_applies_operator_and_then_mask() -> None:
     x = torch.randn(2, HIDDEN)
     y = nn.functional.linear(x, site.weight, site.bias)
     operator = layer.operator("default")
-    expected = mask.gate() * (y + (operator.up @ torch.diag(operator.scale) @ operator.down @ y.mT).mT)
+    expected = mask.values() * (y + (operator.up @ torch.diag(operator.scale) @ operator.down @ y.mT).mT)
     torch.testing.assert_close(site(x), expected)
 
 

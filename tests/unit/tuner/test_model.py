@@ -67,6 +67,20 @@ def test_one_mask_serves_all_writers() -> None:
     assert masks == ["base_model.model.model.pat_mask.masks.default.weight"]
 
 
+def test_the_multipliers_reach_mask_and_operators() -> None:
+    """One step of Adam moves what is multiplied that many times further than the learning rate."""
+    fields = {"rotation": "none", "mask_lr_multiplier": 3.0, "operator_lr_multiplier": 7.0}
+    model = attach(build("llama", tied=True), **fields).train()
+    tuner, rate = tuner_of(model), 1e-4
+    tuner.set_step(0, 4)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
+    model(**batch(), labels=batch()["input_ids"]).loss.backward()
+    optimizer.step()
+    assert tuner.mask().proxy_weights().abs().median().item() == pytest.approx(3 * rate, rel=1e-2)
+    for site, operator in tuner.operators().items():
+        assert operator.v().abs().median().item() == pytest.approx(7 * rate, rel=1e-2), site
+
+
 def test_the_tuner_is_found_and_its_methods_reached_through_the_peft_model() -> None:
     model = attach(build("llama", tied=True))
     assert find_tuner(model) is model.base_model is find_tuner(nn.Sequential(model))
@@ -106,8 +120,7 @@ def hard_model_in(dtype: torch.dtype, rotation: str) -> PeftModel:
 # -- regularisers ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank", [6, "dense"])
-@pytest.mark.parametrize("family", FAMILY_SAMPLE)
+@pytest.mark.parametrize(("family", "rank"), [("llama", 6), ("mixtral", "dense")])
 def test_the_identity_loss_is_the_sum_over_every_operator(family: str, rank: Any) -> None:
     model = attach(build(family, tied=True), operator_rank=rank)
     tuner = tuner_of(model)
@@ -140,29 +153,10 @@ def test_the_active_loss_reaches_the_proxy_weights() -> None:
     assert torch.equal(tuner.mask().weight.grad.sign(), -torch.ones(48))
 
 
-def test_regularizer_gradients_are_those_of_finite_differences() -> None:
-    """Through the whole path, in float64: a factor of an operator in the middle of the model."""
-    model = attach(build("llama", tied=True)).double()
-    stir(model)
-    tuner = tuner_of(model)
-    factor = tuner.operators()["model.layers.1.mlp.down_proj"].down
-    tuner.regularizers()["identity"].backward()
-    for index in ((0, 0), (3, 17), (5, 47)):
-        values = []
-        for step in (1e-6, -1e-6):
-            with torch.no_grad():
-                factor[index] += step
-            values.append(tuner.regularizers()["identity"].item())
-            with torch.no_grad():
-                factor[index] -= step
-        assert factor.grad[index].item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-5)
-
-
 # -- the whole model's gradient ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rotation", ["none", "pca"])
-@pytest.mark.parametrize("step", [0, 7, 19])
+@pytest.mark.parametrize(("rotation", "step"), [("none", 7), ("pca", 0), ("pca", 19)])
 def test_task_gradients_of_mask_and_operators_by_finite_differences(rotation: str, step: int) -> None:
     """float64 throughout, at the largest entry of every factor at both ends of the stream and in its middle."""
     model = attach(build("llama", tied=True), rotation=rotation).double().train()
@@ -200,7 +194,7 @@ def test_task_gradients_of_mask_and_operators_by_finite_differences(rotation: st
 # -- the base, and switching -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILY_SAMPLE)
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_a_second_adapter_leaves_the_first_as_it_was(family: str) -> None:
     """TRL's DPOTrainer adds one named "ref" to a ready PeftModel."""
     model = hard_model(family)
@@ -294,9 +288,10 @@ def pickled(model: PeftModel) -> PeftModel:
     return pickle.loads(pickle.dumps(model))
 
 
-@pytest.mark.parametrize("copied", [deep_copied, pickled])
-@pytest.mark.parametrize("rotation", ["none", "pca"])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("copied", "rotation", "tied"),
+    [(deep_copied, "none", False), (deep_copied, "pca", True), (pickled, "none", True), (pickled, "pca", False)],
+)
 def test_a_copy_is_equal_and_independent(copied: Any, rotation: str, tied: bool) -> None:
     model = hard_model(tied=tied, rotation=rotation)
     expected = logits(model)
@@ -358,7 +353,7 @@ def test_generation_config_and_progress_bar() -> None:
 # -- generation and compilation ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=FAMILY_SAMPLE)
+@pytest.fixture(params=["gemma3_text", "mixtral"])
 def hard(request: pytest.FixtureRequest) -> Iterator[PeftModel]:
     yield hard_model(request.param)
 

@@ -1,7 +1,10 @@
 """What is refused before anything is attached, and what an adapter's open questions are answered with."""
 
+import copy
 import dataclasses
 import json
+import pickle
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from pat.errors import PatError
+from pat.tuner import PatConfig
 
 
 def refused(base: nn.Module, message: str, **fields: Any) -> None:
@@ -106,39 +110,124 @@ def test_an_operator_rank_outside_the_width_is_refused(rank: int) -> None:
     refused(build("llama", tied=True), f"operator_rank={rank}", operator_rank=rank)
 
 
-def test_the_chosen_width_is_recorded_beside_what_was_asked_for() -> None:
-    config = attach(build("llama", tied=True), rotation="none").peft_config["default"]
-    assert (config.pruning_ratio, config.pruned_hidden_size) == (0.25, None)
-    assert config.resolved_width["hidden_size"] == 36
+# -- a configuration that was used -------------------------------------------------------------------------------------
 
 
-def test_a_loaded_adapter_keeps_its_width_whatever_the_rule_is_now(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_user_s_configuration_is_left_as_it_was_and_the_adapter_keeps_a_copy() -> None:
+    base = build("llama", tied=True)
+    fields = {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}
+    config = pat_config(rotation="auto", **fields)
+    before = copy.deepcopy(config)
+    model = get_peft_model(base, config)
+    assert config == before  # peft's own record of the base's name is the same empty one
+    kept = model.peft_config["default"]
+    assert kept.resolved_width == {"hidden_size": 36} and kept.resolved_rotation == "pca"
+    assert kept.base_shape["hidden_size"] == 48 and kept.is_resolved and not config.is_resolved
+    attention = {f"{name}_proj" for name in "qkvo"}
+    assert set(kept.target_modules) == attention | {"gate_proj", "up_proj", "down_proj"}
+
+
+def test_one_configuration_serves_models_of_other_sizes_families_and_precisions() -> None:
+    config = pat_config(rotation="auto")
+    rotations, widths = [], []
+    for family, fields in (
+        ("llama", {}),
+        ("gemma3_text", {"hidden_size": 96}),
+        ("mixtral", {"dtype": torch.bfloat16}),
+        ("phi3", {}),
+    ):
+        model = get_peft_model(build(family, tied=True, **fields), config)
+        assert logits(model).isfinite().all()
+        rotations.append(model.peft_config["default"].resolved_rotation)
+        widths.append(tuner_of(model).mask().pruned_hidden_size)
+    assert rotations == ["pca", "none", "pca", "pca"] and widths == [36, 72, 36, 36]
+
+
+def used(how: str, **fields: Any) -> PatConfig:
+    """A configuration after its use: the user's own, the one the adapter keeps, or what a file of it holds."""
+    config = pat_config(**fields)
+    model = get_peft_model(build("llama", tied=True), config)
+    kept = model.peft_config["default"]
+    if how == "file":
+        with tempfile.TemporaryDirectory() as folder:
+            kept.save_pretrained(folder)
+            return PatConfig.from_pretrained(folder, inference_mode=False)
+    made: dict[str, PatConfig] = {
+        "user's": config,
+        "kept": kept,
+        "pickle": pickle.loads(pickle.dumps(kept)),
+        "copy": copy.copy(kept),
+        "dict": PatConfig(**{name: value for name, value in kept.to_dict().items() if name != "peft_type"}),
+    }
+    return made[how]
+
+
+CHANGES: list[tuple[dict[str, Any], dict[str, Any], tuple[int, str]]] = [
+    ({"rotation": "auto"}, {"rotation": "none"}, (36, "none")),
+    ({"rotation": "none"}, {"rotation": "pca"}, (36, "pca")),
+    ({"rotation": "none"}, {"pruning_ratio": 0.5}, (24, "none")),
+    ({"rotation": "none"}, {"pruned_hidden_size": 24}, (24, "none")),
+    ({"rotation": "auto"}, {"gain_tolerance": 0.0}, (36, "none")),
+    ({"rotation": "auto", "gain_tolerance": 0.0}, {"untie_word_embeddings": True}, (36, "pca")),
+    ({"rotation": "auto"}, {"modules_to_save": ["norm"]}, (36, "none")),
+    ({"rotation": "auto"}, {"r": 2}, (36, "pca")),
+]
+PAIRS = [
+    *((*change, how) for change in CHANGES for how in ("user's", "kept")),
+    *((*change, how) for change in CHANGES[:2] for how in ("file", "pickle", "copy", "dict")),
+]
+
+
+@pytest.mark.parametrize(("fields", "change", "expected", "how"), PAIRS, ids=str)
+def test_a_changed_option_is_resolved_anew(
+    fields: dict[str, Any], change: dict[str, Any], expected: tuple[int, str], how: str
 ) -> None:
-    model = attach(build("llama", tied=True), rotation="none", pruning_ratio=0.4)
+    config = used(how, **fields)
+    for changed in (dataclasses.replace(config, **change), set_attributes(copy.deepcopy(config), **change)):
+        model = get_peft_model(build("llama", tied=True), changed)
+        kept, mask = model.peft_config["default"], tuner_of(model).mask()
+        assert (mask.pruned_hidden_size, kept.resolved_rotation) == expected
+        assert (mask.basis is not None) == (expected[1] == "pca")
+
+
+def set_attributes(config: PatConfig, **change: Any) -> PatConfig:
+    if "pruned_hidden_size" in change:
+        change = change | {"pruning_ratio": None}
+    for name, value in change.items():
+        setattr(config, name, value)
+    return config
+
+
+@pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}], ids=str)
+def test_a_loaded_adapter_keeps_its_width_and_rotation_whatever_the_rules_are_now(
+    fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = attach(build("llama", tied=True), rotation="auto", pruning_ratio=0.4, **fields)
     expected = tuner_of(model).mask().pruned_hidden_size
     model.save_pretrained(tmp_path)
     monkeypatch.setattr("pat.shape.ALIGNMENT_SLACK", 0.5)
-    other = attach(build("llama", tied=True), rotation="none", pruning_ratio=0.4)
-    assert tuner_of(other).mask().pruned_hidden_size != expected  # the rule has changed
-    loaded = PeftModel.from_pretrained(build("llama", tied=True), tmp_path)
-    assert tuner_of(loaded).mask().pruned_hidden_size == expected
+    monkeypatch.setattr("pat.tuner.prepare.gain_block", lambda gain, tolerance: torch.zeros_like(gain).bool())
+    other = attach(build("llama", tied=True), rotation="auto", pruning_ratio=0.4)
+    mask = tuner_of(other).mask()
+    assert mask.pruned_hidden_size != expected and mask.basis is None  # the rules have changed
+    mask = tuner_of(PeftModel.from_pretrained(build("llama", tied=True), tmp_path)).mask()
+    assert mask.pruned_hidden_size == expected and mask.basis is not None
 
 
-def test_an_adapter_without_a_record_of_its_width_chooses_it_as_before(tmp_path: Path) -> None:
-    attach(build("llama", tied=True), rotation="none").save_pretrained(tmp_path)
+def test_an_adapter_of_an_older_version_is_resolved_by_its_own_options(tmp_path: Path) -> None:
+    model = attach(build("llama", tied=True), rotation="auto")
+    model.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
-    del stored["resolved_width"]
+    del stored["resolved_from"]
+    asked = {name: stored[name] for name in ("pruning_ratio", "pruned_hidden_size", "multiple_of")}
+    stored["resolved_width"] = {"hidden_size": 36, "base_hidden_size": 48, **asked}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(stored))
+    loaded = PatConfig.from_pretrained(tmp_path)
+    assert loaded.is_resolved and not dataclasses.replace(loaded, rotation="none").is_resolved
+    assert torch.equal(logits(PeftModel.from_pretrained(build("llama", tied=True), tmp_path)), logits(model))
+    del stored["resolved_width"]  # older still
     (tmp_path / "adapter_config.json").write_text(json.dumps(stored))
     assert tuner_of(PeftModel.from_pretrained(build("llama", tied=True), tmp_path)).mask().pruned_hidden_size == 36
-
-
-@pytest.mark.parametrize("change", [{"pruning_ratio": 0.5}, {"pruning_ratio": None, "pruned_hidden_size": 24}])
-def test_a_configuration_changed_after_its_first_use_gets_another_width(change: dict[str, Any]) -> None:
-    config = pat_config(rotation="none")
-    get_peft_model(build("llama", tied=True), config)
-    model = get_peft_model(build("llama", tied=True), dataclasses.replace(config, **change))
-    assert tuner_of(model).mask().pruned_hidden_size == 24
 
 
 # -- the ends of the stream --------------------------------------------------------------------------------------------
@@ -217,14 +306,6 @@ def test_an_adapter_of_another_base_says_what_differs(other: dict[str, Any], mes
     with pytest.raises(PatError, match=f"does not fit.*{message}"):
         PeftModel.from_pretrained(build(family, tied=True, **other), tmp_path)
     other["family"] = family
-
-
-def test_a_configuration_can_be_used_for_several_models() -> None:
-    """A sweep attaches one configuration to one model after the other."""
-    config = pat_config(rotation="none")
-    get_peft_model(build("llama", tied=True), config)
-    model = get_peft_model(build("llama", tied=True, seed=1), config)
-    assert logits(model).isfinite().all()
 
 
 # -- targets -----------------------------------------------------------------------------------------------------------

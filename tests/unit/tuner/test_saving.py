@@ -147,8 +147,11 @@ def test_a_new_process_computes_the_same_bits(
     assert torch.equal(new_process[variant.name], saved[variant.name].logits)
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize(
+    ("variant", "low_cpu_mem_usage"),
+    [*((variant, True) for variant in VARIANTS), *((variant, False) for variant in VARIANTS[:3])],
+    ids=str,
+)
 def test_loading_restores_everything(variant: Variant, saved: dict[str, Saved], low_cpu_mem_usage: bool) -> None:
     original = saved[variant.name]
     model = load(original, low_cpu_mem_usage=low_cpu_mem_usage).eval()
@@ -165,7 +168,7 @@ def test_loading_restores_everything(variant: Variant, saved: dict[str, Saved], 
         assert largest_difference(logits(model.merge_and_unload()), original.logits) <= 1e-4
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.stop == 3][-3:], ids=str)
 def test_the_folder_is_peft_s_own(variant: Variant, saved: dict[str, Saved]) -> None:
     adapter = saved[variant.name].adapter
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {file.name for file in adapter.iterdir()}

@@ -1,0 +1,135 @@
+"""What `pat evaluate` can be asked for, and what is wrong with it if it cannot be done."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pat.errors import PatError
+from pat.questions import resolve_tasks
+
+PROTOCOLS = ("letter", "likelihood")
+
+BATCH_SIZE = 8
+"""The harness holds the logits of a whole batch twice: more rows take gigabytes where the vocabulary is large."""
+
+RESULTS, COMMAND = "results.json", "evaluate"
+
+ANSWERS = "answers-"
+"""Begins the names of the files in which the answers to tasks are kept."""
+
+
+@dataclass
+class EvaluateOptions:
+    """One evaluation of one model."""
+
+    model: str = field(metadata={"help": "Model folder or hub id, or the folder of a PAT adapter."})
+    text_file: Path | None = field(default=None, metadata={"help": "Plain text whose perplexity is measured."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Instruction data; the mean NLL of its responses is measured."}
+    )
+    template: str = field(
+        default="auto", metadata={"help": "Prompt template of the instruction data: auto, chat or alpaca."}
+    )
+    max_length: int = field(
+        default=512, metadata={"help": "Longest context in tokens, of the text and of the instruction data."}
+    )
+    limit: int | None = field(
+        default=None,
+        metadata={
+            "help": "Largest number of rows of the data, of thousands of tokens of the text, and of questions of each "
+            "task. Rows and questions are taken evenly spaced, while `lm_eval --limit` takes the first ones."
+        },
+    )
+    tasks: list[str] | None = field(
+        default=None, metadata={"help": "Tasks whose accuracy is measured: their names, or 'paper' for its 14."}
+    )
+    data_dir: Path | None = field(
+        default=None, metadata={"help": "Folder with a <task>.jsonl for each task; without it they come from the hub."}
+    )
+    protocol: list[str] = field(
+        default_factory=lambda: list(PROTOCOLS),
+        metadata={"help": "How tasks are asked: by letter, by likelihood, or both.", "choices": PROTOCOLS},
+    )
+    batch_size: int = field(default=BATCH_SIZE, metadata={"help": "Number of rows in a forward pass."})
+    log_samples: bool = field(
+        default=False, metadata={"help": "Keep the answer to every question of the tasks in --output_dir."}
+    )
+    output_dir: Path | None = field(
+        default=None,
+        metadata={"help": "Folder for the figures; answers to tasks are kept there and not asked for again."},
+    )
+    output: Path | None = field(default=None, metadata={"help": "JSON file that the figures are also written to."})
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be done, before anything is loaded or written.
+
+        Raises:
+            PatError: there is nothing to evaluate on, options do not fit together, or the output cannot be written.
+        """
+        for name in ("output", "output_dir"):
+            value = getattr(self, name)
+            setattr(self, name, value if value is None else value.expanduser())
+        if self.text_file is None and self.dataset_name is None and self.tasks is None:
+            raise PatError(
+                "Got nothing to evaluate on; give --text_file (plain text), --dataset_name (instruction data) or "
+                "--tasks."
+            )
+        for name in ("max_length", "limit", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise PatError(f"Got {name}={value}; expected a whole number above 0.")
+        wrong = [name for name in self.protocol if name not in PROTOCOLS]
+        if wrong or not self.protocol:
+            raise PatError(
+                f"Got the protocol {', '.join(wrong) or 'none'}; expected {' or '.join(PROTOCOLS)}, or both."
+            )
+        if self.tasks is not None:
+            resolve_tasks(self.tasks)
+        elif self.data_dir is not None or self.log_samples or self.output_dir is not None:
+            raise PatError("Got --data_dir, --log_samples or --output_dir without --tasks; expected --tasks with them.")
+        if self.log_samples and self.output_dir is None:
+            raise PatError("Got --log_samples without --output_dir; expected a folder for the answers.")
+        if self.output is not None:
+            if self.output.is_dir():
+                raise PatError(f"Got output={self.output}, which is a folder; expected the name of a JSON file.")
+            _check_writable(self.output)
+        if self.output_dir is not None:
+            self._check_output_dir(self.output_dir)
+
+    def _check_output_dir(self, folder: Path) -> None:
+        """Refuse a folder that holds anything but what an evaluation of this model, finished or not, has left."""
+        if folder.exists() and not folder.is_dir():
+            raise PatError(f"Got output_dir={folder}, which is a file; expected a folder.")
+        _check_writable(folder / RESULTS)
+        if not folder.is_dir() or not any(folder.iterdir()):
+            return
+        path = folder / RESULTS
+        if not path.exists() and any(folder.glob(f"{ANSWERS}*")):
+            return
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))
+            ours, model = results["command"] == COMMAND, results["model"]
+        except (OSError, ValueError, TypeError, KeyError):
+            ours, model = False, ""
+        if not ours:
+            raise PatError(f"{folder}: holds files, but no evaluation; give an --output_dir of its own, or a new one.")
+        if model != self.model:
+            raise PatError(
+                f"{folder}: holds the evaluation of {model}, not of {self.model}; give another --output_dir."
+            )
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse a file that could not be written in the end; nothing is left behind."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        if path.exists():
+            os.close(os.open(path, os.O_WRONLY))
+        else:
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise PatError(f"{path}: cannot be written ({error.strerror}); give another place.") from error

@@ -1,0 +1,250 @@
+"""Read a model's configuration, and say in one line which field makes it unusable."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+from pat.errors import PatError
+from pat.families import FAMILIES, Family, get_family
+from pat.loading.quantized import quantization_of
+from pat.loading.stored import StoredTensor, stored_tensors
+
+_CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+"""Class names of the causal language models in transformers; older ones have names of their own (GPT2LMHeadModel)."""
+
+_OTHER_SENSES = {"vision_config": "images", "audio_config": "sound"}
+
+_COUNTS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "max_position_embeddings", "moe_intermediate_size", "num_experts", "num_local_experts",
+    "num_experts_per_tok",
+)  # fmt: skip
+"""Fields that have to be positive whole numbers where a model has them."""
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+NO_PADDING = -1
+"""What early Llama checkpoints say where they have no padding token."""
+
+TRAINABLE_QUANTIZATION = "bitsandbytes"
+"""The quantisation that can be trained on here, and dequantised for a merge."""
+
+
+def load_config(name_or_path: str, *, revision: str | None = None) -> tuple[Any, Family]:
+    """Return the configuration of a causal language model and the record of its family.
+
+    Raises:
+        PatError: no such model, not a causal language model, a family without a record, a field that transformers
+            cannot use, or weights on this machine whose shapes are not those of the configuration.
+    """
+    check_exists(name_or_path)
+    _check_folder(name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+    except Exception as error:  # every kind that transformers' own checks, and its code without any, can raise
+        if not Path(name_or_path).expanduser().is_dir() and isinstance(error, OSError | HFValidationError):
+            raise PatError(
+                f"Got the model {name_or_path!r}, but there is no such folder and no such model on the hub that could "
+                f"be reached: {_one_line(error)}"
+            ) from error
+        raise _unusable(name_or_path, error, _fields(name_or_path, revision)) from error
+    _check_kind(name_or_path, config)
+    family = get_family(config.model_type)
+    _check_values(name_or_path, config)
+    try:
+        model = empty_model(config)
+    except Exception as error:
+        raise _unusable(name_or_path, error, _fields(name_or_path, revision)) from error
+    model.config = config
+    _check_weights(name_or_path, model, stored_tensors(name_or_path, revision=revision) or {})
+    return config, family
+
+
+def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Build the unquantised model that a configuration describes on the meta device, where tensors have shapes only."""
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config  # what is built is the model that the quantised weights stand for
+    with torch.device("meta"):
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(plain, dtype=dtype))
+
+
+def check_quantization(config: PretrainedConfig) -> None:
+    """Refuse a checkpoint that is quantised in a way that cannot be trained on and merged here.
+
+    Raises:
+        PatError: it is quantised by another library than bitsandbytes.
+    """
+    quantization = quantization_of(config)
+    if quantization is None:
+        return
+    method = getattr(quantization.get("quant_method"), "value", quantization.get("quant_method"))
+    if method != TRAINABLE_QUANTIZATION:
+        raise PatError(
+            f"Got the model {config.name_or_path!r}, whose weights are quantised by {method}; expected weights of 16 "
+            f"or 32 bits, or {TRAINABLE_QUANTIZATION} in 4 or 8 bits: take the checkpoint it was quantised from."
+        )
+
+
+def check_exists(name_or_path: str) -> None:
+    """Tell a missing folder from a hub id: a path that looks like one never goes to the hub.
+
+    Raises:
+        PatError: there is no such folder.
+    """
+    path = Path(name_or_path).expanduser()
+    looks_local = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
+    if (looks_local and not path.is_dir()) or path.is_file():
+        raise PatError(
+            f"Got the model {name_or_path!r}, but there is no such folder; expected a model folder or a hub id."
+        )
+
+
+def _check_folder(name_or_path: str) -> None:
+    path = Path(name_or_path).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        inner = path / "model"
+        hint = f"pass {inner}" if (inner / "config.json").is_file() else "expected a saved model"
+        raise PatError(f"Got the model folder {name_or_path!r}, which has no config.json; {hint}.")
+
+
+def _check_kind(name: str, config: Any) -> None:
+    """Refuse what is no causal language model of text alone, by the name of its class."""
+    architectures = config.architectures if isinstance(config.architectures, list) else [config.architectures]
+    kind = ", ".join(map(str, filter(None, architectures))) or config.model_type
+    senses = [sense for field, sense in _OTHER_SENSES.items() if getattr(config, field, None) is not None]
+    if senses:
+        inner = getattr(config.get_text_config(), "model_type", "")
+        way_out = (
+            f"its text model, of type {inner!r}, is supported: save it as a model of its own (docs/multimodal.md)"
+            if inner in FAMILIES
+            else f"supported are models of text alone, of the types {', '.join(sorted(FAMILIES))}"
+        )
+        raise PatError(
+            f"Got the model {name!r} of type {kind} (text and {' and '.join(senses)}); expected a causal language "
+            f"model (…ForCausalLM); {way_out}."
+        )
+    named = [str(architecture) for architecture in architectures if architecture]
+    if named and not any(other in _CAUSAL or other.endswith("ForCausalLM") for other in named):
+        raise PatError(f"Got the model {name!r} of type {kind}; expected a causal language model (…ForCausalLM).")
+
+
+def _check_values(name: str, config: Any) -> None:
+    """Check what transformers takes without a word, or reports without naming the field."""
+
+    def refuse(field: str, expected: str) -> PatError:
+        value = getattr(config, field)
+        return PatError(f"The configuration of the model {name!r} is not usable: {field}={value!r}; {expected}.")
+
+    for field in _COUNTS:
+        if not _is_count(getattr(config, field, None)):
+            raise refuse(field, "expected a positive whole number")
+    num_heads, num_kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if num_kv_heads is not None and num_heads % num_kv_heads:
+        raise refuse("num_key_value_heads", f"expected a divisor of num_attention_heads={num_heads}")
+    if config.dtype is not None and config.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise refuse("dtype", "expected float32, bfloat16 or float16")
+    for field in TOKEN_IDS:
+        given = getattr(config, field, None)
+        for token_id in given if isinstance(given, list) else [given]:
+            if token_id is None or (field == "pad_token_id" and token_id == NO_PADDING):
+                continue
+            if not 0 <= token_id < config.vocab_size:
+                raise refuse(field, f"expected a token below vocab_size={config.vocab_size}")
+    quantization = getattr(config, "quantization_config", None)
+    if isinstance(quantization, dict) and not any(
+        key.startswith(str(quantization.get("quant_method"))) for key in AUTO_QUANTIZATION_CONFIG_MAPPING
+    ):
+        raise refuse("quantization_config", "expected a quant_method that transformers knows")
+
+
+def _check_weights(name: str, model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> None:
+    """Hold the weights on this machine against the configuration: their shapes, and whether they are plain numbers."""
+    quantised = quantization_of(model.config) is not None
+    parameters = [(name, parameter) for name, parameter in model.named_parameters() if name in stored]
+    plain = [stored[name].dtype is not None for name, _ in parameters]
+    if quantised and plain and all(plain):
+        raise PatError(
+            f"The configuration of the model {name!r} is not usable: it has a quantization_config, but the weights are "
+            "not quantised; take it out of config.json (and quantise while loading, by --load_in_4bit)."
+        )
+    for parameter_name, parameter in () if quantised else parameters:
+        found = stored[parameter_name]
+        if found.dtype is None:
+            raise PatError(
+                f"The weights of the model {name!r}, such as {parameter_name}, are not plain numbers of 16 bits or "
+                "more, and its configuration does not say how they are quantised; take the checkpoint it was made from."
+            )
+        if found.shape != tuple(parameter.shape):
+            sizes = set(parameter.shape) - set(found.shape)
+            said = [field for field in _COUNTS if getattr(model.config, field, None) in sizes]
+            values = ", ".join(f"{field}={getattr(model.config, field)}" for field in said)
+            raise PatError(
+                f"The weights of the model {name!r} do not fit its configuration: {parameter_name} has the shape "
+                f"{found.shape}, expected {tuple(parameter.shape)}{' by ' + values if values else ''}."
+            )
+
+
+def _fields(name: str, revision: str | None) -> Any:
+    """Return the content of `config.json`, None if it cannot be read."""
+    try:
+        return PretrainedConfig.get_config_dict(name, revision=revision)[0]
+    except Exception:
+        return None
+
+
+def _unusable(name: str, error: Exception, fields: Any) -> PatError:
+    """Return the error for a configuration that transformers cannot use, naming the field if it can be found."""
+    detail = _one_line(error)
+    if isinstance(fields, dict):
+        culprit = next((key for key in _COUNTS if not _is_count(fields.get(key))), None) or next(
+            (key for key in fields if key != "model_type" and _can_be_built(_without(fields, key))), None
+        )
+        words = detail.lower()
+        named = [
+            key
+            for key in fields
+            if key in words or key.replace("num_", "number of ").replace("_", " ") in words or key == culprit
+        ]
+        values = [f"{key}={fields[key]!r}" for key in named if f"value: {fields[key]!r}" not in detail]
+        detail = f"{', '.join(values)} ({detail})" if values else detail
+    return PatError(f"The configuration of the model {name!r} is not usable: {detail}; correct its config.json.")
+
+
+def _is_count(value: Any) -> bool:
+    """Tell whether a value is a positive whole number, or not there."""
+    return value is None or (isinstance(value, int) and value > 0)
+
+
+def _without(fields: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {other: value for other, value in fields.items() if other != key}
+
+
+def _can_be_built(fields: Mapping[str, Any]) -> bool:
+    """Tell whether transformers can build a model from the fields of a configuration."""
+    try:
+        empty_model(CONFIG_MAPPING[fields["model_type"]].from_dict(dict(fields)))
+    except Exception:
+        return False
+    return True
+
+
+def _one_line(error: BaseException) -> str:
+    """Return what an error says last, since checks of dataclasses say first which of them failed."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    strict = type(error).__name__.startswith("StrictDataclass")
+    line = (lines[-1].partition(": ")[2] if strict else lines[0]) if lines else ""
+    return (
+        line.rstrip(".")
+        if line and not isinstance(error, KeyError | AssertionError)
+        else f"{type(error).__name__}: {line}"
+    )

@@ -1,0 +1,96 @@
+"""The tensors in a model's safetensors files, as their headers describe them; none is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from pat.errors import PatError
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Names of dtypes in a safetensors header; those of weights that can be folded."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a checkpoint."""
+
+    file: Path
+    dtype: torch.dtype | None
+    """None for one that is no floating-point number of 16 bits or more."""
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return torch.Size(self.shape).numel()
+
+
+def stored_tensors(
+    name_or_path: str, *, revision: str | None = None, download: bool = False
+) -> dict[str, StoredTensor] | None:
+    """Return the tensors in the safetensors files of a model folder or hub id by name, None if it has no such file.
+
+    Args:
+        name_or_path: the model.
+        revision: of a hub id.
+        download: fetch the files of a hub id that are not on this machine.
+
+    Raises:
+        PatError: there are such files, but they cannot be read.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in sorted(set(_files(name_or_path, revision, download))):
+        try:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    entry = opened.get_slice(name)
+                    tensors[name] = StoredTensor(file, DTYPES.get(entry.get_dtype()), tuple(entry.get_shape()))
+        except (OSError, SafetensorError) as error:
+            raise unreadable(name_or_path, file, error) from error
+    return tensors or None
+
+
+def dtype_of(tensors: dict[str, StoredTensor]) -> torch.dtype | None:
+    """Return the dtype that most weights are stored in, None if none is a floating-point number of 16 bits or more."""
+    sizes: Counter[torch.dtype] = Counter()
+    for name, tensor in tensors.items():
+        if tensor.dtype is not None and ".weight." not in name:  # those belong to a quantised weight
+            sizes[tensor.dtype] += tensor.numel
+    return sizes.most_common(1)[0][0] if sizes else None
+
+
+def unreadable(name_or_path: str, file: Path, error: Exception) -> PatError:
+    """Return the error for a weight file that cannot be read."""
+    detail = " ".join(str(error).split())
+    return PatError(f"Could not load the model {name_or_path!r}: {file.name} is not readable ({detail}).")
+
+
+def _files(name_or_path: str, revision: str | None, download: bool) -> list[Path]:
+    options: dict[str, Any] = {
+        "revision": revision,
+        "local_files_only": not download,
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    try:
+        single = cached_file(name_or_path, SAFE_WEIGHTS_NAME, **options)
+        if single is not None:
+            return [Path(single)]
+        index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, **options)
+        if index is None:
+            return []
+        files, _ = get_checkpoint_shard_files(name_or_path, index, revision=revision, local_files_only=not download)
+    except (OSError, ValueError, KeyError) as error:
+        if not download and not Path(name_or_path).expanduser().is_dir():
+            return []  # a model of the hub, of which not all is here
+        detail = str(error).strip().split("\n")[0]
+        raise PatError(f"Could not load the model {name_or_path!r}: {detail}") from error
+    return [Path(file) for file in files]

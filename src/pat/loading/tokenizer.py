@@ -1,0 +1,175 @@
+"""Load a tokenizer, and keep what a run says of its tokens together with the weights it belongs to."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from huggingface_hub.errors import HFValidationError
+from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+
+from pat.errors import PatError
+from pat.loading.config import NO_PADDING, TOKEN_IDS, check_exists
+
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+_SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+def load_tokenizer(
+    name_or_path: str, *, revision: str | None = None, config: PretrainedConfig | None = None
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer beside a model, made to pad if it has no padding token (see `padded`).
+
+    Args:
+        name_or_path: a folder or hub id.
+        revision: of a hub id.
+        config: of the model, to hold the tokenizer's special tokens against.
+
+    Raises:
+        PatError: there is no tokenizer, or see `check_special_ids`.
+    """
+    tokenizer = load_plain_tokenizer(name_or_path, revision=revision)
+    if config is not None:
+        check_special_ids(tokenizer, config.vocab_size)
+    return padded(tokenizer, config)
+
+
+def load_plain_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer beside a model as it is.
+
+    Raises:
+        PatError: there is no tokenizer.
+    """
+    check_exists(name_or_path)
+    try:
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name_or_path, revision=revision))
+    except (OSError, ValueError, HFValidationError) as error:
+        detail = str(error).strip().split("\n")[0]
+        raise PatError(
+            f"Could not load a tokenizer from {name_or_path!r}: {detail}; expected it beside the model."
+        ) from error
+
+
+def padded(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None = None) -> PreTrainedTokenizerBase:
+    """Return a tokenizer that can pad: the same one if it has a padding token, or else a copy to which one is given.
+
+    Padding is masked, so any token will do: the one the model's configuration names, or the end-of-sequence token, or
+    the first there is. A copy, because what is written beside a model is the tokenizer as it was.
+    """
+    if tokenizer.pad_token is not None:
+        return tokenizer
+    twin = copy.deepcopy(tokenizer)
+    named = getattr(config, "pad_token_id", None)
+    from_config = None if named in (None, NO_PADDING) else twin.convert_ids_to_tokens(named)
+    twin.pad_token = from_config or twin.eos_token or twin.bos_token or twin.unk_token or twin.convert_ids_to_tokens(0)
+    return twin
+
+
+def check_special_ids(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None:
+    """Hold a tokenizer's special tokens against the number of rows of the model's embedding.
+
+    Raises:
+        PatError: one of them has no row.
+    """
+    for name in _SPECIAL:
+        token_id = getattr(tokenizer, f"{name}_id")
+        if token_id is not None and token_id >= num_rows:
+            raise PatError(
+                f"The tokenizer knows {len(tokenizer)} tokens, the model {num_rows}: its {name} "
+                f"{getattr(tokenizer, name)!r} is token {token_id}; resize the model's embedding (and save the model), "
+                "or use the tokenizer that belongs to it."
+            )
+
+
+@dataclass(frozen=True)
+class TokenSetup:
+    """What is written beside the weights of a run: its tokenizer, its generation config, and its special tokens."""
+
+    tokenizer: PreTrainedTokenizerBase
+    """As it is to be written: with the run's special tokens and template, and padding as the base has it."""
+    generation_config: GenerationConfig
+    token_ids: dict[str, Any]
+    """Special token ids of `config.json`."""
+
+    @classmethod
+    def of(
+        cls,
+        config: PretrainedConfig,
+        generation_config: GenerationConfig | None,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        base_tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> TokenSetup:
+        """Put a run's tokenizer beside what the base says of its tokens; none of the arguments is changed.
+
+        The end-of-sequence and beginning-of-sequence tokens become the tokenizer's, as transformers' trainer has it;
+        further tokens that end a text are kept. The padding token stays the base's, unless the run has given the
+        tokenizer another one.
+
+        Args:
+            config: of the base.
+            generation_config: of the base; None for what its configuration says.
+            tokenizer: of the run.
+            base_tokenizer: as the base has it; None takes the run's for the base's own.
+        """
+        ids = {name: copy.deepcopy(getattr(config, name, None)) for name in TOKEN_IDS}
+        generation = savable_generation_config(generation_config or GenerationConfig.from_model_config(config))
+        ids["eos_token_id"] = _with_first(tokenizer.eos_token_id, ids["eos_token_id"])
+        ids["bos_token_id"] = ids["bos_token_id"] if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        repadded = base_tokenizer is not None and tokenizer.pad_token != base_tokenizer.pad_token
+        if repadded:
+            ids["pad_token_id"] = tokenizer.pad_token_id
+            generation.pad_token_id = tokenizer.pad_token_id
+        known = generation.eos_token_id
+        listed = [known] if isinstance(known, int) and known != tokenizer.eos_token_id else known
+        generation.eos_token_id = _with_first(tokenizer.eos_token_id, listed)
+        generation.bos_token_id = ids["bos_token_id"]
+        return cls(tokenizer, generation, ids)
+
+    def describe(self, config: PretrainedConfig) -> None:
+        """Set the special tokens of a configuration that is about to be written."""
+        for name, value in self.token_ids.items():
+            setattr(config, name, value)
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer and generation config."""
+        save_tokenizer(self.tokenizer, folder)
+        self.generation_config.save_pretrained(folder)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer in words that transformers 4 understands as well; transformers 5 reads them alike."""
+    tokenizer.save_pretrained(folder)
+    path = folder / TOKENIZER_CONFIG_FILE
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    if fields.get("tokenizer_class") == "TokenizersBackend":
+        fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(fields.get("extra_special_tokens"), list):
+        fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _with_first(token_id: int | None, known: int | list[int] | None) -> int | list[int] | None:
+    """Return end-of-sequence tokens with another one among them: in place of a single one, before the first of many."""
+    if token_id is None or token_id == known or (isinstance(known, list) and token_id in known):
+        return known
+    return [token_id, *known] if isinstance(known, list) else token_id
+
+
+def savable_generation_config(config: GenerationConfig) -> GenerationConfig:
+    """Return a copy that transformers agrees to save.
+
+    It refuses sampling parameters beside greedy decoding, which older checkpoints have (Llama 2) and generation
+    ignores: they are unset.
+    """
+    config = copy.deepcopy(config)
+    if not config.do_sample:
+        for flag in _SAMPLING_FLAGS:
+            if hasattr(config, flag):
+                setattr(config, flag, None)
+    return config

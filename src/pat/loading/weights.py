@@ -1,0 +1,90 @@
+"""Load the weights of a base model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from pat.errors import PatError
+from pat.loading.config import load_config
+from pat.loading.quantized import keep_plain_layout
+from pat.loading.stored import dtype_of, stored_tensors
+
+logger = logging.getLogger(__name__)
+
+
+def load_base(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    quantization_config: Any = None,
+    device_map: Any = None,
+) -> PreTrainedModel:
+    """Load a base model for tuning, by default in the dtype that its weights are stored in.
+
+    A quantised one keeps a layout that can be trained on, see `keep_plain_layout`.
+
+    Raises:
+        PatError: see `load_config`; or the weights cannot be read, or are not those of the configuration.
+    """
+    config, family = load_config(name_or_path, revision=revision)
+    if dtype in (None, "auto"):
+        dtype = stored_dtype(config, revision=revision) or "auto"
+    options: dict[str, Any] = {"revision": revision, "dtype": dtype}
+    optional = {
+        "attn_implementation": attn_implementation,
+        "quantization_config": quantization_config,
+        "device_map": device_map,
+    }
+    options |= {name: value for name, value in optional.items() if value is not None}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            **options,
+        )
+    except Exception as error:  # of any kind: files, packages that are missing, and transformers' own code
+        detail = str(error).strip().split("\n")[0] or type(error).__name__
+        raise PatError(f"Could not load the model {name_or_path!r}: {detail}") from error
+    model, info = loaded
+    # transformers only warns, and goes on with random weights.
+    missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if missing:
+        raise incomplete_weights(name_or_path, missing)
+    unused = sorted(map(str, info["unexpected_keys"]))
+    layers = [name for name in unused if name.startswith(f"{family.layers}.")]
+    if layers:
+        raise PatError(
+            f"The weights of the model {name_or_path!r} hold more than its configuration has a place for, such as "
+            f"{layers[0]}, with num_hidden_layers={config.num_hidden_layers}; correct its config.json."
+        )
+    if unused:
+        logger.warning("%d tensors of the model %s are not used, such as %s.", len(unused), name_or_path, unused[0])
+    keep_plain_layout(model)
+    return cast(PreTrainedModel, model)
+
+
+def incomplete_weights(name_or_path: str, missing: Sequence[str]) -> PatError:
+    """Return the error for a checkpoint in which parameters are missing or of another shape."""
+    return PatError(
+        f"The weights of the model {name_or_path!r} are not complete: {len(missing)} are missing or of another shape, "
+        f"such as {missing[0]}; copy or download the model again."
+    )
+
+
+def stored_dtype(config: Any, *, revision: str | None = None) -> torch.dtype | None:
+    """Return the dtype that most weights of a model are stored in.
+
+    That is what its files say, if they are on this machine, and otherwise what its configuration says, if it does.
+    """
+    tensors = stored_tensors(config.name_or_path, revision=revision) if config.name_or_path else None
+    found = None if tensors is None else dtype_of(tensors)
+    said = getattr(config, "dtype", None)
+    return found or (said if isinstance(said, torch.dtype) else None)

@@ -1,0 +1,223 @@
+"""A gate over one axis of a model: soft and trained at first, 0/1 from the milestone on (paper, eq. 6-9).
+
+A gate knows how many entries its axis has and how many of them stay, not what they are. Besides the paper's proxy
+weights it holds what the specification adds to them: a prior order of the entries, and a set of pinned ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from pat.errors import PatError
+from pat.method.losses import active_channel_loss
+from pat.method.schedule import offset, temperature
+
+GateKind = Literal["trainable", "frozen"]
+
+
+class Gate(nn.Module):
+    """Gate `m` of shape `(size,)` that multiplies the last axis of its input.
+
+    Args:
+        size: number of entries on the axis.
+        num_kept: number of entries that stay from the milestone on.
+        kind: `trainable` proxy weights, or the paper's `frozen` ablation, which attenuates a fixed set linearly: the
+            first `size - num_kept` entries, or, once there is a prior order, its last ones.
+        lr_multiplier: the proxy weights are `lr_multiplier * weight`, so that an optimizer whose step does not depend
+            on the gradient's size (Adam) moves them that many times faster than its other parameters.
+    """
+
+    measured: tuple[str, ...] = ("prior",)
+    """Names of the buffers that a calibration fills."""
+
+    weight: nn.Parameter | None
+    prior: Tensor
+    pinned: Tensor
+    keep: Tensor
+    progress: Tensor
+    gate_schedule: Tensor
+    frozen_values: Tensor | None
+
+    def __init__(self, size: int, num_kept: int, *, kind: GateKind = "trainable", lr_multiplier: float = 1.0) -> None:
+        super().__init__()
+        self.size = size
+        self.num_kept = num_kept
+        self.lr_multiplier = lr_multiplier
+        frozen = kind == "frozen"
+        self.register_parameter("weight", None if frozen else nn.Parameter(torch.zeros(size)))
+        self.register_buffer("prior", torch.zeros(size))
+        self.register_buffer("pinned", torch.zeros(size, dtype=torch.bool))
+        self.register_buffer("keep", torch.ones(size, dtype=torch.bool))
+        # (step, milestone step or -1, hardened, calibrated): saved with the adapter, mirrored in plain attributes,
+        # because the forward pass must not read a tensor to choose its branch (a synchronisation, a graph break).
+        self.register_buffer("progress", torch.tensor([0, -1, 0, 0]))
+        # (tau, beta) as a tensor, so that a compiled forward pass is not specialised on every step's value.
+        self.register_buffer("gate_schedule", torch.tensor([1.0, 0.5]), persistent=False)
+        # The frozen gate's counterpart: its values themselves.
+        self.register_buffer("frozen_values", torch.ones(size) if frozen else None, persistent=False)
+        self.step = 0
+        self.milestone_step: int | None = None
+        self.hardened = False
+        self.calibrated = False
+        self.register_load_state_dict_post_hook(_restore_progress)  # type: ignore[no-untyped-call]
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def set_step(self, step: int, milestone_step: int) -> None:
+        """Move to an optimizer step; harden if it is the milestone or later. A hard gate never changes again.
+
+        Raises:
+            PatError: the milestone is step 0 and there is no prior order to choose the entries by.
+        """
+        if self.hardened:
+            return
+        if milestone_step == 0 and not self.has_prior:
+            raise PatError(
+                "Got a milestone at step 0, but there is no prior order to choose by; calibrate first (rotation='auto' "
+                "does when training begins), or use a milestone after the first step."
+            )
+        self.step, self.milestone_step = step, milestone_step
+        if step >= milestone_step:
+            self.keep.copy_(self._select())
+            self.hardened = True
+        self._record_progress()
+
+    def set_prior(self, prior: Tensor, *, pinned: Tensor | None = None) -> None:
+        """Install the outcome of a calibration, before the gate is hard.
+
+        Args:
+            prior: prior order p, `(size,)`.
+            pinned: entries that are never cut, boolean `(size,)`.
+        """
+        assert not self.hardened, "a hard gate never changes again"
+        self._widen_buffers()
+        self.prior.copy_(prior)
+        if pinned is not None:
+            self.pinned.copy_(pinned)
+        self.calibrated = True
+        self._record_progress()
+
+    def restore_float32(self) -> None:
+        """Undo a cast of the buffers to half precision, where that has changed no value.
+
+        Raises:
+            PatError: a calibration's outcome has been rounded; a basis in bfloat16 is no longer orthogonal.
+        """
+        rounded = [name for name in self.measured if _is_half(getattr(self, name))]
+        if self.calibrated and rounded:
+            raise PatError(
+                f"Got a calibrated mask with {', '.join(rounded)} in {self.prior.dtype}; expected float32, the model "
+                "was cast with the adapter on it. Cast the base before attaching or loading the adapter, or call "
+                "calibrate() again before training."
+            )
+        self._widen_buffers()
+        self._refresh()
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether a calibration has ordered the entries."""
+        return self.calibrated and bool(self.prior.any())
+
+    @property
+    def keep_indices(self) -> Tensor:
+        """Kept entries, ascending, of shape `(num_kept,)`; all entries before the milestone."""
+        return self.keep.nonzero().squeeze(1)
+
+    @property
+    def num_active(self) -> int:
+        """Number of entries that eq. 9 counts, the pinned ones included; those that stay if hard or frozen."""
+        if self.hardened or self.weight is None:
+            return self.num_kept
+        return int(((self.proxy_weights() + self.prior > 0) | self.pinned).sum())
+
+    # -- function ----------------------------------------------------------------------------------------------
+
+    def proxy_weights(self) -> Tensor:
+        """Return w_M of shape `(size,)`, zeros for a frozen gate."""
+        return self.lr_multiplier * self.weight if self.weight is not None else torch.zeros_like(self.prior)
+
+    def values(self) -> Tensor:
+        """Return m of shape `(size,)` (eq. 6): soft values in (0, 1.5) before the milestone, 0/1 after it."""
+        if self.hardened:
+            hard = self.keep.to(self.prior.dtype)
+            # The zero term keeps the proxy weights in the graph: distributed training stops with an error when a
+            # trainable parameter leaves it.
+            return hard + 0.0 * self.weight if self.weight is not None else hard
+        if self.frozen_values is not None:
+            return self.frozen_values
+        tau, beta = self.gate_schedule.unbind()
+        soft = torch.sigmoid(tau * (self.proxy_weights() + (1 - 2 * beta) * self.prior)) + beta
+        return torch.where(self.pinned, 1.0, soft)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Multiply `y` of shape `(..., size)` by the gate; dtype and device of `y` are kept."""
+        return (y * self.values().to(y.device)).to(y.dtype)
+
+    def active_loss(self) -> Tensor:
+        """Return L_active (eq. 9) over the entries that take part in selection; 0 once hard or if frozen."""
+        if self.hardened or self.weight is None:
+            return self.prior.new_zeros(())
+        free = ~self.pinned
+        num_pinned = int(self.pinned.sum())
+        return active_channel_loss((self.proxy_weights() + self.prior)[free], self.num_kept - num_pinned)
+
+    # -- internals ---------------------------------------------------------------------------------------------
+
+    def _select(self) -> Tensor:
+        """Choose exactly `num_kept` entries: the pinned ones, then the best scores, ties broken by index."""
+        if self.weight is None:
+            return self._frozen_choice()
+        return self._best(self.proxy_weights().detach() + self.prior)
+
+    def _frozen_choice(self) -> Tensor:
+        return self._best(self.prior) if self.has_prior else self._last_entries()
+
+    def _last_entries(self) -> Tensor:
+        return torch.arange(self.size, device=self.prior.device) >= self.size - self.num_kept
+
+    def _best(self, score: Tensor) -> Tensor:
+        score = score.masked_fill(self.pinned, torch.inf)
+        order = torch.sort(score, descending=True, stable=True).indices
+        keep = torch.zeros_like(self.keep)
+        keep[order[: self.num_kept]] = True
+        return keep
+
+    def _widen_buffers(self) -> None:
+        for name, buffer in list(self.named_buffers()):
+            if _is_half(buffer):
+                setattr(self, name, buffer.float())
+
+    def _record_progress(self) -> None:
+        milestone = -1 if self.milestone_step is None else self.milestone_step
+        values = [self.step, milestone, int(self.hardened), int(self.calibrated)]
+        self.progress.copy_(torch.tensor(values, dtype=torch.int64))
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Recompute what follows from the state: the values of the schedule, or of a frozen gate."""
+        if self.milestone_step is None or self.hardened:
+            return
+        if self.frozen_values is None:
+            values = [temperature(self.step, self.milestone_step), offset(self.step, self.milestone_step)]
+            self.gate_schedule.copy_(torch.tensor(values, dtype=self.gate_schedule.dtype))
+        else:
+            self.frozen_values.fill_(1.0 - self.step / self.milestone_step)
+            self.frozen_values.masked_fill_(self._frozen_choice(), 1.0)
+
+
+def _is_half(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+def _restore_progress(module: nn.Module, _incompatible_keys: Any) -> None:
+    gate = cast(Gate, module)
+    if gate.progress.is_meta:
+        return
+    step, milestone, hardened, calibrated = gate.progress.tolist()
+    gate.step = step
+    gate.milestone_step = None if milestone < 0 else milestone
+    gate.hardened, gate.calibrated = bool(hardened), bool(calibrated)
+    gate._refresh()

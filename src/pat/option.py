@@ -1,0 +1,142 @@
+"""One field of an options dataclass: what it may be, and how its value is read from words or Python values."""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import json
+import types
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+_WORDS = {True: ("true", "yes", "t", "y", "1", "on"), False: ("false", "no", "f", "n", "0", "off")}
+
+_EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", dict: "a mapping in JSON"}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One field of an options dataclass."""
+
+    name: str
+    kinds: tuple[type, ...]
+    """What a value, or an item of a list, may be; tried in this order."""
+    choices: tuple[str, ...]
+    takes_list: bool
+    takes_single: bool
+    takes_none: bool
+    default: Any
+    """`MISSING` if the option has to be given."""
+    help: str
+
+    @classmethod
+    def of(cls, field: Field[Any], annotation: Any) -> Option:
+        """Read a field of a dataclass."""
+        parts = list(_parts(annotation))
+        items = [part for is_item, part in parts if is_item]
+        singles = [part for is_item, part in parts if not is_item and part is not type(None)]
+        choices: list[str] = [str(choice) for choice in field.metadata.get("choices", ())]
+        kinds = set()
+        for part in items or singles:
+            if get_origin(part) is Literal:
+                choices += map(str, get_args(part))
+            elif isinstance(part, type) and issubclass(part, enum.Enum):
+                choices += [str(member.value) for member in part]
+            else:
+                kinds.add(_kind(part))
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        return cls(
+            field.name,
+            tuple(sorted(kinds or {str}, key=(bool, int, float, dict, Path, str).index)),
+            tuple(choices),
+            takes_list=bool(items),
+            takes_single=bool(singles),
+            takes_none=any(part is type(None) for _, part in parts),
+            default=default,
+            help=str(field.metadata.get("help", "")),
+        )
+
+    def read(self, value: Any) -> Any:
+        """Return a value as the field wants it: of words as they are typed, or of a Python value.
+
+        Raises:
+            ValueError: it cannot be read; the message says what is expected.
+        """
+        if value is None or not self.takes_list:
+            return value if value is None else self._read_one(value)
+        items = list(value) if isinstance(value, list | tuple | set) else [value]
+        if not {str, Path} & set(self.kinds):  # numbers may also stand with commas between, as in 1,8,16
+            items = [part for item in items for part in (item.split(",") if isinstance(item, str) else [item])]
+        read = [self._read_one(item) for item in items]
+        return read[0] if self.takes_single and len(read) == 1 else read
+
+    def _read_one(self, value: Any) -> Any:
+        word = value.value if isinstance(value, enum.Enum) else value
+        if self.choices and str(word) not in self.choices:
+            raise ValueError(f"one of {', '.join(self.choices)}")
+        for kind in self.kinds:
+            try:
+                return _as(kind, value)
+            except ValueError:
+                continue
+        expected = " or ".join(_EXPECTED.get(kind, "a text") for kind in self.kinds)
+        raise ValueError(f"{expected}, or several of them" if self.takes_list else expected)
+
+    def add_to(self, group: argparse._ArgumentGroup, default: Any, *, hidden: bool = False) -> None:
+        """Declare the flag; argparse leaves its words as they are."""
+        text = argparse.SUPPRESS if hidden else self.help
+        if not hidden and default not in (None, "", MISSING, False) and "efault" not in text:
+            text = f"{text} (default: {str(default).replace('%', '%%')})"
+        names = [f"--{self.name}"]
+        if self.kinds == (bool,):
+            group.add_argument(*names, nargs="?", const="true", metavar="true|false", help=text)
+            if self.default is True:
+                opposite = argparse.SUPPRESS if hidden else "Its opposite."
+                group.add_argument(
+                    f"--no_{self.name}", dest=self.name, action="store_const", const="false", help=opposite
+                )
+            return
+        metavar = "{" + ",".join(self.choices) + "}" if 0 < len(self.choices) < 8 else self.name.upper()
+        group.add_argument(*names, nargs="+" if self.takes_list else None, metavar=metavar, help=text)
+
+
+def _parts(annotation: Any) -> Iterable[tuple[bool, Any]]:
+    """Yield the alternatives of an annotation, each with whether it is that of a list's items."""
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        for part in get_args(annotation):
+            yield from _parts(part)
+    elif origin in (list, tuple):
+        yield from ((True, part) for part in get_args(annotation) if part is not Ellipsis)
+    else:
+        yield False, annotation
+
+
+def _kind(part: Any) -> type:
+    kind = get_origin(part) or part
+    return kind if kind in (bool, int, float, dict, Path, str) else str
+
+
+def _as(kind: type, value: Any) -> Any:
+    if kind is dict:
+        read = json.loads(value) if isinstance(value, str) else value
+        if not isinstance(read, dict):
+            raise ValueError
+        return read
+    if not isinstance(value, str):
+        fits = isinstance(value, kind) if kind is not float else isinstance(value, int | float)
+        if kind in (int, float) and isinstance(value, bool):
+            raise ValueError
+        if fits or kind is str:
+            # A number or a path stands for its text; true and other objects are left to whom they are for.
+            plain = isinstance(value, int | float | Path) and not isinstance(value, bool)
+            return str(value) if kind is str and plain else value
+        raise ValueError
+    if kind is bool:
+        for truth, words in _WORDS.items():
+            if value.lower() in words:
+                return truth
+        raise ValueError
+    return kind(value)

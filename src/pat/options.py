@@ -1,0 +1,241 @@
+"""Options of a command, declared once as a dataclass: its fields are flags, keys of a `--config` file and keywords.
+
+`transformers.HfArgumentParser` does the same, but its import takes 0.5 to 0.7 s, more than `pat --help` may take in
+all. Booleans, lists and choices are written as they are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import typing
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Generic, NoReturn, TypeVar
+
+from pat.errors import PatError
+from pat.option import Option
+
+T = TypeVar("T")
+
+CONFIG = "config"
+"""The flag that names a file of flags."""
+
+
+class OptionsParser(argparse.ArgumentParser, Generic[T]):
+    """Makes an options dataclass of a command line, a `--config` file below it, and defaults below that.
+
+    The dataclass may be made of others: its fields are then dataclasses, whose fields are the flags. Of a name that
+    several of them have the first one's type, default and help count, and all get the value. These class attributes
+    are heeded: `USAGE`, `DESCRIPTION`, `MAIN_FLAGS` (names that open the help), `REFUSED` (names of fields that would
+    do nothing, each with the value that says what is so anyway, and why), and a static method `defaults(given)`, which
+    returns what lies between the fields' defaults and what is given.
+    """
+
+    def __init__(self, prog: str, options: type[T], summary: str = "") -> None:
+        super().__init__(
+            prog=prog,
+            usage=getattr(options, "USAGE", None),
+            description=getattr(options, "DESCRIPTION", summary),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+        )
+        self._class = options
+        self._sections = _sections(options)
+        self._refused: Mapping[str, tuple[Any, str]] = getattr(options, "REFUSED", {})
+        self.options = {option.name: option for _, _, own in reversed(self._sections) for option in own}
+
+    # -- the three ways in -------------------------------------------------------------------------------------
+
+    def parse(self, argv: Sequence[str]) -> T:
+        """Parse a command line; flags that are typed win over those of a `--config` file.
+
+        Raises:
+            PatError: an unknown flag, a value that does not fit, a flag that is missing, or a file that cannot be read.
+        """
+        return self._make(self.read(argv))
+
+    def build(self, keywords: Mapping[str, Any]) -> T:
+        """Make the options of Python keywords.
+
+        Raises:
+            PatError: see `parse`.
+        """
+        self._refuse_unknown(keywords, "", "")
+        return self._make({name: self._read(name, value, f"{name}={value!r}") for name, value in keywords.items()})
+
+    def read(self, argv: Sequence[str], *, others: bool = False) -> dict[str, Any]:
+        """Return what a command line and its `--config` file give; `others` lets flags pass that are not known here.
+
+        Raises:
+            PatError: see `parse`.
+        """
+        self._declare()
+        words, rest = self.parse_known_args([_underscored(argument) for argument in argv])
+        typed = vars(words)
+        files = typed.pop(CONFIG, [])
+        if len(files) > 1:
+            raise PatError(f"Got --{CONFIG} twice ({' and '.join(files)}); give one file.")
+        given = self._read_file(Path(files[0]).expanduser(), others) if files else {}
+        if not others and rest:
+            flags = [item.partition("=")[0] for item in rest if item.startswith("--")]
+            if not flags:
+                self.error(f"Got {' '.join(rest)!r} without a flag before it")
+            self._refuse_unknown([flag[2:] for flag in flags], "", "--")
+        for name, value in typed.items():
+            shown = " ".join(value) if isinstance(value, list) else str(value)
+            given[name] = self._read(name, value, f"--{name} {shown!r}")
+        return given
+
+    def require(self, given: Mapping[str, Any]) -> None:
+        """Check that nothing that has to be given is missing.
+
+        Raises:
+            PatError: it is.
+        """
+        for name, option in self.options.items():
+            if option.default is MISSING and given.get(name) in (None, ""):
+                self.error(f"--{name} is missing; it says: {option.help.partition('. ')[0].rstrip('.')}")
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print."""
+        raise PatError(f"{message} (see `{self.prog} --help`).")
+
+    # -- parts -------------------------------------------------------------------------------------------------
+
+    def _declare(self) -> None:
+        defaults = self._lower_layer({})
+        main = getattr(self._class, "MAIN_FLAGS", ())
+        groups = [("main flags", [self.options[name] for name in main if name in self.options])] if main else []
+        groups += [
+            (heading, [option for option in own if option.name not in main]) for heading, _, own in self._sections
+        ]
+        for heading, own in groups:
+            group = self.add_argument_group(heading)
+            for option in own:
+                if self.options[option.name] is option:
+                    hidden = option.name in self._refused
+                    option.add_to(group, defaults.get(option.name, option.default), hidden=hidden)
+        other = self.add_argument_group("other")
+        other.add_argument(f"--{CONFIG}", action="append", metavar="FILE", help="YAML file of flags; typed ones win.")
+
+    def _lower_layer(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        layer = getattr(self._class, "defaults", None)
+        return layer(given) if callable(layer) else {}
+
+    def _read_file(self, path: Path, others: bool) -> dict[str, Any]:
+        given = {}
+        for name, value, line in read_config(path):
+            place = f"{path}, line {line}"
+            if name == "env":
+                set_environment(value, place)
+            elif name in self.options:
+                given[name] = self._read(name, value, f"{name} {value!r}", place)
+            elif not others:
+                self._refuse_unknown([name], place, "")
+        # Nothing after the colon leaves a flag at its default, unless none is a value.
+        return {name: value for name, value in given.items() if value is not None or self.options[name].takes_none}
+
+    def _read(self, name: str, value: Any, shown: str, place: str = "") -> Any:
+        try:
+            return self.options[name].read(value)
+        except ValueError as error:
+            self.error(f"{place}: got {shown}; expected {error}" if place else f"Got {shown}; expected {error}")
+
+    def _refuse_unknown(self, names: Iterable[str], place: str, prefix: str) -> None:
+        unknown = [name for name in names if name not in self.options]
+        if unknown:
+            near = [match for name in unknown for match in difflib.get_close_matches(name, self.options, n=1)]
+            guess = f"; did you mean {' or '.join(prefix + match for match in near)}?" if near else ""
+            flags = f"unknown flag{'s' * (len(unknown) > 1)} {', '.join(prefix + name for name in unknown)}"
+            self.error(f"{place}: got the {flags}{guess}" if place else f"Got the {flags}{guess}")
+
+    def _make(self, given: Mapping[str, Any]) -> T:
+        self.require(given)
+        for name in set(given) & set(self._refused):
+            harmless, reason = self._refused[name]
+            if given[name] != harmless:
+                self.error(f"Got {name}={given[name]!r}, but {reason}; leave it out")
+        values = {**self._lower_layer(given), **given}
+        try:
+            with warnings.catch_warnings():  # of the libraries, about names of theirs that are to change
+                warnings.simplefilter("ignore", FutureWarning)
+                parts = [
+                    owner(**{field.name: values[field.name] for field in fields(owner) if field.name in values})
+                    for _, owner, _ in self._sections
+                ]
+            return parts[0] if self._sections[0][1] is self._class else self._class(*parts)
+        except (ValueError, TypeError, OSError, ImportError) as error:  # what the libraries' own checks raise
+            self.error(" ".join(str(error).split()).rstrip("."))
+
+
+def read_config(path: Path) -> list[tuple[str, Any, int]]:
+    """Read a file of flags: a YAML mapping of names to values, which mean what they mean on the command line.
+
+    Returns:
+        Name, value and line of each. Scalars and items of lists are the words in the file (`no` is not turned into
+        false, `010` not into 8), an empty value is None, and mappings are what YAML makes of them.
+
+    Raises:
+        PatError: no such file, not YAML, not a mapping, or a name that is given twice.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise PatError(f"Got --{CONFIG} {path}, but there is no such file; expected a YAML file of flags.")
+    try:
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            raise PatError(f"{path}: got no YAML mapping; expected lines such as `pruning_ratio: 0.25`.")
+        loader.flatten_mapping(node)
+        found: dict[str, tuple[str, Any, int]] = {}
+        for key, value in node.value:
+            name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
+            if name in found:
+                raise PatError(f"{path}, line {line}: got {name} a second time (line {found[name][2]}); give it once.")
+            found[name] = (name, _plain(value, loader), line)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        place = f"{path}, line {where.line + 1}" if where is not None else str(path)
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise PatError(f"{place}: not valid YAML ({reason}); expected lines such as `pruning_ratio: 0.25`.") from error
+    return list(found.values())
+
+
+def _plain(node: Any, loader: Any) -> Any:
+    if node.id == "mapping":
+        return loader.construct_object(node, deep=True)
+    if node.id == "sequence":
+        return [_plain(item, loader) for item in node.value]
+    return None if node.tag.endswith(":null") else str(node.value)
+
+
+def set_environment(variables: Any, place: str) -> None:
+    """Set what a config file lists under `env`, as TRL's parser does."""
+    if not isinstance(variables, dict):
+        raise PatError(f"{place}: got env {variables!r}; expected a mapping of names to values.")
+    os.environ.update({str(name): str(value) for name, value in variables.items()})
+
+
+def _sections(options: type[Any]) -> list[tuple[str, type[Any], list[Option]]]:
+    """Return heading, dataclass and options of each part that an options dataclass is made of; often it is one."""
+    hints = typing.get_type_hints(options)
+    parts = [(field.metadata.get("section", field.name), hints[field.name]) for field in fields(options)]
+    if not all(is_dataclass(part) for _, part in parts):
+        parts = [("flags", options)]
+    annotations = {part: typing.get_type_hints(part) for _, part in parts}
+    return [
+        (heading, part, [Option.of(field, annotations[part][field.name]) for field in fields(part) if field.init])
+        for heading, part in parts
+    ]
+
+
+def _underscored(argument: str) -> str:
+    """Allow `--pruning-ratio` for `--pruning_ratio`, as the libraries' parsers do."""
+    flag, equals, value = argument.partition("=")
+    return f"--{flag[2:].replace('-', '_')}{equals}{value}" if flag.startswith("--") else argument

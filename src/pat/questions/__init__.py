@@ -1,1 +1,0 @@
-"""The paper's 14 tasks as questions: their datasets, their rows, and the authors' wording around them."""

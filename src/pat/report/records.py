@@ -1,0 +1,122 @@
+"""Records: what a command came to, as a dataclass that is written as JSON.
+
+Every command returns one that derives from `Record`; `docs/schemas/` holds the JSON schemas, made of the dataclasses.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import logging
+import math
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, is_dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA_VERSION = 2
+
+PACKAGES = ("pat-llm", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "lm_eval")
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that a figure may depend on."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # an extra
+            continue
+    return found | {"python": platform.python_version()}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a command ran."""
+
+    device: str
+    """Name of the accelerator, or of the processor."""
+    num_cores: int | None
+    num_threads: int
+    """Of torch on the CPU."""
+
+    @classmethod
+    def here(cls) -> Machine:
+        """Return this machine."""
+        processor = platform.processor() or platform.machine()
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
+        return cls(device, os.cpu_count(), torch.get_num_threads())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What a command came to; each command adds its own fields."""
+
+    command: str
+    schema_version: int = SCHEMA_VERSION
+    versions: dict[str, str] = field(default_factory=installed_versions)
+    """Of Python and the libraries."""
+    machine: Machine = field(default_factory=Machine.here)
+    warnings: list[str] = field(default_factory=list)
+    """What was said to be doubtful, cut, dropped or replaced."""
+
+
+def environment() -> dict[str, Any]:
+    """Return the versions and the machine that a figure belongs to, for what is no record of a command."""
+    return {"schema_version": SCHEMA_VERSION, "versions": installed_versions(), "machine": asdict(Machine.here())}
+
+
+def to_json(record: Any) -> str:
+    """Return a record, or a dictionary, as JSON. Numbers that are not finite become null, because JSON has none."""
+    return json.dumps(plain(asdict(record) if is_dataclass(record) else record), indent=2) + "\n"  # type: ignore[arg-type]
+
+
+def write_record(path: Path, record: Any) -> None:
+    """Write a record, or a dictionary, to a JSON file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(to_json(record), encoding="utf-8")
+
+
+@contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """Yield a list that grows by every warning that pat logs meanwhile."""
+    collector = _Collector(logging.WARNING)
+    logger = logging.getLogger("pat")
+    logger.addHandler(collector)
+    try:
+        yield collector.messages
+    finally:
+        logger.removeHandler(collector)
+
+
+class _Collector(logging.Handler):
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+        others = [*logging.getLogger().handlers, *logging.getLogger("pat").handlers]
+        if others == [self] and logging.lastResort is not None:  # which this handler has taken the place of
+            logging.lastResort.handle(record)
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it; see `to_json`."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    return str(value)

@@ -1,0 +1,150 @@
+"""What can be wrong with a run before anything is loaded or written, and what is said of it before it starts."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from pat.checkpoint.staging import check_output_folder
+from pat.errors import PatError
+from pat.families import Family
+from pat.loading import load_config
+from pat.method.schedule import milestone_step
+from pat.shape import LARGE_RATIO, Width
+from pat.surgery.residual import ResidualStream
+from pat.training.arguments import TuneArguments
+from pat.training.calibration_text import read_calibration
+from pat.training.checkpoints import last_checkpoint
+from pat.training.prepare import Prepared
+from pat.training.run_file import RUN_FILE, RunFile
+from pat.tuner.model import PatModel
+from pat.tuner.prepare import check_config
+
+logger = logging.getLogger(__name__)
+
+RATIO_SLACK = 0.01
+"""Said before training if the width that can be loaded lies further from the ratio asked for."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is known of a run once its arguments, its output folder and the base's configuration are checked."""
+
+    base_config: Any
+    family: Family
+    width: Width
+    resume_from: str | None
+    """Checkpoint to go on from."""
+
+
+def check(arguments: TuneArguments) -> Checked:
+    """Check what needs neither data nor weights.
+
+    Raises:
+        PatError: the output folder is in use, there is no such checkpoint or model, or the width is impossible.
+    """
+    resume_from = _resume_from(arguments)
+    pat_config = arguments.pat_config()
+    base_config, family = load_config(arguments.run.model_name_or_path, revision=arguments.model.model_revision)
+    width = check_config(base_config, family, pat_config)
+    if pat_config.pruning_ratio is not None and abs(width.pruning_ratio - pat_config.pruning_ratio) > RATIO_SLACK:
+        logger.warning("%.1f %% of the hidden size will be cut: %s.", 100 * width.pruning_ratio, width.reason)
+    if width.pruning_ratio > LARGE_RATIO:
+        logger.warning(
+            "%.0f %% of the hidden size will be cut, more than has been shown to work; expect a much worse model.",
+            100 * width.pruning_ratio,
+        )
+    if pat_config.calibration is not None:
+        read_calibration(pat_config.calibration)
+    return Checked(base_config, family, width, resume_from)
+
+
+def check_run(arguments: TuneArguments, checked: Checked, data: Prepared) -> RunFile:
+    """Return the description of this run, after comparing it with that of the run that it goes on with.
+
+    Raises:
+        PatError: that run has another configuration.
+    """
+    run = RunFile.of(arguments, checked.base_config, data.record.fingerprint)
+    if checked.resume_from is None:
+        return run
+    folders = [arguments.output_dir.resolve(), *Path(checked.resume_from).resolve().parents]
+    folder = next((folder for folder in folders if (folder / RUN_FILE).is_file()), None)
+    before = None if folder is None else RunFile.read(folder)
+    if folder is None or before is None:
+        logger.warning("%s: has no %s, so its configuration is not known.", checked.resume_from, RUN_FILE)
+        return run
+    before.check(run, folder)
+    return before if folder == folders[0] else run
+
+
+def announce(arguments: TuneArguments, checked: Checked, data: Prepared, model: Any, num_steps: int) -> None:
+    """Say in one line on stderr what was understood."""
+    width = checked.width
+    soft = min(num_steps, milestone_step(arguments.pat.milestone, num_steps))
+    rest = "at full width" if arguments.run.no_compact else "on the small model"
+    device = str(model.device)
+    if (num_devices := torch.cuda.device_count()) > 1 and model.device.type == "cuda":
+        device += f", one of {num_devices} GPUs (several take several processes, which `pat tune` does not start)"
+    print(
+        f"{data.record.describe()} Model: {checked.family.model_type}, hidden size {width.hidden_size:,} to "
+        f"{width.pruned_hidden_size:,}, {str(model.dtype).removeprefix('torch.')} on {device}; {num_steps:,} steps, "
+        f"{soft:,} with a soft mask and {num_steps - soft:,} {rest}.",
+        file=sys.stderr,
+    )
+
+
+def warn_without_rotation(tuner: PatModel) -> None:
+    """Say so if the weights rule out the rotation, which `pat plan`, that does not see them, left open."""
+    config, stream = tuner.pat_config(), cast(ResidualStream, tuner.residual_stream)
+    if config.rotation == "auto" and config.resolved_rotation == "none" and not stream.family.has_post_norms:
+        logger.warning(
+            "The basis is not rotated: the final gains of this tied model are too far apart (gain_tolerance=%g), or "
+            "trained. Channels are chosen among those that there are.",
+            config.gain_tolerance,
+        )
+
+
+def _resume_from(arguments: TuneArguments) -> str | None:
+    """Return the checkpoint to resume from, after checking that what this run will write is free to be written.
+
+    Raises:
+        PatError: there is no such checkpoint, the output folder is in use, or it holds a finished model.
+    """
+    given: Any = arguments.sft.resume_from_checkpoint  # a path, or a word for true or false
+    if isinstance(given, str) and given.lower() in ("true", "false"):
+        given = given.lower() == "true"
+    checkpoints = arguments.output_dir / "checkpoints"
+    if not given:
+        if last_checkpoint(checkpoints) is not None:
+            raise PatError(
+                f"{arguments.output_dir}: holds the checkpoints of a run; go on with it by "
+                "--resume_from_checkpoint true, or choose another output folder."
+            )
+        _remove_beginnings(arguments.output_dir)
+        check_output_folder(arguments.output_dir)
+        return None
+    check_output_folder(arguments.output_dir / "model")
+    found = last_checkpoint(checkpoints) if given is True else given
+    if not isinstance(found, str) or not Path(found).is_dir():
+        raise PatError(
+            f"Got resume_from_checkpoint={given}, but there is no checkpoint "
+            f"{'in ' + str(checkpoints) if given is True else 'at that path'}; leave the flag out to start anew."
+        )
+    return found
+
+
+def _remove_beginnings(folder: Path) -> None:
+    """Remove what a run leaves that was cut off before its first checkpoint."""
+    checkpoints, run_file = folder / "checkpoints", folder / RUN_FILE
+    if not folder.is_dir() or not {path.name for path in folder.iterdir()} <= {"checkpoints", RUN_FILE}:
+        return
+    if checkpoints.is_dir() and not any(checkpoints.iterdir()):
+        checkpoints.rmdir()
+    if not checkpoints.exists():
+        run_file.unlink(missing_ok=True)

@@ -1,0 +1,53 @@
+"""Options of `pat tune` that are neither the method's nor the libraries'."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pat.recipes import RECIPES
+
+
+@dataclass
+class RunOptions:
+    """Model, data and housekeeping of one run."""
+
+    model_name_or_path: str = field(metadata={"help": "Base model: a folder or a hub id."})
+    dataset_name: str = field(
+        metadata={
+            "help": "Training data: a hub id, or a local .json, .jsonl, .parquet or .csv file; its format is detected. "
+            "task:arc_easy,piqa (task:FOLDER/arc_easy,piqa for <task>.train.jsonl files) is the train split of tasks."
+        }
+    )
+    output_dir: Path = field(
+        metadata={"help": "Folder of the run, new or empty: model/, adapter/, compact/, results.json."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of a hub dataset to train on."})
+    template: str = field(
+        default="auto",
+        metadata={"help": "How instructions become prompts: 'chat', 'alpaca', or 'auto' (chat if the tokenizer can)."},
+    )
+    held_out: str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows kept apart for the final figures: a number, a share, or a file. Default: 1 in 50, up to 200."
+        },
+    )
+    recipe: str = field(
+        default="default",
+        metadata={"help": "Defaults under all other flags: 'default' (ours) or 'paper'.", "choices": RECIPES},
+    )
+    no_compact: bool = field(
+        default=False,
+        metadata={"help": "Train at full width to the end, instead of shrinking the model at the milestone."},
+    )
+    push_to_hub: bool = field(
+        default=False,
+        metadata={
+            "help": "Push the finished OUTPUT_DIR/model to the hub, as --hub_model_id or under OUTPUT_DIR's own name."
+        },
+    )
+    keep_checkpoints: bool = field(
+        default=False, metadata={"help": "Leave the trainer's checkpoints in OUTPUT_DIR/checkpoints after success."}
+    )

@@ -1,0 +1,144 @@
+"""A rehearsal: one step of a tiny random model of the base's family, before the base's weights are loaded.
+
+Many options only turn out to be impossible when a library makes a trainer, an optimizer or a batch of them: a package
+that is not installed, a schedule that needs arguments, a collator that needs another attention. Making the same objects
+with a model of a few thousand channels takes a second, and finds what no list of ours would.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback
+from trl import SFTConfig
+
+from pat.errors import PatError
+from pat.families import Family
+from pat.surgery.dense import shrink_config
+from pat.training.arguments import TuneArguments
+from pat.training.prepare import Prepared
+from pat.training.trainer import count_steps, make_trainer
+
+NUM_LAYERS = 2
+
+NUM_TOKENS = 16
+
+MIN_WIDTH = 16
+"""Hidden size of the tiny model, at the least; twice the number of heads if that is more."""
+
+
+def rehearse(arguments: TuneArguments, data: Prepared, base_config: Any, family: Family) -> int:
+    """Make what a run will make, on a tiny model and a few tokens of its own data, and take one step.
+
+    Returns:
+        The number of optimizer steps of the run.
+
+    Raises:
+        PatError: something cannot be made as asked, in the words of the library that refuses it.
+    """
+    with _silently(), tempfile.TemporaryDirectory() as folder:
+        try:
+            skeleton = _attached(arguments, data, base_config, on_meta=True)
+            head_dim = cast(Any, skeleton.get_base_model().get_submodule(f"{family.layers}.0.self_attn")).head_dim
+            del skeleton
+            tiny = _attached(arguments, data, _tiny_config(base_config, family, head_dim), on_meta=False)
+            return _one_step(tiny, arguments.sft, data, folder)
+        except PatError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise PatError(f"The run cannot be set up as asked: {reason}") from error
+
+
+def _attached(arguments: TuneArguments, data: Prepared, config: Any, *, on_meta: bool) -> PeftModel:
+    """Build the model of a configuration and put the run's adapter on it: on the tiny one, of a width that it has."""
+    pat_config = arguments.pat_config()
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta" if on_meta else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=arguments.model.attn_implementation)
+        model = cast(PreTrainedModel, model.float())
+        if not on_meta:
+            data.vocabulary.fit(model)
+            names = {name for name, _ in model.named_modules()}
+            kept = [name for name in pat_config.modules_to_save or () if any(n.endswith(name) for n in names)]
+            pat_config = dataclasses.replace(
+                pat_config,
+                pruning_ratio=None,
+                pruned_hidden_size=config.get_text_config().num_attention_heads,
+                multiple_of=None,
+                operator_rank=1,
+                rotation="none",
+                calibration=None,
+                # Those of single layers may not exist here, and have been looked for in the model of full size.
+                target_modules=None,
+                target_parameters=None,
+                modules_to_save=kept or None,
+            )
+        tied = bool(config.get_text_config().tie_word_embeddings)
+        return cast(PeftModel, get_peft_model(model, data.vocabulary.train_added(pat_config, tied=tied)))
+
+
+def _tiny_config(base_config: Any, family: Family, head_dim: int) -> Any:
+    """Return the configuration of a narrow model of two layers, whose heads and vocabulary are the base's."""
+    heads = base_config.num_attention_heads
+    width = max(2, -(-MIN_WIDTH // heads)) * heads
+    tied = bool(base_config.tie_word_embeddings)
+    small = shrink_config(base_config, family, pruned_hidden_size=width, head_dim=head_dim, tied=tied)
+    num_layers = small.num_hidden_layers
+    for name, value in vars(small).items():
+        if isinstance(value, list) and len(value) == num_layers:  # what differs from layer to layer
+            setattr(small, name, value[:NUM_LAYERS])
+    small.num_hidden_layers = min(num_layers, NUM_LAYERS)
+    return small
+
+
+def _one_step(model: PeftModel, sft: SFTConfig, data: Prepared, folder: str) -> int:
+    args = data.trainer_args(sft)
+    args.disable_tqdm, args.log_level = True, "error"
+    trainer = make_trainer(model, args, data, Path(folder), tokenizer=copy.deepcopy(data.vocabulary.tokenizer))
+    num_steps = count_steps(trainer)
+    trainer.create_optimizer_and_scheduler(num_steps)
+    if sft.torch_compile:  # takes minutes
+        return num_steps
+    # The reporters are made, but not started.
+    for callback in [type(callback) for callback in trainer.callback_handler.callbacks]:
+        if callback is PrinterCallback or "integrations" in callback.__module__:
+            trainer.remove_callback(callback)
+    args.max_steps, args.eval_strategy, args.save_strategy, args.logging_strategy = 1, "no", "no", "no"
+    args.load_best_model_at_end, args.gradient_accumulation_steps = False, 1
+    trainer.train_dataset = Dataset.from_list([_short(data.train[0])] * max(1, args.per_device_train_batch_size))
+    trainer.train()
+    return num_steps
+
+
+def _short(row: dict[str, Any]) -> dict[str, Any]:
+    """Cut a row to a few tokens, and have all of them learnt: the first are often those of a prompt."""
+    ids = row["input_ids"][:NUM_TOKENS]
+    short = {"input_ids": ids, "labels": ids}
+    return short | ({"seq_lengths": [len(ids)]} if "seq_lengths" in row else {})
+
+
+@contextmanager
+def _silently() -> Iterator[None]:
+    """Have nobody say anything: what is worth saying will be said when the run itself comes to it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

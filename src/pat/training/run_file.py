@@ -1,0 +1,115 @@
+"""`run.json`: the one configuration that a run belongs to, what it runs on, and how far it has come."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from pat.checkpoint.card import shown_name
+from pat.errors import PatError
+from pat.report.records import plain, write_record
+from pat.training.arguments import REFUSED, TuneArguments
+
+RUN_FILE = "run.json"
+
+_MAY_CHANGE = """
+max_steps num_train_epochs *batch_size* gradient_accumulation_steps torch_empty_cache_steps
+output_dir keep_checkpoints save_* log_* logging_* eval_* prediction_loss_only load_best_model_at_end
+metric_for_best_model greater_is_better include_num_input_tokens_seen report_to run_name project trackio_*
+push_to_hub hub_* disable_tqdm debug skip_memory_metrics
+resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint enable_jit_checkpoint no_compact
+dataloader_* dataset_num_proc use_cpu dtype bf16* fp16* tf32 attn_implementation gradient_checkpointing*
+activation_* torch_compile* use_liger_kernel liger_kernel_config use_cache full_determinism accelerator_config
+"""
+
+MAY_CHANGE = tuple(_MAY_CHANGE.split())
+"""Options, or patterns of them, that a run may be gone on with otherwise than it began: how long, how much at once,
+what is written, shown and measured on the way, how it goes on, and where and how it is computed."""
+
+_NOT_THE_MODELS = ("_name_or_path", "transformers_version")
+"""Keys of a configuration that say how it was loaded."""
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """What a run is."""
+
+    configuration: dict[str, Any]
+    """Every option but those that may change."""
+    base: str
+    """Fingerprint of the base model."""
+    data: str
+    """Fingerprint of the rows that are trained and measured on."""
+    finished: list[str] = field(default_factory=list)
+    """Phases that are done: `stage_one`, `compaction`, `stage_two`, `model`, `results`."""
+
+    @classmethod
+    def of(cls, arguments: TuneArguments, base_config: Any, data: str) -> RunFile:
+        """Describe a run by its arguments, its base model and the fingerprint of its data."""
+        names = {"model_name_or_path": arguments.run.model_name_or_path, "dataset_name": arguments.run.dataset_name}
+        configuration = {
+            option.name: plain(getattr(part, option.name))
+            for part in (arguments.model, arguments.sft, arguments.pat, arguments.run)
+            for option in fields(part)
+            if option.name not in REFUSED and not any(fnmatchcase(option.name, name) for name in MAY_CHANGE)
+        }
+        shown = {name: shown_name(str(value)) for name, value in names.items()}
+        return cls(configuration | shown, _fingerprint(arguments.run.model_name_or_path, base_config), data)
+
+    @classmethod
+    def read(cls, folder: Path) -> RunFile | None:
+        """Read that of a run's folder; None if there is none.
+
+        Raises:
+            PatError: it is not readable.
+        """
+        path = folder / RUN_FILE
+        if not path.is_file():
+            return None
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise PatError(f"{path}: not readable ({error}); choose another output folder.") from error
+
+    def write(self, folder: Path) -> None:
+        """Write it into a run's folder."""
+        write_record(folder / RUN_FILE, self)
+
+    def after(self, *phases: str) -> RunFile:
+        """Return it with more phases finished."""
+        return replace(self, finished=list(dict.fromkeys([*self.finished, *phases])))
+
+    def check(self, given: RunFile, folder: Path) -> None:
+        """Check that a run may be gone on with as another is described.
+
+        Raises:
+            PatError: it may not; the message holds the differences.
+        """
+        mine, other = asdict(self), asdict(given)
+        pairs = {
+            name: (self.configuration.get(name), given.configuration.get(name))
+            for name in {**self.configuration, **given.configuration}
+        }
+        pairs |= {f"fingerprint of the {name}": (mine[name][:8], other[name][:8]) for name in ("base", "data")}
+        differing = [f"{name}: {old} in the run, {new} given" for name, (old, new) in pairs.items() if old != new]
+        if differing:
+            raise PatError(
+                f"{folder}: the run there has another configuration ({'; '.join(differing)}); go on with its own, or "
+                "choose another output folder."
+            )
+
+
+def _fingerprint(name: str, base_config: Any) -> str:
+    """Digest a base model: its configuration, and names, sizes and first kilobytes of the weight files in a folder."""
+    facts = {key: value for key, value in plain(base_config.to_dict()).items() if key not in _NOT_THE_MODELS}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    folder = Path(name).expanduser()
+    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 16))
+    return digest.hexdigest()[:16]

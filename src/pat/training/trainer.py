@@ -1,0 +1,82 @@
+"""TRL's trainer, as both stages and the rehearsal make it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from peft.utils.other import TrainableTokensWrapper
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import SFTConfig, SFTTrainer
+
+from pat.checkpoint.staging import make_readable
+from pat.loading import TokenSetup
+from pat.training.prepare import Prepared
+from pat.tuner.model import find_tuner
+
+
+def make_trainer(
+    model: PeftModel,
+    args: SFTConfig,
+    data: Prepared,
+    folder: Path,
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> SFTTrainer:
+    """Make a trainer on prepared data.
+
+    Args:
+        model: an adapted model.
+        args: of the trainer; they are not copied.
+        data: what is trained and evaluated on.
+        folder: of its checkpoints.
+        callbacks: beside those that the trainer makes itself.
+        tokenizer: instead of that of the data, which the trainer changes.
+    """
+    head: Any = model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        head.register_parameter("bias", None)  # TRL asks the head for it; peft's wrapper only passes on the weight
+    args.output_dir = str(folder)
+    evaluation: Dataset | None = data.evaluation
+    return SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=evaluation,
+        processing_class=tokenizer or data.vocabulary.tokenizer,
+        callbacks=[*callbacks],
+    )
+
+
+def count_steps(trainer: SFTTrainer) -> int:
+    """Return the number of optimizer steps that a trainer will take."""
+    values: Any = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    return int(values[-1])
+
+
+class StopAtMilestone(TrainerCallback):
+    """Ends stage one when the mask has become hard, with a checkpoint to go on from."""
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop, save and log (the loss since the last log would be lost); runs after `PatCallback`."""
+        tuner = find_tuner(kwargs["model"])
+        if tuner is not None and tuner.mask().hardened:
+            control.should_training_stop = control.should_save = control.should_log = True
+
+
+class SaveTokens(TrainerCallback):
+    """Writes what belongs to a run's tokens into every checkpoint; the trainer's own tokenizer has had to be padded."""
+
+    def __init__(self, tokens: TokenSetup) -> None:
+        self.tokens = tokens
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write tokenizer and generation config."""
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        self.tokens.save(folder)
+        make_readable(folder)

@@ -1,0 +1,63 @@
+"""Hang mask and operators of one adapter into a model that peft has put LoRA on."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import cast
+
+import torch
+from torch import nn
+
+from pat.method.basis import UnifiedMask
+from pat.method.operator import build_operator
+from pat.tuner.config import PatConfig
+from pat.tuner.layer import MASK_NAME, OPERATOR_NAME, HsmLayer, MaskLayer
+from pat.tuner.prepare import AttachmentPlan
+
+
+def add_mask_and_operators(
+    model: nn.Module, adapter_name: str, config: PatConfig, plan: AttachmentPlan, *, empty: bool
+) -> None:
+    """Add an adapter's mask beside the embedding and its operators beside the writers, and hook them.
+
+    Args:
+        model: the base model with peft's layers in it.
+        adapter_name: name of the adapter.
+        config: of the adapter.
+        plan: what attaching it comes to.
+        empty: leave the operators without values, because they are about to be loaded.
+    """
+    stream, width = plan.stream, plan.width
+    mask = UnifiedMask(
+        width.hidden_size,
+        width.pruned_hidden_size,
+        kind=config.mask,  # type: ignore[arg-type]
+        has_basis=plan.rotation == "pca",
+        has_head_factor=plan.rotation == "pca" and plan.tied,
+        lr_multiplier=config.mask_lr_multiplier,
+    )
+    mask_layer = cast(MaskLayer, _layer(model, stream.embedding, MASK_NAME, MaskLayer()))
+    mask_layer.add_adapter(adapter_name, mask, _device_of(model, stream.embedding))
+    for site in stream.sites:
+        layer = cast(HsmLayer, _layer(model, site, OPERATOR_NAME, HsmLayer(mask_layer)))
+        with torch.device("meta") if empty else nullcontext():  # orthogonalising takes minutes in a large model
+            operator = build_operator(
+                width.hidden_size, config.operator_rank, lr_multiplier=config.operator_lr_multiplier
+            )
+        layer.add_adapter(adapter_name, operator, _device_of(model, site))
+        # LoRA and modules_to_save may just have replaced the writer: hook whatever stands there now.
+        final_norm = model.get_submodule(stream.final_norm) if site == stream.embedding else None
+        layer.set_tied(adapter_name, tied=final_norm is not None and plan.tied)
+        layer.attach(model.get_submodule(site), final_norm)
+
+
+def _layer(model: nn.Module, site: str, name: str, new: nn.Module) -> nn.Module:
+    """Return the layer of that name on the module that holds a site; put the new one there if there is none."""
+    holder = model.get_submodule(site.rpartition(".")[0])
+    if not hasattr(holder, name):
+        holder.add_module(name, new)
+    return cast(nn.Module, getattr(holder, name))
+
+
+def _device_of(model: nn.Module, site: str) -> torch.device:
+    return next(model.get_submodule(site).parameters()).device

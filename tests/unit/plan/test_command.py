@@ -1,0 +1,113 @@
+"""`pat plan`: the widths taken, what is said of them, and what cannot be known without weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import SLIDING_WINDOW, build
+
+from pat import cli
+from pat.errors import PatError
+from pat.plan.command import PlanRecord, run_plan
+from pat.plan.options import PlanOptions
+from pat.plan.tables import print_plan
+
+
+def plan(folder: Path, family: str = "llama", *, tied: bool = True, **options: Any) -> PlanRecord:
+    build(family, tied=tied).config.save_pretrained(folder)
+    return run_plan(PlanOptions(model_name_or_path=str(folder), **options))
+
+
+def test_a_ratio_has_its_width_and_the_legal_ones_around_it(tmp_path: Path) -> None:
+    (candidate,) = plan(tmp_path).candidates
+    assert (candidate.width.pruned_hidden_size, candidate.pruning_ratio) == (36, 0.25)
+    assert candidate.nearby_widths == (24, 28, 32, 36, 40, 44)
+    assert candidate.width.reason.startswith("cutting 0.25 of 48 leaves 36;")
+    (aligned,) = plan(tmp_path, multiple_of=16, pruning_ratio=[0.3]).candidates
+    assert aligned.nearby_widths == (16, 32)
+
+
+def test_several_ratios_are_planned_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = plan(tmp_path, pruning_ratio=[0.5, 0.25])
+    assert [candidate.cost.hidden_size for candidate in record.candidates] == [24, 36]
+    half, quarter = record.candidates
+    assert half.prefill_speedup == record.base.prefill_flops_per_token / half.cost.prefill_flops_per_token
+    assert half.decode_speedup == record.base.decode_bytes_per_token / half.cost.decode_bytes_per_token
+    # Half of the weights, but the whole of attention and cache, which are most of a tiny model's cost.
+    assert 2 > half.prefill_speedup > quarter.prefill_speedup > 1
+    assert 2 > half.decode_speedup > quarter.decode_speedup > 1
+    print_plan(record)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    totals = [cost.total.num_parameters for cost in (record.base, half.cost, quarter.cost)]
+    assert ["total", *(f"{total:,}" for total in totals)] in rows
+    assert ["change", "", *(f"{total / totals[0] - 1:+.1%}" for total in totals[1:])] in rows
+    assert ["expected speed-up", "", f"{half.decode_speedup:.2f}x", f"{quarter.decode_speedup:.2f}x"] in rows
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "untie", "rotation", "words"),
+    [
+        ("llama", False, False, "pca", "PCA, exact"),
+        ("llama", True, True, "pca", "PCA, exact"),
+        ("llama", True, False, "open", "only the weights can tell"),
+        ("gemma2", True, False, "none", "has norms between"),
+    ],
+)
+def test_a_rotation_is_promised_only_where_no_weight_can_rule_it_out(
+    family: str,
+    tied: bool,
+    untie: bool,
+    rotation: str,
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    record = plan(tmp_path, family, tied=tied, untie_word_embeddings=untie)
+    print_plan(record)
+    assert record.rotation == rotation and words in capsys.readouterr().out
+
+
+def test_costs_are_for_the_context_that_was_asked_for(tmp_path: Path) -> None:
+    default, short = plan(tmp_path), plan(tmp_path, context=32)
+    assert (default.context, short.context) == (128, 32)  # all that the model can read, rather than 2048
+    assert default.base.kv_cache_bytes == 4 * short.base.kv_cache_bytes
+    for context in (0, 129):
+        with pytest.raises(PatError, match=f"context={context}; expected a number of tokens from 1 to 128"):
+            plan(tmp_path, context=context)
+
+
+def test_windows_limit_what_is_cached(tmp_path: Path) -> None:
+    record = plan(tmp_path, "gemma2", context=4 * SLIDING_WINDOW)  # two layers of three have a window
+    assert record.base.kv_cache_bytes == 2 * 2 * 20 * 4 * (2 * SLIDING_WINDOW + 4 * SLIDING_WINDOW)
+
+
+@pytest.mark.parametrize(
+    "options", [{"pruning_ratio": [0.25, 1.0]}, {"pruning_ratio": [0.25], "pruned_hidden_size": 36}]
+)
+def test_what_no_model_can_be_pruned_to_is_refused_at_once(options: dict[str, Any]) -> None:
+    with pytest.raises(PatError, match="pruning_ratio="):
+        PlanOptions(model_name_or_path="nowhere", **options)
+
+
+def test_notes_say_what_was_assumed(tmp_path: Path) -> None:
+    plan(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["dtype"]
+    stored["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    record = run_plan(PlanOptions(model_name_or_path=str(tmp_path), untie_word_embeddings=True))
+    notes = " ".join(record.notes)
+    assert "float32" in notes and "quantised" in notes
+    assert f"{record.candidates[0].cost.groups['head'].num_parameters:,}" in notes
+
+
+def test_a_mixture_of_experts_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = plan(tmp_path, "mixtral")
+    print_plan(record)
+    printed = capsys.readouterr().out
+    assert "MLP, experts" in printed and "tied embedding" in printed
+    assert cli.main(["plan", "--model_name_or_path", record.model_name_or_path, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["candidates"][0]["cost"]["total"]["num_parameters"] == record.candidates[0].cost.total.num_parameters
+    assert facts["training"]["total_bytes"] == record.training.total_bytes

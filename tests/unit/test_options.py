@@ -1,0 +1,158 @@
+"""The one parser: flags, `--config` files and keywords from the fields of a dataclass."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from pat.errors import PatError
+from pat.options import OptionsParser
+
+
+@dataclass(frozen=True)
+class Inner:
+    name: str = field(metadata={"help": "Name of it."})
+    save_strategy: str = field(default="steps", metadata={"choices": ("no", "steps")})
+    learning_rate: float = 0.1
+    kwargs: dict[str, Any] | str | None = None
+
+
+@dataclass(frozen=True)
+class Other:
+    name: str | None = None
+    sizes: list[int] = field(default_factory=lambda: [1])
+    report_to: str | list[str] | None = "none"
+    rank: int | str | None = 7
+    flag: bool = False
+    on: bool | None = True
+    kind: Literal["a", "b"] = "a"
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    inner: Inner = field(metadata={"section": "first"})
+    other: Other = field(metadata={"section": "second"})
+
+    @staticmethod
+    def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+        return {"learning_rate": 0.2 if given.get("kind") == "b" else 0.3, "rank": 5}
+
+
+def parser() -> OptionsParser[Options]:
+    return OptionsParser("pat test", Options)
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        ("--learning-rate 3e-4", "learning_rate", 3e-4),
+        ("--learning_rate=-1", "learning_rate", -1.0),
+        ("--sizes 4 8", "sizes", [4, 8]),
+        ("--sizes 4,8", "sizes", [4, 8]),
+        ("--report_to none", "report_to", "none"),
+        ("--report_to a b", "report_to", ["a", "b"]),
+        ("--rank 3", "rank", 3),
+        ("--rank dense", "rank", "dense"),
+        ("--flag", "flag", True),
+        ("--flag no", "flag", False),
+        ("--on False", "on", False),
+        ("--no_on", "on", False),
+        ("--kind b", "kind", "b"),
+        ("--folder x/y", "folder", Path("x/y")),
+        ('--kwargs {"a":1}', "kwargs", {"a": 1}),
+        ("--kwargs file.json", "kwargs", "file.json"),
+    ],
+)
+def test_words_are_read_as_the_field_wants_them(words: str, name: str, value: Any) -> None:
+    made = parser().parse(["--name", "n", *words.split()])
+    assert getattr(made.inner if hasattr(made.inner, name) else made.other, name) == value
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("save_strategy: no", "save_strategy", "no"),
+        ("learning-rate: 3e-4", "learning_rate", 3e-4),
+        ("sizes: [4, 8]", "sizes", [4, 8]),
+        ("sizes: 4", "sizes", [4]),
+        ("report_to: off", "report_to", "off"),
+        ("rank: 010", "rank", 10),
+        ("rank:", "rank", None),
+        ("flag: yes", "flag", True),
+        ("flag:", "flag", False),
+        ("kwargs: {a: 1, b: no}", "kwargs", {"a": 1, "b": False}),
+    ],
+)
+def test_a_file_says_what_the_command_line_says(tmp_path: Path, line: str, name: str, value: Any) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"name: n\n{line}\n")
+    made = parser().parse(["--config", str(file)])
+    assert getattr(made.inner if hasattr(made.inner, name) else made.other, name) == value
+
+
+def test_typed_flags_win_over_the_file_over_the_defaults_between_over_the_fields(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PAT_TEST_VARIABLE", "")
+    file = tmp_path / "c.yaml"
+    file.write_text("name: n\nkind: b\nflag: true\nenv: {PAT_TEST_VARIABLE: 7}\n")
+    made = parser().parse([f"--config={file}", "--flag", "false"])
+    assert made.inner.learning_rate == 0.2 and made.other.rank == 5
+    assert made.other.flag is False and made.other.kind == "b" and made.inner.save_strategy == "steps"
+    assert made.inner.name == made.other.name == "n"  # of the same name: both are told
+    assert os.environ["PAT_TEST_VARIABLE"] == "7"
+
+
+def test_keywords_are_values_or_words() -> None:
+    made = parser().build({"name": Path("n"), "sizes": (2, 3), "rank": 4, "learning_rate": 1, "report_to": ["a", "b"]})
+    assert made.inner == Inner("n", learning_rate=1)
+    assert made.other == Other("n", sizes=[2, 3], rank=4, report_to=["a", "b"])
+    assert parser().build({"name": "n", "sizes": "2,3", "flag": "yes"}).other.sizes == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (["--naem", "n"], "Got the unknown flag --naem; did you mean --name?"),
+        (["stray"], "Got 'stray' without a flag before it"),
+        (["--learning_rate", "fast"], "Got --learning_rate 'fast'; expected a number"),
+        (["--sizes", "1", "2.5"], "Got --sizes '1 2.5'; expected a whole number, or several of them"),
+        (["--flag", "maybe"], "Got --flag 'maybe'; expected true or false"),
+        (["--save_strategy", "never"], "Got --save_strategy 'never'; expected one of no, steps"),
+        (["--learning_rate"], "argument --learning_rate: expected one argument"),
+        ([], "--name is missing; it says: Name of it"),
+        (["--config", "a", "--config", "b"], "Got --config twice (a and b); give one file."),
+        (["--config", "nowhere.yaml"], "Got --config nowhere.yaml, but there is no such file; expected a YAML"),
+        ({"naem": 1}, "Got the unknown flag naem; did you mean name?"),
+        ({"name": "n", "learning_rate": "fast"}, "Got learning_rate='fast'; expected a number"),
+        ({"name": "n", "rank": 2.5, "flag": 3}, "Got flag=3; expected true or false"),
+        ({"name": "n", "learning_rate": True}, "Got learning_rate=True; expected a number"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(given: Any, line: str) -> None:
+    with pytest.raises(PatError) as error:
+        parser().build(given) if isinstance(given, dict) else parser().parse(given)
+    assert str(error.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("name: n\nlearning_rate: a lot\n", "c.yaml, line 2: got learning_rate 'a lot'; expected a number"),
+        ("naem: n\n", "c.yaml, line 1: got the unknown flag naem; did you mean name?"),
+        ("name: n\nflag: 1\n\nflag: 0\n", "c.yaml, line 4: got flag a second time (line 2); give it once."),
+        ("name: [", "c.yaml, line 1: not valid YAML"),
+        ("just text", "c.yaml: got no YAML mapping"),
+        ("env: 3", "c.yaml, line 1: got env '3'; expected a mapping"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_with_its_line(tmp_path: Path, text: str, line: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(PatError) as error:
+        parser().parse(["--config", str(file)])
+    assert str(error.value).removeprefix(f"{tmp_path}/").startswith(line)

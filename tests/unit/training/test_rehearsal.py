@@ -1,0 +1,82 @@
+"""The rehearsal: what can be trained passes in every family, and what a trainer would refuse is refused before."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, build, tiny_tokenizer
+
+from pat.errors import PatError
+from pat.loading import load_config
+from pat.training.arguments import build_arguments
+from pat.training.prepare import prepare
+from pat.training.rehearsal import rehearse
+
+ROWS = [{"instruction": f"say {i}", "output": f"it is {i * i}"} for i in range(22)]
+
+
+def rehearsed(folder: Path, family: str = "llama", *, tied: bool = True, **flags: Any) -> int:
+    build(family, tied=tied).save_pretrained(folder / "base")
+    tiny_tokenizer(folder / "base")
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    given = {"max_length": 64, "held_out": 2, "per_device_train_batch_size": 4, "disable_tqdm": True} | flags
+    arguments = build_arguments(
+        model_name_or_path=folder / "base", dataset_name=folder / "rows.jsonl", output_dir=folder / "out", **given
+    )
+    base_config, record = load_config(str(folder / "base"))
+    data = prepare(arguments, base_config)
+    before = sorted(folder.iterdir())
+    try:
+        return rehearse(arguments, data, base_config, record)
+    finally:
+        assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "num_steps"),
+    [
+        ({}, 5),
+        ({"max_steps": 3}, 3),
+        ({"gradient_accumulation_steps": 2, "num_train_epochs": 2}, 6),
+        ({"packing": True}, None),
+        ({"lora_target_modules": ["model.layers.1.mlp.down_proj"], "lora_modules_to_save": ["model.norm"]}, 5),
+        ({"use_dora": True, "gradient_checkpointing": True, "neftune_noise_alpha": 5}, 5),
+        ({"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_steps": 1}, 5),
+    ],
+    ids=lambda value: " ".join(value) or "default" if isinstance(value, dict) else "",
+)
+def test_what_can_be_trained_passes_and_its_steps_are_known(
+    flags: dict[str, Any], num_steps: int | None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = torch.is_grad_enabled()
+    steps = rehearsed(tmp_path, **flags)
+    assert steps == num_steps or (num_steps is None and 1 <= steps < 5)
+    assert torch.is_grad_enabled() == before
+    assert not capfd.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_passes(family: str, tied: bool, tmp_path: Path) -> None:
+    assert rehearsed(tmp_path, family, tied=tied) == 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"padding_free": True}, "padding_free"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
+        ({"optim": "schedule_free_adamw"}, "schedulefree"),
+        ({"report_to": "comet_ml"}, "comet"),
+        ({"adam_beta1": 2.0}, "beta"),
+        ({"lora_target_modules": ["nothing"]}, "nothing not found"),
+        ({"attn_implementation": "none_such"}, "none_such"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_a_trainer_would_refuse_is_refused_before(flags: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(PatError, match=f"cannot be set up as asked: .*{words}"):
+        rehearsed(tmp_path, **flags)

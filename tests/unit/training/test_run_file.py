@@ -1,0 +1,82 @@
+"""`run.json`: what a run belongs to, and what may be another when it is gone on with."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import build
+
+from pat.errors import PatError
+from pat.loading import load_config
+from pat.training.arguments import build_arguments
+from pat.training.run_file import RunFile
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "base"
+    build("llama", tied=True).save_pretrained(folder)
+    return folder
+
+
+def described(base: Path, *, data: str = "d", **flags: Any) -> RunFile:
+    arguments = build_arguments(model_name_or_path=base, dataset_name="rows.jsonl", output_dir="out", **flags)
+    return RunFile.of(arguments, load_config(str(base))[0], data)
+
+
+def test_it_is_the_same_after_a_way_through_the_disk_and_of_a_copied_base(base: Path, tmp_path: Path) -> None:
+    run = described(base, lora_target_modules=["q_proj", "v_proj"], hub_token="secret")
+    run.after("stage_one").write(tmp_path)
+    assert "secret" not in (tmp_path / "run.json").read_text()
+    read = RunFile.read(tmp_path)
+    assert read == run.after("stage_one") and read.finished == ["stage_one"]
+    moved = shutil.copytree(base, tmp_path / "elsewhere" / "base")
+    read.check(described(moved, lora_target_modules=["q_proj", "v_proj"]), tmp_path)
+    assert RunFile.read(tmp_path / "elsewhere") is None
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"max_steps": 7},
+        {"num_train_epochs": 3, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+        {"save_steps": 5, "logging_steps": 1, "eval_strategy": "steps", "report_to": "tensorboard"},
+        {"output_dir": "other", "no_compact": True, "keep_checkpoints": True, "dataloader_num_workers": 2},
+        {"resume_from_checkpoint": "true", "dtype": "float32", "gradient_checkpointing": True},
+    ],
+)
+def test_what_may_change_may_change(base: Path, tmp_path: Path, flags: dict[str, Any]) -> None:
+    arguments = {"output_dir": "out"} | flags
+    run = described(base)
+    given = build_arguments(model_name_or_path=base, dataset_name="rows.jsonl", **arguments)
+    run.check(RunFile.of(given, load_config(str(base))[0], "d"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "difference"),
+    [
+        ({"pruning_ratio": 0.5}, "pruning_ratio: None in the run, 0.5 given"),
+        ({"lora_r": 8}, "lora_r: 20 in the run, 8 given"),
+        (
+            {"seed": 7, "optim": "adafactor"},
+            "optim: adamw_torch_fused in the run, adafactor given; seed: 42 in the run",
+        ),
+        ({"recipe": "paper"}, "rotation: auto in the run, none given"),
+        ({"held_out": 4}, "held_out: None in the run, 4 given"),
+        ({"data": "e"}, "fingerprint of the data: d in the run, e given"),
+    ],
+)
+def test_another_configuration_is_refused_with_the_difference(
+    base: Path, tmp_path: Path, flags: dict[str, Any], difference: str
+) -> None:
+    with pytest.raises(PatError) as error:
+        described(base).check(described(base, **flags), tmp_path)
+    assert difference in str(error.value)
+
+
+def test_another_base_of_the_same_name_is_refused(base: Path, tmp_path: Path) -> None:
+    other = tmp_path / "base"
+    build("llama", tied=True, num_hidden_layers=1).save_pretrained(other)
+    with pytest.raises(PatError, match=r"fingerprint of the base: .* in the run"):
+        described(base).check(described(other), tmp_path)
