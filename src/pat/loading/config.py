@@ -148,6 +148,9 @@ def _check_values(name: str, config: Any) -> None:
     for field in _COUNTS:
         if not _is_count(getattr(config, field, None)):
             raise refuse(field, "expected a positive whole number")
+    for field, below in (("rms_norm_eps", 1.0), ("attention_dropout", 1.0)):
+        if not 0 <= (getattr(config, field, None) or 0) < below:
+            raise refuse(field, f"expected a number of at least 0 and less than {below:g}")
     num_heads, num_kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if num_kv_heads is not None and num_heads % num_kv_heads:
         raise refuse("num_key_value_heads", f"expected a divisor of num_attention_heads={num_heads}")
