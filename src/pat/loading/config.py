@@ -57,7 +57,7 @@ def load_config(name_or_path: str, *, revision: str | None = None) -> tuple[Any,
                 f"be reached: {_one_line(error)}"
             ) from error
         raise _unusable(name_or_path, error, _fields(name_or_path, revision)) from error
-    _check_kind(name_or_path, config)
+    check_kind(name_or_path, config)
     family = get_family(config.model_type)
     _check_values(name_or_path, config)
     try:
@@ -117,8 +117,12 @@ def _check_folder(name_or_path: str) -> None:
         raise PatError(f"Got the model folder {name_or_path!r}, which has no config.json; {hint}.")
 
 
-def _check_kind(name: str, config: Any) -> None:
-    """Refuse what is no causal language model of text alone, by the name of its class."""
+def check_kind(name: str, config: Any) -> None:
+    """Refuse what is no causal language model of text alone, by the name of its class.
+
+    Raises:
+        PatError: it is multimodal, or of another kind.
+    """
     architectures = config.architectures if isinstance(config.architectures, list) else [config.architectures]
     kind = ", ".join(map(str, filter(None, architectures))) or config.model_type
     senses = [sense for field, sense in _OTHER_SENSES.items() if getattr(config, field, None) is not None]
