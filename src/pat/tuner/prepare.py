@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from pat.errors import PatError
 from pat.families import Family, get_family
-from pat.loading import check_quantization, quantization_of
+from pat.loading import check_kind, check_quantization, quantization_of
 from pat.method.operator import check_rank
 from pat.shape import Width, choose_width
 from pat.surgery.describe import check_tie, map_of
@@ -58,6 +58,7 @@ def plan_attachment(
             "AutoModelForCausalLM returns."
         )
     base_config = model.config
+    check_kind(base_config.name_or_path or type(model).__name__, base_config)
     family = get_family(base_config.model_type)
     if model.get_output_embeddings() is None:
         raise PatError(
