@@ -212,13 +212,14 @@ def preload() -> None:
     sys.path[:0] = [str(SOURCE), str(TESTS)]
     import hypothesis.stateful
     import mpmath
+    import peft  # before anything of `pat`, which would else wait for it
     import pytest
     import tiny_models
     import torch
     import torch._dynamo.testing
     import trl
 
-    assert all(library.__name__ for library in (hypothesis, mpmath, pytest, trl))
+    assert all(library.__name__ for library in (hypothesis, mpmath, peft, pytest, trl))
     torch.set_num_threads(1)
     for family in tiny_models.FAMILIES:  # their classes are imported when first used
         tiny_models.build(family, tied=True)

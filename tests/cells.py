@@ -22,8 +22,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True},
     "dense": {"operator_rank": "dense"},
     "frozen": {"mask": "frozen"},
-    "bias": {"lora_bias": True},  # on the layers that have a bias, see `Cell.fields`
-    "saved": {},  # the ends of the stream and all norms, see `Cell.fields`
+    "bias": {"lora_bias": True},  # on the layers that have a bias
+    "saved": {},  # all norms, and an end of the stream (modules_to_save)
     "4bit": {},  # on a base quantised by bitsandbytes
 }
 
@@ -59,20 +59,6 @@ class Cell:
     @property
     def quantised(self) -> bool:
         return self.adapter == "4bit"
-
-    def fields(self, biased: Iterable[str]) -> dict[str, Any]:
-        """Return the fields of the `PatConfig`.
-
-        Args:
-            biased: last parts of the paths of the linear layers with a bias.
-        """
-        fields = {"rotation": self.rotation} | ADAPTERS[self.adapter]
-        if self.adapter == "bias":
-            fields["target_modules"] = sorted(biased)
-        if self.adapter == "saved":
-            ends = {"ensure_weight_tying": True} if self.tied else {}
-            fields |= {"modules_to_save": ["embed_tokens", "norm"] if self.tied else ["lm_head", "norm"]} | ends
-        return fields
 
 
 def possible(row: Row) -> bool:

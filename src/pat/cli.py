@@ -113,8 +113,11 @@ def _run(name: str, argv: Sequence[str]) -> int:
                 first: OptionsParser[Any] = OptionsParser(f"pat {name}", _load(command.first))
                 first.require(first.read(argv, others=True))
             options = OptionsParser(f"pat {name}", _load(command.options), command.summary).parse(argv)
-            shown = {"as_json": True} if getattr(options, "json", False) else {}
-            _load(command.show)(_load(command.run)(options), **shown)
+            record = _load(command.run)(options)
+            if getattr(options, "json", False):  # a command that has the flag
+                print(_load("pat.report.records:to_json")(record), end="")
+            else:
+                _load(command.show)(record)
     except SystemExit as leave:  # argparse's way to end after --help
         if leave.code:
             raise

@@ -5,7 +5,7 @@ Shapes: B rows of a batch, T tokens of its longest row, V vocabulary, N scored t
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +16,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pat.errors import PatError
+from pat.report.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Example = Mapping[str, Sequence[int]]
 """One tokenised row: `input_ids`, and as many `labels` (-100: not scored) or `completion_mask` bits."""
-
-Progress = Callable[[int, int], None]
-"""Called after every batch with (batches done, batches in all)."""
 
 IGNORED = -100
 # Rows of logits turned into float32 at once: a vocabulary of 262,144 takes 1 MB a row.

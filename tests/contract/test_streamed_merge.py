@@ -141,7 +141,7 @@ def test_another_dtype_than_the_base(tmp_path: Path) -> None:
 
 def test_folding_in_float32(tmp_path: Path) -> None:
     base = saved_base(tmp_path / "base", "llama", tied=True)
-    model = saved_adapter(base, tmp_path / "adapter", rotation="pca")
+    model = saved_adapter(base, tmp_path / "adapter", rotation="pca", use_rslora=False)
     merged(tmp_path, fold_dtype="float32")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     exact = model.merge_and_unload()

@@ -205,7 +205,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown template": ({"template": "vicuna"}, ["'vicuna'", "alpaca"]),
     "an optimizer of another package": ({"optim": "schedule_free_adamw"}, ["schedulefree", "install"]),
     "a schedule without its arguments": ({"lr_scheduler_type": "cosine_with_min_lr"}, ["min_lr"]),
-    "no rows in a batch": ({"per_device_train_batch_size": 0}, ["batch_size=0"]),
+    "a step that cannot be": ({"adam_beta1": 2.0}, ["beta", "2.0"]),
     "negative learning rate": ({"learning_rate": -1}, ["learning rate", "-1"]),
     "targets that are not there": ({"lora_target_modules": "nothing"}, ["nothing", "not found"]),
     "a flag that does nothing here": ({"use_peft": "false"}, ["use_peft=False", "adapter in any case"]),

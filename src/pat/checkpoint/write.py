@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -137,11 +138,17 @@ def load_written(folder: Path, dtype: torch.dtype, device: torch.device | str = 
 
 
 def write_config(config: PretrainedConfig, folder: Path) -> None:
-    """Write `config.json`, in the words of transformers 4 as well."""
+    """Write `config.json`, in the words of transformers 4 as well.
+
+    Some configurations of transformers 5 would take the old words for `rope_parameters` itself. They go without, since
+    transformers 4 has none of their families.
+    """
     config.save_pretrained(folder)
     path = folder / CONFIG_NAME
     fields = json.loads(path.read_text(encoding="utf-8")) | legacy_rope(config)
-    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    again = type(config).from_dict(copy.deepcopy(fields))
+    if getattr(again, "rope_parameters", None) == getattr(config, "rope_parameters", None):
+        path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def weight_bytes(folder: Path) -> int:

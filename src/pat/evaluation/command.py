@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from pat.checkpoint.adapter import base_name, load_adapted, read_adapter_config
 from pat.evaluation.harness import TaskScores, evaluate_tasks, load_tasks
 from pat.evaluation.options import COMMAND, RESULTS, EvaluateOptions
 from pat.loading import load_base, load_config, load_tokenizer
-from pat.nll import NLL, Example, Progress, read_text, response_nll, text_perplexity
+from pat.nll import NLL, Example, read_text, response_nll, text_perplexity
+from pat.report.progress import progress_bar
 from pat.report.records import Record, collected_warnings, write_record
 from pat.report.table import Table
 from pat.training.data_record import DataRecord
@@ -111,7 +110,7 @@ def _evaluate(options: EvaluateOptions, warnings: list[str]) -> EvaluationRecord
     text = responses = scores = None
     if content is not None:
         max_tokens = None if options.limit is None else options.limit * TOKENS_PER_LIMIT
-        with _progress("Text") as progress:
+        with progress_bar("Text", "batch") as progress:
             text = text_perplexity(
                 network,
                 tokenizer,
@@ -123,7 +122,7 @@ def _evaluate(options: EvaluateOptions, warnings: list[str]) -> EvaluationRecord
             )
     if examples:
         pad = cast(int, tokenizer.pad_token_id)
-        with _progress("Responses") as progress:
+        with progress_bar("Responses", "batch") as progress:
             responses = response_nll(
                 network, examples, batch_size=options.batch_size, pad_token_id=pad, progress=progress
             )
@@ -229,15 +228,3 @@ def _describe_mask(network: nn.Module) -> str | None:
         return None
     mask = tuner.mask()
     return "hard" if mask.hardened else f"soft at step {mask.step}"
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Progress]:
-    """Yield a progress function that draws a bar on stderr if a person is looking."""
-    with tqdm(desc=what, unit="batch", disable=None, leave=False) as bar:
-
-        def report(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield cast(Callable[[int, int], None], report)

@@ -1,11 +1,10 @@
-"""A plan as tables for people, or as JSON for programs."""
+"""A plan as tables for people."""
 
 from __future__ import annotations
 
 from pat.families import FAMILIES
 from pat.plan.command import PlanRecord
 from pat.plan.costs import GROUPS, ModelCost
-from pat.report.records import to_json
 from pat.report.table import Table
 from pat.shape import alignment
 
@@ -19,11 +18,8 @@ _ROTATIONS = {
 }
 
 
-def print_plan(record: PlanRecord, *, as_json: bool = False) -> None:
+def print_plan(record: PlanRecord) -> None:
     """Print a plan on standard output."""
-    if as_json:
-        print(to_json(record), end="")
-        return
     print(f"{record.model_name_or_path} ({record.model_type}, {record.dtype}), hidden size {record.base.hidden_size}.")
     for candidate in record.candidates:
         nearby = ", ".join(map(_describe_width, candidate.nearby_widths))

@@ -14,6 +14,7 @@ from trl import ModelConfig, SFTConfig
 from pat.errors import PatError
 from pat.options import OptionsParser
 from pat.recipes import recipe_defaults
+from pat.shape import check_request
 from pat.training.options import RunOptions
 from pat.tuner.config import PatConfig
 from pat.tuner.options import PatOptions
@@ -134,6 +135,7 @@ file, --debug shows tracebacks.\
         return {**lora, **_machine_defaults(), **recipe_defaults(given.get("recipe", RunOptions.recipe))}
 
     def __post_init__(self) -> None:
+        check_request(self.pat.pruning_ratio, self.pat.pruned_hidden_size)
         if self.sft.eval_strategy != "no" and self.run.held_out in ("0", 0):
             raise PatError(
                 f"Got eval_strategy={str(self.sft.eval_strategy)!r} with held_out=0; expected rows to evaluate on: "

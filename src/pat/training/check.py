@@ -100,12 +100,12 @@ def announce(arguments: TuneArguments, checked: Checked, data: Prepared, model: 
 
 
 def warn_without_rotation(tuner: PatModel) -> None:
-    """Say so if the weights rule out the rotation that `pat plan`, which does not see them, has promised."""
+    """Say so if the weights rule out the rotation, which `pat plan`, that does not see them, left open."""
     config, stream = tuner.pat_config(), cast(ResidualStream, tuner.residual_stream)
     if config.rotation == "auto" and config.resolved_rotation == "none" and not stream.family.has_post_norms:
         logger.warning(
-            "The basis is not rotated, against what `pat plan` says of the family: the final gains of this tied model "
-            "are too far apart (gain_tolerance=%g), or trained. Channels are chosen among those that there are.",
+            "The basis is not rotated: the final gains of this tied model are too far apart (gain_tolerance=%g), or "
+            "trained. Channels are chosen among those that there are.",
             config.gain_tolerance,
         )
 

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from pat.checkpoint.card import Compaction, Cut
 from pat.checkpoint.verify import Parity
-from pat.nll import NLL, Example, response_nll
+from pat.nll import NLL, response_nll
+from pat.report.progress import progress_bar
 from pat.report.records import Record
 from pat.surgery.describe import count_parameters
 from pat.training.data_record import DataRecord
+from pat.training.prepare import Prepared
 
 logger = logging.getLogger(__name__)
 
@@ -121,31 +121,26 @@ class TuneResult:
         return self.record.parity
 
 
-def measure(
-    model: nn.Module, examples: Sequence[Example], pad_token_id: int, *, stage: str, size: Size, progress: bool = True
-) -> ModelFigures:
+def measure(model: nn.Module, data: Prepared, stage: str, size: Size, *, progress: bool = True) -> ModelFigures:
     """Time a model's held-out likelihood, with a progress bar on stderr, and put its sizes beside it.
 
     Args:
         model: scored as it is, in its own device and dtype.
-        examples: tokenised held-out rows; none leave likelihood and speed open.
-        pad_token_id: for padding batches.
+        data: its held-out examples are scored; none leave likelihood and speed open.
         stage: name on the progress bar.
         size: of its weights (given, because quantised storage holds several in one element).
         progress: whether there is a bar.
     """
     nll: NLL | None = None
     speed: float | None = None
-    if examples:
-        with tqdm(desc=f"Scoring {stage}", unit="batch", file=sys.stderr, disable=not progress) as bar:
-
-            def advance(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
+    if data.held_out:
+        pad_token_id = cast(int, data.vocabulary.tokenizer.pad_token_id)
+        with progress_bar(f"Scoring {stage}", "batch", shown=progress) as bar:
             start = time.perf_counter()
-            nll = response_nll(model, examples, batch_size=EVAL_BATCH_SIZE, pad_token_id=pad_token_id, progress=advance)
-            speed = sum(len(example["input_ids"]) for example in examples) / (time.perf_counter() - start)
+            nll = response_nll(
+                model, data.held_out, batch_size=EVAL_BATCH_SIZE, pad_token_id=pad_token_id, progress=bar
+            )
+            speed = sum(len(example["input_ids"]) for example in data.held_out) / (time.perf_counter() - start)
     return ModelFigures(
         num_parameters=size.num_parameters,
         num_bytes=size.num_bytes,

@@ -16,60 +16,19 @@ from pat.training.arguments import REFUSED, TuneArguments
 
 RUN_FILE = "run.json"
 
-MAY_CHANGE = (
-    # how long
-    "max_steps",
-    "num_train_epochs",
-    # how much at once
-    "*batch_size*",
-    "gradient_accumulation_steps",
-    "torch_empty_cache_steps",
-    # what is written, shown and measured on the way
-    "output_dir",
-    "keep_checkpoints",
-    "log_*",
-    "logging_*",
-    "save_*",
-    "eval_*",
-    "prediction_loss_only",
-    "load_best_model_at_end",
-    "metric_for_best_model",
-    "greater_is_better",
-    "include_num_input_tokens_seen",
-    "report_to",
-    "run_name",
-    "project",
-    "trackio_*",
-    "push_to_hub",
-    "hub_*",
-    "disable_tqdm",
-    "debug",
-    "skip_memory_metrics",
-    # how it goes on
-    "resume_from_checkpoint",
-    "ignore_data_skip",
-    "restore_callback_states_from_checkpoint",
-    "enable_jit_checkpoint",
-    "no_compact",
-    # where and how it is computed
-    "dataloader_*",
-    "dataset_num_proc",
-    "use_cpu",
-    "dtype",
-    "bf16*",
-    "fp16*",
-    "tf32",
-    "attn_implementation",
-    "gradient_checkpointing*",
-    "activation_*",
-    "torch_compile*",
-    "use_liger_kernel",
-    "liger_kernel_config",
-    "use_cache",
-    "full_determinism",
-    "accelerator_config",
-)
-"""Options, or patterns of them, that a run may be gone on with otherwise than it began."""
+_MAY_CHANGE = """
+max_steps num_train_epochs *batch_size* gradient_accumulation_steps torch_empty_cache_steps
+output_dir keep_checkpoints save_* log_* logging_* eval_* prediction_loss_only load_best_model_at_end
+metric_for_best_model greater_is_better include_num_input_tokens_seen report_to run_name project trackio_*
+push_to_hub hub_* disable_tqdm debug skip_memory_metrics
+resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint enable_jit_checkpoint no_compact
+dataloader_* dataset_num_proc use_cpu dtype bf16* fp16* tf32 attn_implementation gradient_checkpointing*
+activation_* torch_compile* use_liger_kernel liger_kernel_config use_cache full_determinism accelerator_config
+"""
+
+MAY_CHANGE = tuple(_MAY_CHANGE.split())
+"""Options, or patterns of them, that a run may be gone on with otherwise than it began: how long, how much at once,
+what is written, shown and measured on the way, how it goes on, and where and how it is computed."""
 
 _NOT_THE_MODELS = ("_name_or_path", "transformers_version")
 """Keys of a configuration that say how it was loaded."""

@@ -44,7 +44,8 @@ def tune(**flags: Any) -> TuneResult:
 
 def run_tune(arguments: TuneArguments) -> TuneResult:
     """Run `pat tune` from parsed arguments; see `tune`."""
-    with collected_warnings() as warnings, _progress_bars(not arguments.sft.disable_tqdm):
+    shown = not arguments.sft.disable_tqdm
+    with collected_warnings() as warnings, _progress_bars(shown):
         # Everything that can be wrong is found before the weights are loaded, and before anything is written.
         checked = check(arguments)
         data = prepare(arguments, checked.base_config)
@@ -57,39 +58,31 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
         # Training may load float32 for speed or stability; what is written keeps the dtype of the base's checkpoint.
         dtype, device = base.dtype, base.device
         stored = stored_dtype(checked.base_config) or dtype
-        figures = {"base": _measure(arguments, data, base, "base", Size.of(checked.base_config, stored))}
+        size = Size.of(checked.base_config, stored)
+        figures = {"base": measure(base, data, "base", size, progress=shown)}
         tokens = _tokens(arguments, data, base, checked.base_config)
         stages = Stages(arguments, data, tokens, run, num_steps, base)
         del base  # nobody else may hold it, or it stays in memory beside the small model
         trained = stages.run(checked.resume_from)
         inner = cast(PreTrainedModel, trained.model.get_base_model())
-        size = Size.of(inner.config if trained.compaction else checked.base_config, stored)
-        figures["tuned"] = _measure(arguments, data, inner, "tuned", size.with_adapter(trained.model))
+        size = (size if trained.compaction is None else Size.of(inner.config, stored)).with_adapter(trained.model)
+        figures["tuned"] = measure(inner, data, "tuned", size, progress=shown)
 
         parity, cut = _write(arguments, data, tokens, trained, figures, stored)
         dense: Any = AutoModelForCausalLM.from_pretrained(arguments.output_dir / "model", dtype=dtype)
         size = Size(cut.num_parameters, cut.num_parameters * stored.itemsize)
-        figures["dense"] = _measure(arguments, data, dense.to(device), "dense", size)
+        figures["dense"] = measure(dense.to(device), data, "dense", size, progress=shown)
         warn_of_losses(figures, dense.config.get_text_config().vocab_size)
 
-    name, training_arguments = shown_name(arguments.run.model_name_or_path), arguments.sft.to_sanitized_dict()
-    record = TuneRecord(
-        model_name_or_path=name,
-        dataset=data.record.source,
-        recipe=arguments.run.recipe,
-        seed=arguments.sft.seed,
-        num_steps=trained.num_steps,
+    record = _record(
+        arguments,
+        data,
+        trained,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         cut=cut,
-        pat_config=trained.pat_config | {"base_model_name_or_path": name},
-        training_arguments=training_arguments | {"output_dir": arguments.output_dir.name, "logging_dir": None},
-        data=data.record,
         figures=figures,
         parity=parity,
-        compaction=trained.compaction,
-        timings=trained.timings(),
-        log_history=trained.log_history,
         warnings=warnings,
     )
     write_record(arguments.output_dir / "results.json", record)
@@ -100,6 +93,24 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
     if repository is not None:
         push(arguments, repository, result.model_dir)
     return result
+
+
+def _record(arguments: TuneArguments, data: Prepared, trained: Trained, **found: Any) -> TuneRecord:
+    name, training_arguments = shown_name(arguments.run.model_name_or_path), arguments.sft.to_sanitized_dict()
+    return TuneRecord(
+        model_name_or_path=name,
+        dataset=data.record.source,
+        recipe=arguments.run.recipe,
+        seed=arguments.sft.seed,
+        num_steps=trained.num_steps,
+        pat_config=trained.pat_config | {"base_model_name_or_path": name},
+        training_arguments=training_arguments | {"output_dir": arguments.output_dir.name, "logging_dir": None},
+        data=data.record,
+        compaction=trained.compaction,
+        timings=trained.timings(),
+        log_history=trained.log_history,
+        **found,
+    )
 
 
 @contextmanager
@@ -143,12 +154,6 @@ def _tokens(arguments: TuneArguments, data: Prepared, base: PreTrainedModel, bas
     written = data.vocabulary.written or data.vocabulary.tokenizer
     own = load_plain_tokenizer(name, revision=revision)
     return TokenSetup.of(base_config, base.generation_config, written, base_tokenizer=own)
-
-
-def _measure(arguments: TuneArguments, data: Prepared, model: Any, stage: str, size: Size) -> ModelFigures:
-    pad_token_id = cast(int, data.vocabulary.tokenizer.pad_token_id)
-    progress = not arguments.sft.disable_tqdm
-    return measure(model, data.held_out, pad_token_id, stage=stage, size=size, progress=progress)
 
 
 def _write(

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from tiny_training import attach, largest_difference, logits, tuner_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pat.checkpoint.adapter import load_adapted
+from pat.checkpoint.compact import save_adapter
 from pat.checkpoint.merge import merge
 from pat.checkpoint.verification_text import CONTEXT, MAX_TOKENS, verification_batches
 from pat.errors import PatError
-from pat.loading import keep_plain_layout
+from pat.loading import TokenSetup, keep_plain_layout
 
 ROUNDING = 2e-5
 """Float32 rounding on the tiny models' logits, see test_verify.py."""
@@ -62,17 +64,6 @@ def edit_config(adapter: Path, **fields: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def refused(work: Path, **options: Any) -> str:
-    """Merge, expect a refusal in one line with exit status 2 and nothing written; return the line."""
-    before = set(os.listdir(work))
-    with pytest.raises(PatError) as caught:
-        merge(options.pop("adapter", work / "adapter"), work / "out", progress=False, **options)
-    assert set(os.listdir(work)) == before, "something was written"
-    assert caught.value.exit_status == 2
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral"])
 def test_the_checkpoint_is_the_tuned_model(family: str, tmp_path: Path) -> None:
     expected = make_adapter(make_base(tmp_path / "base", family=family, tied=False), tmp_path / "adapter")
@@ -102,29 +93,38 @@ def test_results_tell_what_was_done(work: Path) -> None:
 
 def test_the_base_can_have_moved(work: Path) -> None:
     (work / "base").rename(work / "moved")
-    assert "--base_model" in refused(work)
     result = merge(work / "adapter", work / "out", base_model=str(work / "moved"), progress=False)
     assert result.parity.max_abs_logit_diff < ROUNDING
 
 
-def test_the_dense_dtype_can_be_asked_for(work: Path) -> None:
-    merge(work / "adapter", work / "out", dtype="bfloat16", progress=False)
-    assert AutoModelForCausalLM.from_pretrained(work / "out", dtype="auto").dtype == torch.bfloat16
-
-
-def test_a_base_in_bfloat16_stays_so(tmp_path: Path) -> None:
-    make_adapter(make_base(tmp_path / "base", dtype=torch.bfloat16), tmp_path / "adapter")
-    result = merge(tmp_path / "adapter", tmp_path / "out", progress=False)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
-    assert result.parity.dtype == "bfloat16"
-
-
-def test_a_tokenizer_saved_with_the_adapter_is_the_one(work: Path) -> None:
+def test_what_a_run_says_of_its_tokens_is_saved_with_its_adapter(work: Path) -> None:
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    tokenizer.save_pretrained(work / "adapter")
+    tokenizer.chat_template, tokenizer.eos_token = "{{ messages[0]['content'] }}", "<|user|>"
+    base = AutoModelForCausalLM.from_pretrained(work / "base")
+    base.generation_config.max_new_tokens = 7
+    tokens = TokenSetup.of(base.config, base.generation_config, tokenizer, base_tokenizer=tiny_tokenizer())
+    save_adapter(hardened(base), work / "adapter", tokens)
+    assert {path.stat().st_mode & 0o777 for path in (work / "adapter").iterdir()} == {0o666 & ~current_umask()}
     merge(work / "adapter", work / "out", progress=False)
-    assert AutoTokenizer.from_pretrained(work / "out").chat_template == tokenizer.chat_template
+    written = AutoTokenizer.from_pretrained(work / "out")
+    assert (written.chat_template, written.eos_token) == (tokenizer.chat_template, "<|user|>")
+    dense = AutoModelForCausalLM.from_pretrained(work / "out")
+    assert dense.config.eos_token_id == 5
+    assert dense.generation_config.eos_token_id == [5, 2]
+    assert dense.generation_config.max_new_tokens == 7
+
+
+def current_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def test_the_card_tells_what_the_run_beside_the_adapter_says(work: Path) -> None:
+    (work / "results.json").write_text(json.dumps({"command": "tune", "seed": 7, "dataset": "org/data", "other": 1}))
+    merge(work / "adapter", work / "out", progress=False)
+    assert "- seed: 7\n" in (work / "out" / "README.md").read_text()
+    assert "- data: org/data\n" in (work / "out" / "README.md").read_text()
 
 
 def test_a_text_can_be_given(work: Path) -> None:
@@ -136,136 +136,109 @@ def test_a_text_can_be_given(work: Path) -> None:
 # -- what can be wrong ----------------------------------------------------------------------------------------------
 
 
-def test_no_such_adapter(work: Path) -> None:
-    assert "no such folder" in refused(work, adapter=work / "nowhere")
+def edit_base(work: Path, **fields: Any) -> None:
+    path = work / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def test_a_folder_without_an_adapter(work: Path) -> None:
-    (work / "empty").mkdir()
-    assert "adapter_config.json" in refused(work, adapter=work / "empty")
+def change_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
-def test_the_folder_of_a_run_points_at_its_adapter(work: Path) -> None:
-    assert f"pass {work / 'adapter'}" in refused(work, adapter=work)
+def cut(path: Path, length: int) -> None:
+    path.write_bytes(path.read_bytes()[:length])
 
 
-def test_an_adapter_of_another_method(work: Path) -> None:
+def early(work: Path) -> None:
+    model = attach(AutoModelForCausalLM.from_pretrained(work / "base"))
+    tuner_of(model).set_step(1, 4)
+    model.save_pretrained(work / "adapter")
+
+
+def plain_lora(work: Path) -> None:
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(work / "base"), LoraConfig(task_type="CAUSAL_LM"))
-    model.save_pretrained(work / "lora")
-    assert "LORA" in refused(work, adapter=work / "lora")
+    model.save_pretrained(work / "adapter")
 
 
-@pytest.mark.parametrize("content", ["{broken", "[]", ""])
-def test_an_adapter_configuration_that_is_no_json(work: Path, content: str) -> None:
-    (work / "adapter" / "adapter_config.json").write_text(content)
-    assert "not readable as JSON" in refused(work)
+UP = "model.layers.1.mlp.up_proj.weight"
+
+WRONG: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
+    "no such adapter": (lambda _: None, {"adapter": "nowhere"}, "no such folder"),
+    "no adapter": (lambda work: (work / "empty").mkdir(), {"adapter": "empty"}, "adapter_config.json"),
+    "a run's folder": (lambda _: None, {"adapter": "."}, "pass .*adapter"),
+    "another method": (plain_lora, {}, "LORA"),
+    "no JSON": (lambda w: (w / "adapter/adapter_config.json").write_text("{broken"), {}, "not readable as JSON"),
+    "no object": (lambda w: (w / "adapter/adapter_config.json").write_text("[]"), {}, "not readable as JSON"),
+    "no adapter weights": (lambda w: (w / "adapter/adapter_model.safetensors").unlink(), {}, "not saved completely"),
+    "adapter cut short": (lambda w: cut(w / "adapter/adapter_model.safetensors", -100), {}, "does not fit the base"),
+    "before its milestone": (early, {}, "milestone: step 4"),
+    "base gone": (lambda w: shutil.rmtree(w / "base"), {}, "which is not there; pass --base_model"),
+    "no such folder": (lambda _: None, {"base_model": "./nowhere"}, "no such folder"),
+    "no such hub id": (lambda _: None, {"base_model": "no-such-org/no-such-model"}, "no such model"),
+    "names no base": (lambda w: edit_config(w / "adapter", base_model_name_or_path=None), {}, "--base_model"),
+    "base without weights": (lambda w: (w / "base/model.safetensors").unlink(), {}, "Could not load the model"),
+    "base cut short": (lambda w: cut(w / "base/model.safetensors", 1000), {}, "Could not load the model"),
+    "base lacks a weight": (lambda w: change_tensors(w / "base/model.safetensors", lambda t: t.pop(UP)), {}, UP),
+    "base cannot be used": (lambda w: edit_base(w, hidden_act="nonsense"), {}, "hidden_act='nonsense'"),
+    "base of another width": (
+        lambda work: make_base(work / "other", hidden_size=64),
+        {"base_model": "other"},
+        "got hidden_size=64; the adapter was made for hidden_size=48",
+    ),
+    "base of another family": (
+        lambda work: make_base(work / "other", family="qwen3"), {"base_model": "other"}, "model_type=qwen3"
+    ),
+    "base with other heads": (
+        lambda work: make_base(work / "other", head_dim=12),
+        {"base_model": "other"},
+        "does not fit the base model other: .* have other shapes",
+    ),
+    "output in use": (
+        lambda work: [(work / "out").mkdir(), (work / "out/precious").write_text("mine")], {}, "not empty"
+    ),
+    "no dtype": (lambda _: None, {"dtype": "float8_e4m3fn"}, "expected float32, bfloat16 or float16"),
+    "no dtype to fold in": (lambda _: None, {"fold_dtype": "bfloat16"}, "expected float64 or float32"),
+    "no text": (lambda _: None, {"text_file": "text.txt"}, "text.txt"),
+    "empty text": (lambda work: (work / "text.txt").write_bytes(b""), {"text_file": "text.txt"}, "text.txt"),
+    "no UTF-8": (lambda work: (work / "text.txt").write_bytes(b"\xff\xfe"), {"text_file": "text.txt"}, "text.txt"),
+}  # fmt: skip
 
 
-def test_an_adapter_without_weights(work: Path) -> None:
-    (work / "adapter" / "adapter_model.safetensors").unlink()
-    assert "adapter_model.safetensors" in refused(work)
-
-
-def test_an_adapter_cut_short(work: Path) -> None:
-    path = work / "adapter" / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    refused(work)
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_said_and_nothing_is_written(case: str, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil, options, words = WRONG[case]
+    monkeypatch.chdir(work)
+    spoil(work)
+    before = set(os.listdir(work))
+    with pytest.raises(PatError, match=words) as caught:
+        merge(
+            options.get("adapter", "adapter"),
+            "out",
+            progress=False,
+            **{k: v for k, v in options.items() if k != "adapter"},
+        )
+    assert set(os.listdir(work)) == before
+    assert caught.value.exit_status == 2
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("part", ["lora_A", "pat_mask", "pat_hsm"])
 def test_an_adapter_with_tensors_missing(work: Path, part: str) -> None:
     """peft would go on with those at their initial values, and say nothing about mask and operators."""
     path = work / "adapter" / "adapter_model.safetensors"
-    tensors = load_file(path)
-    victim = next(name for name in tensors if part in name)
-    save_file({name: tensor for name, tensor in tensors.items() if name != victim}, path, metadata={"format": "pt"})
-    assert re.search("lacks 1 of .*" + re.escape(victim), refused(work))
-
-
-def test_an_adapter_before_its_milestone(work: Path) -> None:
-    model = attach(AutoModelForCausalLM.from_pretrained(work / "base"))
-    tuner_of(model).set_step(1, 4)
-    model.save_pretrained(work / "early")
-    assert "milestone: step 4" in refused(work, adapter=work / "early")
-
-
-def test_no_such_base(work: Path) -> None:
-    shutil.rmtree(work / "base")
-    assert "which is not there" in refused(work)
-    assert "no such folder" in refused(work, base_model=str(work / "base"))
-    assert "no such model" in refused(work, base_model="no-such-org/no-such-model")
+    victim = next(name for name in load_file(path) if part in name)
+    change_tensors(path, lambda tensors: tensors.pop(victim))
+    with pytest.raises(PatError, match="lacks 1 of .*" + re.escape(victim)):
+        merge(work / "adapter", work / "out", progress=False)
 
 
 @pytest.mark.parametrize("recorded", ["./models/base", "runs/models/base", "~/no-such-folder-anywhere"])
 def test_a_recorded_folder_that_is_gone(work: Path, recorded: str) -> None:
     edit_config(work / "adapter", base_model_name_or_path=recorded)
-    assert f"{recorded}, which is not there; pass --base_model" in refused(work)
-
-
-def test_an_adapter_that_names_no_base(work: Path) -> None:
-    edit_config(work / "adapter", base_model_name_or_path=None)
-    assert "--base_model" in refused(work)
-
-
-def test_a_base_without_weights(work: Path) -> None:
-    (work / "base" / "model.safetensors").unlink()
-    assert "Could not load the model" in refused(work)
-
-
-def test_a_base_cut_short(work: Path) -> None:
-    path = work / "base" / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    assert "Could not load the model" in refused(work)
-
-
-def test_a_base_with_tensors_missing(work: Path) -> None:
-    path = work / "base" / "model.safetensors"
-    tensors = load_file(path)
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, path, metadata={"format": "pt"})
-    assert "model.layers.1.mlp.up_proj.weight" in refused(work)
-
-
-def test_a_base_with_a_broken_configuration(work: Path) -> None:
-    (work / "base" / "config.json").write_text("{broken")
-    assert "configuration of the model" in refused(work)
-
-
-def test_a_base_of_another_width(work: Path) -> None:
-    other = make_base(work / "other", hidden_size=64)
-    assert "got hidden_size=64; the adapter was made for hidden_size=48" in refused(work, base_model=str(other))
-
-
-def test_a_base_of_another_family(work: Path) -> None:
-    other = make_base(work / "other", family="qwen3")
-    message = refused(work, base_model=str(other))
-    assert "model_type=qwen3" in message
-
-
-def test_a_base_that_differs_elsewhere(work: Path) -> None:
-    """The recorded shape agrees, the tensors do not: other heads."""
-    other = make_base(work / "other", head_dim=12)
-    message = refused(work, base_model=str(other))
-    assert "does not fit the base model other" in message
-    assert "have other shapes" in message
-
-
-def test_an_output_folder_in_use(work: Path) -> None:
-    (work / "out").mkdir()
-    (work / "out" / "precious").write_text("mine")
-    assert "not empty" in refused(work)
-
-
-@pytest.mark.parametrize("dtype", ["float33", "int8", "float8_e4m3fn", "nn"])
-def test_a_dtype_that_is_none(work: Path, dtype: str) -> None:
-    assert "expected float32, bfloat16 or float16" in refused(work, dtype=dtype)
-
-
-@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\xfa"])
-def test_a_text_that_is_none(work: Path, content: bytes | None) -> None:
-    if content is not None:
-        (work / "text.txt").write_bytes(content)
-    assert "text.txt" in refused(work, text_file=work / "text.txt")
+    with pytest.raises(PatError, match=f"{recorded}, which is not there; pass --base_model"):
+        merge(work / "adapter", work / "out", progress=False)
 
 
 # -- the text that is compared on -----------------------------------------------------------------------------------
@@ -356,7 +329,8 @@ def test_without_bitsandbytes_a_4bit_adapter_says_what_it_needs(work: Path, monk
         raise ImportError("Using `bitsandbytes` 4-bit quantization requires bitsandbytes")
 
     monkeypatch.setattr(quantizer_bnb_4bit.Bnb4BitHfQuantizer, "validate_environment", absent)
-    assert "bitsandbytes" in refused(work)
+    with pytest.raises(PatError, match="bitsandbytes"):
+        merge(work / "adapter", work / "out", progress=False)
 
 
 @needs_bitsandbytes

@@ -97,23 +97,6 @@ def test_an_untied_head_is_written(tmp_path: Path) -> None:
         assert "lm_head.weight" in set(file.keys())
 
 
-def test_a_dtype_can_be_asked_for(tmp_path: Path) -> None:
-    parity, folder = export(tuned(), tmp_path / "out", dtype=torch.bfloat16)
-    dense = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    assert dense.dtype == torch.bfloat16
-    assert parity.dtype == "bfloat16"
-
-
-def test_large_models_are_written_in_shards(tmp_path: Path) -> None:
-    model = tuned()
-    _, folder = export(model, tmp_path / "out", max_shard_size="60KB")
-    shards = sorted(folder.glob("*.safetensors"))
-    assert len(shards) > 1
-    assert (folder / "model.safetensors.index.json").is_file()
-    dense = AutoModelForCausalLM.from_pretrained(folder)
-    assert largest_difference(logits(dense), logits(model)) < ROUNDING
-
-
 def test_no_tokenizer_is_no_obstacle(tmp_path: Path) -> None:
     _, folder = export(tuned(), tmp_path / "out", tokens=None)
     assert not (folder / "tokenizer.json").exists()
@@ -129,14 +112,6 @@ def test_sampling_flags_beside_greedy_decoding_are_dropped(tmp_path: Path) -> No
     assert "temperature" not in written
     assert "top_p" not in written
     assert config.temperature == 0.9, "the base keeps its own"
-
-
-def test_sampling_flags_of_a_sampling_model_are_kept(tmp_path: Path) -> None:
-    model = tuned()
-    config = model.get_base_model().generation_config
-    config.temperature, config.do_sample = 0.9, True
-    _, folder = export(model, tmp_path / "out")
-    assert json.loads((folder / "generation_config.json").read_text())["temperature"] == 0.9
 
 
 def test_no_path_of_this_machine_is_written(tmp_path: Path) -> None:

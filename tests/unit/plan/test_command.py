@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from tiny_models import SLIDING_WINDOW, build
 
+from pat import cli
 from pat.errors import PatError
 from pat.plan.command import PlanRecord, run_plan
 from pat.plan.options import PlanOptions
@@ -106,7 +107,7 @@ def test_a_mixture_of_experts_and_json(tmp_path: Path, capsys: pytest.CaptureFix
     print_plan(record)
     printed = capsys.readouterr().out
     assert "MLP, experts" in printed and "tied embedding" in printed
-    print_plan(record, as_json=True)
+    assert cli.main(["plan", "--model_name_or_path", record.model_name_or_path, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["candidates"][0]["cost"]["total"]["num_parameters"] == record.candidates[0].cost.total.num_parameters
     assert facts["training"]["total_bytes"] == record.training.total_bytes

@@ -63,6 +63,15 @@ def test_both_words_say_the_same(case: str, tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.rope_parameters == model.config.rope_parameters
 
 
+def test_a_family_that_would_misread_the_old_words_is_written_without_them(tmp_path: Path) -> None:
+    """Mellum's configuration takes `rope_scaling` for `rope_parameters`."""
+    model = build("mellum", tied=True)
+    model.save_pretrained(tmp_path)
+    write_config(model.config, tmp_path)
+    assert "rope_scaling" not in json.loads((tmp_path / "config.json").read_text())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.rope_parameters == model.config.rope_parameters
+
+
 def test_a_model_without_rotary_embeddings_says_nothing() -> None:
     config = build("llama", tied=True, num_hidden_layers=1).config
     config.rope_parameters = None

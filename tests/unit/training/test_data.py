@@ -222,7 +222,7 @@ FILES: dict[str, bytes | Callable[[Path], None]] = {
     "d.csv": delimited(alpaca_rows(3), ","),
     "d.tsv": delimited(alpaca_rows(3), "\t"),
     "d.parquet": parquet(alpaca_rows(3)),
-    "d.jsonl.gz": gzip.compress(JSONL),
+    "d.jsonl.gz": gzip.compress(JSONL, mtime=0),
     "d.csv.bz2": bz2.compress(delimited(alpaca_rows(3), ",")),
     "d.json.xz": lzma.compress(json.dumps(alpaca_rows(3)).encode()),
     "d.tsv.zst": zstd(delimited(alpaca_rows(3), "\t")),
@@ -281,7 +281,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
 BAD_FILES: list[tuple[str, str | bytes, list[str]]] = [
     ("data.txt", "hello", ["suffix '.txt'", ".jsonl, .ndjson, .parquet, .csv"]),
     ("data.gz", "hello", ["suffix ''"]),
-    ("data.jsonl.gz", gzip.compress(JSONL)[:-9], ["data.jsonl.gz: not readable"]),
+    ("data.jsonl.gz", gzip.compress(JSONL, mtime=0)[:-9], ["data.jsonl.gz: not readable"]),
     ("data.jsonl.zst", zstd(JSONL)[:-5], ["data.jsonl.zst: not readable"]),
     ("data.jsonl", b'{"text": "\xff"}', ["not readable", "UTF-8"]),
     ("data.jsonl", "", ["has no rows"]),

@@ -209,16 +209,6 @@ def test_gains_of_zero_before_every_reader_leave_an_order_of_importance() -> Non
     assert order.prior.isfinite().all() and int((order.prior > 0).sum()) == KEPT
 
 
-def test_fewer_tokens_than_channels_are_said(caplog: pytest.LogCaptureFixture) -> None:
-    model = attach(build("llama", tied=True), rotation="pca")
-    tuner_of(model).calibrate(batches())
-    assert not caplog.records
-    inputs = batches()[0]
-    few = {name: values[:1, :3] for name, values in inputs.items()}
-    tuner_of(model).calibrate([few])
-    assert "stands on 3 tokens" in caplog.text and "calibration_tokens asks for" in caplog.text
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_calibration_leaves_no_trace(training: bool) -> None:
     model = attach(build("llama", tied=False), rotation="pca", lora_dropout=0.1).train(training)

@@ -1,0 +1,23 @@
+"""A progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+Progress = Callable[[int, int], None]
+"""Called after every part with (parts done, parts in all)."""
+
+
+@contextmanager
+def progress_bar(title: str, unit: str, *, shown: bool = True) -> Iterator[Progress]:
+    """Yield a function that moves a bar on stderr; it is drawn if a person is looking."""
+    with tqdm(desc=title, unit=unit, disable=None if shown else True, leave=False) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield advance
