@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import typing
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -185,10 +186,15 @@ def read_config(path: Path) -> list[tuple[str, Any, int]]:
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
+        """Takes 1e-5 for a number, as YAML 1.2 does; in a mapping nothing else would make one of it."""
+
+    exponent = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
     if not path.is_file():
         raise PatError(f"Got --{CONFIG} {path}, but there is no such file; expected a YAML file of flags.")
     try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        loader = Loader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise PatError(f"{path}: got no YAML mapping; expected lines such as `pruning_ratio: 0.25`.")

@@ -176,6 +176,22 @@ def test_cut_off_before_the_first_checkpoint_it_starts_anew(base: Path, data: Pa
     assert main(argv) == 0
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({}, "6 steps, 2 with a soft mask and 4 on the small model"),
+        ({"no_compact": True, "max_steps": 3}, "3 steps, 1 with a soft mask and 2 at full width"),
+    ],
+)
+def test_one_line_says_before_training_what_was_understood(
+    base: Path, data: Path, tmp_path: Path, more: dict[str, Any], words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pat.tune(**flags(base, data, tmp_path / "out", **more))
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("Data: ")]
+    assert "rows.jsonl" in line and "held out" in line and "hidden size 48 to 36, float32 on cpu" in line
+    assert words in line
+
+
 def test_what_is_doubtful_of_a_run_is_kept_with_its_results(base: Path, data: Path, tmp_path: Path) -> None:
     """A cut beyond what is known to work, gains that rule the rotation out, a milestone at step 0, nothing learnt."""
     doubtful = {"pruning_ratio": 0.65, "gain_tolerance": 0.0, "milestone": 0.02, "learning_rate": 1e-6}

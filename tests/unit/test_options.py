@@ -84,7 +84,7 @@ def test_words_are_read_as_the_field_wants_them(words: str, name: str, value: An
         ("rank:", "rank", None),
         ("flag: yes", "flag", True),
         ("flag:", "flag", False),
-        ("kwargs: {a: 1, b: no}", "kwargs", {"a": 1, "b": False}),
+        ("kwargs: {a: 1, b: no, c: 1e-5, d: -2E3}", "kwargs", {"a": 1, "b": False, "c": 1e-5, "d": -2000.0}),
     ],
 )
 def test_a_file_says_what_the_command_line_says(tmp_path: Path, line: str, name: str, value: Any) -> None:

@@ -72,6 +72,19 @@ REFUSED: dict[str, tuple[Any, str]] = {
 All others are passed on to the trainer or used by us; `tests/unit/training/test_arguments.py` lists them.
 """
 
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "max_length": 1,
+    "lora_r": 1,
+    "lora_alpha": 1,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "label_smoothing_factor": 0,
+}
+"""Numbers of which the libraries take smaller ones without a word, or refuse them without the flag's name."""
+
 
 class OneDevice(SFTConfig):
     """Arguments of a trainer that takes one of several GPUs, instead of `nn.DataParallel` on all of them."""
@@ -136,6 +149,10 @@ file, --debug shows tracebacks.\
 
     def __post_init__(self) -> None:
         check_request(self.pat.pruning_ratio, self.pat.pruned_hidden_size)
+        for name, least in _LEAST.items():
+            value = getattr(self.sft, name, getattr(self.model, name, None))
+            if value is not None and not value >= least:
+                raise PatError(f"Got {name}={value}; expected a number that is not below {least}.")
         if self.sft.eval_strategy != "no" and self.run.held_out in ("0", 0):
             raise PatError(
                 f"Got eval_strategy={str(self.sft.eval_strategy)!r} with held_out=0; expected rows to evaluate on: "

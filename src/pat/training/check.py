@@ -22,6 +22,8 @@ from pat.training.calibration_text import read_calibration
 from pat.training.checkpoints import last_checkpoint
 from pat.training.prepare import Prepared
 from pat.training.run_file import RUN_FILE, RunFile
+from pat.tuner.compaction import check_compactable
+from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel
 from pat.tuner.prepare import check_config
 
@@ -87,7 +89,7 @@ def announce(arguments: TuneArguments, checked: Checked, data: Prepared, model: 
     """Say in one line on stderr what was understood."""
     width = checked.width
     soft = min(num_steps, milestone_step(arguments.pat.milestone, num_steps))
-    rest = "at full width" if arguments.run.no_compact else "on the small model"
+    rest = "on the small model" if compacts(arguments.run.no_compact, arguments.pat_config()) else "at full width"
     device = str(model.device)
     if (num_devices := torch.cuda.device_count()) > 1 and model.device.type == "cuda":
         device += f", one of {num_devices} GPUs (several take several processes, which `pat tune` does not start)"
@@ -97,6 +99,19 @@ def announce(arguments: TuneArguments, checked: Checked, data: Prepared, model: 
         f"{soft:,} with a soft mask and {num_steps - soft:,} {rest}.",
         file=sys.stderr,
     )
+
+
+def compacts(no_compact: bool, config: PatConfig, *, warns: bool = False) -> bool:
+    """Tell whether a run goes on with the small model at the milestone, and, if so wanted, why it cannot."""
+    if no_compact:
+        return False
+    try:
+        check_compactable(config)
+    except PatError as obstacle:
+        if warns:
+            logger.warning("Training goes on at full width after the milestone. %s", obstacle)
+        return False
+    return True
 
 
 def warn_without_rotation(tuner: PatModel) -> None:

@@ -21,7 +21,8 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback
-from trl import SFTConfig
+from transformers.trainer_utils import IntervalStrategy
+from trl import SFTConfig, get_quantization_config
 
 from pat.errors import PatError
 from pat.families import Family
@@ -50,6 +51,7 @@ def rehearse(arguments: TuneArguments, data: Prepared, base_config: Any, family:
     with _silently(), tempfile.TemporaryDirectory() as folder:
         try:
             skeleton = _attached(arguments, data, base_config, on_meta=True)
+            get_quantization_config(arguments.model)
             head_dim = cast(Any, skeleton.get_base_model().get_submodule(f"{family.layers}.0.self_attn")).head_dim
             del skeleton
             tiny = _attached(arguments, data, _tiny_config(base_config, family, head_dim), on_meta=False)
@@ -70,7 +72,9 @@ def _attached(arguments: TuneArguments, data: Prepared, config: Any, *, on_meta:
     with torch.device("meta" if on_meta else "cpu"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=arguments.model.attn_implementation)
         model = cast(PreTrainedModel, model.float())
-        if not on_meta:
+        if on_meta:
+            _check_names(arguments, model)
+        else:
             data.vocabulary.fit(model)
             names = {name for name, _ in model.named_modules()}
             kept = [name for name in pat_config.modules_to_save or () if any(n.endswith(name) for n in names)]
@@ -89,6 +93,23 @@ def _attached(arguments: TuneArguments, data: Prepared, config: Any, *, on_meta:
             )
         tied = bool(config.get_text_config().tie_word_embeddings)
         return cast(PeftModel, get_peft_model(model, data.vocabulary.train_added(pat_config, tied=tied)))
+
+
+def _check_names(arguments: TuneArguments, base: PreTrainedModel) -> None:
+    """Refuse names that peft would pass over.
+
+    Raises:
+        PatError: no module, or no parameter, has such a name.
+    """
+    model = arguments.model
+    modules, parameters = [n for n, _ in base.named_modules()], [n for n, _ in base.named_parameters()]
+    for flag, given, found in (
+        ("lora_modules_to_save", model.lora_modules_to_save, modules),
+        ("lora_target_parameters", model.lora_target_parameters, parameters),
+    ):
+        for name in given or ():
+            if not any(f".{name}." in f".{place}." for place in found):
+                raise PatError(f"Got {flag}={name}, but the base has nothing of that name; expected a part of it.")
 
 
 def _tiny_config(base_config: Any, family: Family, head_dim: int) -> Any:
@@ -110,6 +131,10 @@ def _one_step(model: PeftModel, sft: SFTConfig, data: Prepared, folder: str) -> 
     args.disable_tqdm, args.log_level = True, "error"
     trainer = make_trainer(model, args, data, Path(folder), tokenizer=copy.deepcopy(data.vocabulary.tokenizer))
     num_steps = count_steps(trainer)
+    if num_steps < 1:
+        raise PatError(
+            f"Got max_steps={sft.max_steps} and num_train_epochs={sft.num_train_epochs}; expected some steps."
+        )
     trainer.create_optimizer_and_scheduler(num_steps)
     if sft.torch_compile:  # takes minutes
         return num_steps
@@ -117,9 +142,16 @@ def _one_step(model: PeftModel, sft: SFTConfig, data: Prepared, folder: str) -> 
     for callback in [type(callback) for callback in trainer.callback_handler.callbacks]:
         if callback is PrinterCallback or "integrations" in callback.__module__:
             trainer.remove_callback(callback)
-    args.max_steps, args.eval_strategy, args.save_strategy, args.logging_strategy = 1, "no", "no", "no"
-    args.load_best_model_at_end, args.gradient_accumulation_steps = False, 1
+    args.max_steps, args.gradient_accumulation_steps = 1, 1
+    # What happens every so many steps, or after an epoch, happens after this one.
+    for name in ("logging", "eval", "save"):
+        if getattr(args, f"{name}_strategy") in ("steps", "epoch"):
+            setattr(args, f"{name}_strategy", IntervalStrategy.STEPS)
+            setattr(args, f"{name}_steps", 1)
+    args.eval_delay = 0
     trainer.train_dataset = Dataset.from_list([_short(data.train[0])] * max(1, args.per_device_train_batch_size))
+    if data.evaluation is not None:
+        trainer.eval_dataset = Dataset.from_list([_short(data.evaluation[0])])
     trainer.train()
     return num_steps
 

@@ -29,13 +29,12 @@ from pat.loading import TokenSetup, load_base
 from pat.method.schedule import milestone_step
 from pat.training.arguments import TuneArguments
 from pat.training.callback import PatCallback
-from pat.training.check import warn_without_rotation
+from pat.training.check import compacts, warn_without_rotation
 from pat.training.checkpoints import STAGE_TWO, continue_from, is_compact, load_hard
 from pat.training.guard import FiniteGuard
 from pat.training.prepare import Prepared
 from pat.training.run_file import RUN_FILE, RunFile
 from pat.training.trainer import SaveTokens, StopAtMilestone, make_trainer
-from pat.tuner.compaction import check_compactable
 from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel, find_tuner
 
@@ -111,19 +110,20 @@ class Stages:
         model = cast(PeftModel, get_peft_model(cast(PreTrainedModel, base), pat_config))
         tuner = cast(PatModel, find_tuner(model))
         warn_without_rotation(tuner)
-        compacts, callback = self._compacts(tuner), PatCallback()
+        goes_small = compacts(self.arguments.run.no_compact, tuner.pat_config(), warns=True)
+        callback = PatCallback()
         args = self.data.trainer_args(self.arguments.sft)
-        if compacts:
+        if goes_small:
             # Its last checkpoint has to hold everything, and the best one is picked among those of stage two.
             args.save_only_model, args.load_best_model_at_end = False, False
-        trainer = self._trainer(model, args, self.checkpoints, callback, *([StopAtMilestone()] if compacts else []))
-        if not (compacts and resume_from is not None and load_hard(trainer, tuner, resume_from)):
-            if compacts and resume_from is None and milestone_step(pat_config.milestone, self.num_steps) == 0:
+        trainer = self._trainer(model, args, self.checkpoints, callback, *([StopAtMilestone()] if goes_small else []))
+        if not (goes_small and resume_from is not None and load_hard(trainer, tuner, resume_from)):
+            if goes_small and resume_from is None and milestone_step(pat_config.milestone, self.num_steps) == 0:
                 self._skip(trainer, callback)
             else:
                 self._train(trainer, "stage_one", resume_from)
             resume_from = None
-        if not compacts or not tuner.mask().hardened or 0 < trainer.state.max_steps <= trainer.state.global_step:
+        if not goes_small or not tuner.mask().hardened or 0 < trainer.state.max_steps <= trainer.state.global_step:
             return self._trained(trainer, None, tuner.pat_config())
         config = tuner.pat_config()
         stage_two, start, record = self._compact(trainer, model, tuner, resume_from)
@@ -146,16 +146,6 @@ class Stages:
         self._train(trainer, "stage_two", checkpoint)
         config = PatConfig.from_pretrained(str(self.arguments.output_dir / "adapter"))
         return self._trained(trainer, record, config)
-
-    def _compacts(self, tuner: PatModel) -> bool:
-        if self.arguments.run.no_compact:
-            return False
-        try:
-            check_compactable(tuner.pat_config())
-        except PatError as obstacle:
-            logger.warning("Training goes on at full width after the milestone. %s", obstacle)
-            return False
-        return True
 
     def _trainer(self, model: PeftModel, args: SFTConfig, folder: Path, *callbacks: TrainerCallback) -> SFTTrainer:
         return make_trainer(

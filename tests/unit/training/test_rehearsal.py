@@ -72,11 +72,37 @@ def test_every_family_passes(family: str, tied: bool, tmp_path: Path) -> None:
         ({"optim": "schedule_free_adamw"}, "schedulefree"),
         ({"report_to": "comet_ml"}, "comet"),
         ({"adam_beta1": 2.0}, "beta"),
+        (
+            {"eval_strategy": "epoch", "save_strategy": "epoch", "metric_for_best_model": "accuracy"}
+            | {"load_best_model_at_end": True},
+            "eval_accuracy",
+        ),
         ({"lora_target_modules": ["nothing"]}, "nothing not found"),
         ({"attn_implementation": "none_such"}, "none_such"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_a_trainer_would_refuse_is_refused_before(flags: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_what_a_library_would_refuse_is_refused_before(flags: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(PatError, match=f"cannot be set up as asked: .*{words}"):
         rehearsed(tmp_path, **flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"num_train_epochs": 0}, "num_train_epochs=0.*expected some steps"),
+        ({"lora_modules_to_save": ["nothing"]}, "lora_modules_to_save=nothing"),
+        ({"lora_target_parameters": ["mlp.experts.nothing"]}, "lora_target_parameters=mlp.experts.nothing"),
+        ({"weight_decay": -1}, "weight_decay=-1.*not below 0"),
+        ({"max_length": -5}, "max_length=-5.*not below 1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_the_libraries_would_pass_over_is_refused(flags: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(PatError, match=words):
+        rehearsed(tmp_path, "qwen3_moe", tied=False, **flags)
+
+
+def test_parameters_of_experts_are_found(tmp_path: Path) -> None:
+    flags = {"lora_target_parameters": ["mlp.experts.gate_up_proj"], "lora_modules_to_save": ["model.norm"]}
+    assert rehearsed(tmp_path, "qwen3_moe", tied=False, **flags) == 5
