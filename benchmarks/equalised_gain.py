@@ -13,8 +13,9 @@ from typing import cast
 
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
+from pat.loading import load_tokenizer
 from pat.nll import batches_from_examples, response_nll
 from pat.report.records import environment
 from pat.training.data import load_training_data
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=256)
     args = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args.model)
     data = load_training_data(args.data, tokenizer=tokenizer, held_out=args.num_eval, seed=0)
     held_out = tokenize_examples(tokenizer, data.held_out, args.max_length)
     sample = tokenize_examples(tokenizer, data.train.shuffle(seed=0).select(range(200)), args.max_length)

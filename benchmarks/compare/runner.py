@@ -173,8 +173,8 @@ def _start(threads: int) -> None:
     from transformers.utils import logging as transformers_logging
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # Trainers print their losses; standard output is the table's alone.
-    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  as long as the process lives
+    # Trainers print their losses, and runs what they have understood; standard output is the table's alone.
+    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  as long as the process lives
     logging.disable(logging.WARNING)  # what there is to warn of, the parent has said
     torch.set_num_threads(threads)
     disable_progress_bars()

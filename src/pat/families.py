@@ -57,6 +57,8 @@ class Family:
     head: str = "lm_head"
     hidden_size_field: str = "hidden_size"
     eps_field: str = "rms_norm_eps"
+    unloadable_rope: tuple[str, ...] = ()
+    """Types of rotary embedding that transformers can load at the full hidden size alone."""
     also_known_as: tuple[str, ...] = ()
     """Model names a user may look for under this record."""
 
@@ -132,7 +134,8 @@ _RECORDS = (
         "phi3",
         replace(_ATTENTION, readers=("self_attn.qkv_proj",)),
         (_FUSED_MLP,),
-        also_known_as=("Phi-3", "Phi-4", "Phi-4-mini"),
+        unloadable_rope=("longrope",),  # its validator derives the head size from the hidden size
+        also_known_as=("Phi-3 (4k)", "Phi-4"),
     ),
     Family("glm", _ATTENTION, (_FUSED_MLP,), also_known_as=("GLM-4-9B-Chat",)),
     Family(

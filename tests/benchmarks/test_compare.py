@@ -346,13 +346,17 @@ def test_pat_and_lora_see_the_same_rows_in_the_same_order(
         return step(self, model, inputs, *args, **options)
 
     monkeypatch.setattr(Trainer, "training_step", recorded)
-    config = config_of(compared, output_dir=tmp_path, learning_rates=[1e-3], steps=4)
+    # What no response is left of is dropped by `pat tune` before it trains, and by a stock trainer itself.
+    rows = [{"prompt": f"say {i} " * (1 if i % 2 else 40), "completion": f"it is {i}"} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    data = str(tmp_path / "rows.jsonl")
+    config = config_of(compared, data=data, output_dir=tmp_path / "out", learning_rates=[1e-3], steps=4)
     prepare(config)
     orders = []
     for cell in (Cell("base", "lora", 0.0, 1, 1e-3), Cell("base", "pat", 0.25, 1, 1e-3)):
         seen.clear()
         assert run_cell(config, cell, None)["held_out_nll"] > 0
-        orders.append(seen[-4:])  # PAT's run rehearses a step before
+        orders.append(seen[-4:])  # PAT's run rehearses before
     assert orders[0] == orders[1]
     assert len({str(batch) for batch in orders[0]}) == 4
 

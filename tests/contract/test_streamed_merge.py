@@ -24,7 +24,7 @@ from pat.surgery import fold
 from pat.surgery.residual import stored_tensors
 
 ROUNDING = 2e-5
-"""Float32 rounding on the tiny models' logits, see unit/export/test_verify.py."""
+"""Float32 rounding on the tiny models' logits, see unit/checkpoint/test_verify.py."""
 
 
 def saved_adapter(base: Path, folder: Path, **fields: Any) -> Any:

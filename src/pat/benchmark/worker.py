@@ -12,7 +12,7 @@ from typing import Any
 from pat.benchmark.host import ModelFacts, OutOfMemory, serve
 from pat.errors import RunFailed
 
-PATIENCE = 10
+PATIENCE = 5
 """Seconds that a process has to leave by itself."""
 
 KILLED = "its process was killed by the operating system, most likely because memory ran out"
@@ -59,9 +59,8 @@ class Worker:
         return self._exchange(action, arguments)
 
     def close(self) -> None:
-        """End the process."""
+        """End the process: it leaves when nobody asks any more, or is killed if it is in the middle of something."""
         self._connection.close()
-        self._process.terminate()
         self._process.join(PATIENCE)
         self._process.kill()
         self._process.join()

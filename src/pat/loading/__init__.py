@@ -1,12 +1,13 @@
 """Load a base model, its configuration and its tokenizer, with one clear line for everything that can be wrong."""
 
-from pat.loading.config import check_quantization, empty_model, load_config
+from pat.loading.config import check_kind, check_quantization, empty_model, load_config
 from pat.loading.quantized import keep_plain_layout, quantization_of
 from pat.loading.tokenizer import TokenSetup, check_special_ids, load_tokenizer, padded
 from pat.loading.weights import incomplete_weights, load_base, stored_dtype
 
 __all__ = [
     "TokenSetup",
+    "check_kind",
     "check_quantization",
     "check_special_ids",
     "empty_model",

@@ -57,7 +57,7 @@ def load_config(name_or_path: str, *, revision: str | None = None) -> tuple[Any,
                 f"be reached: {_one_line(error)}"
             ) from error
         raise _unusable(name_or_path, error, _fields(name_or_path, revision)) from error
-    _check_kind(name_or_path, config)
+    check_kind(name_or_path, config)
     family = get_family(config.model_type)
     _check_values(name_or_path, config)
     try:
@@ -117,8 +117,12 @@ def _check_folder(name_or_path: str) -> None:
         raise PatError(f"Got the model folder {name_or_path!r}, which has no config.json; {hint}.")
 
 
-def _check_kind(name: str, config: Any) -> None:
-    """Refuse what is no causal language model of text alone, by the name of its class."""
+def check_kind(name: str, config: Any) -> None:
+    """Refuse what is no causal language model of text alone, by the name of its class.
+
+    Raises:
+        PatError: it is multimodal, or of another kind.
+    """
     architectures = config.architectures if isinstance(config.architectures, list) else [config.architectures]
     kind = ", ".join(map(str, filter(None, architectures))) or config.model_type
     senses = [sense for field, sense in _OTHER_SENSES.items() if getattr(config, field, None) is not None]
@@ -148,6 +152,9 @@ def _check_values(name: str, config: Any) -> None:
     for field in _COUNTS:
         if not _is_count(getattr(config, field, None)):
             raise refuse(field, "expected a positive whole number")
+    for field, below in (("rms_norm_eps", 1.0), ("attention_dropout", 1.0)):
+        if not 0 <= (getattr(config, field, None) or 0) < below:
+            raise refuse(field, f"expected a number of at least 0 and less than {below:g}")
     num_heads, num_kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if num_kv_heads is not None and num_heads % num_kv_heads:
         raise refuse("num_key_value_heads", f"expected a divisor of num_attention_heads={num_heads}")

@@ -56,6 +56,11 @@ def load_base(
     model, info = loaded
     # transformers only warns, and goes on with random weights.
     missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if missing == [f"{family.head}.weight"]:
+        raise PatError(
+            f"The weights of the model {name_or_path!r} have no {missing[0]}, and its configuration says "
+            "tie_word_embeddings=false; set that to true if the embedding is the head as well, or copy the model again."
+        )
     if missing:
         raise incomplete_weights(name_or_path, missing)
     unused = sorted(map(str, info["unexpected_keys"]))
@@ -75,7 +80,7 @@ def incomplete_weights(name_or_path: str, missing: Sequence[str]) -> PatError:
     """Return the error for a checkpoint in which parameters are missing or of another shape."""
     return PatError(
         f"The weights of the model {name_or_path!r} are not complete: {len(missing)} are missing or of another shape, "
-        f"such as {missing[0]}; copy or download the model again."
+        f"such as {missing[0]}; copy or download the model again, with its config.json."
     )
 
 

@@ -95,7 +95,7 @@ def load_training_data(
     reading = Reading(template, chat_template, text_field)
     source = load_source(name, reading, split=split, config_name=config_name)
     rows = _placed(name, source)
-    usable = list(dict.fromkeys(rows[PLACE]))
+    usable = list(dict.fromkeys(rows[PLACE][:]))
     amount = _parse_held_out(held_out)
     train, held_out_rows = rows, None
     if isinstance(amount, str):
@@ -103,7 +103,7 @@ def load_training_data(
     elif count := _num_held_out(len(usable), amount, name):
         # Whole rows are kept apart: no conversation is on both sides.
         chosen = {usable[index] for index in random.Random(seed).sample(range(len(usable)), count)}
-        is_apart = [place in chosen for place in rows[PLACE]]
+        is_apart = [place in chosen for place in rows[PLACE][:]]
         train, held_out_rows = (
             rows.select([index for index, there in enumerate(is_apart) if there == side]) for side in (False, True)
         )

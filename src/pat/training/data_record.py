@@ -132,5 +132,5 @@ def _num_glued(data: TrainingData, tokenizer: PreTrainedTokenizerBase) -> int:
     if data.source.template is not None or data.source.format.name != "prompt-completion":
         return 0
     ends = tuple(tokenizer.get_added_vocab())
-    pairs = zip(data.train_rows["prompt"], data.train_rows["completion"], strict=True)
+    pairs = zip(data.train_rows["prompt"][:], data.train_rows["completion"][:], strict=True)
     return sum(not (p[-1:].isspace() or c[:1].isspace() or p.endswith(ends)) for p, c in pairs)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from pat.errors import PatError
 from pat.families import Family, get_family
-from pat.loading import check_quantization, quantization_of
+from pat.loading import check_kind, check_quantization, quantization_of
 from pat.method.operator import check_rank
 from pat.shape import Width, choose_width
 from pat.surgery.describe import check_tie, map_of
@@ -58,6 +58,7 @@ def plan_attachment(
             "AutoModelForCausalLM returns."
         )
     base_config = model.config
+    check_kind(base_config.name_or_path or type(model).__name__, base_config)
     family = get_family(base_config.model_type)
     if model.get_output_embeddings() is None:
         raise PatError(
@@ -92,7 +93,7 @@ def check_config(base_config: Any, family: Family, config: PatConfig) -> Width:
     width = _width(base_config, family, config)
     check_rank(width.hidden_size, config.operator_rank)
     _check_ends(config, family, tied=bool(base_config.tie_word_embeddings) and not config.untie_word_embeddings)
-    _check_longrope(base_config, width)
+    _check_rope(base_config, family, width)
     if config.rotation == "pca" and family.has_post_norms:
         raise PatError(f"Got rotation='pca', but {_post_norm_obstacle(family)}; use rotation='auto' or 'none'.")
     return width
@@ -196,13 +197,12 @@ def _check_lora_bias(config: PatConfig, stream: ResidualStream) -> None:
                 )
 
 
-def _check_longrope(base_config: Any, width: Width) -> None:
-    """Phi-3's longrope validator derives the head size from the hidden size, ignoring an explicit `head_dim`."""
-    rope = getattr(base_config, "rope_parameters", None) or {}
-    if base_config.model_type == "phi3" and rope.get("rope_type") == "longrope":
+def _check_rope(base_config: Any, family: Family, width: Width) -> None:
+    rope_type = (getattr(base_config, "rope_parameters", None) or {}).get("rope_type")
+    if rope_type in family.unloadable_rope:
         raise PatError(
-            f"Got a phi3 model with longrope, whose configuration transformers cannot load at hidden size "
-            f"{width.pruned_hidden_size}; use a variant with the default rope (such as the 4k one)."
+            f"Got a {family.model_type} model with {rope_type}, whose configuration transformers cannot load at hidden "
+            f"size {width.pruned_hidden_size}; use a variant with the default rope (such as the 4k one)."
         )
 
 

@@ -79,7 +79,7 @@ def _lora_parameter(layer: LoraLayer, name: str, leaf: str, adapter_name: str) -
     has_adapter = adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A
     variant = layer.lora_variant.get(adapter_name)
     if has_adapter and leaf == "weight" and variant is None:
-        weight = dequantize_module_weight(layer.get_base_layer())
+        weight = _dequantized(layer.get_base_layer())
         if type(layer) is Linear and not layer.fan_in_fan_out:
             return _factored(weight, layer, adapter_name)
         delta: Tensor = layer.get_delta_weight(adapter_name)  # type: ignore[attr-defined]
@@ -113,7 +113,15 @@ def _expert_parameter(wrapper: nn.Module, leaf: str, adapter_name: str) -> Tenso
 
 
 def _base_parameter(module: nn.Module, leaf: str) -> Tensor:
-    return _upcast(dequantize_module_weight(module) if leaf == "weight" else getattr(module, leaf))
+    return _upcast(_dequantized(module) if leaf == "weight" else getattr(module, leaf))
+
+
+def _dequantized(module: nn.Module) -> Tensor:
+    stored = module.weight
+    plain: Tensor = dequantize_module_weight(module)
+    if module.weight is not stored:  # on a CPU, peft puts a copy of an 8-bit weight there that has lost its scales
+        module.weight = stored
+    return plain
 
 
 def _factored(weight: Tensor, layer: LoraLayer, adapter_name: str) -> AdaptedMatrix:

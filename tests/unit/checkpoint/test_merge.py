@@ -313,6 +313,20 @@ def test_a_4bit_base_is_merged_as_it_was_tuned(double: bool, fields: dict[str, A
 
 
 @needs_bitsandbytes
+def test_an_8bit_base_is_as_it_was_after_a_merge(tmp_path: Path) -> None:
+    from transformers import BitsAndBytesConfig
+
+    base = make_base(tmp_path / "base", tied=False)
+    quantised: Any = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
+    )
+    model = hardened(quantised)
+    before = logits(model)
+    model.merge_and_unload()
+    assert torch.equal(logits(model), before)
+
+
+@needs_bitsandbytes
 def test_an_adapter_tuned_unquantised_says_so(origin: Path) -> None:
     model = load_adapted(origin / "adapter", base_model=str(origin / "base"), progress=False)
     assert model.peft_config["default"].base_quantization is None

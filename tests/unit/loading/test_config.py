@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import build
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from pat.errors import PatError
 from pat.loading import check_quantization, load_base, load_config
+from pat.tuner import PatConfig
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,9 @@ def refused(folder: Path) -> str:
         ({"num_hidden_layers": -1}, ["num_hidden_layers=-1", "positive"]),
         ({"head_dim": 0}, ["head_dim=0", "positive"]),
         ({"vocab_size": -5}, ["vocab_size=-5", "positive"]),
+        ({"rms_norm_eps": -1.0}, ["rms_norm_eps=-1.0", "at least 0"]),
+        ({"rms_norm_eps": float("nan")}, ["rms_norm_eps=nan", "at least 0"]),
+        ({"attention_dropout": 2.0}, ["attention_dropout=2.0", "less than 1"]),
         ({"rms_norm_eps": "1e-5"}, ["'rms_norm_eps' expected float", "'1e-5'"]),
         ({"tie_word_embeddings": "true"}, ["'tie_word_embeddings' expected bool", "'true'"]),
         ({"hidden_act": "nonsense"}, ["hidden_act='nonsense'"]),
@@ -154,6 +159,14 @@ def test_a_multimodal_model_is_refused_by_name(kind: str, tmp_path: Path) -> Non
     assert f"{architecture} (text and images)" in message
     assert supported in message
     assert "families.py" not in message
+
+
+def test_a_multimodal_model_in_memory_is_refused_by_name() -> None:
+    architecture, parts, _ = MULTIMODAL["gemma3"]
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(multimodal("gemma3", architecture, **parts))
+    with pytest.raises(PatError, match=r"Gemma3ForConditionalGeneration .*text and images.* 'gemma3_text'"):
+        get_peft_model(model, PatConfig(task_type="CAUSAL_LM"))
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "mistral3"])

@@ -51,6 +51,13 @@ def test_a_weight_that_is_missing(tmp_path: Path) -> None:
         load_base(str(tmp_path))
 
 
+def test_a_head_that_is_missing(tmp_path: Path) -> None:
+    build("llama", tied=True).save_pretrained(tmp_path)
+    edit(tmp_path, tie_word_embeddings=False)
+    with pytest.raises(PatError, match=r"no lm_head\.weight, .* set that to true"):
+        load_base(str(tmp_path))
+
+
 def test_tensors_that_are_not_used_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     build("llama", tied=True).save_pretrained(tmp_path)
     change(tmp_path, extra=torch.ones(2), other=torch.ones(2))

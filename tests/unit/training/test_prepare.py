@@ -311,7 +311,7 @@ def test_tokens_without_an_embedding_are_refused_where_they_occur(base: Path, tm
 
 def test_examples_to_measure_are_evenly_spaced(base: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "data.jsonl", [PAIR | {"prompt": f"{index}\n"} for index in range(10)])
-    vocabulary = load_vocabulary(str(base), VOCABULARY)
+    vocabulary = load_vocabulary(str(base), AutoConfig.from_pretrained(base))
     examples, record = prepare_examples(str(file), vocabulary, template="auto", max_length=32, limit=4)
     firsts = [vocabulary.tokenizer.decode(example["input_ids"][:1]) for example in examples]
     assert firsts == ["0", "2", "5", "7"] and record.num_examples == 4

@@ -24,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_prompts_are_those_of_the_evaluation_and_answers_are_letters(folder: Path) -> None:
     data = load_training_data(f"task:{folder}/arc_easy,wsc", held_out=0)
-    assert data.template == "alpaca" and data.num_rows == 12
+    assert data.source.template == "alpaca" and data.num_rows == 12
     first = json.loads((folder / "arc_easy.train.jsonl").read_text().splitlines()[0])
     assert data.train[0] == {"prompt": letter_prompt(first), "completion": "C"}
     assert set(data.train["completion"]) == {"C", "B"}
@@ -49,7 +49,7 @@ def test_some_are_held_out(folder: Path) -> None:
 
 def test_other_questions_have_another_fingerprint(folder: Path) -> None:
     names = (f"task:{folder}/arc_easy", f"task:{folder}/wsc")
-    assert len({load_training_data(name, held_out=0).fingerprint for name in names}) == 2
+    assert len({load_training_data(name, held_out=0).source.fingerprint for name in names}) == 2
 
 
 @pytest.mark.parametrize(("name", "message"), [("nope", "unknown task"), ("piqa", r"piqa\.train\.jsonl: no such file")])
