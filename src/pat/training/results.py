@@ -77,6 +77,11 @@ class TuneRecord(Record):
     recipe: str
     seed: int
     num_steps: int
+    num_tokens_seen: int
+    """Of the prepared rows, once for each epoch."""
+    prompt_format: str
+    learning_rates: dict[str, float]
+    """At their highest, by group of parameters."""
     device: str
     dtype: str
     """Of the base while it was trained on."""

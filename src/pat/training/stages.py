@@ -48,6 +48,7 @@ class Trained:
     model: PeftModel
     """The masked model, or the compact one with its ordinary LoRA."""
     num_steps: int
+    epoch: float
     log_history: list[dict[str, Any]]
     seconds: dict[str, float]
     """By part: `preparation` (of the rows), `stage_one`, `compaction`, `stage_two`."""
@@ -237,7 +238,16 @@ class Stages:
         save_adapter(model, folder, self.tokens)
         state = trainer.state
         pat_config = config.to_dict()
-        return Trained(model, state.global_step, state.log_history, self.seconds, pat_config, self.run_file, record)
+        return Trained(
+            model,
+            state.global_step,
+            state.epoch or 0.0,
+            state.log_history,
+            self.seconds,
+            pat_config,
+            self.run_file,
+            record,
+        )
 
 
 def _remove_if_empty(*folders: Path) -> None:

@@ -100,17 +100,33 @@ def _record(arguments: TuneArguments, data: Prepared, trained: Trained, **found:
     return TuneRecord(
         model_name_or_path=name,
         dataset=data.record.source,
-        recipe=arguments.run.recipe,
-        seed=arguments.sft.seed,
-        num_steps=trained.num_steps,
         pat_config=trained.pat_config | {"base_model_name_or_path": name},
         training_arguments=training_arguments | {"output_dir": arguments.output_dir.name, "logging_dir": None},
         data=data.record,
         compaction=trained.compaction,
         timings=trained.timings(),
         log_history=trained.log_history,
+        **_facts(arguments, data, trained),
         **found,
     )
+
+
+def _facts(arguments: TuneArguments, data: Prepared, trained: Trained) -> dict[str, Any]:
+    """Return what record and card both say of a training."""
+    rate, pat = float(arguments.sft.learning_rate), arguments.pat
+    formats = {"chat": "the chat template of the tokenizer", "alpaca": "the Alpaca template"}
+    return {
+        "recipe": arguments.run.recipe,
+        "seed": arguments.sft.seed,
+        "num_steps": trained.num_steps,
+        "num_tokens_seen": round(trained.epoch * sum(map(len, data.train["input_ids"]))),
+        "prompt_format": formats.get(data.record.template or "", "none, texts as they are"),
+        "learning_rates": {
+            "LoRA": rate,
+            "mask": rate * pat.mask_lr_multiplier,
+            "operators": rate * pat.operator_lr_multiplier,
+        },
+    }
 
 
 @contextmanager
@@ -165,13 +181,15 @@ def _write(
     dtype: torch.dtype,
 ) -> tuple[Parity, Cut]:
     """Merge, write and verify the dense checkpoint."""
-    provenance = {
+    scored = {stage: found for stage, found in figures.items() if found.held_out_nll is not None}
+    errors = {stage: found.held_out_standard_error for stage, found in scored.items()}
+    provenance = _facts(arguments, data, trained) | {
         "model_name_or_path": arguments.run.model_name_or_path,
         "dataset": arguments.run.dataset_name,
-        "recipe": arguments.run.recipe,
-        "seed": arguments.sft.seed,
-        "num_steps": trained.num_steps,
-        "held_out_nll": {stage: f.held_out_nll for stage, f in figures.items() if f.held_out_nll is not None},
+        "max_length": arguments.sft.max_length,
+        "held_out_nll": {stage: found.held_out_nll for stage, found in scored.items()},
+        "held_out_standard_error": {stage: error for stage, error in errors.items() if error is not None},
+        "num_held_out_tokens": figures["base"].num_held_out_tokens,
     }
     with staged_folder(arguments.output_dir / "model") as staging:
         return save_checkpoint(
