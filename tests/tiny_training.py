@@ -61,6 +61,9 @@ def pat_config(**fields: Any) -> PatConfig:
         "operator_rank": OPERATOR_RANK,
         "gain_tolerance": GAIN_TOLERANCE,
         "milestone": 1 / 3,  # our recipe's would be step 0 of runs this short
+        # Bounds of rounding are for adapters moved this far; our recipe's scales would move them 30 times further.
+        "use_rslora": False,
+        "operator_lr_multiplier": 1.0,
     }
     return PatConfig(**(defaults | fields))
 

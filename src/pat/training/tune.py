@@ -57,7 +57,7 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
         announce(arguments, checked, data, base, num_steps)
         # Training may load float32 for speed or stability; what is written keeps the dtype of the base's checkpoint.
         dtype, device = base.dtype, base.device
-        stored = stored_dtype(checked.base_config) or dtype
+        stored = stored_dtype(checked.base_config, revision=arguments.model.model_revision) or dtype
         size = Size.of(checked.base_config, stored)
         figures = {"base": measure(base, data, "base", size, progress=shown)}
         tokens = _tokens(arguments, data, base, checked.base_config)
