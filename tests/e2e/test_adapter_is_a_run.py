@@ -16,7 +16,8 @@ from trl import ModelConfig, get_quantization_config
 
 import pat
 from pat.checkpoint.merge import merge
-from pat.evaluation.command import evaluate
+from pat.evaluation.command import run_evaluate
+from pat.evaluation.options import EvaluateOptions
 
 TEMPLATE = (
     "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '<|user|>' }}{% endfor %}"
@@ -83,7 +84,9 @@ def test_what_is_merged_of_an_adapter_says_it(adapter: str, run: Path, tmp_path:
 
 def test_an_adapter_is_asked_as_its_model_is(run: Path) -> None:
     figures = [
-        evaluate(str(run / "out" / folder), dataset_name=str(run / "data.jsonl"), max_length=128).responses
+        run_evaluate(
+            EvaluateOptions(model=str(run / "out" / folder), dataset_name=str(run / "data.jsonl"), max_length=128)
+        ).responses
         for folder in ("compact/adapter", "model")
     ]
     assert figures[0] is not None and figures[1] is not None

@@ -30,7 +30,7 @@ from pat.loading import TokenSetup, empty_model
 from pat.loading.stored import stored_tensors
 from pat.loading.tokenizer import savable_generation_config
 from pat.surgery.adapted import AdaptedMatrix, merged
-from pat.surgery.dense import DenseForm
+from pat.surgery.dense import DenseForm, rounded
 from pat.surgery.describe import count_parameters
 from pat.surgery.residual import stored_tensors as model_tensors
 from pat.surgery.rope import legacy_rope
@@ -94,7 +94,7 @@ def save_checkpoint(
     limit = max_shard_size or (stored and stored.shard_bytes) or MAX_SHARD_SIZE
     with ShardWriter(folder, dense, dtype, max_shard_size=limit) as writer:
         for name, tensor in tqdm(form.weights, "Folding", form.num_weights, unit="tensor", disable=not progress):
-            writer.write(name, _rounded(name, tensor, dtype))
+            writer.write(name, rounded(name, tensor, dtype))
             del tensor  # or it would be there while the next one is folded
     timings["fold_seconds"] = time.perf_counter() - started
     try:
@@ -201,23 +201,6 @@ def _dense_form(
         return adapted_form(base, names, lambda name: merged(factored(name)))
     masked = replace(tuner.masked_model(adapter, "a merge"), factored=factored)
     return masked.dense_form(dtype, precision=precision)
-
-
-def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a folded weight in the dtype it is written in.
-
-    Raises:
-        PatError: it is not finite, or too large for that dtype.
-    """
-    rounded = tensor.to(dtype).contiguous()
-    if rounded.numel() == 0 or all(bool(extreme.isfinite()) for extreme in rounded.aminmax()):  # both hand on a NaN
-        return rounded
-    if dtype == torch.float16 and not bool(rounded.isnan().any()):  # an adapter that is broken makes NaNs, too
-        raise PatError(
-            f"The folded weight {name} is beyond the range of float16 (65,504); write the model in --dtype bfloat16 or "
-            "float32."
-        )
-    raise PatError(f"Got non-finite values in the folded weight {name}; the adapter is broken.")
 
 
 def _write_companions(base: PreTrainedModel, dense: PreTrainedModel, folder: Path, tokens: TokenSetup | None) -> None:

@@ -60,6 +60,30 @@ def shrink_config(
     return small
 
 
+def rounded(name: str, tensor: Tensor, dtype: torch.dtype, *, check_finite: bool = True) -> Tensor:
+    """Return a folded weight in the dtype of the dense model.
+
+    Args:
+        name: of the weight, for messages.
+        tensor: the weight.
+        dtype: of the dense model.
+        check_finite: check it.
+
+    Raises:
+        PatError: `check_finite`, and it is beyond the range of that dtype, infinite, or not a number.
+    """
+    # Contiguous: folding leaves transposed views, and a kernel rounds those otherwise than what it loads later.
+    result = tensor.to(dtype).contiguous()
+    if not check_finite or result.numel() == 0 or all(map(torch.isfinite, result.aminmax())):  # both hand on a NaN
+        return result
+    if dtype == torch.float16 and not result.isnan().any():  # an adapter that is broken makes NaNs, too
+        raise PatError(
+            f"The folded weight {name} is beyond the range of float16 (65,504); write the model in --dtype bfloat16 or "
+            "float32."
+        )
+    raise PatError(f"Got non-finite values in the folded weight {name}; the adapter is broken.")
+
+
 def build_dense(
     base: PreTrainedModel,
     config: PretrainedConfig,
@@ -84,16 +108,13 @@ def build_dense(
         RunFailed: a weight is missing, left over, or of the wrong shape.
     """
     pairs = weights.items() if isinstance(weights, Mapping) else weights
-    rounded: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
     for name, tensor in tqdm(pairs, total=num_weights, desc="Folding", unit="tensor", disable=num_weights is None):
-        if check_finite and not tensor.isfinite().all():
-            raise PatError(f"Got non-finite values in the folded weight {name}; the adapter is broken.")
-        # Contiguous: folding leaves transposed views, and a kernel rounds those otherwise than what it loads later.
-        rounded[name] = tensor.to(dtype).contiguous()
+        state[name] = rounded(name, tensor, dtype, check_finite=check_finite)
     loaded = type(base).from_pretrained(
         None,
         config=config,
-        state_dict=rounded,
+        state_dict=state,
         dtype=dtype,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # listed in the report below, instead of raised without a name

@@ -245,6 +245,8 @@ def test_a_weight_beyond_the_range_of_its_dtype_is_called_that(dtype: torch.dtyp
     with pytest.raises(PatError, match=message):
         export(model, tmp_path / "out", dtype=dtype)
     assert os.listdir(tmp_path) == []
+    with pytest.raises(PatError, match=message):
+        model.merge_and_unload(safe_merge=True, dtype=dtype)
 
 
 def test_before_the_milestone_nothing_is_written(tmp_path: Path) -> None:
