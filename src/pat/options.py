@@ -100,7 +100,7 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
         """
         for name, option in self.options.items():
             if option.default is MISSING and given.get(name) in (None, ""):
-                self.error(f"--{name} is missing; it says: {option.help.partition('. ')[0].rstrip('.')}")
+                self.error(f"--{name} is missing ({option.help.partition('. ')[0].rstrip('.')})")
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print."""

@@ -124,7 +124,7 @@ def test_keywords_are_values_or_words() -> None:
         (["--flag", "maybe"], "Got --flag 'maybe'; expected true or false"),
         (["--save_strategy", "never"], "Got --save_strategy 'never'; expected one of no, steps"),
         (["--learning_rate"], "argument --learning_rate: expected one argument"),
-        ([], "--name is missing; it says: Name of it"),
+        ([], "--name is missing (Name of it)"),
         (["--config", "a", "--config", "b"], "Got --config twice (a and b); give one file."),
         (["--config", "nowhere.yaml"], "Got --config nowhere.yaml, but there is no such file; expected a YAML"),
         ({"naem": 1}, "Got the unknown flag naem; did you mean name?"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +29,21 @@ from pat.tuner.prepare import check_config
 
 logger = logging.getLogger(__name__)
 
+NEEDED = {
+    "bnb_4bit_quant_type": "load_in_4bit",
+    "use_bnb_nested_quant": "load_in_4bit",
+    "bnb_4bit_quant_storage": "load_in_4bit",
+    "packing_strategy": "packing",
+    "liger_kernel_config": "use_liger_kernel",
+    "eval_steps": "eval_strategy",
+    "eval_on_start": "eval_strategy",
+    "eval_packing": "eval_strategy",
+    "hub_model_id": "push_to_hub",
+    "hub_private_repo": "push_to_hub",
+    "hub_revision": "push_to_hub",
+}
+"""Flags that have no effect, here as elsewhere, unless another one is given as well."""
+
 RATIO_SLACK = 0.01
 """Said before training if the width that can be loaded lies further from the ratio asked for."""
 
@@ -51,6 +66,7 @@ def check(arguments: TuneArguments) -> Checked:
         PatError: the output folder is in use, there is no such checkpoint or model, or the width is impossible.
     """
     resume_from = _resume_from(arguments)
+    _warn_of_idle_flags(arguments)
     pat_config = arguments.pat_config()
     base_config, family = load_config(arguments.run.model_name_or_path, revision=arguments.model.model_revision)
     width = check_config(base_config, family, pat_config)
@@ -123,6 +139,16 @@ def warn_without_rotation(tuner: PatModel) -> None:
             "trained. Channels are chosen among those that there are.",
             config.gain_tolerance,
         )
+
+
+def _warn_of_idle_flags(arguments: TuneArguments) -> None:
+    given = {f.name: f for part in (arguments.model, arguments.sft, arguments.run) for f in fields(part)}
+    values = {**vars(arguments.model), **vars(arguments.sft), **vars(arguments.run)}
+    for name, needed in NEEDED.items():
+        if values[name] != given[name].default and values[needed] in (False, "no"):
+            logger.warning("%s=%s has no effect without --%s.", name, values[name], needed)
+    if arguments.run.dataset_config is not None and Path(arguments.run.dataset_name).is_file():
+        logger.warning("dataset_config=%s has no effect on a local file.", arguments.run.dataset_config)
 
 
 def _resume_from(arguments: TuneArguments) -> str | None:

@@ -1,0 +1,44 @@
+"""What is said of flags and widths before anything is loaded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import build
+
+from pat.training.arguments import build_arguments
+from pat.training.check import NEEDED, check
+
+
+def checked(folder: Path, **flags: Any) -> None:
+    build("llama", tied=True).config.save_pretrained(folder / "base")
+    (folder / "rows.jsonl").write_text(json.dumps({"text": "a"}))
+    given = {"model_name_or_path": folder / "base", "dataset_name": folder / "rows.jsonl"}
+    check(build_arguments(**given, output_dir=folder / "out", **flags))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"eval_steps": 5}, "eval_steps=5 has no effect without --eval_strategy."),
+        ({"eval_steps": 5, "eval_strategy": "steps"}, None),
+        ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type=fp4 has no effect without --load_in_4bit."),
+        ({"hub_model_id": "me/small"}, "hub_model_id=me/small has no effect without --push_to_hub."),
+        ({"hub_model_id": "me/small", "push_to_hub": True}, None),
+        ({"dataset_config": "main"}, "dataset_config=main has no effect on a local file."),
+        ({"pruned_hidden_size": 20}, "more than has been shown to work"),
+        ({}, None),
+    ],
+)
+def test_what_does_nothing_or_too_much_is_said(
+    flags: dict[str, Any], words: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checked(tmp_path, **flags)
+    assert [words in line if words else line for line in caplog.messages] == ([True] if words else [])
+
+
+def test_what_needs_another_flag_is_known() -> None:
+    arguments = build_arguments(model_name_or_path="base", dataset_name="d", output_dir="o")
+    names = {**vars(arguments.model), **vars(arguments.sft), **vars(arguments.run)}
+    assert {*NEEDED, *NEEDED.values()} <= set(names)
