@@ -61,6 +61,7 @@ def pat_config(**fields: Any) -> PatConfig:
         "operator_rank": OPERATOR_RANK,
         "gain_tolerance": GAIN_TOLERANCE,
         "milestone": 1 / 3,  # our recipe's would be step 0 of runs this short
+        "operator_lr_multiplier": 1.0,  # so that noise on an operator's scale is noise of that size on its v
     }
     return PatConfig(**(defaults | fields))
 

@@ -147,7 +147,7 @@ MULTIMODAL = {
         {"text_config": TEXT | {"model_type": "mistral"}, "vision_config": VISION | {"model_type": "pixtral"}},
         "'mistral'",
     ),
-    "qwen2_vl": ("Qwen2VLForConditionalGeneration", {"text_config": TEXT}, "gemma3_text, granite, llama"),
+    "qwen2_vl": ("Qwen2VLForConditionalGeneration", {"text_config": TEXT}, "gemma3_text"),
 }
 
 
