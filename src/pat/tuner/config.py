@@ -98,7 +98,7 @@ class PatConfig(PatOptions, LoraConfig):
             "operator_lr_multiplier",
             "gain_tolerance",
         ):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # NaN neither
                 raise PatError(f"Got {name}={getattr(self, name)}; expected a number that is not negative.")
         if self.layer_replication:
             raise PatError("Got layer_replication, which PAT does not support: replicated layers share their weights.")
