@@ -59,7 +59,7 @@ def test_lora_stays_and_the_operator_becomes_rank() -> None:
     # Writers: RANK rows of A as before, the operator's below them; the scale is LoRA's own.
     assert writer.r["default"] == RANK + OPERATOR_RANK and query.r["default"] == RANK
     assert torch.equal(writer.lora_A.default.weight[:RANK], adapted.mlp.down_proj.lora_A.default.weight)
-    assert writer.scaling["default"] == adapted.mlp.down_proj.scaling["default"] == 2 * RANK**0.5
+    assert writer.scaling["default"] == adapted.mlp.down_proj.scaling["default"] == 2
     assert writer.lora_A.default.weight not in compact.inherited
     # The scale is divided out of A's share alone: it is B that moves what the adapter writes.
     operator = tuner_of(model).operators()["model.layers.0.mlp.down_proj"]
