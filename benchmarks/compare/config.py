@@ -1,4 +1,4 @@
-"""What a comparison is told: models, data, methods, budget. Ready-made ones lie in `configs/`."""
+"""Options of a comparison: models, data, methods and budget. Ready-made ones lie in `configs/`."""
 
 from __future__ import annotations
 

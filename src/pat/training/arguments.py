@@ -1,4 +1,4 @@
-"""What `pat tune` can be told: options of ours, of the method, and of TRL, with a recipe of defaults under them."""
+"""Options of `pat tune`: ours, the method's and TRL's, over a recipe of defaults."""
 
 from __future__ import annotations
 

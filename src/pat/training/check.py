@@ -1,4 +1,4 @@
-"""What can be wrong with a run before anything is loaded or written, and what is said of it before it starts."""
+"""Check a run before anything is loaded or written, and announce what was understood."""
 
 from __future__ import annotations
 

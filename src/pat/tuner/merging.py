@@ -1,4 +1,4 @@
-"""From an adapted model to its dense form: what is folded, and in which precision (specification, "Exact merge")."""
+"""Turn an adapted model into its dense form in a chosen precision."""
 
 from __future__ import annotations
 
