@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,7 +25,7 @@ from pat.training.calibration_text import CONTEXT, read_calibration
 from pat.training.data import TrainingData, load_training_data
 from pat.training.data_record import DataRecord, held_out_remarks, make_record, remarks
 from pat.training.sources import TemplateChoice
-from pat.training.tokens import Cut, Encoder, encode, learns
+from pat.training.tokens import BATCH_SIZE, Cut, Encoder, encode, learns
 from pat.training.vocabulary import Vocabulary, load_vocabulary
 
 if TYPE_CHECKING:
@@ -58,6 +59,13 @@ class Prepared:
     verify_on: Sequence[dict[str, Tensor]]
     """Batches to compare models on."""
     seconds: float
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Number of tokens that one epoch trains on."""
+        batches = self.train.with_format("arrow").iter(BATCH_SIZE)
+        lengths = (pyarrow.compute.list_value_length(batch["input_ids"]) for batch in batches)
+        return sum(pyarrow.compute.sum(length).as_py() for length in lengths)
 
     def trainer_args(self, args: SFTConfig) -> SFTConfig:
         """Return a copy of the trainer's arguments without what has been done to tokenizer and data already."""

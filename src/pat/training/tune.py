@@ -119,7 +119,7 @@ def _facts(arguments: TuneArguments, data: Prepared, trained: Trained) -> dict[s
         "recipe": arguments.run.recipe,
         "seed": arguments.sft.seed,
         "num_steps": trained.num_steps,
-        "num_tokens_seen": round(trained.epoch * sum(map(len, data.train["input_ids"]))),
+        "num_tokens_seen": round(trained.epoch * data.num_tokens),
         "prompt_format": formats.get(data.record.template or "", "none, texts as they are"),
         "learning_rates": {
             "LoRA": rate,
