@@ -24,6 +24,8 @@ class Branch:
     pre_norm: str | None = None
     post_norm: str | None = None
     site: str = ""
+    routers: tuple[str, ...] = ()
+    """Readers whose outputs choose experts, instead of lying in the space that the writer reads."""
 
     @property
     def hook_site(self) -> str:
@@ -79,7 +81,9 @@ _ATTENTION = Branch(_QKV, "self_attn.o_proj", pre_norm="input_layernorm")
 _MLP = Branch(_GATE_UP, "mlp.down_proj", pre_norm="post_attention_layernorm")
 _UNGATED_MLP = replace(_MLP, readers=("mlp.up_proj",))
 _FUSED_MLP = replace(_MLP, readers=("mlp.gate_up_proj",))
-_MOE = Branch(("mlp.gate", _EXPERTS[0]), _EXPERTS[1], pre_norm="post_attention_layernorm", site="mlp")
+_MOE = Branch(
+    ("mlp.gate", _EXPERTS[0]), _EXPERTS[1], pre_norm="post_attention_layernorm", site="mlp", routers=("mlp.gate",)
+)
 # Norms on both sides of a branch, as in Gemma 2.
 _SANDWICH_ATTENTION = replace(_ATTENTION, post_norm="post_attention_layernorm")
 _SANDWICH_MLP = replace(_MLP, pre_norm="pre_feedforward_layernorm", post_norm="post_feedforward_layernorm")
@@ -168,6 +172,7 @@ _RECORDS = (
                 readers=("block_sparse_moe.router", _GRANITE_EXPERTS[0]),
                 writer=_GRANITE_EXPERTS[1],
                 site="block_sparse_moe",
+                routers=("block_sparse_moe.router",),
             ),
         ),
         expert_parameters=_GRANITE_EXPERTS,

@@ -30,10 +30,20 @@ class Pruning:
 
     hidden_size: int
     pruned_hidden_size: int
+    intermediate_size: int | None = None
+    """MLP channels of the base model; None where they are not cut."""
+    pruned_intermediate_size: int | None = None
     num_parameters_base: int
     rotation: str
     mask: str
     milestone_step: int | None
+
+    def describe(self) -> str:
+        """Say what was cut."""
+        cuts = {"hidden size": (self.hidden_size, self.pruned_hidden_size)}
+        if self.intermediate_size is not None and self.pruned_intermediate_size is not None:
+            cuts["MLP channels"] = (self.intermediate_size, self.pruned_intermediate_size)
+        return ", ".join(f"{name} {before} becomes {after}" for name, (before, after) in cuts.items() if after < before)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -159,7 +159,10 @@ def weight_bytes(folder: Path) -> int:
 def pruning_of(tuner: PatModel) -> Pruning:
     """Return what merging or compacting the active adapter cuts."""
     mask, config = tuner.mask(), tuner.pat_config()
+    gate = next(iter(tuner.gates().values()), None)
     return Pruning(
+        intermediate_size=None if gate is None else gate.size,
+        pruned_intermediate_size=None if gate is None else gate.num_kept,
         hidden_size=mask.hidden_size,
         pruned_hidden_size=mask.pruned_hidden_size,
         num_parameters_base=count_parameters(cast(PreTrainedModel, tuner.model).config),

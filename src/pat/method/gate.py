@@ -74,7 +74,7 @@ class Gate(nn.Module):
         """
         if self.hardened:
             return
-        if milestone_step == 0 and not self.has_prior:
+        if milestone_step == 0 and not self.has_prior and self.num_kept < self.size:
             raise PatError(
                 "Got a milestone at step 0, but there is no prior order to choose by; calibrate first (rotation='auto' "
                 "does when training begins), or use a milestone after the first step."

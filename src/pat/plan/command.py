@@ -15,7 +15,7 @@ from pat.plan.options import PlanOptions
 from pat.plan.training import TrainingMemory, training_memory
 from pat.recipes import recipe_defaults
 from pat.report.records import Record
-from pat.shape import LARGE_RATIO, Width, legal_widths
+from pat.shape import LARGE_RATIO, Shape, legal_widths
 from pat.surgery.dense import shrink_config
 from pat.surgery.describe import head_dim
 from pat.tuner.config import PatConfig
@@ -37,11 +37,11 @@ Rotation = Literal["pca", "none", "open"]
 class Candidate:
     """One width that the model may be pruned to, and what it comes to."""
 
-    width: Width
+    shape: Shape
     pruning_ratio: float
-    """Share of the hidden size that is cut."""
+    """Share of all parameters that is cut."""
     nearby_widths: tuple[int, ...]
-    """Legal widths around the one taken, ascending, itself included."""
+    """Legal hidden sizes around the one taken, ascending, itself included; none if it is not cut."""
     cost: ModelCost
     prefill_speedup: float
     """Expected factor where arithmetic is the limit (reading text, large batches): ratio of FLOPs."""
@@ -88,21 +88,25 @@ def run_plan(options: PlanOptions) -> PlanRecord:
         config = PatConfig(
             task_type="CAUSAL_LM",
             pruning_ratio=ratio,
+            axes=options.axes,
             pruned_hidden_size=options.pruned_hidden_size,
+            pruned_intermediate_size=options.pruned_intermediate_size,
             multiple_of=options.multiple_of,
             untie_word_embeddings=options.untie_word_embeddings,
         )
-        width = check_config(base_config, family, config)
+        shape = check_config(base_config, family, config)
         small_config = shrink_config(
             base_config,
             family,
-            pruned_hidden_size=width.pruned_hidden_size,
+            pruned_hidden_size=shape.hidden.pruned_hidden_size,
             head_dim=small_head_dim,
             tied=base.tied and not options.untie_word_embeddings,
+            pruned_intermediate_size=shape.pruned_intermediate_size if shape.cuts_mlp else None,
         )
         cost = cost_of(build_skeleton(small_config, dtype), context)
-        legal = legal_widths(width.hidden_size, base_config.num_attention_heads, multiple_of=options.multiple_of)
-        candidates.append(_candidate(width, legal, base, cost))
+        heads = base_config.num_attention_heads
+        legal = legal_widths(shape.hidden.hidden_size, heads, multiple_of=options.multiple_of)
+        candidates.append(_candidate(shape, legal, base, cost))
     recipe = recipe_defaults(RECIPE)
     training = training_memory(
         skeleton, config, batch_size=recipe["per_device_train_batch_size"], length=recipe["max_length"]
@@ -122,12 +126,15 @@ def run_plan(options: PlanOptions) -> PlanRecord:
     )
 
 
-def _candidate(width: Width, legal: range, base: ModelCost, cost: ModelCost) -> Candidate:
-    position = legal.index(width.pruned_hidden_size)
+def _candidate(shape: Shape, legal: range, base: ModelCost, cost: ModelCost) -> Candidate:
+    nearby: tuple[int, ...] = ()
+    if shape.cuts_hidden:
+        position = legal.index(shape.hidden.pruned_hidden_size)
+        nearby = tuple(legal[max(0, position - NUM_NEIGHBOURS) : position + NUM_NEIGHBOURS + 1])
     return Candidate(
-        width=width,
-        pruning_ratio=width.pruning_ratio,
-        nearby_widths=tuple(legal[max(0, position - NUM_NEIGHBOURS) : position + NUM_NEIGHBOURS + 1]),
+        shape=shape,
+        pruning_ratio=1 - cost.total.num_parameters / base.total.num_parameters,
+        nearby_widths=nearby,
         cost=cost,
         prefill_speedup=base.prefill_flops_per_token / cost.prefill_flops_per_token,
         decode_speedup=base.decode_bytes_per_token / cost.decode_bytes_per_token,
@@ -160,7 +167,7 @@ def _notes(
     if getattr(base_config, "quantization_config", None) is not None:
         notes.append("The base is quantised; sizes are those of the dequantised weights, which the merge writes.")
     if any(candidate.pruning_ratio > LARGE_RATIO for candidate in candidates):
-        notes.append("Cutting more than half of the hidden size has not been shown to work; expect a much worse model.")
+        notes.append("Cutting more than half of a model has not been shown to work; expect a much worse model.")
     if base.tied and not candidates[0].cost.tied:
         heads = (f"{candidate.cost.groups['head'].num_parameters:,}" for candidate in candidates)
         notes.append(f"Untying gives the pruned model a head of {' or '.join(heads)} parameters of its own.")

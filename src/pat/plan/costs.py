@@ -87,7 +87,7 @@ class Skeleton:
         groups["embedding"].append(f"{stream.embedding}.weight")
         groups["head"] += stream.head.names if stream.head is not None else ()
         for branch in stream.branches:
-            group = "attention" if branch.writer.path.endswith(stream.family.attention.writer) else "MLP"
+            group = "attention" if branch.kind == "attention" else "MLP"
             groups[group] += [name for linear in (*branch.readers, branch.writer) for name in linear.names]
             groups["norms"] += [f"{norm}.weight" for norm in (branch.pre_norm, branch.post_norm) if norm is not None]
         groups["norms"] += [f"{stream.final_norm}.weight", *stream.untouched]

@@ -16,7 +16,7 @@ class PlanOptions(ShapeOptions):
 
     model_name_or_path: str = field(metadata={"help": "Base model folder or hub id; only its configuration is read."})
     pruning_ratio: list[float] | None = field(  # type: ignore[assignment]  # several are set side by side
-        default=None, metadata={"help": "Shares of the hidden size to cut, one or several, in (0, 1). Default 0.25."}
+        default=None, metadata={"help": "Shares of all parameters to cut, one or several, in (0, 1). Default 0.25."}
     )
     context: int | None = field(
         default=None,
@@ -31,4 +31,4 @@ class PlanOptions(ShapeOptions):
             PatError: a ratio is outside (0, 1), or both ratio and width are given.
         """
         for ratio in self.pruning_ratio or ():
-            check_request(ratio, self.pruned_hidden_size)
+            check_request(ratio, self.pruned_hidden_size, self.pruned_intermediate_size, self.axes)

@@ -6,7 +6,7 @@ from pat.families import FAMILIES
 from pat.plan.command import PlanRecord
 from pat.plan.costs import GROUPS, ModelCost
 from pat.report.table import Table
-from pat.shape import alignment
+from pat.shape import Shape, alignment
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -23,7 +23,9 @@ def print_plan(record: PlanRecord) -> None:
     print(f"{record.model_name_or_path} ({record.model_type}, {record.dtype}), hidden size {record.base.hidden_size}.")
     for candidate in record.candidates:
         nearby = ", ".join(map(_describe_width, candidate.nearby_widths))
-        print(f"Width {candidate.cost.hidden_size}: {candidate.width.reason}. Legal widths nearby: {nearby}.")
+        print(
+            f"{candidate.shape.describe()}: {candidate.shape.reason}.", f"Legal widths nearby: {nearby}." * bool(nearby)
+        )
     print(f"Rotation: {_ROTATIONS[record.rotation]}.\n")
     for table in (_sizes(record), _running(record), _training(record)):
         table.print()
@@ -94,8 +96,15 @@ def _costs(record: PlanRecord) -> list[ModelCost]:
 def _headings(record: PlanRecord) -> list[str]:
     return [
         "base",
-        *(f"{candidate.cost.hidden_size} ({candidate.pruning_ratio:.1%} cut)" for candidate in record.candidates),
+        *(f"{_sizes_of(candidate.shape)} ({candidate.pruning_ratio:.1%} cut)" for candidate in record.candidates),
     ]
+
+
+def _sizes_of(shape: Shape) -> str:
+    mlp = f"MLP {shape.pruned_intermediate_size}"
+    if not shape.cuts_hidden:
+        return mlp
+    return f"{shape.hidden.pruned_hidden_size}, {mlp}" if shape.cuts_mlp else str(shape.hidden.pruned_hidden_size)
 
 
 def _describe_width(width: int) -> str:

@@ -28,9 +28,15 @@ class DenseForm:
 
 
 def shrink_config(
-    config: PretrainedConfig, family: Family, *, pruned_hidden_size: int, head_dim: int, tied: bool
+    config: PretrainedConfig,
+    family: Family,
+    *,
+    pruned_hidden_size: int,
+    head_dim: int,
+    tied: bool,
+    pruned_intermediate_size: int | None = None,
 ) -> PretrainedConfig:
-    """Return a copy of a base model's configuration for the pruned width.
+    """Return a copy of a base model's configuration for the pruned sizes; the MLP's is the base's by default.
 
     The epsilon of every norm grows by d/d' (the mean is taken over fewer channels) and `head_dim` becomes explicit,
     because the number of heads and their size do not change.
@@ -42,6 +48,8 @@ def shrink_config(
     ratio = getattr(config, family.hidden_size_field) / pruned_hidden_size
     setattr(small, family.hidden_size_field, pruned_hidden_size)
     setattr(small, family.eps_field, getattr(config, family.eps_field) * ratio)
+    if pruned_intermediate_size is not None:
+        small.intermediate_size = pruned_intermediate_size
     small.head_dim = head_dim
     small.tie_word_embeddings = tied
     small.use_cache = True  # trainers switch it off, for training alone

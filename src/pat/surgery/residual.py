@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -33,11 +34,14 @@ class Linear:
 class ResidualBranch:
     """One branch of one layer, by full names; see `pat.families.Branch`."""
 
+    kind: Literal["attention", "mlp"]
     readers: tuple[Linear, ...]
     writer: Linear
     site: str
     pre_norm: str | None
     post_norm: str | None
+    inner: tuple[Linear, ...]
+    """Readers whose rows lie in the space that the writer's columns lie in: all but routers."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def map_residual_stream(family: Family, names: Iterable[str], *, tied: bool) -> 
         feed_forward = next((b for b in family.feed_forward if _exists(prefix + b.writer, names)), None)
         if feed_forward is None:
             raise PatError(f"Layer {index} has no feed-forward writer known to the record of {family.model_type!r}.")
-        branches += [_branch(prefix, branch, names) for branch in (family.attention, feed_forward)]
+        branches += [_branch(prefix, "attention", family.attention, names), _branch(prefix, "mlp", feed_forward, names)]
         untouched += [f"{prefix}{norm}.weight" for norm in family.qk_norm]
         untouched += [prefix + name for name in family.bystanders if prefix + name in names]
     stream = ResidualStream(
@@ -133,13 +137,15 @@ def map_residual_stream(family: Family, names: Iterable[str], *, tied: bool) -> 
     return stream
 
 
-def _branch(prefix: str, branch: Branch, names: set[str]) -> ResidualBranch:
+def _branch(prefix: str, kind: Literal["attention", "mlp"], branch: Branch, names: set[str]) -> ResidualBranch:
     return ResidualBranch(
+        kind=kind,
         readers=tuple(_linear(prefix + reader, names) for reader in branch.readers),
         writer=_linear(prefix + branch.writer, names),
         site=prefix + branch.hook_site,
         pre_norm=None if branch.pre_norm is None else prefix + branch.pre_norm,
         post_norm=None if branch.post_norm is None else prefix + branch.post_norm,
+        inner=tuple(_linear(prefix + reader, names) for reader in branch.readers if reader not in branch.routers),
     )
 
 

@@ -148,7 +148,8 @@ file, --debug shows tracebacks.\
         return {**lora, **_machine_defaults(), **recipe_defaults(given.get("recipe", RunOptions.recipe))}
 
     def __post_init__(self) -> None:
-        check_request(self.pat.pruning_ratio, self.pat.pruned_hidden_size)
+        pat = self.pat
+        check_request(pat.pruning_ratio, pat.pruned_hidden_size, pat.pruned_intermediate_size, pat.axes)
         for name, least in _LEAST.items():
             value = getattr(self.sft, name, getattr(self.model, name, None))
             if value is not None and not value >= least:

@@ -100,14 +100,14 @@ class PatCallback(TrainerCallback):
             )
             figures = {"pat/calibration_tokens": order.num_tokens, "pat/energy_kept": order.energy_kept}
             state.log_history.append(figures | {"step": state.global_step})
-        tuner.set_step(state.global_step, self._milestone_step, self._adapter)
+        self._move(tuner, state, kwargs)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Set the mask for the step that begins; a best checkpoint is only picked among those that can be merged."""
         tuner = self._tuner(kwargs["model"])
-        tuner.set_step(state.global_step, self._milestone_step, self._adapter)
+        self._move(tuner, state, kwargs)
         if not tuner.mask(self._adapter).hardened:
             state.best_metric = state.best_model_checkpoint = None
 
@@ -127,7 +127,7 @@ class PatCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the mask on, so that what is evaluated or saved now is the model of the next step."""
-        self._tuner(kwargs["model"]).set_step(state.global_step, self._milestone_step, self._adapter)
+        self._move(self._tuner(kwargs["model"]), state, kwargs)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log the regularisers apart from the task's loss."""
@@ -138,6 +138,17 @@ class PatCallback(TrainerCallback):
         values = self._last | {"pat/active_channels": mask.num_active}
         logs.update(values)
         state.log_history.append(values | {"step": state.global_step})
+
+    def _move(self, tuner: PatModel, state: TrainerState, kwargs: dict[str, Any]) -> None:
+        """Move mask and gates to the trainer's step; if that makes gates hard, refit the writers behind them."""
+        was_hard = tuner.mask(self._adapter).hardened
+        tuner.set_step(state.global_step, self._milestone_step, self._adapter)
+        if was_hard or not tuner.needs_refit(self._adapter):
+            return
+        config = tuner.pat_config(self._adapter)
+        batches = calibration_batches(config, kwargs.get("train_dataloader"), kwargs.get("processing_class"))
+        num_tokens = tuner.refit(batches, self._adapter)
+        state.log_history.append({"pat/refit_tokens": num_tokens, "step": state.global_step})
 
     def _tuner(self, model: torch.nn.Module) -> PatModel:
         tuner = find_tuner(model)

@@ -15,7 +15,7 @@ from pat.errors import PatError
 from pat.families import Family
 from pat.loading import load_config
 from pat.method.schedule import milestone_step
-from pat.shape import LARGE_RATIO, Width
+from pat.shape import LARGE_RATIO, Shape
 from pat.surgery.residual import ResidualStream
 from pat.training.arguments import TuneArguments
 from pat.training.calibration_text import read_calibration
@@ -54,7 +54,7 @@ class Checked:
 
     base_config: Any
     family: Family
-    width: Width
+    shape: Shape
     resume_from: str | None
     """Checkpoint to go on from."""
 
@@ -69,17 +69,17 @@ def check(arguments: TuneArguments) -> Checked:
     _warn_of_idle_flags(arguments)
     pat_config = arguments.pat_config()
     base_config, family = load_config(arguments.run.model_name_or_path, revision=arguments.model.model_revision)
-    width = check_config(base_config, family, pat_config)
-    if pat_config.pruning_ratio is not None and abs(width.pruning_ratio - pat_config.pruning_ratio) > RATIO_SLACK:
-        logger.warning("%.1f %% of the hidden size will be cut: %s.", 100 * width.pruning_ratio, width.reason)
-    if width.pruning_ratio > LARGE_RATIO:
+    shape = check_config(base_config, family, pat_config)
+    if pat_config.pruning_ratio is not None and abs(shape.pruning_ratio - pat_config.pruning_ratio) > RATIO_SLACK:
+        logger.warning("%.1f %% of the parameters will be cut: %s.", 100 * shape.pruning_ratio, shape.reason)
+    if shape.pruning_ratio > LARGE_RATIO:
         logger.warning(
-            "%.0f %% of the hidden size will be cut, more than has been shown to work; expect a much worse model.",
-            100 * width.pruning_ratio,
+            "%.0f %% of the parameters will be cut, more than has been shown to work; expect a much worse model.",
+            100 * shape.pruning_ratio,
         )
     if pat_config.calibration is not None:
         read_calibration(pat_config.calibration)
-    return Checked(base_config, family, width, resume_from)
+    return Checked(base_config, family, shape, resume_from)
 
 
 def check_run(arguments: TuneArguments, checked: Checked, data: Prepared) -> RunFile:
@@ -103,15 +103,14 @@ def check_run(arguments: TuneArguments, checked: Checked, data: Prepared) -> Run
 
 def announce(arguments: TuneArguments, checked: Checked, data: Prepared, model: Any, num_steps: int) -> None:
     """Say in one line on stderr what was understood."""
-    width = checked.width
     soft = min(num_steps, milestone_step(arguments.pat.milestone, num_steps))
     rest = "on the small model" if compacts(arguments.run.no_compact, arguments.pat_config()) else "at full width"
     device = str(model.device)
     if (num_devices := torch.cuda.device_count()) > 1 and model.device.type == "cuda":
         device += f", one of {num_devices} GPUs (several take several processes, which `pat tune` does not start)"
     print(
-        f"{data.record.describe()} Model: {checked.family.model_type}, hidden size {width.hidden_size:,} to "
-        f"{width.pruned_hidden_size:,}, {str(model.dtype).removeprefix('torch.')} on {device}; {num_steps:,} steps, "
+        f"{data.record.describe()} Model: {checked.family.model_type}, {checked.shape.describe()}, "
+        f"{str(model.dtype).removeprefix('torch.')} on {device}; {num_steps:,} steps, "
         f"{soft:,} with a soft mask and {num_steps - soft:,} {rest}.",
         file=sys.stderr,
     )

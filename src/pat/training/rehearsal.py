@@ -84,7 +84,9 @@ def _attached(arguments: TuneArguments, data: Prepared, config: Any, *, on_meta:
             pat_config = dataclasses.replace(
                 pat_config,
                 pruning_ratio=None,
+                axes=["hidden"],
                 pruned_hidden_size=config.get_text_config().num_attention_heads,
+                pruned_intermediate_size=None,
                 multiple_of=None,
                 operator_rank=1,
                 rotation="none",

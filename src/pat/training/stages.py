@@ -218,8 +218,7 @@ class Stages:
         )
         if not self.arguments.sft.disable_tqdm:
             print(
-                f"Milestone: hidden size {record.hidden_size} becomes {record.pruned_hidden_size}; training goes on as "
-                "LoRA on the small model.",
+                f"Milestone: {record.describe()}; training goes on as LoRA on the small model.",
                 file=sys.stderr,
             )
         args = self.data.trainer_args(self.arguments.sft)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from pat.method.basis import UnifiedMask
+from pat.method.inner import InnerGate
 from pat.method.operator import build_operator
 from pat.tuner.config import PatConfig
-from pat.tuner.layer import MASK_NAME, OPERATOR_NAME, HsmLayer, MaskLayer
+from pat.tuner.layer import GATE_NAME, MASK_NAME, OPERATOR_NAME, GateLayer, HsmLayer, MaskLayer
 from pat.tuner.prepare import AttachmentPlan
 
 
@@ -27,18 +28,33 @@ def add_mask_and_operators(
         plan: what attaching it comes to.
         empty: leave the operators without values, because they are about to be loaded.
     """
-    stream, width = plan.stream, plan.width
+    stream, width = plan.stream, plan.shape.hidden
+    kind: Any = config.mask
     mask = UnifiedMask(
         width.hidden_size,
         width.pruned_hidden_size,
-        kind=config.mask,  # type: ignore[arg-type]
+        kind=kind if plan.shape.cuts_hidden else "frozen",
         has_basis=plan.rotation == "pca",
         has_head_factor=plan.rotation == "pca" and plan.tied,
         lr_multiplier=config.mask_lr_multiplier,
     )
     mask_layer = cast(MaskLayer, _layer(model, stream.embedding, MASK_NAME, MaskLayer()))
     mask_layer.add_adapter(adapter_name, mask, _device_of(model, stream.embedding))
-    for site in stream.sites:
+    for branch in stream.branches if plan.shape.cuts_mlp else ():
+        if branch.kind == "mlp":
+            path = branch.writer.path
+            gates = cast(GateLayer, _layer(model, path, GATE_NAME, GateLayer()))
+            gate = InnerGate(
+                plan.shape.intermediate_size,
+                plan.shape.pruned_intermediate_size,
+                kind=kind,
+                refits=config.refit,
+                lr_multiplier=config.mask_lr_multiplier,
+            )
+            gates.add_adapter(adapter_name, gate, _device_of(model, path))
+            gates.attach(model.get_submodule(path))
+    # Without a cut of the stream there is nothing that operators would make up for.
+    for site in stream.sites if plan.shape.cuts_hidden else ():
         layer = cast(HsmLayer, _layer(model, site, OPERATOR_NAME, HsmLayer(mask_layer)))
         with torch.device("meta") if empty else nullcontext():  # orthogonalising takes minutes in a large model
             operator = build_operator(

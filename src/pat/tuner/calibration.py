@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, distributed, nn
 
 from pat.errors import PatError, RunFailed
 from pat.method.basis import UnifiedMask
+from pat.method.inner import InnerGate
 from pat.nll import evaluating
 from pat.surgery.precision import to_float64
 from pat.surgery.residual import ResidualStream
@@ -32,21 +34,27 @@ def choose_channels(
     stream: ResidualStream,
     config: PatConfig,
     mask: UnifiedMask,
+    gates: Mapping[str, InnerGate],
     effective: Callable[[str], Tensor],
     batches: Iterable[Mapping[str, Any]],
-) -> ChannelOrder:
+) -> tuple[ChannelOrder, dict[str, ChannelOrder]]:
     """Measure the stream and order its channels: by energy in the PCA basis, or by importance without a rotation.
+
+    The channels inside the branches are ordered by what each adds to the output of the writer: its energy times the
+    squared norm of its column.
 
     Args:
         model: the base model, its adapters disabled.
         stream: roles of its parameters.
         config: of the adapter.
         mask: of the adapter; it says which parts a calibration has to fill.
+        gates: of the adapter, inside branches, by the path of the writer.
         effective: returns a base parameter by name, with LoRA merged in.
         batches: see `StreamStatistics.collect`; read until there are enough tokens.
 
     Returns:
-        The order, in a distributed run that of the first process.
+        The order of the stream, and those inside the branches by the path of the writer; in a distributed run those
+        of the first process.
 
     Raises:
         PatError: the batches hold no token, or too few channels can be rotated.
@@ -54,9 +62,9 @@ def choose_channels(
     """
     rotate = mask.basis is not None
     enough = DEFAULT_TOKENS_PER_CHANNEL * mask.hidden_size
-    statistics = StreamStatistics(model, stream, full=rotate)
+    statistics = StreamStatistics(model, stream, full=rotate, inner=gates)
     statistics.collect(batches, config.calibration_tokens or enough)
-    if statistics.num_tokens < mask.hidden_size:
+    if statistics.num_tokens < mask.hidden_size and mask.num_kept < mask.size:
         logger.warning(
             "The %s of %d channels stands on %d calibration tokens, fewer than it has channels; give more text "
             "(calibration_tokens=%d is the default for this model), or use rotation='none'.",
@@ -81,8 +89,13 @@ def choose_channels(
             f"Got {num_pinned} of {mask.hidden_size} channels whose final gain keeps them from being rotated, and only "
             f"{mask.pruned_hidden_size} channels are to be kept; raise gain_tolerance or use rotation='none'."
         )
-    share_from_first_process(order.prior, order.pinned, order.basis, order.head_factor)
-    return replace(order, num_tokens=statistics.num_tokens)
+    inner = {
+        path: importance_order(statistics.inner_importance(path, effective), gate.num_kept)
+        for path, gate in gates.items()
+    }
+    priors = [found.prior for found in inner.values()]
+    share_from_first_process(order.prior, order.pinned, order.basis, order.head_factor, *priors)
+    return replace(order, num_tokens=statistics.num_tokens), inner
 
 
 class StreamStatistics:
@@ -92,13 +105,11 @@ class StreamStatistics:
     activations, and the last layers, would choose the basis alone.
     """
 
-    def __init__(self, model: nn.Module, stream: ResidualStream, *, full: bool) -> None:
-        self.model, self.stream, self.full = model, stream, full
+    def __init__(self, model: nn.Module, stream: ResidualStream, *, full: bool, inner: Iterable[str] = ()) -> None:
+        self.model, self.stream, self.full, self.inner = model, stream, full, tuple(inner)
         self.num_tokens = 0
         self._moments: dict[str, Tensor] = {}
-        self._selected: Tensor | None = None
 
-    @torch.no_grad()
     def collect(self, batches: Iterable[Mapping[str, Any]], max_tokens: int) -> None:
         """Run the model over batches (`input_ids`, optional `attention_mask`) until `max_tokens` are seen.
 
@@ -106,30 +117,9 @@ class StreamStatistics:
             PatError: the batches hold no token, or no `input_ids`.
             RunFailed: the model's activations are not finite.
         """
-        device = next(self.model.parameters()).device
-        with ExitStack() as restore:
-            restore.enter_context(evaluating(self.model))
-            for site in self._sites():
-                handle = self.model.get_submodule(site).register_forward_pre_hook(_Recorder(self, site))
-                restore.callback(handle.remove)
-            for batch in batches:
-                if self.num_tokens >= max_tokens:
-                    break
-                if "input_ids" not in batch:
-                    raise PatError(f"Got calibration batches without input_ids; they have {sorted(batch)}.")
-                ids = torch.as_tensor(batch["input_ids"]).to(device)
-                # Only what the batch has: with a mask, be it all ones, transformers no longer looks at the position ids
-                # to tell packed rows apart.
-                given = {
-                    key: torch.as_tensor(batch[key]).to(device)
-                    for key in ("attention_mask", "position_ids")
-                    if batch.get(key) is not None
-                }
-                self._selected = self._real_tokens(ids, given).flatten().nonzero().squeeze(1)
-                self.num_tokens += len(self._selected)
-                self.model(input_ids=ids, use_cache=False, logits_to_keep=1, **given)
-        if self.num_tokens == 0:
-            raise PatError("The calibration data holds no tokens; expected batches with input_ids.")
+        recorders: dict[str, Callable[[Tensor], None]] = {site: partial(self.record, site) for site in self._sites()}
+        recorders |= {path: partial(self._record_inner, path) for path in self.inner}
+        self.num_tokens = watch_inputs(self.model, recorders, batches, max_tokens)
         if not all(moment.isfinite().all() for moment in self._moments.values()):
             raise RunFailed(
                 "The base model's activations on the calibration data became non-finite; expected finite numbers: "
@@ -159,29 +149,25 @@ class StreamStatistics:
         assert total is not None
         return total
 
-    def record(self, site: str, hidden: Tensor) -> None:
-        """Add one batch of the stream at a site, `(batch, length, d)`."""
-        assert self._selected is not None
-        rows = hidden.detach().flatten(0, -2)[self._selected.to(hidden.device)].float()
+    def inner_importance(self, path: str, effective: Callable[[str], Tensor]) -> Tensor:
+        """Return what each channel before a writer adds to its output, `(size,)`: E[a²] times ||W[:, c]||²."""
+        weight = to_float64(effective(f"{path}.weight"))
+        return self._moments[path] * weight.square().sum(0).to(self._moments[path].device)
+
+    def _record_inner(self, path: str, rows: Tensor) -> None:
+        self._add(path, to_float64(rows.square().sum(0)))
+
+    def record(self, site: str, rows: Tensor) -> None:
+        """Add tokens of the stream at a site, `(tokens, d)` in float32."""
         rows = rows * rows.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
         # A rotation needs one sum over all sites; d x d numbers for each would not fit beside a large model.
         key = "" if self.full else site
-        moment = to_float64(rows.mT @ rows if self.full else rows.square().sum(0))
+        self._add(key, to_float64(rows.mT @ rows if self.full else rows.square().sum(0)))
+
+    def _add(self, key: str, moment: Tensor) -> None:
         # On the device of the first site, if the model is spread over several.
         known = self._moments.get(key)
         self._moments[key] = moment if known is None else known + moment.to(known.device)
-
-    def _real_tokens(self, ids: Tensor, given: Mapping[str, Tensor]) -> Tensor:
-        """Tell tokens from padding, by the mask or, for packed and for bare rows, by what a row ends with."""
-        mask = given.get("attention_mask")
-        if mask is not None and mask.shape == ids.shape:
-            return mask.bool()
-        pad = getattr(getattr(self.model, "config", None), "pad_token_id", None)
-        if "position_ids" in given:
-            filler = given["position_ids"].expand_as(ids) == 0
-        else:
-            filler = ids == pad if pad is not None else torch.zeros_like(ids, dtype=torch.bool)
-        return ~filler.flip(-1).cumprod(-1).flip(-1).bool()
 
     def _sites(self) -> list[str]:
         return [site for site, _, _ in self._read_sites()]
@@ -211,11 +197,70 @@ def share_from_first_process(*tensors: Tensor | None) -> None:
             distributed.broadcast(tensor, src=0)
 
 
-class _Recorder:
-    """A forward pre-hook that hands a module's input to the statistics."""
+@torch.no_grad()
+def watch_inputs(
+    model: nn.Module,
+    watchers: Mapping[str, Callable[[Tensor], None]],
+    batches: Iterable[Mapping[str, Any]],
+    max_tokens: int,
+) -> int:
+    """Run a model over batches and show what goes into some of its modules; return the number of tokens.
 
-    def __init__(self, statistics: StreamStatistics, site: str) -> None:
-        self.statistics, self.site = statistics, site
+    Args:
+        model: the model, its adapters disabled.
+        watchers: functions of the inputs `(tokens, size)` in float32, paddings left out, by the module's path.
+        batches: mappings with `input_ids` `(batch, length)`, and `attention_mask` or `position_ids` where there is one.
+        max_tokens: number of tokens after which no further batch is read.
 
-    def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.statistics.record(self.site, args[0])
+    Raises:
+        PatError: the batches hold no token, or no `input_ids`.
+    """
+    device = next(model.parameters()).device
+    watch, num_tokens = _Watch(), 0
+    with ExitStack() as restore:
+        restore.enter_context(evaluating(model))
+        for path, watcher in watchers.items():
+            handle = model.get_submodule(path).register_forward_pre_hook(partial(watch, watcher))
+            restore.callback(handle.remove)
+        for batch in batches:
+            if num_tokens >= max_tokens:
+                break
+            if "input_ids" not in batch:
+                raise PatError(f"Got calibration batches without input_ids; they have {sorted(batch)}.")
+            ids = torch.as_tensor(batch["input_ids"]).to(device)
+            # Only what the batch has: with a mask, be it all ones, transformers no longer looks at the position ids to
+            # tell packed rows apart.
+            given = {
+                key: torch.as_tensor(batch[key]).to(device)
+                for key in ("attention_mask", "position_ids")
+                if batch.get(key) is not None
+            }
+            watch.selected = _real_tokens(model, ids, given).flatten().nonzero().squeeze(1)
+            num_tokens += len(watch.selected)
+            model(input_ids=ids, use_cache=False, logits_to_keep=1, **given)
+    if num_tokens == 0:
+        raise PatError("The calibration data holds no tokens; expected batches with input_ids.")
+    return num_tokens
+
+
+class _Watch:
+    """A forward pre-hook, but for its first argument, that hands on a module's input at the tokens of the batch."""
+
+    selected: Tensor
+
+    def __call__(self, watcher: Callable[[Tensor], None], _module: nn.Module, args: tuple[Any, ...]) -> None:
+        rows = args[0].detach().flatten(0, -2)
+        watcher(rows[self.selected.to(rows.device)].float())
+
+
+def _real_tokens(model: nn.Module, ids: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+    """Tell tokens from padding, by the mask or, for packed and for bare rows, by what a row ends with."""
+    mask = given.get("attention_mask")
+    if mask is not None and mask.shape == ids.shape:
+        return mask.bool()
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+    if "position_ids" in given:
+        filler = given["position_ids"].expand_as(ids) == 0
+    else:
+        filler = ids == pad if pad is not None else torch.zeros_like(ids, dtype=torch.bool)
+    return ~filler.flip(-1).cumprod(-1).flip(-1).bool()

@@ -13,7 +13,7 @@ with a scale of 1.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -40,28 +40,24 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Inherited:
+    """A parameter of the compact model that is one of the masked model's, cut by a selection at most."""
+
+    parameter: nn.Parameter
+    cut: Callable[[Tensor], Tensor]
+    """Cuts a tensor that has the shape of the old parameter (an optimizer's moment)."""
+
+
+@dataclass(frozen=True)
 class Factors:
     """One module's LoRA factors in the small model: A `(r, in)`, B `(out, r)` and the scale k of B A."""
 
     a: Tensor
     b: Tensor
     scale: float
-    # What the optimizer may carry over: the parameter that a factor was, if it is it still, cut by index at most.
-    a_was: nn.Parameter | None = None
-    b_was: nn.Parameter | None = None
-
-
-@dataclass(frozen=True)
-class Inherited:
-    """A parameter of the compact model that is one of the masked model's, along `axis` cut to the kept channels."""
-
-    parameter: nn.Parameter
-    axis: int | None
-    keep: Tensor
-
-    def cut(self, tensor: Tensor) -> Tensor:
-        """Cut a tensor that has the shape of the old parameter (an optimizer's moment)."""
-        return tensor if self.axis is None else tensor.index_select(self.axis, self.keep.to(tensor.device))
+    # What the optimizer may carry over: what a factor was, if it is it still, cut by index at most.
+    a_was: Inherited | None = None
+    b_was: Inherited | None = None
 
 
 @dataclass(frozen=True)
@@ -81,8 +77,6 @@ class Compacted:
     factors: dict[str, Factors]
     """By module path; LoRA on other modules starts anew."""
     adapter: str
-    keep: Tensor
-    """Kept channels, ascending, `(d',)`."""
 
     @torch.no_grad()
     def attach(self, seed: int = 0) -> CompactModel:
@@ -96,14 +90,14 @@ class Compacted:
         inherited: dict[nn.Parameter, Inherited] = {}
         for path, given in self.factors.items():
             layer = cast(LoraLayer, self.base.get_submodule(path))
-            for factor, value, was, axis in (
-                (layer.lora_A[self.adapter].weight, given.a, given.a_was, 1),
-                (layer.lora_B[self.adapter].weight, given.b, given.b_was, None),
+            for factor, value, was in (
+                (layer.lora_A[self.adapter].weight, given.a, given.a_was),
+                (layer.lora_B[self.adapter].weight, given.b, given.b_was),
             ):
                 parameter = cast(nn.Parameter, factor)
                 parameter.copy_(value)
                 if was is not None:
-                    inherited[parameter] = Inherited(was, axis, self.keep)
+                    inherited[parameter] = was
         return CompactModel(model, inherited)
 
 
@@ -153,7 +147,7 @@ def compact(model: MaskedModel, config: PatConfig, adapter: str) -> Compacted:
     base = cast(PreTrainedModel, base.to(model.base.device))  # type: ignore[arg-type]
     shapes = {path: (len(given.a), given.scale) for path, given in factors.items()}
     others = splitter.lora_without(factors)
-    return Compacted(base, compact_lora_config(base, config, shapes, others), factors, adapter, channels.keep)
+    return Compacted(base, compact_lora_config(base, config, shapes, others), factors, adapter)
 
 
 class _Splitter:
@@ -202,12 +196,16 @@ class _Splitter:
             gain = to_float64(self.model.parameter(f"{branch.pre_norm}.weight")) + self.model.stream.family.gain_offset
             a = a * gain * self.channels.gain
         scaled = reader.path in self.qk_scaled
+        cut = self.model.cuts.get(branch.writer.path) if reader in branch.inner else None
+        rows: Callable[[Tensor], Tensor] = cut.rows if cut is not None else _as_it_is
+        b = rows(b)
+        a_was, b_was = (cast(nn.Parameter, factor[self.adapter].weight) for factor in (layer.lora_A, layer.lora_B))
         return Factors(
             self.channels.cut(a),
             b * self.channels.gain if scaled else b,
             scale,
-            a_was=None if rotated else cast(nn.Parameter, layer.lora_A[self.adapter].weight),
-            b_was=None if scaled else cast(nn.Parameter, layer.lora_B[self.adapter].weight),
+            a_was=None if rotated else Inherited(a_was, self.channels.select),
+            b_was=None if scaled else Inherited(b_was, rows),
         )
 
     def writer(self, branch: ResidualBranch) -> Factors | None:
@@ -224,7 +222,23 @@ class _Splitter:
         self.split.append(writer)
         a, b, scale = self._factors(layer)
         folded = None if operator is None else in_double(operator)
-        return Factors(a, cut_writer_rows(b.mT, folded, self.channels).mT, scale)
+        columns, a_was, b_was = self._columns(writer), None, None
+        if folded is None and self.channels.basis is None:
+            # Only selected from; through a refit, A is another combination of numbers.
+            a_was, b_was = (cast(nn.Parameter, factor[self.adapter].weight) for factor in (layer.lora_A, layer.lora_B))
+        is_selection = (cut := self.model.cuts.get(writer.path)) is None or cut.reconstruction is None
+        return Factors(
+            columns(a),
+            cut_writer_rows(b.mT, folded, self.channels).mT,
+            scale,
+            a_was=Inherited(a_was, columns) if a_was is not None and is_selection else None,
+            b_was=Inherited(b_was, lambda moment: self.channels.select(moment.mT).mT) if b_was is not None else None,
+        )
+
+    def _columns(self, writer: Linear) -> Callable[[Tensor], Tensor]:
+        """Return what cuts the columns of a writer, and those of its A, along the space inside its branch."""
+        cut = self.model.cuts.get(writer.path)
+        return _as_it_is if cut is None else cut.columns
 
     def _writer_with_operator(
         self, branch: ResidualBranch, layer: LoraLayer | None, operator: LowRankOperator
@@ -232,7 +246,8 @@ class _Splitter:
         writer = branch.writer
         self.split.append(writer)
         self.operators_in_rank.add(branch.site)
-        weight = to_float64(base_parameter(self.model.base, writer.weight))
+        columns = self._columns(writer)
+        weight = columns(to_float64(base_parameter(self.model.base, writer.weight)))
         if writer.bias is not None:
             bias = to_float64(self.model.parameter(writer.bias))
             self.biases[writer.bias] = cut_writer_rows(bias, cast(Operator, operator), self.channels)
@@ -241,6 +256,7 @@ class _Splitter:
         if layer is None:
             return Factors(down @ weight, up, 1.0)
         a, b, scale = self._factors(layer)
+        a = columns(a)
         through = down @ weight + scale * (down @ b) @ a
         # The scale is divided out of A's share, not of B's: it is B that moves what the adapter writes, and k times an
         # optimizer's step on so many new ranks at once is more than a model survives.
@@ -261,6 +277,10 @@ class _Splitter:
         weights = (cast(Tensor, factor[self.adapter].weight) for factor in (layer.lora_A, layer.lora_B))
         a, b = (to_float64(weight.detach()) for weight in weights)
         return a, b, float(layer.scaling[self.adapter])
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _lora_layer(module: nn.Module) -> LoraLayer | None:

@@ -26,7 +26,9 @@ class PatType(enum.StrEnum):
 
 _DECISIVE = (
     "pruning_ratio",
+    "axes",
     "pruned_hidden_size",
+    "pruned_intermediate_size",
     "multiple_of",
     "rotation",
     "gain_tolerance",
@@ -61,7 +63,7 @@ class PatConfig(PatOptions, LoraConfig):
     )
     resolved_width: dict[str, Any] | None = field(
         default=None,
-        metadata={"help": "Filled in: the hidden size chosen. Adapters so outlive a change of the rule."},
+        metadata={"help": "Filled in: the sizes chosen. Adapters so outlive a change of the rule."},
     )
     resolved_rotation: str | None = field(
         default=None, metadata={"help": "Filled in: what `rotation` came to for this base model."}
@@ -82,10 +84,13 @@ class PatConfig(PatOptions, LoraConfig):
                 raise PatError(f"Got {name}={getattr(self, name)!r}; expected one of {', '.join(map(repr, choices))}.")
         if not 0 <= self.milestone <= 1:
             raise PatError(f"Got milestone={self.milestone}; expected a share of the optimizer steps in [0, 1].")
-        if self.pruned_hidden_size is not None and self.pruning_ratio == DEFAULT_PRUNING_RATIO:
-            self.pruning_ratio = None  # filled in when this configuration was first made, which named no width
-        check_request(self.pruning_ratio, self.pruned_hidden_size)
-        if self.pruning_ratio is None and self.pruned_hidden_size is None:
+        axes: Any = self.axes  # one of them may be given by its name alone
+        self.axes = [axes] if isinstance(axes, str) else list(axes)
+        names_a_size = self.pruned_hidden_size is not None or self.pruned_intermediate_size is not None
+        if names_a_size and self.pruning_ratio == DEFAULT_PRUNING_RATIO:
+            self.pruning_ratio = None  # filled in when this configuration was first made, which named no size
+        check_request(self.pruning_ratio, self.pruned_hidden_size, self.pruned_intermediate_size, self.axes)
+        if self.pruning_ratio is None and not names_a_size:
             self.pruning_ratio = DEFAULT_PRUNING_RATIO
         if isinstance(self.operator_rank, str) and self.operator_rank != "dense":
             if not self.operator_rank.isdigit():
@@ -106,11 +111,13 @@ class PatConfig(PatOptions, LoraConfig):
             self.resolved_from = self.asked()
 
     def asked(self) -> dict[str, Any]:
-        """Return the options that decide on width and rotation, as they are now."""
+        """Return the options that decide on sizes and rotation, as they are now."""
         options: dict[str, Any] = {name: getattr(self, name) for name in _DECISIVE}
         return options | {"modules_to_save": sorted(self.modules_to_save) if self.modules_to_save else None}
 
     @property
     def is_resolved(self) -> bool:
         """Whether the filled-in fields belong to the options as they are now: those of an adapter that is made."""
-        return self.resolved_from == self.asked()
+        now = self.asked()
+        # An adapter that was made before an option existed has no record of it.
+        return self.resolved_from is not None and all(now.get(k) == v for k, v in self.resolved_from.items())

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pat.method.basis import UnifiedMask
+from pat.method.inner import InnerGate
 from pat.method.operator import Operator
 
 MASK_NAME = "pat_mask"
 OPERATOR_NAME = "pat_hsm"
+GATE_NAME = "pat_gate"
 """Attribute names of the layers on the module that holds the embedding, respectively the writer."""
 
 
@@ -77,6 +79,39 @@ class MaskLayer(_HookedLayer):
     def mask(self, adapter_name: str) -> UnifiedMask:
         """Return the mask of an adapter."""
         return cast(UnifiedMask, self.masks[adapter_name])
+
+
+class GateLayer(_HookedLayer):
+    """The gates of all adapters before one writer, over the space inside its branch."""
+
+    adapter_layer_names = ("gates",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates = nn.ModuleDict()
+        self._handle: RemovableHandle | None = None
+
+    def gate(self, adapter_name: str) -> InnerGate:
+        """Return the gate of an adapter."""
+        return cast(InnerGate, self.gates[adapter_name])
+
+    def attach(self, writer: nn.Module) -> None:
+        """Hook the input of `writer`."""
+        self.detach()
+        self._handle = writer.register_forward_pre_hook(self._read)
+
+    def detach(self) -> None:
+        """Remove the hook."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _read(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        inner = args[0]
+        for name in [] if self.disable_adapters else self.active_adapters:
+            if name in self.gates:
+                inner = self.gate(name)(inner)
+        return (inner, *args[1:])
 
 
 class HsmLayer(_HookedLayer):

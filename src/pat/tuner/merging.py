@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from pat.method.basis import UnifiedMask
 from pat.method.operator import Operator
 from pat.surgery.adapted import AdaptedMatrix, merged
+from pat.surgery.axes import InnerCut, cut_inner
 from pat.surgery.dense import DenseForm, shrink_config
 from pat.surgery.describe import head_dim
 from pat.surgery.fold import Channels, HeadPlan, fold_weights
@@ -31,6 +32,8 @@ class MaskedModel:
     """Base parameters by name, with LoRA merged in, a plain one not multiplied out."""
     mask: UnifiedMask
     operators: Mapping[str, Operator]
+    cuts: Mapping[str, InnerCut]
+    """What stays of the space inside a branch, by the path of its writer."""
     final_gain: Tensor
     """Gain of the final norm as stored in the base, `(d,)`."""
     untie: bool
@@ -58,6 +61,7 @@ class MaskedModel:
             pruned_hidden_size=mask.pruned_hidden_size,
             head_dim=head_dim(base),
             tied=tied,
+            pruned_intermediate_size=next((int(cut.keep.sum()) for cut in self.cuts.values()), None),
         )
         ratio = 1.0
         if stream.family.scaled_embedding:
@@ -68,7 +72,7 @@ class MaskedModel:
         folded_stream = stream.untie() if self.untie and stream.head is None else stream
         weights = fold_weights(
             folded_stream,
-            self.factored,
+            cut_inner(self.factored, stream, self.cuts),
             Channels.from_mask(mask.keep, mask.basis),
             _Lifted(self.operators, precision),
             HeadPlan(tied=tied, final_gain=final_gain, embedding_ratio=ratio),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,10 @@ from transformers import PreTrainedModel
 from pat.errors import PatError
 from pat.loading import keep_plain_layout
 from pat.method.basis import UnifiedMask
+from pat.method.gate import Gate
+from pat.method.inner import InnerGate
 from pat.method.operator import Operator
+from pat.surgery.axes import InnerCut
 from pat.surgery.dense import build_dense
 from pat.surgery.precision import to_float64
 from pat.surgery.residual import ResidualStream
@@ -25,9 +29,10 @@ from pat.tuner.attach import add_mask_and_operators
 from pat.tuner.calibration import choose_channels
 from pat.tuner.compaction import Compacted, compact
 from pat.tuner.config import PatConfig
-from pat.tuner.layer import MASK_NAME, OPERATOR_NAME, HsmLayer, MaskLayer
+from pat.tuner.layer import GATE_NAME, MASK_NAME, OPERATOR_NAME, GateLayer, HsmLayer, MaskLayer
 from pat.tuner.merging import MaskedModel
 from pat.tuner.prepare import default_targets, new_parameters_are_empty, plan_attachment
+from pat.tuner.refit import refit
 from pat.tuner.weights import effective_parameter, factored_parameter
 
 
@@ -97,27 +102,75 @@ class PatModel(LoraModel):
         """Return the operators of an adapter by site, in execution order."""
         name = adapter_name or self.adapter
         sites = cast(ResidualStream, self.residual_stream).sites
-        layers = {site: self.model.get_submodule(f"{site.rpartition('.')[0]}.{OPERATOR_NAME}") for site in sites}
-        return {site: cast(HsmLayer, layer).operator(name) for site, layer in layers.items()}
+        holders = {site: self.model.get_submodule(site.rpartition(".")[0]) for site in sites}
+        layers = {site: getattr(holder, OPERATOR_NAME, None) for site, holder in holders.items()}
+        return {
+            site: layer.operator(name)
+            for site, layer in layers.items()
+            if isinstance(layer, HsmLayer) and name in layer.operators
+        }
+
+    def gates(self, adapter_name: str | None = None) -> dict[str, InnerGate]:
+        """Return the gates of an adapter before the writers of its MLPs, by the writer's path, in execution order."""
+        name = adapter_name or self.adapter
+        paths = [branch.writer.path for branch in cast(ResidualStream, self.residual_stream).branches]
+        holders = {path: self.model.get_submodule(path.rpartition(".")[0]) for path in paths}
+        layers = {path: getattr(holder, GATE_NAME, None) for path, holder in holders.items()}
+        return {
+            path: layer.gate(name)
+            for path, layer in layers.items()
+            if isinstance(layer, GateLayer) and name in layer.gates
+        }
+
+    def all_gates(self, adapter_name: str | None = None) -> list[Gate]:
+        """Return the mask of an adapter and its gates inside the branches."""
+        return [self.mask(adapter_name), *self.gates(adapter_name).values()]
 
     def set_step(self, step: int, milestone_step: int, adapter_name: str | None = None) -> None:
-        """Move the mask to an optimizer step; from `milestone_step` on it is 0/1 and fixed (paper, eq. 6-8)."""
-        self.mask(adapter_name).set_step(step, milestone_step)
+        """Move mask and gates to an optimizer step; from `milestone_step` on they are 0/1 and fixed (eq. 6-8)."""
+        # The mask last: who finds it hard finds all of them hard, also after an error.
+        for gate in reversed(self.all_gates(adapter_name)):
+            gate.set_step(step, milestone_step)
 
     def regularizers(self, adapter_name: str | None = None) -> dict[str, Tensor]:
         """Return the unweighted losses `active` (eq. 9) and `identity` (eq. 11), scalars with gradients."""
-        operators = self.operators(adapter_name).values()
-        device = self.mask(adapter_name).prior.device  # a model may be spread over several
-        identity = torch.stack([operator.identity_loss().to(device) for operator in operators]).sum()
-        return {"active": self.mask(adapter_name).active_loss(), "identity": identity}
+        operators, gates = self.operators(adapter_name).values(), self.all_gates(adapter_name)
+        device = gates[0].prior.device  # a model may be spread over several
+        zero = gates[0].prior.new_zeros(())
+        return {
+            "active": sum((gate.active_loss().to(device) for gate in gates), zero),
+            "identity": torch.stack([op.identity_loss().to(device) for op in operators] or [zero]).sum(),
+        }
 
     def needs_calibration(self, adapter_name: str | None = None) -> bool:
         """Tell whether the adapter wants a look at data before training: a rotation, or an order of the channels."""
         name = adapter_name or self.adapter
         config = self.pat_config(name)
-        wanted = config.resolved_rotation == "pca" or config.rotation == "auto"
-        mask = self.mask(name)
-        return wanted and not mask.calibrated and not mask.hardened
+        cuts_stream = self.mask(name).num_kept < self.mask(name).size
+        wanted = cuts_stream and (config.resolved_rotation == "pca" or config.rotation == "auto")
+        gates = [*([self.mask(name)] if wanted else []), *self.gates(name).values()]
+        return any(not gate.calibrated and not gate.hardened for gate in gates)
+
+    def needs_refit(self, adapter_name: str | None = None) -> bool:
+        """Tell whether gates are hard whose writers have not been fitted to what stays."""
+        return any(gate.hardened and gate.awaits_refit for gate in self.gates(adapter_name).values())
+
+    def refit(self, batches: Iterable[Mapping[str, Any]], adapter_name: str | None = None) -> int:
+        """Fit what fills in for the channels that were cut, on activations of the base model without adapters.
+
+        Args:
+            batches: see `calibrate`; read until there are enough tokens, several times for a large model.
+            adapter_name: the adapter, by default the active one; its gates are hard.
+
+        Returns:
+            Number of tokens that the fit stands on.
+
+        Raises:
+            PatError: the batches hold no token.
+        """
+        name = adapter_name or self.adapter
+        with self._without_adapters():
+            return refit(self.model, self.gates(name), batches, self.pat_config(name).refit_tokens)
 
     def calibrate(self, dataloader: Iterable[Mapping[str, Any]], adapter_name: str | None = None) -> ChannelOrder:
         """Choose the rotation and the channels' prior order from calibration batches.
@@ -139,21 +192,19 @@ class PatModel(LoraModel):
                 f"Got a calibration at step {mask.step}; expected it before training, since it changes the basis the "
                 "mask was trained in."
             )
-        were_enabled = any(not layer.disable_adapters for layer in self._sparsification_layers())
-        self.disable_adapter_layers()
-        try:
-            order = choose_channels(
+        with self._without_adapters():
+            order, inner = choose_channels(
                 self.model,
                 cast(ResidualStream, self.residual_stream),
                 self.pat_config(name),
                 mask,
+                self.gates(name),
                 lambda parameter: effective_parameter(self.model, parameter, name),
                 dataloader,
             )
-        finally:
-            if were_enabled:
-                self.enable_adapter_layers()
         mask.set_prior(order.prior, pinned=order.pinned, basis=order.basis, head_factor=order.head_factor)
+        for path, gate in self.gates(name).items():
+            gate.set_prior(inner[path].prior)
         return order
 
     # -- leaving -----------------------------------------------------------------------------------------------
@@ -222,6 +273,7 @@ class PatModel(LoraModel):
             factored=lambda parameter: factored_parameter(self.model, parameter, name),
             mask=mask,
             operators=self.operators(name),
+            cuts={path: InnerCut(gate.keep, gate.reconstruction) for path, gate in self.gates(name).items()},
             final_gain=self._final_gain(name),
             untie=self.pat_config(name).untie_word_embeddings,
         )
@@ -229,11 +281,11 @@ class PatModel(LoraModel):
     def unload(self) -> nn.Module:
         """Return the untouched base model by removing LoRA, operators and mask."""
         for layer in self._sparsification_layers():
-            if isinstance(layer, HsmLayer):
+            if isinstance(layer, HsmLayer | GateLayer):
                 layer.detach()
         for module in list(self.model.modules()):
-            for name in (MASK_NAME, OPERATOR_NAME):
-                if isinstance(module._modules.get(name), HsmLayer | MaskLayer):
+            for name in (MASK_NAME, OPERATOR_NAME, GATE_NAME):
+                if isinstance(module._modules.get(name), HsmLayer | MaskLayer | GateLayer):
                     delattr(module, name)
         return super().unload()
 
@@ -247,8 +299,18 @@ class PatModel(LoraModel):
 
     # -- internals ---------------------------------------------------------------------------------------------
 
-    def _sparsification_layers(self) -> list[HsmLayer | MaskLayer]:
-        return [module for module in self.model.modules() if isinstance(module, HsmLayer | MaskLayer)]
+    def _sparsification_layers(self) -> list[HsmLayer | MaskLayer | GateLayer]:
+        return [module for module in self.model.modules() if isinstance(module, HsmLayer | MaskLayer | GateLayer)]
+
+    @contextmanager
+    def _without_adapters(self) -> Iterator[None]:
+        were_enabled = any(not layer.disable_adapters for layer in self._sparsification_layers())
+        self.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            if were_enabled:
+                self.enable_adapter_layers()
 
     def _final_gain(self, adapter_name: str) -> Tensor:
         stream = cast(ResidualStream, self.residual_stream)

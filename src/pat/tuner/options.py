@@ -33,6 +33,16 @@ class PatOptions(ShapeOptions):
     operator_lr_multiplier: float = field(
         default=30.0, metadata={"help": "Learning rate of the operators' v as a multiple of the trainer's."}
     )
+    refit: bool = field(
+        default=True,
+        metadata={
+            "help": "Fit each MLP's output matrix anew to the channels that stay, on the base model's activations; "
+            "false drops the others without replacement."
+        },
+    )
+    refit_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens to fit them on. Default: 16 per MLP channel."}
+    )
     calibration: str | None = field(
         default=None, metadata={"help": "Text file to compute the rotation from, instead of the training data."}
     )

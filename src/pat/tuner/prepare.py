@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,10 @@ from transformers import PreTrainedModel
 
 from pat.errors import PatError
 from pat.families import Family, get_family
-from pat.loading import check_kind, check_quantization, quantization_of
+from pat.loading import check_kind, check_quantization, empty_model, quantization_of
 from pat.method.operator import check_rank
-from pat.shape import Width, choose_width
+from pat.shape import Shape, Width, choose_shape
+from pat.surgery.axes import count_parameters_at
 from pat.surgery.describe import check_tie, map_of
 from pat.surgery.residual import ResidualStream
 from pat.surgery.rotation import gain_block
@@ -27,7 +29,7 @@ class AttachmentPlan:
     """What attaching an adapter to a model comes to."""
 
     stream: ResidualStream
-    width: Width
+    shape: Shape
     rotation: str
     tied: bool
     """Whether one matrix serves both ends, so that the embedding's operator acts before the head as well."""
@@ -65,7 +67,7 @@ def plan_attachment(
             f"Got a {type(model).__name__}, which has no language-model head; load the checkpoint with "
             "AutoModelForCausalLM."
         )
-    width = check_config(base_config, family, config)
+    shape = check_config(base_config, family, config)
     if known_stream is None:
         check_tie(model, untie=config.untie_word_embeddings)
     stream = known_stream or map_of(model)
@@ -74,41 +76,54 @@ def plan_attachment(
     tied = shares_head and not config.untie_word_embeddings
     rotation = config.resolved_rotation if config.is_resolved else None
     if rotation is None:  # a new adapter, not a loaded one
-        rotation = _resolve_rotation(model, config, stream, width, tied=tied)
+        rotation = _resolve_rotation(model, config, stream, shape, tied=tied)
         config.base_shape, config.base_quantization = _shape_of(base_config, family), quantization_of(base_config)
-        config.resolved_width = {"hidden_size": width.pruned_hidden_size}
+        config.resolved_width = {"hidden_size": shape.hidden.pruned_hidden_size}
+        if shape.cuts_mlp:
+            config.resolved_width["intermediate_size"] = shape.pruned_intermediate_size
         config.resolved_rotation = rotation
-    return AttachmentPlan(stream, width, rotation, tied)
+    return AttachmentPlan(stream, shape, rotation, tied)
 
 
-def check_config(base_config: Any, family: Family, config: PatConfig) -> Width:
-    """Check what a base model's configuration alone can tell, without its weights, and return the width it comes to.
+def check_config(base_config: Any, family: Family, config: PatConfig) -> Shape:
+    """Check what a base model's configuration alone can tell, without its weights, and return the shape it comes to.
 
     Raises:
-        PatError: width or operator rank are illegal, an option impossible, or the adapter belongs to another model.
+        PatError: a size or the operator rank is illegal, an option impossible, or the adapter belongs to another model.
     """
     check_quantization(base_config)
     if config.is_resolved:
         _check_base_shape(config, _shape_of(base_config, family))
-    width = _width(base_config, family, config)
-    check_rank(width.hidden_size, config.operator_rank)
+    shape = _shape(base_config, family, config)
+    check_rank(shape.hidden.hidden_size, config.operator_rank)
     _check_ends(config, family, tied=bool(base_config.tie_word_embeddings) and not config.untie_word_embeddings)
-    _check_rope(base_config, family, width)
+    _check_rope(base_config, family, shape)
     if config.rotation == "pca" and family.has_post_norms:
         raise PatError(f"Got rotation='pca', but {_post_norm_obstacle(family)}; use rotation='auto' or 'none'.")
-    return width
+    return shape
 
 
-def _width(base_config: Any, family: Family, config: PatConfig) -> Width:
-    """Take the width on record, or choose one."""
+def _shape(base_config: Any, family: Family, config: PatConfig) -> Shape:
+    """Take the sizes on record, or choose them."""
     hidden_size = getattr(base_config, family.hidden_size_field)
+    intermediate_size = 0 if family.expert_parameters else base_config.intermediate_size
     if config.is_resolved and config.resolved_width is not None:
-        return Width(hidden_size, config.resolved_width["hidden_size"], "chosen when the adapter was made")
-    return choose_width(
+        chosen, reason = config.resolved_width, "chosen when the adapter was made"
+        hidden = Width(hidden_size, chosen["hidden_size"], reason)
+        # Nothing that needs a share of the parameters is asked of a made adapter.
+        return Shape(hidden, intermediate_size, chosen.get("intermediate_size", intermediate_size), math.nan, reason)
+    skeleton = empty_model(base_config)
+    stream = map_of(skeleton)
+    shapes = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
+    return choose_shape(
         hidden_size,
         base_config.num_attention_heads,
+        intermediate_size,
+        lambda hidden, mlp: count_parameters_at(stream, shapes, hidden_share=hidden, mlp_share=mlp),
+        axes=config.axes,
         pruning_ratio=config.pruning_ratio,
         pruned_hidden_size=config.pruned_hidden_size,
+        pruned_intermediate_size=config.pruned_intermediate_size,
         multiple_of=config.multiple_of,
     )
 
@@ -197,20 +212,21 @@ def _check_lora_bias(config: PatConfig, stream: ResidualStream) -> None:
                 )
 
 
-def _check_rope(base_config: Any, family: Family, width: Width) -> None:
+def _check_rope(base_config: Any, family: Family, shape: Shape) -> None:
     rope_type = (getattr(base_config, "rope_parameters", None) or {}).get("rope_type")
-    if rope_type in family.unloadable_rope:
+    if rope_type in family.unloadable_rope and shape.cuts_hidden:
         raise PatError(
             f"Got a {family.model_type} model with {rope_type}, whose configuration transformers cannot load at hidden "
-            f"size {width.pruned_hidden_size}; use a variant with the default rope (such as the 4k one)."
+            f"size {shape.hidden.pruned_hidden_size}; use a variant with the default rope (such as the 4k one), or cut "
+            "the MLP alone (axes=['mlp'])."
         )
 
 
-def _resolve_rotation(model: nn.Module, config: PatConfig, stream: ResidualStream, width: Width, *, tied: bool) -> str:
-    """Decide between PCA and no rotation (specification, "Rotation": where it is exact and where not)."""
-    if config.rotation == "none":
+def _resolve_rotation(model: nn.Module, config: PatConfig, stream: ResidualStream, shape: Shape, *, tied: bool) -> str:
+    """Decide between PCA and no rotation: it is for a cut of the stream, and not exact everywhere (docs/adr/0004)."""
+    if config.rotation == "none" or not shape.cuts_hidden:
         return "none"
-    obstacle = _rotation_obstacle(model, config, stream, width, tied=tied)
+    obstacle = _rotation_obstacle(model, config, stream, shape.hidden, tied=tied)
     if obstacle is None:
         return "pca"
     if config.rotation == "pca":
