@@ -33,9 +33,9 @@ from trl import SFTConfig, SFTTrainer
 from pat.loading import load_base, load_tokenizer
 from pat.nll import Example, response_nll
 from pat.report.records import environment
-from pat.shape import choose_width
 from pat.training.data import TrainingData, load_training_data
 from pat.training.tokens import tokenize_examples
+from pat.widths import choose_width
 
 MUST_BEAT_RANDOM = ("llm_pruner", "slicegpt")
 """Methods that are broken if random channels lose less than they do."""

@@ -13,6 +13,8 @@ from typing import Any
 
 from tiny_models import FAMILIES, WITHOUT_BIAS
 
+from pat.families import get_family
+
 Row = dict[str, str]
 Pair = frozenset[tuple[str, str]]
 
@@ -32,7 +34,11 @@ FACTORS: dict[str, tuple[str, ...]] = {
     "form": ("tied-auto", "untied-none", "untied-auto", "tied-none"),  # head and rotation: the four forms of a merge
     "adapter": tuple(ADAPTERS),
     "path": ("compacted", "streamed", "resumed", "reloaded"),
+    "axes": ("hidden", "mlp", "both"),
 }
+
+WITH_EXPERTS = tuple(family for family in FAMILIES if get_family(family).expert_parameters)
+"""Families whose MLPs cannot be cut yet."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +50,11 @@ class Cell:
     adapter: str
     path: str
     """What is done with the trained model besides merging it."""
+    axes: str
+    """What is cut."""
 
     def __str__(self) -> str:
-        return "-".join((self.family, self.form, self.adapter, self.path))
+        return "-".join((self.family, self.form, self.adapter, self.path, self.axes))
 
     @property
     def tied(self) -> bool:
@@ -63,6 +71,10 @@ class Cell:
 
 def possible(row: Row) -> bool:
     """Tell whether the method allows a combination, of which some levels may be open."""
+    if row.get("axes", "hidden") != "hidden" and row.get("family") in WITH_EXPERTS:
+        return False
+    if row.get("axes") == "mlp" and row.get("adapter") == "dense":
+        return False  # without a cut of the stream there are no operators
     quantised = row.get("adapter") == "4bit"
     if quantised and row.get("path") in ("compacted", "streamed"):
         return False  # refused; merged in memory
@@ -75,10 +87,15 @@ def pairs(first: str, second: str, levels: Iterable[str] = ()) -> list[Pair]:
     return [frozenset(row.items()) for row in rows if possible(row)]
 
 
-OPTIONS = [*pairs("form", "adapter"), *pairs("form", "path"), *pairs("adapter", "path")]
+OPTIONS = [
+    *pairs("form", "adapter"),
+    *pairs("form", "path"),
+    *pairs("adapter", "path"),
+    *(pair for other in ("form", "adapter", "path") for pair in pairs(other, "axes")),
+]
 FEW_PAIRS = [*OPTIONS, *pairs("family", "form", ("tied-auto", "untied-none"))]
 """What has to occur among the cells of plain `pytest`."""
-ALL_PAIRS = [*OPTIONS, *pairs("family", "form"), *pairs("family", "adapter"), *pairs("family", "path")]
+ALL_PAIRS = [*OPTIONS, *(pair for other in ("form", "adapter", "path", "axes") for pair in pairs("family", other))]
 
 
 def cover(wanted: Iterable[Pair], rows: Iterable[Row] = ()) -> list[Row]:

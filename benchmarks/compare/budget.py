@@ -13,8 +13,8 @@ from torch import nn
 from compare.baselines import pat_parameters
 from pat.checkpoint.hollow import hollow_model
 from pat.loading import empty_model, load_config
-from pat.shape import choose_width
 from pat.training.arguments import TuneArguments
+from pat.widths import choose_width
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from cells import ADAPTERS, FACTORS, Cell, contract_cells
+from cells import ADAPTERS, FACTORS, WITH_EXPERTS, Cell, contract_cells
 from masked64 import in_float64, logits64
 from peft import LoraConfig, PeftModel
 from tiny_models import FAMILIES, WITHOUT_BIAS, shallow, tiny_tokenizer
@@ -43,9 +43,10 @@ from pat.loading import keep_plain_layout
 from pat.surgery.residual import map_residual_stream, stored_tensors
 from pat.surgery.rope import legacy_rope
 from pat.surgery.rotation import equalised_gain, gain_block
-from pat.tuner.layer import HsmLayer, MaskLayer
+from pat.tuner.layer import GateLayer, HsmLayer, MaskLayer
 
 HIDDEN, KEPT = 48, 36
+CHANNELS, KEPT_CHANNELS = 72, 50  # of an MLP
 STEPS, MILESTONE = 3, 2
 
 PARITY = 1e-4
@@ -96,6 +97,10 @@ class Run:
     def fields(self) -> dict[str, Any]:
         """Of the `PatConfig`."""
         fields = {"rotation": self.cell.rotation} | ADAPTERS[self.cell.adapter]
+        if self.cell.axes != "mlp":
+            fields["pruned_hidden_size"] = KEPT
+        if self.cell.axes != "hidden":
+            fields["pruned_intermediate_size"] = KEPT_CHANNELS
         if self.cell.adapter == "bias":
             stream = map_residual_stream(self.family, stored_tensors(self.base()), tied=self.cell.tied)
             linears = [linear for branch in stream.branches for linear in (*branch.readers, branch.writer)]
@@ -104,6 +109,16 @@ class Run:
             fields["modules_to_save"] = ["norm", "embed_tokens" if self.cell.tied else "lm_head"]
             fields["ensure_weight_tying"] = self.cell.tied
         return fields
+
+    @property
+    def kept(self) -> int:
+        """Hidden size of the dense model."""
+        return HIDDEN if self.cell.axes == "mlp" else KEPT
+
+    @property
+    def kept_channels(self) -> int:
+        """MLP channels of the dense model."""
+        return CHANNELS if self.cell.axes == "hidden" else KEPT_CHANNELS
 
     @property
     def training(self) -> dict[str, Any]:
@@ -153,7 +168,9 @@ def everything_was_trained(run: Run) -> None:
     """Otherwise the parity would be that of an adapter that does nothing."""
     trained, tuner = run.trained, run.trained.tuner
     assert largest_difference(trained.masked_logits, trained.base_logits) > 0.3
-    assert tuner.mask().weight is None or tuner.mask().weight.any()
+    assert all(gate.weight is None or gate.weight.any() for gate in tuner.all_gates())
+    assert len(tuner.operators()) == (0 if run.cell.axes == "mlp" else 5)
+    assert len(tuner.gates()) == (0 if run.cell.axes == "hidden" else 2)
     probe = torch.ones(1, HIDDEN)
     for site, operator in tuner.operators().items():
         assert operator.change(probe).any(), site
@@ -181,15 +198,25 @@ def they_agree_to_the_last_digits_in_float64(run: Run) -> None:
 
 
 def exactly_the_asked_for_channels_are_kept(run: Run) -> None:
-    mask = run.trained.tuner.mask()
-    assert mask.hardened and mask.milestone_step == mask.step == MILESTONE
-    assert len(mask.keep_indices) == KEPT
+    mask, *gates = run.trained.tuner.all_gates()
+    assert all(gate.hardened and gate.milestone_step == gate.step == MILESTONE for gate in (mask, *gates))
+    assert len(mask.keep_indices) == run.kept
+    assert {len(gate.keep_indices) for gate in gates} <= {KEPT_CHANNELS}
     assert not mask.pinned[~mask.keep].any()
+
+
+def what_the_mlps_lose_is_filled_in_for(run: Run) -> None:
+    for gate in run.trained.tuner.gates().values():
+        assert gate.calibrated and gate.reconstruction.shape == (CHANNELS - KEPT_CHANNELS, KEPT_CHANNELS)
+        assert gate.reconstruction.any()
 
 
 def the_automatic_rotation_is_pca_where_it_is_exact(run: Run) -> None:
     """Elsewhere there is none, but the channels are in the order of their measured importance."""
     mask = run.trained.tuner.mask()
+    if run.cell.axes == "mlp":
+        assert run.trained.tuner.pat_config().resolved_rotation == "none" and mask.basis is None
+        return
     automatic = run.cell.rotation == "auto"
     norm_is_trained = run.cell.adapter == "saved" and run.cell.tied
     rotates = automatic and not run.family.has_post_norms and not norm_is_trained
@@ -203,25 +230,27 @@ def the_automatic_rotation_is_pca_where_it_is_exact(run: Run) -> None:
 def the_dense_model_is_the_bases_class_and_smaller(run: Run) -> None:
     base, dense = run.trained.tuner.model, run.trained.dense
     assert type(dense) is type(base)
-    assert dense.config.hidden_size == KEPT
+    assert dense.config.hidden_size == run.kept
     assert KEPT % dense.config.num_attention_heads == 0
     assert dense.config.head_dim == base.model.layers[0].self_attn.head_dim
     assert dense.config.num_attention_heads == base.config.num_attention_heads
-    assert dense.config.rms_norm_eps == pytest.approx(base.config.rms_norm_eps * HIDDEN / KEPT, rel=1e-12)
+    assert dense.config.rms_norm_eps == pytest.approx(base.config.rms_norm_eps * HIDDEN / run.kept, rel=1e-12)
     after = dense.config.to_dict()
     changed = {key for key in run.base_config | after if run.base_config.get(key) != after.get(key)}
-    allowed = {"hidden_size", "head_dim", "rms_norm_eps", "quantization_config", "_name_or_path"}
+    allowed = {"intermediate_size"} if run.cell.axes != "hidden" else set()
+    allowed |= {"hidden_size", "head_dim", "rms_norm_eps", "quantization_config", "_name_or_path"}
     assert changed - set(legacy_rope(dense.config)) <= allowed
-    sizes = {
-        width: shallow(
+    whole, cut = (
+        shallow(
             run.cell.family,
             tied=run.cell.tied,
             hidden_size=width,
             head_dim=dense.config.head_dim,
+            **({} if run.cell.axes == "hidden" else {"intermediate_size": channels}),
         ).num_parameters()
-        for width in (KEPT, HIDDEN)
-    }
-    assert dense.num_parameters() == sizes[KEPT] < 0.8 * sizes[HIDDEN]
+        for width, channels in ((HIDDEN, CHANNELS), (run.kept, run.kept_channels))
+    )
+    assert dense.num_parameters() == cut < 0.92 * whole
 
 
 def tied_stays_tied(run: Run) -> None:
@@ -246,8 +275,8 @@ def the_base_is_never_modified(run: Run) -> None:
     state = unloaded.state_dict()
     assert state.keys() == trained.base_weights.keys()
     assert all(torch.equal(state[name], value) for name, value in trained.base_weights.items())
-    assert not any(isinstance(module, HsmLayer | MaskLayer) for module in unloaded.modules())
-    assert not any(module._forward_hooks for module in unloaded.modules())
+    assert not any(isinstance(module, HsmLayer | MaskLayer | GateLayer) for module in unloaded.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in unloaded.modules())
     assert torch.equal(logits(unloaded), trained.base_logits)
 
 
@@ -278,7 +307,7 @@ def compacted(run: Run) -> None:
     assert largest_difference(before, logits64(compact)) <= tolerance
     assert torch.equal(logits64(run.twin), before)  # and the masked model is as it was
     assert largest_difference(before, logits64(copy.deepcopy(compact).merge_and_unload())) <= tolerance
-    assert compact.get_base_model().config.hidden_size == KEPT
+    assert compact.get_base_model().config.hidden_size == run.kept
     assert type(compact.peft_config["default"]) is LoraConfig
 
 
@@ -330,6 +359,7 @@ PROPERTIES: tuple[Callable[[Run], None], ...] = (
     masked_and_dense_model_are_the_same,
     they_agree_to_the_last_digits_in_float64,
     exactly_the_asked_for_channels_are_kept,
+    what_the_mlps_lose_is_filled_in_for,
     the_automatic_rotation_is_pca_where_it_is_exact,
     the_dense_model_is_the_bases_class_and_smaller,
     tied_stays_tied,
@@ -362,6 +392,12 @@ def test_every_pair_of_options_occurs() -> None:
     for first, second in itertools.combinations(FACTORS, 2):
         seen = {(cell[first], cell[second]) for cell in cells}
         absent = set(itertools.product(FACTORS[first], FACTORS[second])) - seen
-        assert absent <= {("4bit", "compacted"), ("4bit", "streamed"), *((family, "bias") for family in WITHOUT_BIAS)}
+        assert absent <= {
+            ("4bit", "compacted"),
+            ("4bit", "streamed"),
+            ("dense", "mlp"),
+            *((family, "bias") for family in WITHOUT_BIAS),
+            *itertools.product(WITH_EXPERTS, ("mlp", "both")),
+        }
     for cell in ("tied-auto", "untied-none"):
         assert {c.family for c in FEW if c.form == cell} == set(FAMILIES)

@@ -1,132 +1,108 @@
-"""Legal widths: the specification's examples, the rule itself by brute force, and errors that name the way out."""
+"""One budget becomes the sizes of a pruned model."""
+
+from __future__ import annotations
 
 import math
+from typing import Any
 
-import hypothesis.strategies as st
 import pytest
-from hypothesis import given
 
 from pat.errors import PatError
-from pat.shape import ALIGNMENT_SLACK, ALIGNMENTS, Width, choose_width
+from pat.shape import Shape, check_request, choose_shape
+
+HIDDEN, HEADS, CHANNELS = 576, 9, 1536  # SmolLM2-135M's
+VOCABULARY, LAYERS, ATTENTION = 49152, 30, 576 + 2 * 192 + 576
 
 
-@pytest.mark.parametrize(
-    ("hidden_size", "heads", "ratio", "expected"),
-    [
-        (96, 6, 0.25, 72),
-        (576, 9, 0.25, 432),  # SmolLM2-135M
-        (4096, 32, 0.30, 2816),  # Llama-2 7B; the paper's 2868 cannot be loaded
-        (48, 4, 0.25, 36),
-        (48, 6, 0.25, 36),
-        (64, 8, 0.25, 48),  # stories260K
-        (640, 4, 0.25, 480),  # Gemma 3 270M
-        (48, 4, 0.999, 4),  # nothing within reach: the nearest
-        (48, 4, 0.001, 44),
-    ],
-)
-def test_a_ratio_becomes_the_specifications_width(hidden_size: int, heads: int, ratio: float, expected: int) -> None:
-    width = choose_width(hidden_size, heads, pruning_ratio=ratio)
-    assert width.pruned_hidden_size == expected
-    assert width.pruning_ratio == pytest.approx(1 - expected / hidden_size)
-    assert str(expected) in width.reason or "multiples of" in width.reason
+def count(hidden: float, mlp: float) -> int:
+    """The parameters of SmolLM2-135M at shares of its axes, written down by hand."""
+    width = round(hidden * HIDDEN)
+    per_layer = ATTENTION * width + 3 * round(mlp * CHANNELS) * width + 2 * width
+    return VOCABULARY * width + LAYERS * per_layer + width
 
 
-@given(
-    hidden_size=st.integers(2, 5000),
-    heads=st.integers(1, 80),
-    ratio=st.floats(0, 1, exclude_min=True, exclude_max=True),
-    multiple_of=st.none() | st.sampled_from([1, 8, 48, 64]),
-)
-def test_among_the_legal_widths_within_3_percent_the_best_aligned_then_the_nearest_is_taken(
-    hidden_size: int, heads: int, ratio: float, multiple_of: int | None
-) -> None:
-    """By brute force, over every width there is."""
-    legal = [w for w in range(1, hidden_size) if w % heads == 0 and w % (multiple_of or 1) == 0]
-    if not legal:
-        with pytest.raises(PatError, match="lower multiple_of"):
-            choose_width(hidden_size, heads, pruning_ratio=ratio, multiple_of=multiple_of)
-        return
-    width = choose_width(hidden_size, heads, pruning_ratio=ratio, multiple_of=multiple_of).pruned_hidden_size
-    asked = hidden_size * (1 - ratio)
-    assert width in legal
-    assert choose_width(hidden_size, heads, pruned_hidden_size=width).pruned_hidden_size == width
-
-    def rank(w: int) -> tuple[int, float, int]:
-        alignment = max((a for a in ALIGNMENTS if w % a == 0), default=1)
-        return alignment, -abs(w - asked), -w
-
-    near = [w for w in legal if abs(w - asked) <= ALIGNMENT_SLACK * asked]
-    if near:
-        assert width == max(near, key=rank)
-    else:
-        assert width == min(legal, key=lambda w: (abs(w - asked), w))
+def shape(**request: Any) -> Shape:
+    return choose_shape(HIDDEN, HEADS, CHANNELS, count, **({"axes": ["auto"]} | request))
 
 
-def test_the_constants_are_the_specifications() -> None:
-    assert ALIGNMENTS == (256, 128, 64, 32, 16, 8)
-    assert ALIGNMENT_SLACK == 0.03
+def test_the_whole_model_is_known() -> None:
+    assert count(1, 1) == 134_515_008
 
 
-def test_the_default_is_a_quarter() -> None:
-    assert choose_width(96, 6) == choose_width(96, 6, pruning_ratio=0.25)
+def test_a_share_of_the_parameters_comes_off_the_mlps_to_the_channel() -> None:
+    # A quarter of all parameters leaves 887 channels; 896 is a multiple of 128 within 3 %.
+    found = shape(axes=["mlp"], pruning_ratio=0.25)
+    assert (found.hidden.pruned_hidden_size, found.pruned_intermediate_size) == (576, 896)
+    assert "leaves 887 of 1536" in found.reason and "multiple of 128" in found.reason
+    assert found.pruning_ratio == 1 - count(1, 896 / 1536) / count(1, 1)
 
 
-@pytest.mark.parametrize("pruned", [4, 8, 36, 44])
-def test_an_explicit_legal_width_is_taken_as_it_is(pruned: int) -> None:
-    assert choose_width(48, 4, pruned_hidden_size=pruned) == Width(48, pruned, "asked for explicitly")
+def test_the_hidden_size_alone_is_cut_by_the_ratio_itself() -> None:
+    found = shape(axes=["hidden"], pruning_ratio=0.25)
+    assert (found.hidden.pruned_hidden_size, found.pruned_intermediate_size) == (432, 1536)
+    assert found.pruning_ratio == pytest.approx(0.25) and found.cuts_hidden and not found.cuts_mlp
 
 
-@pytest.mark.parametrize(
-    ("pruned", "constraint", "nearest"),
-    [
-        (37, "multiple of num_attention_heads=4", "36 and 40"),
-        (35, "multiple of num_attention_heads=4", "32 and 36"),
-        (2, "multiple of num_attention_heads=4", "legal: 4"),
-        (0, "positive", "legal: 4"),
-        (48, "smaller than the base model's hidden size 48", "44"),
-        (64, "smaller than the base model's hidden size 48", "44"),
-        (-4, "positive", "legal: 4"),
-    ],
-)
-def test_an_explicit_illegal_width_names_the_constraint_and_the_nearest_legal_ones(
-    pruned: int, constraint: str, nearest: str
-) -> None:
-    with pytest.raises(PatError) as error:
-        choose_width(48, 4, pruned_hidden_size=pruned)
-    message = str(error.value)
-    assert f"pruned_hidden_size={pruned}" in message and constraint in message and nearest in message
-    assert "\n" not in message
+def test_of_both_axes_each_gives_half() -> None:
+    found = shape(axes=["mlp", "hidden"], pruning_ratio=0.25)
+    assert found.hidden.pruned_hidden_size == 504
+    assert abs(count(504 / 576, found.pruned_intermediate_size / 1536) / count(1, 1) - 0.75) < 0.02
 
 
-@pytest.mark.parametrize("pruned", [0, -4])
-def test_an_error_does_not_speak_of_an_alignment_nobody_asked_for(pruned: int) -> None:
-    with pytest.raises(PatError) as error:
-        choose_width(48, 4, pruned_hidden_size=pruned)
-    assert "None" not in str(error.value)
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.29])
+def test_auto_takes_the_mlps_while_half_of_their_channels_stay(ratio: float) -> None:
+    assert shape(pruning_ratio=ratio) == shape(axes=["mlp"], pruning_ratio=ratio)
 
 
-def test_a_hard_alignment_is_named_in_the_error() -> None:
-    with pytest.raises(PatError, match=r"multiple_of=16.*nearest legal: 32"):
-        choose_width(48, 4, pruned_hidden_size=36, multiple_of=16)
+@pytest.mark.parametrize("ratio", [0.32, 0.375, 0.5])
+def test_auto_takes_what_is_left_off_the_hidden_size(ratio: float) -> None:
+    found = shape(pruning_ratio=ratio)
+    assert found.cuts_hidden and 0.5 <= found.pruned_intermediate_size / CHANNELS < 0.62
+    assert found.hidden.pruned_hidden_size % HEADS == 0
+    assert found.pruning_ratio == pytest.approx(ratio, abs=0.02)
+    # The next wider model would have to give more of its channels.
+    wider = choose_shape(HIDDEN, HEADS, CHANNELS, count, axes=["mlp"], pruned_hidden_size=None, pruning_ratio=0.3)
+    assert wider.pruned_intermediate_size >= CHANNELS / 2 - 46
+
+
+def test_explicit_sizes_come_before_the_axes() -> None:
+    found = shape(axes=["hidden"], pruned_intermediate_size=1000)
+    assert (found.hidden.pruned_hidden_size, found.pruned_intermediate_size) == (576, 1000)
+    found = shape(pruned_hidden_size=432)
+    assert (found.hidden.pruned_hidden_size, found.pruned_intermediate_size) == (432, 1536)
+
+
+def test_more_than_the_mlps_hold_is_refused() -> None:
+    with pytest.raises(PatError, match=r"the MLPs hold 59\.2% of the parameters; add 'hidden'"):
+        shape(axes=["mlp"], pruning_ratio=0.7)
+
+
+def test_where_mlps_cannot_be_cut_auto_cuts_the_hidden_size() -> None:
+    assert choose_shape(48, 4, 0, lambda hidden, _: round(1000 * hidden), axes=["auto"]).hidden.pruned_hidden_size == 36
+    for request in ({"axes": ["mlp"]}, {"axes": ["auto"], "pruned_intermediate_size": 8}):
+        with pytest.raises(PatError, match="experts"):
+            choose_shape(48, 4, 0, lambda hidden, _: round(1000 * hidden), **request)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1537])
+def test_a_size_that_cannot_be_is_refused(size: int) -> None:
+    with pytest.raises(PatError, match=f"pruned_intermediate_size={size}; expected a number up to"):
+        shape(pruned_intermediate_size=size)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.2, 1.5, math.nan])
 def test_a_ratio_outside_the_open_interval_is_refused(ratio: float) -> None:
     with pytest.raises(PatError, match=r"strictly between 0 and 1"):
-        choose_width(48, 4, pruning_ratio=ratio)
+        check_request(ratio, None)
 
 
-@pytest.mark.parametrize("multiple_of", [0, -8])
-def test_a_senseless_alignment_is_refused(multiple_of: int) -> None:
-    with pytest.raises(PatError, match="multiple_of"):
-        choose_width(48, 4, multiple_of=multiple_of)
-
-
-def test_ratio_and_width_together_are_refused() -> None:
+@pytest.mark.parametrize("sizes", [(36, None), (None, 36)])
+def test_ratio_and_size_together_are_refused(sizes: tuple[int | None, int | None]) -> None:
     with pytest.raises(PatError, match="one of the two"):
-        choose_width(48, 4, pruning_ratio=0.25, pruned_hidden_size=36)
+        check_request(0.25, *sizes)
 
 
-def test_no_legal_width_at_all_is_an_error() -> None:
-    with pytest.raises(PatError, match="lower multiple_of"):
-        choose_width(48, 4, multiple_of=48)
+@pytest.mark.parametrize("axes", [[], ["depth"], ["auto", "mlp"]])
+def test_an_unknown_axis_is_refused(axes: list[str]) -> None:
+    with pytest.raises(PatError, match="expected 'auto', or some of hidden, mlp"):
+        check_request(None, None, None, axes)

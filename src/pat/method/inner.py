@@ -16,9 +16,6 @@ from torch import Tensor
 
 from pat.method.gate import Gate, GateKind
 
-RIDGE = 1e-4
-"""Ridge of the refit, as a share of the mean diagonal of H[K, K]: what is hardly ever active is not relied upon."""
-
 
 class InnerGate(Gate):
     """Gate `(size,)` before a writer, with the map R that fills in for what it drops.
@@ -57,10 +54,10 @@ class InnerGate(Gate):
         """Whether R is to be fitted; it is zero until then, which drops without replacement."""
         return self.reconstruction is not None and self.num_kept < self.size and not bool(self.reconstruction.any())
 
-    def set_reconstruction(self, moment: Tensor) -> None:
-        """Fit R to the second moment H `(size, size)` of the gate's input; the gate is hard."""
+    def set_reconstruction(self, matrix: Tensor) -> None:
+        """Install R `(size - num_kept, num_kept)`, once the gate is hard."""
         assert self.hardened and self.reconstruction is not None, "a refit needs to know what is cut"
-        self.reconstruction.copy_(reconstruct(moment, self.keep))
+        self.reconstruction.copy_(matrix)
 
     def forward(self, y: Tensor) -> Tensor:
         """Apply gate and reconstruction to `y` of shape `(..., size)`; dtype and device of `y` are kept."""
@@ -78,18 +75,3 @@ class InnerGate(Gate):
             kept_first = torch.sort((~self.keep).to(torch.uint8), stable=True).indices
             self.kept.copy_(kept_first[: self.num_kept])
             self.order.copy_(kept_first.argsort())
-
-
-def reconstruct(moment: Tensor, keep: Tensor) -> Tensor:
-    """Return R, the least-squares map from the kept to the dropped channels, `(num_dropped, num_kept)` in float64.
-
-    Args:
-        moment: second moment H of the channels, `(size, size)`.
-        keep: which are kept, boolean `(size,)`.
-    """
-    moment = moment.double()
-    kept, dropped = keep.nonzero().squeeze(1), (~keep).nonzero().squeeze(1)
-    gram = moment[kept][:, kept]
-    ridge = RIDGE * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
-    gram.diagonal().add_(ridge)
-    return torch.cholesky_solve(moment[kept][:, dropped], torch.linalg.cholesky(gram)).mT

@@ -15,11 +15,12 @@ from pat.plan.options import PlanOptions
 from pat.plan.training import TrainingMemory, training_memory
 from pat.recipes import recipe_defaults
 from pat.report.records import Record
-from pat.shape import LARGE_RATIO, Shape, legal_widths
+from pat.shape import LARGE_RATIO, Shape
 from pat.surgery.dense import shrink_config
 from pat.surgery.describe import head_dim
 from pat.tuner.config import PatConfig
 from pat.tuner.prepare import check_config
+from pat.widths import legal_widths
 
 CONTEXT = 2048
 """Number of tokens that costs and memory refer to unless another is asked for; fewer if the model reads fewer."""

@@ -6,7 +6,8 @@ from pat.families import FAMILIES
 from pat.plan.command import PlanRecord
 from pat.plan.costs import GROUPS, ModelCost
 from pat.report.table import Table
-from pat.shape import Shape, alignment
+from pat.shape import Shape
+from pat.widths import alignment
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 

@@ -132,7 +132,9 @@ def compacts(no_compact: bool, config: PatConfig, *, warns: bool = False) -> boo
 def warn_without_rotation(tuner: PatModel) -> None:
     """Say so if the weights rule out the rotation, which `pat plan`, that does not see them, left open."""
     config, stream = tuner.pat_config(), cast(ResidualStream, tuner.residual_stream)
-    if config.rotation == "auto" and config.resolved_rotation == "none" and not stream.family.has_post_norms:
+    cuts_hidden = tuner.mask().num_kept < tuner.mask().size
+    open_to_rotation = config.rotation == "auto" and cuts_hidden and not stream.family.has_post_norms
+    if open_to_rotation and config.resolved_rotation == "none":
         logger.warning(
             "The basis is not rotated: the final gains of this tied model are too far apart (gain_tolerance=%g), or "
             "trained. Channels are chosen among those that there are.",

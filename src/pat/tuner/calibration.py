@@ -235,7 +235,7 @@ def watch_inputs(
                 for key in ("attention_mask", "position_ids")
                 if batch.get(key) is not None
             }
-            watch.selected = _real_tokens(model, ids, given).flatten().nonzero().squeeze(1)
+            watch.selected = real_tokens(model, ids, given).flatten().nonzero().squeeze(1)
             num_tokens += len(watch.selected)
             model(input_ids=ids, use_cache=False, logits_to_keep=1, **given)
     if num_tokens == 0:
@@ -253,7 +253,7 @@ class _Watch:
         watcher(rows[self.selected.to(rows.device)].float())
 
 
-def _real_tokens(model: nn.Module, ids: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+def real_tokens(model: nn.Module, ids: Tensor, given: Mapping[str, Tensor]) -> Tensor:
     """Tell tokens from padding, by the mask or, for packed and for bare rows, by what a row ends with."""
     mask = given.get("attention_mask")
     if mask is not None and mask.shape == ids.shape:

@@ -49,7 +49,7 @@ class _HookedLayer(nn.Module, BaseTunerLayer):
 
     def add_adapter(self, adapter_name: str, module: nn.Module, device: torch.device) -> None:
         """Add the module of a new adapter."""
-        self._modules_by_adapter()[adapter_name] = module
+        self.modules_of_adapters()[adapter_name] = module
         self._devices[adapter_name] = device
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
@@ -58,12 +58,13 @@ class _HookedLayer(nn.Module, BaseTunerLayer):
 
         With `low_cpu_mem_usage` peft makes parameters on the meta device, and gives them values on loading.
         """
-        if adapter_name in self._modules_by_adapter():
+        if adapter_name in self.modules_of_adapters():
             place = device or self._devices[adapter_name]
-            module = self._modules_by_adapter()[adapter_name]
+            module = self.modules_of_adapters()[adapter_name]
             module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(place))
 
-    def _modules_by_adapter(self) -> nn.ModuleDict:
+    def modules_of_adapters(self) -> nn.ModuleDict:
+        """Return the modules that the layer holds, by the name of the adapter."""
         return cast(nn.ModuleDict, getattr(self, self.adapter_layer_names[0]))
 
 

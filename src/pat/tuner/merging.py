@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pat.errors import PatError
 from pat.method.basis import UnifiedMask
+from pat.method.gate import Gate
 from pat.method.operator import Operator
 from pat.surgery.adapted import AdaptedMatrix, merged
 from pat.surgery.axes import InnerCut, cut_inner
@@ -80,6 +82,25 @@ class MaskedModel:
             dtype=dtype,
         )
         return DenseForm(config, weights, folded_stream.num_tensors)
+
+
+def check_hard(mask: Gate, purpose: str) -> None:
+    """Check that a mask is 0/1, as `purpose` needs it.
+
+    Raises:
+        PatError: it is soft.
+    """
+    if mask.hardened:
+        return
+    if mask.milestone_step is None:
+        raise PatError(
+            f"Got {purpose} of an adapter whose mask has never been trained and is soft; put PatCallback() into the "
+            "trainer's callbacks and train past the milestone first."
+        )
+    raise PatError(
+        f"Got {purpose} at step {mask.step} of an adapter whose mask is still soft (milestone: step "
+        f"{mask.milestone_step}); train past the milestone first."
+    )
 
 
 def adapted_form(base: PreTrainedModel, names: Iterable[str], parameter: Callable[[str], Tensor]) -> DenseForm:

@@ -30,7 +30,7 @@ from pat.tuner.calibration import choose_channels
 from pat.tuner.compaction import Compacted, compact
 from pat.tuner.config import PatConfig
 from pat.tuner.layer import GATE_NAME, MASK_NAME, OPERATOR_NAME, GateLayer, HsmLayer, MaskLayer
-from pat.tuner.merging import MaskedModel
+from pat.tuner.merging import MaskedModel, check_hard
 from pat.tuner.prepare import default_targets, new_parameters_are_empty, plan_attachment
 from pat.tuner.refit import refit
 from pat.tuner.weights import effective_parameter, factored_parameter
@@ -99,28 +99,14 @@ class PatModel(LoraModel):
         return cast(MaskLayer, getattr(holder, MASK_NAME)).mask(adapter_name or self.adapter)
 
     def operators(self, adapter_name: str | None = None) -> dict[str, Operator]:
-        """Return the operators of an adapter by site, in execution order."""
-        name = adapter_name or self.adapter
+        """Return the operators of an adapter by site, in execution order; none if the stream is not cut."""
         sites = cast(ResidualStream, self.residual_stream).sites
-        holders = {site: self.model.get_submodule(site.rpartition(".")[0]) for site in sites}
-        layers = {site: getattr(holder, OPERATOR_NAME, None) for site, holder in holders.items()}
-        return {
-            site: layer.operator(name)
-            for site, layer in layers.items()
-            if isinstance(layer, HsmLayer) and name in layer.operators
-        }
+        return self._held(OPERATOR_NAME, sites, adapter_name or self.adapter)
 
     def gates(self, adapter_name: str | None = None) -> dict[str, InnerGate]:
         """Return the gates of an adapter before the writers of its MLPs, by the writer's path, in execution order."""
-        name = adapter_name or self.adapter
         paths = [branch.writer.path for branch in cast(ResidualStream, self.residual_stream).branches]
-        holders = {path: self.model.get_submodule(path.rpartition(".")[0]) for path in paths}
-        layers = {path: getattr(holder, GATE_NAME, None) for path, holder in holders.items()}
-        return {
-            path: layer.gate(name)
-            for path, layer in layers.items()
-            if isinstance(layer, GateLayer) and name in layer.gates
-        }
+        return self._held(GATE_NAME, paths, adapter_name or self.adapter)
 
     def all_gates(self, adapter_name: str | None = None) -> list[Gate]:
         """Return the mask of an adapter and its gates inside the branches."""
@@ -145,25 +131,19 @@ class PatModel(LoraModel):
     def needs_calibration(self, adapter_name: str | None = None) -> bool:
         """Tell whether the adapter wants a look at data before training: a rotation, or an order of the channels."""
         name = adapter_name or self.adapter
-        config = self.pat_config(name)
-        cuts_stream = self.mask(name).num_kept < self.mask(name).size
-        wanted = cuts_stream and (config.resolved_rotation == "pca" or config.rotation == "auto")
-        gates = [*([self.mask(name)] if wanted else []), *self.gates(name).values()]
+        gates = [*([self.mask(name)] if self._orders_stream(name) else []), *self.gates(name).values()]
         return any(not gate.calibrated and not gate.hardened for gate in gates)
 
     def needs_refit(self, adapter_name: str | None = None) -> bool:
-        """Tell whether gates are hard whose writers have not been fitted to what stays."""
+        """Tell whether there are hard gates whose writers have not been fitted to what stays."""
         return any(gate.hardened and gate.awaits_refit for gate in self.gates(adapter_name).values())
 
     def refit(self, batches: Iterable[Mapping[str, Any]], adapter_name: str | None = None) -> int:
-        """Fit what fills in for the channels that were cut, on activations of the base model without adapters.
+        """Fit what fills in for the channels that were cut; return the number of tokens that the fit stands on.
 
         Args:
-            batches: see `calibrate`; read until there are enough tokens, several times for a large model.
+            batches: see `calibrate`; of a large model they are gone through several times.
             adapter_name: the adapter, by default the active one; its gates are hard.
-
-        Returns:
-            Number of tokens that the fit stands on.
 
         Raises:
             PatError: the batches hold no token.
@@ -202,7 +182,8 @@ class PatModel(LoraModel):
                 lambda parameter: effective_parameter(self.model, parameter, name),
                 dataloader,
             )
-        mask.set_prior(order.prior, pinned=order.pinned, basis=order.basis, head_factor=order.head_factor)
+        if self._orders_stream(name) or not inner:  # asked for in a script, although the configuration does not
+            mask.set_prior(order.prior, pinned=order.pinned, basis=order.basis, head_factor=order.head_factor)
         for path, gate in self.gates(name).items():
             gate.set_prior(inner[path].prior)
         return order
@@ -257,24 +238,17 @@ class PatModel(LoraModel):
             PatError: the adapter's mask is not 0/1 yet; the message names the purpose.
         """
         mask = self.mask(name)
-        if not mask.hardened:
-            if mask.milestone_step is None:
-                raise PatError(
-                    f"Got {purpose} of an adapter whose mask has never been trained and is soft; put PatCallback() "
-                    "into the trainer's callbacks and train past the milestone first."
-                )
-            raise PatError(
-                f"Got {purpose} at step {mask.step} of an adapter whose mask is still soft (milestone: step "
-                f"{mask.milestone_step}); train past the milestone first."
-            )
+        check_hard(mask, purpose)
+        stream = cast(ResidualStream, self.residual_stream)
+        final_gain = to_float64(effective_parameter(self.model, f"{stream.final_norm}.weight", name))
         return MaskedModel(
             base=cast(PreTrainedModel, self.model),
-            stream=cast(ResidualStream, self.residual_stream),
+            stream=stream,
             factored=lambda parameter: factored_parameter(self.model, parameter, name),
             mask=mask,
             operators=self.operators(name),
             cuts={path: InnerCut(gate.keep, gate.reconstruction) for path, gate in self.gates(name).items()},
-            final_gain=self._final_gain(name),
+            final_gain=final_gain + stream.family.gain_offset,
             untie=self.pat_config(name).untie_word_embeddings,
         )
 
@@ -302,6 +276,18 @@ class PatModel(LoraModel):
     def _sparsification_layers(self) -> list[HsmLayer | MaskLayer | GateLayer]:
         return [module for module in self.model.modules() if isinstance(module, HsmLayer | MaskLayer | GateLayer)]
 
+    def _held(self, attribute: str, paths: Iterable[str], adapter_name: str) -> dict[str, Any]:
+        """Return what the layers of that name hold for an adapter, by the path beside which they stand."""
+        holders = {path: self.model.get_submodule(path.rpartition(".")[0]) for path in paths}
+        layers = {path: getattr(holder, attribute, None) for path, holder in holders.items()}
+        found = {path: layer.modules_of_adapters() for path, layer in layers.items() if layer is not None}
+        return {path: modules[adapter_name] for path, modules in found.items() if adapter_name in modules}
+
+    def _orders_stream(self, adapter_name: str) -> bool:
+        """Tell whether the channels of the stream are to be ordered by a calibration."""
+        config, mask = self.pat_config(adapter_name), self.mask(adapter_name)
+        return mask.num_kept < mask.size and (config.resolved_rotation == "pca" or config.rotation == "auto")
+
     @contextmanager
     def _without_adapters(self) -> Iterator[None]:
         were_enabled = any(not layer.disable_adapters for layer in self._sparsification_layers())
@@ -311,11 +297,6 @@ class PatModel(LoraModel):
         finally:
             if were_enabled:
                 self.enable_adapter_layers()
-
-    def _final_gain(self, adapter_name: str) -> Tensor:
-        stream = cast(ResidualStream, self.residual_stream)
-        stored = effective_parameter(self.model, f"{stream.final_norm}.weight", adapter_name)
-        return to_float64(stored) + stream.family.gain_offset
 
 
 def find_tuner(model: nn.Module) -> PatModel | None:

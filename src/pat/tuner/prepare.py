@@ -16,12 +16,13 @@ from pat.errors import PatError
 from pat.families import Family, get_family
 from pat.loading import check_kind, check_quantization, empty_model, quantization_of
 from pat.method.operator import check_rank
-from pat.shape import Shape, Width, choose_shape
+from pat.shape import Shape, choose_shape
 from pat.surgery.axes import count_parameters_at
 from pat.surgery.describe import check_tie, map_of
 from pat.surgery.residual import ResidualStream
 from pat.surgery.rotation import gain_block
 from pat.tuner.config import PatConfig
+from pat.widths import Width
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pat.method.inner import InnerGate
+from pat.surgery.compensate import reconstruction
 from pat.tuner.calibration import share_from_first_process, watch_inputs
 
 TOKENS_PER_CHANNEL = 16
@@ -45,7 +46,7 @@ def refit(
         shown = tqdm(source, desc="Refitting", unit="batch", leave=False, disable=None)
         seen = watch_inputs(model, {path: partial(_add, moments, path) for path in group}, shown, enough)
         for path in group:
-            waiting[path].set_reconstruction(moments.pop(path))
+            waiting[path].set_reconstruction(reconstruction(moments.pop(path), waiting[path].keep))
             share_from_first_process(waiting[path].reconstruction)
         source = read
     return seen

@@ -20,10 +20,14 @@ def plan(folder: Path, family: str = "llama", *, tied: bool = True, **options: A
 
 
 def test_a_ratio_has_its_width_and_the_legal_ones_around_it(tmp_path: Path) -> None:
-    (candidate,) = plan(tmp_path).candidates
-    assert (candidate.width.pruned_hidden_size, candidate.pruning_ratio) == (36, 0.25)
+    record = plan(tmp_path)
+    (candidate,) = record.candidates
+    assert candidate.shape.hidden.pruned_hidden_size == 36
+    kept = candidate.cost.total.num_parameters / record.base.total.num_parameters
+    assert candidate.pruning_ratio == 1 - kept == pytest.approx(0.25, abs=0.005)  # biases are not on the stream
+    assert candidate.pruning_ratio == pytest.approx(candidate.shape.pruning_ratio, abs=1e-12)
     assert candidate.nearby_widths == (24, 28, 32, 36, 40, 44)
-    assert candidate.width.reason.startswith("cutting 0.25 of 48 leaves 36;")
+    assert candidate.shape.reason.startswith("cutting 0.25 of 48 leaves 36;")
     (aligned,) = plan(tmp_path, multiple_of=16, pruning_ratio=[0.3]).candidates
     assert aligned.nearby_widths == (16, 32)
 

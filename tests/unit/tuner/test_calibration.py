@@ -18,7 +18,7 @@ from torch import Tensor, distributed
 from pat.errors import PatError
 from pat.families import get_family
 from pat.surgery.residual import map_residual_stream
-from pat.tuner.calibration import DEFAULT_TOKENS_PER_CHANNEL, StreamStatistics
+from pat.tuner.calibration import DEFAULT_TOKENS_PER_CHANNEL, real_tokens, watch_inputs
 
 HIDDEN, KEPT = 48, 36
 
@@ -116,13 +116,13 @@ def test_without_a_rotation_importance_is_energy_times_what_the_readers_make_of_
 
 
 def tokens_counted(inputs: dict[str, Tensor]) -> Tensor:
-    """Return for each token whether it was measured."""
-    statistics = StreamStatistics(build("llama", tied=False), STREAM, full=True)
-    statistics.collect([inputs], 10_000)
-    counted = torch.zeros(inputs["input_ids"].numel(), dtype=torch.bool)
-    counted[statistics._selected] = True
-    assert statistics.num_tokens == int(counted.sum())
-    return counted.view(inputs["input_ids"].shape)
+    """Return for each token whether it is measured."""
+    given = {name: inputs[name] for name in ("attention_mask", "position_ids") if name in inputs}
+    counted = real_tokens(build("llama", tied=False), inputs["input_ids"], given)
+    seen: list[Tensor] = []
+    assert watch_inputs(build("llama", tied=False), {"model.norm": seen.append}, [inputs], 10_000) == counted.sum()
+    assert len(seen[0]) == counted.sum()
+    return counted
 
 
 def test_real_tokens_are_told_from_padding_by_the_mask_or_by_what_a_row_ends_with() -> None:

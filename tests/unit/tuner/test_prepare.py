@@ -205,7 +205,7 @@ def test_a_loaded_adapter_keeps_its_width_and_rotation_whatever_the_rules_are_no
     model = attach(build("llama", tied=True), rotation="auto", pruning_ratio=0.4, **fields)
     expected = tuner_of(model).mask().pruned_hidden_size
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr("pat.shape.ALIGNMENT_SLACK", 0.5)
+    monkeypatch.setattr("pat.widths.ALIGNMENT_SLACK", 0.5)
     monkeypatch.setattr("pat.tuner.prepare.gain_block", lambda gain, tolerance: torch.zeros_like(gain).bool())
     other = attach(build("llama", tied=True), rotation="auto", pruning_ratio=0.4)
     mask = tuner_of(other).mask()
