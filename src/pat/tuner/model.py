@@ -114,7 +114,7 @@ class PatModel(LoraModel):
 
     def set_step(self, step: int, milestone_step: int, adapter_name: str | None = None) -> None:
         """Move mask and gates to an optimizer step; from `milestone_step` on they are 0/1 and fixed (eq. 6-8)."""
-        # The mask last: who finds it hard finds all of them hard, also after an error.
+        # The mask comes last: where it is hard, all are.
         for gate in reversed(self.all_gates(adapter_name)):
             gate.set_step(step, milestone_step)
 
@@ -220,10 +220,7 @@ class PatModel(LoraModel):
         )
 
     def compact(self, adapter_name: str | None = None) -> Compacted:
-        """Return a small model with an ordinary LoRA adapter to train on; the masked model stays as it is.
-
-        The same function to rounding: LoRA is cut, and every low-rank operator becomes more rank of its writer's LoRA
-        (specification, "Compaction").
+        """Return a small model with an ordinary LoRA adapter to train on (docs/adr/0008); this one stays as it is.
 
         Raises:
             PatError: the mask is not 0/1 yet, or the base model is quantised.

@@ -18,7 +18,7 @@ from torch import Tensor, distributed
 from pat.errors import PatError
 from pat.families import get_family
 from pat.surgery.residual import map_residual_stream
-from pat.tuner.calibration import DEFAULT_TOKENS_PER_CHANNEL, real_tokens, watch_inputs
+from pat.tuner.calibration import DEFAULT_TOKENS_PER_CHANNEL, StreamStatistics, real_tokens, watch_inputs
 
 HIDDEN, KEPT = 48, 36
 
@@ -333,14 +333,14 @@ def test_sites_on_other_devices_are_added_on_the_first_one_s() -> None:
     model = attach(build("gemma3_text", tied=False))
     stream = tuner_of(model).residual_stream
     rotation = StreamStatistics(model, stream, full=True)
-    rotation._selected, rotation.num_tokens = torch.arange(3), 3
-    rotation.record("", torch.randn(1, 4, HIDDEN, device="meta"))
-    rotation.record("", torch.randn(1, 4, HIDDEN))
+    rotation.num_tokens = 3
+    rotation.record("", torch.randn(3, HIDDEN, device="meta"))
+    rotation.record("", torch.randn(3, HIDDEN))
     assert rotation.covariance().device.type == "meta"
     importance = StreamStatistics(model, stream, full=False)
-    importance._selected, importance.num_tokens = torch.arange(3), 3
+    importance.num_tokens = 3
     for index, site in enumerate(importance._sites()):
-        importance.record(site, torch.randn(1, 4, HIDDEN, device="meta" if index == 0 else "cpu"))
+        importance.record(site, torch.randn(3, HIDDEN, device="meta" if index == 0 else "cpu"))
     assert importance.importance(model.base_model.model.get_parameter).device.type == "meta"
 
 
