@@ -72,10 +72,10 @@ def shown_name(name: str) -> str:
     return name if is_hub_id else re.split(r"[/\\]", name.rstrip("/\\"))[-1] or "local"
 
 
-def base_license(base_model: str) -> dict[str, str]:
+def base_license(base_model: str, revision: str | None = None) -> dict[str, str]:
     """Return the licence fields of the base model's card, if it lies on this machine; empty otherwise."""
     folder = Path(base_model)
-    cached = folder / "README.md" if folder.is_dir() else _cached_card(base_model)
+    cached = folder / "README.md" if folder.is_dir() else _cached_card(base_model, revision)
     if cached is None or not cached.is_file():
         return {}
     try:
@@ -95,7 +95,7 @@ def render_card(cut: Cut, parity: Parity, provenance: Mapping[str, Any]) -> str:
         provenance: what is known beyond that; see `PROVENANCE` for the keys, all of them optional.
     """
     base_model = str(provenance.get("model_name_or_path") or "unknown")
-    license_fields: dict[str, Any] = base_license(base_model)
+    license_fields: dict[str, Any] = base_license(base_model, provenance.get("revision"))
     data = ModelCardData(
         base_model=shown_name(base_model),
         library_name="transformers",
@@ -121,9 +121,9 @@ def render_card(cut: Cut, parity: Parity, provenance: Mapping[str, Any]) -> str:
     return str(card)
 
 
-def _cached_card(repo_id: str) -> Path | None:
+def _cached_card(repo_id: str, revision: str | None) -> Path | None:
     try:
-        found = try_to_load_from_cache(repo_id, "README.md")
+        found = try_to_load_from_cache(repo_id, "README.md", revision=revision)
     except ValueError:  # not a hub id
         return None
     return Path(found) if isinstance(found, str) else None

@@ -18,7 +18,7 @@ from peft import PeftModel
 
 from pat.checkpoint.adapter import (
     adapter_tokens,
-    base_name,
+    base_of,
     compaction_of,
     load_adapted,
     load_hollow,
@@ -104,16 +104,16 @@ def run_merge(options: MergeOptions, *, progress: bool = True) -> MergeResult:
         PatError: the adapter, the base model or the output folder cannot be used; nothing has been written.
         RunFailed: the checkpoint could not be written, or is not the tuned model; nothing is left behind.
     """
-    adapter = Path(options.adapter).expanduser()
+    adapter = Path(options.adapter)
     check_output_folder(options.output_dir)
     _check_shard_size(options.max_shard_size)
     _check_device(options.device)
     config = read_adapter_config(adapter)
     _point_to_the_last_adapter(adapter)
-    name = base_name(adapter, config, options.base_model)
-    base_config, _ = load_config(name)
+    name, revision = base_of(adapter, config, options.base_model)
+    base_config, _ = load_config(name, revision=revision)
     check_quantization(base_config)
-    tokens = adapter_tokens(adapter, name, base_config)
+    tokens = adapter_tokens(adapter, name, base_config, revision=revision)
     large = count_parameters(base_config) >= LARGE_MODEL
     batches = verification_batches(
         tokens.tokenizer,
@@ -123,7 +123,7 @@ def run_merge(options: MergeOptions, *, progress: bool = True) -> MergeResult:
     )
     compaction = None if isinstance(config, PatConfig) else compaction_of(adapter)
     dtype = _torch_dtype(options.dtype)
-    hollow = load_hollow(adapter, name, config, device=options.device)
+    hollow = load_hollow(adapter, name, config, revision=revision, device=options.device)
     model: PeftModel
     if hollow is not None:
         model, stored = hollow
@@ -140,7 +140,7 @@ def run_merge(options: MergeOptions, *, progress: bool = True) -> MergeResult:
             dtype=dtype,
             precision=_torch_dtype(options.fold_dtype),
             provenance=_provenance(adapter)
-            | {"model_name_or_path": name if compaction is None else compaction.base_model},
+            | {"model_name_or_path": name if compaction is None else compaction.base_model, "revision": revision},
             compaction=compaction,
             progress=progress,
             max_shard_size=options.max_shard_size,
@@ -159,7 +159,7 @@ def run_merge(options: MergeOptions, *, progress: bool = True) -> MergeResult:
             warnings=warnings,
         )
         write_record(staging / RESULTS, record)
-    return MergeResult(Path(options.output_dir).expanduser(), record)
+    return MergeResult(Path(options.output_dir), record)
 
 
 def _point_to_the_last_adapter(adapter: Path) -> None:

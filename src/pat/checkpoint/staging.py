@@ -23,7 +23,7 @@ def check_output_folder(output_dir: str | os.PathLike[str]) -> Path:
     Raises:
         PatError: there is something at that path.
     """
-    path = Path(output_dir).expanduser()
+    path = Path(output_dir)
     if path.is_dir():
         if any(path.iterdir()):
             raise PatError(f"{path}: the output folder is not empty; choose another one, or empty it first.")

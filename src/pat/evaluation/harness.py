@@ -105,7 +105,7 @@ def load_tasks(
         raise PatError(
             "The tasks need lm-evaluation-harness, which is not installed; run `pip install 'pat-llm[evaluation]'`."
         )
-    if data_dir is not None and not Path(data_dir).expanduser().is_dir():
+    if data_dir is not None and not Path(data_dir).is_dir():
         raise PatError(f"{data_dir}: no such folder; give a --data_dir that holds a <task>.jsonl for each task.")
     from lm_eval.tasks import TaskManager
 

@@ -89,7 +89,7 @@ def _files(name_or_path: str, revision: str | None, download: bool) -> list[Path
             return []
         files, _ = get_checkpoint_shard_files(name_or_path, index, revision=revision, local_files_only=not download)
     except (OSError, ValueError, KeyError) as error:
-        if not download and not Path(name_or_path).expanduser().is_dir():
+        if not download and not Path(name_or_path).is_dir():
             return []  # a model of the hub, of which not all is here
         detail = str(error).strip().split("\n")[0]
         raise PatError(f"Could not load the model {name_or_path!r}: {detail}") from error

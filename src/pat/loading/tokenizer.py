@@ -45,7 +45,7 @@ def load_plain_tokenizer(name_or_path: str, *, revision: str | None = None) -> P
     Raises:
         PatError: there is no tokenizer.
     """
-    check_exists(name_or_path)
+    name_or_path = check_exists(name_or_path)
     try:
         return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name_or_path, revision=revision))
     except (OSError, ValueError, HFValidationError) as error:

@@ -13,6 +13,7 @@ from pat.errors import PatError
 from pat.loading.config import load_config
 from pat.loading.quantized import keep_plain_layout
 from pat.loading.stored import dtype_of, stored_tensors
+from pat.paths import expand
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ def load_base(
     Raises:
         PatError: see `load_config`; or the weights cannot be read, or are not those of the configuration.
     """
+    name_or_path = expand(name_or_path)
     config, family = load_config(name_or_path, revision=revision)
     if dtype in (None, "auto"):
         dtype = stored_dtype(config, revision=revision) or "auto"

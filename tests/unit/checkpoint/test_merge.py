@@ -97,6 +97,42 @@ def test_the_base_can_have_moved(work: Path) -> None:
     assert result.parity.max_abs_logit_diff < ROUNDING
 
 
+@pytest.fixture
+def hub(work: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache on this machine: the main branch of `org/base` is not its revision `first`."""
+    folder = work / "hub" / "models--org--base"
+    shutil.copytree(work / "base", work / "other")
+    change_tensors(work / "other" / "model.safetensors", lambda tensors: tensors["model.norm.weight"].mul_(2))
+    for revision, commit, source in (("main", "a" * 40, work / "other"), ("first", "b" * 40, work / "base")):
+        shutil.copytree(source, folder / "snapshots" / commit)
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / revision).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(work / "hub"))
+    edit_config(work / "adapter", base_model_name_or_path="org/base", revision="first")
+    return folder
+
+
+@pytest.mark.parametrize("given", [None, "org/base"])
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_an_adapter_is_merged_into_the_revision_that_it_was_trained_on(
+    work: Path, hub: Path, given: str | None, in_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = logits(load_adapted(work / "adapter", base_model=str(work / "base"), progress=False))
+    if in_memory:
+        monkeypatch.setattr("pat.checkpoint.merge.load_hollow", lambda *_, **__: None)
+    merge(work / "adapter", work / "out", base_model=given, progress=False)
+    assert largest_difference(logits(AutoModelForCausalLM.from_pretrained(work / "out")), expected) < ROUNDING
+
+
+def test_the_home_folder_can_be_written_as_a_tilde(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(work))
+    (work / "text").write_text("abcdefghij" * 50)
+    edit_config(work / "adapter", base_model_name_or_path="~/base")
+    merge("~/adapter", "~/out", text_file="~/text", progress=False)
+    merge("~/adapter", "~/again", base_model="~/base", progress=False)
+    assert (work / "out" / "model.safetensors").read_bytes() == (work / "again" / "model.safetensors").read_bytes()
+
+
 def test_what_a_run_says_of_its_tokens_is_saved_with_its_adapter(work: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template, tokenizer.eos_token = "{{ messages[0]['content'] }}", "<|user|>"
