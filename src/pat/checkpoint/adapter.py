@@ -125,7 +125,7 @@ def adapter_tokens(
     check_special_ids(tokenizer, base_config.vocab_size)
     generation_config = base_tokenizer = None
     with suppress(OSError):
-        generation_config = GenerationConfig.from_pretrained(name, revision=revision)
+        generation_config = GenerationConfig.from_pretrained(name, revision=revision or "main")
     with suppress(OSError):
         generation_config = GenerationConfig.from_pretrained(folder)
     if is_there:

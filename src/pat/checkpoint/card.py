@@ -15,14 +15,6 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from pat.checkpoint.verify import Parity
 from pat.report.records import environment
 
-PROVENANCE = (
-    "model_name_or_path", "dataset", "prompt_format", "recipe", "seed", "num_steps", "num_tokens_seen", "max_length",
-    "learning_rates", "held_out_nll", "held_out_standard_error", "num_held_out_tokens", "limits",
-)  # fmt: skip
-"""What a card can tell of a run, under these names, as `results.json` has them: base model and data (only the last
-component of a path is shown), the form of the prompts in words, numbers, the learning rate of each group of parameters,
-held-out losses with their standard errors by model, and sentences about what the model is not for."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Pruning:
@@ -92,7 +84,10 @@ def render_card(cut: Cut, parity: Parity, provenance: Mapping[str, Any]) -> str:
     Args:
         cut: what was cut.
         parity: the comparison with the tuned model.
-        provenance: what is known beyond that; see `PROVENANCE` for the keys, all of them optional.
+        provenance: what is known beyond that, all of it optional: `model_name_or_path` and its `revision`, `dataset`
+            (only the last component of a path is shown), `prompt_format` in words, `recipe`, `seed`, `num_steps`,
+            `num_tokens_seen`, `max_length`, `learning_rates` by group of parameters, `held_out_nll` and
+            `held_out_standard_error` by model, and `num_held_out_tokens`.
     """
     base_model = str(provenance.get("model_name_or_path") or "unknown")
     license_fields: dict[str, Any] = base_license(base_model, provenance.get("revision"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -24,7 +25,7 @@ from pat.checkpoint.adapter import (
     load_hollow,
     read_adapter_config,
 )
-from pat.checkpoint.card import PROVENANCE, Cut, shown_name
+from pat.checkpoint.card import Cut, shown_name
 from pat.checkpoint.compact import ADAPTER, RECORD
 from pat.checkpoint.options import MergeOptions
 from pat.checkpoint.staging import check_output_folder, staged_folder
@@ -104,6 +105,11 @@ def run_merge(options: MergeOptions, *, progress: bool = True) -> MergeResult:
         PatError: the adapter, the base model or the output folder cannot be used; nothing has been written.
         RunFailed: the checkpoint could not be written, or is not the tuned model; nothing is left behind.
     """
+    with collected_warnings() as warnings:
+        return _merge(options, warnings, progress=progress)
+
+
+def _merge(options: MergeOptions, warnings: list[str], *, progress: bool) -> MergeResult:
     adapter = Path(options.adapter)
     check_output_folder(options.output_dir)
     _check_shard_size(options.max_shard_size)
@@ -130,7 +136,7 @@ def run_merge(options: MergeOptions, *, progress: bool = True) -> MergeResult:
     else:
         model, stored = load_adapted(adapter, base_model=name, device=options.device, progress=progress), None
     timings: dict[str, float] = {}
-    with collected_warnings() as warnings, staged_folder(options.output_dir) as staging:
+    with staged_folder(options.output_dir) as staging:
         parity, cut = save_checkpoint(
             model,
             staging,
@@ -171,14 +177,34 @@ def _point_to_the_last_adapter(adapter: Path) -> None:
 
 def _provenance(adapter: Path) -> dict[str, Any]:
     """Return what the run that an adapter lies in says of itself, as far as a model card tells it."""
-    for folder in adapter.resolve().parents[:2]:
+    for folder in adapter.resolve().parents[:3]:
         try:
             results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         if isinstance(results, dict) and results.get("command") == "tune":
-            return {name: results[name] for name in PROVENANCE if name in results}
+            last = folder / ("adapter" if results.get("compaction") is None else f"compact/{ADAPTER}")
+            return _facts(results, is_last=adapter.resolve() == last.resolve())
     return {}
+
+
+def _facts(results: Mapping[str, Any], *, is_last: bool) -> dict[str, Any]:
+    """Return the facts of a run for a card; what the whole run came to is true of its last adapter alone."""
+    names = ["dataset", "prompt_format", "recipe", "seed", "learning_rates"]
+    names += ["num_steps", "num_tokens_seen"] if is_last else []
+    found = {name: results[name] for name in names if name in results}
+    figures = {
+        stage: figure
+        for stage, figure in (results.get("figures") or {}).items()
+        if stage in (("base", "tuned") if is_last else ("base",)) and figure.get("held_out_nll") is not None
+    }
+    errors = {stage: figure.get("held_out_standard_error") for stage, figure in figures.items()}
+    return found | {
+        "max_length": (results.get("training_arguments") or {}).get("max_length"),
+        "held_out_nll": {stage: figure["held_out_nll"] for stage, figure in figures.items()},
+        "held_out_standard_error": {stage: error for stage, error in errors.items() if error is not None},
+        "num_held_out_tokens": next((figure.get("num_held_out_tokens") for figure in figures.values()), None),
+    }
 
 
 def _torch_dtype(name: str | None) -> torch.dtype | None:
