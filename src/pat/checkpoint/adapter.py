@@ -23,7 +23,15 @@ from pat.checkpoint.hollow import StoredWeights, hollow_model
 from pat.checkpoint.layout import UnknownLayoutError
 from pat.checkpoint.write import quiet_transformers
 from pat.errors import PatError, one_line
-from pat.loading import TokenSetup, check_special_ids, load_base, load_config, quantization_of
+from pat.loading import (
+    TokenSetup,
+    check_special_ids,
+    grow_embedding,
+    grown_rows,
+    load_base,
+    load_config,
+    quantization_of,
+)
 from pat.loading.stored import dtype_of, stored_tensors
 from pat.loading.tokenizer import load_plain_tokenizer
 from pat.paths import expand, looks_local
@@ -105,6 +113,26 @@ def base_of(adapter: str | os.PathLike[str], config: LoraConfig, base_model: str
     return recorded, config.revision
 
 
+def base_config_for(config: LoraConfig, name: str, *, revision: str | None = None) -> tuple[PretrainedConfig, bool]:
+    """Return the configuration of the base that an adapter is put on, and whether its embedding has to grow first.
+
+    It has to if the adapter trains tokens that were added for it.
+
+    Raises:
+        PatError: see `load_config`, or the adapter was made for another base.
+    """
+    base_config, family = load_config(name, revision=revision)
+    indices = config.trainable_token_indices or []
+    listed = [index for part in (indices.values() if isinstance(indices, dict) else [indices]) for index in part]
+    num_stored, base_config.vocab_size = (
+        base_config.vocab_size,
+        grown_rows(base_config.vocab_size, max(listed, default=0)),
+    )
+    if isinstance(config, PatConfig):
+        check_config(base_config, family, config)
+    return base_config, base_config.vocab_size > num_stored
+
+
 def adapter_tokens(
     adapter: str | os.PathLike[str], name: str, base_config: PretrainedConfig, *, revision: str | None = None
 ) -> TokenSetup:
@@ -145,17 +173,14 @@ def load_hollow(
     """Put a saved adapter on a base model that stays on disk, None if that base or adapter has to be in memory.
 
     That is so for bases that are quantised or not stored as safetensors, for initialisations of LoRA that change the
-    base, and for adapters that carry weights of the base (LoRA on the embedding).
+    base, and for adapters that carry weights of the base (LoRA on the embedding) or train tokens that it has not.
 
     Raises:
         PatError: adapter or base cannot be read, or do not fit each other.
     """
-    base_config, family = load_config(name, revision=revision)
-    quantised = quantization_of(base_config) is not None
-    if isinstance(config, PatConfig):
-        check_config(base_config, family, config)
-        quantised = quantised or config.base_quantization is not None
-    if quantised or config.init_lora_weights not in _INITIALISATIONS:
+    base_config, grows = base_config_for(config, name, revision=revision)
+    quantised = quantization_of(base_config) is not None or getattr(config, "base_quantization", None) is not None
+    if grows or quantised or config.init_lora_weights not in _INITIALISATIONS:
         return None
     with fitting(name, adapter):
         if _carries_base_weights(adapter):
@@ -200,10 +225,8 @@ def load_adapted(
     """
     config = read_adapter_config(adapter)
     name, revision = base_of(adapter, config, base_model)
-    base_config, family = load_config(name, revision=revision)
+    base_config, _ = base_config_for(config, name, revision=revision)
     quantization = None
-    if isinstance(config, PatConfig):
-        check_config(base_config, family, config)  # before minutes of loading weights
     if (
         isinstance(config, PatConfig)
         and config.base_quantization is not None
@@ -215,6 +238,7 @@ def load_adapted(
         # On the CPU no map: peft would take one as an invitation to spread the model over what devices there are.
         device_map = None if torch.device(device).type == "cpu" else {"": torch.device(device)}
         base = load_base(name, revision=revision, quantization_config=quantization, device_map=device_map)
+        grow_embedding(base, base_config.vocab_size)
         model = PeftModel.from_pretrained(base, folder)
         check_complete(model, adapter)
     return model

@@ -19,6 +19,7 @@ from peft import PeftModel
 
 from pat.checkpoint.adapter import (
     adapter_tokens,
+    base_config_for,
     base_of,
     compaction_of,
     load_adapted,
@@ -33,7 +34,7 @@ from pat.checkpoint.verification_text import MAX_TOKENS, verification_batches
 from pat.checkpoint.verify import Parity
 from pat.checkpoint.write import MAX_SHARD_SIZE, save_checkpoint
 from pat.errors import PatError
-from pat.loading import check_quantization, load_config
+from pat.loading import check_quantization
 from pat.report.records import Record, collected_warnings, write_record
 from pat.surgery.describe import count_parameters
 from pat.tuner import PatConfig
@@ -117,7 +118,7 @@ def _merge(options: MergeOptions, warnings: list[str], *, progress: bool) -> Mer
     config = read_adapter_config(adapter)
     _point_to_the_last_adapter(adapter)
     name, revision = base_of(adapter, config, options.base_model)
-    base_config, _ = load_config(name, revision=revision)
+    base_config, _ = base_config_for(config, name, revision=revision)
     check_quantization(base_config)
     tokens = adapter_tokens(adapter, name, base_config, revision=revision)
     large = count_parameters(base_config) >= LARGE_MODEL

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from pat.checkpoint.adapter import adapter_tokens, base_of, load_adapted, read_adapter_config
+from pat.checkpoint.adapter import adapter_tokens, base_config_for, base_of, load_adapted, read_adapter_config
 from pat.checkpoint.card import shown_name
 from pat.evaluation.harness import TaskScores, evaluate_tasks, load_tasks
 from pat.evaluation.options import COMMAND, RESULTS, EvaluateOptions
@@ -91,10 +91,11 @@ def _evaluate(options: EvaluateOptions, warnings: list[str]) -> EvaluationRecord
     # Everything is read before the weights: a wrong column should not take minutes to be found.
     adapter = read_adapter_config(options.model) if _is_adapter(options.model) else None
     name, revision = (options.model, None) if adapter is None else base_of(options.model, adapter, None)
-    config, _ = load_config(name, revision=revision)
     if adapter is None:
+        config, _ = load_config(name)
         tokenizer = load_tokenizer(name, config=config)
     else:
+        config, _ = base_config_for(adapter, name, revision=revision)
         tokenizer = padded(adapter_tokens(options.model, name, config, revision=revision).tokenizer, config)
     vocabulary = Vocabulary(tokenizer, config.get_text_config().vocab_size)
     content = None if options.text_file is None else read_text(options.text_file)
