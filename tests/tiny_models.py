@@ -22,7 +22,7 @@ from tokenizers.models import BPE
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from pat.surgery.residual import stored_tensors
+from pat.surgery.residual import model_tensors
 
 VOCAB_SIZE = 128
 NUM_KEY_VALUE_HEADS = 2
@@ -225,7 +225,7 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
     """Redraw all that is stored, in name order: gains spread around 1, biases 0.2, matrices 1 / sqrt(fan-in)."""
     generator = torch.Generator().manual_seed(seed)
     norms = {f"{name}.weight" for name, _ in norm_modules(model)}
-    for name, tensor in stored_tensors(model).items():  # a tied head appears once, as the embedding
+    for name, tensor in model_tensors(model).items():  # a tied head appears once, as the embedding
         noise = torch.randn(tensor.shape, generator=generator)
         if name in norms or tensor.dim() == 0:
             tensor += GAIN_SPREAD * noise  # new norms have the gain 1, whichever number stands for it

@@ -28,7 +28,7 @@ class BenchmarkRecord(Record):
     options: BenchmarkOptions
     device: str
     models: dict[str, ModelFacts]
-    """What was loaded, by role."""
+    """Facts about the models that were loaded, by role."""
     predicted_weight_bytes: dict[str, int]
     settings: list[Row]
 

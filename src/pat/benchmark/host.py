@@ -20,7 +20,7 @@ import torch
 from transformers import DynamicCache
 
 from pat.benchmark.memory import MemoryMeter, is_out_of_memory
-from pat.errors import PatError, RunFailed
+from pat.errors import PatError, RunFailed, one_line
 from pat.loading import load_base
 
 _PAGE = 4096
@@ -169,7 +169,7 @@ def answer(connection: Connection) -> None:
         except PatError as error:
             outcome = error
         except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            reason = f"{type(error).__name__}: {one_line(error)}"
             outcome = OutOfMemory(reason) if is_out_of_memory(error) else RunFailed(f"{action} failed: {reason}")
         if isinstance(outcome, Exception) and host is not None:
             host.release()  # only now: the error's traceback holds on to the tensors of the request

@@ -10,7 +10,7 @@ from pat.errors import PatError
 from pat.paths import expand_options
 
 FEWEST_REPETITIONS = 3
-"""With fewer there is no spread to speak of."""
+"""Fewer repetitions have no spread to speak of."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -18,7 +18,7 @@ from pat.report.records import environment
 
 @dataclass(frozen=True, kw_only=True)
 class Pruning:
-    """What was cut from a base model, and how it was chosen."""
+    """The cut that was made in a base model, and how its channels were chosen."""
 
     hidden_size: int
     pruned_hidden_size: int
@@ -30,7 +30,7 @@ class Pruning:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut(Pruning):
-    """What was cut, for a dense checkpoint."""
+    """The cut that a dense checkpoint comes from, and the size of the checkpoint."""
 
     num_parameters: int
     num_bytes: int
@@ -50,7 +50,7 @@ class Cut(Pruning):
 
 @dataclass(frozen=True, kw_only=True)
 class Compaction(Pruning):
-    """What was cut at the milestone, where training went on with the small model."""
+    """The cut that was made at the milestone, from where training went on with the small model."""
 
     base_model: str
     """Name of the model that was cut, as it may be shown."""

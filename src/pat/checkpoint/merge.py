@@ -45,12 +45,12 @@ RESULTS = "results.json"
 
 LARGE_MODEL = 10**9
 LARGE_MODEL_TOKENS = 64
-"""From how many parameters on how few tokens are compared: every window costs one more reading of both models."""
+"""A model of as many parameters or more is compared on so few tokens, because every window reads both models anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeRecord(Record):
-    """What a merge came to. Only the last component of a path is kept."""
+    """The result of a merge. Only the last component of a path is kept."""
 
     command: Literal["merge"] = "merge"
     model_name_or_path: str
@@ -78,7 +78,7 @@ class MergeResult:
 
     @property
     def cut(self) -> Cut:
-        """What was cut."""
+        """The cut that was made."""
         return self.record.cut
 
     @property

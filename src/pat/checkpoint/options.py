@@ -14,7 +14,7 @@ FOLD_DTYPES = ("float64", "float32")
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
-    """What to merge, and how it is written.
+    """The adapter to merge, and the form in which the model is written.
 
     Raises:
         PatError: a dtype that there is none of.

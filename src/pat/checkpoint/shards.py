@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from pat.checkpoint.layout import stored_layout
-from pat.errors import RunFailed
+from pat.errors import RunFailed, one_line
 from pat.loading.stored import DTYPES
 
 _NO_SUCH_CALL = (errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP)
@@ -127,4 +127,4 @@ class ShardWriter:
 
 def writing_failed(error: Exception) -> RunFailed:
     """Return the error for a checkpoint that the disk does not take."""
-    return RunFailed(f"Writing the checkpoint failed ({' '.join(str(error).split())}).")
+    return RunFailed(f"Writing the checkpoint failed ({one_line(error)}).")

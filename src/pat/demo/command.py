@@ -47,7 +47,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoRecord(Record):
-    """What a demo came to."""
+    """The result of a demo."""
 
     command: Literal["demo"] = "demo"
     output_dir: Path

@@ -13,7 +13,7 @@ from pat.shape import check_request
 
 @dataclass
 class DemoOptions:
-    """Where the demo runs, and what is different from the usual."""
+    """The folder of the demo, and the few things that can be changed in it."""
 
     output_dir: Path = field(default=Path("pat-demo"), metadata={"help": "Folder of the run; it must be empty or new."})
     dataset_name: str | None = field(

@@ -30,7 +30,7 @@ TOKENS_PER_LIMIT = 1000
 
 @dataclass(frozen=True)
 class Likelihood:
-    """How well a model predicts tokens."""
+    """Figures of how well a model predicts tokens."""
 
     nll: float
     """Mean negative log-likelihood in nats per token."""
@@ -66,7 +66,7 @@ class EvaluationRecord(Record):
     """Figures over the tokens of the text."""
     dataset_name: str | None
     data: DataRecord | None
-    """What the data holds, and what of it was cut."""
+    """The contents of the data, and what of it was cut."""
     responses: Likelihood | None
     """Figures over the response tokens of the data."""
     tasks: TaskScores | None

@@ -1,4 +1,4 @@
-"""What `pat evaluate` can be asked for, and what is wrong with it if it cannot be done."""
+"""Options of `pat evaluate`, and the checks that need no model."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ _COUNTS = (
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 NO_PADDING = -1
-"""What early Llama checkpoints say where they have no padding token."""
+"""The padding token of early Llama checkpoints that have none."""
 
 TRAINABLE_QUANTIZATION = "bitsandbytes"
 """The quantisation that can be trained on here, and dequantised for a merge."""
@@ -55,7 +55,7 @@ def load_config(name_or_path: str, *, revision: str | None = None) -> tuple[Any,
         if not Path(name_or_path).is_dir() and isinstance(error, OSError | HFValidationError):
             raise PatError(
                 f"Got the model {name_or_path!r}, but there is no such folder and no such model on the hub that could "
-                f"be reached: {_one_line(error)}"
+                f"be reached: {_reason(error)}"
             ) from error
         raise _unusable(name_or_path, error, _fields(name_or_path, revision)) from error
     check_kind(name_or_path, config)
@@ -212,7 +212,7 @@ def _fields(name: str, revision: str | None) -> Any:
 
 def _unusable(name: str, error: Exception, fields: Any) -> PatError:
     """Return the error for a configuration that transformers cannot use, naming the field if it can be found."""
-    detail = _one_line(error)
+    detail = _reason(error)
     if isinstance(fields, dict):
         culprit = next((key for key in _COUNTS if not _is_count(fields.get(key))), None) or next(
             (key for key in fields if key != "model_type" and _can_be_built(_without(fields, key))), None
@@ -246,7 +246,7 @@ def _can_be_built(fields: Mapping[str, Any]) -> bool:
     return True
 
 
-def _one_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     """Return what an error says last, since checks of dataclasses say first which of them failed."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     strict = type(error).__name__.startswith("StrictDataclass")

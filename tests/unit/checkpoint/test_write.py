@@ -199,6 +199,14 @@ def test_a_wrong_fold_of_such_a_model_is_not(tmp_path: Path, monkeypatch: pytest
     assert os.listdir(tmp_path) == []
 
 
+def test_the_parameters_of_the_base_are_counted_in_its_tensors_whatever_its_configuration_says() -> None:
+    base = build("llama", tied=False)
+    num_parameters = base.num_parameters()
+    base.config.tie_word_embeddings = True
+    tuner = tuner_of(hardened(base, untie_word_embeddings=True))
+    assert pruning_of(tuner).num_parameters_base == num_parameters
+
+
 def test_compaction_has_the_same_measure(tmp_path: Path) -> None:
     model = hardened(loud())
     tuner = find_tuner(model)
