@@ -25,8 +25,8 @@ from pat.training.tokens import tokenize_examples
 logger = logging.getLogger(__name__)
 
 SEED = 827
-"""Seed of the split, so that all seeds of a comparison are judged by the same rows; not the seed (0) of the rows by which
-PAT's default recipe was chosen, of which chance alone leaves some among them."""
+"""Seed of the split, so that all seeds of a comparison are judged by the same rows; not the seed (0) of the rows by
+which PAT's default recipe was chosen, of which chance alone leaves some among them."""
 
 PARTS = ("train", "validation", "held_out")
 

@@ -37,8 +37,8 @@ class NLL:
     num_tokens: int
     standard_error: float | None = None
     """Standard error of the mean, over rows (or windows of a text) because the tokens of a row hang together: with n_i
-    tokens and the sum s_i in row i of m, it is sqrt(m / (m - 1) * sum((s_i - nll * n_i)^2)) / sum(n_i). None for one row.
-    """
+    tokens and the sum s_i in row i of m, it is sqrt(m / (m - 1) * sum((s_i - nll * n_i)^2)) / sum(n_i). It is None for
+    one row."""
 
     @property
     def perplexity(self) -> float:

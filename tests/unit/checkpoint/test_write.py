@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from pat.checkpoint import verify, write
 from pat.checkpoint.compact import write_compact
 from pat.checkpoint.staging import check_output_folder, staged_folder
-from pat.checkpoint.write import save_checkpoint
+from pat.checkpoint.write import pruning_of, save_checkpoint
 from pat.errors import ParityMissed, PatError, RunFailed
 from pat.loading import TokenSetup
 from pat.tuner import find_tuner
@@ -203,7 +203,8 @@ def test_the_parameters_of_the_base_are_counted_in_its_tensors_whatever_its_conf
     base = build("llama", tied=False)
     num_parameters = base.num_parameters()
     base.config.tie_word_embeddings = True
-    tuner = tuner_of(hardened(base, untie_word_embeddings=True))
+    tuner = find_tuner(hardened(base, untie_word_embeddings=True))
+    assert tuner is not None
     assert pruning_of(tuner).num_parameters_base == num_parameters
 
 
