@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -294,3 +295,13 @@ def tiny_tokenizer(directory: Path | None = None) -> PreTrainedTokenizerFast:
     if directory is not None:
         fast.save_pretrained(directory)
     return fast
+
+
+def fill_hub_cache(cache: Path, name: str, **revisions: Path) -> None:
+    """Lay out model folders as the hub's cache has the revisions of one model; `main` is the one taken by default."""
+    folder = cache / f"models--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    for number, (revision, source) in enumerate(revisions.items()):
+        commit = f"{number:040x}"
+        shutil.copytree(source, folder / "snapshots" / commit)
+        (folder / "refs" / revision).write_text(commit)

@@ -20,6 +20,7 @@ import torch
 from transformers import DynamicCache
 
 from pat.benchmark.memory import MemoryMeter, is_out_of_memory
+from pat.checkpoint.card import shown_name
 from pat.errors import PatError, RunFailed, one_line
 from pat.loading import load_base
 
@@ -75,7 +76,7 @@ class Host:
             weight.detach().flatten()[:: _PAGE // weight.element_size()].sum()  # what is mapped is read only now
         self._synchronize()
         self.facts = ModelFacts(
-            name=name,
+            name=shown_name(name),
             num_parameters=sum(p.numel() for p in weights),
             weight_bytes=sum(p.numel() * p.element_size() for p in weights),
             dtype=str(weights[0].dtype).removeprefix("torch."),

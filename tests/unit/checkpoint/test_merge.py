@@ -14,7 +14,7 @@ import torch
 from hardened import hardened
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import batch, build, tiny_tokenizer
+from tiny_models import batch, build, fill_hub_cache, tiny_tokenizer
 from tiny_training import attach, largest_difference, logits, tuner_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -97,27 +97,17 @@ def test_the_base_can_have_moved(work: Path) -> None:
     assert result.parity.max_abs_logit_diff < ROUNDING
 
 
-@pytest.fixture
-def hub(work: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The hub's cache on this machine: the main branch of `org/base` is not its revision `first`."""
-    folder = work / "hub" / "models--org--base"
-    shutil.copytree(work / "base", work / "other")
-    change_tensors(work / "other" / "model.safetensors", lambda tensors: tensors["model.norm.weight"].mul_(2))
-    for revision, commit, source in (("main", "a" * 40, work / "other"), ("first", "b" * 40, work / "base")):
-        shutil.copytree(source, folder / "snapshots" / commit)
-        (folder / "refs").mkdir(exist_ok=True)
-        (folder / "refs" / revision).write_text(commit)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(work / "hub"))
-    edit_config(work / "adapter", base_model_name_or_path="org/base", revision="first")
-    return folder
-
-
 @pytest.mark.parametrize("given", [None, "org/base"])
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_an_adapter_is_merged_into_the_revision_that_it_was_trained_on(
-    work: Path, hub: Path, given: str | None, in_memory: bool, monkeypatch: pytest.MonkeyPatch
+    work: Path, given: str | None, in_memory: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = logits(load_adapted(work / "adapter", base_model=str(work / "base"), progress=False))
+    shutil.copytree(work / "base", work / "other")
+    change_tensors(work / "other" / "model.safetensors", lambda tensors: tensors["model.norm.weight"].mul_(2))
+    fill_hub_cache(work / "hub", "org/base", main=work / "other", first=work / "base")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(work / "hub"))
+    edit_config(work / "adapter", base_model_name_or_path="org/base", revision="first")
     if in_memory:
         monkeypatch.setattr("pat.checkpoint.merge.load_hollow", lambda *_, **__: None)
     merge(work / "adapter", work / "out", base_model=given, progress=False)
