@@ -115,6 +115,22 @@ def test_merging_the_saved_adapter_gives_the_same_checkpoint(run: Path, tmp_path
 def test_the_adapter_of_the_milestone_merges_as_well(run: Path, tmp_path: Path) -> None:
     assert main(["merge", "--adapter", str(run / "adapter"), "--output_dir", str(tmp_path / "early")]) == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "early").config.hidden_size == 36
+    card = (tmp_path / "early" / "README.md").read_text(encoding="utf-8")
+    assert "| base |" in card and not any(fact in card for fact in ("| tuned |", "steps:", "tokens seen"))
+    record = json.loads((tmp_path / "early" / "results.json").read_text(encoding="utf-8"))
+    assert len(record["warnings"]) == 1 and "the adapter as of the milestone" in record["warnings"][0]
+
+
+def test_the_card_of_a_merge_tells_of_the_run_what_the_runs_own_card_tells(run: Path, tmp_path: Path) -> None:
+    adapter = run / "compact" / "adapter"
+    assert main(["merge", "--adapter", str(adapter), "--output_dir", str(tmp_path / "again")]) == 0
+    own, merged = (
+        {part.partition("\n")[0]: part for part in (folder / "README.md").read_text(encoding="utf-8").split("\n## ")}
+        for folder in (run / "model", tmp_path / "again")
+    )
+    assert own.keys() == merged.keys()
+    for heading in ("How", "Held-out loss", "Limits"):
+        assert merged[heading] == own[heading]
 
 
 def test_an_adapter_of_either_kind_can_be_evaluated(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,19 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
 from pat.errors import PatError
-from pat.loading import padded
+from pat.loading import check_special_ids, grow_embedding, grown_rows, padded
 from pat.loading.tokenizer import load_plain_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from pat.tuner.config import PatConfig
-
-MULTIPLE = 64
-"""A grown embedding gets a multiple of so many rows, as in TRL's `clone_chat_template`."""
 
 
 @dataclass(frozen=True)
@@ -40,22 +35,17 @@ class Vocabulary:
         Raises:
             PatError: it has not.
         """
-        tokenizer = self.tokenizer
-        special = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
-        token = max(largest, *(int(cast(int, id)) for id in special if id is not None))
-        if token >= self.num_embeddings:
+        check_special_ids(self.tokenizer, self.num_embeddings)
+        if largest >= self.num_embeddings:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
             raise PatError(
-                f"Got the token {tokenizer.convert_ids_to_tokens(token)!r} (id {token}), but the model has embeddings "
-                f"for {self.num_embeddings} tokens; use its own tokenizer, or resize its embedding and save both."
+                f"Got the token {token!r} (id {largest}), but the model has embeddings for {self.num_embeddings} "
+                "tokens; use its own tokenizer, or resize its embedding and save both."
             )
 
     def fit(self, model: PreTrainedModel) -> None:
         """Give a base model the embeddings and the end token of a tokenizer with added tokens."""
-        embedding: Any = model.get_input_embeddings()
-        if embedding.weight.shape[0] < self.num_embeddings:
-            with torch.random.fork_rng():  # a run that is resumed has to find the same values
-                torch.manual_seed(0)
-                model.resize_token_embeddings(self.num_embeddings)
+        grow_embedding(model, self.num_embeddings)
         if self.added:
             for config in (model.config.get_text_config(), model.generation_config):
                 if config is not None:
@@ -120,6 +110,5 @@ def load_vocabulary(
             if token not in tokenizer.get_vocab():
                 raise PatError(f"Got {field}={token!r}, which the tokenizer does not know; expected one it has.")
             setattr(tokenizer, field, token)
-    if added and added[-1] >= num_embeddings:
-        num_embeddings = -(-(added[-1] + 1) // MULTIPLE) * MULTIPLE
+    num_embeddings = grown_rows(num_embeddings, max(added, default=0))
     return Vocabulary(padded(tokenizer, base_config), num_embeddings, added, tokenizer)
