@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from pat.errors import PatError
+from pat.errors import PatError, one_line
 from pat.training.calibration_text import BATCH_SIZE, CONTEXT, batches_from_text_file
 from pat.tuner.config import PatConfig
 
@@ -111,7 +111,7 @@ def _token_ids(row: Any, tokenizer: Any) -> list[int]:
                     return list(tokenizer("".join(parts), verbose=False)["input_ids"])
                 return list(tokenizer.apply_chat_template([*chain(*parts)], return_dict=True)["input_ids"])
             except Exception as error:  # templates raise what they like
-                detail = " ".join(str(error).split())
+                detail = one_line(error)
                 raise PatError(
                     f"The rotation needs text, but the tokenizer cannot read the column(s) {', '.join(names)} of the "
                     f"trainer's data ({detail}); {REMEDY}"

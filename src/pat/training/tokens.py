@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from datasets import Dataset, Features, List, Value
 
-from pat.errors import PatError
+from pat.errors import PatError, one_line
 from pat.nll import IGNORED, Example
 from pat.training.data import chat_template_of
 from pat.training.messages import reads
@@ -135,7 +135,7 @@ class Encoder:
             whole = render(row["prompt"] + row["completion"], **options)
             return whole, render(row["prompt"], add_generation_prompt=True, **options)
         except Exception as error:  # whatever the expressions of a template raise
-            where, reason = row.get(PLACE, "A row"), " ".join(str(error).split())
+            where, reason = row.get(PLACE, "A row"), one_line(error)
             raise PatError(f"{where}: the tokenizer's chat template refuses it ({reason}); fix either.") from error
 
 
