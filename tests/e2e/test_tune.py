@@ -64,7 +64,7 @@ def as_argv(values: dict[str, Any]) -> list[str]:
 def run(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One finished run."""
     out = tmp_path_factory.mktemp("runs") / "out"
-    result = pat.tune(**flags(base, data, out))
+    result = pat.tune(**flags(base, data, out, model_revision="v1"))
     assert result.model_dir == out / "model"
     return out
 
@@ -80,6 +80,12 @@ def test_what_a_run_leaves(run: Path) -> None:
     figures = results["figures"]
     assert figures["dense"]["num_parameters"] < figures["base"]["num_parameters"] < figures["tuned"]["num_parameters"]
     assert figures["dense"]["held_out_nll"] == pytest.approx(figures["tuned"]["held_out_nll"], abs=0.05)  # bf16 weights
+    assert set(results["learning_rates"]) == {"LoRA", "mask", "operators"}
+    revisions = {
+        folder: json.loads((run / folder / "adapter_config.json").read_text())["revision"]
+        for folder in ("adapter", "compact/adapter")
+    }
+    assert revisions == {"adapter": "v1", "compact/adapter": None}
     assert str(run.parent) not in (run / "results.json").read_text(encoding="utf-8")
     assert str(run.parent) not in (run / "model" / "README.md").read_text(encoding="utf-8")
 

@@ -106,9 +106,9 @@ class Stages:
                     "resume from a checkpoint of stage one."
                 )
             return self._resume_compact(resume_from)
-        tied = bool(cast(PreTrainedModel, base).config.get_text_config().tie_word_embeddings)
-        pat_config = self.data.vocabulary.train_added(self.arguments.pat_config(), tied=tied)
-        model = cast(PeftModel, get_peft_model(cast(PreTrainedModel, base), pat_config))
+        pat_config = self.data.vocabulary.train_added(self.arguments.pat_config(), cast(PreTrainedModel, base).config)
+        revision = self.arguments.model.model_revision
+        model = cast(PeftModel, get_peft_model(cast(PreTrainedModel, base), pat_config, revision=revision))
         tuner = cast(PatModel, find_tuner(model))
         warn_without_rotation(tuner)
         goes_small = compacts(self.arguments.run.no_compact, tuner.pat_config(), warns=True)
