@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import enum
 import json
+import os
 import types
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass
@@ -132,11 +133,18 @@ def _as(kind: type, value: Any) -> Any:
         if fits or kind is str:
             # A number or a path stands for its text; true and other objects are left to whom they are for.
             plain = isinstance(value, int | float | Path) and not isinstance(value, bool)
-            return str(value) if kind is str and plain else value
+            value = str(value) if kind is str and plain else value
+            return _expanded(kind, value) if isinstance(value, str | Path) else value
         raise ValueError
     if kind is bool:
         for truth, words in _WORDS.items():
             if value.lower() in words:
                 return truth
         raise ValueError
-    return kind(value)
+    return _expanded(kind, value)
+
+
+def _expanded(kind: type, value: Any) -> Any:
+    """Return a path, or a text that begins with `~/`, with the home directory put in, as a shell would have done."""
+    is_path = kind is Path or (kind is str and str(value).startswith("~/"))
+    return kind(os.path.expanduser(value)) if is_path else kind(value)

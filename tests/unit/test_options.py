@@ -63,6 +63,8 @@ def parser() -> OptionsParser[Options]:
         ("--no_on", "on", False),
         ("--kind b", "kind", "b"),
         ("--folder x/y", "folder", Path("x/y")),
+        ("--folder=~/x", "folder", Path.home() / "x"),
+        ("--kwargs ~/file.json", "kwargs", f"{Path.home()}/file.json"),
         ('--kwargs {"a":1}', "kwargs", {"a": 1}),
         ("--kwargs file.json", "kwargs", "file.json"),
     ],
@@ -108,7 +110,16 @@ def test_typed_flags_win_over_the_file_over_the_defaults_between_over_the_fields
 
 
 def test_keywords_are_values_or_words() -> None:
-    made = parser().build({"name": Path("n"), "sizes": (2, 3), "rank": 4, "learning_rate": 1, "report_to": ["a", "b"]})
+    made = parser().build(
+        {
+            "name": Path("n"),
+            "folder": Path("~/x"),
+            "sizes": (2, 3),
+            "rank": 4,
+            "learning_rate": 1,
+            "report_to": ["a", "b"],
+        }
+    )
     assert made.inner == Inner("n", learning_rate=1)
     assert made.other == Other("n", sizes=[2, 3], rank=4, report_to=["a", "b"])
     assert parser().build({"name": "n", "sizes": "2,3", "flag": "yes"}).other.sizes == [2, 3]

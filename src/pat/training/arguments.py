@@ -174,7 +174,7 @@ file, --debug shows tracebacks.\
     @property
     def output_dir(self) -> Path:
         """Folder of the run."""
-        return Path(self.run.output_dir).expanduser()
+        return Path(self.run.output_dir)
 
     def pat_config(self) -> PatConfig:
         """Return the adapter's configuration."""

@@ -107,7 +107,7 @@ def _fingerprint(name: str, base_config: Any) -> str:
     """Digest a base model: its configuration, and names, sizes and first kilobytes of the weight files in a folder."""
     facts = {key: value for key, value in plain(base_config.to_dict()).items() if key not in _NOT_THE_MODELS}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    folder = Path(name).expanduser()
+    folder = Path(name)
     for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
         digest.update(f"{path.name} {path.stat().st_size}".encode())
         with path.open("rb") as file:

@@ -98,7 +98,7 @@ def load_vocabulary(
     num_embeddings = base_config.get_text_config().vocab_size
     added: list[int] = []
     if chat_template_path is not None and chat_template_path.endswith((".jinja", ".j2")):
-        path = Path(chat_template_path).expanduser()
+        path = Path(chat_template_path)
         try:
             tokenizer.chat_template = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
