@@ -92,15 +92,25 @@ class Option:
             text = f"{text} (default: {str(default).replace('%', '%%')})"
         names = [f"--{self.name}"]
         if self.kinds == (bool,):
-            group.add_argument(*names, nargs="?", const="true", metavar="true|false", help=text)
+            group.add_argument(*names, action=_Once, nargs="?", const="true", metavar="true|false", help=text)
             if self.default is True:
                 opposite = argparse.SUPPRESS if hidden else "Its opposite."
                 group.add_argument(
-                    f"--no_{self.name}", dest=self.name, action="store_const", const="false", help=opposite
+                    f"--no_{self.name}", dest=self.name, action=_Once, nargs=0, const="false", help=opposite
                 )
             return
         metavar = "{" + ",".join(self.choices) + "}" if 0 < len(self.choices) < 8 else self.name.upper()
-        group.add_argument(*names, nargs="+" if self.takes_list else None, metavar=metavar, help=text)
+        nargs = "+" if self.takes_list else None
+        group.add_argument(*names, action=_Once, nargs=nargs, metavar=metavar, help=text)
+
+
+class _Once(argparse.Action):
+    """Keeps the words of a flag, and refuses it a second time, where argparse would take the last."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if hasattr(namespace, self.dest):
+            parser.error(f"Got {option_string} a second time; give it once")
+        setattr(namespace, self.dest, self.const if values == [] else values)
 
 
 def _parts(annotation: Any) -> Iterable[tuple[bool, Any]]:
