@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from pat.surgery.describe import check_tie, map_of
 from pat.surgery.residual import ResidualStream
 from pat.surgery.rotation import gain_block
 from pat.tuner.config import PatConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,8 @@ def default_targets(config: PatConfig, model: nn.Module, stream: ResidualStream)
         experts = [linear.path for linear in linears if linear.weight == linear.path]
         if experts and config.target_parameters is None:
             if config.lora_dropout or config.use_dora:
-                warnings.warn(
-                    "LoRA leaves out the expert parameters: peft supports neither dropout nor DoRA on bare parameters.",
-                    stacklevel=2,
+                logger.warning(
+                    "LoRA leaves out the expert parameters: peft supports neither dropout nor DoRA on bare parameters."
                 )
             else:
                 config.target_parameters = list(stream.family.expert_parameters)
