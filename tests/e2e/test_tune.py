@@ -147,23 +147,27 @@ def test_a_finished_run_is_not_overwritten(
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("stage", ["one", "the end of one", "two"])
+@pytest.mark.parametrize("stage", ["one", "the end of one", "two", "the model"])
 def test_a_run_that_was_cut_off_is_resumed(stage: str, base: Path, data: Path, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = flags(base, data, out, save_strategy="steps", save_steps=1, keep_checkpoints=True)
     pat.tune(**options)
-    kept = {"one": ["checkpoint-1"], "the end of one": ["checkpoint-2"], "two": ["checkpoint-2", "compact"]}[stage]
+    both = ["checkpoint-2", "compact"]
+    kept = {"one": ["checkpoint-1"], "the end of one": ["checkpoint-2"], "two": both, "the model": both}[stage]
+    written = ["model"] if stage == "the model" else []
     for path in [*out.iterdir(), *(out / "checkpoints").iterdir()]:
         left = (
             path.name in kept
             if path.parent.name == "checkpoints"
-            else path.name in ("checkpoints", "compact", "adapter", "run.json")
+            else path.name in ("checkpoints", "compact", "adapter", "run.json", *written)
         )
         if not left:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     if stage == "two":
         for step in (STEPS, STEPS - 1):
             shutil.rmtree(out / "checkpoints" / "compact" / f"checkpoint-{step}")
+    described = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(described | {"finished": []}))
     pat.tune(**options, resume_from_checkpoint="true")
     whole, resumed = (
         [row["loss"] for row in json.loads((folder / "results.json").read_text())["log_history"] if "loss" in row]

@@ -170,7 +170,9 @@ def _resume_from(arguments: TuneArguments) -> str | None:
         _remove_beginnings(arguments.output_dir)
         check_output_folder(arguments.output_dir)
         return None
-    check_output_folder(arguments.output_dir / "model")
+    run = RunFile.read(arguments.output_dir)
+    if run is None or "results" in run.finished:  # else what is there is of a run that was cut off
+        check_output_folder(arguments.output_dir / "model")
     found = last_checkpoint(checkpoints) if given is True else given
     if not isinstance(found, str) or not Path(found).is_dir():
         raise PatError(

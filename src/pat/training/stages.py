@@ -30,7 +30,7 @@ from pat.method.schedule import milestone_step
 from pat.training.arguments import TuneArguments
 from pat.training.callback import PatCallback
 from pat.training.check import compacts, warn_without_rotation
-from pat.training.checkpoints import STAGE_TWO, continue_from, is_compact, load_hard
+from pat.training.checkpoints import STAGE_TWO, continue_from, is_compact, load_finished, load_hard
 from pat.training.guard import FiniteGuard
 from pat.training.prepare import Prepared
 from pat.training.run_file import RUN_FILE, RunFile
@@ -166,11 +166,12 @@ class Stages:
                 processing_class=self.data.vocabulary.tokenizer,
             )
 
-    def _train(self, trainer: SFTTrainer, part: str, resume_from: Any) -> None:
+    def _train(self, trainer: SFTTrainer, part: str, resume_from: str | None) -> None:
         started = time.perf_counter()
         try:
             with self._begun():
-                trainer.train(resume_from_checkpoint=resume_from or None)
+                if resume_from is None or not load_finished(trainer, resume_from, self.num_steps):
+                    trainer.train(resume_from_checkpoint=resume_from)
         except RunFailed as error:
             last = Path(cast(str, trainer.args.output_dir)) / "last-finite"
             trainer.save_model(str(last))

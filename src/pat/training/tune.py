@@ -193,6 +193,8 @@ def _write(
     }
     with staged_folder(arguments.output_dir / "model") as staging:
         return save_checkpoint(
+    # What a run that was cut off before its results has left; `check` refuses anything else.
+    shutil.rmtree(arguments.output_dir / "model", ignore_errors=True)
             trained.model,
             staging,
             tokens=tokens,
