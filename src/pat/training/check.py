@@ -15,7 +15,7 @@ from pat.errors import PatError
 from pat.families import Family
 from pat.loading import load_config
 from pat.method.schedule import milestone_step
-from pat.shape import LARGE_RATIO, Width
+from pat.shape import DEFAULT_PRUNING_RATIO, LARGE_RATIO, Width
 from pat.surgery.residual import ResidualStream
 from pat.training.arguments import TuneArguments
 from pat.training.calibration_text import read_calibration
@@ -70,7 +70,8 @@ def check(arguments: TuneArguments) -> Checked:
     pat_config = arguments.pat_config()
     base_config, family = load_config(arguments.run.model_name_or_path, revision=arguments.model.model_revision)
     width = check_config(base_config, family, pat_config)
-    if pat_config.pruning_ratio is not None and abs(width.pruning_ratio - pat_config.pruning_ratio) > RATIO_SLACK:
+    asked = pat_config.pruning_ratio or DEFAULT_PRUNING_RATIO
+    if pat_config.pruned_hidden_size is None and abs(width.pruning_ratio - asked) > RATIO_SLACK:
         logger.warning("%.1f %% of the hidden size will be cut: %s.", 100 * width.pruning_ratio, width.reason)
     if width.pruning_ratio > LARGE_RATIO:
         logger.warning(
