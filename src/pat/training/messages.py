@@ -41,7 +41,7 @@ def reads(chat_template: str, name: str) -> bool:
 def put_before(opening: list[Message], prompt: list[tuple[Message, bool]]) -> list[Message]:
     """Put the system and history columns of a row before its messages."""
     messages = [message for message, _ in prompt]
-    if opening and messages[0]["role"] == opening[0]["role"] == "system":
+    if opening and messages and messages[0]["role"] == opening[0]["role"] == "system":
         if opening[0]["content"] != messages[0]["content"]:
             raise RowError("got a system column and another system message; expected one of them.")
         opening = opening[1:]

@@ -24,6 +24,7 @@ FEATURES = Features(
         **dict.fromkeys(("num_tokens", "num_targets"), Value("int64")),  # before it; targets are what is learned
         "num_left": Value("int64"),  # targets after it
         "unread": Value("string"),  # fields and options that the chat template does not mention
+        "opens": Value("bool"),  # whether the first message of the prompt is an assistant's
     }
 )
 
@@ -83,6 +84,7 @@ class Encoder:
             PatError: the chat template refuses an example, or the tokenizer has no end-of-sequence token.
         """
         unread = [""] * len(next(iter(batch.values())))
+        opens = [False] * len(unread)
         prompts: list[list[int]] | None = None
         if "prompt" not in batch:
             full = self._ids([self._ended(text) for text in batch["text"]])
@@ -96,6 +98,7 @@ class Encoder:
             full, prompts = (self._ids(texts, add_special_tokens=False) for texts in chats)
             source = chat_template_of(self.tokenizer)
             unread = [", ".join(sorted(name for name in _names(row) if not reads(source, name))) for row in rows]
+            opens = [[m["role"] for m in row["prompt"][:1]] == ["assistant"] for row in rows]
         starts = [0] * len(full)
         if prompts is not None and self.completion_only:
             starts = [_common_prefix(prompt, ids) for prompt, ids in zip(prompts, full, strict=True)]
@@ -107,6 +110,7 @@ class Encoder:
             "num_targets": [len(ids) - start for start, ids in zip(starts, full, strict=True)],
             "num_left": [len(row) - row.count(IGNORED) for row in labels],
             "unread": unread,
+            "opens": opens,
         }
 
     def _ids(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
