@@ -19,8 +19,9 @@ from trl import SFTConfig, pack_dataset
 
 from pat.checkpoint.verification_text import verification_batches
 from pat.errors import PatError
-from pat.nll import Example, batches_from_examples, split_text
-from pat.training.calibration_text import CONTEXT, read_calibration
+from pat.nll import Example, batches_from_examples
+from pat.questions import evenly_spaced
+from pat.training.calibration_text import calibration_pieces
 from pat.training.data import TrainingData, load_training_data
 from pat.training.data_record import DataRecord, held_out_remarks, make_record, remarks
 from pat.training.sources import TemplateChoice
@@ -117,8 +118,7 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
     vocabulary.check(_largest_token(rows))
     vocabulary.check(max((token for row in apart for token in row["input_ids"]), default=0))
     if arguments.pat.calibration is not None:
-        text = read_calibration(arguments.pat.calibration)
-        vocabulary.check(max(token for piece in split_text(vocabulary.tokenizer, text, CONTEXT) for token in piece))
+        vocabulary.check(max(map(max, calibration_pieces(arguments.pat.calibration, vocabulary.tokenizer))))
     pieces = [list(_pieces(row, cut)) for row in apart]
     held_out = [piece for row in pieces for piece in row]
     record = replace(make_record(data, rows, cut), num_held_out=sum(map(bool, pieces)))
@@ -155,10 +155,10 @@ def prepare_examples(
         PatError: see `prepare`.
     """
     data = load_training_data(name, tokenizer=vocabulary.tokenizer, template=template, held_out=0)
-    count, total = min(limit or len(data.train_rows), len(data.train_rows)), len(data.train_rows)
-    some = data.train_rows.select([index * total // count for index in range(count)])
+    spaced = evenly_spaced(len(data.train_rows), limit or None)
+    data = replace(data, train_rows=data.train_rows.select(spaced))
     cut = Cut(max_length)
-    rows = encode(some, Encoder(vocabulary.tokenizer, cut))
+    rows = encode(data.train_rows, Encoder(vocabulary.tokenizer, cut))
     vocabulary.check(_largest_token(rows))
     record = make_record(data, rows, cut)
     for remark in remarks(record, data, rows, cut, vocabulary.tokenizer):
