@@ -78,7 +78,7 @@ def calibration_batches(config: PatConfig, dataloader: Any, tokenizer: Any) -> I
 
 
 def _leaving_the_random_state(loader: Iterable[Any]) -> Iterator[Any]:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # loaders draw on the CPU, and a model that is evaluated draws nothing
         yield from loader
 
 

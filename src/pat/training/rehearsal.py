@@ -94,8 +94,7 @@ def _attached(arguments: TuneArguments, data: Prepared, config: Any, *, on_meta:
                 target_parameters=None,
                 modules_to_save=kept or None,
             )
-        tied = bool(config.get_text_config().tie_word_embeddings)
-        return cast(PeftModel, get_peft_model(model, data.vocabulary.train_added(pat_config, tied=tied)))
+        return cast(PeftModel, get_peft_model(model, data.vocabulary.train_added(pat_config, config)))
 
 
 def _check_names(arguments: TuneArguments, base: PreTrainedModel) -> None:

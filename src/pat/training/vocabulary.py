@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
 from pat.errors import PatError
+from pat.families import get_family
 from pat.loading import padded
 from pat.loading.tokenizer import load_plain_tokenizer
+from pat.tuner.compaction import seeded
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -53,21 +53,22 @@ class Vocabulary:
         """Give a base model the embeddings and the end token of a tokenizer with added tokens."""
         embedding: Any = model.get_input_embeddings()
         if embedding.weight.shape[0] < self.num_embeddings:
-            with torch.random.fork_rng():  # a run that is resumed has to find the same values
-                torch.manual_seed(0)
+            with seeded(0, model):  # a run that is resumed has to find the same values
                 model.resize_token_embeddings(self.num_embeddings)
         if self.added:
             for config in (model.config.get_text_config(), model.generation_config):
                 if config is not None:
                     config.eos_token_id = self.tokenizer.eos_token_id
 
-    def train_added(self, config: PatConfig, *, tied: bool) -> PatConfig:
+    def train_added(self, config: PatConfig, base_config: PretrainedConfig) -> PatConfig:
         """Have the added tokens trained, in both stages: like TRL does with an adapter that it makes itself."""
         if self.added:
             given = cast(list[int], config.trainable_token_indices or [])
             config.trainable_token_indices = sorted({*given, *self.added})
-            if not tied:
-                config.modules_to_save = sorted({*(config.modules_to_save or ()), "lm_head"})
+            text_config = base_config.get_text_config()
+            if not text_config.tie_word_embeddings:
+                head = get_family(text_config.model_type).head
+                config.modules_to_save = sorted({*(config.modules_to_save or ()), head})
         return config
 
 

@@ -13,7 +13,8 @@ with a scale of 1.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -90,8 +91,7 @@ class Compacted:
 
         The global random state is left alone, so that a run that is resumed here finds the same values.
         """
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with seeded(seed, self.base):
             model = cast(PeftModel, get_peft_model(self.base, self.config, adapter_name=self.adapter))
         inherited: dict[nn.Parameter, Inherited] = {}
         for path, given in self.factors.items():
@@ -105,6 +105,14 @@ class Compacted:
                 if was is not None:
                     inherited[parameter] = Inherited(was, axis, self.keep)
         return CompactModel(model, inherited)
+
+
+@contextmanager
+def seeded(seed: int, model: nn.Module) -> Iterator[None]:
+    """Draw from a seed, and leave the global random state as it was: the CPU's and that of the model's own GPUs."""
+    with torch.random.fork_rng(devices={p.device for p in model.parameters() if p.is_cuda}):
+        torch.manual_seed(seed)
+        yield
 
 
 def check_compactable(config: PatConfig) -> None:
