@@ -34,7 +34,7 @@ from pat.training.checkpoints import STAGE_TWO, continue_from, is_compact, load_
 from pat.training.guard import FiniteGuard
 from pat.training.prepare import Prepared
 from pat.training.run_file import RUN_FILE, RunFile
-from pat.training.trainer import SaveTokens, StopAtMilestone, make_trainer
+from pat.training.trainer import KeepLog, SaveTokens, StopAtMilestone, make_trainer
 from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel, find_tuner
 
@@ -226,7 +226,9 @@ class Stages:
         args = self.data.trainer_args(self.arguments.sft)
         stage_two = self._trainer(compact.model, args, self.checkpoints / STAGE_TWO)
         start = None
-        if trainer.state.global_step > 0:
+        if trainer.state.global_step == 0:  # there is no checkpoint to take the log along
+            stage_two.add_callback(KeepLog(trainer.state.log_history))
+        else:
             last = Path(done) if done else self.checkpoints / f"checkpoint-{trainer.state.global_step}"
             start = str(continue_from(last, trainer, compact, stage_two))
         self.seconds["compaction"] = time.perf_counter() - started

@@ -72,6 +72,17 @@ class StopAtMilestone(TrainerCallback):
 class SaveTokens(TrainerCallback):
     """Writes what belongs to a run's tokens into every checkpoint; the trainer's own tokenizer has had to be padded."""
 
+class KeepLog(TrainerCallback):
+    """Puts what was logged before a training at the head of its log."""
+
+    def __init__(self, log_history: list[dict[str, float]]) -> None:
+        self.log_history = log_history
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put it there; from then on every checkpoint holds it."""
+        state.log_history[:0] = self.log_history
+
+
     def __init__(self, tokens: TokenSetup) -> None:
         self.tokens = tokens
 
