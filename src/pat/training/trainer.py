@@ -41,6 +41,9 @@ def make_trainer(
     head: Any = model.get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper):
         head.register_parameter("bias", None)  # TRL asks the head for it; peft's wrapper only passes on the weight
+    config: Any = model.config
+    if hasattr(config, "num_local_experts") and not hasattr(config, "num_experts"):
+        config.num_experts = config.num_local_experts  # TRL's router loss asks every mixture of experts by this name
     args.output_dir = str(folder)
     evaluation: Dataset | None = data.evaluation
     return SFTTrainer(
@@ -69,9 +72,6 @@ class StopAtMilestone(TrainerCallback):
             control.should_training_stop = control.should_save = control.should_log = True
 
 
-class SaveTokens(TrainerCallback):
-    """Writes what belongs to a run's tokens into every checkpoint; the trainer's own tokenizer has had to be padded."""
-
 class KeepLog(TrainerCallback):
     """Puts what was logged before a training at the head of its log."""
 
@@ -82,6 +82,9 @@ class KeepLog(TrainerCallback):
         """Put it there; from then on every checkpoint holds it."""
         state.log_history[:0] = self.log_history
 
+
+class SaveTokens(TrainerCallback):
+    """Writes what belongs to a run's tokens into every checkpoint; the trainer's own tokenizer has had to be padded."""
 
     def __init__(self, tokens: TokenSetup) -> None:
         self.tokens = tokens

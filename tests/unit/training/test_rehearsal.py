@@ -61,9 +61,7 @@ def test_what_can_be_trained_passes_and_its_steps_are_known(
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_passes(family: str, tied: bool, tmp_path: Path) -> None:
-    # TRL 1.16 asks the configuration of GraniteMoe for `num_experts`, which it calls `num_local_experts`.
-    flags = {"router_aux_loss_coef": 0.0} if family == "granitemoe" else {}
-    assert rehearsed(tmp_path, family, tied=tied, **flags) == 5
+    assert rehearsed(tmp_path, family, tied=tied) == 5
 
 
 @pytest.mark.parametrize(
