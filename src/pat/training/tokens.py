@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from datasets import Dataset, Features, List, Value
 
 from pat.errors import PatError, one_line
-from pat.nll import IGNORED, Example
+from pat.nll import IGNORED
 from pat.training.data import chat_template_of
 from pat.training.messages import reads
 from pat.training.sources import PLACE
@@ -160,17 +160,6 @@ def encode(dataset: Dataset, encoder: Encoder, num_proc: int | None = None) -> D
         features=FEATURES,
         desc="Tokenizing",
     )
-
-
-def tokenize_examples(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, max_length: int | None) -> list[Example]:
-    """Return the `input_ids` and `labels` of all examples, cut at their end; those without a label left are dropped.
-
-    Raises:
-        PatError: see `encode`.
-    """
-    rows = encode(dataset, Encoder(tokenizer, Cut(max_length)))
-    examples = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
-    return [example for example in examples if max_length is None or learns(example["labels"])]
 
 
 def learns(labels: Sequence[int]) -> bool:
