@@ -1,4 +1,4 @@
-"""What a run calibrates on: the text file of its configuration, or the rows that its trainer trains on."""
+"""Provides what a run calibrates on: the text file of its configuration, or the rows that its trainer trains on."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TEXT_COLUMNS = (
     ("completion",),
     ("prompt",),
 )
-"""Columns of texts or conversations, likewise."""
+"""Columns of texts or conversations, read in the same way."""
 
 ROWS_AT_ONCE = 8
 """Rows in a batch where the trainer's own loader does not say."""

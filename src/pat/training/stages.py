@@ -1,8 +1,8 @@
 """Training in two stages: masked at full width up to the milestone, then ordinary LoRA on the compact model.
 
 Each stage is a run of TRL's trainer with the same arguments. The second one resumes from a checkpoint that is made of
-the first one's: its step count, schedule, data order and random state run on as if nothing had happened (specification,
-"Compaction").
+the first one's: its step count, schedule, data order and random state run on as if nothing had happened
+(docs/adr/0008).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trained:
-    """What training came to."""
+    """A trained model, and what is on record of its training."""
 
     model: PeftModel
     """The masked model, or the compact one with its ordinary LoRA."""
@@ -51,7 +51,7 @@ class Trained:
     epoch: float
     log_history: list[dict[str, Any]]
     seconds: dict[str, float]
-    """By part: `preparation` (of the rows), `stage_one`, `compaction`, `stage_two`."""
+    """Seconds that each part took: `preparation` (of the rows), `stage_one`, `compaction`, `stage_two`."""
     pat_config: dict[str, Any]
     run: RunFile
     compaction: Compaction | None = None

@@ -34,7 +34,7 @@ BATCH_SIZE = 1000
 
 @dataclass(frozen=True)
 class Cut:
-    """How SFTTrainer makes sequences fit, by its own arguments."""
+    """SFTTrainer's arguments that say how sequences are made to fit."""
 
     max_length: int | None = None
     truncation_mode: str = "keep_start"
@@ -43,12 +43,12 @@ class Cut:
 
     @property
     def room(self) -> int | None:
-        """Tokens that are kept of a sequence; None if all are, be it in several sequences."""
+        """Number of tokens that are kept of a sequence; None if all are kept, even if in several sequences."""
         return None if self.packing and self.packing_strategy != "bfd" else self.max_length
 
     @property
     def keeps_end(self) -> bool:
-        """Whether it is the beginning that is dropped."""
+        """Whether sequences lose their beginning instead of their end."""
         return self.truncation_mode == "keep_end" and not self.packing
 
     def __call__(self, values: list[int]) -> list[int]:

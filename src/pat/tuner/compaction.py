@@ -1,6 +1,6 @@
 """Compaction: a hard masked model becomes a small model with an ordinary LoRA adapter, to be trained on.
 
-The same function to rounding (specification, "Compaction"). For a writer with LoRA (A, B, scale k) and a low-rank
+Both are the same function to rounding (docs/adr/0008). For a writer with LoRA (A, B, scale k) and a low-rank
 operator D = I + L1 diag(v) L0, on the kept channels K:
 
     z[K] = W[K] x + k B[K] A x + (L1 diag(v))[K] (L0 W + k L0 B A) x

@@ -191,7 +191,7 @@ class PatModel(LoraModel):
         """Return a small model with an ordinary LoRA adapter to train on; the masked model stays as it is.
 
         The same function to rounding: LoRA is cut, and every low-rank operator becomes more rank of its writer's LoRA
-        (specification, "Compaction").
+        (docs/adr/0008).
 
         Raises:
             PatError: the mask is not 0/1 yet, or the base model is quantised.

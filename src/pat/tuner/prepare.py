@@ -1,4 +1,4 @@
-"""Checks and decisions before anything is attached: does this adapter fit this base, and what exactly will it be?"""
+"""Checks that an adapter fits a base model, and decides what exactly it will be, before anything is attached."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AttachmentPlan:
-    """What attaching an adapter to a model comes to."""
+    """What is attached to a model for an adapter."""
 
     stream: ResidualStream
     width: Width
@@ -208,7 +208,7 @@ def _check_rope(base_config: Any, family: Family, width: Width) -> None:
 
 
 def _resolve_rotation(model: nn.Module, config: PatConfig, stream: ResidualStream, width: Width, *, tied: bool) -> str:
-    """Decide between PCA and no rotation (specification, "Rotation": where it is exact and where not)."""
+    """Decide between PCA and no rotation (docs/adr/0004 says where a rotation is exact)."""
     if config.rotation == "none":
         return "none"
     obstacle = _rotation_obstacle(model, config, stream, width, tied=tied)
