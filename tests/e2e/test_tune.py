@@ -244,6 +244,17 @@ def test_packing_and_picking_the_best_checkpoint(base: Path, data: Path, tmp_pat
     assert AutoModelForCausalLM.from_pretrained(result.model_dir).config.hidden_size == 36
 
 
+def test_a_mixture_of_experts_is_tuned_by_the_default_flags(data: Path, tmp_path: Path) -> None:
+    """GraniteMoe lacks a field that TRL asks for; what the trainer sets for its router's loss is not written."""
+    build("granitemoe", tied=True).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    result = pat.tune(**flags(tmp_path / "base", data, tmp_path / "out"))
+    assert all("aux_loss" in row for row in result.record.log_history if "loss" in row)
+    for folder in (result.model_dir, tmp_path / "out" / "compact" / "model"):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        assert config["output_router_logits"] is False and "num_experts" not in config
+
+
 def test_the_demo_shows_both_models(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,7 +34,14 @@ from pat.training.checkpoints import STAGE_TWO, continue_from, is_compact, load_
 from pat.training.guard import FiniteGuard
 from pat.training.prepare import Prepared
 from pat.training.run_file import RUN_FILE, RunFile
-from pat.training.trainer import KeepLog, SaveTokens, StopAtMilestone, make_trainer
+from pat.training.trainer import (
+    KeepLog,
+    SaveTokens,
+    StopAtMilestone,
+    make_trainer,
+    restore_router_settings,
+    router_settings,
+)
 from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel, find_tuner
 
@@ -76,6 +83,8 @@ class Stages:
     base: PreTrainedModel | None
     """Handed over: nobody else may hold it, or it stays in memory beside the compact model."""
     seconds: dict[str, float] = field(default_factory=dict)
+    router_settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of the model's configuration that its trainer has changed for itself."""
 
     def __post_init__(self) -> None:
         self.seconds["preparation"] = self.data.seconds
@@ -149,6 +158,7 @@ class Stages:
         return self._trained(trainer, record, config)
 
     def _trainer(self, model: PeftModel, args: SFTConfig, folder: Path, *callbacks: TrainerCallback) -> SFTTrainer:
+        self.router_settings = router_settings(model.config)
         return make_trainer(
             model, args, self.data, folder, callbacks=[*callbacks, FiniteGuard(), SaveTokens(self.tokens)]
         )
@@ -205,6 +215,7 @@ class Stages:
         `done` is the checkpoint that was loaded; by default the one that stage one has just ended with.
         """
         started = time.perf_counter()
+        restore_router_settings(model.config, self.router_settings)
         save_adapter(model, self.arguments.output_dir / "adapter", self.tokens)
         # Of an earlier run: its stage two belongs to other channels, and must not be what a resumed run finds.
         for folder in (self.checkpoints / STAGE_TWO, self.compact_dir):
@@ -237,6 +248,7 @@ class Stages:
 
     def _trained(self, trainer: SFTTrainer, record: Compaction | None, config: Any) -> Trained:
         model = cast(PeftModel, trainer.model)
+        restore_router_settings(model.config, self.router_settings)
         folder = self.arguments.output_dir / "adapter" if record is None else self.compact_dir / ADAPTER
         save_adapter(model, folder, self.tokens)
         state = trainer.state

@@ -18,6 +18,8 @@ from pat.loading import TokenSetup
 from pat.training.prepare import Prepared
 from pat.tuner.model import find_tuner
 
+_ROUTER_SETTINGS = ("output_router_logits", "router_aux_loss_coef", "num_experts")
+
 
 def make_trainer(
     model: PeftModel,
@@ -54,6 +56,18 @@ def make_trainer(
         processing_class=tokenizer or data.vocabulary.tokenizer,
         callbacks=[*callbacks],
     )
+
+
+def router_settings(config: Any) -> dict[str, Any]:
+    """Return what a configuration says of the router's loss, which a trainer sets for itself."""
+    return {name: vars(config)[name] for name in _ROUTER_SETTINGS if name in vars(config)}
+
+
+def restore_router_settings(config: Any, settings: dict[str, Any]) -> None:
+    """Put back what a configuration said of the router's loss, before it is written."""
+    for name in _ROUTER_SETTINGS:
+        vars(config).pop(name, None)
+    vars(config).update(settings)
 
 
 def count_steps(trainer: SFTTrainer) -> int:
