@@ -50,7 +50,7 @@ RATIO_SLACK = 0.01
 
 @dataclass(frozen=True)
 class Checked:
-    """What is known of a run once its arguments, its output folder and the base's configuration are checked."""
+    """Facts of a run that are known once its arguments, its folder and the base's configuration are checked."""
 
     base_config: Any
     family: Family

@@ -1,4 +1,4 @@
-"""What a run is trained and measured on, and a line for everything of it that is left out, cut or doubtful."""
+"""Record of the data of a run, with a line for everything of it that is left out, cut or doubtful."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything in which a run looks at data: tokenizer, rows, tokens, what is trained on, and what is said about it."""
+"""Prepares the data of a run: reads tokenizer and rows, makes tokens of them, and says what is left out."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Prepared:
     train: Dataset
     """`input_ids` and `labels`, cut or packed as SFTTrainer would."""
     evaluation: Dataset | None
-    """Likewise, where the trainer is to evaluate."""
+    """Rows in the same columns to evaluate on, where the trainer is to evaluate."""
     held_out: Sequence[Example]
     """Examples to measure on, cut like those that are trained on."""
     verify_on: Sequence[dict[str, Tensor]]

@@ -30,7 +30,7 @@ EVAL_BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class Size:
-    """How large a model is."""
+    """Size of a model."""
 
     num_parameters: int
     num_bytes: int

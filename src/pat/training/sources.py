@@ -45,7 +45,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Reading:
-    """How rows are to be read; `chat_template` is the source of the tokenizer's, empty if there is none."""
+    """Options of reading rows; `chat_template` is the source of the tokenizer's template, empty if there is none."""
 
     template: TemplateChoice = "auto"
     chat_template: str = ""

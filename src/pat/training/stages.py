@@ -76,12 +76,12 @@ class Stages:
     arguments: TuneArguments
     data: Prepared
     tokens: TokenSetup
-    """What is written beside every adapter and model of the run."""
+    """Files about tokens, which are written beside every adapter and model of the run."""
     run_file: RunFile
     num_steps: int
     """Optimizer steps of both stages together."""
     base: PreTrainedModel | None
-    """Handed over: nobody else may hold it, or it stays in memory beside the compact model."""
+    """Base model. Nobody else may hold it, or it stays in memory beside the compact model."""
     seconds: dict[str, float] = field(default_factory=dict)
     router_settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the model's configuration that its trainer has changed for itself."""
@@ -91,12 +91,12 @@ class Stages:
 
     @property
     def checkpoints(self) -> Path:
-        """Where stage one keeps its checkpoints."""
+        """Folder of stage one's checkpoints."""
         return self.arguments.output_dir / "checkpoints"
 
     @property
     def compact_dir(self) -> Path:
-        """Where the compact model is left."""
+        """Folder of the compact model."""
         return self.arguments.output_dir / "compact"
 
     def run(self, resume_from: str | None = None) -> Trained:

@@ -80,10 +80,10 @@ class Compacted:
     base: PreTrainedModel
     config: LoraConfig
     factors: dict[str, Factors]
-    """By module path; LoRA on other modules starts anew."""
+    """Factors of LoRA by module path; LoRA on other modules starts anew."""
     adapter: str
     keep: Tensor
-    """Kept channels, ascending, `(d',)`."""
+    """Indices of the kept channels, ascending, of shape `(d',)`."""
 
     @torch.no_grad()
     def attach(self, seed: int = 0) -> CompactModel:
