@@ -12,6 +12,7 @@ from compare.baselines.budget import nearest
 from compare.baselines.calibration import batched
 from compare.baselines.channels import cut_channels, keep_largest, keep_random, magnitude_scores
 from compare.budget import lora_targets
+from compare.tokens import tokenize_examples
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny_models import KINDS, batch, build, tiny_tokenizer
@@ -23,7 +24,6 @@ from pat.nll import response_nll
 from pat.plan.command import run_plan
 from pat.plan.options import PlanOptions
 from pat.training.data import load_training_data
-from pat.training.tokens import Cut, Encoder, encode
 
 WIDTH = 36  # of 48
 
@@ -190,7 +190,7 @@ def test_on_a_trained_model_both_beat_random_channels(
 ) -> None:
     model, tokenizer = stories260k
     data = load_training_data(tests_data / "instructions.jsonl", tokenizer=tokenizer, held_out=40)
-    held_out = encode(data.held_out, Encoder(tokenizer, Cut(512))).to_list()
+    held_out = tokenize_examples(tokenizer, data.held_out, 512)
     calibration = calibration_sequences(tokenizer, data.train, num_sequences=4, length=512)
     target = pat_parameters(model, 48)
     nll = {}
