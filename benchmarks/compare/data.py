@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from compare.baselines import calibration_sequences
 from compare.config import CompareConfig
+from compare.tokens import tokenize_examples
 from pat.errors import PatError
 from pat.training.data import load_training_data
 from pat.training.sources import TemplateChoice
-from pat.training.tokens import tokenize_examples
 
 logger = logging.getLogger(__name__)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pat.errors import PatError
@@ -90,9 +92,16 @@ def grow_embedding(model: PreTrainedModel, num_rows: int) -> None:
     """Give a model's embedding and head as many rows, with the same values in every process."""
     embedding: Any = model.get_input_embeddings()
     if embedding.weight.shape[0] < num_rows:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
+        with seeded(0, model):  # a run that is resumed has to find the same values
             model.resize_token_embeddings(num_rows)
+
+
+@contextmanager
+def seeded(seed: int, model: nn.Module) -> Iterator[None]:
+    """Draw from a seed, and leave the global random state as it was: the CPU's and that of the model's own GPUs."""
+    with torch.random.fork_rng(devices={p.device for p in model.parameters() if p.is_cuda}):
+        torch.manual_seed(seed)
+        yield
 
 
 def incomplete_weights(name_or_path: str, missing: Sequence[str]) -> PatError:

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback
 from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig, get_quantization_config
 
-from pat.errors import PatError
+from pat.errors import PatError, one_line
 from pat.families import Family
 from pat.surgery.dense import shrink_config
 from pat.surgery.describe import head_dim
@@ -61,7 +61,7 @@ def rehearse(arguments: TuneArguments, data: Prepared, base_config: Any, family:
         except PatError:
             raise
         except Exception as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             if not isinstance(error, ValueError | ImportError):  # which libraries raise for people to read
                 reason = f"{type(error).__name__}: {reason} (--debug shows where)"
             raise PatError(f"The run cannot be set up as asked: {reason}") from error
@@ -95,8 +95,7 @@ def _attached(arguments: TuneArguments, data: Prepared, config: Any, *, on_meta:
                 target_parameters=None,
                 modules_to_save=kept or None,
             )
-        tied = bool(config.get_text_config().tie_word_embeddings)
-        return cast(PeftModel, get_peft_model(model, data.vocabulary.train_added(pat_config, tied=tied)))
+        return cast(PeftModel, get_peft_model(model, data.vocabulary.train_added(pat_config, config)))
 
 
 def _check_names(arguments: TuneArguments, base: PreTrainedModel) -> None:

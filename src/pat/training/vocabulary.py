@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pat.errors import PatError
+from pat.families import get_family
 from pat.loading import check_special_ids, grow_embedding, grown_rows, padded
 from pat.loading.tokenizer import load_plain_tokenizer
 
@@ -51,13 +52,15 @@ class Vocabulary:
                 if config is not None:
                     config.eos_token_id = self.tokenizer.eos_token_id
 
-    def train_added(self, config: PatConfig, *, tied: bool) -> PatConfig:
+    def train_added(self, config: PatConfig, base_config: PretrainedConfig) -> PatConfig:
         """Have the added tokens trained, in both stages: like TRL does with an adapter that it makes itself."""
         if self.added:
             given = cast(list[int], config.trainable_token_indices or [])
             config.trainable_token_indices = sorted({*given, *self.added})
-            if not tied:
-                config.modules_to_save = sorted({*(config.modules_to_save or ()), "lm_head"})
+            text_config = base_config.get_text_config()
+            if not text_config.tie_word_embeddings:
+                head = get_family(text_config.model_type).head
+                config.modules_to_save = sorted({*(config.modules_to_save or ()), head})
         return config
 
 
@@ -88,7 +91,7 @@ def load_vocabulary(
     num_embeddings = base_config.get_text_config().vocab_size
     added: list[int] = []
     if chat_template_path is not None and chat_template_path.endswith((".jinja", ".j2")):
-        path = Path(chat_template_path).expanduser()
+        path = Path(chat_template_path)
         try:
             tokenizer.chat_template = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

@@ -191,7 +191,7 @@ class PatModel(LoraModel):
         """Return a small model with an ordinary LoRA adapter to train on; the masked model stays as it is.
 
         The same function to rounding: LoRA is cut, and every low-rank operator becomes more rank of its writer's LoRA
-        (specification, "Compaction").
+        (docs/adr/0008).
 
         Raises:
             PatError: the mask is not 0/1 yet, or the base model is quantised.
@@ -227,7 +227,10 @@ class PatModel(LoraModel):
         )
 
     def unload(self) -> nn.Module:
-        """Return the untouched base model by removing LoRA, operators and mask."""
+        """Return the untouched base model by removing all adapters, with what `modules_to_save` has trained."""
+        # Else peft would leave the trained modules in the place of the base's; it warns where an active one goes first.
+        for name in sorted(self.peft_config, key=self.active_adapters.__contains__):
+            self.delete_adapter(name)
         for layer in self._sparsification_layers():
             if isinstance(layer, HsmLayer):
                 layer.detach()

@@ -1,8 +1,8 @@
-"""Checks and decisions before anything is attached: does this adapter fit this base, and what exactly will it be?"""
+"""Checks that an adapter fits a base model, and decides what exactly it will be, before anything is attached."""
 
 from __future__ import annotations
 
-import warnings
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,12 @@ from pat.surgery.residual import ResidualStream
 from pat.surgery.rotation import gain_block
 from pat.tuner.config import PatConfig
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class AttachmentPlan:
-    """What attaching an adapter to a model comes to."""
+    """What is attached to a model for an adapter."""
 
     stream: ResidualStream
     width: Width
@@ -123,9 +125,8 @@ def default_targets(config: PatConfig, model: nn.Module, stream: ResidualStream)
         experts = [linear.path for linear in linears if linear.weight == linear.path]
         if experts and config.target_parameters is None:
             if config.lora_dropout or config.use_dora:
-                warnings.warn(
-                    "LoRA leaves out the expert parameters: peft supports neither dropout nor DoRA on bare parameters.",
-                    stacklevel=2,
+                logger.warning(
+                    "LoRA leaves out the expert parameters: peft supports neither dropout nor DoRA on bare parameters."
                 )
             else:
                 config.target_parameters = list(stream.family.expert_parameters)
@@ -207,7 +208,7 @@ def _check_rope(base_config: Any, family: Family, width: Width) -> None:
 
 
 def _resolve_rotation(model: nn.Module, config: PatConfig, stream: ResidualStream, width: Width, *, tied: bool) -> str:
-    """Decide between PCA and no rotation (specification, "Rotation": where it is exact and where not)."""
+    """Decide between PCA and no rotation (docs/adr/0004 says where a rotation is exact)."""
     if config.rotation == "none":
         return "none"
     obstacle = _rotation_obstacle(model, config, stream, width, tied=tied)
