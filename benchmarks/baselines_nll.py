@@ -24,6 +24,7 @@ from typing import Any, cast
 import torch
 from compare.baselines import METHODS, Pruned, calibration_sequences, num_parameters, pat_parameters, prune
 from compare.budget import lora_targets
+from compare.tokens import tokenize_examples
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, PeftModel
 from torch import nn
@@ -34,7 +35,6 @@ from pat.loading import load_base, load_tokenizer
 from pat.nll import Example, response_nll
 from pat.report.records import environment
 from pat.training.data import TrainingData, load_training_data
-from pat.training.tokens import tokenize_examples
 from pat.widths import choose_width
 
 MUST_BEAT_RANDOM = ("llm_pruner", "slicegpt")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from compare.tokens import tokenize_examples
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +20,6 @@ from pat.loading import load_tokenizer
 from pat.nll import batches_from_examples, response_nll
 from pat.report.records import environment
 from pat.training.data import load_training_data
-from pat.training.tokens import tokenize_examples
 from pat.tuner import PatConfig, PatModel, find_tuner
 
 

@@ -62,11 +62,11 @@ class Mutant:
     """One change to one module."""
 
     path: str
-    """Of the module, relative to `src`."""
+    """Path of the module, relative to `src`."""
     operator: str
     occurrence: int
     source: str
-    """Of the whole mutated module."""
+    """Source text of the whole mutated module."""
 
     @property
     def module(self) -> str:

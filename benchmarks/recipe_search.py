@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import transformers
+from compare.tokens import tokenize_examples
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
@@ -27,7 +28,6 @@ from pat.nll import batches_from_examples, response_nll
 from pat.recipes import recipe_defaults
 from pat.training.callback import PatCallback
 from pat.training.data import load_training_data
-from pat.training.tokens import tokenize_examples
 from pat.tuner import PatConfig, find_tuner
 
 SEARCHED = ("recipe", "learning_rate", "mask_lr_multiplier", "milestone", "lora_alpha")

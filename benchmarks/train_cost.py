@@ -26,6 +26,7 @@ import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,14 +34,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import SFTTrainer
 
-from pat.loading import load_tokenizer
+from pat.loading import TokenSetup, load_config
 from pat.recipes import recipe_defaults
 from pat.report.records import environment
 from pat.training.arguments import TuneArguments, build_arguments
-from pat.training.data import load_training_data
+from pat.training.prepare import Prepared, prepare
+from pat.training.run_file import RunFile
 from pat.training.stages import Stages
+from pat.training.trainer import make_trainer
 from pat.tuner import PatConfig, PatModel, find_tuner
 
 MARKS = {
@@ -308,12 +310,12 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         }
         | fields
     )
-    tokenizer = load_tokenizer(str(args.folder / "base"))
-    data = load_training_data(str(args.folder / "rows.jsonl"), tokenizer=tokenizer, held_out="0", seed=0)
+    base_config, _ = load_config(str(args.folder / "base"))
+    data = prepare(arguments, base_config)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else None
     train = train_lora if kind in ("lora", "stage_two") else train_pat
-    wall, parts = train(args, arguments, data, tokenizer, out, kind)
+    wall, parts = train(args, arguments, data, out, kind)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "kind": kind,
@@ -327,7 +329,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def train_lora(
-    args: argparse.Namespace, arguments: TuneArguments, data: Any, tokenizer: Any, out: Path, kind: str
+    args: argparse.Namespace, arguments: TuneArguments, data: Prepared, out: Path, kind: str
 ) -> tuple[float, dict[str, float]]:
     """Train an ordinary LoRA model: LoRA-64 on the base, or the compact model that a run has left in `out`."""
     if kind == "lora":
@@ -335,27 +337,25 @@ def train_lora(
     else:
         base = AutoModelForCausalLM.from_pretrained(out / "compact" / "model", dtype=getattr(torch, args.dtype))
         model = PeftModel.from_pretrained(base.to(args.device), str(out / "compact" / "adapter"), is_trainable=True)
-    trainer = SFTTrainer(model=model, args=arguments.sft, train_dataset=data.train, processing_class=tokenizer)
+    trainer = make_trainer(model, data.trainer_args(arguments.sft), data, out)
     started = time.perf_counter()
     trainer.train()
     return time.perf_counter() - started, {}
 
 
 def train_pat(
-    args: argparse.Namespace, arguments: TuneArguments, data: Any, tokenizer: Any, out: Path, kind: str
+    args: argparse.Namespace, arguments: TuneArguments, data: Prepared, out: Path, kind: str
 ) -> tuple[float, dict[str, float]]:
     """Train as `pat tune` does."""
     ids = torch.randint(3, SHAPE["vocab_size"], (2, args.max_length), generator=torch.Generator().manual_seed(4))
-    stages = Stages(arguments, data, tokenizer, [{"input_ids": ids}], base=load_model(args))
+    base = load_model(args)
+    tokens = TokenSetup.of(base.config, base.generation_config, data.vocabulary.tokenizer)
+    run = RunFile.of(arguments, base.config, data.record.fingerprint)
+    stages = Stages(arguments, replace(data, verify_on=[{"input_ids": ids}]), tokens, run, args.steps, base)
+    del base  # or it would be there beside the small model
     started = time.perf_counter()
     trained = stages.run()
-    wall = time.perf_counter() - started - preparing(stages)
-    return wall, trained.seconds
-
-
-def preparing(stages: Stages) -> float:
-    """Return what stages spend on reading the rows, which is not counted for LoRA either."""
-    return stages.seconds.get("preparation", 0.0)
+    return time.perf_counter() - started, trained.seconds
 
 
 def fresh(args: argparse.Namespace, worker: str, steps: int | None = None) -> dict[str, Any]:
@@ -414,7 +414,11 @@ def time_runs(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compose(steps: dict[str, Any], runs: dict[str, Any]) -> dict[str, Any]:
-    """Compute the time of long runs as a share of LoRA's: steps of both stages, and what does not grow with the run."""
+    """Compute the time of long runs as a share of LoRA's: steps of both stages, and what does not grow with the run.
+
+    What a trainer takes beside the steps (its start, reading rows, logging) is not told apart from the calibration: all
+    of stage one beyond its steps counts as fixed. Of LoRA's run only the steps count, so the ratios err against PAT.
+    """
     seconds = {name: values["median"] for name, values in steps["seconds"].items()}
     stage_one = {"default": seconds["stage_one_rotated"], "paper": seconds["stage_one"]}
     num_steps = WHOLE_TOKENS // (steps["batch_size"] * steps["max_length"])

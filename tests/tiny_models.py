@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from tokenizers.models import BPE
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from pat.surgery.residual import stored_tensors
+from pat.surgery.residual import model_tensors
 
 VOCAB_SIZE = 128
 NUM_KEY_VALUE_HEADS = 2
@@ -225,7 +226,7 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
     """Redraw all that is stored, in name order: gains spread around 1, biases 0.2, matrices 1 / sqrt(fan-in)."""
     generator = torch.Generator().manual_seed(seed)
     norms = {f"{name}.weight" for name, _ in norm_modules(model)}
-    for name, tensor in stored_tensors(model).items():  # a tied head appears once, as the embedding
+    for name, tensor in model_tensors(model).items():  # a tied head appears once, as the embedding
         noise = torch.randn(tensor.shape, generator=generator)
         if name in norms or tensor.dim() == 0:
             tensor += GAIN_SPREAD * noise  # new norms have the gain 1, whichever number stands for it
@@ -294,3 +295,13 @@ def tiny_tokenizer(directory: Path | None = None) -> PreTrainedTokenizerFast:
     if directory is not None:
         fast.save_pretrained(directory)
     return fast
+
+
+def fill_hub_cache(cache: Path, name: str, **revisions: Path) -> None:
+    """Lay out model folders as the hub's cache has the revisions of one model; `main` is the one taken by default."""
+    folder = cache / f"models--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    for number, (revision, source) in enumerate(revisions.items()):
+        commit = f"{number:040x}"
+        shutil.copytree(source, folder / "snapshots" / commit)
+        (folder / "refs" / revision).write_text(commit)

@@ -211,8 +211,6 @@ class Trained:
     dense: PreTrainedModel
     dense_logits: Tensor
     trainer: Trainer
-    warnings: list[str]
-    """Messages of the warnings that attaching gave."""
 
     @property
     def tuner(self) -> PatModel:
@@ -232,9 +230,7 @@ def train_and_merge(base: PreTrainedModel, *, training: dict[str, Any] | None = 
     """Attach, train for four steps with the milestone in their middle, merge."""
     base_weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     base_logits = logits(base)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model = get_peft_model(base, pat_config(**({"milestone": 0.5} | fields)))
+    model = attach(base, **({"milestone": 0.5} | fields))
     fresh_logits = logits(model)
     snapshot = _Snapshot()
     trainer = train(model, callbacks=[snapshot], **({"max_steps": 4} | (training or {})))
@@ -249,5 +245,4 @@ def train_and_merge(base: PreTrainedModel, *, training: dict[str, Any] | None = 
         dense=dense,
         dense_logits=logits(dense),
         trainer=trainer,
-        warnings=[str(warning.message) for warning in caught],
     )

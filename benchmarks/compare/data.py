@@ -17,23 +17,23 @@ from transformers import PreTrainedTokenizerBase
 
 from compare.baselines import calibration_sequences
 from compare.config import CompareConfig
+from compare.tokens import tokenize_examples
 from pat.errors import PatError
 from pat.training.data import load_training_data
 from pat.training.sources import TemplateChoice
-from pat.training.tokens import tokenize_examples
 
 logger = logging.getLogger(__name__)
 
 SEED = 827
-"""Of the split, so that all seeds of a comparison are judged by the same rows; not that of the rows (0) by which PAT's
-default recipe was chosen, of which chance alone leaves some among them."""
+"""Seed of the split, so that all seeds of a comparison are judged by the same rows; not the seed (0) of the rows by
+which PAT's default recipe was chosen, of which chance alone leaves some among them."""
 
 PARTS = ("train", "validation", "held_out")
 
 RECORD = "source.json"
 
 SETTINGS = ("template", "rows", "held_out", "validation", "max_length")
-"""Of the comparison, that decide what is in the files."""
+"""Settings of the comparison that decide what is in the files."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +13,10 @@ import torch
 from compare.config import CompareConfig
 from compare.data import DataFiles
 from compare.methods import METHODS
+from pat.evaluation.harness import load_tasks
+from pat.evaluation.options import PROTOCOLS
 from pat.loading import load_config
+from pat.questions import evenly_spaced
 from pat.recipes import recipe_defaults
 from pat.report.records import environment
 from pat.tuner.options import PatOptions
@@ -20,7 +24,7 @@ from pat.tuner.options import PatOptions
 BASELINES = Path(__file__).parent / "baselines"
 
 SAMPLE_BYTES = 1 << 20
-"""Of a large file, so many bytes at its start, middle and end are read."""
+"""Number of bytes that are read at the start, the middle and the end of a large file."""
 
 
 def digest_inputs(config: CompareConfig, model: str, files: DataFiles, questions: str | None) -> dict[str, str]:
@@ -45,6 +49,20 @@ def digest_inputs(config: CompareConfig, model: str, files: DataFiles, questions
     if questions is not None:
         inputs["questions"] = questions[:16]
     return inputs
+
+
+def digest_questions(tasks: str | Sequence[str], data_dir: Path | None, limit: int | None) -> str:
+    """Return a digest of the questions that `evaluate_tasks` would ask, and of their wording.
+
+    Raises:
+        PatError: see `load_tasks`.
+    """
+    digest = hashlib.sha256()
+    for name, task in load_tasks(tasks, PROTOCOLS, data_dir).items():
+        for index in evenly_spaced(len(task.eval_docs), limit):
+            row = task.eval_docs[index]
+            digest.update(json.dumps([name, task.doc_to_text(row), row], sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def _digest_model(model: str) -> str:

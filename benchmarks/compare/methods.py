@@ -25,7 +25,7 @@ class Method:
     label: str
     order: Order
     flags: Mapping[str, Any] = field(default_factory=dict)
-    """Of `pat tune`, over the comparison's own."""
+    """Flags of `pat tune` that win over the comparison's own."""
     of_paper: bool = False
     """Whether its recipe is the paper's."""
     baseline: str | None = None

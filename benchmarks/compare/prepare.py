@@ -9,10 +9,9 @@ from compare.budget import target_of
 from compare.cells import Row, short_name
 from compare.config import CompareConfig
 from compare.data import draw_calibration, prepare_data
-from compare.inputs import digest_inputs
+from compare.inputs import digest_inputs, digest_questions
 from compare.methods import METHODS
 from pat.errors import PatError
-from pat.evaluation.harness import fingerprint_questions
 from pat.loading import empty_model, load_config, load_tokenizer
 
 
@@ -36,7 +35,7 @@ def prepare(config: CompareConfig, rows: Sequence[Row] = ()) -> dict[str, dict[s
     used = sorted({name for method in config.all_methods if (name := METHODS[method].baseline)})
     questions = None
     if config.tasks is not None:
-        questions = fingerprint_questions(config.tasks, config.data_dir, config.limit)
+        questions = digest_questions(config.tasks, config.data_dir, config.limit)
     for model, name in zip(config.models, names, strict=True):
         base_config, _ = load_config(model)
         empty = empty_model(base_config)

@@ -23,6 +23,7 @@ from compare.cells import Cell, short_name
 from compare.config import CompareConfig
 from compare.data import DataFiles, data_files, draw_calibration
 from compare.methods import METHODS, TUNED
+from compare.tokens import tokenize_examples
 from pat.errors import Diverged, ParityMissed, PatError
 from pat.evaluation.harness import evaluate_tasks
 from pat.loading import load_base, load_config, load_tokenizer, stored_dtype
@@ -31,7 +32,6 @@ from pat.report.records import environment
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.data import load_training_data
 from pat.training.guard import FiniteGuard
-from pat.training.tokens import tokenize_examples
 from pat.training.tune import run_tune
 
 EVAL_BATCH_SIZE = 8

@@ -34,7 +34,7 @@ class Line:
     name: str
     ratio: float
     num_seeds: int
-    """Of which there are figures."""
+    """Number of seeds of which there are figures."""
     num_diverged: int
     """Seeds more, whose tuned model has no finite loss; no figure holds them."""
     learning_rate: float
@@ -47,7 +47,7 @@ class Line:
     sampling_error: Mapping[str, float]
     """Standard error of one seed's mean accuracy for want of questions, by protocol; the largest of any seed."""
     tasks: Mapping[str, Mapping[str, Spread]]
-    """By protocol and task."""
+    """Figures by protocol and task."""
     facts: Mapping[str, Any]
     """The first seed's row."""
     machines: tuple[str, ...]

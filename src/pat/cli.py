@@ -22,7 +22,7 @@ from pat.options import OptionsParser
 
 @dataclass(frozen=True)
 class Command:
-    """What a command is made of; names of things are written as `module:name`, so that nothing is imported yet."""
+    """The parts of a command; they are named as `module:name`, so that nothing is imported yet."""
 
     summary: str
     options: str
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        print(f"pat: {_one_line(error)}", file=sys.stderr)
+        print(f"pat: {_describe(error)}", file=sys.stderr)
         return error.exit_status if isinstance(error, PatError) else 1
 
 
@@ -146,7 +146,7 @@ def _without_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
     return [argument for index, argument in enumerate(argv) if index not in alone], bool(alone)
 
 
-def _one_line(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, PatError):
         return message

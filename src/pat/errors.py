@@ -19,3 +19,8 @@ class Diverged(RunFailed):
 
 class ParityMissed(RunFailed):
     """Two forms of a model that ought to be the same function differ by more than rounding."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message on one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300]

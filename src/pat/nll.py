@@ -25,8 +25,8 @@ Example = Mapping[str, Sequence[int]]
 """One tokenised row: `input_ids`, and as many `labels` (-100: not scored) or `completion_mask` bits."""
 
 IGNORED = -100
-# Rows of logits turned into float32 at once: a vocabulary of 262,144 takes 1 MB a row.
 LOGIT_ROWS = 256
+"""Number of rows of logits that are turned into float32 at once; a vocabulary of 262,144 takes 1 MB a row."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class NLL:
     nll: float
     num_tokens: int
     standard_error: float | None = None
-    """Of the mean, over rows (or windows of a text) drawn at random, since the tokens of one row hang together: with
-    n_i tokens and the sum s_i in row i of m, sqrt(m / (m - 1) * sum((s_i - nll * n_i)^2)) / sum(n_i). None for one row.
-    """
+    """Standard error of the mean, over rows (or windows of a text) because the tokens of a row hang together: with n_i
+    tokens and the sum s_i in row i of m, it is sqrt(m / (m - 1) * sum((s_i - nll * n_i)^2)) / sum(n_i). It is None for
+    one row."""
 
     @property
     def perplexity(self) -> float:

@@ -11,6 +11,8 @@ from dataclasses import MISSING, Field, dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+from pat.paths import expand
+
 _WORDS = {True: ("true", "yes", "t", "y", "1", "on"), False: ("false", "no", "f", "n", "0", "off")}
 
 _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", dict: "a mapping in JSON"}
@@ -91,15 +93,25 @@ class Option:
             text = f"{text} (default: {str(default).replace('%', '%%')})"
         names = [f"--{self.name}"]
         if self.kinds == (bool,):
-            group.add_argument(*names, nargs="?", const="true", metavar="true|false", help=text)
+            group.add_argument(*names, action=_Once, nargs="?", const="true", metavar="true|false", help=text)
             if self.default is True:
                 opposite = argparse.SUPPRESS if hidden else "Its opposite."
                 group.add_argument(
-                    f"--no_{self.name}", dest=self.name, action="store_const", const="false", help=opposite
+                    f"--no_{self.name}", dest=self.name, action=_Once, nargs=0, const="false", help=opposite
                 )
             return
         metavar = "{" + ",".join(self.choices) + "}" if 0 < len(self.choices) < 8 else self.name.upper()
-        group.add_argument(*names, nargs="+" if self.takes_list else None, metavar=metavar, help=text)
+        nargs = "+" if self.takes_list else None
+        group.add_argument(*names, action=_Once, nargs=nargs, metavar=metavar, help=text)
+
+
+class _Once(argparse.Action):
+    """Keeps the words of a flag, and refuses it a second time, where argparse would take the last."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if hasattr(namespace, self.dest):
+            parser.error(f"Got {option_string} a second time; give it once")
+        setattr(namespace, self.dest, self.const if values == [] else values)
 
 
 def _parts(annotation: Any) -> Iterable[tuple[bool, Any]]:
@@ -132,11 +144,18 @@ def _as(kind: type, value: Any) -> Any:
         if fits or kind is str:
             # A number or a path stands for its text; true and other objects are left to whom they are for.
             plain = isinstance(value, int | float | Path) and not isinstance(value, bool)
-            return str(value) if kind is str and plain else value
+            value = str(value) if kind is str and plain else value
+            return _expanded(kind, value) if isinstance(value, str | Path) else value
         raise ValueError
     if kind is bool:
         for truth, words in _WORDS.items():
             if value.lower() in words:
                 return truth
         raise ValueError
-    return kind(value)
+    return _expanded(kind, value)
+
+
+def _expanded(kind: type, value: Any) -> Any:
+    """Return a path, or a text that begins with `~/`, with the home directory put in, as a shell would have done."""
+    is_path = kind is Path or (kind is str and str(value).startswith("~/"))
+    return kind(expand(str(value))) if is_path else kind(value)

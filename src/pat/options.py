@@ -29,11 +29,12 @@ CONFIG = "config"
 class OptionsParser(argparse.ArgumentParser, Generic[T]):
     """Makes an options dataclass of a command line, a `--config` file below it, and defaults below that.
 
-    The dataclass may be made of others: its fields are then dataclasses, whose fields are the flags. Of a name that
-    several of them have the first one's type, default and help count, and all get the value. These class attributes
-    are heeded: `USAGE`, `DESCRIPTION`, `MAIN_FLAGS` (names that open the help), `REFUSED` (names of fields that would
-    do nothing, each with the value that says what is so anyway, and why), and a static method `defaults(given)`, which
-    returns what lies between the fields' defaults and what is given.
+    The fields of the dataclass may be dataclasses themselves, whose fields are then the flags. If several of them have
+    a field of the same name, all get the value, and the first one says its type, default and help.
+
+    The parser reads these attributes of the class: `USAGE`, `DESCRIPTION`, `MAIN_FLAGS` (names that open the help),
+    `REFUSED` (names of fields that would do nothing, each with the value that is so anyway and the reason), and the
+    static method `defaults(given)`, which returns defaults that win over those of the fields.
     """
 
     def __init__(self, prog: str, options: type[T], summary: str = "") -> None:

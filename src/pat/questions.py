@@ -221,7 +221,7 @@ def load_rows(name: str, data_dir: str | Path | None, *, split: str | None = Non
     if data_dir is None:
         rows = _hub_rows(task, split)
     elif split in (None, "train"):
-        rows = _read_rows(Path(data_dir).expanduser() / f"{name}{'' if split is None else '.train'}.jsonl")
+        rows = _read_rows(Path(data_dir) / f"{name}{'' if split is None else '.train'}.jsonl")
     else:
         raise PatError(f"Got split {split!r} of files of questions; expected 'train', which is <task>.train.jsonl.")
     if not rows:

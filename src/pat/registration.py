@@ -28,14 +28,21 @@ def register_with_peft() -> None:
 class _PeftFinder:
     """Lets the other finders find peft, and has the method registered at the end of peft's import."""
 
+    def __init__(self) -> None:
+        self._asks_others = False
+
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Return peft's own spec, its loader followed by the registration; None for everything else."""
-        if name != "peft":
+        if name != "peft" or self._asks_others:  # by another one of these, where pat was imported twice
             return None
-        finders = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
-        spec = next((found for found in finders if found is not None), None)
+        self._asks_others = True
+        try:
+            finders = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+            spec = next((found for found in finders if found is not None), None)
+        finally:
+            self._asks_others = False
         if spec is None or spec.loader is None:
             return spec
         load = spec.loader.exec_module

@@ -40,7 +40,7 @@ from pat.checkpoint import merge as merging
 from pat.checkpoint.merge import merge
 from pat.families import Family, get_family
 from pat.loading import keep_plain_layout
-from pat.surgery.residual import map_residual_stream, stored_tensors
+from pat.surgery.residual import map_residual_stream, model_tensors
 from pat.surgery.rope import legacy_rope
 from pat.surgery.rotation import equalised_gain, gain_block
 from pat.tuner.layer import GateLayer, HsmLayer, MaskLayer
@@ -102,7 +102,7 @@ class Run:
         if self.cell.axes != "hidden":
             fields["pruned_intermediate_size"] = KEPT_CHANNELS
         if self.cell.adapter == "bias":
-            stream = map_residual_stream(self.family, stored_tensors(self.base()), tied=self.cell.tied)
+            stream = map_residual_stream(self.family, model_tensors(self.base()), tied=self.cell.tied)
             linears = [linear for branch in stream.branches for linear in (*branch.readers, branch.writer)]
             fields["target_modules"] = sorted({lin.path.rpartition(".")[2] for lin in linears if lin.bias is not None})
         if self.cell.adapter == "saved":
@@ -323,8 +323,8 @@ def streamed(run: Run) -> None:
         merge(adapter, out, base_model=str(base), text_file=text, fold_dtype="float64", progress=False)
     loaded, info = AutoModelForCausalLM.from_pretrained(out, dtype="auto", output_loading_info=True)
     assert not any(info.values()), info
-    expected = stored_tensors(run.trained.dense)
-    for name, tensor in stored_tensors(loaded).items():
+    expected = model_tensors(run.trained.dense)
+    for name, tensor in model_tensors(loaded).items():
         assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
     assert loaded.config.rope_parameters == run.trained.dense.config.rope_parameters
     for name in ("config.json", "generation_config.json"):

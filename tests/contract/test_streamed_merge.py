@@ -21,7 +21,7 @@ from pat.checkpoint import merge as merging
 from pat.checkpoint.merge import MergeResult, merge
 from pat.loading.tokenizer import savable_generation_config
 from pat.surgery import fold
-from pat.surgery.residual import stored_tensors
+from pat.surgery.residual import model_tensors
 
 ROUNDING = 2e-5
 """Float32 rounding on the tiny models' logits, see unit/checkpoint/test_verify.py."""
@@ -58,9 +58,9 @@ def assert_same(folder: Path, dense: PreTrainedModel, reference: Path) -> None:
     """Weights, configuration and what stock transformers makes of them are those of the model merged in memory."""
     loaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     assert not any(info.values()), info
-    expected = stored_tensors(dense)
-    assert {name: t.dtype for name, t in stored_tensors(loaded).items()} == {n: t.dtype for n, t in expected.items()}
-    for name, tensor in stored_tensors(loaded).items():
+    expected = model_tensors(dense)
+    assert {name: t.dtype for name, t in model_tensors(loaded).items()} == {n: t.dtype for n, t in expected.items()}
+    for name, tensor in model_tensors(loaded).items():
         assert torch.equal(tensor, expected[name]), name
     if dense.generation_config is not None:
         dense.generation_config = savable_generation_config(dense.generation_config)

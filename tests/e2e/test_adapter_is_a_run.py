@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build, tiny_tokenizer
+from tiny_models import VOCAB_SIZE, build, tiny_tokenizer
 from tiny_runs import tune_flags
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import ModelConfig, get_quantization_config
 
 import pat
@@ -92,6 +92,28 @@ def test_an_adapter_is_asked_as_its_model_is(run: Path) -> None:
     assert figures[0] is not None and figures[1] is not None
     assert figures[0].num_tokens == figures[1].num_tokens
     assert figures[0].nll == pytest.approx(figures[1].nll, abs=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tokens_that_a_run_has_added_are_merged_into_the_base_without_them(tied: bool, tmp_path: Path) -> None:
+    build("llama", tied=tied).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    other = tiny_tokenizer()
+    other.add_tokens([AddedToken(f"<new{number}>", special=True) for number in range(VOCAB_SIZE - len(other) + 2)])
+    other.eos_token, other.chat_template = other.convert_ids_to_tokens(VOCAB_SIZE + 1), TEMPLATE
+    other.save_pretrained(tmp_path / "other")
+    flags = tune_flags(tmp_path / "base", rows(tmp_path / "data.jsonl"), tmp_path / "out", no_compact=True)
+    pat.tune(**flags | {"chat_template_path": str(tmp_path / "other"), "learning_rate": 1e-2})
+    merge(tmp_path / "out" / "adapter", tmp_path / "merged", progress=False)
+    own, merged = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("out/model", "merged"))
+    assert merged.get_input_embeddings().num_embeddings == 192 > VOCAB_SIZE
+    for name, tensor in own.state_dict().items():
+        assert torch.equal(merged.state_dict()[name], tensor), name
+    options = {"dataset_name": str(tmp_path / "data.jsonl"), "max_length": 128}
+    records = [run_evaluate(EvaluateOptions(model=str(tmp_path / n), **options)) for n in ("out/adapter", "merged")]
+    figures = [record.responses for record in records]
+    assert figures[0] is not None and figures[1] is not None
+    assert figures[0].nll == pytest.approx(figures[1].nll, abs=1e-4)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")

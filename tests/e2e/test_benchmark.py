@@ -47,6 +47,7 @@ def test_two_models_are_compared_and_the_record_is_complete(
     assert not printed.err
 
     record = json.loads((out / "results.json").read_text())
+    assert not any(str(models[0].parent) in (out / name).read_text() for name in ("results.json", "results.md"))
     settings = record["settings"]
     assert len(settings) == 2 * 2 * 2
     small, base = record["models"]["model"], record["models"]["baseline"]

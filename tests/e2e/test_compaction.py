@@ -125,6 +125,8 @@ def test_a_milestone_at_zero_skips_stage_one(base: Path, data: Path, tmp_path: P
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert "stage_one_seconds" not in results["timings"] and results["cut"]["milestone_step"] == 0
     assert results["num_steps"] == STEPS
+    assert set(results["learning_rates"]) == {"LoRA"}  # nothing else has been trained
+    assert results["log_history"][0]["step"] == 0 and "pat/energy_kept" in results["log_history"][0]
 
 
 def test_a_milestone_at_the_end_never_compacts(base: Path, data: Path, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def as_argv(values: dict[str, Any]) -> list[str]:
 def run(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One finished run."""
     out = tmp_path_factory.mktemp("runs") / "out"
-    result = pat.tune(**flags(base, data, out))
+    result = pat.tune(**flags(base, data, out, model_revision="v1"))
     assert result.model_dir == out / "model"
     return out
 
@@ -80,6 +80,12 @@ def test_what_a_run_leaves(run: Path) -> None:
     figures = results["figures"]
     assert figures["dense"]["num_parameters"] < figures["base"]["num_parameters"] < figures["tuned"]["num_parameters"]
     assert figures["dense"]["held_out_nll"] == pytest.approx(figures["tuned"]["held_out_nll"], abs=0.05)  # bf16 weights
+    assert set(results["learning_rates"]) == {"LoRA", "mask", "operators"}
+    revisions = {
+        folder: json.loads((run / folder / "adapter_config.json").read_text())["revision"]
+        for folder in ("adapter", "compact/adapter")
+    }
+    assert revisions == {"adapter": "v1", "compact/adapter": None}
     assert str(run.parent) not in (run / "results.json").read_text(encoding="utf-8")
     assert str(run.parent) not in (run / "model" / "README.md").read_text(encoding="utf-8")
 
@@ -115,6 +121,22 @@ def test_merging_the_saved_adapter_gives_the_same_checkpoint(run: Path, tmp_path
 def test_the_adapter_of_the_milestone_merges_as_well(run: Path, tmp_path: Path) -> None:
     assert main(["merge", "--adapter", str(run / "adapter"), "--output_dir", str(tmp_path / "early")]) == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "early").config.hidden_size == 36
+    card = (tmp_path / "early" / "README.md").read_text(encoding="utf-8")
+    assert "| base |" in card and not any(fact in card for fact in ("| tuned |", "steps:", "tokens seen"))
+    record = json.loads((tmp_path / "early" / "results.json").read_text(encoding="utf-8"))
+    assert len(record["warnings"]) == 1 and "the adapter as of the milestone" in record["warnings"][0]
+
+
+def test_the_card_of_a_merge_tells_of_the_run_what_the_runs_own_card_tells(run: Path, tmp_path: Path) -> None:
+    adapter = run / "compact" / "adapter"
+    assert main(["merge", "--adapter", str(adapter), "--output_dir", str(tmp_path / "again")]) == 0
+    own, merged = (
+        {part.partition("\n")[0]: part for part in (folder / "README.md").read_text(encoding="utf-8").split("\n## ")}
+        for folder in (run / "model", tmp_path / "again")
+    )
+    assert own.keys() == merged.keys()
+    for heading in ("How", "Held-out loss", "Limits"):
+        assert merged[heading] == own[heading]
 
 
 def test_an_adapter_of_either_kind_can_be_evaluated(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,23 +163,27 @@ def test_a_finished_run_is_not_overwritten(
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("stage", ["one", "the end of one", "two"])
+@pytest.mark.parametrize("stage", ["one", "the end of one", "two", "the model"])
 def test_a_run_that_was_cut_off_is_resumed(stage: str, base: Path, data: Path, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = flags(base, data, out, save_strategy="steps", save_steps=1, keep_checkpoints=True)
     pat.tune(**options)
-    kept = {"one": ["checkpoint-1"], "the end of one": ["checkpoint-2"], "two": ["checkpoint-2", "compact"]}[stage]
+    both = ["checkpoint-2", "compact"]
+    kept = {"one": ["checkpoint-1"], "the end of one": ["checkpoint-2"], "two": both, "the model": both}[stage]
+    written = ["model"] if stage == "the model" else []
     for path in [*out.iterdir(), *(out / "checkpoints").iterdir()]:
         left = (
             path.name in kept
             if path.parent.name == "checkpoints"
-            else path.name in ("checkpoints", "compact", "adapter", "run.json")
+            else path.name in ("checkpoints", "compact", "adapter", "run.json", *written)
         )
         if not left:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     if stage == "two":
         for step in (STEPS, STEPS - 1):
             shutil.rmtree(out / "checkpoints" / "compact" / f"checkpoint-{step}")
+    described = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(described | {"finished": []}))
     pat.tune(**options, resume_from_checkpoint="true")
     whole, resumed = (
         [row["loss"] for row in json.loads((folder / "results.json").read_text())["log_history"] if "loss" in row]
@@ -232,6 +258,17 @@ def test_packing_and_picking_the_best_checkpoint(base: Path, data: Path, tmp_pat
     result = pat.tune(**flags(base, data, tmp_path / "out", load_best_model_at_end=True, packing=True, **best))
     assert result.parity.num_tokens > 0
     assert AutoModelForCausalLM.from_pretrained(result.model_dir).config.hidden_size == 36
+
+
+def test_a_mixture_of_experts_is_tuned_by_the_default_flags(data: Path, tmp_path: Path) -> None:
+    """GraniteMoe lacks a field that TRL asks for; what the trainer sets for its router's loss is not written."""
+    build("granitemoe", tied=True).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    result = pat.tune(**flags(tmp_path / "base", data, tmp_path / "out"))
+    assert all("aux_loss" in row for row in result.record.log_history if "loss" in row)
+    for folder in (result.model_dir, tmp_path / "out" / "compact" / "model"):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        assert config["output_router_logits"] is False and "num_experts" not in config
 
 
 def test_the_demo_shows_both_models(

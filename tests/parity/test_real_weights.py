@@ -1,6 +1,6 @@
 """Masked against dense on trained models and real text, held against the noise floor of the same model and text.
 
-`pytest -s` shows the figures. The floor is the model compared with itself, its residual channels merely permuted.
+`pytest -s` shows the figures. The floor is the merged model compared with itself, its channels merely permuted.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from pat.checkpoint.card import Cut
 from pat.checkpoint.verification_text import verification_batches
 from pat.checkpoint.verify import Parity, check, compare, permutation_floor
-from pat.checkpoint.write import save_checkpoint
+from pat.checkpoint.write import load_written, save_checkpoint
 
 MAX_LOGIT_DIFF = 1e-3
 MAX_FLOORS = 5
@@ -41,17 +41,18 @@ def batches_of(
     return verification_batches(tokenizer, shared_data and shared_data / "text" / "wiki_demo.txt")[:num]
 
 
-def measured(model: PeftModel, floor: Parity, batches: list[dict[str, Tensor]], folder: Path) -> tuple[Parity, Cut]:
-    """Write the dense model and return (parity, cut), the dense model read back from disk; print all figures."""
+def measured(model: PeftModel, batches: list[dict[str, Tensor]], folder: Path) -> tuple[Parity, Parity, Cut]:
+    """Write the dense model and return (parity, floor, cut), the dense model read back from disk; print all figures."""
     folder.mkdir()
     parity, cut = save_checkpoint(model, folder, batches=batches, provenance={})
+    floor = permutation_floor(load_written(folder, model.dtype), batches)
     assert int(tuner_of(model).mask().keep.sum()) == cut.pruned_hidden_size
     print(
         f"\n{cut.hidden_size} -> {cut.pruned_hidden_size}, rotation {cut.rotation}, {cut.num_parameters:,} parameters: "
         f"max |Δlogit| {parity.max_abs_logit_diff:.2e} (floor {floor.max_abs_logit_diff:.2e}), KL {parity.mean_kl:.1e},"
         f" top-1 {parity.top1_agreement:.4f}, logit deviation {parity.logit_std:.2f}, {parity.num_tokens} tokens"
     )
-    return parity, cut
+    return parity, floor, cut
 
 
 def trained(base: PreTrainedModel, batches: list[dict[str, Tensor]], *, num_steps: int, **fields: Any) -> PeftModel:
@@ -89,11 +90,10 @@ def test_stories260k(
 ) -> None:
     base, tokenizer = stories260k
     batches = batches_of(tokenizer, 4)
-    floor = permutation_floor(base, batches)
     calibration = batches if rotation == "pca" else []
     fields = {"rotation": rotation, "use_dora": dora, "untie_word_embeddings": untied}
     model = hardened(base, calibration=calibration, scale=MOVED, gain_tolerance=GAIN_TOLERANCE, **fields)
-    parity, _ = measured(model, floor, batches, tmp_path / "dense")
+    parity, floor, _ = measured(model, batches, tmp_path / "dense")
     assert_rounding_only(parity, floor)
 
 
@@ -104,9 +104,9 @@ def test_a_wrong_fold_is_far_above_the_floor(
     """What the bounds are worth: leave one factor of the exact merge out and see."""
     base, tokenizer = stories260k
     batches = batches_of(tokenizer, 1)
-    floor = permutation_floor(base, batches)
     model = hardened(base, scale=MOVED, rotation="none")
     dense = model.merge_and_unload()
+    floor = permutation_floor(dense, batches)
     for module in dense.modules():
         if type(module).__name__ == "LlamaRMSNorm":
             if wrong == "epsilon":
@@ -122,9 +122,8 @@ def test_a_wrong_fold_is_far_above_the_floor(
 def test_stories260k_in_reduced_precision(stories260k_path: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     base = AutoModelForCausalLM.from_pretrained(stories260k_path, dtype=dtype)
     batches = batches_of(AutoTokenizer.from_pretrained(stories260k_path), 1)
-    floor = permutation_floor(base, batches)
     model = hardened(base, calibration=batches, scale=MOVED, gain_tolerance=GAIN_TOLERANCE)
-    parity, _ = measured(model, floor, batches, tmp_path / "dense")
+    parity, _, _ = measured(model, batches, tmp_path / "dense")
     assert parity.dtype == str(dtype).removeprefix("torch.")
     check(parity)
 
@@ -133,9 +132,8 @@ def test_stories260k_in_reduced_precision(stories260k_path: Path, tmp_path: Path
 def test_smollm2(smollm2: Path, shared_data: Path, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     batches = batches_of(AutoTokenizer.from_pretrained(smollm2), 2, shared_data)
-    floor = permutation_floor(base, batches)
     model = trained(base, batches, num_steps=6)
-    parity, cut = measured(model, floor, batches, tmp_path / "dense")
+    parity, floor, cut = measured(model, batches, tmp_path / "dense")
     assert_rounding_only(parity, floor)
     assert (cut.pruned_hidden_size, cut.rotation) == (432, "pca")
     assert cut.num_parameters <= MAX_SMOLLM2_PARAMETERS
@@ -165,9 +163,8 @@ def test_smollm2_in_4_bit(smollm2: Path, shared_data: Path, tmp_path: Path) -> N
 def test_gemma3_270m(gemma3_270m: Path, shared_data: Path, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(gemma3_270m, dtype=torch.float32)
     batches = batches_of(AutoTokenizer.from_pretrained(gemma3_270m), 1, shared_data)
-    floor = permutation_floor(base, batches)
     model = trained(base, batches, num_steps=3)
-    parity, cut = measured(model, floor, batches, tmp_path / "dense")
+    parity, floor, cut = measured(model, batches, tmp_path / "dense")
     assert_rounding_only(parity, floor)
     assert (cut.pruned_hidden_size, cut.rotation) == (480, "none")
     assert cut.num_parameters < 0.76 * cut.num_parameters_base, "tied stays tied"

@@ -16,7 +16,7 @@ SOURCE = Path(__file__).resolve().parents[2] / "src"
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "pat.errors pat.families pat.widths pat.shape pat.option pat.options pat.loading pat.nll pat.report "
+        "pat.errors pat.paths pat.families pat.widths pat.shape pat.option pat.options pat.loading pat.nll pat.report "
         "pat.recipes pat.questions",
         "pat.method",
         "pat.surgery",

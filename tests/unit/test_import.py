@@ -42,9 +42,10 @@ assert not {name.partition(".")[0] for name in more} & {"trl", "datasets", "acce
         "import pat" + LOOKED_FOR_ONLY,
         "import peft\nimport pat",
         "import pat.tuner.config",
+        "import pat\nfor name in [n for n in sys.modules if n.startswith('pat')]: del sys.modules[name]\nimport pat",
         r"import pickle; pickle.loads(b'\x80\x04cpat.tuner.config\nPatType\n\x8c\x03PAT\x85R.')",
     ],
-    ids=["before peft", "after peft", "by the tuner", "by a pickle"],
+    ids=["before peft", "after peft", "by the tuner", "twice", "by a pickle"],
 )
 def test_the_method_is_registered_in_every_order_of_imports(code: str) -> None:
     subprocess.run([sys.executable, "-c", f"import sys\n{code}\n{REGISTERED}"], check=True)

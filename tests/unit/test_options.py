@@ -63,6 +63,8 @@ def parser() -> OptionsParser[Options]:
         ("--no_on", "on", False),
         ("--kind b", "kind", "b"),
         ("--folder x/y", "folder", Path("x/y")),
+        ("--folder=~/x", "folder", Path.home() / "x"),
+        ("--kwargs ~/file.json", "kwargs", f"{Path.home()}/file.json"),
         ('--kwargs {"a":1}', "kwargs", {"a": 1}),
         ("--kwargs file.json", "kwargs", "file.json"),
     ],
@@ -108,9 +110,18 @@ def test_typed_flags_win_over_the_file_over_the_defaults_between_over_the_fields
 
 
 def test_keywords_are_values_or_words() -> None:
-    made = parser().build({"name": Path("n"), "sizes": (2, 3), "rank": 4, "learning_rate": 1, "report_to": ["a", "b"]})
+    made = parser().build(
+        {
+            "name": Path("n"),
+            "folder": Path("~/x"),
+            "sizes": (2, 3),
+            "rank": 4,
+            "learning_rate": 1,
+            "report_to": ["a", "b"],
+        }
+    )
     assert made.inner == Inner("n", learning_rate=1)
-    assert made.other == Other("n", sizes=[2, 3], rank=4, report_to=["a", "b"])
+    assert made.other == Other("n", sizes=[2, 3], rank=4, report_to=["a", "b"], folder=Path.home() / "x")
     assert parser().build({"name": "n", "sizes": "2,3", "flag": "yes"}).other.sizes == [2, 3]
 
 
@@ -125,6 +136,10 @@ def test_keywords_are_values_or_words() -> None:
         (["--save_strategy", "never"], "Got --save_strategy 'never'; expected one of no, steps"),
         (["--learning_rate"], "argument --learning_rate: expected one argument"),
         ([], "--name is missing (Name of it)"),
+        (["--name", "n", "--rank", "3", "--rank=4"], "Got --rank a second time; give it once"),
+        (["--name", "n", "--flag", "--flag", "no"], "Got --flag a second time; give it once"),
+        (["--name", "n", "--on", "--no_on"], "Got --no_on a second time; give it once"),
+        (["--name", "n", "--sizes", "1", "--sizes", "2"], "Got --sizes a second time; give it once"),
         (["--config", "a", "--config", "b"], "Got --config twice (a and b); give one file."),
         (["--config", "nowhere.yaml"], "Got --config nowhere.yaml, but there is no such file; expected a YAML"),
         ({"naem": 1}, "Got the unknown flag naem; did you mean name?"),

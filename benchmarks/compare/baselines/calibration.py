@@ -9,8 +9,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from compare.tokens import tokenize_examples
 from pat.errors import PatError
-from pat.training.tokens import tokenize_examples
 
 
 def calibration_sequences(

@@ -25,7 +25,7 @@ from pat.surgery.dense import build_dense
 from pat.surgery.describe import map_of
 from pat.surgery.fold import Channels, HeadPlan, fold_weights
 from pat.surgery.precision import to_float64
-from pat.surgery.residual import ResidualStream, stored_tensors
+from pat.surgery.residual import ResidualStream, model_tensors
 from pat.tuner.weights import embedding_ratio
 
 from .budget import pat_config
@@ -77,7 +77,7 @@ def cut_channels(model: PreTrainedModel, keep: Tensor) -> PreTrainedModel:
         PatError: unsupported family, or transformers refuses that width.
     """
     stream: ResidualStream = map_of(model)
-    family, tensors = stream.family, stored_tensors(model)
+    family, tensors = stream.family, model_tensors(model)
     config = pat_config(model, len(keep))
     ratio = 1.0
     if family.scaled_embedding:

@@ -29,7 +29,7 @@ class Pruned:
     """A pruned model and what there is to know about it."""
 
     model: PreTrainedModel
-    """Of the base's class. SliceGPT's has layers of its own in it: it cannot be loaded again once saved."""
+    """The model, of the base's class. SliceGPT's has layers of its own in it: it cannot be loaded again once saved."""
     num_parameters: int
     """All of them, shortcut matrices included; a tied matrix counts once."""
     description: str

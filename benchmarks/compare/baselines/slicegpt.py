@@ -77,7 +77,7 @@ class _Slicing:
     gain: float
     """sqrt(d/d'), which norms over fewer channels lack; folded into the readers."""
     eps: float
-    """Of the base's norms."""
+    """Epsilon of the base's norms."""
     basis: Tensor
     """Q_p, `(d, d')`, float64."""
     states: list[Tensor]

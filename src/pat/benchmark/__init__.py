@@ -1,1 +1,1 @@
-"""How fast and how large a model is beside the one it was made from, and whether that is what was promised."""
+"""Speed and memory of a model beside the one it was made from, and beside what was predicted for it."""

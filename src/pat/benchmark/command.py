@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,6 +15,7 @@ from pat.benchmark.measure import ROLES, Row, measure
 from pat.benchmark.options import BenchmarkOptions
 from pat.benchmark.prediction import Predictor
 from pat.benchmark.worker import Worker
+from pat.checkpoint.card import shown_name
 from pat.errors import PatError
 from pat.report.records import Record, write_record
 
@@ -25,7 +28,7 @@ class BenchmarkRecord(Record):
     options: BenchmarkOptions
     device: str
     models: dict[str, ModelFacts]
-    """What was loaded, by role."""
+    """Facts about the models that were loaded, by role."""
     predicted_weight_bytes: dict[str, int]
     settings: list[Row]
 
@@ -79,6 +82,10 @@ def _write(record: BenchmarkRecord) -> None:
 
     folder = record.options.output_dir
     assert folder is not None
+    options = copy(record.options)  # of paths only the last component is written
+    options.model, options.baseline = shown_name(options.model), shown_name(options.baseline)
+    options.output_dir = Path(folder.name)
+    record = replace(record, options=options)
     write_record(folder / "results.json", record)
     (folder / "results.md").write_text(to_markdown(record), encoding="utf-8")
     if can_draw():

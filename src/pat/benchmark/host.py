@@ -20,7 +20,8 @@ import torch
 from transformers import DynamicCache
 
 from pat.benchmark.memory import MemoryMeter, is_out_of_memory
-from pat.errors import PatError, RunFailed
+from pat.checkpoint.card import shown_name
+from pat.errors import PatError, RunFailed, one_line
 from pat.loading import load_base
 
 _PAGE = 4096
@@ -75,7 +76,7 @@ class Host:
             weight.detach().flatten()[:: _PAGE // weight.element_size()].sum()  # what is mapped is read only now
         self._synchronize()
         self.facts = ModelFacts(
-            name=name,
+            name=shown_name(name),
             num_parameters=sum(p.numel() for p in weights),
             weight_bytes=sum(p.numel() * p.element_size() for p in weights),
             dtype=str(weights[0].dtype).removeprefix("torch."),
@@ -169,7 +170,7 @@ def answer(connection: Connection) -> None:
         except PatError as error:
             outcome = error
         except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            reason = f"{type(error).__name__}: {one_line(error)}"
             outcome = OutOfMemory(reason) if is_out_of_memory(error) else RunFailed(f"{action} failed: {reason}")
         if isinstance(outcome, Exception) and host is not None:
             host.release()  # only now: the error's traceback holds on to the tensors of the request

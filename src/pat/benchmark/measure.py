@@ -111,7 +111,7 @@ class Row:
 
 @dataclass
 class _Limits:
-    """What a model is known not to do."""
+    """The settings that a model is known to fail at."""
 
     max_positions: int | None
     failures: list[tuple[Phase, int, int]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""How much memory this process takes, now and at its highest, on a CPU or an accelerator."""
+"""Meters of the memory that this process takes, now and at its highest, on a CPU or an accelerator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
-"""What Linux expects in `clear_refs` to start the highest resident size anew."""
+"""The value that Linux expects in `clear_refs` to start the highest resident size anew."""
 
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
 """Words of errors that have no type of their own."""

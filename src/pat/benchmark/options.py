@@ -7,9 +7,10 @@ from pathlib import Path
 
 from pat.checkpoint.staging import check_output_folder
 from pat.errors import PatError
+from pat.paths import expand_options
 
 FEWEST_REPETITIONS = 3
-"""With fewer there is no spread to speak of."""
+"""Fewer repetitions have no spread to speak of."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -54,6 +55,7 @@ class BenchmarkOptions:
         Raises:
             PatError: a number or dtype that makes no sense, or an output folder that is not empty.
         """
+        expand_options(self)
         for name in ("contexts", "batch_sizes"):
             counts = sorted(set(getattr(self, name)))
             if not counts or counts[0] < 1:

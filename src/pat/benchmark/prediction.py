@@ -1,4 +1,4 @@
-"""What FLOP and byte counts say about a setting, before it is measured."""
+"""Predictions for a setting from FLOP and byte counts, before it is measured."""
 
 from __future__ import annotations
 

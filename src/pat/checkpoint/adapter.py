@@ -22,10 +22,19 @@ from pat.checkpoint.compact import MODEL, RECORD, read_compaction
 from pat.checkpoint.hollow import StoredWeights, hollow_model
 from pat.checkpoint.layout import UnknownLayoutError
 from pat.checkpoint.write import quiet_transformers
-from pat.errors import PatError
-from pat.loading import TokenSetup, check_special_ids, load_base, load_config, quantization_of
+from pat.errors import PatError, one_line
+from pat.loading import (
+    TokenSetup,
+    check_special_ids,
+    grow_embedding,
+    grown_rows,
+    load_base,
+    load_config,
+    quantization_of,
+)
 from pat.loading.stored import dtype_of, stored_tensors
 from pat.loading.tokenizer import load_plain_tokenizer
+from pat.paths import expand, looks_local
 from pat.tuner import PatConfig
 from pat.tuner.config import PatType
 from pat.tuner.prepare import check_config
@@ -41,7 +50,7 @@ def read_adapter_config(adapter: str | os.PathLike[str]) -> LoraConfig:
     Raises:
         PatError: no such folder, no adapter in it, or an adapter of another method.
     """
-    folder = Path(adapter).expanduser()
+    folder = Path(adapter)
     if not folder.is_dir():
         raise PatError(f"{adapter}: no such folder; expected the folder of a PAT adapter.")
     if not (folder / CONFIG_NAME).is_file():
@@ -52,7 +61,7 @@ def read_adapter_config(adapter: str | os.PathLike[str]) -> LoraConfig:
         stored = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         kind = stored.get("peft_type")
     except (ValueError, AttributeError, OSError) as error:
-        raise PatError(f"{folder / CONFIG_NAME}: not readable as JSON ({_one_line(error)}).") from error
+        raise PatError(f"{folder / CONFIG_NAME}: not readable as JSON ({one_line(error)}).") from error
     config_class = PatConfig if kind == PatType.PAT else LoraConfig
     if kind != PatType.PAT and not (kind == PeftType.LORA.value and compaction_of(adapter) is not None):
         raise PatError(
@@ -63,7 +72,7 @@ def read_adapter_config(adapter: str | os.PathLike[str]) -> LoraConfig:
     try:
         return cast(LoraConfig, config_class.from_pretrained(str(folder)))
     except (TypeError, ValueError) as error:
-        raise PatError(f"{folder / CONFIG_NAME}: not a usable configuration ({_one_line(error)}).") from error
+        raise PatError(f"{folder / CONFIG_NAME}: not a usable configuration ({one_line(error)}).") from error
 
 
 def compaction_of(adapter: str | os.PathLike[str]) -> Compaction | None:
@@ -72,84 +81,111 @@ def compaction_of(adapter: str | os.PathLike[str]) -> Compaction | None:
     Raises:
         PatError: the record is not readable.
     """
-    folder = Path(adapter).expanduser().resolve()
+    folder = Path(adapter).resolve()
     stored = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     # Beside the adapter, or (a checkpoint of stage two) beside the base that it names.
     places = [folder.parent, Path(stored.get("base_model_name_or_path") or "").parent]
     return next((read_compaction(place) for place in places if (place / RECORD).is_file()), None)
 
 
-def base_name(adapter: str | os.PathLike[str], config: LoraConfig, base_model: str | None) -> str:
+def base_of(adapter: str | os.PathLike[str], config: LoraConfig, base_model: str | None) -> tuple[str, str | None]:
     """Return the base model to put an adapter on: the one given, the compact one beside the adapter, or the recorded.
+
+    Returns:
+        Its name, and the revision to take of it: the recorded one, if it is the recorded model.
 
     Raises:
         PatError: none is given and none recorded, or the recorded folder is gone.
     """
+    recorded = expand(config.base_model_name_or_path or "")
     if base_model is not None:
-        return base_model
-    beside = Path(adapter).expanduser().resolve().parent / MODEL
+        return base_model, config.revision if base_model == recorded else None
+    beside = Path(adapter).resolve().parent / MODEL
     if not isinstance(config, PatConfig) and beside.is_dir() and (beside.parent / RECORD).is_file():
-        return str(beside)
-    recorded = config.base_model_name_or_path
+        return str(beside), None
     if not recorded:
         raise PatError(f"{adapter}: does not say which base model it belongs to; pass --base_model.")
-    looks_local = os.path.isabs(recorded) or recorded.startswith((".", "~")) or recorded.count("/") > 1
-    if looks_local and not Path(recorded).expanduser().is_dir():
+    if looks_local(recorded) and not Path(recorded).is_dir():
         raise PatError(
-            f"{adapter}: belongs to the base model in {recorded}, which is not there; pass --base_model with its "
-            "folder or hub id."
+            f"{adapter}: belongs to the base model in {config.base_model_name_or_path}, which is not there; pass "
+            "--base_model with its folder or hub id."
         )
-    return recorded
+    return recorded, config.revision
 
 
-def adapter_tokens(adapter: str | os.PathLike[str], name: str, base_config: PretrainedConfig) -> TokenSetup:
+def base_config_for(config: LoraConfig, name: str, *, revision: str | None = None) -> tuple[PretrainedConfig, bool]:
+    """Return the configuration of the base that an adapter is put on, and whether its embedding has to grow first.
+
+    It has to if the adapter trains tokens that were added for it.
+
+    Raises:
+        PatError: see `load_config`, or the adapter was made for another base.
+    """
+    base_config, family = load_config(name, revision=revision)
+    indices = config.trainable_token_indices or []
+    listed = [index for part in (indices.values() if isinstance(indices, dict) else [indices]) for index in part]
+    num_stored, base_config.vocab_size = (
+        base_config.vocab_size,
+        grown_rows(base_config.vocab_size, max(listed, default=0)),
+    )
+    if isinstance(config, PatConfig):
+        check_config(base_config, family, config)
+    return base_config, base_config.vocab_size > num_stored
+
+
+def adapter_tokens(
+    adapter: str | os.PathLike[str], name: str, base_config: PretrainedConfig, *, revision: str | None = None
+) -> TokenSetup:
     """Return the tokenizer and generation config of the run that an adapter is of, or else those of its base model.
 
     Args:
         adapter: its folder.
         name: of the base model.
         base_config: of the base model.
+        revision: of the base model.
 
     Raises:
         PatError: neither has a tokenizer, or its special tokens lie beyond the base's embedding.
     """
-    folder = Path(adapter).expanduser()
+    folder = Path(adapter)
     is_there = (folder / TOKENIZER_CONFIG_FILE).is_file()
-    tokenizer = load_plain_tokenizer(str(folder) if is_there else name)
+    tokenizer = load_plain_tokenizer(str(folder)) if is_there else load_plain_tokenizer(name, revision=revision)
     check_special_ids(tokenizer, base_config.vocab_size)
     generation_config = base_tokenizer = None
     with suppress(OSError):
-        generation_config = GenerationConfig.from_pretrained(name)
+        generation_config = GenerationConfig.from_pretrained(name, revision=revision or "main")
     with suppress(OSError):
         generation_config = GenerationConfig.from_pretrained(folder)
     if is_there:
         with suppress(PatError):
-            base_tokenizer = load_plain_tokenizer(name)
+            base_tokenizer = load_plain_tokenizer(name, revision=revision)
     return TokenSetup.of(base_config, generation_config, tokenizer, base_tokenizer=base_tokenizer)
 
 
 def load_hollow(
-    adapter: str | os.PathLike[str], name: str, config: LoraConfig, *, device: str | torch.device = "cpu"
+    adapter: str | os.PathLike[str],
+    name: str,
+    config: LoraConfig,
+    *,
+    revision: str | None = None,
+    device: str | torch.device = "cpu",
 ) -> tuple[PeftModel, StoredWeights] | None:
     """Put a saved adapter on a base model that stays on disk, None if that base or adapter has to be in memory.
 
     That is so for bases that are quantised or not stored as safetensors, for initialisations of LoRA that change the
-    base, and for adapters that carry weights of the base (LoRA on the embedding).
+    base, and for adapters that carry weights of the base (LoRA on the embedding) or train tokens that it has not.
 
     Raises:
         PatError: adapter or base cannot be read, or do not fit each other.
     """
-    base_config, family = load_config(name)
-    quantised = quantization_of(base_config) is not None
-    if isinstance(config, PatConfig):
-        check_config(base_config, family, config)
-        quantised = quantised or config.base_quantization is not None
-    if quantised or config.init_lora_weights not in _INITIALISATIONS:
+    base_config, grows = base_config_for(config, name, revision=revision)
+    quantised = quantization_of(base_config) is not None or getattr(config, "base_quantization", None) is not None
+    if grows or quantised or config.init_lora_weights not in _INITIALISATIONS:
         return None
     with fitting(name, adapter):
         if _carries_base_weights(adapter):
             return None
-    tensors = stored_tensors(name, download=True)
+    tensors = stored_tensors(name, revision=revision, download=True)
     if tensors is None:
         return None
     dtype = dtype_of(tensors) or torch.float32
@@ -161,7 +197,7 @@ def load_hollow(
     # peft rounds an adapter to the dtype of the layer it is loaded beside.
     fine = torch.promote_types(dtype, torch.float32)
     with quiet_transformers(True), fitting(name, adapter), stored.as_dtype(fine):
-        folder = str(Path(adapter).expanduser())
+        folder = str(Path(adapter))
         model = PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True, torch_device=str(device))
         check_complete(model, adapter)
     for module in model.modules():
@@ -188,22 +224,21 @@ def load_adapted(
         PatError: adapter or base cannot be read, or do not fit each other.
     """
     config = read_adapter_config(adapter)
-    name = base_name(adapter, config, base_model)
-    base_config, family = load_config(name)
+    name, revision = base_of(adapter, config, base_model)
+    base_config, _ = base_config_for(config, name, revision=revision)
     quantization = None
-    if isinstance(config, PatConfig):
-        check_config(base_config, family, config)  # before minutes of loading weights
     if (
         isinstance(config, PatConfig)
         and config.base_quantization is not None
         and getattr(base_config, "quantization_config", None) is None
     ):
         quantization = AutoQuantizationConfig.from_dict(dict(config.base_quantization))
-    folder = str(Path(adapter).expanduser())
+    folder = str(Path(adapter))
     with quiet_transformers(not progress), fitting(name, adapter):
         # On the CPU no map: peft would take one as an invitation to spread the model over what devices there are.
         device_map = None if torch.device(device).type == "cpu" else {"": torch.device(device)}
-        base = load_base(name, quantization_config=quantization, device_map=device_map)
+        base = load_base(name, revision=revision, quantization_config=quantization, device_map=device_map)
+        grow_embedding(base, base_config.vocab_size)
         model = PeftModel.from_pretrained(base, folder)
         check_complete(model, adapter)
     return model
@@ -218,7 +253,7 @@ def fitting(name: str, adapter: str | os.PathLike[str]) -> Iterator[None]:
         raise
     except (RuntimeError, ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
         mismatches = str(error).count("size mismatch for")
-        detail = f"{mismatches} tensors have other shapes" if mismatches else _one_line(error)
+        detail = f"{mismatches} tensors have other shapes" if mismatches else one_line(error)
         raise PatError(
             f"The adapter {adapter} does not fit the base model {shown_name(name)}: {detail}. Expected the base it was "
             "trained on; pass it with --base_model."
@@ -228,7 +263,7 @@ def fitting(name: str, adapter: str | os.PathLike[str]) -> Iterator[None]:
 def check_complete(model: PeftModel, adapter: str | os.PathLike[str]) -> None:
     """Refuse a partial adapter file: peft leaves what is missing at its initial value."""
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    with safe_open(Path(adapter).expanduser() / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+    with safe_open(Path(adapter) / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
         missing = expected - set(file.keys())
     if missing:
         raise PatError(
@@ -238,9 +273,5 @@ def check_complete(model: PeftModel, adapter: str | os.PathLike[str]) -> None:
 
 
 def _carries_base_weights(adapter: str | os.PathLike[str]) -> bool:
-    with safe_open(Path(adapter).expanduser() / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+    with safe_open(Path(adapter) / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
         return any(".base_layer." in name and PREFIX not in name for name in file.keys())  # noqa: SIM118
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

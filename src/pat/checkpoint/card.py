@@ -15,18 +15,10 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from pat.checkpoint.verify import Parity
 from pat.report.records import environment
 
-PROVENANCE = (
-    "model_name_or_path", "dataset", "prompt_format", "recipe", "seed", "num_steps", "num_tokens_seen", "max_length",
-    "learning_rates", "held_out_nll", "held_out_standard_error", "num_held_out_tokens", "limits",
-)  # fmt: skip
-"""What a card can tell of a run, under these names, as `results.json` has them: base model and data (only the last
-component of a path is shown), the form of the prompts in words, numbers, the learning rate of each group of parameters,
-held-out losses with their standard errors by model, and sentences about what the model is not for."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Pruning:
-    """What was cut from a base model, and how it was chosen."""
+    """The cut that was made in a base model, and how its channels were chosen."""
 
     hidden_size: int
     pruned_hidden_size: int
@@ -48,7 +40,7 @@ class Pruning:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut(Pruning):
-    """What was cut, for a dense checkpoint."""
+    """The cut that a dense checkpoint comes from, and the size of the checkpoint."""
 
     num_parameters: int
     num_bytes: int
@@ -68,7 +60,7 @@ class Cut(Pruning):
 
 @dataclass(frozen=True, kw_only=True)
 class Compaction(Pruning):
-    """What was cut at the milestone, where training went on with the small model."""
+    """The cut that was made at the milestone, from where training went on with the small model."""
 
     base_model: str
     """Name of the model that was cut, as it may be shown."""
@@ -82,10 +74,10 @@ def shown_name(name: str) -> str:
     return name if is_hub_id else re.split(r"[/\\]", name.rstrip("/\\"))[-1] or "local"
 
 
-def base_license(base_model: str) -> dict[str, str]:
+def base_license(base_model: str, revision: str | None = None) -> dict[str, str]:
     """Return the licence fields of the base model's card, if it lies on this machine; empty otherwise."""
     folder = Path(base_model)
-    cached = folder / "README.md" if folder.is_dir() else _cached_card(base_model)
+    cached = folder / "README.md" if folder.is_dir() else _cached_card(base_model, revision)
     if cached is None or not cached.is_file():
         return {}
     try:
@@ -102,10 +94,13 @@ def render_card(cut: Cut, parity: Parity, provenance: Mapping[str, Any]) -> str:
     Args:
         cut: what was cut.
         parity: the comparison with the tuned model.
-        provenance: what is known beyond that; see `PROVENANCE` for the keys, all of them optional.
+        provenance: what is known beyond that, all of it optional: `model_name_or_path` and its `revision`, `dataset`
+            (only the last component of a path is shown), `prompt_format` in words, `recipe`, `seed`, `num_steps`,
+            `num_tokens_seen`, `max_length`, `learning_rates` by group of parameters, `held_out_nll` and
+            `held_out_standard_error` by model, and `num_held_out_tokens`.
     """
     base_model = str(provenance.get("model_name_or_path") or "unknown")
-    license_fields: dict[str, Any] = base_license(base_model)
+    license_fields: dict[str, Any] = base_license(base_model, provenance.get("revision"))
     data = ModelCardData(
         base_model=shown_name(base_model),
         library_name="transformers",
@@ -131,9 +126,9 @@ def render_card(cut: Cut, parity: Parity, provenance: Mapping[str, Any]) -> str:
     return str(card)
 
 
-def _cached_card(repo_id: str) -> Path | None:
+def _cached_card(repo_id: str, revision: str | None) -> Path | None:
     try:
-        found = try_to_load_from_cache(repo_id, "README.md")
+        found = try_to_load_from_cache(repo_id, "README.md", revision=revision)
     except ValueError:  # not a hub id
         return None
     return Path(found) if isinstance(found, str) else None

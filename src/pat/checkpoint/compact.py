@@ -16,14 +16,14 @@ from pat.checkpoint.card import Compaction, shown_name
 from pat.checkpoint.staging import make_readable, staged_folder
 from pat.checkpoint.verify import check, compare, permutation_floor
 from pat.checkpoint.write import pruning_of, quiet_transformers, write_config
-from pat.errors import PatError
+from pat.errors import PatError, one_line
 from pat.loading import TokenSetup
 from pat.loading.tokenizer import savable_generation_config
 from pat.tuner.compaction import CompactModel
 from pat.tuner.model import PatModel
 
 MODEL, ADAPTER, RECORD = "model", "adapter", "compaction.json"
-"""What the folder holds."""
+"""Names of what the folder holds."""
 
 
 COMPACTION_REFUSED = (
@@ -99,5 +99,5 @@ def read_compaction(folder: Path) -> Compaction:
         return Compaction(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise PatError(
-            f"{path}: not the record of a compaction ({' '.join(str(error).split())}); resume without that checkpoint."
+            f"{path}: not the record of a compaction ({one_line(error)}); resume without that checkpoint."
         ) from error

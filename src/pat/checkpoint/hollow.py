@@ -26,11 +26,11 @@ from pat.checkpoint.layout import Piece, UnknownLayoutError, stored_layout
 from pat.loading import incomplete_weights
 from pat.loading.stored import StoredTensor, unreadable
 from pat.surgery.adapted import AdaptedMatrix
-from pat.surgery.residual import stored_tensors
+from pat.surgery.residual import model_tensors
 from pat.tuner.weights import factored_parameter
 
 Places = list[tuple[nn.Module, str]]
-"""Modules that hold a parameter, and under which name."""
+"""Modules that hold a parameter, each with the name under which it does."""
 
 
 def hollow_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -62,7 +62,7 @@ class StoredWeights:
     def __init__(self, model: PreTrainedModel, stored: Mapping[str, StoredTensor], name: str) -> None:
         self.model, self.stored, self.name = model, stored, name
         self.dtype, self.device = model.dtype, model.device
-        tensors = stored_tensors(model)
+        tensors = model_tensors(model)
         owners = {id(tensor): name for name, tensor in tensors.items()}
         everywhere = tensors | dict(model.named_parameters(remove_duplicate=False))
         self._canonical = {name: owners[id(tensor)] for name, tensor in everywhere.items()}
@@ -181,7 +181,7 @@ class StoredWeights:
 
     @cached_property
     def _places(self) -> dict[str, Places]:
-        """Where the parameters are, once adapters are on the model: those wrap modules, and keep their parameters."""
+        """The places of the parameters once adapters are on the model, which wrap modules and keep their parameters."""
         names = {id(parameter): name for name, parameter in self._at_rest.items()}
         places: dict[str, Places] = defaultdict(list)
         for module in self.model.modules():

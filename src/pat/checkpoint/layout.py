@@ -1,4 +1,4 @@
-"""How a model's parameters are laid out in its checkpoint: transformers stores some otherwise than it holds them.
+"""The layout of a model's parameters in its checkpoint: transformers stores some otherwise than it holds them.
 
 The experts of a layer are one parameter in memory and one tensor each on disk.
 """
@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from pat.surgery.residual import stored_tensors
+from pat.surgery.residual import model_tensors
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Piece:
     """A stored tensor: consecutive rows of a parameter."""
 
     name: str
-    """In the checkpoint."""
+    """Its name in the checkpoint."""
     shape: tuple[int, ...]
     start: int
     """Its first element, counted in the flattened parameter."""
@@ -46,7 +46,7 @@ def stored_layout(model: PreTrainedModel) -> dict[str, tuple[Piece, ...]]:
     offsets: dict[str, int] = {}
     numbers: dict[str, torch.Tensor] = {}
     total = 0
-    tensors = stored_tensors(model)
+    tensors = model_tensors(model)
     for name, tensor in tensors.items():
         *stack, _ = tensor.shape or (1,)
         num_rows = torch.Size(stack).numel()

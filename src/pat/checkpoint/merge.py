@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -18,13 +19,14 @@ from peft import PeftModel
 
 from pat.checkpoint.adapter import (
     adapter_tokens,
-    base_name,
+    base_config_for,
+    base_of,
     compaction_of,
     load_adapted,
     load_hollow,
     read_adapter_config,
 )
-from pat.checkpoint.card import PROVENANCE, Cut, shown_name
+from pat.checkpoint.card import Cut, shown_name
 from pat.checkpoint.compact import ADAPTER, RECORD
 from pat.checkpoint.options import MergeOptions
 from pat.checkpoint.staging import check_output_folder, staged_folder
@@ -32,7 +34,7 @@ from pat.checkpoint.verification_text import MAX_TOKENS, verification_batches
 from pat.checkpoint.verify import Parity
 from pat.checkpoint.write import MAX_SHARD_SIZE, save_checkpoint
 from pat.errors import PatError
-from pat.loading import check_quantization, load_config
+from pat.loading import check_quantization
 from pat.report.records import Record, collected_warnings, write_record
 from pat.surgery.describe import count_parameters
 from pat.tuner import PatConfig
@@ -43,12 +45,12 @@ RESULTS = "results.json"
 
 LARGE_MODEL = 10**9
 LARGE_MODEL_TOKENS = 64
-"""From how many parameters on how few tokens are compared: every window costs one more reading of both models."""
+"""A model of as many parameters or more is compared on so few tokens, because every window reads both models anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeRecord(Record):
-    """What a merge came to. Only the last component of a path is kept."""
+    """The result of a merge. Only the last component of a path is kept."""
 
     command: Literal["merge"] = "merge"
     model_name_or_path: str
@@ -76,7 +78,7 @@ class MergeResult:
 
     @property
     def cut(self) -> Cut:
-        """What was cut."""
+        """The cut that was made."""
         return self.record.cut
 
     @property
@@ -104,16 +106,21 @@ def run_merge(options: MergeOptions, *, progress: bool = True) -> MergeResult:
         PatError: the adapter, the base model or the output folder cannot be used; nothing has been written.
         RunFailed: the checkpoint could not be written, or is not the tuned model; nothing is left behind.
     """
-    adapter = Path(options.adapter).expanduser()
+    with collected_warnings() as warnings:
+        return _merge(options, warnings, progress=progress)
+
+
+def _merge(options: MergeOptions, warnings: list[str], *, progress: bool) -> MergeResult:
+    adapter = Path(options.adapter)
     check_output_folder(options.output_dir)
     _check_shard_size(options.max_shard_size)
     _check_device(options.device)
     config = read_adapter_config(adapter)
     _point_to_the_last_adapter(adapter)
-    name = base_name(adapter, config, options.base_model)
-    base_config, _ = load_config(name)
+    name, revision = base_of(adapter, config, options.base_model)
+    base_config, _ = base_config_for(config, name, revision=revision)
     check_quantization(base_config)
-    tokens = adapter_tokens(adapter, name, base_config)
+    tokens = adapter_tokens(adapter, name, base_config, revision=revision)
     large = count_parameters(base_config) >= LARGE_MODEL
     batches = verification_batches(
         tokens.tokenizer,
@@ -123,14 +130,14 @@ def run_merge(options: MergeOptions, *, progress: bool = True) -> MergeResult:
     )
     compaction = None if isinstance(config, PatConfig) else compaction_of(adapter)
     dtype = _torch_dtype(options.dtype)
-    hollow = load_hollow(adapter, name, config, device=options.device)
+    hollow = load_hollow(adapter, name, config, revision=revision, device=options.device)
     model: PeftModel
     if hollow is not None:
         model, stored = hollow
     else:
         model, stored = load_adapted(adapter, base_model=name, device=options.device, progress=progress), None
     timings: dict[str, float] = {}
-    with collected_warnings() as warnings, staged_folder(options.output_dir) as staging:
+    with staged_folder(options.output_dir) as staging:
         parity, cut = save_checkpoint(
             model,
             staging,
@@ -140,7 +147,7 @@ def run_merge(options: MergeOptions, *, progress: bool = True) -> MergeResult:
             dtype=dtype,
             precision=_torch_dtype(options.fold_dtype),
             provenance=_provenance(adapter)
-            | {"model_name_or_path": name if compaction is None else compaction.base_model},
+            | {"model_name_or_path": name if compaction is None else compaction.base_model, "revision": revision},
             compaction=compaction,
             progress=progress,
             max_shard_size=options.max_shard_size,
@@ -159,7 +166,7 @@ def run_merge(options: MergeOptions, *, progress: bool = True) -> MergeResult:
             warnings=warnings,
         )
         write_record(staging / RESULTS, record)
-    return MergeResult(Path(options.output_dir).expanduser(), record)
+    return MergeResult(Path(options.output_dir), record)
 
 
 def _point_to_the_last_adapter(adapter: Path) -> None:
@@ -171,14 +178,34 @@ def _point_to_the_last_adapter(adapter: Path) -> None:
 
 def _provenance(adapter: Path) -> dict[str, Any]:
     """Return what the run that an adapter lies in says of itself, as far as a model card tells it."""
-    for folder in adapter.resolve().parents[:2]:
+    for folder in adapter.resolve().parents[:3]:
         try:
             results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         if isinstance(results, dict) and results.get("command") == "tune":
-            return {name: results[name] for name in PROVENANCE if name in results}
+            last = folder / ("adapter" if results.get("compaction") is None else f"compact/{ADAPTER}")
+            return _facts(results, is_last=adapter.resolve() == last.resolve())
     return {}
+
+
+def _facts(results: Mapping[str, Any], *, is_last: bool) -> dict[str, Any]:
+    """Return the facts of a run for a card; what the whole run came to is true of its last adapter alone."""
+    names = ["dataset", "prompt_format", "recipe", "seed", "learning_rates"]
+    names += ["num_steps", "num_tokens_seen"] if is_last else []
+    found = {name: results[name] for name in names if name in results}
+    figures = {
+        stage: figure
+        for stage, figure in (results.get("figures") or {}).items()
+        if stage in (("base", "tuned") if is_last else ("base",)) and figure.get("held_out_nll") is not None
+    }
+    errors = {stage: figure.get("held_out_standard_error") for stage, figure in figures.items()}
+    return found | {
+        "max_length": (results.get("training_arguments") or {}).get("max_length"),
+        "held_out_nll": {stage: figure["held_out_nll"] for stage, figure in figures.items()},
+        "held_out_standard_error": {stage: error for stage, error in errors.items() if error is not None},
+        "num_held_out_tokens": next((figure.get("num_held_out_tokens") for figure in figures.values()), None),
+    }
 
 
 def _torch_dtype(name: str | None) -> torch.dtype | None:

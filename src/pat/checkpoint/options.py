@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pat.errors import PatError
+from pat.paths import expand_options
 
 DTYPES = ("float32", "bfloat16", "float16")
 FOLD_DTYPES = ("float64", "float32")
@@ -13,7 +14,7 @@ FOLD_DTYPES = ("float64", "float32")
 
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
-    """What to merge, and how it is written.
+    """The adapter to merge, and the form in which the model is written.
 
     Raises:
         PatError: a dtype that there is none of.
@@ -44,6 +45,7 @@ class MergeOptions:
     device: str = field(default="cpu", metadata={"help": "Where to compute, such as cuda."})
 
     def __post_init__(self) -> None:
+        expand_options(self)
         for name, allowed in (("dtype", DTYPES), ("fold_dtype", FOLD_DTYPES)):
             given = getattr(self, name)
             if given is not None and str(given).removeprefix("torch.") not in allowed:

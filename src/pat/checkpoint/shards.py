@@ -6,6 +6,7 @@ all its tensors, which would hold a file of 5 GB in memory.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -22,8 +23,11 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from pat.checkpoint.layout import stored_layout
-from pat.errors import RunFailed
+from pat.errors import RunFailed, one_line
 from pat.loading.stored import DTYPES
+
+_NO_SUCH_CALL = (errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP)
+"""What reserving space fails with on file systems that do not know it (FUSE, NFS); writing works there."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -109,14 +113,18 @@ class ShardWriter:
             entries[name] = {"dtype": _NAMES[self._dtype], "shape": shape, "data_offsets": [begin, end]}
         header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
         header += b" " * (-len(header) % 8)  # tensors begin at multiples of eight bytes
-        file = cast(BinaryIO, self._files.enter_context(path.open("wb", buffering=0)))
+        file = cast(BinaryIO, self._files.enter_context(path.open("w+b", buffering=0)))
         file.write(struct.pack("<Q", len(header)) + header)
         start = file.tell()
         if hasattr(os, "posix_fallocate") and end:
-            os.posix_fallocate(file.fileno(), 0, start + end)
+            try:
+                os.posix_fallocate(file.fileno(), 0, start + end)
+            except OSError as error:
+                if error.errno not in _NO_SUCH_CALL:
+                    raise
         self._places |= {name: (file, start + entries[name]["data_offsets"][0]) for name in tensors}
 
 
 def writing_failed(error: Exception) -> RunFailed:
     """Return the error for a checkpoint that the disk does not take."""
-    return RunFailed(f"Writing the checkpoint failed ({' '.join(str(error).split())}).")
+    return RunFailed(f"Writing the checkpoint failed ({one_line(error)}).")

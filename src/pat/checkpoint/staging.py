@@ -23,7 +23,7 @@ def check_output_folder(output_dir: str | os.PathLike[str]) -> Path:
     Raises:
         PatError: there is something at that path.
     """
-    path = Path(output_dir).expanduser()
+    path = Path(output_dir)
     if path.is_dir():
         if any(path.iterdir()):
             raise PatError(f"{path}: the output folder is not empty; choose another one, or empty it first.")
@@ -45,30 +45,41 @@ def staged_folder(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(os.path.realpath(check_output_folder(output_dir)))
     prefix = f".{target.name}.tmp-"
     _remove_stale(target.parent, prefix)
-    staging = target.parent / f"{prefix}{secrets.token_hex(4)}"
     # Ancestors that are made now go again if nothing comes of it.
-    made = [folder for folder in (staging, *staging.parents) if not folder.exists()]
+    made = [folder for folder in target.parents if not folder.exists()]
+    staging: Path | None = None
     lock: int | None = None
     try:
         try:
-            staging.mkdir(parents=True)
+            staging, lock = _make_locked(target.parent, prefix)
         except OSError as error:
             raise PatError(f"{target}: cannot be created ({error.strerror}); choose another output folder.") from error
-        with suppress(BlockingIOError):  # somebody who clears up looks at it just now
-            lock = lock_folder(staging)
         yield staging
         make_readable(staging)
         _sync(staging)
         _rename(staging, target)
         _sync_folder(target.parent)
     except BaseException:  # an interrupt must leave nothing behind either
-        shutil.rmtree(staging, ignore_errors=True)
-        for folder in made[1:]:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        for folder in made:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         raise
     finally:
         if lock is not None:
+            os.close(lock)
+
+
+def _make_locked(parent: Path, prefix: str) -> tuple[Path, int | None]:
+    """Make a folder and mark it as in use, see `lock_folder`; if somebody who clears up comes between, another one."""
+    while True:
+        folder = parent / f"{prefix}{secrets.token_hex(4)}"
+        folder.mkdir(parents=True)
+        with suppress(FileNotFoundError, BlockingIOError):
+            lock = lock_folder(folder)
+            if lock is None or folder.is_dir():
+                return folder, lock
             os.close(lock)
 
 

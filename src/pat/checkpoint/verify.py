@@ -17,14 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pat.errors import ParityMissed, PatError
-from pat.nll import evaluating
+from pat.nll import LOGIT_ROWS, evaluating
 from pat.surgery.dense import build_dense, shrink_config
 from pat.surgery.describe import head_dim, map_of
 from pat.surgery.fold import Channels, HeadPlan, fold_weights
-from pat.surgery.residual import stored_tensors
-
-LOGIT_ROWS = 256
-"""Rows of logits turned into float32 at once: a vocabulary of 262,144 takes 1 MB a row."""
+from pat.surgery.residual import model_tensors
 
 MAX_LOGIT_DIFF = 1e-3
 """Float32 and better. A mere permutation of the residual channels moves the logits of SmolLM2-135M by 1e-4, those of
@@ -181,7 +178,7 @@ def permutation_floor(model: PreTrainedModel, batches: Iterable[Mapping[str, Any
         batches: see `compare`.
         seed: of the permutation.
     """
-    stream, tensors = map_of(model), stored_tensors(model)
+    stream, tensors = map_of(model), model_tensors(model)
     family, tied = stream.family, stream.head is None
     hidden_size = getattr(model.config, family.hidden_size_field)
     order = torch.randperm(hidden_size, generator=torch.Generator().manual_seed(seed))

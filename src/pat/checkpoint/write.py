@@ -32,7 +32,7 @@ from pat.loading.tokenizer import savable_generation_config
 from pat.surgery.adapted import AdaptedMatrix, merged
 from pat.surgery.dense import DenseForm, rounded
 from pat.surgery.describe import count_parameters
-from pat.surgery.residual import stored_tensors as model_tensors
+from pat.surgery.residual import ResidualStream, model_tensors
 from pat.surgery.rope import legacy_rope
 from pat.tuner.merging import adapted_form
 from pat.tuner.model import PatModel, find_tuner
@@ -158,14 +158,14 @@ def weight_bytes(folder: Path) -> int:
 
 def pruning_of(tuner: PatModel) -> Pruning:
     """Return what merging or compacting the active adapter cuts."""
-    mask, config = tuner.mask(), tuner.pat_config()
+    mask, config, stream = tuner.mask(), tuner.pat_config(), cast(ResidualStream, tuner.residual_stream)
     gate = next(iter(tuner.gates().values()), None)
     return Pruning(
         intermediate_size=None if gate is None else gate.size,
         pruned_intermediate_size=None if gate is None else gate.num_kept,
         hidden_size=mask.hidden_size,
         pruned_hidden_size=mask.pruned_hidden_size,
-        num_parameters_base=count_parameters(cast(PreTrainedModel, tuner.model).config),
+        num_parameters_base=count_parameters(cast(PreTrainedModel, tuner.model).config, tied=stream.head is None),
         rotation=config.resolved_rotation or "none",
         mask=config.mask,
         milestone_step=mask.milestone_step,

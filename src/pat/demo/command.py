@@ -47,7 +47,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoRecord(Record):
-    """What a demo came to."""
+    """The result of a demo."""
 
     command: Literal["demo"] = "demo"
     output_dir: Path
@@ -65,7 +65,7 @@ def run_demo(options: DemoOptions) -> DemoRecord:
         RunFailed: see `pat.tune`.
     """
     data = options.dataset_name or str(demo_data_path())
-    if (path := Path(data).expanduser()).is_file() or path.suffix in FILE_SUFFIXES:
+    if (path := Path(data)).is_file() or path.suffix in FILE_SUFFIXES:
         read_local(path)  # what is wrong with it is to be said before the download
     base = prepare_smollm2(options.cache_dir, progress=print)
     print(f"Tuning {base.name} on {path.name}: {options.max_steps} steps, cutting {options.pruning_ratio:.1%}")

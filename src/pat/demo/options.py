@@ -7,12 +7,13 @@ from pathlib import Path
 
 from pat.checkpoint.staging import check_output_folder
 from pat.errors import PatError
+from pat.paths import expand_options
 from pat.shape import check_request
 
 
 @dataclass
 class DemoOptions:
-    """Where the demo runs, and what is different from the usual."""
+    """The folder of the demo, and the few things that can be changed in it."""
 
     output_dir: Path = field(default=Path("pat-demo"), metadata={"help": "Folder of the run; it must be empty or new."})
     dataset_name: str | None = field(
@@ -30,6 +31,7 @@ class DemoOptions:
         Raises:
             PatError: a ratio or number of steps that cannot be, or an output folder that is not empty.
         """
+        expand_options(self)
         check_request(self.pruning_ratio, None)
         if self.max_steps < 1:
             raise PatError(f"Got max_steps={self.max_steps}; expected a whole number from 1.")

@@ -10,10 +10,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from pat.checkpoint.adapter import base_name, load_adapted, read_adapter_config
+from pat.checkpoint.adapter import adapter_tokens, base_config_for, base_of, load_adapted, read_adapter_config
+from pat.checkpoint.card import shown_name
 from pat.evaluation.harness import TaskScores, evaluate_tasks, load_tasks
 from pat.evaluation.options import COMMAND, RESULTS, EvaluateOptions
-from pat.loading import load_base, load_config, load_tokenizer
+from pat.loading import load_base, load_config, load_tokenizer, padded
 from pat.nll import NLL, Example, read_text, response_nll, text_perplexity
 from pat.report.progress import progress_bar
 from pat.report.records import Record, collected_warnings, write_record
@@ -29,7 +30,7 @@ TOKENS_PER_LIMIT = 1000
 
 @dataclass(frozen=True)
 class Likelihood:
-    """How well a model predicts tokens."""
+    """Figures of how well a model predicts tokens."""
 
     nll: float
     """Mean negative log-likelihood in nats per token."""
@@ -47,10 +48,12 @@ class Likelihood:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRecord(Record):
-    """Figures of one model."""
+    """Figures of one model. Only the last component of a path is kept."""
 
     command: str = COMMAND
     model: str
+    model_digest: str
+    """Digest of the model's full path or hub id, which tells models apart whose last component is the same."""
     base_model: str | None
     """Base that an adapter was put on; None for a dense checkpoint."""
     mask: str | None
@@ -63,7 +66,7 @@ class EvaluationRecord(Record):
     """Figures over the tokens of the text."""
     dataset_name: str | None
     data: DataRecord | None
-    """What the data holds, and what of it was cut."""
+    """The contents of the data, and what of it was cut."""
     responses: Likelihood | None
     """Figures over the response tokens of the data."""
     tasks: TaskScores | None
@@ -87,9 +90,13 @@ def run_evaluate(options: EvaluateOptions) -> EvaluationRecord:
 def _evaluate(options: EvaluateOptions, warnings: list[str]) -> EvaluationRecord:
     # Everything is read before the weights: a wrong column should not take minutes to be found.
     adapter = read_adapter_config(options.model) if _is_adapter(options.model) else None
-    name = options.model if adapter is None else base_name(options.model, adapter, None)
-    config, _ = load_config(name)
-    tokenizer = load_tokenizer(options.model if adapter is None or _has_tokenizer(options.model) else name)
+    name, revision = (options.model, None) if adapter is None else base_of(options.model, adapter, None)
+    if adapter is None:
+        config, _ = load_config(name)
+        tokenizer = load_tokenizer(name, config=config)
+    else:
+        config, _ = base_config_for(adapter, name, revision=revision)
+        tokenizer = padded(adapter_tokens(options.model, name, config, revision=revision).tokenizer, config)
     vocabulary = Vocabulary(tokenizer, config.get_text_config().vocab_size)
     content = None if options.text_file is None else read_text(options.text_file)
     tasks = None if options.tasks is None else load_tasks(options.tasks, options.protocol, options.data_dir)
@@ -138,15 +145,16 @@ def _evaluate(options: EvaluateOptions, warnings: list[str]) -> EvaluationRecord
         )
     return EvaluationRecord(
         warnings=warnings,
-        model=options.model,
-        base_model=None if adapter is None else name,
+        model=shown_name(options.model),
+        model_digest=options.model_digest,
+        base_model=None if adapter is None else shown_name(name),
         mask=_describe_mask(network),
         num_parameters=sum(parameter.numel() for parameter in network.parameters()),
         dtype=str(next(network.parameters()).dtype).removeprefix("torch."),
         max_length=options.max_length,
-        text_file=None if options.text_file is None else str(options.text_file),
+        text_file=None if options.text_file is None else options.text_file.name,
         text=None if text is None else Likelihood.of(text),
-        dataset_name=options.dataset_name,
+        dataset_name=None if data is None else data.source,
         data=data,
         responses=None if responses is None else Likelihood.of(responses),
         tasks=scores,
@@ -205,11 +213,7 @@ def _with_error(value: float, error: float | None, digits: int) -> str:
 
 
 def _is_adapter(model: str) -> bool:
-    return (Path(model).expanduser() / "adapter_config.json").is_file()
-
-
-def _has_tokenizer(model: str) -> bool:
-    return (Path(model).expanduser() / "tokenizer_config.json").is_file()
+    return (Path(model) / "adapter_config.json").is_file()
 
 
 def _check_tokens(vocabulary: Vocabulary, content: str | None, tasks: Mapping[str, Any]) -> None:

@@ -29,7 +29,7 @@ SAMPLES = "samples"
 """Folder of the harness's own results and answers."""
 
 TASK_FILES = Path(__file__).parent / "tasks"
-"""What stock `lm_eval` takes as `--include_path`."""
+"""The folder that stock `lm_eval` takes as `--include_path`."""
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def load_tasks(
         raise PatError(
             "The tasks need lm-evaluation-harness, which is not installed; run `pip install 'pat-llm[evaluation]'`."
         )
-    if data_dir is not None and not Path(data_dir).expanduser().is_dir():
+    if data_dir is not None and not Path(data_dir).is_dir():
         raise PatError(f"{data_dir}: no such folder; give a --data_dir that holds a <task>.jsonl for each task.")
     from lm_eval.tasks import TaskManager
 
@@ -114,22 +114,6 @@ def load_tasks(
         manager = TaskManager(include_path=TASK_FILES, include_defaults=False, metadata=metadata)
         loaded = manager.load([f"pat_{name}_{protocol}" for name in names for protocol in protocols])
     return dict(loaded["tasks"])
-
-
-def fingerprint_questions(
-    tasks: str | Sequence[str] = PAPER, data_dir: str | Path | None = None, limit: int | None = None
-) -> str:
-    """Return a digest of the questions that `evaluate_tasks` would ask, and of their wording.
-
-    Raises:
-        PatError: see `load_tasks`.
-    """
-    digest = hashlib.sha256()
-    for name, task in load_tasks(tasks, PROTOCOLS, data_dir).items():
-        for index in evenly_spaced(len(task.eval_docs), limit):
-            row = task.eval_docs[index]
-            digest.update(json.dumps([name, task.doc_to_text(row), row], sort_keys=True).encode())
-    return digest.hexdigest()
 
 
 def evaluate_tasks(

@@ -1,14 +1,17 @@
-"""What `pat evaluate` can be asked for, and what is wrong with it if it cannot be done."""
+"""Options of `pat evaluate`, and the checks that need no model."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pat.errors import PatError
+from pat.paths import expand_options
 from pat.questions import resolve_tasks
 
 PROTOCOLS = ("letter", "likelihood")
@@ -70,9 +73,7 @@ class EvaluateOptions:
         Raises:
             PatError: there is nothing to evaluate on, options do not fit together, or the output cannot be written.
         """
-        for name in ("output", "output_dir"):
-            value = getattr(self, name)
-            setattr(self, name, value if value is None else value.expanduser())
+        expand_options(self)
         if self.text_file is None and self.dataset_name is None and self.tasks is None:
             raise PatError(
                 "Got nothing to evaluate on; give --text_file (plain text), --dataset_name (instruction data) or "
@@ -96,9 +97,27 @@ class EvaluateOptions:
         if self.output is not None:
             if self.output.is_dir():
                 raise PatError(f"Got output={self.output}, which is a folder; expected the name of a JSON file.")
-            _check_writable(self.output)
+            self._check_output(self.output)
         if self.output_dir is not None:
             self._check_output_dir(self.output_dir)
+
+    @property
+    def model_digest(self) -> str:
+        """Digest of the model's full path or hub id."""
+        name = os.path.realpath(self.model) if os.path.isdir(self.model) else self.model
+        return hashlib.sha256(name.encode()).hexdigest()[:16]
+
+    def _check_output(self, file: Path) -> None:
+        """Refuse to write over a part of what is evaluated; the figures of an earlier evaluation may be replaced."""
+        _check_writable(file)
+        place = file.resolve()
+        given = {
+            Path(path).resolve() for path in (self.model, self.text_file, self.dataset_name, self.data_dir) if path
+        }
+        if file.exists() and given & {place, *place.parents} and not _read_evaluation(file):
+            raise PatError(
+                f"Got output={file}, which belongs to what is evaluated; expected another name for the figures."
+            )
 
     def _check_output_dir(self, folder: Path) -> None:
         """Refuse a folder that holds anything but what an evaluation of this model, finished or not, has left."""
@@ -110,17 +129,23 @@ class EvaluateOptions:
         path = folder / RESULTS
         if not path.exists() and any(folder.glob(f"{ANSWERS}*")):
             return
-        try:
-            results = json.loads(path.read_text(encoding="utf-8"))
-            ours, model = results["command"] == COMMAND, results["model"]
-        except (OSError, ValueError, TypeError, KeyError):
-            ours, model = False, ""
-        if not ours:
+        earlier = _read_evaluation(path)
+        if not earlier:
             raise PatError(f"{folder}: holds files, but no evaluation; give an --output_dir of its own, or a new one.")
-        if model != self.model:
+        if earlier.get("model_digest") != self.model_digest:
             raise PatError(
-                f"{folder}: holds the evaluation of {model}, not of {self.model}; give another --output_dir."
+                f"{folder}: holds the evaluation of another model ({earlier.get('model')}), not of {self.model}; give "
+                "another --output_dir."
             )
+
+
+def _read_evaluation(file: Path) -> dict[str, Any]:
+    """Return the record of an evaluation, empty if the file is none."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) and record.get("command") == COMMAND else {}
 
 
 def _check_writable(path: Path) -> None:

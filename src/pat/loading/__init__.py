@@ -3,7 +3,7 @@
 from pat.loading.config import check_kind, check_quantization, empty_model, load_config
 from pat.loading.quantized import keep_plain_layout, quantization_of
 from pat.loading.tokenizer import TokenSetup, check_special_ids, load_tokenizer, padded
-from pat.loading.weights import incomplete_weights, load_base, stored_dtype
+from pat.loading.weights import grow_embedding, grown_rows, incomplete_weights, load_base, seeded, stored_dtype
 
 __all__ = [
     "TokenSetup",
@@ -11,6 +11,8 @@ __all__ = [
     "check_quantization",
     "check_special_ids",
     "empty_model",
+    "grow_embedding",
+    "grown_rows",
     "incomplete_weights",
     "keep_plain_layout",
     "load_base",
@@ -18,5 +20,6 @@ __all__ = [
     "load_tokenizer",
     "padded",
     "quantization_of",
+    "seeded",
     "stored_dtype",
 ]

@@ -17,6 +17,7 @@ from pat.errors import PatError
 from pat.families import FAMILIES, Family, get_family
 from pat.loading.quantized import quantization_of
 from pat.loading.stored import StoredTensor, stored_tensors
+from pat.paths import expand, looks_local
 
 _CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 """Class names of the causal language models in transformers; older ones have names of their own (GPT2LMHeadModel)."""
@@ -33,7 +34,7 @@ _COUNTS = (
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 NO_PADDING = -1
-"""What early Llama checkpoints say where they have no padding token."""
+"""The padding token of early Llama checkpoints that have none."""
 
 TRAINABLE_QUANTIZATION = "bitsandbytes"
 """The quantisation that can be trained on here, and dequantised for a merge."""
@@ -46,15 +47,15 @@ def load_config(name_or_path: str, *, revision: str | None = None) -> tuple[Any,
         PatError: no such model, not a causal language model, a family without a record, a field that transformers
             cannot use, or weights on this machine whose shapes are not those of the configuration.
     """
-    check_exists(name_or_path)
+    name_or_path = check_exists(name_or_path)
     _check_folder(name_or_path)
     try:
         config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
     except Exception as error:  # every kind that transformers' own checks, and its code without any, can raise
-        if not Path(name_or_path).expanduser().is_dir() and isinstance(error, OSError | HFValidationError):
+        if not Path(name_or_path).is_dir() and isinstance(error, OSError | HFValidationError):
             raise PatError(
                 f"Got the model {name_or_path!r}, but there is no such folder and no such model on the hub that could "
-                f"be reached: {_one_line(error)}"
+                f"be reached: {_reason(error)}"
             ) from error
         raise _unusable(name_or_path, error, _fields(name_or_path, revision)) from error
     check_kind(name_or_path, config)
@@ -95,22 +96,22 @@ def check_quantization(config: PretrainedConfig) -> None:
         )
 
 
-def check_exists(name_or_path: str) -> None:
-    """Tell a missing folder from a hub id: a path that looks like one never goes to the hub.
+def check_exists(name_or_path: str) -> str:
+    """Return a hub id or the path of a folder that exists; what can only be a path never goes to the hub.
 
     Raises:
         PatError: there is no such folder.
     """
-    path = Path(name_or_path).expanduser()
-    looks_local = path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1
-    if (looks_local and not path.is_dir()) or path.is_file():
+    path = Path(expand(name_or_path))
+    if (looks_local(name_or_path) and not path.is_dir()) or path.is_file():
         raise PatError(
             f"Got the model {name_or_path!r}, but there is no such folder; expected a model folder or a hub id."
         )
+    return expand(name_or_path)
 
 
 def _check_folder(name_or_path: str) -> None:
-    path = Path(name_or_path).expanduser()
+    path = Path(name_or_path)
     if path.is_dir() and not (path / "config.json").is_file():
         inner = path / "model"
         hint = f"pass {inner}" if (inner / "config.json").is_file() else "expected a saved model"
@@ -211,7 +212,7 @@ def _fields(name: str, revision: str | None) -> Any:
 
 def _unusable(name: str, error: Exception, fields: Any) -> PatError:
     """Return the error for a configuration that transformers cannot use, naming the field if it can be found."""
-    detail = _one_line(error)
+    detail = _reason(error)
     if isinstance(fields, dict):
         culprit = next((key for key in _COUNTS if not _is_count(fields.get(key))), None) or next(
             (key for key in fields if key != "model_type" and _can_be_built(_without(fields, key))), None
@@ -245,7 +246,7 @@ def _can_be_built(fields: Mapping[str, Any]) -> bool:
     return True
 
 
-def _one_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     """Return what an error says last, since checks of dataclasses say first which of them failed."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     strict = type(error).__name__.startswith("StrictDataclass")

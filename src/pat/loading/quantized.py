@@ -1,4 +1,4 @@
-"""What a quantised base needs: its weights kept in a layout that can be trained on and dequantised, and on record."""
+"""Quantised bases: their weights are kept in a layout that can be trained on, and their quantisation is recorded."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from pat.errors import PatError
+from pat.errors import PatError, one_line
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Names of dtypes in a safetensors header; those of weights that can be folded."""
@@ -69,8 +69,7 @@ def dtype_of(tensors: dict[str, StoredTensor]) -> torch.dtype | None:
 
 def unreadable(name_or_path: str, file: Path, error: Exception) -> PatError:
     """Return the error for a weight file that cannot be read."""
-    detail = " ".join(str(error).split())
-    return PatError(f"Could not load the model {name_or_path!r}: {file.name} is not readable ({detail}).")
+    return PatError(f"Could not load the model {name_or_path!r}: {file.name} is not readable ({one_line(error)}).")
 
 
 def _files(name_or_path: str, revision: str | None, download: bool) -> list[Path]:
@@ -89,7 +88,7 @@ def _files(name_or_path: str, revision: str | None, download: bool) -> list[Path
             return []
         files, _ = get_checkpoint_shard_files(name_or_path, index, revision=revision, local_files_only=not download)
     except (OSError, ValueError, KeyError) as error:
-        if not download and not Path(name_or_path).expanduser().is_dir():
+        if not download and not Path(name_or_path).is_dir():
             return []  # a model of the hub, of which not all is here
         detail = str(error).strip().split("\n")[0]
         raise PatError(f"Could not load the model {name_or_path!r}: {detail}") from error

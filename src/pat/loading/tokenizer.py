@@ -45,7 +45,7 @@ def load_plain_tokenizer(name_or_path: str, *, revision: str | None = None) -> P
     Raises:
         PatError: there is no tokenizer.
     """
-    check_exists(name_or_path)
+    name_or_path = check_exists(name_or_path)
     try:
         return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name_or_path, revision=revision))
     except (OSError, ValueError, HFValidationError) as error:
@@ -88,10 +88,10 @@ def check_special_ids(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> None
 
 @dataclass(frozen=True)
 class TokenSetup:
-    """What is written beside the weights of a run: its tokenizer, its generation config, and its special tokens."""
+    """The tokenizer, generation config and special tokens that are written beside the weights of a run."""
 
     tokenizer: PreTrainedTokenizerBase
-    """As it is to be written: with the run's special tokens and template, and padding as the base has it."""
+    """The tokenizer to write: it has the run's special tokens and template, and the base's padding."""
     generation_config: GenerationConfig
     token_ids: dict[str, Any]
     """Special token ids of `config.json`."""

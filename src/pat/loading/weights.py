@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pat.errors import PatError
 from pat.loading.config import load_config
 from pat.loading.quantized import keep_plain_layout
 from pat.loading.stored import dtype_of, stored_tensors
+from pat.paths import expand
 
 logger = logging.getLogger(__name__)
+
+MULTIPLE = 64
+"""A grown embedding gets a multiple of so many rows, as in TRL's `clone_chat_template`."""
 
 
 def load_base(
@@ -33,6 +39,7 @@ def load_base(
     Raises:
         PatError: see `load_config`; or the weights cannot be read, or are not those of the configuration.
     """
+    name_or_path = expand(name_or_path)
     config, family = load_config(name_or_path, revision=revision)
     if dtype in (None, "auto"):
         dtype = stored_dtype(config, revision=revision) or "auto"
@@ -74,6 +81,27 @@ def load_base(
         logger.warning("%d tensors of the model %s are not used, such as %s.", len(unused), name_or_path, unused[0])
     keep_plain_layout(model)
     return cast(PreTrainedModel, model)
+
+
+def grown_rows(num_rows: int, largest: int) -> int:
+    """Return how many rows an embedding needs for tokens up to the largest: its own, or a multiple of `MULTIPLE`."""
+    return num_rows if largest < num_rows else -(-(largest + 1) // MULTIPLE) * MULTIPLE
+
+
+def grow_embedding(model: PreTrainedModel, num_rows: int) -> None:
+    """Give a model's embedding and head as many rows, with the same values in every process."""
+    embedding: Any = model.get_input_embeddings()
+    if embedding.weight.shape[0] < num_rows:
+        with seeded(0, model):  # a run that is resumed has to find the same values
+            model.resize_token_embeddings(num_rows)
+
+
+@contextmanager
+def seeded(seed: int, model: nn.Module) -> Iterator[None]:
+    """Draw from a seed, and leave the global random state as it was: the CPU's and that of the model's own GPUs."""
+    with torch.random.fork_rng(devices={p.device for p in model.parameters() if p.is_cuda}):
+        torch.manual_seed(seed)
+        yield
 
 
 def incomplete_weights(name_or_path: str, missing: Sequence[str]) -> PatError:

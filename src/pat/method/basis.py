@@ -1,7 +1,6 @@
 """The unified sparsification mask: the gate over the residual channels, in the basis in which they are counted.
 
-With an orthogonal basis Q the gate m acts as `z = Q (m * Qᵀ y)`; without one as `z = m * y` (specification,
-"Rotation").
+With an orthogonal basis Q the gate m acts as `z = Q (m * Qᵀ y)`; without one as `z = m * y` (docs/adr/0004).
 """
 
 from __future__ import annotations

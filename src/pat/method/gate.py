@@ -1,7 +1,7 @@
 """A gate over one axis of a model: soft and trained at first, 0/1 from the milestone on (paper, eq. 6-9).
 
-A gate knows how many entries its axis has and how many of them stay, not what they are. Besides the paper's proxy
-weights it holds what the specification adds to them: a prior order of the entries, and a set of pinned ones.
+A gate knows how many entries its axis has and how many of them stay, not what they are. To the paper's proxy weights
+it adds a prior order of the entries and a set of pinned ones (docs/adr/0004).
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ so the writer sees `W[:, K] a[K] + W[:, D] R a[K]`. What a merge writes is the o
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -51,8 +53,9 @@ class InnerGate(Gate):
 
     @property
     def awaits_refit(self) -> bool:
-        """Whether R is to be fitted; it is zero until then, which drops without replacement."""
-        return self.reconstruction is not None and self.num_kept < self.size and not bool(self.reconstruction.any())
+        """Whether the gate is hard and R still to be fitted; it is zero until then, which drops without replacement."""
+        fits = self.hardened and self.reconstruction is not None and self.num_kept < self.size
+        return fits and not bool(cast(Tensor, self.reconstruction).any())
 
     def set_reconstruction(self, matrix: Tensor) -> None:
         """Install R `(size - num_kept, num_kept)`, once the gate is hard."""

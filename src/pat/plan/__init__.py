@@ -1,1 +1,1 @@
-"""What a pruned model will be and cost, before any training and from the base model's configuration alone."""
+"""Sizes and costs of a pruned model, before any training and from the base model's configuration alone."""

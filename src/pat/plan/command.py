@@ -52,7 +52,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRecord(Record):
-    """What pruning a model comes to. Nothing here needs its weights."""
+    """The widths, sizes and costs that pruning a model leads to. Nothing here needs its weights."""
 
     command: Literal["plan"] = "plan"
     model_name_or_path: str
@@ -60,15 +60,15 @@ class PlanRecord(Record):
     dtype: str
     """Dtype of the weights, base and pruned."""
     rotation: Rotation
-    """What `rotation="auto"` comes to; open where it depends on the final gain, which is among the weights."""
+    """The rotation that `rotation="auto"` leads to; open where it depends on the final gain, one of the weights."""
     context: int
     base: ModelCost
     candidates: tuple[Candidate, ...]
     """One for each ratio, in the order in which they were given."""
     training: TrainingMemory
-    """Up to the milestone, at the base's width and whatever the ratio."""
+    """Memory of training up to the milestone, which is at the base's width whatever the ratio."""
     notes: tuple[str, ...]
-    """What the reader has to know about these figures."""
+    """Sentences that the reader of these figures has to know."""
 
 
 def run_plan(options: PlanOptions) -> PlanRecord:

@@ -11,14 +11,14 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from pat.loading import empty_model
 from pat.surgery.describe import head_dim, map_of
-from pat.surgery.residual import Linear, ResidualStream, stored_tensors
+from pat.surgery.residual import Linear, ResidualStream, model_tensors
 
 GROUPS = ("embedding", "head", "attention", "MLP", "norms")
 
 
 @dataclass(frozen=True)
-class Size:
-    """How much of a model one group of tensors is; a head tied to the embedding counts as embedding."""
+class GroupSize:
+    """The size of one group of a model's tensors; a head tied to the embedding counts as embedding."""
 
     num_parameters: int
     num_bytes: int
@@ -26,7 +26,7 @@ class Size:
 
 @dataclass(frozen=True)
 class SettingCost:
-    """What a batch of equally long sequences takes; bytes are in the weights' dtype."""
+    """The cost of a batch of equally long sequences; bytes are in the weights' dtype."""
 
     prefill_flops: float
     """FLOPs of reading all tokens: `2 * matmul parameters + 4 * heads * head_dim * layers * keys` for each of them,
@@ -39,14 +39,14 @@ class SettingCost:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What one model is, and what one sequence as long as the context costs; bytes are in the weights' dtype."""
+    """The size of one model, and the cost of one sequence as long as the context; bytes are in the weights' dtype."""
 
     hidden_size: int
     tied: bool
     """Whether one matrix serves embedding and head."""
-    groups: dict[str, Size]
+    groups: dict[str, GroupSize]
     """Sizes by `GROUPS`; their sum is exactly what the checkpoint's tensors hold."""
-    total: Size
+    total: GroupSize
     prefill_flops_per_token: float
     """FLOPs of reading the text, on average over its tokens."""
     decode_bytes_per_token: int
@@ -78,7 +78,7 @@ class Skeleton:
 
     def shapes(self) -> dict[str, torch.Size]:
         """Return the shape of every stored tensor by name; a tied head is not listed apart."""
-        return {name: tensor.shape for name, tensor in stored_tensors(self.model).items()}
+        return {name: tensor.shape for name, tensor in model_tensors(self.model).items()}
 
     def groups(self) -> dict[str, list[str]]:
         """Return the names of all stored tensors by `GROUPS`."""
@@ -131,12 +131,12 @@ def cost_of(skeleton: Skeleton, context: int) -> ModelCost:
         skeleton: the model.
         context: number of tokens that are read, or held in the cache.
     """
-    tensors = stored_tensors(skeleton.model)
+    tensors = model_tensors(skeleton.model)
 
-    def size(names: Iterable[str]) -> Size:
+    def size(names: Iterable[str]) -> GroupSize:
         chosen = [tensors[name] for name in names]
         num_parameters = sum(t.numel() for t in chosen if isinstance(t, nn.Parameter))  # buffers are none
-        return Size(num_parameters, sum(t.numel() * t.element_size() for t in chosen))
+        return GroupSize(num_parameters, sum(t.numel() * t.element_size() for t in chosen))
 
     total, setting = size(tensors), cost_at(skeleton, batch_size=1, context=context)
     return ModelCost(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from pat.paths import expand_options
 from pat.shape import ShapeOptions, check_request
 
 
@@ -30,5 +31,6 @@ class PlanOptions(ShapeOptions):
         Raises:
             PatError: a ratio is outside (0, 1), or both ratio and width are given.
         """
+        expand_options(self)
         for ratio in self.pruning_ratio or ():
             check_request(ratio, self.pruned_hidden_size, self.pruned_intermediate_size, self.axes)

@@ -1,1 +1,1 @@
-"""What commands leave behind: records for programs, tables for people."""
+"""The results of commands: records for programs, tables for people."""

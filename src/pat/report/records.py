@@ -1,4 +1,4 @@
-"""Records: what a command came to, as a dataclass that is written as JSON.
+"""Records: the results of commands as dataclasses that are written as JSON.
 
 Every command returns one that derives from `Record`; `docs/schemas/` holds the JSON schemas, made of the dataclasses.
 """
@@ -38,13 +38,13 @@ def installed_versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a command ran."""
+    """The machine that a command ran on."""
 
     device: str
     """Name of the accelerator, or of the processor."""
     num_cores: int | None
     num_threads: int
-    """Of torch on the CPU."""
+    """Number of threads of torch on the CPU."""
 
     @classmethod
     def here(cls) -> Machine:
@@ -56,15 +56,15 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What a command came to; each command adds its own fields."""
+    """The result of a command; each command adds its own fields."""
 
     command: str
     schema_version: int = SCHEMA_VERSION
     versions: dict[str, str] = field(default_factory=installed_versions)
-    """Of Python and the libraries."""
+    """Versions of Python and of the libraries."""
     machine: Machine = field(default_factory=Machine.here)
     warnings: list[str] = field(default_factory=list)
-    """What was said to be doubtful, cut, dropped or replaced."""
+    """Lines that were logged about what is doubtful, cut, dropped or replaced."""
 
 
 def environment() -> dict[str, Any]:

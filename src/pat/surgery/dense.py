@@ -12,14 +12,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
-from pat.errors import PatError, RunFailed
+from pat.errors import PatError, RunFailed, one_line
 from pat.families import Family
 from pat.surgery.rope import legacy_rope
 
 
 @dataclass(frozen=True)
 class DenseForm:
-    """What a dense model is made of."""
+    """The parts that a dense model is made of."""
 
     config: PretrainedConfig
     weights: Iterable[tuple[str, Tensor]]
@@ -61,9 +61,8 @@ def shrink_config(
     try:
         small.validate()
     except Exception as error:  # transformers raises its own validation classes; the message is what matters
-        detail = " ".join(str(error).split())
         raise PatError(
-            f"transformers refuses a {family.model_type} model of hidden size {pruned_hidden_size}: {detail}"
+            f"transformers refuses a {family.model_type} model of hidden size {pruned_hidden_size}: {one_line(error)}"
         ) from error
     return small
 

@@ -1,7 +1,8 @@
-"""What a model is, read off the model itself: its residual stream, its ends, its head size and its parameters."""
+"""Functions that read off a model what it is: its residual stream, its ends, its head size and its parameters."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any, cast
 
 from torch import nn
@@ -10,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from pat.errors import PatError
 from pat.families import get_family
 from pat.loading import empty_model
-from pat.surgery.residual import ResidualStream, map_residual_stream, stored_tensors
+from pat.surgery.residual import ResidualStream, map_residual_stream, model_tensors
 
 
 def map_of(model: PreTrainedModel) -> ResidualStream:
@@ -19,7 +20,7 @@ def map_of(model: PreTrainedModel) -> ResidualStream:
     Raises:
         PatError: see `map_residual_stream`.
     """
-    return map_residual_stream(get_family(model.config.model_type), stored_tensors(model), tied=shares_head(model))
+    return map_residual_stream(get_family(model.config.model_type), model_tensors(model), tied=shares_head(model))
 
 
 def shares_head(model: nn.Module) -> bool:
@@ -55,6 +56,15 @@ def head_dim(model: nn.Module) -> int:
     return int(cast(int, attention.head_dim))
 
 
-def count_parameters(config: PretrainedConfig) -> int:
-    """Count the parameters of the model a configuration describes; shared ones (tied embeddings) count once."""
+def count_parameters(config: PretrainedConfig, *, tied: bool | None = None) -> int:
+    """Count the parameters of the model a configuration describes; shared ones count once.
+
+    Args:
+        config: of the model.
+        tied: whether one matrix serves embedding and head, where there is a model to see it in; by default what the
+            configuration says.
+    """
+    if tied is not None:
+        config = copy.deepcopy(config)
+        config.tie_word_embeddings = tied
     return sum(parameter.numel() for parameter in empty_model(config).parameters())

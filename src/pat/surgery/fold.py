@@ -1,9 +1,9 @@
 """Fold operators, gains and a rotation into weights and cut the residual axes: the exact merge.
 
-Pure functions of tensors (specification, "Exact merge"). Notation: d and d' are the widths before and after, K the kept
-channels, Q the basis of the mask (None: the channels themselves), `D` an operator. All arithmetic is float64 unless
-asked otherwise, and every result is rounded once. Matrices are folded a few vectors of the stream at a time: a
-vocabulary of 32,000 by 4,096 channels would take a gigabyte in float64.
+These are pure functions of tensors, for the merge of `docs/adr/0004` and `docs/adr/0005`. Notation: d and d' are the
+widths before and after, K the kept channels, Q the basis of the mask (None: the channels themselves), `D` an operator.
+All arithmetic is float64 unless asked otherwise, and every result is rounded once. Matrices are folded a few vectors of
+the stream at a time: a vocabulary of 32,000 by 4,096 channels would take a gigabyte in float64.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CHUNK_ELEMENTS = 2**20
 
 
 class Operator(Protocol):
-    """What folding needs of an operator D: its action and its transpose's, on rows of shape `(..., d)`."""
+    """An operator D as folding needs it: its action and its transpose's, on rows of shape `(..., d)`."""
 
     def change(self, y: Tensor) -> Tensor:
         """Return (D - I) y."""
@@ -76,11 +76,6 @@ class Channels:
         """sqrt(d/d'), by which an RMSNorm over the kept channels must be amplified."""
         return math.sqrt(self.hidden_size / self.pruned_hidden_size)
 
-    @property
-    def epsilon_ratio(self) -> float:
-        """d/d', by which the epsilon of every RMSNorm must grow for the merge to be exact."""
-        return self.hidden_size / self.pruned_hidden_size
-
     def cut(self, rows: Tensor) -> Tensor:
         """Map the last axis from d to d': `rows[..., K]`, or `rows @ Q_K`."""
         return self.select(rows) if self.basis is None else rows @ self.basis.to(rows.device)
@@ -95,7 +90,7 @@ class Channels:
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """How the two ends of the stream are treated."""
+    """The treatment of the two ends of the stream."""
 
     tied: bool
     """One matrix serves embedding and head, carrying the embedding's operator on both ends."""

@@ -79,7 +79,7 @@ class ResidualStream:
         )
 
 
-def stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+def model_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return what a checkpoint of a model without adapters holds, by name: parameters and persistent buffers.
 
     A shared parameter is there once.
@@ -94,7 +94,7 @@ def map_residual_stream(family: Family, names: Iterable[str], *, tied: bool) -> 
 
     Args:
         family: record of the model's type.
-        names: full names of the tensors in the base model, see `stored_tensors`.
+        names: full names of the tensors in the base model, see `model_tensors`.
         tied: whether the head shares the embedding's weight.
 
     Raises:

@@ -1,8 +1,8 @@
 """The choice of the basis in which channels are counted: PCA of the stream, whole or in a block of equal gain.
 
 RMSNorm commutes with an orthogonal Q once its gain is folded into the readers, so one Q for the whole stream keeps the
-function (specification, "Rotation"). In a tied model the final gain stands between stream and head and cannot be
-folded into the shared matrix: there only a block of channels is rotated, whose gain is made equal first.
+function (`docs/adr/0004`). In a tied model the final gain stands between stream and head and cannot be folded into the
+shared matrix: there only a block of channels is rotated, whose gain is made equal first.
 """
 
 from __future__ import annotations

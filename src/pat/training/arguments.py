@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -152,8 +153,8 @@ file, --debug shows tracebacks.\
         check_request(pat.pruning_ratio, pat.pruned_hidden_size, pat.pruned_intermediate_size, pat.axes)
         for name, least in _LEAST.items():
             value = getattr(self.sft, name, getattr(self.model, name, None))
-            if value is not None and not value >= least:
-                raise PatError(f"Got {name}={value}; expected a number that is not below {least}.")
+            if value is not None and not least <= value < math.inf:
+                raise PatError(f"Got {name}={value}; expected a finite number that is not below {least}.")
         if self.sft.eval_strategy != "no" and self.run.held_out in ("0", 0):
             raise PatError(
                 f"Got eval_strategy={str(self.sft.eval_strategy)!r} with held_out=0; expected rows to evaluate on: "
@@ -175,7 +176,7 @@ file, --debug shows tracebacks.\
     @property
     def output_dir(self) -> Path:
         """Folder of the run."""
-        return Path(self.run.output_dir).expanduser()
+        return Path(self.run.output_dir)
 
     def pat_config(self) -> PatConfig:
         """Return the adapter's configuration."""

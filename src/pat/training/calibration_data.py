@@ -1,4 +1,4 @@
-"""What a run calibrates on: the text file of its configuration, or the rows that its trainer trains on."""
+"""Provides what a run calibrates on: the text file of its configuration, or the rows that its trainer trains on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from pat.errors import PatError
+from pat.errors import PatError, one_line
 from pat.training.calibration_text import BATCH_SIZE, CONTEXT, batches_from_text_file
 from pat.tuner.config import PatConfig
 
@@ -35,7 +35,7 @@ TEXT_COLUMNS = (
     ("completion",),
     ("prompt",),
 )
-"""Columns of texts or conversations, likewise."""
+"""Columns of texts or conversations, read in the same way."""
 
 ROWS_AT_ONCE = 8
 """Rows in a batch where the trainer's own loader does not say."""
@@ -78,7 +78,7 @@ def calibration_batches(config: PatConfig, dataloader: Any, tokenizer: Any) -> I
 
 
 def _leaving_the_random_state(loader: Iterable[Any]) -> Iterator[Any]:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # loaders draw on the CPU, and a model that is evaluated draws nothing
         yield from loader
 
 
@@ -111,7 +111,7 @@ def _token_ids(row: Any, tokenizer: Any) -> list[int]:
                     return list(tokenizer("".join(parts), verbose=False)["input_ids"])
                 return list(tokenizer.apply_chat_template([*chain(*parts)], return_dict=True)["input_ids"])
             except Exception as error:  # templates raise what they like
-                detail = " ".join(str(error).split())
+                detail = one_line(error)
                 raise PatError(
                     f"The rotation needs text, but the tokenizer cannot read the column(s) {', '.join(names)} of the "
                     f"trainer's data ({detail}); {REMEDY}"

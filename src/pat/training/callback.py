@@ -143,7 +143,7 @@ class PatCallback(TrainerCallback):
         """Move mask and gates to the trainer's step; if that makes gates hard, refit the writers behind them."""
         was_hard = tuner.mask(self._adapter).hardened
         tuner.set_step(state.global_step, self._milestone_step, self._adapter)
-        if was_hard or not tuner.needs_refit(self._adapter):
+        if was_hard or not any(gate.awaits_refit for gate in tuner.gates(self._adapter).values()):
             return
         config = tuner.pat_config(self._adapter)
         batches = calibration_batches(config, kwargs.get("train_dataloader"), kwargs.get("processing_class"))

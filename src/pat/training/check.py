@@ -15,7 +15,7 @@ from pat.errors import PatError
 from pat.families import Family
 from pat.loading import load_config
 from pat.method.schedule import milestone_step
-from pat.shape import LARGE_RATIO, Shape
+from pat.shape import DEFAULT_PRUNING_RATIO, LARGE_RATIO, Shape
 from pat.surgery.residual import ResidualStream
 from pat.training.arguments import TuneArguments
 from pat.training.calibration_text import read_calibration
@@ -50,7 +50,7 @@ RATIO_SLACK = 0.01
 
 @dataclass(frozen=True)
 class Checked:
-    """What is known of a run once its arguments, its output folder and the base's configuration are checked."""
+    """Facts of a run that are known once its arguments, its folder and the base's configuration are checked."""
 
     base_config: Any
     family: Family
@@ -70,7 +70,9 @@ def check(arguments: TuneArguments) -> Checked:
     pat_config = arguments.pat_config()
     base_config, family = load_config(arguments.run.model_name_or_path, revision=arguments.model.model_revision)
     shape = check_config(base_config, family, pat_config)
-    if pat_config.pruning_ratio is not None and abs(shape.pruning_ratio - pat_config.pruning_ratio) > RATIO_SLACK:
+    asked = pat_config.pruning_ratio or DEFAULT_PRUNING_RATIO
+    names_a_size = pat_config.pruned_hidden_size is not None or pat_config.pruned_intermediate_size is not None
+    if not names_a_size and abs(shape.pruning_ratio - asked) > RATIO_SLACK:
         logger.warning("%.1f %% of the parameters will be cut: %s.", 100 * shape.pruning_ratio, shape.reason)
     if shape.pruning_ratio > LARGE_RATIO:
         logger.warning(
@@ -171,7 +173,9 @@ def _resume_from(arguments: TuneArguments) -> str | None:
         _remove_beginnings(arguments.output_dir)
         check_output_folder(arguments.output_dir)
         return None
-    check_output_folder(arguments.output_dir / "model")
+    run = RunFile.read(arguments.output_dir)
+    if run is None or "results" in run.finished:  # else what is there is of a run that was cut off
+        check_output_folder(arguments.output_dir / "model")
     found = last_checkpoint(checkpoints) if given is True else given
     if not isinstance(found, str) or not Path(found).is_dir():
         raise PatError(

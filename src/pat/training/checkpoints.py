@@ -67,6 +67,19 @@ def load_hard(trainer: Trainer, tuner: PatModel, checkpoint: str) -> bool:
     return True
 
 
+def load_finished(trainer: Trainer, checkpoint: str, num_steps: int) -> bool:
+    """Load a checkpoint if it has all steps of the run already: resumed from it, a trainer would take one more."""
+    path = Path(checkpoint) / TRAINER_STATE_NAME
+    state = TrainerState.load_from_json(str(path)) if path.is_file() else None
+    if state is None or state.global_step < num_steps:
+        return False
+    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    model = cast(PeftModel, trainer.model)
+    model.load_adapter(best or checkpoint, model.active_adapter, is_trainable=True)
+    trainer.state = state
+    return True
+
+
 def continue_from(done: Path, trainer: Trainer, compact: CompactModel, stage_two: Trainer) -> Path:
     """Turn stage one's last checkpoint into one that stage two resumes from, in stage two's own folder."""
     target = Path(cast(str, stage_two.args.output_dir)) / done.name

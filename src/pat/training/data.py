@@ -1,4 +1,4 @@
-"""From what a user points at to examples in the forms of TRL's SFTTrainer, some of them kept apart."""
+"""Makes examples in the forms of TRL's SFTTrainer of what a user points at, and keeps some of them apart."""
 
 from __future__ import annotations
 
@@ -36,9 +36,11 @@ class TrainingData:
     name: str
     """Path or hub id as given."""
     held_out_name: str | None
-    """That of a separate source, if there is one."""
+    """Path or hub id of a separate source, if there is one."""
     num_dropped: int
-    """Rows without a response, hence in neither dataset."""
+    """Number of rows without a response, which are in neither dataset."""
+    num_held_out_dropped: int
+    """Number of such rows of a separate source."""
 
     @property
     def train(self) -> Dataset:
@@ -47,12 +49,12 @@ class TrainingData:
 
     @property
     def held_out(self) -> Dataset | None:
-        """Examples that are kept apart, likewise."""
+        """Examples that are kept apart, in the same columns."""
         return None if self.held_out_rows is None else self.held_out_rows.remove_columns(PLACE)
 
     @property
     def num_rows(self) -> int:
-        """Rows read from the source."""
+        """Number of rows read from the source."""
         return self.source.num_rows
 
 
@@ -97,9 +99,11 @@ def load_training_data(
     rows = _placed(name, source)
     usable = list(dict.fromkeys(rows[PLACE][:]))
     amount = _parse_held_out(held_out)
-    train, held_out_rows = rows, None
+    train, held_out_rows, num_held_out_dropped = rows, None, 0
     if isinstance(amount, str):
-        held_out_rows = _placed(amount, load_source(amount, reading))
+        separate = load_source(amount, reading)
+        held_out_rows = _placed(amount, separate)
+        num_held_out_dropped = separate.num_rows - len(set(held_out_rows[PLACE][:]))
     elif count := _num_held_out(len(usable), amount, name):
         # Whole rows are kept apart: no conversation is on both sides.
         chosen = {usable[index] for index in random.Random(seed).sample(range(len(usable)), count)}
@@ -114,6 +118,7 @@ def load_training_data(
         name=name,
         held_out_name=amount if isinstance(amount, str) else None,
         num_dropped=source.num_rows - len(usable),
+        num_held_out_dropped=num_held_out_dropped,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run is trained and measured on, and a line for everything of it that is left out, cut or doubtful."""
+"""Record of the data of a run, with a line for everything of it that is left out, cut or doubtful."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from datasets import Dataset
 from pat.checkpoint.card import shown_name
 from pat.errors import PatError
 from pat.training.data import TrainingData
-from pat.training.tokens import Cut
+from pat.training.sources import PLACE
+from pat.training.tokens import Truncation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,6 +38,8 @@ class DataRecord:
     num_cut_tokens: int
     num_cut_target_tokens: int
     num_cut_away: int  # examples that lose all tokens to learn
+    num_unlearned_openings: int  # rows whose conversation opens with an answer, which is context alone
+    num_held_out_dropped: int  # rows of a separate source without a response
     num_held_out: int = 0  # examples that are measured
 
     def describe(self) -> str:
@@ -49,7 +52,7 @@ class DataRecord:
         )
 
 
-def make_record(data: TrainingData, rows: Dataset, cut: Cut) -> DataRecord:
+def make_record(data: TrainingData, rows: Dataset, cut: Truncation) -> DataRecord:
     """Count what encoded examples have and lose.
 
     Raises:
@@ -77,16 +80,25 @@ def make_record(data: TrainingData, rows: Dataset, cut: Cut) -> DataRecord:
         num_cut_tokens=0 if cut.room is None else int((tokens - cut.room).clip(0).sum()),
         num_cut_target_tokens=int((targets - left).sum()),
         num_cut_away=int((left == 0).sum()),
+        num_unlearned_openings=_num_openings(data, rows),
+        num_held_out_dropped=data.num_held_out_dropped,
     )
 
 
 def remarks(
-    record: DataRecord, data: TrainingData, rows: Dataset, cut: Cut, tokenizer: PreTrainedTokenizerBase
+    record: DataRecord, data: TrainingData, rows: Dataset, cut: Truncation, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[str]:
     """Yield a line for everything of the data that is left out, cut, or not as it may be meant."""
     all_examples = f"of {record.num_examples:,} examples"
     if record.num_dropped:
         yield f"{record.num_dropped:,} of {record.num_rows:,} rows have no response and are left out."
+    if record.num_held_out_dropped:
+        yield f"{record.num_held_out_dropped:,} held-out rows have no response and are left out."
+    if record.num_unlearned_openings:
+        yield (
+            f"In {record.num_unlearned_openings:,} rows the conversation opens with a message of the assistant; it is "
+            "read and not learned, as nothing comes before it."
+        )
     if record.unused_columns:
         yield f"These columns are not read: {', '.join(record.unused_columns)}."
     unread = [names for names in rows["unread"][:] if names]
@@ -117,7 +129,7 @@ def remarks(
         )
 
 
-def held_out_remarks(record: DataRecord, rows: Sequence[Mapping[str, Any]], cut: Cut) -> Iterator[str]:
+def held_out_remarks(record: DataRecord, rows: Sequence[Mapping[str, Any]], cut: Truncation) -> Iterator[str]:
     """Yield a line if held-out examples, given whole, are cut."""
     num_longer = 0 if cut.room is None else sum(len(row["input_ids"]) > cut.room for row in rows)
     if num_longer:
@@ -125,6 +137,12 @@ def held_out_remarks(record: DataRecord, rows: Sequence[Mapping[str, Any]], cut:
             f"{num_longer:,} of {len(rows):,} held-out examples are cut likewise; {record.num_held_out:,} have a "
             "response left to be measured."
         )
+
+
+def _num_openings(data: TrainingData, rows: Dataset) -> int:
+    """Count rows whose conversation opens with an answer; a prompt of its own is meant to be context alone."""
+    opens = rows["opens"][:] if data.source.format.name == "messages" else []
+    return len({place for place, is_opening in zip(data.train_rows[PLACE][:], opens, strict=False) if is_opening})
 
 
 def _num_glued(data: TrainingData, tokenizer: PreTrainedTokenizerBase) -> int:

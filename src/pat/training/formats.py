@@ -128,7 +128,8 @@ def convert_row(
         )
     if format.name == "messages":
         turns = parse_messages(row.get(format.prompt), f"field {format.prompt!r}", chat_template)
-        pairs = [(turns[:i], turns[i : i + 1]) for i, turn in enumerate(turns) if i > 0 and is_answer(*turn)]
+        first = 0 if any(name in beside for name in SYSTEMS) else 1  # an answer needs something before it
+        pairs = [(turns[:i], turns[i : i + 1]) for i, turn in enumerate(turns) if i >= first and is_answer(*turn)]
     elif format.name == "prompt-completion" and isinstance(row.get(format.prompt), list):
         if template is None:
             raise RowError(f"field {format.prompt!r} is a list, but a string in the first row; use one form.")

@@ -16,16 +16,16 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bot", "ai", "function_call", "tool_call"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response", "ipython"), "tool"),
 }
-"""What the roles of messages are called elsewhere (ShareGPT, OpenAI, Llama)."""
+"""Roles of messages by the names that they have elsewhere (ShareGPT, OpenAI, Llama)."""
 
 CALLS = ("function_call", "tool_call")
 """Roles of an assistant whose content is a call in JSON."""
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""What templates call the thoughts before an answer."""
+"""Names that templates give the thoughts before an answer."""
 
 FLAGS = ("weight", "train", "training", "loss")
-"""Whether a message is to be learned: 0 or false makes an answer part of the context only."""
+"""Fields that say whether a message is to be learned: 0 or false makes an answer part of the context only."""
 
 
 class RowError(ValueError):
@@ -41,7 +41,7 @@ def reads(chat_template: str, name: str) -> bool:
 def put_before(opening: list[Message], prompt: list[tuple[Message, bool]]) -> list[Message]:
     """Put the system and history columns of a row before its messages."""
     messages = [message for message, _ in prompt]
-    if opening and messages[0]["role"] == opening[0]["role"] == "system":
+    if opening and messages and messages[0]["role"] == opening[0]["role"] == "system":
         if opening[0]["content"] != messages[0]["content"]:
             raise RowError("got a system column and another system message; expected one of them.")
         opening = opening[1:]

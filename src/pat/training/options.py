@@ -15,7 +15,8 @@ class RunOptions:
     model_name_or_path: str = field(metadata={"help": "Base model: a folder or a hub id."})
     dataset_name: str = field(
         metadata={
-            "help": "Training data: a hub id, or a local .json, .jsonl, .parquet or .csv file; its format is detected. "
+            "help": "Training data: a hub id, a local .json, .jsonl, .parquet, .csv or .tsv file (also compressed as "
+            ".gz, .bz2, .xz or .zst), or a folder of such files; its format is detected. "
             "task:arc_easy,piqa (task:FOLDER/arc_easy,piqa for <task>.train.jsonl files) is the train split of tasks."
         }
     )

@@ -1,4 +1,4 @@
-"""Everything in which a run looks at data: tokenizer, rows, tokens, what is trained on, and what is said about it."""
+"""Prepares the data of a run: reads tokenizer and rows, makes tokens of them, and says what is left out."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from trl import SFTConfig, pack_dataset
 
 from pat.checkpoint.verification_text import verification_batches
 from pat.errors import PatError
-from pat.nll import Example, batches_from_examples, split_text
-from pat.training.calibration_text import CONTEXT, read_calibration
+from pat.nll import Example, batches_from_examples
+from pat.questions import evenly_spaced
+from pat.training.calibration_text import calibration_pieces
 from pat.training.data import TrainingData, load_training_data
 from pat.training.data_record import DataRecord, held_out_remarks, make_record, remarks
 from pat.training.sources import TemplateChoice
-from pat.training.tokens import BATCH_SIZE, Cut, Encoder, encode, learns
+from pat.training.tokens import BATCH_SIZE, Encoder, Truncation, encode, learns
 from pat.training.vocabulary import Vocabulary, load_vocabulary
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Prepared:
     train: Dataset
     """`input_ids` and `labels`, cut or packed as SFTTrainer would."""
     evaluation: Dataset | None
-    """Likewise, where the trainer is to evaluate."""
+    """Rows in the same columns to evaluate on, where the trainer is to evaluate."""
     held_out: Sequence[Example]
     """Examples to measure on, cut like those that are trained on."""
     verify_on: Sequence[dict[str, Tensor]]
@@ -116,17 +117,16 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
         text_field=sft.dataset_text_field,
     )
     _check_arguments(sft, data)
-    cut = Cut(sft.max_length, sft.truncation_mode, sft.packing, sft.packing_strategy)
+    cut = Truncation(sft.max_length, sft.truncation_mode, sft.packing, sft.packing_strategy)
     encoder = Encoder(vocabulary.tokenizer, cut, completion_only=sft.completion_only_loss is not False)
     rows = encode(data.train_rows, encoder, sft.dataset_num_proc)
     apart: Sequence[Any] = []
     if data.held_out_rows is not None:
-        apart = encode(data.held_out_rows, replace(encoder, cut=Cut())).to_list()
+        apart = encode(data.held_out_rows, replace(encoder, cut=Truncation())).to_list()
     vocabulary.check(_largest_token(rows))
     vocabulary.check(max((token for row in apart for token in row["input_ids"]), default=0))
     if arguments.pat.calibration is not None:
-        text = read_calibration(arguments.pat.calibration)
-        vocabulary.check(max(token for piece in split_text(vocabulary.tokenizer, text, CONTEXT) for token in piece))
+        vocabulary.check(max(map(max, calibration_pieces(arguments.pat.calibration, vocabulary.tokenizer))))
     pieces = [list(_pieces(row, cut)) for row in apart]
     held_out = [piece for row in pieces for piece in row]
     record = replace(make_record(data, rows, cut), num_held_out=sum(map(bool, pieces)))
@@ -163,10 +163,10 @@ def prepare_examples(
         PatError: see `prepare`.
     """
     data = load_training_data(name, tokenizer=vocabulary.tokenizer, template=template, held_out=0)
-    count, total = min(limit or len(data.train_rows), len(data.train_rows)), len(data.train_rows)
-    some = data.train_rows.select([index * total // count for index in range(count)])
-    cut = Cut(max_length)
-    rows = encode(some, Encoder(vocabulary.tokenizer, cut))
+    spaced = evenly_spaced(len(data.train_rows), limit or None)
+    data = replace(data, train_rows=data.train_rows.select(spaced))
+    cut = Truncation(max_length)
+    rows = encode(data.train_rows, Encoder(vocabulary.tokenizer, cut))
     vocabulary.check(_largest_token(rows))
     record = make_record(data, rows, cut)
     for remark in remarks(record, data, rows, cut, vocabulary.tokenizer):
@@ -188,7 +188,7 @@ def _largest_token(rows: Dataset) -> int:
     return int(pyarrow.compute.max(pyarrow.compute.list_flatten(rows.data["input_ids"])).as_py())
 
 
-def _kept(rows: Dataset, cut: Cut) -> Dataset:
+def _kept(rows: Dataset, cut: Truncation) -> Dataset:
     """Leave out, as SFTTrainer does where it truncates, what has no token to learn left."""
     if cut.max_length is None or cut.packing:
         return rows
@@ -196,7 +196,7 @@ def _kept(rows: Dataset, cut: Cut) -> Dataset:
     return rows if len(indices) == len(rows) else rows.select(indices)
 
 
-def _packed(rows: Dataset, sft: SFTConfig, cut: Cut) -> Dataset:
+def _packed(rows: Dataset, sft: SFTConfig, cut: Truncation) -> Dataset:
     """Pack and shuffle as SFTTrainer does."""
     rows = rows.select_columns(TRAINED_ON)
     if cut.packing:
@@ -205,7 +205,7 @@ def _packed(rows: Dataset, sft: SFTConfig, cut: Cut) -> Dataset:
     return rows.shuffle(seed=sft.seed) if sft.shuffle_dataset else rows
 
 
-def _pieces(row: Mapping[str, list[int]], cut: Cut) -> Iterator[Example]:
+def _pieces(row: Mapping[str, list[int]], cut: Truncation) -> Iterator[Example]:
     """Yield an example cut like those that are trained on, if there is something to learn in it."""
     for ids, labels in zip(cut.pieces(row["input_ids"]), cut.pieces(row["labels"]), strict=True):
         if learns(labels):

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from pat.errors import PatError, RunFailed
+from pat.errors import PatError, RunFailed, one_line
 from pat.training.arguments import TuneArguments
 
 _FAILURES = (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError)
@@ -29,7 +29,7 @@ def open_repository(arguments: TuneArguments) -> str | None:
         if sft.hub_revision not in (None, "main"):
             api.create_branch(repo_id=repository, branch=sft.hub_revision, exist_ok=True)
     except _FAILURES as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise PatError(
             f"Got push_to_hub, but the repository {name!r} cannot be made on the hub ({reason}); log in with "
             "`hf auth login`, give --hub_token and --hub_model_id, or leave the flag out."
@@ -52,7 +52,7 @@ def push(arguments: TuneArguments, repository: str, folder: Path) -> None:
             commit_message="The tuned and pruned model",
         )
     except _FAILURES as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise RunFailed(
             f"The run is finished, but pushing failed ({reason}); push it with `hf upload {repository} {folder}`."
         ) from error

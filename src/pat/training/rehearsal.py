@@ -25,9 +25,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback
 from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig, get_quantization_config
 
-from pat.errors import PatError
+from pat.errors import PatError, one_line
 from pat.families import Family
 from pat.surgery.dense import shrink_config
+from pat.surgery.describe import head_dim
 from pat.training.arguments import TuneArguments
 from pat.training.prepare import Prepared
 from pat.training.trainer import count_steps, make_trainer
@@ -53,14 +54,14 @@ def rehearse(arguments: TuneArguments, data: Prepared, base_config: Any, family:
         try:
             skeleton = _attached(arguments, data, base_config, on_meta=True)
             get_quantization_config(arguments.model)
-            head_dim = cast(Any, skeleton.get_base_model().get_submodule(f"{family.layers}.0.self_attn")).head_dim
+            size = head_dim(skeleton.get_base_model())
             del skeleton
-            tiny = _attached(arguments, data, _tiny_config(base_config, family, head_dim), on_meta=False)
+            tiny = _attached(arguments, data, _tiny_config(base_config, family, size), on_meta=False)
             return _one_step(tiny, arguments.sft, data, folder)
         except PatError:
             raise
         except Exception as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             if not isinstance(error, ValueError | ImportError):  # which libraries raise for people to read
                 reason = f"{type(error).__name__}: {reason} (--debug shows where)"
             raise PatError(f"The run cannot be set up as asked: {reason}") from error
@@ -96,8 +97,7 @@ def _attached(arguments: TuneArguments, data: Prepared, config: Any, *, on_meta:
                 target_parameters=None,
                 modules_to_save=kept or None,
             )
-        tied = bool(config.get_text_config().tie_word_embeddings)
-        return cast(PeftModel, get_peft_model(model, data.vocabulary.train_added(pat_config, tied=tied)))
+        return cast(PeftModel, get_peft_model(model, data.vocabulary.train_added(pat_config, config)))
 
 
 def _check_names(arguments: TuneArguments, base: PreTrainedModel) -> None:
@@ -117,12 +117,12 @@ def _check_names(arguments: TuneArguments, base: PreTrainedModel) -> None:
                 raise PatError(f"Got {flag}={name}, but the base has nothing of that name; expected a part of it.")
 
 
-def _tiny_config(base_config: Any, family: Family, head_dim: int) -> Any:
+def _tiny_config(base_config: Any, family: Family, head_size: int) -> Any:
     """Return the configuration of a narrow model of two layers, whose heads and vocabulary are the base's."""
     heads = base_config.num_attention_heads
     width = math.lcm(2 * heads, ALIGNMENT)
     tied = bool(base_config.tie_word_embeddings)
-    small = shrink_config(base_config, family, pruned_hidden_size=width, head_dim=head_dim, tied=tied)
+    small = shrink_config(base_config, family, pruned_hidden_size=width, head_dim=head_size, tied=tied)
     num_layers = small.num_hidden_layers
     for name, value in vars(small).items():
         if isinstance(value, list) and len(value) == num_layers:  # what differs from layer to layer

@@ -1,4 +1,4 @@
-"""The record of a run: what each of its models comes to, and everything that leads there."""
+"""The record of a run: the size and the likelihood of its models, and everything that leads to them."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ EVAL_BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class Size:
-    """How large a model is."""
+    """Size of a model."""
 
     num_parameters: int
     num_bytes: int
-    """Of the weights as they are stored in a checkpoint."""
+    """Number of bytes of the weights as they are stored in a checkpoint."""
 
     @classmethod
     def of(cls, config: PretrainedConfig, dtype: torch.dtype) -> Size:
@@ -53,23 +53,23 @@ class Size:
 
 @dataclass(frozen=True)
 class ModelFigures:
-    """What one model of a run comes to."""
+    """Size and held-out likelihood of one model of a run."""
 
     num_parameters: int
     num_bytes: int
-    """Of the weights as they are stored in a checkpoint."""
+    """Number of bytes of the weights as they are stored in a checkpoint."""
     held_out_nll: float | None
-    """Mean over response tokens, in nats; None without held-out data."""
+    """Mean loss of a response token, in nats; None without held-out data."""
     held_out_standard_error: float | None
-    """Of that mean, over rows; see `NLL`."""
+    """Standard error of that mean over rows; see `NLL`."""
     num_held_out_tokens: int
     tokens_per_second: float | None
-    """Forward throughput over the held-out rows, padding excluded."""
+    """Number of held-out tokens, without padding, that a forward pass takes in a second."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuneRecord(Record):
-    """What `pat tune` came to. Of paths only the last component is kept."""
+    """Record of a run of `pat tune`. It keeps the last component of a path alone."""
 
     command: Literal["tune"] = "tune"
     model_name_or_path: str
@@ -78,21 +78,21 @@ class TuneRecord(Record):
     seed: int
     num_steps: int
     num_tokens_seen: int
-    """Of the prepared rows, once for each epoch."""
+    """Number of tokens of the prepared rows, counted once for each epoch."""
     prompt_format: str
     learning_rates: dict[str, float]
-    """At their highest, by group of parameters."""
+    """Highest learning rate of each group of parameters that was trained."""
     device: str
     dtype: str
-    """Of the base while it was trained on."""
+    """Number format of the base's weights during training."""
     cut: Cut
     pat_config: dict[str, Any]
     training_arguments: dict[str, Any]
     data: DataRecord
     figures: dict[str, ModelFigures]
-    """By stage: `base`, `tuned` (masked or compact, with its adapter), `dense`."""
+    """Figures of the models `base`, `tuned` (masked or compact, with its adapter) and `dense`."""
     parity: Parity
-    """The tuned model against the dense one."""
+    """Comparison of the tuned model with the dense one."""
     compaction: Compaction | None
     timings: dict[str, float]
     log_history: list[dict[str, Any]]
@@ -100,7 +100,7 @@ class TuneRecord(Record):
 
 @dataclass(frozen=True)
 class TuneResult:
-    """A finished run: where its outputs are, and its record."""
+    """Folder and record of a finished run."""
 
     output_dir: Path
     record: TuneRecord
@@ -122,7 +122,7 @@ class TuneResult:
 
     @property
     def parity(self) -> Parity:
-        """The tuned model against the dense one."""
+        """Comparison of the tuned model with the dense one."""
         return self.record.parity
 
 

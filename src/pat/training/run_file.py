@@ -1,4 +1,4 @@
-"""`run.json`: the one configuration that a run belongs to, what it runs on, and how far it has come."""
+"""`run.json` says which configuration a run has, what it runs on, and how far it has come."""
 
 from __future__ import annotations
 
@@ -36,33 +36,35 @@ _NOT_THE_MODELS = ("_name_or_path", "transformers_version")
 
 @dataclass(frozen=True)
 class RunFile:
-    """What a run is."""
+    """Description of a run, by which it is told whether it may be gone on with."""
 
     configuration: dict[str, Any]
     """Every option but those that may change."""
     base: str
     """Fingerprint of the base model."""
     data: str
-    """Fingerprint of the rows that are trained and measured on."""
+    """Fingerprint of the data that is trained on."""
     finished: list[str] = field(default_factory=list)
     """Phases that are done: `stage_one`, `compaction`, `stage_two`, `model`, `results`."""
 
     @classmethod
     def of(cls, arguments: TuneArguments, base_config: Any, data: str) -> RunFile:
         """Describe a run by its arguments, its base model and the fingerprint of its data."""
-        names = {"model_name_or_path": arguments.run.model_name_or_path, "dataset_name": arguments.run.dataset_name}
         configuration = {
             option.name: plain(getattr(part, option.name))
             for part in (arguments.model, arguments.sft, arguments.pat, arguments.run)
             for option in fields(part)
             if option.name not in REFUSED and not any(fnmatchcase(option.name, name) for name in MAY_CHANGE)
         }
-        shown = {name: shown_name(str(value)) for name, value in names.items()}
+        shown: dict[str, Any] = {
+            name: shown_name(str(configuration[name])) for name in ("model_name_or_path", "dataset_name")
+        }
+        shown |= {name: _content(configuration[name]) for name in ("held_out", "calibration", "chat_template_path")}
         return cls(configuration | shown, _fingerprint(arguments.run.model_name_or_path, base_config), data)
 
     @classmethod
     def read(cls, folder: Path) -> RunFile | None:
-        """Read that of a run's folder; None if there is none.
+        """Return the description in a run's folder; None if there is none.
 
         Raises:
             PatError: it is not readable.
@@ -76,11 +78,11 @@ class RunFile:
             raise PatError(f"{path}: not readable ({error}); choose another output folder.") from error
 
     def write(self, folder: Path) -> None:
-        """Write it into a run's folder."""
+        """Write the description into a run's folder."""
         write_record(folder / RUN_FILE, self)
 
     def after(self, *phases: str) -> RunFile:
-        """Return it with more phases finished."""
+        """Return a copy with more phases finished."""
         return replace(self, finished=list(dict.fromkeys([*self.finished, *phases])))
 
     def check(self, given: RunFile, folder: Path) -> None:
@@ -94,7 +96,7 @@ class RunFile:
             name: (self.configuration.get(name), given.configuration.get(name))
             for name in {**self.configuration, **given.configuration}
         }
-        pairs |= {f"fingerprint of the {name}": (mine[name][:8], other[name][:8]) for name in ("base", "data")}
+        pairs |= {f"fingerprint of the {name}": (mine[name][-8:], other[name][-8:]) for name in ("base", "data")}
         differing = [f"{name}: {old} in the run, {new} given" for name, (old, new) in pairs.items() if old != new]
         if differing:
             raise PatError(
@@ -103,11 +105,18 @@ class RunFile:
             )
 
 
+def _content(value: Any) -> str | None:
+    """Return what is compared of an option that may name a file: the digest of its content, wherever it lies."""
+    if value is None or not Path(value).is_file():
+        return None if value is None else shown_name(value)
+    return f"sha256:{hashlib.sha256(Path(value).read_bytes()).hexdigest()[:16]}"
+
+
 def _fingerprint(name: str, base_config: Any) -> str:
     """Digest a base model: its configuration, and names, sizes and first kilobytes of the weight files in a folder."""
     facts = {key: value for key, value in plain(base_config.to_dict()).items() if key not in _NOT_THE_MODELS}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    folder = Path(name).expanduser()
+    folder = Path(name)
     for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
         digest.update(f"{path.name} {path.stat().st_size}".encode())
         with path.open("rb") as file:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from datasets import Dataset, DatasetDict, Features, Json, List, ReadInstruction, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 
-from pat.errors import PatError
+from pat.errors import PatError, one_line
 from pat.questions import letter_answer, letter_instruction, load_rows, resolve_tasks
 from pat.training.formats import ALPACA, OPTIONS, Format, Template, convert_row, detect_format
 from pat.training.messages import RowError
@@ -45,7 +45,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Reading:
-    """How rows are to be read; `chat_template` is the source of the tokenizer's, empty if there is none."""
+    """Options of reading rows; `chat_template` is the source of the tokenizer's template, empty if there is none."""
 
     template: TemplateChoice = "auto"
     chat_template: str = ""
@@ -128,7 +128,7 @@ def _load_hub(name: str, reading: Reading, split: str, config_name: str | None) 
             "check the name, or log in for a gated dataset."
         ) from error
     except Exception as error:  # whatever its parsers, file systems and HTTP client raise
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise PatError(f"{name}: this dataset could not be loaded, split {split!r} ({reason}).") from error
     if not len(dataset):
         raise PatError(f"{name}: split {split!r} has no rows; expected at least one example.")

@@ -1,8 +1,8 @@
 """Training in two stages: masked at full width up to the milestone, then ordinary LoRA on the compact model.
 
 Each stage is a run of TRL's trainer with the same arguments. The second one resumes from a checkpoint that is made of
-the first one's: its step count, schedule, data order and random state run on as if nothing had happened (specification,
-"Compaction").
+the first one's: its step count, schedule, data order and random state run on as if nothing had happened
+(docs/adr/0008).
 """
 
 from __future__ import annotations
@@ -30,11 +30,18 @@ from pat.method.schedule import milestone_step
 from pat.training.arguments import TuneArguments
 from pat.training.callback import PatCallback
 from pat.training.check import compacts, warn_without_rotation
-from pat.training.checkpoints import STAGE_TWO, continue_from, is_compact, load_hard
+from pat.training.checkpoints import STAGE_TWO, continue_from, is_compact, load_finished, load_hard
 from pat.training.guard import FiniteGuard
 from pat.training.prepare import Prepared
 from pat.training.run_file import RUN_FILE, RunFile
-from pat.training.trainer import SaveTokens, StopAtMilestone, make_trainer
+from pat.training.trainer import (
+    KeepLog,
+    SaveTokens,
+    StopAtMilestone,
+    make_trainer,
+    restore_router_settings,
+    router_settings,
+)
 from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel, find_tuner
 
@@ -43,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trained:
-    """What training came to."""
+    """A trained model, and what is on record of its training."""
 
     model: PeftModel
     """The masked model, or the compact one with its ordinary LoRA."""
@@ -51,7 +58,7 @@ class Trained:
     epoch: float
     log_history: list[dict[str, Any]]
     seconds: dict[str, float]
-    """By part: `preparation` (of the rows), `stage_one`, `compaction`, `stage_two`."""
+    """Seconds that each part took: `preparation` (of the rows), `stage_one`, `compaction`, `stage_two`."""
     pat_config: dict[str, Any]
     run: RunFile
     compaction: Compaction | None = None
@@ -69,25 +76,27 @@ class Stages:
     arguments: TuneArguments
     data: Prepared
     tokens: TokenSetup
-    """What is written beside every adapter and model of the run."""
+    """Files about tokens, which are written beside every adapter and model of the run."""
     run_file: RunFile
     num_steps: int
     """Optimizer steps of both stages together."""
     base: PreTrainedModel | None
-    """Handed over: nobody else may hold it, or it stays in memory beside the compact model."""
+    """Base model. Nobody else may hold it, or it stays in memory beside the compact model."""
     seconds: dict[str, float] = field(default_factory=dict)
+    router_settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of the model's configuration that its trainer has changed for itself."""
 
     def __post_init__(self) -> None:
         self.seconds["preparation"] = self.data.seconds
 
     @property
     def checkpoints(self) -> Path:
-        """Where stage one keeps its checkpoints."""
+        """Folder of stage one's checkpoints."""
         return self.arguments.output_dir / "checkpoints"
 
     @property
     def compact_dir(self) -> Path:
-        """Where the compact model is left."""
+        """Folder of the compact model."""
         return self.arguments.output_dir / "compact"
 
     def run(self, resume_from: str | None = None) -> Trained:
@@ -106,9 +115,9 @@ class Stages:
                     "resume from a checkpoint of stage one."
                 )
             return self._resume_compact(resume_from)
-        tied = bool(cast(PreTrainedModel, base).config.get_text_config().tie_word_embeddings)
-        pat_config = self.data.vocabulary.train_added(self.arguments.pat_config(), tied=tied)
-        model = cast(PeftModel, get_peft_model(cast(PreTrainedModel, base), pat_config))
+        pat_config = self.data.vocabulary.train_added(self.arguments.pat_config(), cast(PreTrainedModel, base).config)
+        revision = self.arguments.model.model_revision
+        model = cast(PeftModel, get_peft_model(cast(PreTrainedModel, base), pat_config, revision=revision))
         tuner = cast(PatModel, find_tuner(model))
         warn_without_rotation(tuner)
         goes_small = compacts(self.arguments.run.no_compact, tuner.pat_config(), warns=True)
@@ -149,6 +158,7 @@ class Stages:
         return self._trained(trainer, record, config)
 
     def _trainer(self, model: PeftModel, args: SFTConfig, folder: Path, *callbacks: TrainerCallback) -> SFTTrainer:
+        self.router_settings = router_settings(model.config)
         return make_trainer(
             model, args, self.data, folder, callbacks=[*callbacks, FiniteGuard(), SaveTokens(self.tokens)]
         )
@@ -166,11 +176,12 @@ class Stages:
                 processing_class=self.data.vocabulary.tokenizer,
             )
 
-    def _train(self, trainer: SFTTrainer, part: str, resume_from: Any) -> None:
+    def _train(self, trainer: SFTTrainer, part: str, resume_from: str | None) -> None:
         started = time.perf_counter()
         try:
             with self._begun():
-                trainer.train(resume_from_checkpoint=resume_from or None)
+                if resume_from is None or not load_finished(trainer, resume_from, self.num_steps):
+                    trainer.train(resume_from_checkpoint=resume_from)
         except RunFailed as error:
             last = Path(cast(str, trainer.args.output_dir)) / "last-finite"
             trainer.save_model(str(last))
@@ -204,6 +215,7 @@ class Stages:
         `done` is the checkpoint that was loaded; by default the one that stage one has just ended with.
         """
         started = time.perf_counter()
+        restore_router_settings(model.config, self.router_settings)
         save_adapter(model, self.arguments.output_dir / "adapter", self.tokens)
         # Of an earlier run: its stage two belongs to other channels, and must not be what a resumed run finds.
         for folder in (self.checkpoints / STAGE_TWO, self.compact_dir):
@@ -224,7 +236,9 @@ class Stages:
         args = self.data.trainer_args(self.arguments.sft)
         stage_two = self._trainer(compact.model, args, self.checkpoints / STAGE_TWO)
         start = None
-        if trainer.state.global_step > 0:
+        if trainer.state.global_step == 0:  # there is no checkpoint to take the log along
+            stage_two.add_callback(KeepLog(trainer.state.log_history))
+        else:
             last = Path(done) if done else self.checkpoints / f"checkpoint-{trainer.state.global_step}"
             start = str(continue_from(last, trainer, compact, stage_two))
         self.seconds["compaction"] = time.perf_counter() - started
@@ -233,6 +247,7 @@ class Stages:
 
     def _trained(self, trainer: SFTTrainer, record: Compaction | None, config: Any) -> Trained:
         model = cast(PeftModel, trainer.model)
+        restore_router_settings(model.config, self.router_settings)
         folder = self.arguments.output_dir / "adapter" if record is None else self.compact_dir / ADAPTER
         save_adapter(model, folder, self.tokens)
         state = trainer.state

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from datasets import Dataset, Features, List, Value
 
-from pat.errors import PatError
-from pat.nll import IGNORED, Example
+from pat.errors import PatError, one_line
+from pat.nll import IGNORED
 from pat.training.data import chat_template_of
 from pat.training.messages import reads
 from pat.training.sources import PLACE
@@ -24,6 +24,7 @@ FEATURES = Features(
         **dict.fromkeys(("num_tokens", "num_targets"), Value("int64")),  # before it; targets are what is learned
         "num_left": Value("int64"),  # targets after it
         "unread": Value("string"),  # fields and options that the chat template does not mention
+        "opens": Value("bool"),  # whether the first message of the prompt is an assistant's
     }
 )
 
@@ -32,8 +33,8 @@ BATCH_SIZE = 1000
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How SFTTrainer makes sequences fit, by its own arguments."""
+class Truncation:
+    """SFTTrainer's arguments that say how sequences are made to fit."""
 
     max_length: int | None = None
     truncation_mode: str = "keep_start"
@@ -42,12 +43,12 @@ class Cut:
 
     @property
     def room(self) -> int | None:
-        """Tokens that are kept of a sequence; None if all are, be it in several sequences."""
+        """Number of tokens that are kept of a sequence; None if all are kept, even if in several sequences."""
         return None if self.packing and self.packing_strategy != "bfd" else self.max_length
 
     @property
     def keeps_end(self) -> bool:
-        """Whether it is the beginning that is dropped."""
+        """Whether sequences lose their beginning instead of their end."""
         return self.truncation_mode == "keep_end" and not self.packing
 
     def __call__(self, values: list[int]) -> list[int]:
@@ -73,7 +74,7 @@ class Encoder:
     """
 
     tokenizer: PreTrainedTokenizerBase
-    cut: Cut = Cut()
+    cut: Truncation = Truncation()
     completion_only: bool = True
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
@@ -83,6 +84,7 @@ class Encoder:
             PatError: the chat template refuses an example, or the tokenizer has no end-of-sequence token.
         """
         unread = [""] * len(next(iter(batch.values())))
+        opens = [False] * len(unread)
         prompts: list[list[int]] | None = None
         if "prompt" not in batch:
             full = self._ids([self._ended(text) for text in batch["text"]])
@@ -96,6 +98,7 @@ class Encoder:
             full, prompts = (self._ids(texts, add_special_tokens=False) for texts in chats)
             source = chat_template_of(self.tokenizer)
             unread = [", ".join(sorted(name for name in _names(row) if not reads(source, name))) for row in rows]
+            opens = [[m["role"] for m in row["prompt"][:1]] == ["assistant"] for row in rows]
         starts = [0] * len(full)
         if prompts is not None and self.completion_only:
             starts = [_common_prefix(prompt, ids) for prompt, ids in zip(prompts, full, strict=True)]
@@ -107,6 +110,7 @@ class Encoder:
             "num_targets": [len(ids) - start for start, ids in zip(starts, full, strict=True)],
             "num_left": [len(row) - row.count(IGNORED) for row in labels],
             "unread": unread,
+            "opens": opens,
         }
 
     def _ids(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
@@ -135,7 +139,7 @@ class Encoder:
             whole = render(row["prompt"] + row["completion"], **options)
             return whole, render(row["prompt"], add_generation_prompt=True, **options)
         except Exception as error:  # whatever the expressions of a template raise
-            where, reason = row.get(PLACE, "A row"), " ".join(str(error).split())
+            where, reason = row.get(PLACE, "A row"), one_line(error)
             raise PatError(f"{where}: the tokenizer's chat template refuses it ({reason}); fix either.") from error
 
 
@@ -156,17 +160,6 @@ def encode(dataset: Dataset, encoder: Encoder, num_proc: int | None = None) -> D
         features=FEATURES,
         desc="Tokenizing",
     )
-
-
-def tokenize_examples(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, max_length: int | None) -> list[Example]:
-    """Return the `input_ids` and `labels` of all examples, cut at their end; those without a label left are dropped.
-
-    Raises:
-        PatError: see `encode`.
-    """
-    rows = encode(dataset, Encoder(tokenizer, Cut(max_length)))
-    examples = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
-    return [example for example in examples if max_length is None or learns(example["labels"])]
 
 
 def learns(labels: Sequence[int]) -> bool:

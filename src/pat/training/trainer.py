@@ -18,6 +18,8 @@ from pat.loading import TokenSetup
 from pat.training.prepare import Prepared
 from pat.tuner.model import find_tuner
 
+_ROUTER_SETTINGS = ("output_router_logits", "router_aux_loss_coef", "num_experts")
+
 
 def make_trainer(
     model: PeftModel,
@@ -41,6 +43,9 @@ def make_trainer(
     head: Any = model.get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper):
         head.register_parameter("bias", None)  # TRL asks the head for it; peft's wrapper only passes on the weight
+    config: Any = model.config
+    if hasattr(config, "num_local_experts") and not hasattr(config, "num_experts"):
+        config.num_experts = config.num_local_experts  # TRL's router loss asks every mixture of experts by this name
     args.output_dir = str(folder)
     evaluation: Dataset | None = data.evaluation
     return SFTTrainer(
@@ -51,6 +56,18 @@ def make_trainer(
         processing_class=tokenizer or data.vocabulary.tokenizer,
         callbacks=[*callbacks],
     )
+
+
+def router_settings(config: Any) -> dict[str, Any]:
+    """Return what a configuration says of the router's loss, which a trainer sets for itself."""
+    return {name: vars(config)[name] for name in _ROUTER_SETTINGS if name in vars(config)}
+
+
+def restore_router_settings(config: Any, settings: dict[str, Any]) -> None:
+    """Put back what a configuration said of the router's loss, before it is written."""
+    for name in _ROUTER_SETTINGS:
+        vars(config).pop(name, None)
+    vars(config).update(settings)
 
 
 def count_steps(trainer: SFTTrainer) -> int:
@@ -67,6 +84,17 @@ class StopAtMilestone(TrainerCallback):
         tuner = find_tuner(kwargs["model"])
         if tuner is not None and tuner.mask().hardened:
             control.should_training_stop = control.should_save = control.should_log = True
+
+
+class KeepLog(TrainerCallback):
+    """Puts what was logged before a training at the head of its log."""
+
+    def __init__(self, log_history: list[dict[str, float]]) -> None:
+        self.log_history = log_history
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put it there; from then on every checkpoint holds it."""
+        state.log_history[:0] = self.log_history
 
 
 class SaveTokens(TrainerCallback):

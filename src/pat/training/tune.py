@@ -19,6 +19,7 @@ from pat.checkpoint.verify import Parity
 from pat.checkpoint.write import quiet_transformers, save_checkpoint
 from pat.loading import TokenSetup, load_base, quantization_of, stored_dtype
 from pat.loading.tokenizer import load_plain_tokenizer
+from pat.method.schedule import milestone_step
 from pat.report.records import collected_warnings, write_record
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.check import announce, check, check_run
@@ -114,6 +115,11 @@ def _record(arguments: TuneArguments, data: Prepared, trained: Trained, **found:
 def _facts(arguments: TuneArguments, data: Prepared, trained: Trained) -> dict[str, Any]:
     """Return what record and card both say of a training."""
     rate, pat = float(arguments.sft.learning_rate), arguments.pat
+    rates, has_soft_steps = {"LoRA": rate}, milestone_step(pat.milestone, trained.num_steps) > 0
+    if has_soft_steps and pat.mask == "trainable":
+        rates["mask"] = rate * pat.mask_lr_multiplier
+    if has_soft_steps or trained.compaction is None:
+        rates["operators"] = rate * pat.operator_lr_multiplier
     formats = {"chat": "the chat template of the tokenizer", "alpaca": "the Alpaca template"}
     return {
         "recipe": arguments.run.recipe,
@@ -121,11 +127,7 @@ def _facts(arguments: TuneArguments, data: Prepared, trained: Trained) -> dict[s
         "num_steps": trained.num_steps,
         "num_tokens_seen": round(trained.epoch * data.num_tokens),
         "prompt_format": formats.get(data.record.template or "", "none, texts as they are"),
-        "learning_rates": {
-            "LoRA": rate,
-            "mask": rate * pat.mask_lr_multiplier,
-            "operators": rate * pat.operator_lr_multiplier,
-        },
+        "learning_rates": rates,
     }
 
 
@@ -191,6 +193,8 @@ def _write(
         "held_out_standard_error": {stage: error for stage, error in errors.items() if error is not None},
         "num_held_out_tokens": figures["base"].num_held_out_tokens,
     }
+    # What a run that was cut off before its results has left; `check` refuses anything else.
+    shutil.rmtree(arguments.output_dir / "model", ignore_errors=True)
     with staged_folder(arguments.output_dir / "model") as staging:
         return save_checkpoint(
             trained.model,

@@ -7,19 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
 from pat.errors import PatError
-from pat.loading import padded
+from pat.families import get_family
+from pat.loading import check_special_ids, grow_embedding, grown_rows, padded
 from pat.loading.tokenizer import load_plain_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from pat.tuner.config import PatConfig
-
-MULTIPLE = 64
-"""A grown embedding gets a multiple of so many rows, as in TRL's `clone_chat_template`."""
 
 
 @dataclass(frozen=True)
@@ -40,34 +36,31 @@ class Vocabulary:
         Raises:
             PatError: it has not.
         """
-        tokenizer = self.tokenizer
-        special = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
-        token = max(largest, *(int(cast(int, id)) for id in special if id is not None))
-        if token >= self.num_embeddings:
+        check_special_ids(self.tokenizer, self.num_embeddings)
+        if largest >= self.num_embeddings:
+            token = self.tokenizer.convert_ids_to_tokens(largest)
             raise PatError(
-                f"Got the token {tokenizer.convert_ids_to_tokens(token)!r} (id {token}), but the model has embeddings "
-                f"for {self.num_embeddings} tokens; use its own tokenizer, or resize its embedding and save both."
+                f"Got the token {token!r} (id {largest}), but the model has embeddings for {self.num_embeddings} "
+                "tokens; use its own tokenizer, or resize its embedding and save both."
             )
 
     def fit(self, model: PreTrainedModel) -> None:
         """Give a base model the embeddings and the end token of a tokenizer with added tokens."""
-        embedding: Any = model.get_input_embeddings()
-        if embedding.weight.shape[0] < self.num_embeddings:
-            with torch.random.fork_rng():  # a run that is resumed has to find the same values
-                torch.manual_seed(0)
-                model.resize_token_embeddings(self.num_embeddings)
+        grow_embedding(model, self.num_embeddings)
         if self.added:
             for config in (model.config.get_text_config(), model.generation_config):
                 if config is not None:
                     config.eos_token_id = self.tokenizer.eos_token_id
 
-    def train_added(self, config: PatConfig, *, tied: bool) -> PatConfig:
+    def train_added(self, config: PatConfig, base_config: PretrainedConfig) -> PatConfig:
         """Have the added tokens trained, in both stages: like TRL does with an adapter that it makes itself."""
         if self.added:
             given = cast(list[int], config.trainable_token_indices or [])
             config.trainable_token_indices = sorted({*given, *self.added})
-            if not tied:
-                config.modules_to_save = sorted({*(config.modules_to_save or ()), "lm_head"})
+            text_config = base_config.get_text_config()
+            if not text_config.tie_word_embeddings:
+                head = get_family(text_config.model_type).head
+                config.modules_to_save = sorted({*(config.modules_to_save or ()), head})
         return config
 
 
@@ -98,7 +91,7 @@ def load_vocabulary(
     num_embeddings = base_config.get_text_config().vocab_size
     added: list[int] = []
     if chat_template_path is not None and chat_template_path.endswith((".jinja", ".j2")):
-        path = Path(chat_template_path).expanduser()
+        path = Path(chat_template_path)
         try:
             tokenizer.chat_template = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -120,6 +113,5 @@ def load_vocabulary(
             if token not in tokenizer.get_vocab():
                 raise PatError(f"Got {field}={token!r}, which the tokenizer does not know; expected one it has.")
             setattr(tokenizer, field, token)
-    if added and added[-1] >= num_embeddings:
-        num_embeddings = -(-(added[-1] + 1) // MULTIPLE) * MULTIPLE
+    num_embeddings = grown_rows(num_embeddings, max(added, default=0))
     return Vocabulary(padded(tokenizer, base_config), num_embeddings, added, tokenizer)

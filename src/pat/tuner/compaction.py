@@ -1,6 +1,6 @@
 """Compaction: a hard masked model becomes a small model with an ordinary LoRA adapter, to be trained on.
 
-The same function to rounding (specification, "Compaction"). For a writer with LoRA (A, B, scale k) and a low-rank
+Both are the same function to rounding (docs/adr/0008). For a writer with LoRA (A, B, scale k) and a low-rank
 operator D = I + L1 diag(v) L0, on the kept channels K:
 
     z[K] = W[K] x + k B[K] A x + (L1 diag(v))[K] (L0 W + k L0 B A) x
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pat.errors import PatError
+from pat.loading import seeded
 from pat.method.operator import LowRankOperator
 from pat.surgery.adapted import AdaptedMatrix
 from pat.surgery.dense import build_dense
@@ -75,7 +76,7 @@ class Compacted:
     base: PreTrainedModel
     config: LoraConfig
     factors: dict[str, Factors]
-    """By module path; LoRA on other modules starts anew."""
+    """Factors of LoRA by module path; LoRA on other modules starts anew."""
     adapter: str
 
     @torch.no_grad()
@@ -84,8 +85,7 @@ class Compacted:
 
         The global random state is left alone, so that a run that is resumed here finds the same values.
         """
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with seeded(seed, self.base):
             model = cast(PeftModel, get_peft_model(self.base, self.config, adapter_name=self.adapter))
         inherited: dict[nn.Parameter, Inherited] = {}
         for path, given in self.factors.items():

@@ -1,15 +1,16 @@
-"""Configuration of a PAT adapter: everything `LoraConfig` takes, and the method's own fields."""
+"""Configuration of a PAT adapter, which has all fields of `LoraConfig` and the method's own."""
 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft import LoraConfig
 
 from pat.errors import PatError
-from pat.shape import DEFAULT_PRUNING_RATIO, check_request
+from pat.shape import check_request
 from pat.tuner.options import PatOptions
 
 
@@ -82,16 +83,15 @@ class PatConfig(PatOptions, LoraConfig):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise PatError(f"Got {name}={getattr(self, name)!r}; expected one of {', '.join(map(repr, choices))}.")
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise PatError(f"Got {option.name}={value}; expected a finite number.")
         if not 0 <= self.milestone <= 1:
             raise PatError(f"Got milestone={self.milestone}; expected a share of the optimizer steps in [0, 1].")
         axes: Any = self.axes  # one of them may be given by its name alone
         self.axes = [axes] if isinstance(axes, str) else list(axes)
-        names_a_size = self.pruned_hidden_size is not None or self.pruned_intermediate_size is not None
-        if names_a_size and self.pruning_ratio == DEFAULT_PRUNING_RATIO:
-            self.pruning_ratio = None  # filled in when this configuration was first made, which named no size
         check_request(self.pruning_ratio, self.pruned_hidden_size, self.pruned_intermediate_size, self.axes)
-        if self.pruning_ratio is None and not names_a_size:
-            self.pruning_ratio = DEFAULT_PRUNING_RATIO
         if isinstance(self.operator_rank, str) and self.operator_rank != "dense":
             if not self.operator_rank.isdigit():
                 raise PatError(f"Got operator_rank={self.operator_rank!r}; expected a number of ranks or 'dense'.")
@@ -103,7 +103,7 @@ class PatConfig(PatOptions, LoraConfig):
             "operator_lr_multiplier",
             "gain_tolerance",
         ):
-            if not getattr(self, name) >= 0:  # NaN neither
+            if getattr(self, name) < 0:
                 raise PatError(f"Got {name}={getattr(self, name)}; expected a number that is not negative.")
         if self.layer_replication:
             raise PatError("Got layer_replication, which PAT does not support: replicated layers share their weights.")
@@ -117,7 +117,7 @@ class PatConfig(PatOptions, LoraConfig):
 
     @property
     def is_resolved(self) -> bool:
-        """Whether the filled-in fields belong to the options as they are now: those of an adapter that is made."""
+        """Whether the filled-in fields were chosen by the options as they are now, as in an adapter that is made."""
         now = self.asked()
         # An adapter that was made before an option existed has no record of it.
         return self.resolved_from is not None and all(now.get(k) == v for k, v in self.resolved_from.items())

@@ -25,7 +25,7 @@ GATE_NAME = "pat_gate"
 
 
 class _HookedLayer(nn.Module, BaseTunerLayer):
-    """What both layers share: they wrap no module, so there is no base layer to merge into, follow or look through."""
+    """Layer that acts by hooks. It wraps no module, so there is no base layer to merge into, follow or look through."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,16 +33,16 @@ class _HookedLayer(nn.Module, BaseTunerLayer):
 
     @property
     def weight(self) -> Tensor:
-        """Not there: peft would look for it in a base layer without end."""
+        """Raise, as such a layer has no weight; peft would look for one in a base layer without end."""
         raise AttributeError(f"{type(self).__name__} has no weight")
 
     @property
     def bias(self) -> Tensor:
-        """Not there, see `weight`."""
+        """Raise, as such a layer has no bias; see `weight`."""
         raise AttributeError(f"{type(self).__name__} has no bias")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Do nothing: `PatModel` folds operators and mask, layer by layer merging cannot change shapes."""
+        """Do nothing: `PatModel` folds operators and mask, since merging layer by layer cannot change shapes."""
 
     def unmerge(self) -> None:
         """Do nothing, see `merge`."""
@@ -69,7 +69,7 @@ class _HookedLayer(nn.Module, BaseTunerLayer):
 
 
 class MaskLayer(_HookedLayer):
-    """The unified masks of all adapters, one each."""
+    """Layer that holds the unified mask of every adapter."""
 
     adapter_layer_names = ("masks",)
 

@@ -134,10 +134,6 @@ class PatModel(LoraModel):
         gates = [*([self.mask(name)] if self._orders_stream(name) else []), *self.gates(name).values()]
         return any(not gate.calibrated and not gate.hardened for gate in gates)
 
-    def needs_refit(self, adapter_name: str | None = None) -> bool:
-        """Tell whether there are hard gates whose writers have not been fitted to what stays."""
-        return any(gate.hardened and gate.awaits_refit for gate in self.gates(adapter_name).values())
-
     def refit(self, batches: Iterable[Mapping[str, Any]], adapter_name: str | None = None) -> int:
         """Fit what fills in for the channels that were cut; return the number of tokens that the fit stands on.
 
@@ -250,7 +246,10 @@ class PatModel(LoraModel):
         )
 
     def unload(self) -> nn.Module:
-        """Return the untouched base model by removing LoRA, operators and mask."""
+        """Return the untouched base model by removing all adapters, with what `modules_to_save` has trained."""
+        # Else peft would leave the trained modules in the place of the base's; it warns where an active one goes first.
+        for name in sorted(self.peft_config, key=self.active_adapters.__contains__):
+            self.delete_adapter(name)
         for layer in self._sparsification_layers():
             if isinstance(layer, HsmLayer | GateLayer):
                 layer.detach()

@@ -10,7 +10,7 @@ from pat.shape import ShapeOptions
 
 @dataclass
 class PatOptions(ShapeOptions):
-    """What pruning-aware tuning adds to a LoRA configuration."""
+    """Options that pruning-aware tuning adds to a LoRA configuration."""
 
     operator_rank: int | str | None = field(
         default=None, metadata={"help": "Rank of the operators, or 'dense'. Default: a twentieth of the width."}

@@ -1,9 +1,9 @@
-"""Checks and decisions before anything is attached: does this adapter fit this base, and what exactly will it be?"""
+"""Checks that an adapter fits a base model, and decides what exactly it will be, before anything is attached."""
 
 from __future__ import annotations
 
+import logging
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,12 @@ from pat.surgery.rotation import gain_block
 from pat.tuner.config import PatConfig
 from pat.widths import Width
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class AttachmentPlan:
-    """What attaching an adapter to a model comes to."""
+    """What is attached to a model for an adapter."""
 
     stream: ResidualStream
     shape: Shape
@@ -139,9 +141,8 @@ def default_targets(config: PatConfig, model: nn.Module, stream: ResidualStream)
         experts = [linear.path for linear in linears if linear.weight == linear.path]
         if experts and config.target_parameters is None:
             if config.lora_dropout or config.use_dora:
-                warnings.warn(
-                    "LoRA leaves out the expert parameters: peft supports neither dropout nor DoRA on bare parameters.",
-                    stacklevel=2,
+                logger.warning(
+                    "LoRA leaves out the expert parameters: peft supports neither dropout nor DoRA on bare parameters."
                 )
             else:
                 config.target_parameters = list(stream.family.expert_parameters)

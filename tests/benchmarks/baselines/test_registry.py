@@ -12,6 +12,7 @@ from compare.baselines.budget import nearest
 from compare.baselines.calibration import batched
 from compare.baselines.channels import cut_channels, keep_largest, keep_random, magnitude_scores
 from compare.budget import lora_targets
+from compare.tokens import tokenize_examples
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny_models import KINDS, batch, build, tiny_tokenizer
@@ -23,7 +24,6 @@ from pat.nll import response_nll
 from pat.plan.command import run_plan
 from pat.plan.options import PlanOptions
 from pat.training.data import load_training_data
-from pat.training.tokens import tokenize_examples
 
 WIDTH = 36  # of 48
 

@@ -68,7 +68,6 @@ def test_the_run_is_told_where_it_is_known() -> None:
         held_out_nll={"base": 1.8, "dense": 2.1},
         held_out_standard_error={"dense": 0.01234},
         num_held_out_tokens=29_571,
-        limits=["Not for medicine."],
     )
     for fact in (
         "- prompt format: the tokenizer's chat template",
@@ -79,7 +78,6 @@ def test_the_run_is_told_where_it_is_known() -> None:
         "| dense | 2.100 ± 0.012 |",
         "- It was tuned on prompts of one form: the tokenizer's chat template.",
         "longer than 2,048 tokens",
-        "- Not for medicine.",
     ):
         assert fact in text, fact
 

@@ -14,7 +14,7 @@ import torch
 from hardened import hardened
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_models import batch, build, tiny_tokenizer
+from tiny_models import batch, build, fill_hub_cache, tiny_tokenizer
 from tiny_training import attach, largest_difference, logits, tuner_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -95,6 +95,32 @@ def test_the_base_can_have_moved(work: Path) -> None:
     (work / "base").rename(work / "moved")
     result = merge(work / "adapter", work / "out", base_model=str(work / "moved"), progress=False)
     assert result.parity.max_abs_logit_diff < ROUNDING
+
+
+@pytest.mark.parametrize("given", [None, "org/base"])
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_an_adapter_is_merged_into_the_revision_that_it_was_trained_on(
+    work: Path, given: str | None, in_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = logits(load_adapted(work / "adapter", base_model=str(work / "base"), progress=False))
+    shutil.copytree(work / "base", work / "other")
+    change_tensors(work / "other" / "model.safetensors", lambda tensors: tensors["model.norm.weight"].mul_(2))
+    fill_hub_cache(work / "hub", "org/base", main=work / "other", first=work / "base")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(work / "hub"))
+    edit_config(work / "adapter", base_model_name_or_path="org/base", revision="first")
+    if in_memory:
+        monkeypatch.setattr("pat.checkpoint.merge.load_hollow", lambda *_, **__: None)
+    merge(work / "adapter", work / "out", base_model=given, progress=False)
+    assert largest_difference(logits(AutoModelForCausalLM.from_pretrained(work / "out")), expected) < ROUNDING
+
+
+def test_the_home_folder_can_be_written_as_a_tilde(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(work))
+    (work / "text").write_text("abcdefghij" * 50)
+    edit_config(work / "adapter", base_model_name_or_path="~/base")
+    merge("~/adapter", "~/out", text_file="~/text", progress=False)
+    merge("~/adapter", "~/again", base_model="~/base", progress=False)
+    assert (work / "out" / "model.safetensors").read_bytes() == (work / "again" / "model.safetensors").read_bytes()
 
 
 def test_what_a_run_says_of_its_tokens_is_saved_with_its_adapter(work: Path) -> None:

@@ -76,6 +76,21 @@ def test_a_full_disk_shows_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ShardWriter(tmp_path, model, torch.float32, max_shard_size="5GB")
 
 
+@pytest.mark.parametrize("number", [errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_file_system_that_cannot_reserve_space_is_written_to(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: int) -> None:
+        raise OSError(number, "Operation not supported")
+
+    monkeypatch.setattr(shards.os, "posix_fallocate", unknown, raising=False)
+    model = build("llama", tied=True)
+    with ShardWriter(tmp_path, model, torch.float32, max_shard_size="5GB") as writer:
+        for name, parameter in model.named_parameters():
+            writer.write(name, parameter)
+    assert load_file(tmp_path / "model.safetensors").keys() == dict(model.named_parameters()).keys()
+
+
 def test_an_error_while_writing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")

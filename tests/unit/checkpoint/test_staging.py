@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -12,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pat.checkpoint.staging import staged_folder
+from pat.checkpoint import staging
+from pat.checkpoint.staging import lock_folder, staged_folder
 
 
 def staging_folders(parent: Path) -> list[Path]:
@@ -65,6 +67,33 @@ def test_files_have_the_permissions_of_any_other(umask: int, tmp_path: Path) -> 
     (file,) = (tmp_path / "out" / "inner").iterdir()
     assert file.stat().st_mode & 0o777 == 0o666 & ~umask
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["inner"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders cannot be locked there")
+def test_a_folder_that_is_cleared_up_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cleared: list[Path] = []
+
+    def lock_too_late(folder: Path) -> int | None:
+        if len(cleared) < 3:
+            held = lock_folder(folder)  # by the process that clears up
+            cleared.append(folder)
+            late = os.open(folder, os.O_RDONLY)
+            shutil.rmtree(folder)
+            if len(cleared) == 1:  # it is not there any more
+                return lock_folder(folder)
+            if len(cleared) == 2:  # it is being removed
+                raise BlockingIOError
+            os.close(held or 0)
+            return late  # it was opened before, and locked after it was removed
+        return lock_folder(folder)
+
+    monkeypatch.setattr(staging, "lock_folder", lock_too_late)
+    with staged_folder(tmp_path / "out") as folder:
+        assert len(cleared) == 3 and folder not in cleared
+        (folder / "whole").write_text("whole")
+    assert (tmp_path / "out" / "whole").read_text() == "whole"
 
 
 def test_a_living_writer_is_left_alone(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from pat.checkpoint import verify, write
 from pat.checkpoint.compact import write_compact
 from pat.checkpoint.staging import check_output_folder, staged_folder
-from pat.checkpoint.write import save_checkpoint
+from pat.checkpoint.write import pruning_of, save_checkpoint
 from pat.errors import ParityMissed, PatError, RunFailed
 from pat.loading import TokenSetup
 from pat.tuner import find_tuner
@@ -197,6 +197,15 @@ def test_a_wrong_fold_of_such_a_model_is_not(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(ParityMissed, match="what rounding does to it"):
         export(hardened(loud(rms_norm_eps=1e-4)), tmp_path / "out")
     assert os.listdir(tmp_path) == []
+
+
+def test_the_parameters_of_the_base_are_counted_in_its_tensors_whatever_its_configuration_says() -> None:
+    base = build("llama", tied=False)
+    num_parameters = base.num_parameters()
+    base.config.tie_word_embeddings = True
+    tuner = find_tuner(hardened(base, untie_word_embeddings=True))
+    assert tuner is not None
+    assert pruning_of(tuner).num_parameters_base == num_parameters
 
 
 def test_compaction_has_the_same_measure(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import VOCAB_SIZE, build, tiny_tokenizer
+from tiny_models import VOCAB_SIZE, build, fill_hub_cache, tiny_tokenizer
 from tiny_training import attach, tuner_of
 from tokenizers.normalizers import Strip
 from transformers import AutoModelForCausalLM
@@ -75,11 +75,24 @@ def test_a_checkpoints_figures_are_those_of_the_library(folder: Path) -> None:
 
 def test_an_adapter_gives_the_figures_of_its_merged_model_and_not_of_its_base(folder: Path) -> None:
     base, masked, dense = (run(folder, name) for name in ("base", "adapter", "dense"))
-    assert masked.base_model == str(folder / "base") and masked.mask == "hard"
+    assert masked.base_model == "base" and masked.mask == "hard"
     for figure in ("text", "responses"):
         values = [getattr(record, figure).nll for record in (base, masked, dense)]
         assert values[1] == pytest.approx(values[2], abs=1e-4)  # the parity that the merge promises
         assert abs(values[0] - values[1]) > 1e-2
+
+
+def test_an_adapter_is_measured_on_the_revision_that_it_was_trained_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "a/b", "revision": "first"}))
+    fill_hub_cache(tmp_path / "hub", "a/b", main=folder / "dense", first=folder / "base")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    options: dict[str, Any] = {"text_file": folder / "text.txt", "dataset_name": None}
+    found = run(tmp_path, "adapter", **options)
+    assert found.text == run(folder, "adapter", **options).text and found.base_model == "a/b"
 
 
 def test_an_adapter_before_its_milestone_says_so(folder: Path, tmp_path: Path) -> None:
@@ -124,6 +137,7 @@ def test_the_figures_are_printed_and_written(folder: Path, tmp_path: Path, capsy
     print_evaluation(record)
     printed = capsys.readouterr().out
     written = json.loads(file.read_text())
+    assert str(folder) not in file.read_text()
     assert record.text is not None
     assert written["command"] == "evaluate" and written["versions"]["torch"] == torch.__version__
     assert written["text"]["nll"] == record.text.nll

@@ -41,16 +41,29 @@ def test_a_place_that_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "old.json").read_text() == "old"
 
 
+def test_the_figures_do_not_replace_what_is_evaluated(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "results.json").write_text('{"command": "merge"}')
+    (tmp_path / "text").write_text("text")
+    for name in ("model/results.json", "text"):
+        with pytest.raises(PatError, match="belongs to what is evaluated"):
+            EvaluateOptions(str(tmp_path / "model"), text_file=tmp_path / "text", output=tmp_path / name)
+    (tmp_path / "model" / "figures.json").write_text('{"command": "evaluate"}')
+    for name in ("figures", "new"):
+        EvaluateOptions(str(tmp_path / "model"), text_file=tmp_path / "text", output=tmp_path / f"model/{name}.json")
+
+
 def test_a_folder_goes_on_with_the_evaluation_it_holds_and_no_other(tmp_path: Path) -> None:
     options: dict[str, Any] = {"tasks": ["copa"], "output_dir": tmp_path}
     EvaluateOptions("model", **options)
     (tmp_path / "answers-0123456789abcdef.db").write_text("")  # what an interrupted one leaves
     EvaluateOptions("model", **options)
     results = tmp_path / "results.json"
-    results.write_text(json.dumps({"command": "evaluate", "model": "model"}))
+    digest = EvaluateOptions("model", **options).model_digest
+    results.write_text(json.dumps({"command": "evaluate", "model": "model", "model_digest": digest}))
     EvaluateOptions("model", **options)
-    with pytest.raises(PatError, match="holds the evaluation of model, not of another"):
-        EvaluateOptions("another", **options)
+    with pytest.raises(PatError, match=r"holds the evaluation of another model \(model\), not of other/model"):
+        EvaluateOptions("other/model", **options)
     for content in ('{"command": "tune", "model": "model"}', "[]", "not JSON"):
         results.write_text(content)
         with pytest.raises(PatError, match="holds files, but no evaluation"):

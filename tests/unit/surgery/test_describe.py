@@ -24,6 +24,7 @@ def test_whether_a_model_is_tied_is_seen_in_its_tensors(tied: bool, said: bool) 
         assert not check_tie(model, untie=True)
     else:
         assert check_tie(model) == tied
+    assert count_parameters(model.config, tied=shares_head(model)) == sum(p.numel() for p in model.parameters())
 
 
 def test_one_memory_under_two_names_is_one_matrix() -> None:

@@ -5,13 +5,13 @@ from tiny_models import KINDS, build
 
 from pat.errors import PatError
 from pat.families import get_family
-from pat.surgery.residual import Linear, ResidualStream, map_residual_stream, stored_tensors
+from pat.surgery.residual import Linear, ResidualStream, map_residual_stream, model_tensors
 
 LAYERS = 3
 
 
 def parameter_names(family: str, *, tied: bool) -> list[str]:
-    return list(stored_tensors(build(family, tied=tied)))
+    return list(model_tensors(build(family, tied=tied)))
 
 
 def mapped(family: str, *, tied: bool) -> ResidualStream:

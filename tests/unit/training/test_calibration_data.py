@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast, default_data_collator
 
 from pat.errors import PatError
 from pat.training.calibration_data import calibration_batches
+from pat.training.calibration_text import calibration_pieces
 
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 
@@ -128,3 +129,15 @@ def test_every_piece_of_a_text_file_starts_as_the_tokenizer_starts_texts(tmp_pat
     file.write_text("ab", encoding="utf-8")
     (batch,) = calibration_batches(config, None, starting)
     assert batch["input_ids"].tolist() == [[BOS_ID, *plain("ab")["input_ids"]]]
+
+
+def test_a_text_without_tokens_is_refused(tmp_path: Path) -> None:
+    class Deaf:
+        bos_token_id = 1
+
+        def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+            return {"input_ids": [self.bos_token_id]}
+
+    (tmp_path / "text.txt").write_text("a")
+    with pytest.raises(PatError, match="of which the tokenizer makes no token"):
+        calibration_pieces(str(tmp_path / "text.txt"), Deaf())

@@ -200,6 +200,24 @@ def test_what_is_lost_is_counted_and_said(base: Path, caplog: pytest.LogCaptureF
         prepared(base, rows[2:3], max_length=8)
 
 
+def test_rows_without_a_response_are_counted_in_held_out_files_as_well(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    apart = write(tmp_path / "apart.jsonl", [PAIR, PAIR | {"completion": " "}, PAIR | {"completion": ""}])
+    assert prepared(base, [PAIR], held_out=str(apart)).record.num_held_out_dropped == 2
+    assert lines_of(caplog) == ["2 held-out rows have no response and are left out."]
+
+
+def test_an_answer_to_nothing_is_said_not_to_be_learned(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    asked = [say("user", "a"), say("assistant", "b"), say("user", "c"), say("assistant", "d")]
+    rows = [{"messages": [*opening, *asked]} for opening in ([], [say("assistant", "hello")])]
+    systems = [{"messages": [say("system", "s"), *rows[1]["messages"]]}, rows[1] | {"system": "s"}]
+    record = prepared(base, [*rows, rows[1], *systems]).record
+    assert (record.num_unlearned_openings, record.num_examples) == (2, 3 * 2 + 2 * 3)
+    [line] = lines_of(caplog)
+    assert line.startswith("In 2 rows the conversation opens with a message of the assistant")
+
+
 def test_texts_are_told_how_to_lose_nothing(base: Path, caplog: pytest.LogCaptureFixture) -> None:
     prepared(base, [{"text": LONG}] * 2, max_length=32)
     [cut] = lines_of(caplog)
@@ -285,7 +303,8 @@ def test_the_template_is_taken_over_before_anything_is_tokenised(form: str, tmp_
     assert ours.get_input_embeddings().weight.shape == theirs.get_input_embeddings().weight.shape
     assert ours.config.eos_token_id == theirs.config.eos_token_id == ours.generation_config.eos_token_id
     for tied, saved in ((True, None), (False, ["lm_head"])):
-        config = vocabulary.train_added(PatConfig(trainable_token_indices=[5]), tied=tied)
+        base_config = LlamaConfig(tie_word_embeddings=tied)
+        config = vocabulary.train_added(PatConfig(trainable_token_indices=[5]), base_config)
         assert (config.trainable_token_indices, config.modules_to_save) == ([5, added[0]], saved)
 
 

@@ -75,6 +75,23 @@ def test_another_configuration_is_refused_with_the_difference(
     assert difference in str(error.value)
 
 
+def test_files_are_compared_by_their_content_and_told_of_by_no_path(base: Path, tmp_path: Path) -> None:
+    def given(folder: str, text: str) -> dict[str, str]:
+        names = ("held_out", "calibration", "chat_template_path")
+        paths = {name: tmp_path / folder / f"{name}.jinja" for name in names}
+        for path in paths.values():
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f"{text} {path.name}")
+        return {name: str(path) for name, path in paths.items()}
+
+    run = described(base, **given("here", "one"))
+    run.write(tmp_path)
+    assert str(tmp_path) not in (tmp_path / "run.json").read_text()
+    run.check(described(base, **given("there", "one")), tmp_path)
+    with pytest.raises(PatError, match=r"chat_template_path: sha256:.*; calibration: .*; held_out: "):
+        run.check(described(base, **given("here", "two")), tmp_path)
+
+
 def test_another_base_of_the_same_name_is_refused(base: Path, tmp_path: Path) -> None:
     other = tmp_path / "base"
     build("llama", tied=True, num_hidden_layers=1).save_pretrained(other)

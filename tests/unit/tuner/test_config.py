@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -18,22 +19,24 @@ def test_it_is_a_lora_config_with_fields_of_its_own() -> None:
     config = PatConfig(task_type="CAUSAL_LM", r=20, lora_alpha=40, use_dora=True, use_rslora=True, lora_dropout=0.1)
     assert isinstance(config, LoraConfig)
     assert (config.r, config.lora_alpha, config.use_dora, config.use_rslora) == (20, 40, True, True)
-    assert config.pruning_ratio == 0.25 and config.pruned_hidden_size is None
+    assert config.pruning_ratio is None and config.pruned_hidden_size is None  # the default ratio
     assert (
         config.milestone == 0.02
         and config.operator_lr_multiplier == 30
         and config.mask == "trainable"
         and config.rotation == "auto"
     )
-    assert PatConfig(pruned_hidden_size=36).pruning_ratio is None
-    assert dataclasses.replace(config, pruned_hidden_size=36).pruning_ratio is None  # nobody asked for the default
+    assert dataclasses.replace(config, pruned_hidden_size=36).pruned_hidden_size == 36
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"pruning_ratio": 25}, r"pruning_ratio=25.*between 0 and 1"),
-        ({"pruning_ratio": 0.2, "pruned_hidden_size": 8}, r"one of the two"),
+        ({"pruning_ratio": 0.25, "pruned_hidden_size": 8}, r"one of the two"),
+        ({"mask_lr_multiplier": math.inf}, r"mask_lr_multiplier=inf.*finite"),
+        ({"gain_tolerance": math.nan}, r"gain_tolerance=nan.*finite"),
+        ({"lora_dropout": math.nan}, r"lora_dropout=nan.*finite"),
         ({"mask": "soft"}, r"mask='soft'.*'trainable', 'frozen'"),
         ({"rotation": "svd"}, r"rotation='svd'.*'auto', 'pca', 'none'"),
         ({"milestone": 1.2}, r"milestone=1\.2"),

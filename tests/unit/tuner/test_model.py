@@ -244,6 +244,18 @@ def test_two_adapters_of_a_tied_model_may_treat_its_ends_differently(first_untie
         assert dense.config.tie_word_embeddings != (first_untied == (name == "default"))
 
 
+def test_unloading_gives_the_base_back_whatever_was_trained() -> None:
+    base = build("llama", tied=False)
+    before = copy.deepcopy(base.state_dict())
+    model = attach(base, modules_to_save=["lm_head"])
+    add_adapter(model, "other", modules_to_save=["model.norm"])
+    for name in ("default", "other"):
+        stir(model, name)
+    after = model.unload().state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
 def test_switching_moves_what_is_trainable() -> None:
     model = attach(build("llama", tied=True))
     add_adapter(model, "other")
