@@ -60,6 +60,7 @@ def pat_config(**fields: Any) -> PatConfig:
         "lora_alpha": 2 * RANK,
         "operator_rank": OPERATOR_RANK,
         "gain_tolerance": GAIN_TOLERANCE,
+        "axes": ["hidden"],  # what most properties are about
         "milestone": 1 / 3,  # our recipe's would be step 0 of runs this short
         # Bounds of rounding are for adapters moved this far; our recipe's scales would move them 30 times further.
         "use_rslora": False,

@@ -9,6 +9,7 @@ from typing import Any, Literal
 Order = Literal["", "FT", "P→FT", "FT→P", "PAT"]
 
 PAPER: dict[str, Any] = {
+    "axes": ["hidden"],
     "rotation": "none",
     "milestone": 1 / 3,
     "operator_lr_multiplier": 1.0,
@@ -53,6 +54,7 @@ METHODS: dict[str, Method] = {
     "magnitude": Method("Magnitude channels", "P→FT", baseline="magnitude"),
     "random": Method("Random channels", "P→FT", baseline="random"),
     "pat": Method("PAT", "PAT"),
+    "pat_hidden": Method("PAT, hidden size alone", "PAT", {"axes": ["hidden"]}),
     "pat_dora": Method("PAT + DoRA", "PAT", {"use_dora": True}),
     "pat_full_width": Method("PAT, no compaction", "PAT", {"no_compact": True}),
     "pat_paper": Method("PAT, paper's recipe", "PAT", PAPER, of_paper=True),

@@ -33,7 +33,7 @@ class ShapeOptions:
         default=None, metadata={"help": "Share of all parameters to cut, in (0, 1). Default 0.25."}
     )
     axes: list[str] = field(
-        default_factory=lambda: ["hidden"],
+        default_factory=lambda: ["auto"],
         metadata={
             "help": "What to cut: 'hidden' (the residual stream, as in the paper), 'mlp' (the channels inside each "
             "MLP), both, or 'auto', which takes the MLP first."

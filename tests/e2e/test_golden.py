@@ -46,17 +46,20 @@ COMMON = {
 SHORT = {"max_steps": "16", "milestone": "0.25"}
 """Four steps in the first stage, twelve in the second."""
 
+HIDDEN = SHORT | {"axes": "hidden"}
+
 RUNS = {
     "default": SHORT,
+    "hidden": HIDDEN,
     "paper": {
         "recipe": "paper",
         "max_steps": "12",  # four of them before the recipe's own milestone
         "per_device_train_batch_size": "2",
         "gradient_accumulation_steps": "2",
     },
-    "no_compact": SHORT | {"no_compact": "true"},
-    "dora": SHORT | {"use_dora": "true"},
-    "4bit": SHORT | {"load_in_4bit": "true"},
+    "no_compact": HIDDEN | {"no_compact": "true"},
+    "dora": HIDDEN | {"use_dora": "true"},
+    "4bit": HIDDEN | {"load_in_4bit": "true"},
 }
 
 MAX_DRIFT = 2e-3
@@ -96,7 +99,9 @@ def measured(out: Path) -> dict[str, Any]:
     """Return what a run left in its folder, in the form of a record."""
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     adapter = load_file(out / "adapter" / "adapter_model.safetensors")
-    (keep,) = (tensor for name, tensor in adapter.items() if name.endswith(".keep"))
+    kept = {name: tensor.nonzero().flatten().tolist() for name, tensor in adapter.items() if name.endswith(".keep")}
+    (stream,) = (name for name in kept if ".pat_mask." in name)
+    inner = {name: channels for name, channels in kept.items() if name != stream}
     figures = results["figures"]
     return {
         "platform": platform_of_run(),
@@ -108,7 +113,8 @@ def measured(out: Path) -> dict[str, Any]:
         "parity_num_tokens": results["parity"]["num_tokens"],
         "rotation": results["cut"]["rotation"],
         "pruned_hidden_size": results["cut"]["pruned_hidden_size"],
-        "kept_channels": keep.nonzero().flatten().tolist(),
+        "kept_channels": kept[stream],
+        **({"kept_mlp_channels": inner} if inner else {}),
         "tensors": {
             name: describe(tensor)
             for file in sorted((out / "model").glob("*.safetensors"))

@@ -36,7 +36,9 @@ def refit(
         PatError: the batches hold no token.
     """
     waiting = {path: gate for path, gate in gates.items() if gate.awaits_refit}
-    size = max((gate.size for gate in waiting.values()), default=0)
+    if not waiting:
+        return 0
+    size = max(gate.size for gate in waiting.values())
     enough = num_tokens or TOKENS_PER_CHANNEL * size
     seen, paths = 0, iter(waiting)
     read: list[Mapping[str, Any]] = []
