@@ -43,9 +43,8 @@ def test_an_adapted_matrix_is_cut_like_what_it_stands_for(family: str) -> None:
         if weight.dim() < 2:
             return weight
         generator = torch.Generator().manual_seed(len(name))
-        up, down = (
-            torch.randn(shape, generator=generator).double() for shape in ((len(weight), 2), (2, weight.shape[1]))
-        )
+        shapes = (len(weight), 2), (2, weight.shape[1])
+        up, down = (torch.randn(shape, generator=generator).double() for shape in shapes)
         return AdaptedMatrix(weight, up, down, 0.5)
 
     def multiplied_out(name: str) -> torch.Tensor:
