@@ -21,5 +21,6 @@ def tune_flags(base: Path, data: Path, out: Path, **more: Any) -> dict[str, Any]
         "disable_tqdm": True,
         "save_strategy": "no",
         "gain_tolerance": 0.4,
+        "axes": "hidden",
         **more,
     }

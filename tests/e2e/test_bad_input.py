@@ -319,7 +319,7 @@ def test_a_milestone_before_the_first_step_without_an_order_of_channels_is_refus
     ("options", "words"),
     [
         ({"learning_rate": "1e30", "rotation": "none"}, ["at step 1", "--learning_rate"]),
-        ({"model_name_or_path": "broken", "rotation": "none"}, ["at step 0", "base model"]),
+        ({"model_name_or_path": "broken", "axes": "hidden", "rotation": "none"}, ["at step 0", "base model"]),
         ({"model_name_or_path": "broken"}, ["calibration", "weights"]),
     ],
     ids=["learning rate", "infinite weight", "infinite weight seen by the calibration"],

@@ -18,6 +18,7 @@ from tiny_runs import STEPS, tune_flags
 from transformers import AutoModelForCausalLM
 
 import pat
+from pat.checkpoint.merge import merge
 from pat.cli import main
 from pat.demo import command as demo
 
@@ -115,7 +116,7 @@ def test_merging_the_saved_adapter_gives_the_same_checkpoint(run: Path, tmp_path
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     card = (tmp_path / "again" / "README.md").read_text(encoding="utf-8")
-    assert "hidden size 36" in card and "| hidden size | 48 | 36 (−25.0 %) |" in card
+    assert " % smaller" in card and "| hidden size | 48 | 36 (−25.0 %) |" in card
 
 
 def test_the_adapter_of_the_milestone_merges_as_well(run: Path, tmp_path: Path) -> None:
@@ -125,6 +126,22 @@ def test_the_adapter_of_the_milestone_merges_as_well(run: Path, tmp_path: Path) 
     assert "| base |" in card and not any(fact in card for fact in ("| tuned |", "steps:", "tokens seen"))
     record = json.loads((tmp_path / "early" / "results.json").read_text(encoding="utf-8"))
     assert len(record["warnings"]) == 1 and "the adapter as of the milestone" in record["warnings"][0]
+
+
+def test_a_run_that_cuts_the_mlps_leaves_the_same_things(base: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = pat.tune(**flags(base, data, out, axes=["mlp"], pruning_ratio=0.2))
+    dense = AutoModelForCausalLM.from_pretrained(out / "model")
+    cut = json.loads((out / "results.json").read_text(encoding="utf-8"))["cut"]
+    assert (cut["hidden_size"], cut["pruned_hidden_size"], cut["intermediate_size"]) == (48, 48, 72)
+    assert dense.config.intermediate_size == cut["pruned_intermediate_size"] < 50
+    assert 1 - dense.num_parameters() / cut["num_parameters_base"] == pytest.approx(0.2, abs=0.02)
+    assert any(entry.get("pat/refit_tokens", 0) > 0 for entry in result.record.log_history)
+    assert "MLP channels | 72 |" in (out / "model" / "README.md").read_text(encoding="utf-8")
+    merged = merge(out / "adapter", tmp_path / "early", progress=False)
+    early = AutoModelForCausalLM.from_pretrained(tmp_path / "early")
+    assert early.config.intermediate_size == dense.config.intermediate_size
+    assert merged.cut.pruned_intermediate_size == cut["pruned_intermediate_size"]
 
 
 def test_the_card_of_a_merge_tells_of_the_run_what_the_runs_own_card_tells(run: Path, tmp_path: Path) -> None:
@@ -237,7 +254,7 @@ def test_a_ratio_that_is_rounded_far_is_said(
     base: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pat.tune(**flags(base, data, tmp_path / "out", pruning_ratio=0.4, max_steps=2))
-    assert "of the hidden size will be cut: cutting 0.4 of 48 leaves 28.8" in caplog.text
+    assert "of the parameters will be cut: cutting 0.4 of 48 leaves 28.8" in caplog.text
 
 
 @pytest.mark.parametrize("no_compact", [False, True])

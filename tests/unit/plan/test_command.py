@@ -16,7 +16,7 @@ from pat.plan.tables import print_plan
 
 def plan(folder: Path, family: str = "llama", *, tied: bool = True, **options: Any) -> PlanRecord:
     build(family, tied=tied).config.save_pretrained(folder)
-    return run_plan(PlanOptions(model_name_or_path=str(folder), **options))
+    return run_plan(PlanOptions(model_name_or_path=str(folder), **({"axes": ["hidden"]} | options)))
 
 
 def test_a_ratio_has_its_width_and_the_legal_ones_around_it(tmp_path: Path) -> None:
