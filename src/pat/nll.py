@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from pat.errors import PatError
 from pat.report.progress import Progress
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Example = Mapping[str, Sequence[int]]
-"""One tokenised row: `input_ids`, and as many `labels` (-100: not scored) or `completion_mask` bits."""
+"""One tokenised row: `input_ids`, and as many `labels` (-100: not scored)."""
 
 IGNORED = -100
 LOGIT_ROWS = 256
@@ -54,7 +55,7 @@ def batches_from_examples(
 ) -> Iterator[dict[str, Tensor]]:
     """Right-padded batches of `input_ids`, `attention_mask` and `labels`, each of shape (B, T), int64.
 
-    Labels are -100 on padding and wherever the example does not score. With `sort_by_length` the longest rows
+    Labels are -100 on padding. With `sort_by_length` the longest rows
     come first: little padding, and what does not fit in memory fails at once.
     """
     order = list(range(len(examples)))
@@ -62,16 +63,12 @@ def batches_from_examples(
         order.sort(key=lambda index: -len(examples[index]["input_ids"]))
     for start in range(0, len(order), batch_size):
         rows = [examples[index] for index in order[start : start + batch_size]]
-        shape = (len(rows), max(len(row["input_ids"]) for row in rows))
-        input_ids = torch.full(shape, pad_token_id, dtype=torch.long)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        labels = torch.full(shape, IGNORED, dtype=torch.long)
-        for index, row in enumerate(rows):
-            length = len(row["input_ids"])
-            input_ids[index, :length] = torch.tensor(row["input_ids"], dtype=torch.long)
-            attention_mask[index, :length] = 1
-            labels[index, :length] = torch.tensor(_labels(row), dtype=torch.long)
-        yield {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        ids, labels = ([torch.tensor(row[name]) for row in rows] for name in ("input_ids", "labels"))
+        yield {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        }
 
 
 def response_nll(
@@ -138,7 +135,6 @@ def text_perplexity(
     text_or_path: str | os.PathLike[str],
     *,
     context: int = 512,
-    stride: int | None = None,
     max_tokens: int | None = None,
     batch_size: int = 8,
     progress: Progress | None = None,
@@ -148,15 +144,13 @@ def text_perplexity(
     Args:
         text_or_path: a `str` is the text itself, a path object names a UTF-8 file.
         context: window length, lowered to what the model's positions allow.
-        stride: new tokens scored per window after the first; smaller means more left context for each and
-            more windows. By default as many as leave every token one token of left context.
         max_tokens: use the first so many tokens of the text only.
 
     If the tokenizer starts texts with a beginning-of-sequence token, so does every window: models trained
     that way (Gemma) predict badly without it.
 
     Raises:
-        PatError: file missing, not UTF-8 or empty; fewer than two tokens; context or stride out of range.
+        PatError: file missing, not UTF-8 or empty; fewer than two tokens; a context without room for two.
     """
     prefix, body = _tokens(tokenizer, read_text(text_or_path))
     body = body[:max_tokens]
@@ -165,33 +159,23 @@ def text_perplexity(
     room = min(context, _max_positions(model) or context) - len(prefix)
     if room < 2:
         raise PatError(f"Got a context of {room + len(prefix)} tokens, expected {2 + len(prefix)} or more.")
-    step = room - 1 if stride is None else stride
-    if not 1 <= step < room:
-        raise PatError(f"Got stride {stride} with windows of {room} tokens, expected 1 to {room - 1}.")
-    windows = _windows(body, room=room, step=step, prefix=prefix)
+    windows = _windows(body, room=room, prefix=prefix)
     # Any id serves as padding: it is masked, and with a single length per text there is hardly any.
     return response_nll(model, windows, batch_size=batch_size, pad_token_id=0, progress=progress)
 
 
-def _windows(body: list[int], *, room: int, step: int, prefix: list[int]) -> list[Example]:
-    """Windows over `body` whose masks mark each token once; the `prefix` that opens each is never scored."""
+def _windows(body: list[int], *, room: int, prefix: list[int]) -> list[Example]:
+    """Windows over `body` that score each token once, after at least one other; the `prefix` that opens each is not."""
     windows: list[Example] = []
     scored = 0
     while scored < len(body):
-        end = min(len(body), scored + (step if scored else room))
+        end = min(len(body), scored + (room - 1 if scored else room))
         window = body[max(0, end - room) : end]
-        num_new = end - scored
-        mask = [0] * (len(prefix) + len(window) - num_new) + [1] * num_new
-        windows.append({"input_ids": prefix + window, "completion_mask": mask})
+        new = body[scored:end]
+        labels = [IGNORED] * (len(prefix) + len(window) - len(new)) + new
+        windows.append({"input_ids": prefix + window, "labels": labels})
         scored = end
     return windows
-
-
-def _labels(example: Example) -> list[int]:
-    if "labels" in example:
-        return list(example["labels"])
-    pairs = zip(example["input_ids"], example["completion_mask"], strict=True)
-    return [token if scored else IGNORED for token, scored in pairs]
 
 
 def split_text(
