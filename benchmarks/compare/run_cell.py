@@ -25,7 +25,7 @@ from compare.data import DataFiles, data_files, draw_calibration
 from compare.methods import METHODS, TUNED
 from compare.tokens import tokenize_examples
 from pat.errors import Diverged, ParityMissed, PatError
-from pat.evaluation.harness import evaluate_tasks
+from pat.evaluation.harness import evaluate_tasks, load_tasks
 from pat.loading import load_base, load_config, load_tokenizer, stored_dtype
 from pat.nll import response_nll
 from pat.report.records import environment
@@ -113,9 +113,7 @@ class _Run:
             evaluation = evaluate_tasks(
                 model,
                 self.tokenizer,
-                tasks=self.config.tasks,
-                protocols=self.config.protocols,
-                data_dir=self.config.data_dir,
+                tasks=load_tasks(self.config.tasks, self.config.protocols, self.config.data_dir),
                 limit=self.config.limit,
                 batch_size=self.config.eval_batch_size,
             )
