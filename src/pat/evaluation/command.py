@@ -16,7 +16,7 @@ from pat.evaluation.harness import TaskScores, evaluate_tasks, load_tasks
 from pat.evaluation.options import COMMAND, RESULTS, EvaluateOptions
 from pat.loading import load_base, load_config, load_tokenizer, padded
 from pat.nll import NLL, Example, read_text, response_nll, text_perplexity
-from pat.report.progress import progress_bar
+from pat.report.progress import bars_of_datasets, progress_bar
 from pat.report.records import Record, collected_warnings, write_record
 from pat.report.table import Table
 from pat.training.data_record import DataRecord
@@ -79,7 +79,7 @@ def run_evaluate(options: EvaluateOptions) -> EvaluationRecord:
     Raises:
         PatError: model, text, data or questions cannot be used.
     """
-    with collected_warnings() as warnings:
+    with collected_warnings() as warnings, bars_of_datasets():
         record = _evaluate(options, warnings)
     for file in (options.output, options.output_dir and options.output_dir / RESULTS):
         if file is not None:
