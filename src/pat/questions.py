@@ -5,7 +5,6 @@ A converter of a hub row returns None for a row that the paper's set leaves out.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -221,7 +220,12 @@ def load_rows(name: str, data_dir: str | Path | None, *, split: str | None = Non
     if data_dir is None:
         rows = _hub_rows(task, split)
     elif split in (None, "train"):
-        rows = _read_rows(Path(data_dir) / f"{name}{'' if split is None else '.train'}.jsonl")
+        from pat.readers import read_local
+
+        path = Path(data_dir) / f"{name}{'' if split is None else '.train'}.jsonl"
+        if not path.is_file():
+            raise PatError(f"{path}: no such file; expected the task's questions, one JSON object a line.")
+        rows = [_checked(row, place) for place, row in read_local(path)[0]]
     else:
         raise PatError(f"Got split {split!r} of files of questions; expected 'train', which is <task>.train.jsonl.")
     if not rows:
@@ -233,25 +237,6 @@ def evenly_spaced(num_rows: int, limit: int | None) -> list[int]:
     """Return the indices of `limit` rows, evenly spaced and ascending, or of all: files are often sorted by subject."""
     count = num_rows if limit is None else min(limit, num_rows)
     return [number * num_rows // count for number in range(count)]
-
-
-def _read_rows(path: Path) -> list[Row]:
-    if not path.is_file():
-        raise PatError(f"{path}: no such file; expected the task's questions, one JSON object a line.")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PatError(f"{path}: not readable as UTF-8 text ({error}).") from error
-    rows: list[Row] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise PatError(f"{path}, line {number}: not readable as JSON ({error}).") from error
-        rows.append(_checked(row, f"{path}, line {number}"))
-    return rows
 
 
 def _hub_rows(task: Task, split: str | None) -> list[Row]:

@@ -13,10 +13,10 @@ from pat.demo.data import SAMPLE_PROMPTS, demo_data_path
 from pat.demo.model import prepare_smollm2
 from pat.demo.options import DemoOptions
 from pat.loading import load_tokenizer
+from pat.readers import read_local
 from pat.report.records import Record
 from pat.report.table import Table
 from pat.training.arguments import build_arguments
-from pat.training.readers import read_local
 from pat.training.results import TuneRecord, TuneResult
 from pat.training.sources import FILE_SUFFIXES
 from pat.training.summary import print_summary

@@ -15,9 +15,9 @@ from datasets.exceptions import DatasetNotFoundError
 
 from pat.errors import PatError, one_line
 from pat.questions import letter_answer, letter_instruction, load_rows, resolve_tasks
+from pat.readers import DECOMPRESSORS, READERS, SUFFIXES, Row, data_suffix, read_local, without_nulls
 from pat.training.formats import ALPACA, OPTIONS, Format, Template, convert_row, detect_format
 from pat.training.messages import RowError
-from pat.training.readers import DECOMPRESSORS, READERS, SUFFIXES, Row, data_suffix, read_local, without_nulls
 
 TemplateChoice = Literal["auto", "chat", "alpaca"]
 
