@@ -229,7 +229,7 @@ def load_rows(name: str, data_dir: str | Path | None, *, split: str | None = Non
     else:
         raise PatError(f"Got split {split!r} of files of questions; expected 'train', which is <task>.train.jsonl.")
     if not rows:
-        raise PatError(f"The task {name} has no questions; expected one a line.")
+        raise PatError(f"The task {name} has no questions; expected at least one.")
     return rows
 
 

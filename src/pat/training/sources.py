@@ -33,7 +33,7 @@ FILE_SUFFIXES = {*READERS, *DECOMPRESSORS, ".txt", ".arrow", ".xlsx", ".zip", ".
 
 @dataclass(frozen=True)
 class Source:
-    """All examples of one source in TRL's forms, with the column `PLACE` unless each is a row of its own."""
+    """All examples of one source in TRL's forms, with the column `PLACE`."""
 
     rows: Dataset
     format: Format
@@ -88,7 +88,8 @@ def load_task_source(name: str, split: str, template: TemplateChoice = "auto") -
             rows.append({"prompt": prompt, "completion": letter_answer(row)})
     digest = hashlib.sha256(repr(rows).encode()).hexdigest()
     format = Format("prompt-completion", "prompt", "completion")
-    return Source(Dataset.from_list(rows), format, "alpaca", f"sha256:{digest}", len(rows))
+    places = [f"{name}, row {number}" for number in range(1, len(rows) + 1)]
+    return Source(Dataset.from_list(rows).add_column(PLACE, places), format, "alpaca", f"sha256:{digest}", len(rows))
 
 
 def _load_file(path: Path, reading: Reading, split: str) -> Source:
