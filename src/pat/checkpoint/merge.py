@@ -76,20 +76,10 @@ class MergeResult:
         """Comparison of tuned and dense model."""
         return self.record.parity
 
-    @property
-    def cut(self) -> Cut:
-        """The cut that was made."""
-        return self.record.cut
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of parameters of the dense model."""
-        return self.cut.num_parameters
-
 
 def print_merge(result: MergeResult) -> None:
     """Print where the checkpoint is, and how exact."""
-    print(f"Wrote {result.model_dir} ({result.num_parameters:,} parameters); {result.parity.describe()}")
+    print(f"Wrote {result.model_dir} ({result.record.cut.num_parameters:,} parameters); {result.parity.describe()}")
 
 
 def merge(
