@@ -36,18 +36,12 @@ class NLL:
 
     nll: float
     num_tokens: int
-    standard_error: float | None = None
+    standard_error: float | None
     """Standard error of the mean, over rows (or windows of a text) because the tokens of a row hang together: with n_i
     tokens and the sum s_i in row i of m, it is sqrt(m / (m - 1) * sum((s_i - nll * n_i)^2)) / sum(n_i). It is None for
     one row."""
-
-    @property
-    def perplexity(self) -> float:
-        """exp(nll); infinite where that overflows."""
-        try:
-            return math.exp(self.nll)
-        except OverflowError:
-            return math.inf
+    perplexity: float
+    """The exponential of `nll`; infinite where that overflows."""
 
 
 def batches_from_examples(
@@ -116,7 +110,8 @@ def response_nll(
     if num_tokens == 0:
         raise PatError(f"Got {len(examples)} examples without a response token to score; pass rows with responses.")
     nll = total / num_tokens
-    return NLL(nll, num_tokens, _standard_error(nll, torch.cat(rows)))
+    perplexity = torch.tensor(nll, dtype=torch.float64).exp().item()
+    return NLL(nll, num_tokens, _standard_error(nll, torch.cat(rows)), perplexity)
 
 
 def _standard_error(nll: float, rows_M2: Tensor) -> float | None:
@@ -142,7 +137,7 @@ def text_perplexity(
     """NLL of a text in windows of at most `context` tokens; each token that follows another is scored once.
 
     Args:
-        text_or_path: a `str` is the text itself, a path object names a UTF-8 file.
+        text_or_path: see `read_text`.
         context: window length, lowered to what the model's positions allow.
         max_tokens: use the first so many tokens of the text only.
 

@@ -12,7 +12,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pat.errors import PatError
 from pat.nll import (
-    NLL,
     batches_from_examples,
     response_nll,
     split_text,
@@ -177,7 +176,11 @@ def test_nothing_to_score_is_an_error() -> None:
 
 
 def test_perplexity_of_a_hopeless_model() -> None:
-    assert NLL(1e4, 1).perplexity == math.inf
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    result = response_nll(model, make_examples(3), batch_size=3, pad_token_id=0)
+    assert 710 < result.nll < math.inf and result.perplexity == math.inf
 
 
 def test_batches_are_padded_on_the_right() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,24 +28,6 @@ from pat.tuner.model import find_tuner
 TOKENS_PER_LIMIT = 1000
 
 
-@dataclass(frozen=True)
-class Likelihood:
-    """Figures of how well a model predicts tokens."""
-
-    nll: float
-    """Mean negative log-likelihood in nats per token."""
-    num_tokens: int
-    standard_error: float | None
-    """Standard error of `nll` over rows, or over windows of a text; None for a single one."""
-    perplexity: float
-    """The exponential of `nll`."""
-
-    @classmethod
-    def of(cls, nll: NLL) -> Likelihood:
-        """Return the figures with their perplexity."""
-        return cls(**asdict(nll), perplexity=nll.perplexity)
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRecord(Record):
     """Figures of one model. Only the last component of a path is kept."""
@@ -62,12 +44,12 @@ class EvaluationRecord(Record):
     dtype: str
     max_length: int
     text_file: str | None
-    text: Likelihood | None
+    text: NLL | None
     """Figures over the tokens of the text."""
     dataset_name: str | None
     data: DataRecord | None
     """The contents of the data, and what of it was cut."""
-    responses: Likelihood | None
+    responses: NLL | None
     """Figures over the response tokens of the data."""
     tasks: TaskScores | None
     """Accuracy on tasks."""
@@ -153,10 +135,10 @@ def _evaluate(options: EvaluateOptions, warnings: list[str]) -> EvaluationRecord
         dtype=str(next(network.parameters()).dtype).removeprefix("torch."),
         max_length=options.max_length,
         text_file=None if options.text_file is None else options.text_file.name,
-        text=None if text is None else Likelihood.of(text),
+        text=text,
         dataset_name=None if data is None else data.source,
         data=data,
-        responses=None if responses is None else Likelihood.of(responses),
+        responses=responses,
         tasks=scores,
     )
 

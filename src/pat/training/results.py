@@ -30,11 +30,10 @@ EVAL_BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class Size:
-    """Size of a model."""
+    """Size of a model, of its weights as they are stored in a checkpoint."""
 
     num_parameters: int
     num_bytes: int
-    """Number of bytes of the weights as they are stored in a checkpoint."""
 
     @classmethod
     def of(cls, config: PretrainedConfig, dtype: torch.dtype) -> Size:
@@ -53,7 +52,7 @@ class Size:
 
 @dataclass(frozen=True)
 class ModelFigures(Size):
-    """Size and held-out likelihood of one model of a run."""
+    """Size (of the weights as they are stored in a checkpoint) and held-out likelihood of one model of a run."""
 
     held_out_nll: float | None
     """Mean loss of a response token, in nats; None without held-out data."""

@@ -31,6 +31,7 @@ EXACT = 1e-6
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base model, a hardened adapter, its merged model, a text and data."""
+    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("evaluate")
     build("llama", tied=True).save_pretrained(folder / "base")
     tokenizer = tiny_tokenizer(folder / "base")
