@@ -187,7 +187,7 @@ class _Run:
             "tune_seconds": result.record.timings["train_seconds"],
             "hidden_size": target.hidden_size,
             "pruned_hidden_size": target.pruned_hidden_size,
-            "parity": result.parity.to_dict(),
+            "parity": asdict(result.parity),
         }
         dense: Any = AutoModelForCausalLM.from_pretrained(result.model_dir, dtype=arguments.model.dtype)
         shutil.rmtree(self.folder)

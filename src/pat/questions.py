@@ -205,13 +205,10 @@ def resolve_tasks(names: str | Sequence[str]) -> list[str]:
 
 
 def load_rows(name: str, data_dir: str | Path | None, *, split: str | None = None) -> list[Row]:
-    """Return the questions of a task.
+    """Return the questions of a task, by default those that are asked; `train` is the task's train split.
 
-    Args:
-        name: of the task.
-        data_dir: folder with a `<task>.jsonl`, and a `<task>.train.jsonl` to train on; without one the dataset comes
-            from the hub.
-        split: by default the one that is asked; `train` is the task's train split, slices of it are for the hub only.
+    They come from a folder with a `<task>.jsonl`, and a `<task>.train.jsonl` to train on, or without one from the hub,
+    which alone knows slices of the train split.
 
     Raises:
         PatError: no such file, dataset or split, or rows that are not questions.

@@ -43,13 +43,7 @@ def write_compact(
 ) -> tuple[CompactModel, Compaction]:
     """Compact the active adapter, compare both models, and write the small one; the folder appears complete or not.
 
-    Args:
-        masked: the peft model with the PAT adapter.
-        tuner: the tuner in it.
-        folder: a new or empty folder.
-        tokens: what is written beside the small base and beside its adapter; None leaves the tokenizer out.
-        batches: text to compare on, see `compare`.
-        seed: of LoRA that starts anew.
+    The seed is that of LoRA, which starts anew; without `tokens` no tokenizer is written.
 
     Raises:
         RunFailed: the compact model is not the masked one; nothing is written.
@@ -68,7 +62,7 @@ def write_compact(
         parity = compare(masked, compact.model, batches)
         parity = check(parity, COMPACTION_REFUSED, floor=lambda: permutation_floor(tuner.merge_and_unload(), batches))
         name = shown_name(tuner.pat_config().base_model_name_or_path or "unknown")
-        record = Compaction(**asdict(pruning_of(tuner)), base_model=name, parity=parity.to_dict())
+        record = Compaction(**asdict(pruning_of(tuner)), base_model=name, parity=asdict(parity))
         parts.config.base_model_name_or_path = str(staging / MODEL)  # peft looks for the configuration there
         save_adapter(compact.model, staging / ADAPTER, tokens)
         parts.config.base_model_name_or_path = os.path.realpath(folder / MODEL)

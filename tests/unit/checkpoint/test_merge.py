@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def test_results_tell_what_was_done(work: Path) -> None:
     text = (work / "out" / "results.json").read_text()
     stored = json.loads(text)
     assert stored["command"] == "merge"
-    assert stored["parity"] == result.parity.to_dict()
+    assert stored["parity"] == asdict(result.parity)
     assert stored["parity"]["num_tokens"] > 500
     assert stored["cut"]["hidden_size"] == 48
     assert stored["cut"]["pruned_hidden_size"] == 36
