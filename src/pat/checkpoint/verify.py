@@ -164,7 +164,7 @@ def compare(masked: nn.Module, dense: nn.Module, batches: Iterable[Mapping[str, 
     )
 
 
-def permutation_floor(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], *, seed: int = 0) -> Parity:
+def permutation_floor(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> Parity:
     """Compare a model with itself, its residual channels merely permuted: the noise floor of float arithmetic.
 
     Nothing but the order of sums differs, so no merge can be expected to do better than a small multiple of this. The
@@ -173,14 +173,8 @@ def permutation_floor(model: PreTrainedModel, batches: Iterable[Mapping[str, Any
     stream, tensors = map_of(model), model_tensors(model)
     family, tied = stream.family, stream.head is None
     hidden_size = getattr(model.config, family.hidden_size_field)
-    order = torch.randperm(hidden_size, generator=torch.Generator().manual_seed(seed))
-    config = shrink_config(
-        model.config,
-        family,
-        pruned_hidden_size=hidden_size,
-        head_dim=head_dim(model),
-        tied=tied,
-    )
+    order = torch.randperm(hidden_size, generator=torch.Generator().manual_seed(0))
+    config = shrink_config(model.config, family, pruned_hidden_size=hidden_size, head_dim=head_dim(model), tied=tied)
     folded = fold_weights(
         stream, lambda name: tensors[name].detach(), Channels(hidden_size, order), {}, HeadPlan(tied=tied)
     )

@@ -20,9 +20,7 @@ _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 _SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
-def load_tokenizer(
-    name_or_path: str, *, revision: str | None = None, config: PretrainedConfig | None = None
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str, *, config: PretrainedConfig | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer beside a model, made to pad if it has no padding token (see `padded`).
 
     Its special tokens are held against the model's configuration, if that is given.
@@ -30,7 +28,7 @@ def load_tokenizer(
     Raises:
         PatError: there is no tokenizer, or see `check_special_ids`.
     """
-    tokenizer = load_plain_tokenizer(name_or_path, revision=revision)
+    tokenizer = load_plain_tokenizer(name_or_path)
     if config is not None:
         check_special_ids(tokenizer, config.vocab_size)
     return padded(tokenizer, config)
