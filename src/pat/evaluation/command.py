@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from pat.checkpoint.adapter import adapter_tokens, base_config_for, base_of, load_adapted, read_adapter_config
@@ -15,6 +14,7 @@ from pat.checkpoint.card import shown_name
 from pat.evaluation.harness import TaskScores, evaluate_tasks, load_tasks
 from pat.evaluation.options import COMMAND, RESULTS, EvaluateOptions
 from pat.loading import load_base, load_config, load_tokenizer, padded
+from pat.loading.weights import resolve_device
 from pat.nll import NLL, Example, read_text, response_nll, text_perplexity
 from pat.report.progress import bars_of_datasets, progress_bar
 from pat.report.records import Record, collected_warnings, write_record
@@ -95,7 +95,7 @@ def _evaluate(options: EvaluateOptions, warnings: list[str]) -> EvaluationRecord
         )
 
     network: nn.Module = load_base(name) if adapter is None else load_adapted(options.model)
-    network = network.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
+    network = network.to(resolve_device("auto")).eval()
     text = responses = scores = None
     if content is not None:
         max_tokens = None if options.limit is None else options.limit * TOKENS_PER_LIMIT

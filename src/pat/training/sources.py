@@ -14,6 +14,7 @@ from datasets import Dataset, DatasetDict, Features, Json, List, ReadInstruction
 from datasets.exceptions import DatasetNotFoundError
 
 from pat.errors import PatError, one_line
+from pat.paths import looks_local
 from pat.questions import letter_answer, letter_instruction, load_rows, resolve_tasks
 from pat.readers import DECOMPRESSORS, READERS, SUFFIXES, Row, data_suffix, read_local, without_nulls
 from pat.training.formats import ALPACA, OPTIONS, Format, Template, convert_row, detect_format
@@ -63,7 +64,7 @@ def load_source(name: str, reading: Reading, *, split: str = "train", config_nam
         return load_task_source(name, split, reading.template)
     if path.is_dir():
         return _load_folder(path, reading, split, config_name)
-    if path.exists() or _looks_like_file(name):
+    if path.exists() or looks_local(name) or path.suffix.lower() in FILE_SUFFIXES:
         return _load_file(path, reading, split)
     return _load_hub(name, reading, split, config_name)
 
@@ -214,12 +215,6 @@ def _selected(name: str, split: str, lengths: dict[str, int]) -> dict[str, Seque
     if not indices:
         raise PatError(f"{name}: split {split!r} selects none of the {lengths[part]} rows.")
     return {part: indices}
-
-
-def _looks_like_file(name: str) -> bool:
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # a hub id is at most `owner/name`
-        return True
-    return Path(name).suffix.lower() in FILE_SUFFIXES
 
 
 def _hub_fingerprint(dataset: Dataset) -> str:
