@@ -4,7 +4,6 @@ Shapes: B rows of a batch, T tokens of its longest row, V vocabulary, N scored t
 """
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,7 +126,7 @@ def _standard_error(nll: float, rows_M2: Tensor) -> float | None:
 def text_perplexity(
     model: nn.Module,
     tokenizer: "PreTrainedTokenizerBase",
-    text_or_path: str | os.PathLike[str],
+    text: str,
     *,
     context: int = 512,
     max_tokens: int | None = None,
@@ -137,7 +136,6 @@ def text_perplexity(
     """NLL of a text in windows of at most `context` tokens; each token that follows another is scored once.
 
     Args:
-        text_or_path: see `read_text`.
         context: window length, lowered to what the model's positions allow.
         max_tokens: use the first so many tokens of the text only.
 
@@ -145,9 +143,9 @@ def text_perplexity(
     that way (Gemma) predict badly without it.
 
     Raises:
-        PatError: file missing, not UTF-8 or empty; fewer than two tokens; a context without room for two.
+        PatError: fewer than two tokens; a context without room for two.
     """
-    prefix, body = _tokens(tokenizer, read_text(text_or_path))
+    prefix, body = _tokens(tokenizer, text)
     body = body[:max_tokens]
     if len(body) < 2:
         raise PatError(f"Got a text of {len(body)} tokens, perplexity needs at least 2; pass a longer text.")
@@ -194,21 +192,17 @@ def _tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[list[int],
     return (ids[:1], ids[1:]) if begins else ([], ids)
 
 
-def read_text(text_or_path: str | os.PathLike[str]) -> str:
-    """Return a text, or that of a UTF-8 file if given a path object; `PatError` if it is missing or empty."""
-    if isinstance(text_or_path, str):
-        text, source = text_or_path, "The given text"
-    else:
-        path = Path(text_or_path).expanduser()
-        source = str(path)
-        if not path.is_file():
-            raise PatError(f"{path}: no such file; expected a UTF-8 text file.")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PatError(f"{path}: not readable as UTF-8 text ({error}); pass a plain text file.") from error
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file; `PatError` if it is missing or empty."""
+    path = path.expanduser()
+    if not path.is_file():
+        raise PatError(f"{path}: no such file; expected a UTF-8 text file.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PatError(f"{path}: not readable as UTF-8 text ({error}); pass a plain text file.") from error
     if not text.strip():
-        raise PatError(f"{source} is empty; expected some text.")
+        raise PatError(f"{path} is empty; expected some text.")
     return text
 
 

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from pat.errors import PatError
 from pat.nll import (
     batches_from_examples,
+    read_text,
     response_nll,
     split_text,
     text_perplexity,
@@ -241,10 +242,10 @@ def test_text_from_a_file_and_its_first_tokens(tmp_path: Path) -> None:
     model, tokenizer = make_model(), make_tokenizer()
     path = tmp_path / "text.txt"
     path.write_text(TEXT, encoding="utf-8")
-    assert text_perplexity(model, tokenizer, path) == text_perplexity(model, tokenizer, TEXT)
+    assert read_text(path) == TEXT
     head = tokenizer.decode(tokenizer(TEXT)["input_ids"][:20])
     expected = text_perplexity(model, tokenizer, head, context=8)
-    assert text_perplexity(model, tokenizer, path, context=8, max_tokens=20) == expected
+    assert text_perplexity(model, tokenizer, TEXT, context=8, max_tokens=20) == expected
     assert expected.num_tokens == 19
 
 
@@ -273,15 +274,15 @@ def test_text_errors(tmp_path: Path) -> None:
     model, tokenizer = make_model(), make_tokenizer()
     (tmp_path / "empty.txt").write_text(" \n", encoding="utf-8")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xff")
-    for text, match in (
+    for path, match in (
         (tmp_path / "none.txt", "none.txt: no such file"),
         (tmp_path, "no such file"),
         (tmp_path / "empty.txt", "empty.txt is empty"),
         (tmp_path / "binary.txt", "not readable as UTF-8"),
-        ("", "The given text is empty"),
-        ("a", "Got a text of 1 tokens"),
     ):
         with pytest.raises(PatError, match=match):
-            text_perplexity(model, tokenizer, text)
+            read_text(path)
+    with pytest.raises(PatError, match="Got a text of 1 tokens"):
+        text_perplexity(model, tokenizer, "a")
     with pytest.raises(PatError, match="context of 1 tokens"):
         text_perplexity(model, tokenizer, TEXT, context=1)

@@ -32,7 +32,7 @@ def verification_batches(
         PatError: file missing, not UTF-8 or empty.
     """
     builtin = resources.files("pat.checkpoint").joinpath("verification.txt")
-    text = read_text(builtin.read_text(encoding="utf-8") if text_file is None else Path(text_file))
+    text = builtin.read_text(encoding="utf-8") if text_file is None else read_text(Path(text_file))
     length = min(CONTEXT, max_positions or CONTEXT)
     rows = split_text(tokenizer, text, length, max_tokens)
     examples = [{"input_ids": row, "labels": row} for row in rows]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from peft.utils import CONFIG_NAME
 from torch import nn
 
 from pat.checkpoint.adapter import adapter_tokens, base_config_for, base_of, load_adapted, read_adapter_config
@@ -71,7 +72,7 @@ def run_evaluate(options: EvaluateOptions) -> EvaluationRecord:
 
 def _evaluate(options: EvaluateOptions, warnings: list[str]) -> EvaluationRecord:
     # Everything is read before the weights: a wrong column should not take minutes to be found.
-    adapter = read_adapter_config(options.model) if _is_adapter(options.model) else None
+    adapter = read_adapter_config(options.model) if (Path(options.model) / CONFIG_NAME).is_file() else None
     name, revision = (options.model, None) if adapter is None else base_of(options.model, adapter, None)
     if adapter is None:
         config, _ = load_config(name)
@@ -192,10 +193,6 @@ def _percent(value: float | None, error: float | None) -> str:
 
 def _with_error(value: float, error: float | None, digits: int) -> str:
     return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
-
-
-def _is_adapter(model: str) -> bool:
-    return (Path(model) / "adapter_config.json").is_file()
 
 
 def _check_tokens(vocabulary: Vocabulary, content: str | None, tasks: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from pat.errors import PatError
 from pat.evaluation.options import ANSWERS, BATCH_SIZE, PROTOCOLS
 from pat.nll import evaluating
 from pat.questions import evenly_spaced, resolve_tasks
+from pat.report.records import plain
 
 SAMPLES = "samples"
 """Folder of the harness's own results and answers."""
@@ -196,13 +197,8 @@ def _fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
         reading.pop(name, None)
     settings = [config.to_dict() for config in configs if config is not None]
     settings += [reading, tokenizer.special_tokens_map, {"lm_eval": version("lm_eval")}]
-    digest.update(json.dumps(settings, default=_plain).encode())
+    digest.update(json.dumps(plain(settings)).encode())  # a set (peft's target modules) has an order of its own
     return digest.hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """Return what JSON does not know; a set (peft's target modules) has another order in every process."""
-    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
 
 
 @contextmanager
