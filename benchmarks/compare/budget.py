@@ -13,7 +13,11 @@ from torch import nn
 from compare.baselines import pat_parameters
 from pat.checkpoint.hollow import hollow_model
 from pat.loading import empty_model, load_config
+from pat.surgery.axes import count_parameters_at
+from pat.surgery.describe import map_of
 from pat.training.arguments import TuneArguments
+from pat.tuner.config import PatConfig
+from pat.tuner.prepare import check_config
 from pat.widths import choose_width
 
 
@@ -32,6 +36,35 @@ def target_of(model: str, ratio: float) -> Target:
     hidden_size = getattr(config, family.hidden_size_field)
     width = choose_width(hidden_size, config.num_attention_heads, pruning_ratio=ratio).pruned_hidden_size
     return Target(hidden_size, width, pat_parameters(empty_model(config), width))
+
+
+def sizes_within(model: str, target: Target, pat_config: PatConfig) -> dict[str, Any]:
+    """Return the flags with which PAT comes as close to a number of parameters as the channels of an MLP allow.
+
+    Its own choice prefers sizes that hardware likes, up to 3 % away; others are matched to the parameter.
+
+    Args:
+        model: name of the base model.
+        target: what to stay within.
+        pat_config: of PAT, with a ratio.
+
+    Returns:
+        Names and values of options; none where no MLP is cut, so that the hidden size is the target's anyway.
+    """
+    config, family = load_config(model)
+    shape = check_config(config, family, pat_config)
+    if not shape.cuts_mlp:
+        return {}
+    hidden = shape.hidden.pruned_hidden_size
+    skeleton = empty_model(config)
+    shapes = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
+    none, whole = (
+        count_parameters_at(map_of(skeleton), shapes, hidden_share=hidden / shape.hidden.hidden_size, mlp_share=share)
+        for share in (0, 1)
+    )
+    channels = (target.num_parameters - none) * shape.intermediate_size // (whole - none)
+    flags = {"pruning_ratio": None, "pruned_intermediate_size": channels}
+    return flags | ({"pruned_hidden_size": hidden} if shape.cuts_hidden else {})
 
 
 def lora_targets(base: nn.Module) -> list[str]:

@@ -18,14 +18,22 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from trl import SFTTrainer
 
 from compare.baselines import CALIBRATED, prune
-from compare.budget import Target, lora_parameters_per_rank, lora_rank, lora_targets, pat_rank, target_of
+from compare.budget import (
+    Target,
+    lora_parameters_per_rank,
+    lora_rank,
+    lora_targets,
+    pat_rank,
+    sizes_within,
+    target_of,
+)
 from compare.cells import Cell, short_name
 from compare.config import CompareConfig
 from compare.data import DataFiles, data_files, draw_calibration
 from compare.methods import METHODS, TUNED
 from compare.tokens import tokenize_examples
 from pat.errors import Diverged, ParityMissed, PatError
-from pat.evaluation.harness import evaluate_tasks
+from pat.evaluation.harness import evaluate_tasks, load_tasks
 from pat.loading import load_base, load_config, load_tokenizer, stored_dtype
 from pat.nll import response_nll
 from pat.report.records import environment
@@ -113,9 +121,7 @@ class _Run:
             evaluation = evaluate_tasks(
                 model,
                 self.tokenizer,
-                tasks=self.config.tasks,
-                protocols=self.config.protocols,
-                data_dir=self.config.data_dir,
+                tasks=load_tasks(self.config.tasks, self.config.protocols, self.config.data_dir),
                 limit=self.config.limit,
                 batch_size=self.config.eval_batch_size,
             )
@@ -181,15 +187,20 @@ class _Run:
         rank, num_trainable = pat_rank(arguments, budget)
         arguments.model.lora_r, arguments.model.lora_alpha = rank, self.alpha(rank)
         target = target_of(self.source, self.cell.ratio)
+        for name, size in sizes_within(self.source, target, arguments.pat_config()).items():
+            setattr(arguments.pat, name, size)
         result = run_tune(arguments)
         self.facts |= {
             "rank": rank,
             "num_trainable": num_trainable,
             "trainable_budget": budget,
             "tune_seconds": result.record.timings["train_seconds"],
-            "hidden_size": target.hidden_size,
-            "pruned_hidden_size": target.pruned_hidden_size,
-            "parity": result.parity.to_dict(),
+            "hidden_size": result.cut.hidden_size,
+            "pruned_hidden_size": result.cut.pruned_hidden_size,
+            "intermediate_size": result.cut.intermediate_size,
+            "pruned_intermediate_size": result.cut.pruned_intermediate_size,
+            "pruning": result.cut.describe(),
+            "parity": asdict(result.parity),
         }
         dense: Any = AutoModelForCausalLM.from_pretrained(result.model_dir, dtype=arguments.model.dtype)
         shutil.rmtree(self.folder)

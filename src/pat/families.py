@@ -61,8 +61,6 @@ class Family:
     eps_field: str = "rms_norm_eps"
     unloadable_rope: tuple[str, ...] = ()
     """Types of rotary embedding that transformers can load at the full hidden size alone."""
-    also_known_as: tuple[str, ...] = ()
-    """Model names a user may look for under this record."""
 
     @property
     def has_post_norms(self) -> bool:
@@ -92,31 +90,17 @@ _POST_ATTENTION = replace(_SANDWICH_ATTENTION, pre_norm=None)
 _POST_MLP = replace(_SANDWICH_MLP, pre_norm=None)
 
 _RECORDS = (
-    Family("llama", _ATTENTION, (_MLP,), also_known_as=("Llama 1 to 3", "Yi", "SmolLM2")),
-    Family("internlm3", _ATTENTION, (_MLP,), also_known_as=("InternLM3",)),
-    Family("iquestcoder", _ATTENTION, (_MLP,), also_known_as=("IQuest-Coder",)),
-    Family("mistral", _ATTENTION, (_MLP,), also_known_as=("Mistral 7B", "Mistral Nemo")),
-    Family("ministral", _ATTENTION, (_MLP,), also_known_as=("Ministral 8B",)),
-    Family("ministral3", _ATTENTION, (_MLP,), also_known_as=("Ministral 3 (text)",)),
-    Family("qwen2", _ATTENTION, (_MLP,), also_known_as=("Qwen2", "Qwen2.5")),
-    Family("qwen3", _ATTENTION, (_MLP,), qk_norm=_HEAD_NORMS, also_known_as=("Qwen3",)),
-    Family(
-        "qwen3_moe",
-        _ATTENTION,
-        (_MOE, _MLP),
-        qk_norm=_HEAD_NORMS,
-        expert_parameters=_EXPERTS,
-        also_known_as=("Qwen3 30B-A3B",),
-    ),
-    Family("gemma", _ATTENTION, (_MLP,), gain_offset=1.0, scaled_embedding=True, also_known_as=("Gemma 1",)),
-    Family(
-        "gemma2",
-        _SANDWICH_ATTENTION,
-        (_SANDWICH_MLP,),
-        gain_offset=1.0,
-        scaled_embedding=True,
-        also_known_as=("Gemma 2",),
-    ),
+    Family("llama", _ATTENTION, (_MLP,)),
+    Family("internlm3", _ATTENTION, (_MLP,)),
+    Family("iquestcoder", _ATTENTION, (_MLP,)),
+    Family("mistral", _ATTENTION, (_MLP,)),
+    Family("ministral", _ATTENTION, (_MLP,)),
+    Family("ministral3", _ATTENTION, (_MLP,)),
+    Family("qwen2", _ATTENTION, (_MLP,)),
+    Family("qwen3", _ATTENTION, (_MLP,), qk_norm=_HEAD_NORMS),
+    Family("qwen3_moe", _ATTENTION, (_MOE, _MLP), qk_norm=_HEAD_NORMS, expert_parameters=_EXPERTS),
+    Family("gemma", _ATTENTION, (_MLP,), gain_offset=1.0, scaled_embedding=True),
+    Family("gemma2", _SANDWICH_ATTENTION, (_SANDWICH_MLP,), gain_offset=1.0, scaled_embedding=True),
     Family(
         "gemma3_text",
         _SANDWICH_ATTENTION,
@@ -124,7 +108,6 @@ _RECORDS = (
         gain_offset=1.0,
         scaled_embedding=True,
         qk_norm=_HEAD_NORMS,
-        also_known_as=("Gemma 3 270M and 1B",),
     ),
     Family(
         "vaultgemma",
@@ -132,37 +115,33 @@ _RECORDS = (
         (replace(_MLP, pre_norm="pre_feedforward_layernorm"),),
         gain_offset=1.0,
         scaled_embedding=True,
-        also_known_as=("VaultGemma",),
     ),
     Family(
         "phi3",
         replace(_ATTENTION, readers=("self_attn.qkv_proj",)),
         (_FUSED_MLP,),
         unloadable_rope=("longrope",),  # its validator derives the head size from the hidden size
-        also_known_as=("Phi-3 (4k)", "Phi-4"),
     ),
-    Family("glm", _ATTENTION, (_FUSED_MLP,), also_known_as=("GLM-4-9B-Chat",)),
+    Family("glm", _ATTENTION, (_FUSED_MLP,)),
     Family(
         "glm4",
         replace(_ATTENTION, post_norm="post_self_attn_layernorm"),
         (replace(_FUSED_MLP, post_norm="post_mlp_layernorm"),),
-        also_known_as=("GLM-4-0414",),
     ),
-    Family("olmo2", _POST_ATTENTION, (_POST_MLP,), qk_norm=_HEAD_NORMS, also_known_as=("OLMo 2",)),
-    Family("olmo3", _POST_ATTENTION, (_POST_MLP,), qk_norm=_HEAD_NORMS, also_known_as=("OLMo 3",)),
+    Family("olmo2", _POST_ATTENTION, (_POST_MLP,), qk_norm=_HEAD_NORMS),
+    Family("olmo3", _POST_ATTENTION, (_POST_MLP,), qk_norm=_HEAD_NORMS),
     Family(
         "flex_olmo",
         _POST_ATTENTION,
         (replace(_MOE, pre_norm=None, post_norm="post_feedforward_layernorm"),),
         qk_norm=_HEAD_NORMS,
         expert_parameters=_EXPERTS,
-        also_known_as=("FlexOlmo",),
     ),
-    Family("exaone4", _POST_ATTENTION, (_POST_MLP,), qk_norm=_HEAD_NORMS, also_known_as=("EXAONE 4.0",)),
-    Family("smollm3", _ATTENTION, (_MLP,), also_known_as=("SmolLM3",)),
+    Family("exaone4", _POST_ATTENTION, (_POST_MLP,), qk_norm=_HEAD_NORMS),
+    Family("smollm3", _ATTENTION, (_MLP,)),
     # Granite's multipliers are scalars, so they commute with every operator, mask and rotation.
-    Family("granite", _ATTENTION, (_MLP,), also_known_as=("Granite 3",)),
-    Family("granite_swa", _ATTENTION, (_MLP,), bystanders=("self_attn.sinks",), also_known_as=("Granite Swash 2B",)),
+    Family("granite", _ATTENTION, (_MLP,)),
+    Family("granite_swa", _ATTENTION, (_MLP,), bystanders=("self_attn.sinks",)),
     Family(
         "granitemoe",
         _ATTENTION,
@@ -176,18 +155,10 @@ _RECORDS = (
             ),
         ),
         expert_parameters=_GRANITE_EXPERTS,
-        also_known_as=("Granite 3 MoE",),
     ),
-    Family(
-        "hyperclovax",
-        replace(_ATTENTION, post_norm="post_norm1"),
-        (replace(_MLP, post_norm="post_norm2"),),
-        also_known_as=("HyperCLOVA X SEED Think",),
-    ),
-    Family("mixtral", _ATTENTION, (_MOE,), expert_parameters=_EXPERTS, also_known_as=("Mixtral",)),
-    Family(
-        "mellum", _ATTENTION, (_MOE, _MLP), qk_norm=_HEAD_NORMS, expert_parameters=_EXPERTS, also_known_as=("Mellum 2",)
-    ),
+    Family("hyperclovax", replace(_ATTENTION, post_norm="post_norm1"), (replace(_MLP, post_norm="post_norm2"),)),
+    Family("mixtral", _ATTENTION, (_MOE,), expert_parameters=_EXPERTS),
+    Family("mellum", _ATTENTION, (_MOE, _MLP), qk_norm=_HEAD_NORMS, expert_parameters=_EXPERTS),
     Family(
         "minimax_m2",
         _ATTENTION,
@@ -195,27 +166,19 @@ _RECORDS = (
         qk_norm=_HEAD_NORMS,
         bystanders=("mlp.e_score_correction_bias",),
         expert_parameters=_EXPERTS,
-        also_known_as=("MiniMax-M2",),
     ),
-    Family(
-        "hunyuan_v1_dense",
-        _ATTENTION,
-        (_MLP,),
-        qk_norm=("self_attn.query_layernorm", "self_attn.key_layernorm"),
-        also_known_as=("Hunyuan 0.5B to 7B",),
-    ),
+    Family("hunyuan_v1_dense", _ATTENTION, (_MLP,), qk_norm=("self_attn.query_layernorm", "self_attn.key_layernorm")),
     Family(
         "apertus",
         replace(_ATTENTION, pre_norm="attention_layernorm"),
         (replace(_UNGATED_MLP, pre_norm="feedforward_layernorm"),),
         qk_norm=_HEAD_NORMS,
         bystanders=tuple(f"mlp.act_fn.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps")),
-        also_known_as=("Apertus",),
     ),
-    Family("arcee", _ATTENTION, (_UNGATED_MLP,), also_known_as=("AFM",)),
-    Family("cwm", _ATTENTION, (_MLP,), also_known_as=("CWM",)),
-    Family("ernie4_5", _ATTENTION, (_MLP,), also_known_as=("ERNIE 4.5 0.3B",)),
-    Family("seed_oss", _ATTENTION, (_MLP,), also_known_as=("Seed-OSS",)),
+    Family("arcee", _ATTENTION, (_UNGATED_MLP,)),
+    Family("cwm", _ATTENTION, (_MLP,)),
+    Family("ernie4_5", _ATTENTION, (_MLP,)),
+    Family("seed_oss", _ATTENTION, (_MLP,)),
 )
 
 FAMILIES: dict[str, Family] = {record.model_type: record for record in _RECORDS}

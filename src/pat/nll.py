@@ -4,7 +4,6 @@ Shapes: B rows of a batch, T tokens of its longest row, V vocabulary, N scored t
 """
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from pat.errors import PatError
 from pat.report.progress import Progress
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Example = Mapping[str, Sequence[int]]
-"""One tokenised row: `input_ids`, and as many `labels` (-100: not scored) or `completion_mask` bits."""
+"""One tokenised row: `input_ids`, and as many `labels` (-100: not scored)."""
 
 IGNORED = -100
 LOGIT_ROWS = 256
@@ -35,18 +35,12 @@ class NLL:
 
     nll: float
     num_tokens: int
-    standard_error: float | None = None
+    standard_error: float | None
     """Standard error of the mean, over rows (or windows of a text) because the tokens of a row hang together: with n_i
     tokens and the sum s_i in row i of m, it is sqrt(m / (m - 1) * sum((s_i - nll * n_i)^2)) / sum(n_i). It is None for
     one row."""
-
-    @property
-    def perplexity(self) -> float:
-        """exp(nll); infinite where that overflows."""
-        try:
-            return math.exp(self.nll)
-        except OverflowError:
-            return math.inf
+    perplexity: float
+    """The exponential of `nll`; infinite where that overflows."""
 
 
 def batches_from_examples(
@@ -54,7 +48,7 @@ def batches_from_examples(
 ) -> Iterator[dict[str, Tensor]]:
     """Right-padded batches of `input_ids`, `attention_mask` and `labels`, each of shape (B, T), int64.
 
-    Labels are -100 on padding and wherever the example does not score. With `sort_by_length` the longest rows
+    Labels are -100 on padding. With `sort_by_length` the longest rows
     come first: little padding, and what does not fit in memory fails at once.
     """
     order = list(range(len(examples)))
@@ -62,16 +56,12 @@ def batches_from_examples(
         order.sort(key=lambda index: -len(examples[index]["input_ids"]))
     for start in range(0, len(order), batch_size):
         rows = [examples[index] for index in order[start : start + batch_size]]
-        shape = (len(rows), max(len(row["input_ids"]) for row in rows))
-        input_ids = torch.full(shape, pad_token_id, dtype=torch.long)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        labels = torch.full(shape, IGNORED, dtype=torch.long)
-        for index, row in enumerate(rows):
-            length = len(row["input_ids"])
-            input_ids[index, :length] = torch.tensor(row["input_ids"], dtype=torch.long)
-            attention_mask[index, :length] = 1
-            labels[index, :length] = torch.tensor(_labels(row), dtype=torch.long)
-        yield {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        ids, labels = ([torch.tensor(row[name]) for row in rows] for name in ("input_ids", "labels"))
+        yield {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        }
 
 
 def response_nll(
@@ -119,7 +109,8 @@ def response_nll(
     if num_tokens == 0:
         raise PatError(f"Got {len(examples)} examples without a response token to score; pass rows with responses.")
     nll = total / num_tokens
-    return NLL(nll, num_tokens, _standard_error(nll, torch.cat(rows)))
+    perplexity = torch.tensor(nll, dtype=torch.float64).exp().item()
+    return NLL(nll, num_tokens, _standard_error(nll, torch.cat(rows)), perplexity)
 
 
 def _standard_error(nll: float, rows_M2: Tensor) -> float | None:
@@ -135,10 +126,9 @@ def _standard_error(nll: float, rows_M2: Tensor) -> float | None:
 def text_perplexity(
     model: nn.Module,
     tokenizer: "PreTrainedTokenizerBase",
-    text_or_path: str | os.PathLike[str],
+    text: str,
     *,
     context: int = 512,
-    stride: int | None = None,
     max_tokens: int | None = None,
     batch_size: int = 8,
     progress: Progress | None = None,
@@ -146,52 +136,39 @@ def text_perplexity(
     """NLL of a text in windows of at most `context` tokens; each token that follows another is scored once.
 
     Args:
-        text_or_path: a `str` is the text itself, a path object names a UTF-8 file.
         context: window length, lowered to what the model's positions allow.
-        stride: new tokens scored per window after the first; smaller means more left context for each and
-            more windows. By default as many as leave every token one token of left context.
         max_tokens: use the first so many tokens of the text only.
 
     If the tokenizer starts texts with a beginning-of-sequence token, so does every window: models trained
     that way (Gemma) predict badly without it.
 
     Raises:
-        PatError: file missing, not UTF-8 or empty; fewer than two tokens; context or stride out of range.
+        PatError: fewer than two tokens; a context without room for two.
     """
-    prefix, body = _tokens(tokenizer, read_text(text_or_path))
+    prefix, body = _tokens(tokenizer, text)
     body = body[:max_tokens]
     if len(body) < 2:
         raise PatError(f"Got a text of {len(body)} tokens, perplexity needs at least 2; pass a longer text.")
     room = min(context, _max_positions(model) or context) - len(prefix)
     if room < 2:
         raise PatError(f"Got a context of {room + len(prefix)} tokens, expected {2 + len(prefix)} or more.")
-    step = room - 1 if stride is None else stride
-    if not 1 <= step < room:
-        raise PatError(f"Got stride {stride} with windows of {room} tokens, expected 1 to {room - 1}.")
-    windows = _windows(body, room=room, step=step, prefix=prefix)
+    windows = _windows(body, room=room, prefix=prefix)
     # Any id serves as padding: it is masked, and with a single length per text there is hardly any.
     return response_nll(model, windows, batch_size=batch_size, pad_token_id=0, progress=progress)
 
 
-def _windows(body: list[int], *, room: int, step: int, prefix: list[int]) -> list[Example]:
-    """Windows over `body` whose masks mark each token once; the `prefix` that opens each is never scored."""
+def _windows(body: list[int], *, room: int, prefix: list[int]) -> list[Example]:
+    """Windows over `body` that score each token once, after at least one other; the `prefix` that opens each is not."""
     windows: list[Example] = []
     scored = 0
     while scored < len(body):
-        end = min(len(body), scored + (step if scored else room))
+        end = min(len(body), scored + (room - 1 if scored else room))
         window = body[max(0, end - room) : end]
-        num_new = end - scored
-        mask = [0] * (len(prefix) + len(window) - num_new) + [1] * num_new
-        windows.append({"input_ids": prefix + window, "completion_mask": mask})
+        new = body[scored:end]
+        labels = [IGNORED] * (len(prefix) + len(window) - len(new)) + new
+        windows.append({"input_ids": prefix + window, "labels": labels})
         scored = end
     return windows
-
-
-def _labels(example: Example) -> list[int]:
-    if "labels" in example:
-        return list(example["labels"])
-    pairs = zip(example["input_ids"], example["completion_mask"], strict=True)
-    return [token if scored else IGNORED for token, scored in pairs]
 
 
 def split_text(
@@ -215,21 +192,17 @@ def _tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[list[int],
     return (ids[:1], ids[1:]) if begins else ([], ids)
 
 
-def read_text(text_or_path: str | os.PathLike[str]) -> str:
-    """Return a text, or that of a UTF-8 file if given a path object; `PatError` if it is missing or empty."""
-    if isinstance(text_or_path, str):
-        text, source = text_or_path, "The given text"
-    else:
-        path = Path(text_or_path).expanduser()
-        source = str(path)
-        if not path.is_file():
-            raise PatError(f"{path}: no such file; expected a UTF-8 text file.")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PatError(f"{path}: not readable as UTF-8 text ({error}); pass a plain text file.") from error
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file; `PatError` if it is missing or empty."""
+    path = path.expanduser()
+    if not path.is_file():
+        raise PatError(f"{path}: no such file; expected a UTF-8 text file.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PatError(f"{path}: not readable as UTF-8 text ({error}); pass a plain text file.") from error
     if not text.strip():
-        raise PatError(f"{source} is empty; expected some text.")
+        raise PatError(f"{path} is empty; expected some text.")
     return text
 
 

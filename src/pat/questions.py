@@ -5,7 +5,6 @@ A converter of a hub row returns None for a row that the paper's set leaves out.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -206,13 +205,10 @@ def resolve_tasks(names: str | Sequence[str]) -> list[str]:
 
 
 def load_rows(name: str, data_dir: str | Path | None, *, split: str | None = None) -> list[Row]:
-    """Return the questions of a task.
+    """Return the questions of a task, by default those that are asked; `train` is the task's train split.
 
-    Args:
-        name: of the task.
-        data_dir: folder with a `<task>.jsonl`, and a `<task>.train.jsonl` to train on; without one the dataset comes
-            from the hub.
-        split: by default the one that is asked; `train` is the task's train split, slices of it are for the hub only.
+    They come from a folder with a `<task>.jsonl`, and a `<task>.train.jsonl` to train on, or without one from the hub,
+    which alone knows slices of the train split.
 
     Raises:
         PatError: no such file, dataset or split, or rows that are not questions.
@@ -221,11 +217,16 @@ def load_rows(name: str, data_dir: str | Path | None, *, split: str | None = Non
     if data_dir is None:
         rows = _hub_rows(task, split)
     elif split in (None, "train"):
-        rows = _read_rows(Path(data_dir) / f"{name}{'' if split is None else '.train'}.jsonl")
+        from pat.readers import read_local
+
+        path = Path(data_dir) / f"{name}{'' if split is None else '.train'}.jsonl"
+        if not path.is_file():
+            raise PatError(f"{path}: no such file; expected the task's questions, one JSON object a line.")
+        rows = [_checked(row, place) for place, row in read_local(path)[0]]
     else:
         raise PatError(f"Got split {split!r} of files of questions; expected 'train', which is <task>.train.jsonl.")
     if not rows:
-        raise PatError(f"The task {name} has no questions; expected one a line.")
+        raise PatError(f"The task {name} has no questions; expected at least one.")
     return rows
 
 
@@ -233,25 +234,6 @@ def evenly_spaced(num_rows: int, limit: int | None) -> list[int]:
     """Return the indices of `limit` rows, evenly spaced and ascending, or of all: files are often sorted by subject."""
     count = num_rows if limit is None else min(limit, num_rows)
     return [number * num_rows // count for number in range(count)]
-
-
-def _read_rows(path: Path) -> list[Row]:
-    if not path.is_file():
-        raise PatError(f"{path}: no such file; expected the task's questions, one JSON object a line.")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PatError(f"{path}: not readable as UTF-8 text ({error}).") from error
-    rows: list[Row] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise PatError(f"{path}, line {number}: not readable as JSON ({error}).") from error
-        rows.append(_checked(row, f"{path}, line {number}"))
-    return rows
 
 
 def _hub_rows(task: Task, split: str | None) -> list[Row]:

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pat.errors import PatError
 from pat.nll import (
-    NLL,
     batches_from_examples,
+    read_text,
     response_nll,
     split_text,
     text_perplexity,
@@ -71,7 +71,7 @@ def make_examples(count: int = 7, seed: int = 0) -> list[dict[str, list[int]]]:
         length = 5 + 9 * index % 31
         ids = torch.randint(6, 320, (length,), generator=generator).tolist()
         num_prompt = index % 4
-        examples.append({"input_ids": ids, "completion_mask": [0] * num_prompt + [1] * (length - num_prompt)})
+        examples.append({"input_ids": ids, "labels": [-100] * num_prompt + ids[num_prompt:]})
     return examples
 
 
@@ -85,7 +85,7 @@ def reference_nll(model: LlamaForCausalLM, examples: list[dict[str, list[int]]])
             ids = example["input_ids"]
             logits = exact(input_ids=torch.tensor([ids])).logits[0]
             for position in range(1, len(ids)):
-                if example["completion_mask"][position]:
+                if example["labels"][position] != -100:
                     row = logits[position - 1]
                     total += (torch.logsumexp(row, 0) - row[ids[position]]).item()
                     count += 1
@@ -134,19 +134,6 @@ def test_padding_and_order_do_not_matter() -> None:
         assert result.nll == pytest.approx(expected, abs=FLOAT32_TOLERANCE)
 
 
-def test_labels_and_completion_mask_mean_the_same() -> None:
-    model, examples = make_model(), make_examples()
-    labelled = [
-        {
-            "input_ids": e["input_ids"],
-            "labels": [t if m else -100 for t, m in zip(e["input_ids"], e["completion_mask"], strict=True)],
-        }
-        for e in examples
-    ]
-    results = [response_nll(model, rows, batch_size=3, pad_token_id=0) for rows in (examples, labelled)]
-    assert results[0] == results[1]
-
-
 def test_modes_and_gradients_are_left_alone() -> None:
     model = make_model(attention_dropout=0.5).train()
     model.model.layers[0].eval()
@@ -182,7 +169,7 @@ def test_nothing_to_score_is_an_error() -> None:
     # A first token has nothing to condition on.
     for examples in (
         [],
-        [{"input_ids": [9], "completion_mask": [1]}],
+        [{"input_ids": [9], "labels": [9]}],
         [{"input_ids": [9, 8], "labels": [-100] * 2}],
     ):
         with pytest.raises(PatError, match="without a response token"):
@@ -190,14 +177,18 @@ def test_nothing_to_score_is_an_error() -> None:
 
 
 def test_perplexity_of_a_hopeless_model() -> None:
-    assert NLL(1e4, 1).perplexity == math.inf
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    result = response_nll(model, make_examples(3), batch_size=3, pad_token_id=0)
+    assert 710 < result.nll < math.inf and result.perplexity == math.inf
 
 
 def test_batches_are_padded_on_the_right() -> None:
     examples = [
-        {"input_ids": [5, 6], "completion_mask": [0, 1]},
+        {"input_ids": [5, 6], "labels": [-100, 6]},
         {"input_ids": [7, 8, 9], "labels": [-100, 8, -100]},
-        {"input_ids": [4], "completion_mask": [1]},
+        {"input_ids": [4], "labels": [4]},
     ]
     first, second = batches_from_examples(examples, batch_size=2, pad_token_id=3)
     assert {key: value.tolist() for key, value in first.items()} == {
@@ -214,10 +205,11 @@ TEXT = "the quick brown fox jumps over the lazy dog. a question and its answer! 
 
 
 def reference_text_nll(
-    model: LlamaForCausalLM, ids: list[int], *, context: int, stride: int, prefix: list[int]
+    model: LlamaForCausalLM, ids: list[int], *, context: int, prefix: list[int]
 ) -> tuple[float, int]:
     """The plain loop: each token under the window that its position falls into."""
     room = context - len(prefix)
+    stride = room - 1
     total, count = 0.0, 0
     with torch.no_grad():
         for position in range(len(ids)):
@@ -233,15 +225,14 @@ def reference_text_nll(
 
 
 @pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize(("context", "stride"), [(16, None), (16, 1), (16, 7), (250, None)])
-def test_text_perplexity_equals_the_plain_loop(bos: bool, context: int, stride: int | None) -> None:
+@pytest.mark.parametrize("context", [16, 250])
+def test_text_perplexity_equals_the_plain_loop(bos: bool, context: int) -> None:
     model, tokenizer = make_model(), make_tokenizer(bos=bos)
     ids = tokenizer(TEXT)["input_ids"]
     prefix, body = (ids[:1], ids[1:]) if bos else ([], ids)
-    step = stride or context - len(prefix) - 1
-    expected, count = reference_text_nll(model, body, context=context, stride=step, prefix=prefix)
+    expected, count = reference_text_nll(model, body, context=context, prefix=prefix)
 
-    result = text_perplexity(model, tokenizer, TEXT, context=context, stride=stride, batch_size=3)
+    result = text_perplexity(model, tokenizer, TEXT, context=context, batch_size=3)
 
     assert count == result.num_tokens == len(ids) - 1
     assert result.nll == pytest.approx(expected, abs=FLOAT32_TOLERANCE)
@@ -251,10 +242,10 @@ def test_text_from_a_file_and_its_first_tokens(tmp_path: Path) -> None:
     model, tokenizer = make_model(), make_tokenizer()
     path = tmp_path / "text.txt"
     path.write_text(TEXT, encoding="utf-8")
-    assert text_perplexity(model, tokenizer, path) == text_perplexity(model, tokenizer, TEXT)
+    assert read_text(path) == TEXT
     head = tokenizer.decode(tokenizer(TEXT)["input_ids"][:20])
     expected = text_perplexity(model, tokenizer, head, context=8)
-    assert text_perplexity(model, tokenizer, path, context=8, max_tokens=20) == expected
+    assert text_perplexity(model, tokenizer, TEXT, context=8, max_tokens=20) == expected
     assert expected.num_tokens == 19
 
 
@@ -283,18 +274,15 @@ def test_text_errors(tmp_path: Path) -> None:
     model, tokenizer = make_model(), make_tokenizer()
     (tmp_path / "empty.txt").write_text(" \n", encoding="utf-8")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xff")
-    for text, match in (
+    for path, match in (
         (tmp_path / "none.txt", "none.txt: no such file"),
         (tmp_path, "no such file"),
         (tmp_path / "empty.txt", "empty.txt is empty"),
         (tmp_path / "binary.txt", "not readable as UTF-8"),
-        ("", "The given text is empty"),
-        ("a", "Got a text of 1 tokens"),
     ):
         with pytest.raises(PatError, match=match):
-            text_perplexity(model, tokenizer, text)
-    for stride in (0, 16):
-        with pytest.raises(PatError, match=r"stride.*expected 1 to 15"):
-            text_perplexity(model, tokenizer, TEXT, context=16, stride=stride)
+            read_text(path)
+    with pytest.raises(PatError, match="Got a text of 1 tokens"):
+        text_perplexity(model, tokenizer, "a")
     with pytest.raises(PatError, match="context of 1 tokens"):
         text_perplexity(model, tokenizer, TEXT, context=1)

@@ -255,7 +255,7 @@ def test_fields_that_are_not_ours_are_dropped(tmp_path: Path) -> None:
     ("content", "words"),
     [
         (None, ["copa.jsonl", "no such file"]),
-        ("", ["copa", "no questions"]),
+        ("", ["copa", "no rows"]),
         ("{", ["line 1", "JSON"]),
         (json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"answer": 2}), ["line 2", "index of the right one"]),
         (json.dumps(GOOD | {"answer": True}), ["line 1", "index of the right one"]),

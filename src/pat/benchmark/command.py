@@ -8,15 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from pat.benchmark.host import ModelFacts
 from pat.benchmark.measure import ROLES, Row, measure
 from pat.benchmark.options import BenchmarkOptions
 from pat.benchmark.prediction import Predictor
 from pat.benchmark.worker import Worker
 from pat.checkpoint.card import shown_name
-from pat.errors import PatError
+from pat.loading.weights import resolve_device
 from pat.report.records import Record, write_record
 
 
@@ -59,21 +57,6 @@ def run_benchmark(options: BenchmarkOptions) -> BenchmarkRecord:
     if options.output_dir is not None:
         _write(record)
     return record
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the device that the models run on.
-
-    Raises:
-        PatError: this machine has no such device.
-    """
-    known = ["cpu"]
-    if torch.accelerator.is_available() and (accelerator := torch.accelerator.current_accelerator()) is not None:
-        kind = accelerator.type
-        known = [kind, *(f"{kind}:{index}" for index in range(torch.accelerator.device_count())), *known]
-    if name not in ("auto", *known):
-        raise PatError(f"Got device={name!r}; expected auto, or what this machine has: {', '.join(known)}.")
-    return torch.device(known[0] if name == "auto" else name)
 
 
 def _write(record: BenchmarkRecord) -> None:

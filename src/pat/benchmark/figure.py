@@ -78,14 +78,7 @@ def draw(record: BenchmarkRecord, path: Path) -> None:
         Line2D([], [], color="0.3", linewidth=2.2, alpha=0.55, label="predicted"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), fontsize=8, frameon=False)
-    model, baseline = _short_names(options.model, options.baseline)
     where = f"{record.device}, {record.models['model'].dtype}"
-    figure.suptitle(f"{model} against the baseline\n{baseline} ({where})", fontsize=9)
+    figure.suptitle(f"{options.model} against the baseline\n{options.baseline} ({where})", fontsize=9)
     figure.set_layout_engine("constrained")
     figure.savefig(path)
-
-
-def _short_names(*names: str) -> list[str]:
-    """Return the ends of paths that tell them apart: most runs call their folder `model`."""
-    ends = [Path(name).name for name in names]
-    return ends if len(set(ends)) == len(ends) else ["/".join(Path(name).parts[-2:]) for name in names]

@@ -89,14 +89,7 @@ class Host:
         self._next_ids: torch.Tensor | None = None
 
     def prefill(self, *, batch_size: int, context: int, seed: int, keep: bool) -> Timing:
-        """Read a batch of random tokens, up to the logits of each sequence's next token.
-
-        Args:
-            batch_size: number of sequences.
-            context: number of tokens in each.
-            seed: seed of the tokens.
-            keep: whether `decode` is to go on from here.
-        """
+        """Read a batch of random tokens, up to the logits of each sequence's next token; `keep` lets `decode` go on."""
         self._cache = self._next_ids = None
         vocab_size = self.model.get_input_embeddings().weight.shape[0]
         generator = torch.Generator().manual_seed(seed)

@@ -134,12 +134,7 @@ def measure(
     options: BenchmarkOptions,
     predictors: Mapping[str, Predictor],
 ) -> list[Row]:
-    """Measure both models at every setting, taking turns: baseline, model, model, baseline, and again.
-
-    Args:
-        workers: what answers for each of `ROLES`.
-        options: settings, warm-up and repetitions.
-        predictors: counts for each of `ROLES`.
+    """Measure both models (by `ROLES`) at every setting, taking turns: baseline, model, model, baseline, and again.
 
     Returns:
         A row for each phase and setting, contexts outermost. A setting for which memory does not suffice has a row as

@@ -19,12 +19,7 @@ KILLED = "its process was killed by the operating system, most likely because me
 
 
 class Worker:
-    """A model in a process of its own; a process that the system has killed is started again when needed.
-
-    Args:
-        load: arguments of `pat.benchmark.host.Host`.
-        target: what runs as the process.
-    """
+    """A model (`load`: arguments of `Host`) in a process of its own, started again when the system has killed it."""
 
     def __init__(self, load: dict[str, Any], target: Callable[[Connection], None] = serve) -> None:
         self._load, self._target = load, target

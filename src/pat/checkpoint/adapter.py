@@ -138,12 +138,6 @@ def adapter_tokens(
 ) -> TokenSetup:
     """Return the tokenizer and generation config of the run that an adapter is of, or else those of its base model.
 
-    Args:
-        adapter: its folder.
-        name: of the base model.
-        base_config: of the base model.
-        revision: of the base model.
-
     Raises:
         PatError: neither has a tokenizer, or its special tokens lie beyond the base's embedding.
     """

@@ -18,7 +18,6 @@ from pat.checkpoint.verify import check, compare, permutation_floor
 from pat.checkpoint.write import pruning_of, quiet_transformers, write_config
 from pat.errors import PatError, one_line
 from pat.loading import TokenSetup
-from pat.loading.tokenizer import savable_generation_config
 from pat.tuner.compaction import CompactModel
 from pat.tuner.model import PatModel
 
@@ -37,19 +36,13 @@ def write_compact(
     tuner: PatModel,
     folder: Path,
     *,
-    tokens: TokenSetup | None = None,
+    tokens: TokenSetup,
     batches: Iterable[Mapping[str, Any]],
     seed: int,
 ) -> tuple[CompactModel, Compaction]:
     """Compact the active adapter, compare both models, and write the small one; the folder appears complete or not.
 
-    Args:
-        masked: the peft model with the PAT adapter.
-        tuner: the tuner in it.
-        folder: a new or empty folder.
-        tokens: what is written beside the small base and beside its adapter; None leaves the tokenizer out.
-        batches: text to compare on, see `compare`.
-        seed: of LoRA that starts anew.
+    The seed is that of LoRA, which starts anew.
 
     Raises:
         RunFailed: the compact model is not the masked one; nothing is written.
@@ -57,34 +50,29 @@ def write_compact(
     batches = list(batches)
     with staged_folder(folder) as staging, quiet_transformers(True):
         parts = tuner.compact()
-        if tokens is not None:
-            tokens.describe(parts.base.config)
-            parts.base.generation_config = copy.deepcopy(tokens.generation_config)  # trainers change it
-        elif parts.base.generation_config is not None:
-            parts.base.generation_config = savable_generation_config(parts.base.generation_config)
+        tokens.describe(parts.base.config)
+        parts.base.generation_config = copy.deepcopy(tokens.generation_config)  # trainers change it
         parts.base.save_pretrained(staging / MODEL)
         write_config(parts.base.config, staging / MODEL)
         compact = parts.attach(seed)
         parity = compare(masked, compact.model, batches)
         parity = check(parity, COMPACTION_REFUSED, floor=lambda: permutation_floor(tuner.merge_and_unload(), batches))
         name = shown_name(tuner.pat_config().base_model_name_or_path or "unknown")
-        record = Compaction(**asdict(pruning_of(tuner)), base_model=name, parity=parity.to_dict())
+        record = Compaction(**asdict(pruning_of(tuner)), base_model=name, parity=asdict(parity))
         parts.config.base_model_name_or_path = str(staging / MODEL)  # peft looks for the configuration there
         save_adapter(compact.model, staging / ADAPTER, tokens)
         parts.config.base_model_name_or_path = os.path.realpath(folder / MODEL)
         parts.config.save_pretrained(str(staging / ADAPTER))
-        if tokens is not None:
-            tokens.save(staging / MODEL)
+        tokens.save(staging / MODEL)
         (staging / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
     return compact, record
 
 
-def save_adapter(model: PeftModel, folder: Path, tokens: TokenSetup | None = None) -> None:
+def save_adapter(model: PeftModel, folder: Path, tokens: TokenSetup) -> None:
     """Write an adapter with what else belongs to its run: tokenizer, chat template, generation config."""
     model.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)  # peft's form, with nothing filled in
-    if tokens is not None:
-        tokens.save(folder)
+    tokens.save(folder)
     make_readable(folder)
 
 

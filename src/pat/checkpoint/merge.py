@@ -35,6 +35,7 @@ from pat.checkpoint.verify import Parity
 from pat.checkpoint.write import MAX_SHARD_SIZE, save_checkpoint
 from pat.errors import PatError
 from pat.loading import check_quantization
+from pat.loading.weights import resolve_device
 from pat.report.records import Record, collected_warnings, write_record
 from pat.surgery.describe import count_parameters
 from pat.tuner import PatConfig
@@ -76,20 +77,10 @@ class MergeResult:
         """Comparison of tuned and dense model."""
         return self.record.parity
 
-    @property
-    def cut(self) -> Cut:
-        """The cut that was made."""
-        return self.record.cut
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of parameters of the dense model."""
-        return self.cut.num_parameters
-
 
 def print_merge(result: MergeResult) -> None:
     """Print where the checkpoint is, and how exact."""
-    print(f"Wrote {result.model_dir} ({result.num_parameters:,} parameters); {result.parity.describe()}")
+    print(f"Wrote {result.model_dir} ({result.record.cut.num_parameters:,} parameters); {result.parity.describe()}")
 
 
 def merge(
@@ -114,7 +105,7 @@ def _merge(options: MergeOptions, warnings: list[str], *, progress: bool) -> Mer
     adapter = Path(options.adapter)
     check_output_folder(options.output_dir)
     _check_shard_size(options.max_shard_size)
-    _check_device(options.device)
+    device = resolve_device(options.device)
     config = read_adapter_config(adapter)
     _point_to_the_last_adapter(adapter)
     name, revision = base_of(adapter, config, options.base_model)
@@ -130,12 +121,12 @@ def _merge(options: MergeOptions, warnings: list[str], *, progress: bool) -> Mer
     )
     compaction = None if isinstance(config, PatConfig) else compaction_of(adapter)
     dtype = _torch_dtype(options.dtype)
-    hollow = load_hollow(adapter, name, config, revision=revision, device=options.device)
+    hollow = load_hollow(adapter, name, config, revision=revision, device=device)
     model: PeftModel
     if hollow is not None:
         model, stored = hollow
     else:
-        model, stored = load_adapted(adapter, base_model=name, device=options.device, progress=progress), None
+        model, stored = load_adapted(adapter, base_model=name, device=device, progress=progress), None
     timings: dict[str, float] = {}
     with staged_folder(options.output_dir) as staging:
         parity, cut = save_checkpoint(
@@ -217,13 +208,3 @@ def _check_shard_size(size: str | None) -> None:
         split_torch_state_dict_into_shards({}, max_shard_size=size or MAX_SHARD_SIZE)
     except ValueError as error:
         raise PatError(f"Got max_shard_size={size!r}; expected a size such as '5GB' or '500MB'.") from error
-
-
-def _check_device(device: str | torch.device) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        detail = str(error).strip().split("\n")[0]
-        raise PatError(
-            f"Got device={str(device)!r}, which cannot be used here ({detail}); expected cpu or cuda."
-        ) from error

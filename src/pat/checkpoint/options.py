@@ -42,7 +42,7 @@ class MergeOptions:
             "help": "Data type to fold in, float64 or float32; by default float32 for weights of 16 bits, else float64."
         },
     )
-    device: str = field(default="cpu", metadata={"help": "Where to compute, such as cuda."})
+    device: str = field(default="cpu", metadata={"help": "Where to compute: cpu, auto, or a name such as cuda:0."})
 
     def __post_init__(self) -> None:
         expand_options(self)

@@ -35,11 +35,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class ShardWriter:
     """The weight files of a model, as a context: on leaving it, every tensor has been written.
 
-    Args:
-        folder: where the files go; it exists.
-        model: of the right structure, whatever its parameters hold.
-        dtype: of the tensors.
-        max_shard_size: size limit of one file, in bytes or such as `"5GB"`.
+    The folder exists; the model has the right structure, whatever its parameters hold.
 
     Raises:
         RunFailed: the disk is full, or cannot be written to; or (on leaving) a tensor was not written.

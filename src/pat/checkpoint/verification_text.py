@@ -25,19 +25,14 @@ def verification_batches(
 ) -> list[dict[str, Tensor]]:
     """Return batches of one sequence each, at most 256 tokens long, of the first tokens of a text.
 
-    Where the tokenizer starts texts with a beginning-of-sequence token, every sequence does.
-
-    Args:
-        tokenizer: of both models.
-        text_file: a UTF-8 text; by default a few hundred words of prose, code, tables and figures.
-        max_positions: positions the model knows, if fewer.
-        max_tokens: how much of the text to use.
+    Where the tokenizer starts texts with a beginning-of-sequence token, every sequence does. By default the text is a
+    few hundred words of prose, code, tables and figures.
 
     Raises:
         PatError: file missing, not UTF-8 or empty.
     """
     builtin = resources.files("pat.checkpoint").joinpath("verification.txt")
-    text = read_text(builtin.read_text(encoding="utf-8") if text_file is None else Path(text_file))
+    text = builtin.read_text(encoding="utf-8") if text_file is None else read_text(Path(text_file))
     length = min(CONTEXT, max_positions or CONTEXT)
     rows = split_text(tokenizer, text, length, max_tokens)
     examples = [{"input_ids": row, "labels": row} for row in rows]

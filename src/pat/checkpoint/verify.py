@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -66,10 +66,6 @@ class Parity:
     """The coarser of the two models' computing dtypes, such as `bfloat16`; it decides what `check` allows."""
     permutation_floor: float | None = None
     """What permuting the dense model's channels moves a logit by; measured only if the first figure is past 1e-3."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the figures for `results.json`."""
-        return asdict(self)
 
     def describe(self) -> str:
         """Return the figures as one sentence."""
@@ -168,27 +164,17 @@ def compare(masked: nn.Module, dense: nn.Module, batches: Iterable[Mapping[str, 
     )
 
 
-def permutation_floor(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], *, seed: int = 0) -> Parity:
+def permutation_floor(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> Parity:
     """Compare a model with itself, its residual channels merely permuted: the noise floor of float arithmetic.
 
-    Nothing but the order of sums differs, so no merge can be expected to do better than a small multiple of this.
-
-    Args:
-        model: an unquantised base model without adapter, of a supported family.
-        batches: see `compare`.
-        seed: of the permutation.
+    Nothing but the order of sums differs, so no merge can be expected to do better than a small multiple of this. The
+    model is unquantised and without adapter.
     """
     stream, tensors = map_of(model), model_tensors(model)
     family, tied = stream.family, stream.head is None
     hidden_size = getattr(model.config, family.hidden_size_field)
-    order = torch.randperm(hidden_size, generator=torch.Generator().manual_seed(seed))
-    config = shrink_config(
-        model.config,
-        family,
-        pruned_hidden_size=hidden_size,
-        head_dim=head_dim(model),
-        tied=tied,
-    )
+    order = torch.randperm(hidden_size, generator=torch.Generator().manual_seed(0))
+    config = shrink_config(model.config, family, pruned_hidden_size=hidden_size, head_dim=head_dim(model), tied=tied)
     folded = fold_weights(
         stream, lambda name: tensors[name].detach(), Channels(hidden_size, order), {}, HeadPlan(tied=tied)
     )

@@ -6,17 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from transformers import AutoModelForCausalLM
+from transformers import pipeline
 
 from pat.demo.data import SAMPLE_PROMPTS, demo_data_path
 from pat.demo.model import prepare_smollm2
 from pat.demo.options import DemoOptions
-from pat.loading import load_tokenizer
+from pat.readers import read_local
 from pat.report.records import Record
 from pat.report.table import Table
 from pat.training.arguments import build_arguments
-from pat.training.readers import read_local
 from pat.training.results import TuneRecord, TuneResult
 from pat.training.sources import FILE_SUFFIXES
 from pat.training.summary import print_summary
@@ -85,19 +83,12 @@ def run_demo(options: DemoOptions) -> DemoRecord:
     return DemoRecord(output_dir=options.output_dir, run=result.record, samples=samples)
 
 
-@torch.no_grad()
 def _answers(checkpoint: Path) -> list[str]:
     """Answer the sample prompts greedily."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint).eval(), load_tokenizer(str(checkpoint))
-    answers = []
-    for prompt in SAMPLE_PROMPTS:
-        inputs: Any = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        new = output[0][inputs["input_ids"].shape[1] :]
-        answers.append(" ".join(str(tokenizer.decode(new, skip_special_tokens=True)).split()))
-    return answers
+    answer: Any = pipeline("text-generation", model=str(checkpoint))
+    chats = [[{"role": "user", "content": prompt}] for prompt in SAMPLE_PROMPTS]
+    outputs = answer(chats, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, return_full_text=False)
+    return [" ".join(output["generated_text"].split()) for (output,) in outputs]
 
 
 def print_demo(record: DemoRecord) -> None:

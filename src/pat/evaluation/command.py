@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
+from peft.utils import CONFIG_NAME
 from torch import nn
 
 from pat.checkpoint.adapter import adapter_tokens, base_config_for, base_of, load_adapted, read_adapter_config
@@ -15,8 +15,9 @@ from pat.checkpoint.card import shown_name
 from pat.evaluation.harness import TaskScores, evaluate_tasks, load_tasks
 from pat.evaluation.options import COMMAND, RESULTS, EvaluateOptions
 from pat.loading import load_base, load_config, load_tokenizer, padded
+from pat.loading.weights import resolve_device
 from pat.nll import NLL, Example, read_text, response_nll, text_perplexity
-from pat.report.progress import progress_bar
+from pat.report.progress import bars_of_datasets, progress_bar
 from pat.report.records import Record, collected_warnings, write_record
 from pat.report.table import Table
 from pat.training.data_record import DataRecord
@@ -26,24 +27,6 @@ from pat.training.vocabulary import Vocabulary
 from pat.tuner.model import find_tuner
 
 TOKENS_PER_LIMIT = 1000
-
-
-@dataclass(frozen=True)
-class Likelihood:
-    """Figures of how well a model predicts tokens."""
-
-    nll: float
-    """Mean negative log-likelihood in nats per token."""
-    num_tokens: int
-    standard_error: float | None
-    """Standard error of `nll` over rows, or over windows of a text; None for a single one."""
-    perplexity: float
-    """The exponential of `nll`."""
-
-    @classmethod
-    def of(cls, nll: NLL) -> Likelihood:
-        """Return the figures with their perplexity."""
-        return cls(**asdict(nll), perplexity=nll.perplexity)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +45,12 @@ class EvaluationRecord(Record):
     dtype: str
     max_length: int
     text_file: str | None
-    text: Likelihood | None
+    text: NLL | None
     """Figures over the tokens of the text."""
     dataset_name: str | None
     data: DataRecord | None
     """The contents of the data, and what of it was cut."""
-    responses: Likelihood | None
+    responses: NLL | None
     """Figures over the response tokens of the data."""
     tasks: TaskScores | None
     """Accuracy on tasks."""
@@ -79,7 +62,7 @@ def run_evaluate(options: EvaluateOptions) -> EvaluationRecord:
     Raises:
         PatError: model, text, data or questions cannot be used.
     """
-    with collected_warnings() as warnings:
+    with collected_warnings() as warnings, bars_of_datasets():
         record = _evaluate(options, warnings)
     for file in (options.output, options.output_dir and options.output_dir / RESULTS):
         if file is not None:
@@ -89,7 +72,7 @@ def run_evaluate(options: EvaluateOptions) -> EvaluationRecord:
 
 def _evaluate(options: EvaluateOptions, warnings: list[str]) -> EvaluationRecord:
     # Everything is read before the weights: a wrong column should not take minutes to be found.
-    adapter = read_adapter_config(options.model) if _is_adapter(options.model) else None
+    adapter = read_adapter_config(options.model) if (Path(options.model) / CONFIG_NAME).is_file() else None
     name, revision = (options.model, None) if adapter is None else base_of(options.model, adapter, None)
     if adapter is None:
         config, _ = load_config(name)
@@ -113,7 +96,7 @@ def _evaluate(options: EvaluateOptions, warnings: list[str]) -> EvaluationRecord
         )
 
     network: nn.Module = load_base(name) if adapter is None else load_adapted(options.model)
-    network = network.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
+    network = network.to(resolve_device("auto")).eval()
     text = responses = scores = None
     if content is not None:
         max_tokens = None if options.limit is None else options.limit * TOKENS_PER_LIMIT
@@ -153,10 +136,10 @@ def _evaluate(options: EvaluateOptions, warnings: list[str]) -> EvaluationRecord
         dtype=str(next(network.parameters()).dtype).removeprefix("torch."),
         max_length=options.max_length,
         text_file=None if options.text_file is None else options.text_file.name,
-        text=None if text is None else Likelihood.of(text),
+        text=text,
         dataset_name=None if data is None else data.source,
         data=data,
-        responses=None if responses is None else Likelihood.of(responses),
+        responses=responses,
         tasks=scores,
     )
 
@@ -210,10 +193,6 @@ def _percent(value: float | None, error: float | None) -> str:
 
 def _with_error(value: float, error: float | None, digits: int) -> str:
     return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
-
-
-def _is_adapter(model: str) -> bool:
-    return (Path(model) / "adapter_config.json").is_file()
 
 
 def _check_tokens(vocabulary: Vocabulary, content: str | None, tasks: Mapping[str, Any]) -> None:

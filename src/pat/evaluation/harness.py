@@ -23,7 +23,8 @@ from transformers import PreTrainedTokenizerBase
 from pat.errors import PatError
 from pat.evaluation.options import ANSWERS, BATCH_SIZE, PROTOCOLS
 from pat.nll import evaluating
-from pat.questions import PAPER, evenly_spaced, resolve_tasks
+from pat.questions import evenly_spaced, resolve_tasks
+from pat.report.records import plain
 
 SAMPLES = "samples"
 """Folder of the harness's own results and answers."""
@@ -82,13 +83,9 @@ class TaskScores:
                 mean_stderr.setdefault(protocol, {})[metric] = stderr
         return cls(limit, mean, mean_stderr, tuple(scores))
 
-    def get(self, task: str, protocol: str) -> TaskScore | None:
-        """Return one score, if it was measured."""
-        return next((s for s in self.scores if (s.task, s.protocol) == (task, protocol)), None)
-
 
 def load_tasks(
-    tasks: str | Sequence[str] = PAPER, protocols: Sequence[str] = PROTOCOLS, data_dir: str | Path | None = None
+    tasks: str | Sequence[str], protocols: Sequence[str] = PROTOCOLS, data_dir: str | Path | None = None
 ) -> dict[str, Any]:
     """Return tasks of lm-evaluation-harness by name, each with its questions, before a model is loaded.
 
@@ -120,9 +117,7 @@ def evaluate_tasks(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    tasks: str | Sequence[str] | Mapping[str, Any] = PAPER,
-    protocols: Sequence[str] = PROTOCOLS,
-    data_dir: str | Path | None = None,
+    tasks: Mapping[str, Any],
     limit: int | None = None,
     batch_size: int = BATCH_SIZE,
     output_dir: Path | None = None,
@@ -133,37 +128,30 @@ def evaluate_tasks(
     Args:
         model: of transformers, or of peft around one; every submodule's mode is as before afterwards.
         tokenizer: of the model.
-        tasks: names, or `paper` for all 14; or what `load_tasks` returned, and then `protocols` and `data_dir` are not
-            looked at.
-        protocols: see `load_tasks`.
-        data_dir: see `load_tasks`.
+        tasks: what `load_tasks` returned.
         limit: number of questions asked of each task, evenly spaced; stock `lm_eval --limit` takes the first ones.
         batch_size: rows of a forward pass. Log-likelihoods depend on it by rounding.
         output_dir: folder in which the harness keeps answers, which are not asked for again.
         log_samples: also write the harness's own results and the answer to every question there.
-
-    Raises:
-        PatError: see `load_tasks`.
     """
-    loaded = tasks if isinstance(tasks, Mapping) else load_tasks(tasks, protocols, data_dir)
     from lm_eval import evaluate
     from lm_eval.api.model import CachingLM
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.models.huggingface import HFLM
 
-    spaced = {name: evenly_spaced(len(task.eval_docs), limit) for name, task in loaded.items()}
+    spaced = {name: evenly_spaced(len(task.eval_docs), limit) for name, task in tasks.items()}
     with evaluating(model), _quiet_harness():
         language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         asked: Any = language_model
         if output_dir is not None:
             asked = CachingLM(asked, str(output_dir / f"{ANSWERS}{_fingerprint(model, tokenizer)[:16]}.db"))
-        results: Any = evaluate(asked, {"tasks": loaded}, samples=None if limit is None else spaced)
+        results: Any = evaluate(asked, {"tasks": tasks}, samples=None if limit is None else spaced)
     samples = results.pop("samples")
-    scores = [_score(name, results["results"][name], samples[name], language_model) for name in loaded]
+    scores = [_score(name, results["results"][name], samples[name], language_model) for name in tasks]
     if log_samples and output_dir is not None:
         tracker = EvaluationTracker(output_path=str(output_dir / SAMPLES / "results.json"))  # the names get a date
         tracker.save_results_aggregated(results, samples)
-        for name in loaded:
+        for name in tasks:
             tracker.save_results_samples(name, samples[name])
     cut = dict.fromkeys((score.task for score in scores), 0)
     for score in scores:  # by letter or by likelihood
@@ -209,13 +197,8 @@ def _fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
         reading.pop(name, None)
     settings = [config.to_dict() for config in configs if config is not None]
     settings += [reading, tokenizer.special_tokens_map, {"lm_eval": version("lm_eval")}]
-    digest.update(json.dumps(settings, default=_plain).encode())
+    digest.update(json.dumps(plain(settings)).encode())  # a set (peft's target modules) has an order of its own
     return digest.hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """Return what JSON does not know; a set (peft's target modules) has another order in every process."""
-    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
 
 
 @contextmanager

@@ -38,10 +38,7 @@ def stored_tensors(
 ) -> dict[str, StoredTensor] | None:
     """Return the tensors in the safetensors files of a model folder or hub id by name, None if it has no such file.
 
-    Args:
-        name_or_path: the model.
-        revision: of a hub id.
-        download: fetch the files of a hub id that are not on this machine.
+    Files of a hub id that are not on this machine are left there, unless `download` fetches them.
 
     Raises:
         PatError: there are such files, but they cannot be read.

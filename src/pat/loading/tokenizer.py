@@ -20,20 +20,15 @@ _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 _SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
-def load_tokenizer(
-    name_or_path: str, *, revision: str | None = None, config: PretrainedConfig | None = None
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str, *, config: PretrainedConfig | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer beside a model, made to pad if it has no padding token (see `padded`).
 
-    Args:
-        name_or_path: a folder or hub id.
-        revision: of a hub id.
-        config: of the model, to hold the tokenizer's special tokens against.
+    Its special tokens are held against the model's configuration, if that is given.
 
     Raises:
         PatError: there is no tokenizer, or see `check_special_ids`.
     """
-    tokenizer = load_plain_tokenizer(name_or_path, revision=revision)
+    tokenizer = load_plain_tokenizer(name_or_path)
     if config is not None:
         check_special_ids(tokenizer, config.vocab_size)
     return padded(tokenizer, config)
@@ -109,13 +104,8 @@ class TokenSetup:
 
         The end-of-sequence and beginning-of-sequence tokens become the tokenizer's, as transformers' trainer has it;
         further tokens that end a text are kept. The padding token stays the base's, unless the run has given the
-        tokenizer another one.
-
-        Args:
-            config: of the base.
-            generation_config: of the base; None for what its configuration says.
-            tokenizer: of the run.
-            base_tokenizer: as the base has it; None takes the run's for the base's own.
+        tokenizer another one than `base_tokenizer` has; without that the run's is taken for the base's own. Without a
+        generation config it is what the configuration says.
         """
         ids = {name: copy.deepcopy(getattr(config, name, None)) for name in TOKEN_IDS}
         generation = savable_generation_config(generation_config or GenerationConfig.from_model_config(config))

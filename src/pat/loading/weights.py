@@ -83,6 +83,21 @@ def load_base(
     return cast(PreTrainedModel, model)
 
 
+def resolve_device(name: str) -> torch.device:
+    """Return the device that the models run on.
+
+    Raises:
+        PatError: this machine has no such device.
+    """
+    known = ["cpu"]
+    if torch.accelerator.is_available() and (accelerator := torch.accelerator.current_accelerator()) is not None:
+        kind = accelerator.type
+        known = [kind, *(f"{kind}:{index}" for index in range(torch.accelerator.device_count())), *known]
+    if name not in ("auto", *known):
+        raise PatError(f"Got device={name!r}; expected auto, or what this machine has: {', '.join(known)}.")
+    return torch.device(known[0] if name == "auto" else name)
+
+
 def grown_rows(num_rows: int, largest: int) -> int:
     """Return how many rows an embedding needs for tokens up to the largest: its own, or a multiple of `MULTIPLE`."""
     return num_rows if largest < num_rows else -(-(largest + 1) // MULTIPLE) * MULTIPLE

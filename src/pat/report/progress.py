@@ -1,7 +1,8 @@
-"""A progress bar."""
+"""Progress bars: our own, and those of `datasets`."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -21,3 +22,18 @@ def progress_bar(title: str, unit: str, *, shown: bool = True) -> Iterator[Progr
             bar.update(done - bar.n)
 
         yield advance
+
+
+@contextmanager
+def bars_of_datasets(*, shown: bool = True) -> Iterator[None]:
+    """Have `datasets` draw its bars only if a person is looking, and not if they are not to be shown."""
+    import datasets
+
+    hide = not (shown and sys.stderr.isatty()) and not datasets.are_progress_bars_disabled()
+    if hide:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            datasets.enable_progress_bars()

@@ -96,13 +96,13 @@ def load_training_data(
         raise PatError("Got template='chat', but the tokenizer has no chat template; pass 'alpaca' or 'auto'.")
     reading = Reading(template, chat_template, text_field)
     source = load_source(name, reading, split=split, config_name=config_name)
-    rows = _placed(name, source)
+    rows = source.rows
     usable = list(dict.fromkeys(rows[PLACE][:]))
     amount = _parse_held_out(held_out)
     train, held_out_rows, num_held_out_dropped = rows, None, 0
     if isinstance(amount, str):
         separate = load_source(amount, reading)
-        held_out_rows = _placed(amount, separate)
+        held_out_rows = separate.rows
         num_held_out_dropped = separate.num_rows - len(set(held_out_rows[PLACE][:]))
     elif count := _num_held_out(len(usable), amount, name):
         # Whole rows are kept apart: no conversation is on both sides.
@@ -152,11 +152,3 @@ def _num_held_out(num_rows: int, amount: int | float | None, name: str) -> int:
             f"{num_rows}, a share between 0 and 1, or a file."
         )
     return count
-
-
-def _placed(name: str, source: Source) -> Dataset:
-    """Return the examples of a source with the places of their rows."""
-    rows = source.rows
-    if PLACE in rows.column_names:
-        return rows
-    return rows.add_column(PLACE, [f"{name}, row {number}" for number in range(1, len(rows) + 1)])

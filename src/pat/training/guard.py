@@ -25,12 +25,6 @@ class FiniteGuard(TrainerCallback):
     def __init__(self) -> None:
         self._num_skipped = 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start counting anew."""
-        self._num_skipped = 0
-
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow.compute
-from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from datasets import Dataset
 from torch import Tensor
 from trl import SFTConfig, pack_dataset
 
@@ -76,20 +74,6 @@ class Prepared:
         return args
 
 
-@contextmanager
-def _bars_on_terminals_only() -> Iterator[None]:
-    """Hide the progress bars of `datasets` where nobody watches: what is printed there are messages."""
-    hide = not sys.stderr.isatty() and not are_progress_bars_disabled()
-    if hide:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if hide:
-            enable_progress_bars()
-
-
-@_bars_on_terminals_only()
 def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
     """Look at tokenizer and data, once, before the weights are loaded.
 
@@ -153,7 +137,6 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
     )
 
 
-@_bars_on_terminals_only()
 def prepare_examples(
     name: str, vocabulary: Vocabulary, *, template: TemplateChoice, max_length: int | None, limit: int | None = None
 ) -> tuple[list[Example], DataRecord]:

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -30,11 +30,10 @@ EVAL_BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class Size:
-    """Size of a model."""
+    """Size of a model, of its weights as they are stored in a checkpoint."""
 
     num_parameters: int
     num_bytes: int
-    """Number of bytes of the weights as they are stored in a checkpoint."""
 
     @classmethod
     def of(cls, config: PretrainedConfig, dtype: torch.dtype) -> Size:
@@ -52,12 +51,9 @@ class Size:
 
 
 @dataclass(frozen=True)
-class ModelFigures:
-    """Size and held-out likelihood of one model of a run."""
+class ModelFigures(Size):
+    """Size (of the weights as they are stored in a checkpoint) and held-out likelihood of one model of a run."""
 
-    num_parameters: int
-    num_bytes: int
-    """Number of bytes of the weights as they are stored in a checkpoint."""
     held_out_nll: float | None
     """Mean loss of a response token, in nats; None without held-out data."""
     held_out_standard_error: float | None
@@ -127,14 +123,9 @@ class TuneResult:
 
 
 def measure(model: nn.Module, data: Prepared, stage: str, size: Size, *, progress: bool = True) -> ModelFigures:
-    """Time a model's held-out likelihood, with a progress bar on stderr, and put its sizes beside it.
+    """Time a model's held-out likelihood, on its own device and in its own dtype, and put its size beside it.
 
-    Args:
-        model: scored as it is, in its own device and dtype.
-        data: its held-out examples are scored; none leave likelihood and speed open.
-        stage: name on the progress bar.
-        size: of its weights (given, because quantised storage holds several in one element).
-        progress: whether there is a bar.
+    The size is given, because quantised storage holds several weights in one element.
     """
     nll: NLL | None = None
     speed: float | None = None
@@ -147,8 +138,7 @@ def measure(model: nn.Module, data: Prepared, stage: str, size: Size, *, progres
             )
             speed = sum(len(example["input_ids"]) for example in data.held_out) / (time.perf_counter() - start)
     return ModelFigures(
-        num_parameters=size.num_parameters,
-        num_bytes=size.num_bytes,
+        **asdict(size),
         held_out_nll=None if nll is None else nll.nll,
         held_out_standard_error=None if nll is None else nll.standard_error,
         num_held_out_tokens=0 if nll is None else nll.num_tokens,

@@ -14,10 +14,11 @@ from datasets import Dataset, DatasetDict, Features, Json, List, ReadInstruction
 from datasets.exceptions import DatasetNotFoundError
 
 from pat.errors import PatError, one_line
+from pat.paths import looks_local
 from pat.questions import letter_answer, letter_instruction, load_rows, resolve_tasks
+from pat.readers import DECOMPRESSORS, READERS, SUFFIXES, Row, data_suffix, read_local, without_nulls
 from pat.training.formats import ALPACA, OPTIONS, Format, Template, convert_row, detect_format
 from pat.training.messages import RowError
-from pat.training.readers import DECOMPRESSORS, READERS, SUFFIXES, Row, data_suffix, read_local, without_nulls
 
 TemplateChoice = Literal["auto", "chat", "alpaca"]
 
@@ -33,7 +34,7 @@ FILE_SUFFIXES = {*READERS, *DECOMPRESSORS, ".txt", ".arrow", ".xlsx", ".zip", ".
 
 @dataclass(frozen=True)
 class Source:
-    """All examples of one source in TRL's forms, with the column `PLACE` unless each is a row of its own."""
+    """All examples of one source in TRL's forms, with the column `PLACE`."""
 
     rows: Dataset
     format: Format
@@ -63,7 +64,7 @@ def load_source(name: str, reading: Reading, *, split: str = "train", config_nam
         return load_task_source(name, split, reading.template)
     if path.is_dir():
         return _load_folder(path, reading, split, config_name)
-    if path.exists() or _looks_like_file(name):
+    if path.exists() or looks_local(name) or path.suffix.lower() in FILE_SUFFIXES:
         return _load_file(path, reading, split)
     return _load_hub(name, reading, split, config_name)
 
@@ -88,7 +89,8 @@ def load_task_source(name: str, split: str, template: TemplateChoice = "auto") -
             rows.append({"prompt": prompt, "completion": letter_answer(row)})
     digest = hashlib.sha256(repr(rows).encode()).hexdigest()
     format = Format("prompt-completion", "prompt", "completion")
-    return Source(Dataset.from_list(rows), format, "alpaca", f"sha256:{digest}", len(rows))
+    places = [f"{name}, row {number}" for number in range(1, len(rows) + 1)]
+    return Source(Dataset.from_list(rows).add_column(PLACE, places), format, "alpaca", f"sha256:{digest}", len(rows))
 
 
 def _load_file(path: Path, reading: Reading, split: str) -> Source:
@@ -213,12 +215,6 @@ def _selected(name: str, split: str, lengths: dict[str, int]) -> dict[str, Seque
     if not indices:
         raise PatError(f"{name}: split {split!r} selects none of the {lengths[part]} rows.")
     return {part: indices}
-
-
-def _looks_like_file(name: str) -> bool:
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # a hub id is at most `owner/name`
-        return True
-    return Path(name).suffix.lower() in FILE_SUFFIXES
 
 
 def _hub_fingerprint(dataset: Dataset) -> str:

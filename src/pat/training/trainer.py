@@ -30,15 +30,9 @@ def make_trainer(
     callbacks: Sequence[TrainerCallback] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> SFTTrainer:
-    """Make a trainer on prepared data.
+    """Make a trainer on prepared data, with a folder for its checkpoints; its arguments are not copied.
 
-    Args:
-        model: an adapted model.
-        args: of the trainer; they are not copied.
-        data: what is trained and evaluated on.
-        folder: of its checkpoints.
-        callbacks: beside those that the trainer makes itself.
-        tokenizer: instead of that of the data, which the trainer changes.
+    It changes the tokenizer, which is that of the data unless another one is given.
     """
     head: Any = model.get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper):

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
-import datasets
 import torch
 from peft import prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
@@ -20,6 +17,7 @@ from pat.checkpoint.write import quiet_transformers, save_checkpoint
 from pat.loading import TokenSetup, load_base, quantization_of, stored_dtype
 from pat.loading.tokenizer import load_plain_tokenizer
 from pat.method.schedule import milestone_step
+from pat.report.progress import bars_of_datasets
 from pat.report.records import collected_warnings, write_record
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.check import announce, check, check_run
@@ -46,7 +44,7 @@ def tune(**flags: Any) -> TuneResult:
 def run_tune(arguments: TuneArguments) -> TuneResult:
     """Run `pat tune` from parsed arguments; see `tune`."""
     shown = not arguments.sft.disable_tqdm
-    with collected_warnings() as warnings, _progress_bars(shown):
+    with collected_warnings() as warnings, bars_of_datasets(shown=shown), quiet_transformers(not shown):
         # Everything that can be wrong is found before the weights are loaded, and before anything is written.
         checked = check(arguments)
         data = prepare(arguments, checked.base_config)
@@ -129,20 +127,6 @@ def _facts(arguments: TuneArguments, data: Prepared, trained: Trained) -> dict[s
         "prompt_format": formats.get(data.record.template or "", "none, texts as they are"),
         "learning_rates": rates,
     }
-
-
-@contextmanager
-def _progress_bars(shown: bool) -> Iterator[None]:
-    """Have `--disable_tqdm` hold for the libraries' bars as well."""
-    were_shown = not datasets.are_progress_bars_disabled()
-    if not shown:
-        datasets.disable_progress_bars()
-    try:
-        with quiet_transformers(not shown):
-            yield
-    finally:
-        if were_shown:
-            datasets.enable_progress_bars()
 
 
 def _load(arguments: TuneArguments, data: Prepared) -> PreTrainedModel:

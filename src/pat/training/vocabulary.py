@@ -75,14 +75,8 @@ def load_vocabulary(
 ) -> Vocabulary:
     """Load the tokenizer of a model as TRL's trainer would make it, since data is looked at before.
 
-    Args:
-        name: the model.
-        base_config: configuration of the model.
-        revision: of the model.
-        chat_template_path: a Jinja file, or a tokenizer (folder or hub id) whose template, added tokens and end token
-            are taken over.
-        eos_token: an end token of the tokenizer's.
-        pad_token: a padding token of the tokenizer's.
+    The chat template is that of a Jinja file, or of a tokenizer (folder or hub id) whose added tokens and end token are
+    taken over as well.
 
     Raises:
         PatError: there is no such tokenizer, file, template or token.

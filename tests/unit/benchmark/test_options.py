@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from pat.benchmark.command import resolve_device
 from pat.benchmark.options import BenchmarkOptions
 from pat.errors import PatError
+from pat.loading.weights import resolve_device
 from pat.options import OptionsParser
 
 MODELS = {"model": "m", "baseline": "b"}

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def test_the_checkpoint_is_the_tuned_model(family: str, tmp_path: Path) -> None:
     dense = AutoModelForCausalLM.from_pretrained(result.model_dir)
     assert largest_difference(logits(dense), expected) < ROUNDING
     assert result.parity.max_abs_logit_diff < ROUNDING
-    assert result.num_parameters == sum(p.numel() for p in dense.parameters())
+    assert result.record.cut.num_parameters == sum(p.numel() for p in dense.parameters())
     assert AutoTokenizer.from_pretrained(result.model_dir).chat_template == tiny_tokenizer().chat_template
 
 
@@ -80,11 +81,11 @@ def test_results_tell_what_was_done(work: Path) -> None:
     text = (work / "out" / "results.json").read_text()
     stored = json.loads(text)
     assert stored["command"] == "merge"
-    assert stored["parity"] == result.parity.to_dict()
+    assert stored["parity"] == asdict(result.parity)
     assert stored["parity"]["num_tokens"] > 500
     assert stored["cut"]["hidden_size"] == 48
     assert stored["cut"]["pruned_hidden_size"] == 36
-    assert stored["cut"]["num_parameters"] == result.num_parameters < stored["cut"]["num_parameters_base"]
+    assert stored["cut"]["num_parameters"] == result.record.cut.num_parameters < stored["cut"]["num_parameters_base"]
     assert stored["cut"]["num_bytes"] == (work / "out" / "model.safetensors").stat().st_size
     assert stored["pat_config"]["peft_type"] == "PAT"
     assert str(work) not in text

@@ -4,7 +4,7 @@ import copy
 import math
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -205,7 +205,7 @@ def test_not_a_number_never_passes(dtype: str) -> None:
 
 def test_the_figures_go_into_results_and_sentences() -> None:
     parity = Parity(1.5e-5, 2e-9, 0.995, 1024, 3.1, "float32")
-    assert parity.to_dict() == {
+    assert asdict(parity) == {
         "max_abs_logit_diff": 1.5e-5,
         "mean_kl": 2e-9,
         "top1_agreement": 0.995,

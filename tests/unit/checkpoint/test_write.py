@@ -212,7 +212,8 @@ def test_compaction_has_the_same_measure(tmp_path: Path) -> None:
     model = hardened(loud())
     tuner = find_tuner(model)
     assert tuner is not None
-    _, record = write_compact(model, tuner, tmp_path / "out", batches=[batch()], seed=0)
+    tokens = TokenSetup.of(model.config, model.generation_config, tiny_tokenizer())
+    _, record = write_compact(model, tuner, tmp_path / "out", tokens=tokens, batches=[batch()], seed=0)
     assert record.parity["permutation_floor"] > verify.MAX_LOGIT_DIFF
 
 

@@ -1,7 +1,7 @@
 """`evaluate_tasks`: the answers of a plain loop, limited, resumed without a repetition, refused in one line."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pat.errors import PatError
-from pat.evaluation.harness import TaskScore, TaskScores, _fingerprint, evaluate_tasks
+from pat.evaluation.harness import TaskScore, TaskScores, _fingerprint, evaluate_tasks, load_tasks
 from pat.evaluation.options import PROTOCOLS
 from pat.questions import TASKS
 
@@ -29,12 +29,18 @@ Run = Callable[..., TaskScores]
 
 @pytest.fixture
 def run(lettered_path: Path, tests_data: Path) -> Run:
-    def evaluate(**options: Any) -> TaskScores:
+    def evaluate(tasks: str | list[str] = "paper", protocols: Sequence[str] = PROTOCOLS, **options: Any) -> TaskScores:
+        loaded = load_tasks(tasks, protocols, options.pop("data_dir", tests_data / "tasks"))
         model = AutoModelForCausalLM.from_pretrained(lettered_path, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(lettered_path)
-        return evaluate_tasks(model, tokenizer, **{"data_dir": tests_data / "tasks"} | options)
+        return evaluate_tasks(model, tokenizer, tasks=loaded, **options)
 
     return evaluate
+
+
+def score_of(scores: TaskScores, task: str) -> TaskScore:
+    (score,) = (score for score in scores.scores if score.task == task)
+    return score
 
 
 def samples_of(folder: Path, task: str, protocol: str) -> list[dict[str, Any]]:
@@ -69,8 +75,7 @@ def test_every_answer_by_letter_is_the_plain_one(
         for answer, sample in zip(answers, samples, strict=True):
             assert sample["filtered_resps"][0].startswith(answer.text)  # the harness goes on after the letter
         said |= {answer.letter for answer in answers}
-        score = scores.get(task, "letter")
-        assert score is not None
+        score = score_of(scores, task)
         right = ["ABCD"[row["answer"]] == answer.letter for row, answer in zip(rows, answers, strict=True)]
         assert score.acc == pytest.approx(sum(right) / len(rows))
         assert score.no_letter == pytest.approx(sum(answer.letter is None for answer in answers) / len(rows))
@@ -93,8 +98,8 @@ def test_every_likelihood_is_the_plain_one(
             per_character = [value / len(choice) for value, choice in zip(values, row["choices"], strict=True)]
             right["acc"].append(best(values)[0] == row["answer"])
             right["acc_norm"].append(best(per_character)[0] == row["answer"])
-        score = scores.get(task, "likelihood")
-        assert score is not None and score.no_letter is None
+        score = score_of(scores, task)
+        assert score.no_letter is None
         for metric, answers in right.items():
             assert getattr(score, metric) == pytest.approx(sum(answers) / len(answers))
         differ |= right["acc"] != right["acc_norm"]
@@ -155,11 +160,14 @@ def test_answers_of_something_else_are_not_taken(
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(lettered_path, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(lettered_path)
-    options: dict[str, Any] = {"tasks": "copa", "protocols": ["likelihood"], "output_dir": tmp_path}
-    evaluate_tasks(model, tokenizer, data_dir=tests_data / "tasks", **options)
+
+    def evaluate(folder: Path) -> None:
+        evaluate_tasks(model, tokenizer, tasks=load_tasks("copa", ["likelihood"], folder), output_dir=tmp_path)
+
+    evaluate(tests_data / "tasks")
     tokenizer("padded and cut", padding="max_length", truncation=True, max_length=8)  # is no other tokenizer
     monkeypatch.setattr(HFLM, "loglikelihood", lambda *_: pytest.fail("asked again"))
-    evaluate_tasks(model, tokenizer, data_dir=tests_data / "tasks", **options)
+    evaluate(tests_data / "tasks")
     folder = tests_data / "tasks"
     if changed == "weights":
         with torch.no_grad():
@@ -172,7 +180,7 @@ def test_answers_of_something_else_are_not_taken(
         text = (tests_data / "tasks" / "copa.jsonl").read_text()
         (folder / "copa.jsonl").write_text(text.replace("It was cold outside.", "It was warm outside."))
     with pytest.raises(pytest.fail.Exception, match="asked again"):
-        evaluate_tasks(model, tokenizer, data_dir=folder, **options)
+        evaluate(folder)
 
 
 def test_the_order_of_target_modules_makes_no_other_model(tests_data: Path) -> None:
@@ -193,7 +201,7 @@ def test_every_modules_mode_and_the_random_state_are_as_before(lettered_path: Pa
     model.lm_head.eval()
     state = torch.get_rng_state()
     tokenizer = AutoTokenizer.from_pretrained(lettered_path)
-    evaluate_tasks(model, tokenizer, tasks="copa", data_dir=tests_data / "tasks", limit=2)
+    evaluate_tasks(model, tokenizer, tasks=load_tasks("copa", data_dir=tests_data / "tasks"), limit=2)
     assert model.training and not model.lm_head.training
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -208,18 +216,9 @@ def test_the_mean_weighs_tasks_not_questions() -> None:
     assert record.mean_stderr["letter"] == {"acc": pytest.approx(0.25), "acc_norm": None, "no_letter": None}
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"tasks": "arc"}, ["'arc'", "arc_challenge, arc_easy"]),
-        ({"data_dir": "/nowhere"}, ["/nowhere", "no such folder"]),
-        ({"data_dir": Path(__file__).parent}, ["copa.jsonl", "no such file"]),
-    ],
-)
-def test_wrong_input_is_one_line(run: Run, options: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(PatError) as error:
-        run(**{"tasks": "copa"} | options)
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+def test_a_folder_that_is_not_there_is_named(run: Run) -> None:
+    with pytest.raises(PatError, match="/nowhere: no such folder"):
+        run(tasks="copa", data_dir="/nowhere")
 
 
 def test_without_the_harness_the_extra_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ def test_calibration_merge_and_comparison_need_no_float64_on_the_device(
 
 
 def test_an_evaluation_needs_no_float64_on_the_device(no_float64: None) -> None:
-    example = {"input_ids": [5, 6, 7, 8], "completion_mask": [0, 1, 1, 1]}
+    example = {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}
     result = response_nll(build("llama", tied=True), [example], batch_size=1, pad_token_id=0)
     assert result.num_tokens == 3 and result.nll > 0
 

@@ -45,11 +45,3 @@ def test_steps_that_a_loss_scaler_skips_pass_unless_it_skips_nothing_else() -> N
         step(guard, float("nan"), fp16=True)
     with pytest.raises(RunFailed, match=rf"for {MAX_SKIPPED_STEPS} steps in a row.*bf16"):
         step(guard, float("nan"), fp16=True)
-
-
-def test_the_next_run_is_counted_anew() -> None:
-    guard = FiniteGuard()
-    for _ in range(2):
-        guard.on_train_begin(SimpleNamespace(fp16=True), SimpleNamespace(global_step=0), None)
-        for _ in range(MAX_SKIPPED_STEPS - 1):
-            step(guard, float("inf"), fp16=True)
