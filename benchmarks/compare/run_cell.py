@@ -195,11 +195,11 @@ class _Run:
             "num_trainable": num_trainable,
             "trainable_budget": budget,
             "tune_seconds": result.record.timings["train_seconds"],
-            "hidden_size": result.cut.hidden_size,
-            "pruned_hidden_size": result.cut.pruned_hidden_size,
-            "intermediate_size": result.cut.intermediate_size,
-            "pruned_intermediate_size": result.cut.pruned_intermediate_size,
-            "pruning": result.cut.describe(),
+            "hidden_size": result.record.cut.hidden_size,
+            "pruned_hidden_size": result.record.cut.pruned_hidden_size,
+            "intermediate_size": result.record.cut.intermediate_size,
+            "pruned_intermediate_size": result.record.cut.pruned_intermediate_size,
+            "pruning": result.record.cut.describe(),
             "parity": asdict(result.parity),
         }
         dense: Any = AutoModelForCausalLM.from_pretrained(result.model_dir, dtype=arguments.model.dtype)
