@@ -9,7 +9,7 @@ failure kills.
 A mutant that differs from the source in annotations, docstrings and the like alone is none, and neither is one that
 another operator has made already. Timeouts count as killed. Mutants that survive are listed, to be judged by a person.
 
-    python benchmarks/mutation.py                    # 300 mutants, about an hour on two cores
+    python benchmarks/mutation.py                    # 300 mutants, about 12 minutes on one core
     python benchmarks/mutation.py --num_mutants 20   # a look
 """
 
