@@ -24,7 +24,7 @@ RECIPE: dict[str, Any] = {
     "per_device_train_batch_size": 4,
     "max_length": 128,
     "learning_rate": 5e-4,
-    "milestone": 0.1,
+    "refit_tokens": 8192,  # a third of the default, which takes minutes on two cores
     "held_out": 64,
     "dataset_train_split": "train[:2000]",
     "save_strategy": "no",

@@ -22,7 +22,7 @@ class DemoOptions:
     cache_dir: Path | None = field(default=None, metadata={"help": "Where the downloaded base model is kept."})
     # About ten minutes of training on two cores. The cut is mild, because so few steps cannot give a model of 135 M
     # parameters back what a larger cut takes: after 25 % its answers are no longer sensible.
-    pruning_ratio: float = field(default=0.125, metadata={"help": "Share of the hidden size to cut, in (0, 1)."})
+    pruning_ratio: float = field(default=0.125, metadata={"help": "Share of all parameters to cut, in (0, 1)."})
     max_steps: int = field(default=150, metadata={"help": "Optimizer steps; more give a better model."})
 
     def __post_init__(self) -> None:

@@ -27,11 +27,13 @@ from trl import SFTConfig, get_quantization_config
 
 from pat.errors import PatError, one_line
 from pat.families import Family
+from pat.shape import Shape
 from pat.surgery.dense import shrink_config
 from pat.surgery.describe import head_dim
 from pat.training.arguments import TuneArguments
 from pat.training.prepare import Prepared
 from pat.training.trainer import count_steps, make_trainer
+from pat.tuner.prepare import check_config
 
 NUM_LAYERS = 2
 
@@ -52,11 +54,12 @@ def rehearse(arguments: TuneArguments, data: Prepared, base_config: Any, family:
     """
     with _silently(), tempfile.TemporaryDirectory() as folder:
         try:
-            skeleton = _attached(arguments, data, base_config, on_meta=True)
+            shape = check_config(base_config, family, arguments.pat_config())
+            skeleton = _attached(arguments, data, base_config)
             get_quantization_config(arguments.model)
             size = head_dim(skeleton.get_base_model())
             del skeleton
-            tiny = _attached(arguments, data, _tiny_config(base_config, family, size), on_meta=False)
+            tiny = _attached(arguments, data, _tiny_config(base_config, family, size), shape)
             return _one_step(tiny, arguments.sft, data, folder)
         except PatError:
             raise
@@ -67,8 +70,16 @@ def rehearse(arguments: TuneArguments, data: Prepared, base_config: Any, family:
             raise PatError(f"The run cannot be set up as asked: {reason}") from error
 
 
-def _attached(arguments: TuneArguments, data: Prepared, config: Any, *, on_meta: bool) -> PeftModel:
-    """Build the model of a configuration and put the run's adapter on it: on the tiny one, of a width that it has."""
+def _attached(arguments: TuneArguments, data: Prepared, config: Any, shape: Shape | None = None) -> PeftModel:
+    """Build the model of a configuration and put the run's adapter on it, on the meta device unless there is a shape.
+
+    Args:
+        arguments: of the run.
+        data: of the run.
+        config: of the base model, or of a tiny one.
+        shape: of the run, for the tiny model: what is cut there is cut of it, of a width that it has.
+    """
+    on_meta = shape is None
     pat_config = arguments.pat_config()
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
@@ -76,7 +87,7 @@ def _attached(arguments: TuneArguments, data: Prepared, config: Any, *, on_meta:
     with torch.device("meta" if on_meta else "cpu"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=arguments.model.attn_implementation)
         model = cast(PreTrainedModel, model.float())
-        if on_meta:
+        if shape is None:
             _check_names(arguments, model)
         else:
             data.vocabulary.fit(model)
@@ -85,9 +96,9 @@ def _attached(arguments: TuneArguments, data: Prepared, config: Any, *, on_meta:
             pat_config = dataclasses.replace(
                 pat_config,
                 pruning_ratio=None,
-                axes=["hidden"],
-                pruned_hidden_size=config.get_text_config().num_attention_heads,
-                pruned_intermediate_size=None,
+                # What the run itself cuts, of a model that is tiny in the hidden size alone.
+                pruned_hidden_size=config.get_text_config().num_attention_heads if shape.cuts_hidden else None,
+                pruned_intermediate_size=shape.pruned_intermediate_size if shape.cuts_mlp else None,
                 multiple_of=None,
                 operator_rank=1,
                 rotation="none",
