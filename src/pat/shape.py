@@ -85,28 +85,30 @@ class Shape:
         return self.pruned_intermediate_size < self.intermediate_size
 
 
-def check_request(
-    pruning_ratio: float | None,
-    pruned_hidden_size: int | None,
-    pruned_intermediate_size: int | None = None,
-    axes: Sequence[str] = ("hidden",),
-) -> None:
-    """Check what can be said of a request without knowing the model.
+def check_request(options: ShapeOptions, *, pruning_ratio: float | None = None) -> None:
+    """Check what can be said of a request without knowing the model; one axis may be given by its name alone.
+
+    Args:
+        options: the request; its `axes` become a list.
+        pruning_ratio: a ratio beside it, of several.
 
     Raises:
-        PatError: a ratio and a size are given, the ratio is outside (0, 1), or there is no such axis.
+        PatError: a ratio and a size are given, a number is out of range, or there is no such axis.
     """
-    sizes = {"pruned_hidden_size": pruned_hidden_size, "pruned_intermediate_size": pruned_intermediate_size}
-    for name, size in sizes.items():
-        if pruning_ratio is not None and size is not None:
-            raise PatError(f"Got both pruning_ratio={pruning_ratio} and {name}={size}; give one of the two.")
-    if pruning_ratio is not None and not 0 < pruning_ratio < 1:
+    axes: Any = options.axes
+    options.axes = [axes] if isinstance(axes, str) else list(axes)
+    ratio = options.pruning_ratio if pruning_ratio is None else pruning_ratio  # 0 is out of range
+    for name in ("pruned_hidden_size", "pruned_intermediate_size"):
+        if ratio is not None and (size := getattr(options, name)) is not None:
+            raise PatError(f"Got both pruning_ratio={ratio} and {name}={size}; give one of the two.")
+    if ratio is not None and not 0 < ratio < 1:
         raise PatError(
-            f"Got pruning_ratio={pruning_ratio}; expected a share of the parameters strictly between 0 and 1, such as "
-            "0.25."
+            f"Got pruning_ratio={ratio}; expected a share of the parameters strictly between 0 and 1, such as 0.25."
         )
-    if list(axes) != ["auto"] and (not axes or set(axes) - set(AXES)):
-        raise PatError(f"Got axes={list(axes)}; expected 'auto', or some of {', '.join(AXES)}.")
+    if options.multiple_of is not None and options.multiple_of < 1:
+        raise PatError(f"Got multiple_of={options.multiple_of}; expected a positive number of channels such as 64.")
+    if options.axes != ["auto"] and (not options.axes or set(options.axes) - set(AXES)):
+        raise PatError(f"Got axes={options.axes}; expected 'auto', or some of {', '.join(AXES)}.")
 
 
 def choose_shape(
@@ -138,15 +140,16 @@ def choose_shape(
         multiple_of: a hard alignment of what is cut.
 
     Raises:
-        PatError: the request is contradictory, a size is illegal, or the axes cannot give as much as the ratio asks.
+        PatError: a size is illegal, nothing would be cut, or the axes cannot give as much as the ratio asks.
     """
-    check_request(pruning_ratio, pruned_hidden_size, pruned_intermediate_size, axes)
     whole = Width(hidden_size, hidden_size, "not cut")
     total = count(1, 1)
     ratio = DEFAULT_PRUNING_RATIO if pruning_ratio is None else pruning_ratio
 
     def shape(hidden: Width, channels: int, reason: str) -> Shape:
         kept = count(hidden.pruned_hidden_size / hidden_size, channels / intermediate_size if intermediate_size else 1)
+        if kept == total:
+            raise PatError(f"Got a request that cuts nothing ({reason}); lower multiple_of, or ask for more.")
         return Shape(hidden, intermediate_size, channels, 1 - kept / total, reason)
 
     def hidden_for(**request: Any) -> Width:
@@ -198,9 +201,9 @@ def choose_shape(
 def _check_channels(size: int, asked: int, multiple_of: int | None) -> int:
     if not size:
         raise PatError(f"Got pruned_intermediate_size={asked}, but this family has experts, which cannot be cut yet.")
-    if not 0 < asked <= size or asked % (multiple_of or 1):
+    if not 0 < asked < size or asked % (multiple_of or 1):
         raise PatError(
-            f"Got pruned_intermediate_size={asked}; expected a number up to intermediate_size={size}"
+            f"Got pruned_intermediate_size={asked}; expected a number below intermediate_size={size}"
             + (f" that is a multiple of {multiple_of}." if multiple_of else ".")
         )
     return asked

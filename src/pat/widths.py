@@ -75,10 +75,8 @@ def legal_widths(hidden_size: int, num_attention_heads: int, *, multiple_of: int
     """Return every hidden size below the base's that can be loaded, ascending.
 
     Raises:
-        PatError: `multiple_of` is not positive, or leaves no width.
+        PatError: `multiple_of` leaves no width.
     """
-    if multiple_of is not None and multiple_of < 1:
-        raise PatError(f"Got multiple_of={multiple_of}; expected a positive number of channels such as 64.")
     step = math.lcm(num_attention_heads, multiple_of or 1)
     legal = range(step, hidden_size, step)
     if not legal:
@@ -115,6 +113,8 @@ def alignment(width: int) -> int:
 
 def nearest_aligned(asked: float, size: int, step: int) -> int:
     """Return the best aligned multiple of `step` below `size` that lies near `asked`, or the nearest one."""
+    if step > size:
+        raise PatError(f"Got multiple_of={step}; expected at most the number of channels of an MLP, {size}.")
     near = [n for n in range(step, size, step) if abs(n - asked) <= ALIGNMENT_SLACK * asked]
     candidates = near or [min(range(step, size + 1, step), key=lambda n: abs(n - asked))]
     return min(candidates, key=lambda n: (-alignment(n), abs(n - asked), n))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pat.errors import PatError
-from pat.shape import Shape, check_request, choose_shape
+from pat.shape import Shape, ShapeOptions, check_request, choose_shape
 
 HIDDEN, HEADS, CHANNELS = 576, 9, 1536  # SmolLM2-135M's
 VOCABULARY, LAYERS, ATTENTION = 49152, 30, 576 + 2 * 192 + 576
@@ -60,9 +60,9 @@ def test_auto_takes_what_is_left_off_the_hidden_size(ratio: float) -> None:
     assert found.cuts_hidden and 0.5 <= found.pruned_intermediate_size / CHANNELS < 0.62
     assert found.hidden.pruned_hidden_size % HEADS == 0
     assert found.pruning_ratio == pytest.approx(ratio, abs=0.02)
-    # The next wider model would have to give more of its channels.
-    wider = choose_shape(HIDDEN, HEADS, CHANNELS, count, axes=["mlp"], pruned_hidden_size=None, pruning_ratio=0.3)
-    assert wider.pruned_intermediate_size >= CHANNELS / 2 - 46
+    # The next wider model would have to give more than half of its channels.
+    wider = (found.hidden.pruned_hidden_size + HEADS) / HIDDEN
+    assert count(wider, 0.5) > (1 - ratio) * count(1, 1)
 
 
 def test_explicit_sizes_come_before_the_axes() -> None:
@@ -84,25 +84,47 @@ def test_where_mlps_cannot_be_cut_auto_cuts_the_hidden_size() -> None:
             choose_shape(48, 4, 0, lambda hidden, _: round(1000 * hidden), **request)
 
 
-@pytest.mark.parametrize("size", [0, -1, 1537])
+@pytest.mark.parametrize("size", [0, -1, 1536, 1537])
 def test_a_size_that_cannot_be_is_refused(size: int) -> None:
-    with pytest.raises(PatError, match=f"pruned_intermediate_size={size}; expected a number up to"):
+    with pytest.raises(PatError, match=f"pruned_intermediate_size={size}; expected a number below"):
         shape(pruned_intermediate_size=size)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.2, 1.5, math.nan])
 def test_a_ratio_outside_the_open_interval_is_refused(ratio: float) -> None:
     with pytest.raises(PatError, match=r"strictly between 0 and 1"):
-        check_request(ratio, None)
+        check_request(ShapeOptions(pruning_ratio=ratio))
 
 
-@pytest.mark.parametrize("sizes", [(36, None), (None, 36)])
-def test_ratio_and_size_together_are_refused(sizes: tuple[int | None, int | None]) -> None:
+@pytest.mark.parametrize("size", ["pruned_hidden_size", "pruned_intermediate_size"])
+def test_ratio_and_size_together_are_refused(size: str) -> None:
     with pytest.raises(PatError, match="one of the two"):
-        check_request(0.25, *sizes)
+        check_request(ShapeOptions(pruning_ratio=0.25, **{size: 36}))
+
+
+@pytest.mark.parametrize("multiple_of", [0, -8])
+def test_a_senseless_alignment_is_refused(multiple_of: int) -> None:
+    with pytest.raises(PatError, match="multiple_of"):
+        check_request(ShapeOptions(multiple_of=multiple_of))
+
+
+def test_an_alignment_beyond_the_mlp_is_refused() -> None:
+    with pytest.raises(PatError, match="multiple_of=2048; expected at most"):
+        shape(axes=["mlp"], multiple_of=2048)
+
+
+def test_cutting_nothing_is_refused() -> None:
+    with pytest.raises(PatError, match="cuts nothing"):
+        shape(axes=["mlp"], pruning_ratio=0.01, multiple_of=1536)
+
+
+def test_one_axis_may_be_given_by_its_name_alone() -> None:
+    options = ShapeOptions(axes="mlp")  # type: ignore[arg-type]
+    check_request(options)
+    assert options.axes == ["mlp"]
 
 
 @pytest.mark.parametrize("axes", [[], ["depth"], ["auto", "mlp"]])
 def test_an_unknown_axis_is_refused(axes: list[str]) -> None:
     with pytest.raises(PatError, match="expected 'auto', or some of hidden, mlp"):
-        check_request(None, None, None, axes)
+        check_request(ShapeOptions(axes=axes))

@@ -8,7 +8,7 @@ from pathlib import Path
 from pat.checkpoint.staging import check_output_folder
 from pat.errors import PatError
 from pat.paths import expand_options
-from pat.shape import check_request
+from pat.shape import ShapeOptions, check_request
 
 
 @dataclass
@@ -32,7 +32,7 @@ class DemoOptions:
             PatError: a ratio or number of steps that cannot be, or an output folder that is not empty.
         """
         expand_options(self)
-        check_request(self.pruning_ratio, None)
+        check_request(ShapeOptions(pruning_ratio=self.pruning_ratio))
         if self.max_steps < 1:
             raise PatError(f"Got max_steps={self.max_steps}; expected a whole number from 1.")
         self.output_dir = check_output_folder(self.output_dir)

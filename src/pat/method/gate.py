@@ -74,16 +74,24 @@ class Gate(nn.Module):
         """
         if self.hardened:
             return
-        if milestone_step == 0 and not self.has_prior and self.num_kept < self.size:
-            raise PatError(
-                "Got a milestone at step 0, but there is no prior order to choose by; calibrate first (rotation='auto' "
-                "does when training begins), or use a milestone after the first step."
-            )
+        self.check_milestone(milestone_step)
         self.step, self.milestone_step = step, milestone_step
         if step >= milestone_step:
             self.keep.copy_(self._select())
             self.hardened = True
         self._record_progress()
+
+    def check_milestone(self, milestone_step: int) -> None:
+        """Check that the gate can become hard at a step.
+
+        Raises:
+            PatError: it is step 0, and there is no prior order to choose the entries by.
+        """
+        if milestone_step == 0 and not self.hardened and not self.has_prior and self.num_kept < self.size:
+            raise PatError(
+                "Got a milestone at step 0, but there is no prior order to choose by; calibrate first (rotation='auto' "
+                "does when training begins), or use a milestone after the first step."
+            )
 
     def set_prior(self, prior: Tensor, *, pinned: Tensor | None = None) -> None:
         """Install the outcome of a calibration, before the gate is hard.

@@ -11,8 +11,6 @@ so the writer sees `W[:, K] a[K] + W[:, D] R a[K]`. What a merge writes is the o
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
@@ -33,6 +31,7 @@ class InnerGate(Gate):
     measured = ("prior", "reconstruction")
 
     reconstruction: Tensor | None
+    fitted: Tensor
     kept: Tensor
     order: Tensor
 
@@ -47,6 +46,8 @@ class InnerGate(Gate):
     ) -> None:
         super().__init__(size, num_kept, kind=kind, lr_multiplier=lr_multiplier)
         self.register_buffer("reconstruction", torch.zeros(size - num_kept, num_kept) if refits else None)
+        self.register_buffer("fitted", torch.tensor(False))
+        self.is_fitted = False  # mirrored, as `hardened` is
         # The kept channels, ascending, and where each channel stands in [kept, dropped].
         self.register_buffer("kept", torch.arange(num_kept), persistent=False)
         self.register_buffer("order", torch.arange(size), persistent=False)
@@ -55,12 +56,14 @@ class InnerGate(Gate):
     def awaits_refit(self) -> bool:
         """Whether the gate is hard and R still to be fitted; it is zero until then, which drops without replacement."""
         fits = self.hardened and self.reconstruction is not None and self.num_kept < self.size
-        return fits and not bool(cast(Tensor, self.reconstruction).any())
+        return fits and not self.is_fitted
 
     def set_reconstruction(self, matrix: Tensor) -> None:
         """Install R `(size - num_kept, num_kept)`, once the gate is hard."""
         assert self.hardened and self.reconstruction is not None, "a refit needs to know what is cut"
         self.reconstruction.copy_(matrix)
+        self.fitted.fill_(True)
+        self.is_fitted = True
 
     def forward(self, y: Tensor) -> Tensor:
         """Apply gate and reconstruction to `y` of shape `(..., size)`; dtype and device of `y` are kept."""
@@ -74,6 +77,7 @@ class InnerGate(Gate):
 
     def _refresh(self) -> None:
         super()._refresh()
+        self.is_fitted = bool(self.fitted)
         if self.hardened:
             kept_first = torch.sort((~self.keep).to(torch.uint8), stable=True).indices
             self.kept.copy_(kept_first[: self.num_kept])

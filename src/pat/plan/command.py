@@ -66,7 +66,7 @@ class PlanRecord(Record):
     candidates: tuple[Candidate, ...]
     """One for each ratio, in the order in which they were given."""
     training: TrainingMemory
-    """Memory of training up to the milestone, which is at the base's width whatever the ratio."""
+    """Memory of training up to the milestone, which is at the base's width, for the last of the ratios."""
     notes: tuple[str, ...]
     """Sentences that the reader of these figures has to know."""
 
@@ -105,9 +105,7 @@ def run_plan(options: PlanOptions) -> PlanRecord:
             pruned_intermediate_size=shape.pruned_intermediate_size if shape.cuts_mlp else None,
         )
         cost = cost_of(build_skeleton(small_config, dtype), context)
-        heads = base_config.num_attention_heads
-        legal = legal_widths(shape.hidden.hidden_size, heads, multiple_of=options.multiple_of)
-        candidates.append(_candidate(shape, legal, base, cost))
+        candidates.append(_candidate(shape, base_config.num_attention_heads, options.multiple_of, base, cost))
     recipe = recipe_defaults(RECIPE)
     training = training_memory(
         skeleton, config, batch_size=recipe["per_device_train_batch_size"], length=recipe["max_length"]
@@ -127,9 +125,12 @@ def run_plan(options: PlanOptions) -> PlanRecord:
     )
 
 
-def _candidate(shape: Shape, legal: range, base: ModelCost, cost: ModelCost) -> Candidate:
+def _candidate(
+    shape: Shape, num_attention_heads: int, multiple_of: int | None, base: ModelCost, cost: ModelCost
+) -> Candidate:
     nearby: tuple[int, ...] = ()
     if shape.cuts_hidden:
+        legal = legal_widths(shape.hidden.hidden_size, num_attention_heads, multiple_of=multiple_of)
         position = legal.index(shape.hidden.pruned_hidden_size)
         nearby = tuple(legal[max(0, position - NUM_NEIGHBOURS) : position + NUM_NEIGHBOURS + 1])
     return Candidate(

@@ -32,5 +32,6 @@ class PlanOptions(ShapeOptions):
             PatError: a ratio is outside (0, 1), or both ratio and width are given.
         """
         expand_options(self)
-        for ratio in self.pruning_ratio or ():
-            check_request(ratio, self.pruned_hidden_size, self.pruned_intermediate_size, self.axes)
+        self.pruning_ratio = self.pruning_ratio or None
+        for ratio in self.pruning_ratio or (None,):
+            check_request(self, pruning_ratio=ratio)

@@ -27,7 +27,9 @@ def print_plan(record: PlanRecord) -> None:
         print(
             f"{candidate.shape.describe()}: {candidate.shape.reason}.", f"Legal widths nearby: {nearby}." * bool(nearby)
         )
-    print(f"Rotation: {_ROTATIONS[record.rotation]}.\n")
+    if record.candidates[-1].shape.cuts_hidden:
+        print(f"Rotation: {_ROTATIONS[record.rotation]}.")
+    print()
     for table in (_sizes(record), _running(record), _training(record)):
         table.print()
     for note in record.notes:

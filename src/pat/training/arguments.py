@@ -149,8 +149,7 @@ file, --debug shows tracebacks.\
         return {**lora, **_machine_defaults(), **recipe_defaults(given.get("recipe", RunOptions.recipe))}
 
     def __post_init__(self) -> None:
-        pat = self.pat
-        check_request(pat.pruning_ratio, pat.pruned_hidden_size, pat.pruned_intermediate_size, pat.axes)
+        check_request(self.pat)
         for name, least in _LEAST.items():
             value = getattr(self.sft, name, getattr(self.model, name, None))
             if value is not None and not least <= value < math.inf:

@@ -42,7 +42,7 @@ ROWS_AT_ONCE = 8
 
 REMEDY = (
     "set PatConfig.calibration to a text file, call model.calibrate(dataloader) before training, or use "
-    "rotation='none'."
+    "rotation='none' (a cut of the hidden size alone)."
 )
 
 
@@ -61,7 +61,7 @@ def calibration_batches(config: PatConfig, dataloader: Any, tokenizer: Any) -> I
     if config.calibration is not None:
         return batches_from_text_file(config.calibration, tokenizer)
     if dataloader is None:
-        raise PatError(f"The rotation needs data, but the trainer has no training data; {REMEDY}")
+        raise PatError(f"The calibration needs data, but the trainer has no training data; {REMEDY}")
     dataset = getattr(dataloader, "dataset", None)
     loader: Iterable[Any] = dataloader
     if dataset is not None and not isinstance(dataset, IterableDataset):
@@ -113,10 +113,12 @@ def _token_ids(row: Any, tokenizer: Any) -> list[int]:
             except Exception as error:  # templates raise what they like
                 detail = one_line(error)
                 raise PatError(
-                    f"The rotation needs text, but the tokenizer cannot read the column(s) {', '.join(names)} of the "
+                    f"The calibration needs text, but the tokenizer cannot read column(s) {', '.join(names)} of the "
                     f"trainer's data ({detail}); {REMEDY}"
                 ) from error
     if any(name in columns for names in TEXT_COLUMNS for name in names) and tokenizer is not None:
         return []  # an empty text
     found = ", ".join(map(repr, columns)) or type(row).__name__
-    raise PatError(f"The rotation needs text, but the trainer's data holds none that can be read ({found}); {REMEDY}")
+    raise PatError(
+        f"The calibration needs text, but the trainer's data holds none that can be read ({found}); {REMEDY}"
+    )

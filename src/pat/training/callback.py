@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -88,18 +89,16 @@ class PatCallback(TrainerCallback):
                 kind,
             )
         if tuner.needs_calibration(self._adapter):
-            order = tuner.calibrate(
-                calibration_batches(config, kwargs.get("train_dataloader"), kwargs.get("processing_class")),
-                self._adapter,
-            )
-            logger.info(
-                "Calibrated %s: the kept channels hold %.1f %% of the residual stream's energy, %d are pinned.",
-                f"rotation ({config.resolved_rotation})",
-                100 * order.energy_kept,
-                int(order.pinned.sum()),
-            )
-            figures = {"pat/calibration_tokens": order.num_tokens, "pat/energy_kept": order.energy_kept}
-            state.log_history.append(figures | {"step": state.global_step})
+            order = tuner.calibrate(self._calibration(tuner, kwargs), self._adapter)
+            if order is not None:
+                logger.info(
+                    "Calibrated rotation (%s): the kept channels hold %.1f %% of the stream's energy, %d are pinned.",
+                    config.resolved_rotation,
+                    100 * order.energy_kept,
+                    int(order.pinned.sum()),
+                )
+                figures = {"pat/calibration_tokens": order.num_tokens, "pat/energy_kept": order.energy_kept}
+                state.log_history.append(figures | {"step": state.global_step})
         self._move(tuner, state, kwargs)
 
     def on_step_begin(
@@ -134,21 +133,26 @@ class PatCallback(TrainerCallback):
         logs = kwargs.get("logs")
         if self._adapter is None or not self._last or logs is None or "loss" not in logs:
             return
-        mask = self._tuner(kwargs["model"]).mask(self._adapter)
-        values = self._last | {"pat/active_channels": mask.num_active}
+        tuner = self._tuner(kwargs["model"])
+        mask, gates = tuner.mask(self._adapter), tuner.gates(self._adapter).values()
+        active = {"pat/active_channels": mask.num_active} if mask.num_kept < mask.size else {}
+        if gates:  # the mean over the layers
+            active["pat/active_mlp_channels"] = round(sum(gate.num_active for gate in gates) / len(gates))
+        values = self._last | active
         logs.update(values)
         state.log_history.append(values | {"step": state.global_step})
 
     def _move(self, tuner: PatModel, state: TrainerState, kwargs: dict[str, Any]) -> None:
         """Move mask and gates to the trainer's step; if that makes gates hard, refit the writers behind them."""
-        was_hard = tuner.mask(self._adapter).hardened
         tuner.set_step(state.global_step, self._milestone_step, self._adapter)
-        if was_hard or not any(gate.awaits_refit for gate in tuner.gates(self._adapter).values()):
-            return
+        if any(gate.awaits_refit for gate in tuner.gates(self._adapter).values()):
+            num_tokens = tuner.refit(self._calibration(tuner, kwargs), self._adapter)
+            state.log_history.append({"pat/refit_tokens": num_tokens, "step": state.global_step})
+
+    def _calibration(self, tuner: PatModel, kwargs: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
+        """Yield batches to calibrate on; nothing is looked at before the first is asked for."""
         config = tuner.pat_config(self._adapter)
-        batches = calibration_batches(config, kwargs.get("train_dataloader"), kwargs.get("processing_class"))
-        num_tokens = tuner.refit(batches, self._adapter)
-        state.log_history.append({"pat/refit_tokens": num_tokens, "step": state.global_step})
+        yield from calibration_batches(config, kwargs.get("train_dataloader"), kwargs.get("processing_class"))
 
     def _tuner(self, model: torch.nn.Module) -> PatModel:
         tuner = find_tuner(model)
@@ -166,8 +170,9 @@ def _restore_float32(tuner: PatModel) -> None:
     Raises:
         PatError: the outcome of a calibration was cast as well, which cannot be undone.
     """
-    tuner.mask().restore_float32()
-    for module in [tuner.mask(), *tuner.operators().values()]:
+    for gate in tuner.all_gates():
+        gate.restore_float32()
+    for module in [*tuner.all_gates(), *tuner.operators().values()]:
         for parameter in module.parameters():
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()
@@ -190,15 +195,15 @@ def _complete_copies(tuner: PatModel) -> None:
     """
     source = tuner.adapter
     for name in tuner.peft_config:
-        mask = tuner.mask(name)
-        untouched = mask.milestone_step is None and not mask.calibrated
+        gates = tuner.all_gates(name)
+        untouched = all(gate.milestone_step is None and not gate.calibrated for gate in gates)
         if name == source or not untouched or tuner.pat_config(name) != tuner.pat_config(source):
             continue
-        pairs = zip(tuner.operators(name).values(), tuner.operators(source).values(), strict=True)
-        if all(
-            torch.equal(a, b) for one, other in pairs for a, b in zip(one.parameters(), other.parameters(), strict=True)
-        ):
-            mask.load_state_dict(tuner.mask(source).state_dict())
+        parameters = dict(tuner.model.named_parameters())
+        pairs = ((path.replace(f".{source}.", f".{name}."), value) for path, value in parameters.items())
+        if all(path not in parameters or torch.equal(parameters[path], value) for path, value in pairs):
+            for gate, of_source in zip(gates, tuner.all_gates(source), strict=True):
+                gate.load_state_dict(of_source.state_dict())
 
 
 def _learns_from(args: TrainingArguments, dataloader: Any) -> str | None:

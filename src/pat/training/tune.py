@@ -116,7 +116,9 @@ def _facts(arguments: TuneArguments, data: Prepared, trained: Trained) -> dict[s
     rates, has_soft_steps = {"LoRA": rate}, milestone_step(pat.milestone, trained.num_steps) > 0
     if has_soft_steps and pat.mask == "trainable":
         rates["mask"] = rate * pat.mask_lr_multiplier
-    if has_soft_steps or trained.compaction is None:
+    sizes, base = trained.pat_config["resolved_width"], trained.pat_config["base_shape"]
+    cuts_hidden = sizes["hidden_size"] < base["hidden_size"]  # else there are no operators
+    if cuts_hidden and (has_soft_steps or trained.compaction is None):
         rates["operators"] = rate * pat.operator_lr_multiplier
     formats = {"chat": "the chat template of the tokenizer", "alpaca": "the Alpaca template"}
     return {

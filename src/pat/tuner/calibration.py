@@ -14,7 +14,6 @@ from torch import Tensor, distributed, nn
 
 from pat.errors import PatError, RunFailed
 from pat.method.basis import UnifiedMask
-from pat.method.inner import InnerGate
 from pat.nll import evaluating
 from pat.surgery.precision import to_float64
 from pat.surgery.residual import ResidualStream
@@ -29,32 +28,32 @@ counts at every branch. SmolLM2-135M cut to 432 of 576 channels, before any tuni
 with 1 token a channel, 4.66 and 4.71 with 2, 4.57 and 4.63 with 4."""
 
 
+NOT_FINITE = (
+    "The base model's activations on the calibration data became non-finite; expected finite numbers: check its "
+    "weights, or load it in another dtype."
+)
+
+
 def choose_channels(
     model: nn.Module,
     stream: ResidualStream,
     config: PatConfig,
     mask: UnifiedMask,
-    gates: Mapping[str, InnerGate],
     effective: Callable[[str], Tensor],
     batches: Iterable[Mapping[str, Any]],
-) -> tuple[ChannelOrder, dict[str, ChannelOrder]]:
+) -> ChannelOrder:
     """Measure the stream and order its channels: by energy in the PCA basis, or by importance without a rotation.
-
-    The channels inside the branches are ordered by what each adds to the output of the writer: its energy times the
-    squared norm of its column.
 
     Args:
         model: the base model, its adapters disabled.
         stream: roles of its parameters.
         config: of the adapter.
         mask: of the adapter; it says which parts a calibration has to fill.
-        gates: of the adapter, inside branches, by the path of the writer.
         effective: returns a base parameter by name, with LoRA merged in.
         batches: see `StreamStatistics.collect`; read until there are enough tokens.
 
     Returns:
-        The order of the stream, and those inside the branches by the path of the writer; in a distributed run those
-        of the first process.
+        The order, in a distributed run that of the first process.
 
     Raises:
         PatError: the batches hold no token, or too few channels can be rotated.
@@ -62,9 +61,9 @@ def choose_channels(
     """
     rotate = mask.basis is not None
     enough = DEFAULT_TOKENS_PER_CHANNEL * mask.hidden_size
-    statistics = StreamStatistics(model, stream, full=rotate, inner=gates)
+    statistics = StreamStatistics(model, stream, full=rotate)
     statistics.collect(batches, config.calibration_tokens or enough)
-    if statistics.num_tokens < mask.hidden_size and mask.num_kept < mask.size:
+    if statistics.num_tokens < mask.hidden_size:
         logger.warning(
             "The %s of %d channels stands on %d calibration tokens, fewer than it has channels; give more text "
             "(calibration_tokens=%d is the default for this model), or use rotation='none'.",
@@ -89,13 +88,8 @@ def choose_channels(
             f"Got {num_pinned} of {mask.hidden_size} channels whose final gain keeps them from being rotated, and only "
             f"{mask.pruned_hidden_size} channels are to be kept; raise gain_tolerance or use rotation='none'."
         )
-    inner = {
-        path: importance_order(statistics.inner_importance(path, effective), gate.num_kept)
-        for path, gate in gates.items()
-    }
-    priors = [found.prior for found in inner.values()]
-    share_from_first_process(order.prior, order.pinned, order.basis, order.head_factor, *priors)
-    return replace(order, num_tokens=statistics.num_tokens), inner
+    share_from_first_process(order.prior, order.pinned, order.basis, order.head_factor)
+    return replace(order, num_tokens=statistics.num_tokens)
 
 
 class StreamStatistics:
@@ -105,8 +99,8 @@ class StreamStatistics:
     activations, and the last layers, would choose the basis alone.
     """
 
-    def __init__(self, model: nn.Module, stream: ResidualStream, *, full: bool, inner: Iterable[str] = ()) -> None:
-        self.model, self.stream, self.full, self.inner = model, stream, full, tuple(inner)
+    def __init__(self, model: nn.Module, stream: ResidualStream, *, full: bool) -> None:
+        self.model, self.stream, self.full = model, stream, full
         self.num_tokens = 0
         self._moments: dict[str, Tensor] = {}
 
@@ -117,14 +111,10 @@ class StreamStatistics:
             PatError: the batches hold no token, or no `input_ids`.
             RunFailed: the model's activations are not finite.
         """
-        recorders: dict[str, Callable[[Tensor], None]] = {site: partial(self.record, site) for site in self._sites()}
-        recorders |= {path: partial(self._record_inner, path) for path in self.inner}
+        recorders = {site: partial(self.record, site) for site in self._sites()}
         self.num_tokens = watch_inputs(self.model, recorders, batches, max_tokens)
         if not all(moment.isfinite().all() for moment in self._moments.values()):
-            raise RunFailed(
-                "The base model's activations on the calibration data became non-finite; expected finite numbers: "
-                "check its weights, or load it in another dtype."
-            )
+            raise RunFailed(NOT_FINITE)
 
     def covariance(self) -> Tensor:
         """Return the summed second moment, `(d, d)` in float64."""
@@ -149,22 +139,12 @@ class StreamStatistics:
         assert total is not None
         return total
 
-    def inner_importance(self, path: str, effective: Callable[[str], Tensor]) -> Tensor:
-        """Return what each channel before a writer adds to its output, `(size,)`: E[a²] times ||W[:, c]||²."""
-        weight = to_float64(effective(f"{path}.weight"))
-        return self._moments[path] * weight.square().sum(0).to(self._moments[path].device)
-
-    def _record_inner(self, path: str, rows: Tensor) -> None:
-        self._add(path, to_float64(rows.square().sum(0)))
-
     def record(self, site: str, rows: Tensor) -> None:
         """Add tokens of the stream at a site, `(tokens, d)` in float32."""
         rows = rows * rows.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
         # A rotation needs one sum over all sites; d x d numbers for each would not fit beside a large model.
         key = "" if self.full else site
-        self._add(key, to_float64(rows.mT @ rows if self.full else rows.square().sum(0)))
-
-    def _add(self, key: str, moment: Tensor) -> None:
+        moment = to_float64(rows.mT @ rows if self.full else rows.square().sum(0))
         # On the device of the first site, if the model is spread over several.
         known = self._moments.get(key)
         self._moments[key] = moment if known is None else known + moment.to(known.device)

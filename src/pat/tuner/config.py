@@ -89,9 +89,11 @@ class PatConfig(PatOptions, LoraConfig):
                 raise PatError(f"Got {option.name}={value}; expected a finite number.")
         if not 0 <= self.milestone <= 1:
             raise PatError(f"Got milestone={self.milestone}; expected a share of the optimizer steps in [0, 1].")
-        axes: Any = self.axes  # one of them may be given by its name alone
-        self.axes = [axes] if isinstance(axes, str) else list(axes)
-        check_request(self.pruning_ratio, self.pruned_hidden_size, self.pruned_intermediate_size, self.axes)
+        if self.resolved_rotation is not None and "axes" not in (self.resolved_from or {}):
+            self.axes = ["hidden"]  # of an adapter that was made when there was no other
+            if self.resolved_from is not None:
+                self.resolved_from |= {"axes": ["hidden"], "pruned_intermediate_size": None}
+        check_request(self)
         if isinstance(self.operator_rank, str) and self.operator_rank != "dense":
             if not self.operator_rank.isdigit():
                 raise PatError(f"Got operator_rank={self.operator_rank!r}; expected a number of ranks or 'dense'.")
@@ -118,6 +120,4 @@ class PatConfig(PatOptions, LoraConfig):
     @property
     def is_resolved(self) -> bool:
         """Whether the filled-in fields were chosen by the options as they are now, as in an adapter that is made."""
-        now = self.asked()
-        # An adapter that was made before an option existed has no record of it.
-        return self.resolved_from is not None and all(now.get(k) == v for k, v in self.resolved_from.items())
+        return self.resolved_from == self.asked()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from pat.errors import PatError
 from pat.method.basis import UnifiedMask
 from pat.method.gate import Gate
+from pat.method.inner import InnerGate
 from pat.method.operator import Operator
 from pat.surgery.adapted import AdaptedMatrix, merged
 from pat.surgery.axes import InnerCut, cut_inner
@@ -84,13 +85,19 @@ class MaskedModel:
         return DenseForm(config, weights, folded_stream.num_tensors)
 
 
-def check_hard(mask: Gate, purpose: str) -> None:
-    """Check that a mask is 0/1, as `purpose` needs it.
+def check_hard(gates: Sequence[Gate], purpose: str) -> None:
+    """Check that a mask and its gates are 0/1 and have been refitted, as `purpose` needs it.
 
     Raises:
-        PatError: it is soft.
+        PatError: one of them is soft, or awaits its refit.
     """
-    if mask.hardened:
+    mask = next((gate for gate in gates if not gate.hardened), None)
+    if mask is None:
+        if any(isinstance(gate, InnerGate) and gate.awaits_refit for gate in gates):
+            raise PatError(
+                f"Got {purpose} of an adapter whose MLPs are cut and not refitted; call model.refit(batches) first, or "
+                "make it with refit=False."
+            )
         return
     if mask.milestone_step is None:
         raise PatError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -32,8 +33,10 @@ from pat.tuner.config import PatConfig
 from pat.tuner.layer import GATE_NAME, MASK_NAME, OPERATOR_NAME, GateLayer, HsmLayer, MaskLayer
 from pat.tuner.merging import MaskedModel, check_hard
 from pat.tuner.prepare import default_targets, new_parameters_are_empty, plan_attachment
-from pat.tuner.refit import refit
+from pat.tuner.refit import InnerMoments, order_channels, refit
 from pat.tuner.weights import effective_parameter, factored_parameter
+
+Batches = Iterable[Mapping[str, Any]]
 
 
 class PatModel(LoraModel):
@@ -51,6 +54,7 @@ class PatModel(LoraModel):
     tuner_layer_cls = BaseTunerLayer  # type: ignore[assignment]
 
     residual_stream: ResidualStream | None = None
+    _moments: dict[str, InnerMoments] | None = None  # by adapter, from the calibration until the refit
 
     # -- attaching ---------------------------------------------------------------------------------------------
 
@@ -109,13 +113,15 @@ class PatModel(LoraModel):
         return self._held(GATE_NAME, paths, adapter_name or self.adapter)
 
     def all_gates(self, adapter_name: str | None = None) -> list[Gate]:
-        """Return the mask of an adapter and its gates inside the branches."""
+        """Return an adapter's mask and the gates of its MLPs."""
         return [self.mask(adapter_name), *self.gates(adapter_name).values()]
 
     def set_step(self, step: int, milestone_step: int, adapter_name: str | None = None) -> None:
         """Move mask and gates to an optimizer step; from `milestone_step` on they are 0/1 and fixed (eq. 6-8)."""
-        # The mask comes last: where it is hard, all are.
-        for gate in reversed(self.all_gates(adapter_name)):
+        gates = self.all_gates(adapter_name)
+        for gate in gates:
+            gate.check_milestone(milestone_step)
+        for gate in gates:
             gate.set_step(step, milestone_step)
 
     def regularizers(self, adapter_name: str | None = None) -> dict[str, Tensor]:
@@ -134,22 +140,23 @@ class PatModel(LoraModel):
         gates = [*([self.mask(name)] if self._orders_stream(name) else []), *self.gates(name).values()]
         return any(not gate.calibrated and not gate.hardened for gate in gates)
 
-    def refit(self, batches: Iterable[Mapping[str, Any]], adapter_name: str | None = None) -> int:
-        """Fit what fills in for the channels that were cut; return the number of tokens that the fit stands on.
+    def refit(self, batches: Batches, adapter_name: str | None = None) -> int:
+        """Fit what fills in for the MLP channels that were cut; return the number of tokens that the fit stands on.
 
-        Args:
-            batches: see `calibrate`; of a large model they are gone through several times.
-            adapter_name: the adapter, by default the active one; its gates are hard.
-
-        Raises:
-            PatError: the batches hold no token.
+        Batches are as in `calibrate`, and not read where its own measurement is still there; the gates are hard.
         """
         name = adapter_name or self.adapter
+        gates = {path: gate for path, gate in self.gates(name).items() if gate.awaits_refit}
+        moments = self._moments.pop(name, None) if self._moments else None
+        moments = moments or InnerMoments(self.model, gates, batches, self.pat_config(name).refit_tokens)
         with self._without_adapters():
-            return refit(self.model, self.gates(name), batches, self.pat_config(name).refit_tokens)
+            refit(gates, moments)
+        return moments.num_tokens
 
-    def calibrate(self, dataloader: Iterable[Mapping[str, Any]], adapter_name: str | None = None) -> ChannelOrder:
-        """Choose the rotation and the channels' prior order from calibration batches.
+    def calibrate(
+        self, dataloader: Iterable[Mapping[str, Any]], adapter_name: str | None = None
+    ) -> ChannelOrder | None:
+        """Choose the rotation and the prior orders of the channels; return that of the stream, if it is cut.
 
         In a distributed run every process has to call it, and all get what the first one measures.
 
@@ -168,20 +175,16 @@ class PatModel(LoraModel):
                 f"Got a calibration at step {mask.step}; expected it before training, since it changes the basis the "
                 "mask was trained in."
             )
+        stream, order = cast(ResidualStream, self.residual_stream), None
+        moments = InnerMoments(self.model, self.gates(name), dataloader, self.pat_config(name).refit_tokens)
         with self._without_adapters():
-            order, inner = choose_channels(
-                self.model,
-                cast(ResidualStream, self.residual_stream),
-                self.pat_config(name),
-                mask,
-                self.gates(name),
-                lambda parameter: effective_parameter(self.model, parameter, name),
-                dataloader,
-            )
-        if self._orders_stream(name) or not inner:  # asked for in a script, although the configuration does not
-            mask.set_prior(order.prior, pinned=order.pinned, basis=order.basis, head_factor=order.head_factor)
-        for path, gate in self.gates(name).items():
-            gate.set_prior(inner[path].prior)
+            effective = partial(effective_parameter, self.model, adapter_name=name)
+            if self._orders_stream(name) or not moments.gates:  # a script may ask for what the configuration does not
+                order = choose_channels(self.model, stream, self.pat_config(name), mask, effective, moments.text())
+                mask.set_prior(order.prior, pinned=order.pinned, basis=order.basis, head_factor=order.head_factor)
+            order_channels(moments, effective)
+        if moments.known:
+            self._moments = (self._moments or {}) | {name: moments}
         return order
 
     # -- leaving -----------------------------------------------------------------------------------------------
@@ -225,13 +228,9 @@ class PatModel(LoraModel):
         return compact(self.masked_model(name, "a compaction"), self.pat_config(name), name)
 
     def masked_model(self, name: str, purpose: str) -> MaskedModel:
-        """Return the model with one adapter as a merge or a compaction sees it.
-
-        Raises:
-            PatError: the adapter's mask is not 0/1 yet; the message names the purpose.
-        """
+        """Return the model with one adapter as a merge or a compaction sees it; see `check_hard` for what it raises."""
         mask = self.mask(name)
-        check_hard(mask, purpose)
+        check_hard(self.all_gates(name), purpose)
         stream = cast(ResidualStream, self.residual_stream)
         final_gain = to_float64(effective_parameter(self.model, f"{stream.final_norm}.weight", name))
         return MaskedModel(

@@ -101,6 +101,10 @@ def check_config(base_config: Any, family: Family, config: PatConfig) -> Shape:
     check_rank(shape.hidden.hidden_size, config.operator_rank)
     _check_ends(config, family, tied=bool(base_config.tie_word_embeddings) and not config.untie_word_embeddings)
     _check_rope(base_config, family, shape)
+    if config.rotation == "pca" and not shape.cuts_hidden:
+        raise PatError(
+            "Got rotation='pca', but the hidden size is not cut; use rotation='auto', or axes with 'hidden'."
+        )
     if config.rotation == "pca" and family.has_post_norms:
         raise PatError(f"Got rotation='pca', but {_post_norm_obstacle(family)}; use rotation='auto' or 'none'.")
     return shape

@@ -1,8 +1,9 @@
-"""The refit: writers make up for what is cut before them, by least squares on the base model's own activations."""
+"""The channels of the MLPs: which are cut, and what makes up for them, from activations of the base model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -10,56 +11,111 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pat.errors import RunFailed
 from pat.method.inner import InnerGate
-from pat.surgery.compensate import reconstruction
-from pat.tuner.calibration import share_from_first_process, watch_inputs
+from pat.surgery.compensate import elimination, reconstruction
+from pat.surgery.precision import to_float64
+from pat.surgery.rotation import importance_order
+from pat.tuner.calibration import NOT_FINITE, share_from_first_process, watch_inputs
+
+logger = logging.getLogger(__name__)
 
 TOKENS_PER_CHANNEL = 16
-"""Tokens to fit on, as a multiple of the number of channels before a writer."""
+"""Tokens to measure, as a multiple of the number of channels before a writer."""
 
 MAX_BYTES = 2 * 2**30
 """Memory for second moments, `(size, size)` in float32 for each layer: a large model takes several passes."""
 
 
-def refit(
-    model: nn.Module, gates: Mapping[str, InnerGate], batches: Iterable[Mapping[str, Any]], num_tokens: int | None
-) -> int:
-    """Fit the reconstruction of every hard gate that awaits it, and return the number of tokens it stands on.
+class InnerMoments:
+    """Second moments of what goes into the writers of gated branches, on a text that can be gone through again.
 
     Args:
-        model: the base model, its adapters disabled.
-        gates: by the path of the writer.
-        batches: see `watch_inputs`.
+        model: the base model, its adapters disabled while it is measured.
+        gates: before the writers, by the writer's path.
+        batches: see `watch_inputs`; read once, whether or not they can be read again.
         num_tokens: how many tokens to read; by default `TOKENS_PER_CHANNEL` times the number of channels.
-
-    Raises:
-        PatError: the batches hold no token.
     """
-    waiting = {path: gate for path, gate in gates.items() if gate.awaits_refit}
-    if not waiting:
-        return 0
-    size = max(gate.size for gate in waiting.values())
-    enough = num_tokens or TOKENS_PER_CHANNEL * size
-    seen, paths = 0, iter(waiting)
-    read: list[Mapping[str, Any]] = []
-    source: Iterable[Mapping[str, Any]] = _keeping(batches, read)
-    while group := list(islice(paths, max(1, MAX_BYTES // (4 * size**2)))):
-        moments: dict[str, Tensor] = {}
-        shown = tqdm(source, desc="Refitting", unit="batch", leave=False, disable=None)
-        seen = watch_inputs(model, {path: partial(_add, moments, path) for path in group}, shown, enough)
-        for path in group:
-            waiting[path].set_reconstruction(reconstruction(moments.pop(path), waiting[path].keep))
-            share_from_first_process(waiting[path].reconstruction)
-        source = read
-    return seen
+
+    def __init__(
+        self,
+        model: nn.Module,
+        gates: Mapping[str, InnerGate],
+        batches: Iterable[Mapping[str, Any]],
+        num_tokens: int | None,
+    ) -> None:
+        self.model, self.gates = model, gates
+        self.size = max((gate.size for gate in gates.values()), default=1)
+        self.enough = num_tokens or TOKENS_PER_CHANNEL * self.size
+        self.num_tokens = 0
+        self._unread, self._read = iter(batches), list[Mapping[str, Any]]()
+        self.known: dict[str, Tensor] = {}
+        """All moments, once they have been measured and if they fit into memory together."""
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the path of each writer and its moment; as few passes over the text as `MAX_BYTES` allows."""
+        if self.known:
+            yield from self.known.items()
+            return
+        num_at_once, paths = max(1, MAX_BYTES // (4 * self.size**2)), iter(self.gates)
+        while group := list(islice(paths, num_at_once)):
+            moments: dict[str, Tensor] = {}
+            shown = tqdm(self.text(), desc="Measuring the MLPs", unit="batch", leave=False, disable=None)
+            watchers = {path: partial(_add, moments, path) for path in group}
+            self.num_tokens = watch_inputs(self.model, watchers, shown, self.enough)
+            if not all(moment.isfinite().all() for moment in moments.values()):
+                raise RunFailed(NOT_FINITE)
+            if len(group) == len(self.gates):
+                self.known, self._read, self._unread = moments, [], iter(())
+            for path in group:
+                yield path, moments[path] if self.known else moments.pop(path)
+
+    def text(self) -> Iterator[Mapping[str, Any]]:
+        """Yield the batches from the first one on, whatever has been read of them."""
+        yield from self._read
+        for batch in self._unread:
+            self._read.append(batch)
+            yield batch
+
+
+def order_channels(moments: InnerMoments, effective: Callable[[str], Tensor]) -> None:
+    """Give the gates their prior: which channels the output of the writer can do without.
+
+    With a refit to come, a channel counts by what the others cannot make up for (`elimination`); without one, by its
+    energy times the squared norm of its column.
+
+    Args:
+        moments: of the gates.
+        effective: returns a base parameter by name, with LoRA merged in.
+    """
+    if not moments.gates:
+        return
+    for path, moment in moments:
+        gate, weight = moments.gates[path], to_float64(effective(f"{path}.weight")).to(moment.device)
+        if gate.reconstruction is not None:
+            score = elimination(moment, weight, gate.num_kept)
+        else:
+            score = to_float64(moment).diagonal() * weight.square().sum(0)
+        prior = importance_order(score, gate.num_kept).prior
+        share_from_first_process(prior)
+        gate.set_prior(prior)
+    if moments.num_tokens < moments.size:
+        logger.warning(
+            "The order of %d MLP channels and their refit stand on %d tokens, fewer than there are channels; give more "
+            "text (refit_tokens=%d is the default for this model).",
+            moments.size,
+            moments.num_tokens,
+            TOKENS_PER_CHANNEL * moments.size,
+        )
+
+
+def refit(gates: Mapping[str, InnerGate], moments: Iterable[tuple[str, Tensor]]) -> None:
+    """Fit the reconstruction of hard gates, given the second moments of what goes into them, maybe into others as well."""
+    for path, moment in moments if gates else ():
+        gates[path].set_reconstruction(reconstruction(moment, gates[path].keep))
+        share_from_first_process(gates[path].reconstruction)
 
 
 def _add(moments: dict[str, Tensor], path: str, rows: Tensor) -> None:
     moment = rows.mT @ rows
     moments[path] = moments[path].add_(moment) if path in moments else moment
-
-
-def _keeping(batches: Iterable[Mapping[str, Any]], kept: list[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    for batch in batches:
-        kept.append(batch)
-        yield batch

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
-from pat.surgery.compensate import reconstruction
+from pat.surgery.compensate import elimination, reconstruction
 
 KEEP = torch.tensor([True, False, True, True, False, True])
 
@@ -38,3 +40,31 @@ def test_dead_channels_do_no_harm() -> None:
     found = reconstruction(a.mT @ a, KEEP)
     assert found.isfinite().all() and not found[0].any() and not found[:, 0].any()
     assert not reconstruction(torch.zeros(6, 6), KEEP).any()
+
+
+def loss(a: torch.Tensor, weight: torch.Tensor, keep: torch.Tensor) -> float:
+    """What a cut with its refit does to the writer's output, summed over tokens."""
+    solution = torch.linalg.lstsq(a[:, keep], a @ weight.mT).solution
+    return float((a @ weight.mT - a[:, keep] @ solution).square().sum())
+
+
+def test_elimination_cuts_what_the_others_make_up_for() -> None:
+    # Channel 0 is the largest and a copy of channel 1 with a little noise: energy would keep both.
+    generator = torch.Generator().manual_seed(3)
+    a = torch.randn(500, 6, generator=generator, dtype=torch.float64)
+    a[:, 0] = 3 * a[:, 1] + 0.01 * a[:, 0]
+    weight = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    rank = elimination(a.mT @ a, weight, 5)
+    assert sorted(rank.tolist()) == list(range(6)) and int(rank.argmin()) in (0, 1)
+
+
+def test_elimination_comes_close_to_the_best_of_all_cuts() -> None:
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        a = activations(seed=seed)
+        weight = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+        found = torch.zeros(6, dtype=torch.bool)
+        found[elimination(a.mT @ a, weight, 3).topk(3).indices] = True
+        cuts = [torch.tensor([i in kept for i in range(6)]) for kept in itertools.combinations(range(6), 3)]
+        losses = sorted(loss(a, weight, keep) for keep in cuts)
+        assert loss(a, weight, found) <= losses[2]

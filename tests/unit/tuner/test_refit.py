@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from tiny_models import batch, shallow
 from tiny_training import attach, largest_difference, logits, tuner_of
 from torch import Tensor
 
+from pat.errors import PatError
+from pat.surgery.compensate import elimination
 from pat.tuner import refit as refitting
 from pat.tuner.model import PatModel
 
@@ -33,14 +36,17 @@ def inner_activations(path: str) -> Tensor:
     return torch.cat([rows[mask] for rows, mask in zip(seen, real, strict=True)]).double()
 
 
-def test_a_channel_counts_by_its_energy_and_its_column() -> None:
-    tuner = gated(calibration_tokens=10_000)
+@pytest.mark.parametrize("refits", [True, False])
+def test_channels_are_ordered_by_what_is_lost_without_them(refits: bool) -> None:
+    tuner = gated(refit=refits)
     assert tuner.needs_calibration()
-    tuner.calibrate(DATA)
-    assert not tuner.needs_calibration()
+    assert tuner.calibrate(DATA) is None and not tuner.needs_calibration()
+    assert not tuner.mask().calibrated
     for path, gate in tuner.gates().items():
-        weight = shallow("llama", tied=True).get_submodule(path).weight.double()
-        score = inner_activations(path).square().mean(0) * weight.square().sum(0)
+        a, weight = inner_activations(path), shallow("llama", tied=True).get_submodule(path).weight.double()
+        score = a.square().mean(0) * weight.square().sum(0)
+        if refits:
+            score = elimination(a.mT @ a, weight, KEPT)
         assert set(gate.prior.topk(KEPT).indices.tolist()) == set(score.topk(KEPT).indices.tolist())
         assert int((gate.prior > 0).sum()) == KEPT
 
@@ -85,20 +91,48 @@ def test_few_layers_at_a_time_come_to_the_same(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_adapters_are_off_while_it_is_measured_and_on_again_after_it() -> None:
-    tuner = gated()
-    tuner.calibrate(DATA)
+    tuner, other = gated(), gated()
     for parameter in tuner.model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.5
-    tuner.set_step(0, 0)
-    tuner.refit(DATA)
-    other = gated()
-    other.calibrate(DATA)
-    other.set_step(0, 0)
-    for gate, same in zip(tuner.gates().values(), other.gates().values(), strict=True):
-        same.keep.copy_(gate.keep)
-        same._refresh()
-    other.refit(DATA)
+    for each in (tuner, other):
+        each.calibrate(DATA)
+        for gate in each.gates().values():  # whose order depends on LoRA
+            gate.weight.data.zero_()
+            gate.set_prior(torch.linspace(1, -1, CHANNELS))
+        each.set_step(0, 0)
+        each.refit(DATA)
     for gate, same in zip(tuner.gates().values(), other.gates().values(), strict=True):
         assert torch.equal(gate.reconstruction, same.reconstruction)
     assert largest_difference(logits(tuner.model), logits(other.model)) > 0.1
+
+
+def test_what_was_measured_for_the_order_serves_the_refit_and_survives_a_copy() -> None:
+    tuner = gated()
+    tuner.calibrate(iter(DATA))
+    twin = tuner_of(copy.deepcopy(tuner))
+    again = gated()
+    again.calibrate(DATA)
+    again._moments = None  # as after a resumption
+    for each in (tuner, twin):
+        each.set_step(0, 0)
+        assert each.refit(()) == sum(int(inputs["attention_mask"].sum()) for inputs in DATA)
+    again.set_step(0, 0)
+    again.refit(DATA)
+    for gates in zip(*(each.gates().values() for each in (tuner, twin, again)), strict=True):
+        assert torch.equal(gates[0].reconstruction, gates[1].reconstruction)
+        assert torch.equal(gates[0].reconstruction, gates[2].reconstruction)
+
+
+def test_a_merge_without_the_refit_that_was_asked_for_is_refused() -> None:
+    tuner = gated()
+    tuner.calibrate(DATA)
+    tuner.set_step(0, 0)
+    for leaving in (tuner.merge_and_unload, tuner.compact):
+        with pytest.raises(PatError, match=r"not refitted; call model.refit\(batches\)"):
+            leaving()
+
+
+def test_little_text_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    gated().calibrate([batch(seed=0, batch_size=1)])
+    assert "stand on" in caplog.text and "refit_tokens=1152" in caplog.text
