@@ -110,7 +110,7 @@ def order_channels(moments: InnerMoments, effective: Callable[[str], Tensor]) ->
 
 
 def refit(gates: Mapping[str, InnerGate], moments: Iterable[tuple[str, Tensor]]) -> None:
-    """Fit the reconstruction of hard gates, given the second moments of what goes into them, maybe into others as well."""
+    """Fit the reconstruction of hard gates, given the second moments of what goes into them (and maybe into others)."""
     for path, moment in moments if gates else ():
         gates[path].set_reconstruction(reconstruction(moment, gates[path].keep))
         share_from_first_process(gates[path].reconstruction)
