@@ -55,6 +55,8 @@ METHODS: dict[str, Method] = {
     "random": Method("Random channels", "P→FT", baseline="random"),
     "pat": Method("PAT", "PAT"),
     "pat_hidden": Method("PAT, hidden size alone", "PAT", {"axes": ["hidden"]}),
+    "pat_no_refit": Method("PAT, without refit", "PAT", {"refit": False}),
+    "pat_milestone_zero": Method("PAT, cut before training", "PAT", {"milestone": 0.0}),
     "pat_dora": Method("PAT + DoRA", "PAT", {"use_dora": True}),
     "pat_full_width": Method("PAT, no compaction", "PAT", {"no_compact": True}),
     "pat_paper": Method("PAT, paper's recipe", "PAT", PAPER, of_paper=True),
