@@ -230,18 +230,20 @@ def test_dpo(option: str, ready: bool, tmp_path: Path, regularizer_calls: list[i
 
 
 @pytest.mark.parametrize("step", [1, 3], ids=["soft", "hard"])
-@pytest.mark.parametrize("rotation", ["none", "pca"])
-def test_dpo_on_a_tuned_adapter_starts_from_that_adapter(rotation: str, step: int, tmp_path: Path) -> None:
-    """TRL copies its parameters to the adapter "ref"; the mask's state has to go with them."""
-    model = attach(shallow("llama", tied=True), rotation=rotation, milestone=0.5)
+@pytest.mark.parametrize("cut", ["none", "pca", "mlp"])
+def test_dpo_on_a_tuned_adapter_starts_from_that_adapter(cut: str, step: int, tmp_path: Path) -> None:
+    """TRL copies its parameters to the adapter "ref"; the state of mask and gates has to go with them."""
+    fields = {"axes": ["mlp"], "pruned_intermediate_size": 50} if cut == "mlp" else {"rotation": cut}
+    model = attach(shallow("llama", tied=True), milestone=0.5, **fields)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
     tuner = tuner_of(model)
-    if rotation == "pca":
+    if cut != "none":
         tuner.calibrate([{"input_ids": Examples(16).ids}])
     tuner.set_step(step, 2)
+    tuner.refit(())
     policy = logits(model)
     trainer = quietly(
         DPOTrainer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from pat.errors import PatError
 from pat.method.schedule import offset, temperature
+from pat.training import callback
 from pat.training.callback import PatCallback
 from pat.tuner import PatModel
 
@@ -455,6 +457,48 @@ def test_a_calibration_cast_to_half_precision_is_an_error_before_any_step() -> N
     model.to(torch.bfloat16)
     with pytest.raises(PatError, match=r"basis.*bfloat16; expected float32"):
         train(model)
+
+
+def test_the_gates_of_the_mlps_are_looked_after_alike() -> None:
+    fields = {"axes": ["mlp"], "pruned_intermediate_size": 50}
+    model = llama(**fields)
+    tuner_of(model).calibrate([{"input_ids": Examples(8, seed=9).ids}])
+    model.to(torch.bfloat16)
+    with pytest.raises(PatError, match=r"prior.*bfloat16; expected float32"):
+        train(model)
+    model = llama(**fields).to(torch.bfloat16)
+    train(model)
+    for gate in tuner_of(model).gates().values():
+        assert {buffer.dtype for buffer in gate.buffers()} == {torch.float32, torch.bool, torch.int64}
+        assert gate.weight.dtype == torch.float32 and gate.reconstruction.any()
+
+
+def test_a_second_adapter_of_its_own_is_no_copy_of_the_first() -> None:
+    """Its gates would be hard before its training, on the channels of another."""
+    model = llama(axes=["mlp"], pruned_intermediate_size=50)
+    train(model)
+    model.add_adapter("second", dataclasses.replace(tuner_of(model).pat_config()))
+    train(model)  # of the first one again
+    assert not any(gate.hardened for gate in tuner_of(model).all_gates("second"))
+
+
+def test_only_what_is_cut_is_logged() -> None:
+    history = {}
+    for axes in (["mlp"], ["hidden"], ["mlp", "hidden"]):
+        trainer = train(llama(axes=axes, pruning_ratio=0.2))
+        history[*axes] = {name for entry in trainer.state.log_history for name in entry if "active_" in name}
+    assert history["mlp",] == {"pat/active_loss", "pat/active_mlp_channels"}
+    assert history["hidden",] == {"pat/active_loss", "pat/active_channels"}
+    assert history["mlp", "hidden"] == history["mlp",] | history["hidden",]
+
+
+def test_a_calibration_by_hand_serves_the_refit_where_the_data_cannot_be_read() -> None:
+    model = llama(axes=["mlp"], pruned_intermediate_size=50)
+    tuner_of(model).calibrate([{"input_ids": Examples(8, seed=9).ids}])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callback, "calibration_batches", None)  # which would raise
+        train(model)
+    assert all(gate.is_fitted for gate in tuner_of(model).gates().values())
 
 
 def test_a_cast_of_the_whole_model_before_the_calibration_leaves_no_trace() -> None:
