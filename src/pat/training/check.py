@@ -26,6 +26,7 @@ from pat.tuner.compaction import check_compactable
 from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel
 from pat.tuner.prepare import check_config
+from pat.tuner.refit import TOKENS_PER_CHANNEL
 
 logger = logging.getLogger(__name__)
 
@@ -107,13 +108,15 @@ def announce(arguments: TuneArguments, checked: Checked, data: Prepared, model: 
     """Say in one line on stderr what was understood."""
     soft = min(num_steps, milestone_step(arguments.pat.milestone, num_steps))
     rest = "on the small model" if compacts(arguments.run.no_compact, arguments.pat_config()) else "at full width"
+    tokens = arguments.pat.refit_tokens or TOKENS_PER_CHANNEL * checked.shape.intermediate_size
+    reading = f" Up to {tokens:,} tokens are read first, to choose the MLP channels." if checked.shape.cuts_mlp else ""
     device = str(model.device)
     if (num_devices := torch.cuda.device_count()) > 1 and model.device.type == "cuda":
         device += f", one of {num_devices} GPUs (several take several processes, which `pat tune` does not start)"
     print(
         f"{data.record.describe()} Model: {checked.family.model_type}, {checked.shape.describe()}, "
         f"{str(model.dtype).removeprefix('torch.')} on {device}; {num_steps:,} steps, "
-        f"{soft:,} with a soft mask and {num_steps - soft:,} {rest}.",
+        f"{soft:,} with a soft mask and {num_steps - soft:,} {rest}.{reading}",
         file=sys.stderr,
     )
 
