@@ -141,7 +141,7 @@ def test_a_run_that_cuts_the_mlps_leaves_the_same_things(base: Path, data: Path,
     merged = merge(out / "adapter", tmp_path / "early", progress=False)
     early = AutoModelForCausalLM.from_pretrained(tmp_path / "early")
     assert early.config.intermediate_size == dense.config.intermediate_size
-    assert merged.cut.pruned_intermediate_size == cut["pruned_intermediate_size"]
+    assert merged.record.cut.pruned_intermediate_size == cut["pruned_intermediate_size"]
 
 
 def test_the_card_of_a_merge_tells_of_the_run_what_the_runs_own_card_tells(run: Path, tmp_path: Path) -> None:
