@@ -162,7 +162,8 @@ def _notes(
         f"Decode: weights in use and cache, read per token after {context} tokens at batch size 1. Expected where "
         "memory bandwidth is the limit. Number and size of the attention heads, hence the cache, do not change.",
         f"Training: rank {pat_config.r} on every linear layer; adapter, gradients and Adam take 16 bytes per trainable "
-        "parameter. Activations are an estimate; logits (computed in chunks) and the framework itself come on top.",
+        "parameter; the basis of a rotation and what fills in for MLP channels come on top. Activations are an "
+        "estimate; logits (computed in chunks) and the framework itself come on top.",
     ]
     if stored_dtype(base_config) is None:
         notes.append("The configuration does not name the weights' dtype; bytes are for float32.")

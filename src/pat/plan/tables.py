@@ -79,7 +79,7 @@ def _training(record: PlanRecord) -> Table:
     memory = record.training
     exact = (
         ("base, frozen", memory.base_bytes),
-        (f"adapter, {memory.num_trainable_parameters:,} parameters", memory.adapter_bytes),
+        (f"adapter, {memory.num_trainable_parameters:,} parameters, and refit", memory.adapter_bytes),
         ("gradients and optimizer", memory.optimizer_bytes),
     )
     rows = [[label, *[_scaled(size, "B")] * 2] for label, size in exact]

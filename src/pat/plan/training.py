@@ -31,7 +31,7 @@ class TrainingMemory:
     num_trainable_parameters: int
     base_bytes: int
     adapter_bytes: int
-    """Bytes of LoRA, operators, mask and rotation."""
+    """Bytes of LoRA, operators, mask, gates, rotation and refit."""
     optimizer_bytes: int
     """Bytes of gradients and Adam's moments."""
     activation_bytes: int

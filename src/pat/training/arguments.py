@@ -110,7 +110,7 @@ class TuneArguments:
     )
     DESCRIPTION: ClassVar = """\
 Fine-tune a language model and get it back smaller: M (folder or hub id) is tuned on D (hub id, .json, .jsonl, .parquet
-or .csv), loses the share R of its hidden size, and is written to OUT/model as a standard checkpoint that loads without
+or .csv), loses the share R of its parameters, and is written to OUT/model as a standard checkpoint that loads without
 pat. OUT/results.json holds the figures, OUT/adapter the adapter as of the milestone, where the model shrinks, and
 OUT/compact the small base and its LoRA adapter from there on.
 

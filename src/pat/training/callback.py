@@ -74,7 +74,8 @@ class PatCallback(TrainerCallback):
         if config.milestone > 0 and self._milestone_step == 0:
             logger.warning(
                 "A milestone of %g of %d optimizer steps rounds to step 0: the mask is hard from the start, its "
-                "channels chosen by the calibration alone. Train longer or raise the milestone to train the mask.",
+                "channels chosen by the calibration alone. Train longer or raise the milestone (--milestone) to train "
+                "the mask.",
                 config.milestone,
                 state.max_steps,
             )

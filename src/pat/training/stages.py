@@ -127,6 +127,8 @@ class Stages:
             # Its last checkpoint has to hold everything, and the best one is picked among those of stage two.
             args.save_only_model, args.load_best_model_at_end = False, False
         trainer = self._trainer(model, args, self.checkpoints, callback, *([StopAtMilestone()] if goes_small else []))
+        if tuner.needs_calibration():
+            self._say("Measuring the base model on text, to choose what is cut.")
         if not (goes_small and resume_from is not None and load_hard(trainer, tuner, resume_from)):
             if goes_small and resume_from is None and milestone_step(pat_config.milestone, self.num_steps) == 0:
                 self._skip(trainer, callback)
@@ -193,6 +195,11 @@ class Stages:
         self.run_file = self.run_file.after(part)
         self.run_file.write(self.arguments.output_dir)
 
+    def _say(self, line: str) -> None:
+        """Say on stderr what takes long now, unless bars are not wanted."""
+        if not self.arguments.sft.disable_tqdm:
+            print(line, file=sys.stderr)
+
     @contextmanager
     def _begun(self) -> Iterator[None]:
         """Write what run this is; if the user's input turns out to be wrong, take back what was made until then."""
@@ -220,6 +227,7 @@ class Stages:
         # Of an earlier run: its stage two belongs to other channels, and must not be what a resumed run finds.
         for folder in (self.checkpoints / STAGE_TWO, self.compact_dir):
             shutil.rmtree(folder, ignore_errors=True)
+        self._say("Writing the small model, and comparing it with the masked one.")
         compact, record = write_compact(
             model,
             tuner,
@@ -228,11 +236,7 @@ class Stages:
             batches=self.data.verify_on,
             seed=self.arguments.sft.seed,
         )
-        if not self.arguments.sft.disable_tqdm:
-            print(
-                f"Milestone: {record.describe()}; training goes on as LoRA on the small model.",
-                file=sys.stderr,
-            )
+        self._say(f"Milestone: {record.describe()}; training goes on as LoRA on the small model.")
         args = self.data.trainer_args(self.arguments.sft)
         stage_two = self._trainer(compact.model, args, self.checkpoints / STAGE_TWO)
         start = None
