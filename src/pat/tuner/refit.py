@@ -101,8 +101,8 @@ def order_channels(moments: InnerMoments, effective: Callable[[str], Tensor]) ->
         gate.set_prior(prior)
     if moments.num_tokens < moments.size:
         logger.warning(
-            "The order of %d MLP channels and their refit stand on %d calibration tokens, fewer than channels; give more "
-            "text (refit_tokens=%d is the default for this model).",
+            "The order of %d MLP channels and their refit stand on %d calibration tokens, which are fewer; give "
+            "more text (refit_tokens=%d is the default for this model).",
             moments.size,
             moments.num_tokens,
             TOKENS_PER_CHANNEL * moments.size,
