@@ -51,7 +51,7 @@ class Cell:
     path: str
     """What is done with the trained model besides merging it."""
     axes: str
-    """What is cut."""
+    """Axes that are cut."""
 
     def __str__(self) -> str:
         return "-".join((self.family, self.form, self.adapter, self.path, self.axes))

@@ -23,7 +23,7 @@ from pat.widths import choose_width
 
 @dataclass(frozen=True)
 class Target:
-    """What PAT comes to at a ratio, and others are to match."""
+    """Sizes of PAT's model at a ratio, whose number of parameters the others are to match."""
 
     hidden_size: int
     pruned_hidden_size: int

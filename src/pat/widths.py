@@ -16,7 +16,7 @@ ALIGNMENTS = (256, 128, 64, 32, 16, 8)
 """Preferred divisors, best first: K-quants, Marlin int4, tensor cores, Q4_0 rows, SIMD."""
 
 ALIGNMENT_SLACK = 0.03
-"""How far (relative to the width asked for) a better aligned width may lie."""
+"""Distance at which a better aligned size may lie, relative to the one asked for."""
 
 
 @dataclass(frozen=True)

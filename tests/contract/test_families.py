@@ -73,7 +73,7 @@ class Run:
     cell: Cell
     folder: Path
     base_config: dict[str, Any] = field(default_factory=dict)
-    """Of the base model, before anything was attached."""
+    """Configuration of the base model, before anything was attached."""
 
     @property
     def family(self) -> Family:
@@ -95,7 +95,7 @@ class Run:
 
     @cached_property
     def fields(self) -> dict[str, Any]:
-        """Of the `PatConfig`."""
+        """Fields of the `PatConfig`."""
         fields = {"rotation": self.cell.rotation} | ADAPTERS[self.cell.adapter]
         if self.cell.axes != "mlp":
             fields["pruned_hidden_size"] = KEPT

@@ -27,7 +27,7 @@ from pat.errors import RunFailed, one_line
 from pat.loading.stored import DTYPES
 
 _NO_SUCH_CALL = (errno.EBADF, errno.EINVAL, errno.EOPNOTSUPP)
-"""What reserving space fails with on file systems that do not know it (FUSE, NFS); writing works there."""
+"""Error numbers of file systems that cannot reserve space (FUSE, NFS), although writing works there."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

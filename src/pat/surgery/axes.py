@@ -19,7 +19,7 @@ from pat.surgery.residual import ResidualStream
 
 @dataclass(frozen=True)
 class InnerCut:
-    """What stays of the space inside one branch, and how its writer makes up for what goes."""
+    """The cut of the space inside one branch: the channels that stay, and how the writer makes up for the others."""
 
     keep: Tensor
     """Which channels are kept, boolean `(size,)`."""

@@ -1,4 +1,4 @@
-"""What fills in for channels that are cut: the least-squares map from those that stay (docs/adr/0015)."""
+"""Least squares that make up for channels that are cut: their order, and their map from those that stay (ADR 0015)."""
 
 from __future__ import annotations
 

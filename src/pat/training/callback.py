@@ -18,12 +18,12 @@ logger = logging.getLogger(__name__)
 
 
 class PatCallback(TrainerCallback):
-    """Drive the mask and the regularisers of a PAT adapter from a trainer's optimizer steps.
+    """Drive the mask, the gates and the regularisers of a PAT adapter from a trainer's optimizer steps.
 
-    At train begin it calibrates the rotation if nobody has (from `PatConfig.calibration`, else from the first training
-    examples); at every step it sets the mask's schedule (paper, eq. 6-8); before every optimizer step it adds the
-    gradients of both regularisers once (eq. 9 and 11), after gradient clipping and outside the logged loss. It never
-    stops a run and never compacts.
+    At train begin it calibrates rotation and order of the channels if nobody has (from `PatConfig.calibration`, else
+    from a sample of the training examples); at every step it sets the schedule (paper, eq. 6-8), and refits the MLPs
+    when their gates become hard; before every optimizer step it adds the gradients of both regularisers once (eq. 9 and
+    11), after gradient clipping and outside the logged loss. It never stops a run and never compacts.
 
     Regulariser values are written to `state.log_history` beside the trainer's logs, and added to the logs themselves,
     so that every callback after this one shows them: the console's (the trainer adds it last) and whatever follows in

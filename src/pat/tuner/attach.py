@@ -1,4 +1,4 @@
-"""Hang mask and operators of one adapter into a model that peft has put LoRA on."""
+"""Hang mask, gates and operators of one adapter into a model that peft has put LoRA on."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from pat.tuner.layer import GATE_NAME, MASK_NAME, OPERATOR_NAME, GateLayer, HsmL
 from pat.tuner.prepare import AttachmentPlan
 
 
-def add_mask_and_operators(
+def add_pruning_layers(
     model: nn.Module, adapter_name: str, config: PatConfig, plan: AttachmentPlan, *, empty: bool
 ) -> None:
-    """Add an adapter's mask beside the embedding and its operators beside the writers, and hook them.
+    """Add an adapter's mask beside the embedding, its gates and operators beside the writers, and hook them.
+
+    Gates are there if MLPs are cut, operators if the hidden size is.
 
     Args:
         model: the base model with peft's layers in it.

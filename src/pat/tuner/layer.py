@@ -1,8 +1,8 @@
-"""Layers PAT hangs into a model: the shared mask, and one operator per writer, acting through forward hooks.
+"""Layers PAT hangs into a model: the shared mask, operators and gates beside the writers, acting through hooks.
 
 Hooks leave the writers themselves to LoRA (or to nothing: operators sit on every writer whatever LoRA targets), cover
 embeddings, MoE blocks and `modules_to_save` alike, and keep every parameter name of the base model as it is.
-Both layers are `BaseTunerLayer`s, so that peft itself switches, freezes, deletes and saves their adapters.
+All layers are `BaseTunerLayer`s, so that peft itself switches, freezes, deletes and saves their adapters.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class MaskedModel:
     mask: UnifiedMask
     operators: Mapping[str, Operator]
     cuts: Mapping[str, InnerCut]
-    """What stays of the space inside a branch, by the path of its writer."""
+    """Cuts of the spaces inside branches, by the path of the branch's writer."""
     final_gain: Tensor
     """Gain of the final norm as stored in the base, `(d,)`."""
     untie: bool

@@ -1,4 +1,4 @@
-"""The PAT tuner: LoRA with operators behind every writer of the residual stream and one shared mask."""
+"""The PAT tuner: LoRA, with the mask and operators of the residual stream and the gates of the MLPs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pat.surgery.dense import build_dense
 from pat.surgery.precision import to_float64
 from pat.surgery.residual import ResidualStream
 from pat.surgery.rotation import ChannelOrder
-from pat.tuner.attach import add_mask_and_operators
+from pat.tuner.attach import add_pruning_layers
 from pat.tuner.calibration import choose_channels
 from pat.tuner.compaction import Compacted, compact
 from pat.tuner.config import PatConfig
@@ -46,11 +46,11 @@ class PatModel(LoraModel):
     saving and loading are peft's own. The base model is never modified while an adapter is on it.
 
     Raises:
-        PatError: on attaching, if the model's family is not supported, the width is illegal, or the adapter does not
+        PatError: on attaching, if the model's family is not supported, a size is illegal, or the adapter does not
             belong to this base model.
     """
 
-    # peft's switches then reach the mask and the operators as well as LoRA's layers.
+    # peft's switches then reach mask, gates and operators as well as LoRA's layers.
     tuner_layer_cls = BaseTunerLayer  # type: ignore[assignment]
 
     residual_stream: ResidualStream | None = None
@@ -59,7 +59,7 @@ class PatModel(LoraModel):
     # -- attaching ---------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Attach an adapter: LoRA by peft, then the operators and the mask."""
+        """Attach an adapter: LoRA by peft, then mask, gates and operators."""
         # What is filled in belongs to this adapter: the user's object can be used for another one.
         config = self.peft_config[adapter_name] = copy.deepcopy(self.pat_config(adapter_name))
         plan = plan_attachment(model, config, known_stream=self.residual_stream)
@@ -69,7 +69,7 @@ class PatModel(LoraModel):
         config.resolved_from = config.asked()  # as peft leaves them
         # peft says it as an option or, for the first adapter, by a context that empties new parameters.
         empty = bool(kwargs.get("low_cpu_mem_usage")) or new_parameters_are_empty()
-        add_mask_and_operators(model, adapter_name, config, plan, empty=empty)
+        add_pruning_layers(model, adapter_name, config, plan, empty=empty)
         for layer in self._sparsification_layers():
             layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 

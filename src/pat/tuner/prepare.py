@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -22,14 +22,17 @@ from pat.surgery.describe import check_tie, map_of
 from pat.surgery.residual import ResidualStream
 from pat.surgery.rotation import gain_block
 from pat.tuner.config import PatConfig
+from pat.tuner.options import PatOptions
 from pat.widths import Width
 
 logger = logging.getLogger(__name__)
 
+_DEFAULTS = {field.name: field.default for field in fields(PatOptions)}
+
 
 @dataclass(frozen=True)
 class AttachmentPlan:
-    """What is attached to a model for an adapter."""
+    """Everything that attaching an adapter to a model has to know."""
 
     stream: ResidualStream
     shape: Shape
@@ -79,6 +82,7 @@ def plan_attachment(
     tied = shares_head and not config.untie_word_embeddings
     rotation = config.resolved_rotation if config.is_resolved else None
     if rotation is None:  # a new adapter, not a loaded one
+        _warn_of_idle_options(config, shape)
         rotation = _resolve_rotation(model, config, stream, shape, tied=tied)
         config.base_shape, config.base_quantization = _shape_of(base_config, family), quantization_of(base_config)
         config.resolved_width = {"hidden_size": shape.hidden.pruned_hidden_size}
@@ -86,6 +90,20 @@ def plan_attachment(
             config.resolved_width["intermediate_size"] = shape.pruned_intermediate_size
         config.resolved_rotation = rotation
     return AttachmentPlan(stream, shape, rotation, tied)
+
+
+def _warn_of_idle_options(config: PatConfig, shape: Shape) -> None:
+    """Say which options that were given do nothing, because their axis is not cut or a size comes before them."""
+    for is_cut, axis, names in (
+        (shape.cuts_hidden, "hidden size is", ("operator_rank", "operator_lr_multiplier", "calibration_tokens")),
+        (shape.cuts_mlp, "MLPs are", ("refit", "refit_tokens")),
+    ):
+        if given := [name for name in names if not is_cut and getattr(config, name) != _DEFAULTS[name]]:
+            logger.warning("These options have no effect, since the %s not cut: %s.", axis, ", ".join(given))
+    sizes = {"hidden": config.pruned_hidden_size, "mlp": config.pruned_intermediate_size}
+    named = [axis for axis, size in sizes.items() if size is not None]
+    if named and config.axes != ["auto"] and set(named) != set(config.axes):
+        logger.warning("axes=%s has no effect beside the sizes that were given, which cut %s.", config.axes, named)
 
 
 def check_config(base_config: Any, family: Family, config: PatConfig) -> Shape:

@@ -1,4 +1,4 @@
-"""The channels of the MLPs: which are cut, and what makes up for them, from activations of the base model."""
+"""Choose the channels of the MLPs that are cut, and fit what makes up for them, on activations of the base model."""
 
 from __future__ import annotations
 
@@ -91,11 +91,12 @@ def order_channels(moments: InnerMoments, effective: Callable[[str], Tensor]) ->
     if not moments.gates:
         return
     for path, moment in moments:
-        gate, weight = moments.gates[path], to_float64(effective(f"{path}.weight")).to(moment.device)
+        gate, moment = moments.gates[path], to_float64(moment)
+        weight = to_float64(effective(f"{path}.weight")).to(moment.device)
         if gate.reconstruction is not None:
             score = elimination(moment, weight, gate.num_kept)
         else:
-            score = to_float64(moment).diagonal() * weight.square().sum(0)
+            score = moment.diagonal() * weight.square().sum(0)
         prior = importance_order(score, gate.num_kept).prior
         share_from_first_process(prior)
         gate.set_prior(prior)
@@ -111,9 +112,10 @@ def order_channels(moments: InnerMoments, effective: Callable[[str], Tensor]) ->
 
 def refit(gates: Mapping[str, InnerGate], moments: Iterable[tuple[str, Tensor]]) -> None:
     """Fit the reconstruction of hard gates, given the second moments of what goes into them (and maybe into others)."""
-    for path, moment in moments if gates else ():
-        gates[path].set_reconstruction(reconstruction(moment, gates[path].keep))
-        share_from_first_process(gates[path].reconstruction)
+    for path, moment in moments:
+        if (gate := gates.get(path)) is not None:
+            gate.set_reconstruction(reconstruction(moment, gate.keep))
+            share_from_first_process(gate.reconstruction)
 
 
 def _add(moments: dict[str, Tensor], path: str, rows: Tensor) -> None:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -344,3 +345,24 @@ def test_targets_asked_for_are_kept(targets: Any) -> None:
         "all-linear": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
     }
     assert adapted == expected[str(targets)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"axes": ["mlp"], "calibration_tokens": 99},
+            "the hidden size is not cut: .*calibration_tokens",
+        ),
+        ({"axes": ["hidden"], "refit": False, "refit_tokens": 99}, "the MLPs are not cut: refit, refit_tokens"),
+        ({"axes": ["mlp"], "pruned_hidden_size": 36}, r"axes=\['mlp'\] has no effect beside the sizes"),
+    ],
+)
+def test_options_that_do_nothing_are_said(fields: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture) -> None:
+    attach(build("llama", tied=True), **fields)
+    assert re.search(said, caplog.text)
+
+
+def test_options_that_do_something_are_not_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
+    attach(build("llama", tied=True), axes=["hidden", "mlp"], refit_tokens=99, calibration_tokens=99)
+    assert "no effect" not in caplog.text
