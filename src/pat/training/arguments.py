@@ -13,10 +13,12 @@ import torch
 from trl import ModelConfig, SFTConfig
 
 from pat.errors import PatError
+from pat.loading import load_config
 from pat.options import OptionsParser
 from pat.recipes import recipe_defaults
 from pat.shape import check_request
 from pat.training.options import RunOptions
+from pat.training.precision import bf16_pays_on_cpu
 from pat.tuner.config import PatConfig
 from pat.tuner.options import PatOptions
 
@@ -146,7 +148,7 @@ file, --debug shows tracebacks.\
     def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         """Return what lies between TRL's defaults and what is given: LoRA's, the machine's, the recipe's."""
         lora = {flag: PatConfig.__dataclass_fields__[name].default for name, flag in _LORA.items()}
-        return {**lora, **_machine_defaults(), **recipe_defaults(given.get("recipe", RunOptions.recipe))}
+        return {**lora, **_machine_defaults(given), **recipe_defaults(given.get("recipe", RunOptions.recipe))}
 
     def __post_init__(self) -> None:
         check_request(self.pat)
@@ -194,13 +196,26 @@ def build_arguments(**flags: Any) -> TuneArguments:
     return OptionsParser("pat tune", TuneArguments).build(flags)
 
 
-def _machine_defaults() -> dict[str, Any]:
+def _machine_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return what differs from TRL's defaults by machine.
 
     With an accelerator the base is loaded in its checkpoint's dtype (TRL would load float32, twice the memory).
-    Without one, TRL's bf16 autocast is refused and its recomputing of activations only costs time, and arithmetic in
-    bf16 is many times slower on most CPUs than in float32.
+    Without one, TRL's recomputing of activations only costs time, and arithmetic in bf16 is many times slower on most
+    CPUs than in float32, so that bf16 autocast is taken only where it has been measured to pay.
     """
     if torch.accelerator.is_available():
         return {"dtype": "auto"}
-    return {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "dtype": "float32"}
+    return {"use_cpu": True, "bf16": _bf16_pays(given), "gradient_checkpointing": False, "dtype": "float32"}
+
+
+def _bf16_pays(given: Mapping[str, Any]) -> bool:
+    """Tell whether bf16 autocast pays on this CPU for the model that was given, unless the flags say what is wanted."""
+    name = given.get("model_name_or_path")
+    if name is None or given.keys() & {"bf16", "fp16", "dtype"}:
+        return False
+    try:
+        config, family = load_config(str(name), revision=given.get("model_revision"))
+    except PatError:
+        return False  # said where the run is checked
+    sizes = getattr(config, family.hidden_size_field), getattr(config, "intermediate_size", None)
+    return bf16_pays_on_cpu(sizes[0], sizes[1] or sizes[0])

@@ -110,12 +110,13 @@ def announce(arguments: TuneArguments, checked: Checked, data: Prepared, model: 
     rest = "on the small model" if compacts(arguments.run.no_compact, arguments.pat_config()) else "at full width"
     tokens = arguments.pat.refit_tokens or TOKENS_PER_CHANNEL * checked.shape.intermediate_size
     reading = f" Up to {tokens:,} tokens are read first, to choose the MLP channels." if checked.shape.cuts_mlp else ""
+    autocast = " under bf16 autocast" if arguments.sft.bf16 and model.dtype == torch.float32 else ""
     device = str(model.device)
     if (num_devices := torch.cuda.device_count()) > 1 and model.device.type == "cuda":
         device += f", one of {num_devices} GPUs (several take several processes, which `pat tune` does not start)"
     print(
         f"{data.record.describe()} Model: {checked.family.model_type}, {checked.shape.describe()}, "
-        f"{str(model.dtype).removeprefix('torch.')} on {device}; {num_steps:,} steps, "
+        f"{str(model.dtype).removeprefix('torch.')}{autocast} on {device}; {num_steps:,} steps, "
         f"{soft:,} with a soft mask and {num_steps - soft:,} {rest}.{reading}",
         file=sys.stderr,
     )
