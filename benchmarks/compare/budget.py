@@ -14,8 +14,10 @@ from compare.baselines import pat_parameters
 from pat.checkpoint.hollow import hollow_model
 from pat.loading import empty_model, load_config
 from pat.surgery.axes import count_parameters_at
-from pat.surgery.describe import map_of
+from pat.surgery.dense import shrink_config
+from pat.surgery.describe import head_dim, map_of
 from pat.training.arguments import TuneArguments
+from pat.training.check import compacts
 from pat.tuner.config import PatConfig
 from pat.tuner.prepare import check_config
 from pat.widths import choose_width
@@ -97,17 +99,36 @@ def _linears(model: nn.Module, targets: Sequence[str]) -> list[nn.Linear]:
 
 
 def pat_rank(arguments: TuneArguments, num_trainable: int) -> tuple[int, int]:
-    """Return the rank of LoRA with which LoRA, operators and mask come closest to a number of parameters, and theirs.
+    """Return the rank of LoRA with which PAT comes closest to a number of trainable parameters, and PAT's number.
+
+    A run that compacts is counted on the small model, where it takes nearly all of its steps; before the milestone
+    LoRA of that rank is larger by what is cut, and operators and mask are beside it.
 
     Args:
-        arguments: of `pat tune`, with any rank.
-        num_trainable: to come close to, before the milestone.
+        arguments: of `pat tune`, with the sizes of the pruned model and any rank.
+        num_trainable: to come close to.
     """
     name = str(arguments.model.model_name_or_path)
+    base_config, family = load_config(name)
+    if compacts(arguments.run.no_compact, arguments.pat_config()):
+        shape, base = check_config(base_config, family, arguments.pat_config()), empty_model(base_config)
+        small = empty_model(
+            shrink_config(
+                base_config,
+                family,
+                pruned_hidden_size=shape.hidden.pruned_hidden_size,
+                head_dim=head_dim(base),
+                tied=bool(base_config.tie_word_embeddings),
+                pruned_intermediate_size=shape.pruned_intermediate_size if shape.cuts_mlp else None,
+            )
+        )
+        targets, dora = lora_targets(small), bool(arguments.model.use_dora)
+        rank = lora_rank(small, targets, num_trainable, dora=dora)
+        magnitudes = sum(linear.out_features for linear in _linears(small, targets)) if dora else 0
+        return rank, rank * lora_parameters_per_rank(small, targets) + magnitudes
     counts = []
     for rank in (1, 2):
         arguments.model.lora_r = rank
-        base_config, _ = load_config(name)
         model = get_peft_model(hollow_model(base_config, torch.bfloat16, torch.device("cpu")), arguments.pat_config())
         counts.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
     per_rank = counts[1] - counts[0]

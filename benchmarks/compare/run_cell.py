@@ -184,11 +184,11 @@ class _Run:
         budget = self.config.rank * lora_parameters_per_rank(base, lora_targets(base))
         device = arguments.sft.device
         del base
-        rank, num_trainable = pat_rank(arguments, budget)
-        arguments.model.lora_r, arguments.model.lora_alpha = rank, self.alpha(rank)
         target = target_of(self.source, self.cell.ratio)
         for name, size in sizes_within(self.source, target, arguments.pat_config()).items():
             setattr(arguments.pat, name, size)
+        rank, num_trainable = pat_rank(arguments, budget)
+        arguments.model.lora_r, arguments.model.lora_alpha = rank, self.alpha(rank)
         result = run_tune(arguments)
         self.facts |= {
             "rank": rank,
