@@ -34,6 +34,7 @@ from pat.loading import (
 )
 from pat.loading.stored import dtype_of, stored_tensors
 from pat.loading.tokenizer import load_plain_tokenizer
+from pat.loading.trimming import kept_tokens, renumber_specials, trim_embedding
 from pat.paths import expand, looks_local
 from pat.tuner import PatConfig
 from pat.tuner.config import PatType
@@ -113,15 +114,21 @@ def base_of(adapter: str | os.PathLike[str], config: LoraConfig, base_model: str
     return recorded, config.revision
 
 
-def base_config_for(config: LoraConfig, name: str, *, revision: str | None = None) -> tuple[PretrainedConfig, bool]:
-    """Return the configuration of the base that an adapter is put on, and whether its embedding has to grow first.
+def base_config_for(
+    adapter: str | os.PathLike[str], config: LoraConfig, name: str, *, revision: str | None = None
+) -> tuple[PretrainedConfig, bool]:
+    """Return the configuration of the base that an adapter is put on, and whether its embedding has to change first.
 
-    It has to if the adapter trains tokens that were added for it.
+    It has to if the adapter trains tokens that were added for it, or was made for a trimmed vocabulary.
 
     Raises:
         PatError: see `load_config`, or the adapter was made for another base.
     """
     base_config, family = load_config(name, revision=revision)
+    kept = _kept_tokens(adapter, config, name, base_config, revision=revision)
+    if kept is not None:
+        base_config.vocab_size = len(kept)
+        renumber_specials(base_config, kept)
     indices = config.trainable_token_indices or []
     listed = [index for part in (indices.values() if isinstance(indices, dict) else [indices]) for index in part]
     num_stored, base_config.vocab_size = (
@@ -130,7 +137,24 @@ def base_config_for(config: LoraConfig, name: str, *, revision: str | None = Non
     )
     if isinstance(config, PatConfig):
         check_config(base_config, family, config)
-    return base_config, base_config.vocab_size > num_stored
+    return base_config, kept is not None or base_config.vocab_size > num_stored
+
+
+def _kept_tokens(
+    adapter: str | os.PathLike[str],
+    config: LoraConfig,
+    name: str,
+    base_config: PretrainedConfig,
+    *,
+    revision: str | None = None,
+) -> list[int] | None:
+    """Return the ids, in the base, of the trimmed vocabulary that an adapter was made for; None if it was not.
+
+    The adapter's tokenizer is the trimmed one, so that the tokens' names tell the ids.
+    """
+    if not isinstance(config, PatConfig) or config.base_vocab_size != base_config.vocab_size:
+        return None  # a base of another size is refused like any other that does not fit
+    return kept_tokens(load_plain_tokenizer(name, revision=revision), load_plain_tokenizer(str(adapter)))
 
 
 def adapter_tokens(
@@ -167,14 +191,15 @@ def load_hollow(
     """Put a saved adapter on a base model that stays on disk, None if that base or adapter has to be in memory.
 
     That is so for bases that are quantised or not stored as safetensors, for initialisations of LoRA that change the
-    base, and for adapters that carry weights of the base (LoRA on the embedding) or train tokens that it has not.
+    base, for adapters that carry weights of the base (LoRA on the embedding) or train tokens that it has not, and for
+    trimmed vocabularies.
 
     Raises:
         PatError: adapter or base cannot be read, or do not fit each other.
     """
-    base_config, grows = base_config_for(config, name, revision=revision)
+    base_config, changes = base_config_for(adapter, config, name, revision=revision)
     quantised = quantization_of(base_config) is not None or getattr(config, "base_quantization", None) is not None
-    if grows or quantised or config.init_lora_weights not in _INITIALISATIONS:
+    if changes or quantised or config.init_lora_weights not in _INITIALISATIONS:
         return None
     with fitting(name, adapter):
         if _carries_base_weights(adapter):
@@ -219,7 +244,7 @@ def load_adapted(
     """
     config = read_adapter_config(adapter)
     name, revision = base_of(adapter, config, base_model)
-    base_config, _ = base_config_for(config, name, revision=revision)
+    base_config, _ = base_config_for(adapter, config, name, revision=revision)
     quantization = None
     if (
         isinstance(config, PatConfig)
@@ -232,6 +257,8 @@ def load_adapted(
         # On the CPU no map: peft would take one as an invitation to spread the model over what devices there are.
         device_map = None if torch.device(device).type == "cpu" else {"": torch.device(device)}
         base = load_base(name, revision=revision, quantization_config=quantization, device_map=device_map)
+        if (kept := _kept_tokens(adapter, config, name, base.config, revision=revision)) is not None:
+            trim_embedding(base, kept)
         grow_embedding(base, base_config.vocab_size)
         model = PeftModel.from_pretrained(base, folder)
         check_complete(model, adapter)

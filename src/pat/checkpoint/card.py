@@ -25,6 +25,9 @@ class Pruning:
     intermediate_size: int | None = None
     """MLP channels of the base model; None where they are not cut."""
     pruned_intermediate_size: int | None = None
+    vocab_size: int | None = None
+    """Vocabulary size of the base model; None where it is not trimmed."""
+    pruned_vocab_size: int | None = None
     num_parameters_base: int
     rotation: str
     mask: str
@@ -35,6 +38,8 @@ class Pruning:
         cuts = {"hidden size": (self.hidden_size, self.pruned_hidden_size)}
         if self.intermediate_size is not None and self.pruned_intermediate_size is not None:
             cuts["MLP channels"] = (self.intermediate_size, self.pruned_intermediate_size)
+        if self.vocab_size is not None and self.pruned_vocab_size is not None:
+            cuts["vocabulary"] = (self.vocab_size, self.pruned_vocab_size)
         return ", ".join(f"{name} {before} becomes {after}" for name, (before, after) in cuts.items() if after < before)
 
 

@@ -70,7 +70,9 @@ def write_compact(
 
 def save_adapter(model: PeftModel, folder: Path, tokens: TokenSetup) -> None:
     """Write an adapter with what else belongs to its run: tokenizer, chat template, generation config."""
-    model.save_pretrained(str(folder))
+    # The embedding is the base's: where the vocabulary was trimmed, its tokenizer says which rows are left.
+    trimmed = getattr(model.active_peft_config, "base_vocab_size", None) is not None
+    model.save_pretrained(str(folder), save_embedding_layers=False if trimmed else "auto")
     (folder / "README.md").unlink(missing_ok=True)  # peft's form, with nothing filled in
     tokens.save(folder)
     make_readable(folder)

@@ -109,7 +109,7 @@ def _merge(options: MergeOptions, warnings: list[str], *, progress: bool) -> Mer
     config = read_adapter_config(adapter)
     _point_to_the_last_adapter(adapter)
     name, revision = base_of(adapter, config, options.base_model)
-    base_config, _ = base_config_for(config, name, revision=revision)
+    base_config, _ = base_config_for(adapter, config, name, revision=revision)
     check_quantization(base_config)
     tokens = adapter_tokens(adapter, name, base_config, revision=revision)
     large = count_parameters(base_config) >= LARGE_MODEL

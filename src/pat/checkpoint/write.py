@@ -160,12 +160,17 @@ def pruning_of(tuner: PatModel) -> Pruning:
     """Return what merging or compacting the active adapter cuts."""
     mask, config, stream = tuner.mask(), tuner.pat_config(), cast(ResidualStream, tuner.residual_stream)
     gate = next(iter(tuner.gates().values()), None)
+    base_config = copy.deepcopy(cast(PreTrainedModel, tuner.model).config)
+    pruned_vocab_size = base_config.vocab_size
+    base_config.vocab_size = config.base_vocab_size or pruned_vocab_size
     return Pruning(
+        vocab_size=config.base_vocab_size,
+        pruned_vocab_size=None if config.base_vocab_size is None else pruned_vocab_size,
         intermediate_size=None if gate is None else gate.size,
         pruned_intermediate_size=None if gate is None else gate.num_kept,
         hidden_size=mask.hidden_size,
         pruned_hidden_size=mask.pruned_hidden_size,
-        num_parameters_base=count_parameters(cast(PreTrainedModel, tuner.model).config, tied=stream.head is None),
+        num_parameters_base=count_parameters(base_config, tied=stream.head is None),
         rotation=config.resolved_rotation or "none",
         mask=config.mask,
         milestone_step=mask.milestone_step,

@@ -78,7 +78,7 @@ def _evaluate(options: EvaluateOptions, warnings: list[str]) -> EvaluationRecord
         config, _ = load_config(name)
         tokenizer = load_tokenizer(name, config=config)
     else:
-        config, _ = base_config_for(adapter, name, revision=revision)
+        config, _ = base_config_for(options.model, adapter, name, revision=revision)
         tokenizer = padded(adapter_tokens(options.model, name, config, revision=revision).tokenizer, config)
     vocabulary = Vocabulary(tokenizer, config.get_text_config().vocab_size)
     content = None if options.text_file is None else read_text(options.text_file)

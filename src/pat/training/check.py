@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 from dataclasses import dataclass, fields
@@ -16,6 +17,7 @@ from pat.families import Family
 from pat.loading import load_config
 from pat.method.schedule import milestone_step
 from pat.shape import DEFAULT_PRUNING_RATIO, LARGE_RATIO, Shape
+from pat.surgery.describe import count_parameters
 from pat.surgery.residual import ResidualStream
 from pat.training.arguments import TuneArguments
 from pat.training.calibration_text import read_calibration
@@ -54,6 +56,7 @@ class Checked:
     """Facts of a run that are known once its arguments, its folder and the base's configuration are checked."""
 
     base_config: Any
+    """Configuration of the base as it is stored."""
     family: Family
     shape: Shape
     resume_from: str | None
@@ -70,9 +73,17 @@ def check(arguments: TuneArguments) -> Checked:
     _warn_of_idle_flags(arguments)
     pat_config = arguments.pat_config()
     base_config, family = load_config(arguments.run.model_name_or_path, revision=arguments.model.model_revision)
-    shape = check_config(base_config, family, pat_config)
-    asked = pat_config.pruning_ratio or DEFAULT_PRUNING_RATIO
     names_a_size = pat_config.pruned_hidden_size is not None or pat_config.pruned_intermediate_size is not None
+    if (size := arguments.run.vocabulary_size) is None:
+        trimmed_config = base_config
+    else:
+        trimmed_config = copy.deepcopy(base_config)
+        trimmed_config.vocab_size = size
+        arguments.pat.pruning_ratio = pat_config.pruning_ratio = _rest_of_budget(
+            pat_config, base_config, trimmed_config, names_a_size=names_a_size
+        )
+    shape = check_config(trimmed_config, family, pat_config)
+    asked = pat_config.pruning_ratio or DEFAULT_PRUNING_RATIO
     if not names_a_size and abs(shape.pruning_ratio - asked) > RATIO_SLACK:
         logger.warning("%.1f %% of the parameters will be cut: %s.", 100 * shape.pruning_ratio, shape.reason)
     if shape.pruning_ratio > LARGE_RATIO:
@@ -83,6 +94,28 @@ def check(arguments: TuneArguments) -> Checked:
     if pat_config.calibration is not None:
         read_calibration(pat_config.calibration)
     return Checked(base_config, family, shape, resume_from)
+
+
+def _rest_of_budget(config: PatConfig, base_config: Any, trimmed_config: Any, *, names_a_size: bool) -> float | None:
+    """Return the share of a model with a trimmed vocabulary that is to be cut, so that the whole budget is met.
+
+    Raises:
+        PatError: the vocabulary is not made smaller, or alone saves as much as the budget asks.
+    """
+    size, whole_size = trimmed_config.vocab_size, base_config.vocab_size
+    if not 0 < size < whole_size:
+        raise PatError(f"Got vocabulary_size={size}; expected a number of tokens below the base's {whole_size}.")
+    if names_a_size:
+        return None
+    whole, trimmed = count_parameters(base_config), count_parameters(trimmed_config)
+    ratio = DEFAULT_PRUNING_RATIO if config.pruning_ratio is None else config.pruning_ratio
+    rest = 1 - (1 - ratio) * whole / trimmed
+    if rest <= 0:
+        raise PatError(
+            f"Got pruning_ratio={ratio:g} with vocabulary_size={size}, but the vocabulary alone saves "
+            f"{1 - trimmed / whole:.1%} of the parameters; keep more tokens, or ask for more."
+        )
+    return rest
 
 
 def check_run(arguments: TuneArguments, checked: Checked, data: Prepared) -> RunFile:
@@ -114,8 +147,10 @@ def announce(arguments: TuneArguments, checked: Checked, data: Prepared, model: 
     device = str(model.device)
     if (num_devices := torch.cuda.device_count()) > 1 and model.device.type == "cuda":
         device += f", one of {num_devices} GPUs (several take several processes, which `pat tune` does not start)"
+    kept = data.vocabulary.kept
+    trimmed = "" if kept is None else f"vocabulary {data.vocabulary.num_untrimmed:,} to {len(kept):,} tokens, "
     print(
-        f"{data.record.describe()} Model: {checked.family.model_type}, {checked.shape.describe()}, "
+        f"{data.record.describe()} Model: {checked.family.model_type}, {trimmed}{checked.shape.describe()}, "
         f"{str(model.dtype).removeprefix('torch.')}{autocast} on {device}; {num_steps:,} steps, "
         f"{soft:,} with a soft mask and {num_steps - soft:,} {rest}.{reading}",
         file=sys.stderr,

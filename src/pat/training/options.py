@@ -29,6 +29,13 @@ class RunOptions:
         default="auto",
         metadata={"help": "How instructions become prompts: 'chat', 'alpaca', or 'auto' (chat if the tokenizer can)."},
     )
+    vocabulary_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Trim the vocabulary to so many tokens (a multiple of 64), those that the training data needs "
+            "most; what it saves counts towards --pruning_ratio. Other text takes more tokens, but can be written."
+        },
+    )
     held_out: str | None = field(
         default=None,
         metadata={

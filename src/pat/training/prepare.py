@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -55,6 +57,8 @@ class Prepared:
     """Rows in the same columns to evaluate on, where the trainer is to evaluate."""
     held_out: Sequence[Example]
     """Examples to measure on, cut like those that are trained on."""
+    held_out_of_base: Sequence[Example] | None
+    """The same examples in the base's tokens, where the vocabulary was trimmed."""
     verify_on: Sequence[dict[str, Tensor]]
     """Batches to compare models on."""
     seconds: float
@@ -107,6 +111,14 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
     apart: Sequence[Any] = []
     if data.held_out_rows is not None:
         apart = encode(data.held_out_rows, replace(encoder, cut=Truncation())).to_list()
+    of_base: list[Example] | None = None
+    if run.vocabulary_size is not None:
+        vocabulary = vocabulary.trimmed(run.vocabulary_size, _count_tokens(rows), base_config)
+        encoder = replace(encoder, tokenizer=vocabulary.tokenizer)
+        rows = encode(data.train_rows, encoder, sft.dataset_num_proc)
+        if data.held_out_rows is not None:
+            again = encode(data.held_out_rows, replace(encoder, cut=Truncation())).to_list()
+            apart, of_base = _whole_in_both(again, apart, cut)
     vocabulary.check(_largest_token(rows))
     vocabulary.check(max((token for row in apart for token in row["input_ids"]), default=0))
     if arguments.pat.calibration is not None:
@@ -132,6 +144,7 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
         train=_packed(kept, sft, cut),
         evaluation=evaluation,
         held_out=held_out,
+        held_out_of_base=of_base,
         verify_on=_verification(held_out or kept, vocabulary, base_config),
         seconds=time.perf_counter() - started,
     )
@@ -169,6 +182,40 @@ def _check_arguments(sft: SFTConfig, data: TrainingData) -> None:
 
 def _largest_token(rows: Dataset) -> int:
     return int(pyarrow.compute.max(pyarrow.compute.list_flatten(rows.data["input_ids"])).as_py())
+
+
+def _count_tokens(rows: Dataset) -> Counter[int]:
+    """Count how often each token occurs in rows of `input_ids`."""
+    counts: Counter[int] = Counter()
+    for batch in rows.with_format("arrow").iter(BATCH_SIZE):
+        tokens = pyarrow.compute.value_counts(pyarrow.compute.list_flatten(batch["input_ids"]))
+        counts.update({token["values"]: token["counts"] for token in tokens.to_pylist()})
+    return counts
+
+
+def _whole_in_both(
+    rows: Sequence[Example], of_base: Sequence[Example], cut: Truncation
+) -> tuple[list[Example], list[Example]]:
+    """Return the held-out rows that are cut in neither vocabulary, so that both are measured on the same text.
+
+    Raises:
+        PatError: none is left.
+    """
+    longest = cut.max_length or math.inf
+    pairs = [
+        (a, b) for a, b in zip(rows, of_base, strict=True) if max(map(len, (a["input_ids"], b["input_ids"]))) <= longest
+    ]
+    if not pairs:
+        raise PatError(f"Got no held-out row that fits within --max_length {cut.max_length}; raise it.")
+    if len(pairs) < len(rows):
+        logger.warning(
+            "%d of %d held-out rows are not measured, since --max_length %s would cut them otherwise in the trimmed "
+            "vocabulary than in the base's.",
+            len(rows) - len(pairs),
+            len(rows),
+            cut.max_length,
+        )
+    return [own for own, _ in pairs], [base for _, base in pairs]
 
 
 def _kept(rows: Dataset, cut: Truncation) -> Dataset:

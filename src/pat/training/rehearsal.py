@@ -108,7 +108,7 @@ def _attached(arguments: TuneArguments, data: Prepared, config: Any, shape: Shap
                 target_parameters=None,
                 modules_to_save=kept or None,
             )
-        return cast(PeftModel, get_peft_model(model, data.vocabulary.train_added(pat_config, config)))
+        return cast(PeftModel, get_peft_model(model, data.vocabulary.note(pat_config, config)))
 
 
 def _check_names(arguments: TuneArguments, base: PreTrainedModel) -> None:

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from pat.checkpoint.card import Compaction, Cut
 from pat.checkpoint.verify import Parity
-from pat.nll import NLL, response_nll
+from pat.nll import IGNORED, Example, response_nll
 from pat.report.progress import progress_bar
 from pat.report.records import Record
 from pat.surgery.describe import count_parameters
@@ -54,12 +54,12 @@ class Size:
 class ModelFigures(Size):
     """Size (of the weights as they are stored in a checkpoint) and held-out likelihood of one model of a run."""
 
-    held_out_nll: float | None
-    """Mean loss of a response token, in nats; None without held-out data."""
-    held_out_standard_error: float | None
+    held_out_nll: float | None = None
+    """Mean loss of a response token of the base's own vocabulary, in nats; None without held-out data."""
+    held_out_standard_error: float | None = None
     """Standard error of that mean over rows; see `NLL`."""
-    num_held_out_tokens: int
-    tokens_per_second: float | None
+    num_held_out_tokens: int = 0
+    tokens_per_second: float | None = None
     """Number of held-out tokens, without padding, that a forward pass takes in a second."""
 
 
@@ -127,23 +127,31 @@ def measure(model: nn.Module, data: Prepared, stage: str, size: Size, *, progres
 
     The size is given, because quantised storage holds several weights in one element.
     """
-    nll: NLL | None = None
-    speed: float | None = None
-    if data.held_out:
-        pad_token_id = cast(int, data.vocabulary.tokenizer.pad_token_id)
-        with progress_bar(f"Scoring {stage}", "batch", shown=progress) as bar:
-            start = time.perf_counter()
-            nll = response_nll(
-                model, data.held_out, batch_size=EVAL_BATCH_SIZE, pad_token_id=pad_token_id, progress=bar
-            )
-            speed = sum(len(example["input_ids"]) for example in data.held_out) / (time.perf_counter() - start)
+    examples, of_base = data.held_out, data.held_out_of_base
+    if not examples:
+        return ModelFigures(**asdict(size))
+    if of_base is not None and stage == "base":
+        examples = of_base
+    pad_token_id = 0 if examples is of_base else cast(int, data.vocabulary.tokenizer.pad_token_id)  # padding is masked
+    with progress_bar(f"Scoring {stage}", "batch", shown=progress) as bar:
+        start = time.perf_counter()
+        nll = response_nll(model, examples, batch_size=EVAL_BATCH_SIZE, pad_token_id=pad_token_id, progress=bar)
+        speed = sum(len(example["input_ids"]) for example in examples) / (time.perf_counter() - start)
+    # One unit for all models of a run: other tokens of the same text are so many of the base's.
+    num_tokens = nll.num_tokens if of_base is None else sum(map(_num_scored, of_base))
+    per_token = nll.num_tokens / num_tokens
     return ModelFigures(
         **asdict(size),
-        held_out_nll=None if nll is None else nll.nll,
-        held_out_standard_error=None if nll is None else nll.standard_error,
-        num_held_out_tokens=0 if nll is None else nll.num_tokens,
+        held_out_nll=nll.nll * per_token,
+        held_out_standard_error=None if nll.standard_error is None else nll.standard_error * per_token,
+        num_held_out_tokens=num_tokens,
         tokens_per_second=speed,
     )
+
+
+def _num_scored(example: Example) -> int:
+    """Return the number of tokens of an example that `response_nll` scores."""
+    return sum(label != IGNORED for label in example["labels"][1:])
 
 
 def warn_of_losses(figures: Mapping[str, ModelFigures], vocab_size: int) -> None:

@@ -115,7 +115,7 @@ class Stages:
                     "resume from a checkpoint of stage one."
                 )
             return self._resume_compact(resume_from)
-        pat_config = self.data.vocabulary.train_added(self.arguments.pat_config(), cast(PreTrainedModel, base).config)
+        pat_config = self.data.vocabulary.note(self.arguments.pat_config(), cast(PreTrainedModel, base).config)
         revision = self.arguments.model.model_revision
         model = cast(PeftModel, get_peft_model(cast(PreTrainedModel, base), pat_config, revision=revision))
         tuner = cast(PatModel, find_tuner(model))

@@ -49,7 +49,7 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
         checked = check(arguments)
         data = prepare(arguments, checked.base_config)
         run = check_run(arguments, checked, data)
-        num_steps = rehearse(arguments, data, checked.base_config, checked.family)
+        num_steps = rehearse(arguments, data, data.vocabulary.config_of(checked.base_config), checked.family)
         repository = open_repository(arguments)
 
         base = _load(arguments, data)
@@ -59,7 +59,8 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
         stored = stored_dtype(checked.base_config, revision=arguments.model.model_revision) or dtype
         size = Size.of(checked.base_config, stored)
         figures = {"base": measure(base, data, "base", size, progress=shown)}
-        tokens = _tokens(arguments, data, base, checked.base_config)
+        data.vocabulary.fit(base)
+        tokens = _tokens(arguments, data, base, data.vocabulary.config_of(checked.base_config))
         stages = Stages(arguments, data, tokens, run, num_steps, base)
         del base  # nobody else may hold it, or it stays in memory beside the small model
         trained = stages.run(checked.resume_from)
@@ -132,7 +133,7 @@ def _facts(arguments: TuneArguments, data: Prepared, trained: Trained) -> dict[s
 
 
 def _load(arguments: TuneArguments, data: Prepared) -> PreTrainedModel:
-    """Load the base onto the trainer's device, quantised if asked for, with the embeddings that the data needs."""
+    """Load the base onto the trainer's device, quantised if asked for, with embeddings for tokens that were added."""
     options, sft = arguments.model, arguments.sft
     quantization = get_quantization_config(options)
     set_seed(sft.seed)
@@ -148,7 +149,8 @@ def _load(arguments: TuneArguments, data: Prepared) -> PreTrainedModel:
     else:
         checkpointing = bool(sft.gradient_checkpointing)
         base = cast(PreTrainedModel, prepare_model_for_kbit_training(base, use_gradient_checkpointing=checkpointing))
-    data.vocabulary.fit(base)
+    if data.vocabulary.kept is None:  # else it is measured whole before
+        data.vocabulary.fit(base)
     return base
 
 

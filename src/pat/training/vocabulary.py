@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,6 +12,7 @@ from pat.errors import PatError
 from pat.families import get_family
 from pat.loading import check_special_ids, grow_embedding, grown_rows, padded
 from pat.loading.tokenizer import load_plain_tokenizer
+from pat.loading.trimming import choose_tokens, renumber_specials, trim_embedding, trim_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +31,43 @@ class Vocabulary:
     """Tokens that another tokenizer brought along with its chat template."""
     written: PreTrainedTokenizerBase | None = None
     """The tokenizer as it is to be written, without a padding token that was only needed here."""
+    kept: Sequence[int] | None = None
+    """Ids, in the base, of the tokens of a trimmed vocabulary; None where it is whole."""
+    num_untrimmed: int | None = None
+    """Rows of the base's embedding, where the vocabulary is trimmed."""
+
+    def trimmed(self, size: int, counts: Mapping[int, int], base_config: PretrainedConfig) -> Vocabulary:
+        """Return the vocabulary of as many tokens, see `choose_tokens`.
+
+        Raises:
+            PatError: the tokenizer cannot be trimmed to that size, or tokens were added to it for this run.
+        """
+        if self.added:
+            raise PatError(
+                "Got vocabulary_size beside a chat_template_path that brings tokens along; give the base these tokens "
+                "first, and save it."
+            )
+        written = self.written or self.tokenizer
+        kept = choose_tokens(written, counts, size)
+        small = trim_tokenizer(written, kept)
+        config = copy.deepcopy(base_config)
+        renumber_specials(config.get_text_config(), kept)
+        return Vocabulary(
+            padded(small, config),
+            size,
+            written=small,
+            kept=kept,
+            num_untrimmed=base_config.get_text_config().vocab_size,
+        )
+
+    def config_of(self, base_config: PretrainedConfig) -> PretrainedConfig:
+        """Return the base's configuration as it is with this vocabulary."""
+        if self.kept is None:
+            return base_config
+        config = copy.deepcopy(base_config)
+        config.vocab_size = len(self.kept)
+        renumber_specials(config, self.kept)
+        return config
 
     def check(self, largest: int) -> None:
         """Check that the model has an embedding for the tokens that occur, up to the largest, and the special ones.
@@ -45,15 +84,21 @@ class Vocabulary:
             )
 
     def fit(self, model: PreTrainedModel) -> None:
-        """Give a base model the embeddings and the end token of a tokenizer with added tokens."""
+        """Give a base model the embeddings and the end token of a tokenizer that was trimmed, or has added tokens."""
+        if self.kept is not None and model.config.vocab_size > len(self.kept):
+            trim_embedding(model, self.kept)
         grow_embedding(model, self.num_embeddings)
         if self.added:
             for config in (model.config.get_text_config(), model.generation_config):
                 if config is not None:
                     config.eos_token_id = self.tokenizer.eos_token_id
 
-    def train_added(self, config: PatConfig, base_config: PretrainedConfig) -> PatConfig:
-        """Have the added tokens trained, in both stages: like TRL does with an adapter that it makes itself."""
+    def note(self, config: PatConfig, base_config: PretrainedConfig) -> PatConfig:
+        """Note in an adapter's configuration that the vocabulary was trimmed, and have added tokens trained.
+
+        They are trained in both stages, like TRL does with an adapter that it makes itself.
+        """
+        config.base_vocab_size = self.num_untrimmed
         if self.added:
             given = cast(list[int], config.trainable_token_indices or [])
             config.trainable_token_indices = sorted({*given, *self.added})

@@ -59,6 +59,10 @@ class PatConfig(PatOptions, LoraConfig):
     base_shape: dict[str, Any] | None = field(
         default=None, metadata={"help": "Filled in: shape of the base model the adapter belongs to."}
     )
+    base_vocab_size: int | None = field(
+        default=None,
+        metadata={"help": "Filled in: vocabulary size of the base, where it was trimmed before the adapter was made."},
+    )
     base_quantization: dict[str, Any] | None = field(
         default=None, metadata={"help": "Filled in: how the base model was quantised when the adapter was made."}
     )
