@@ -17,3 +17,8 @@ def to_float64(tensor: Tensor) -> Tensor:
 def lift(tensor: Tensor, precision: torch.dtype) -> Tensor:
     """Return a tensor in a precision, see `to_float64` for where it then lies."""
     return to_float64(tensor) if precision == torch.float64 else tensor.to(precision)
+
+
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    """Return a context in which operations on a tensor's device keep the precision that they are given."""
+    return torch.autocast(tensor.device.type, enabled=False)

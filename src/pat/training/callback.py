@@ -90,7 +90,8 @@ class PatCallback(TrainerCallback):
                 kind,
             )
         if tuner.needs_calibration(self._adapter):
-            order = tuner.calibrate(self._calibration(tuner, kwargs), self._adapter)
+            with _autocast(args, tuner):
+                order = tuner.calibrate(self._calibration(tuner, kwargs), self._adapter)
             if order is not None:
                 logger.info(
                     "Calibrated rotation (%s): the kept channels hold %.1f %% of the stream's energy, %d are pinned.",
@@ -100,14 +101,14 @@ class PatCallback(TrainerCallback):
                 )
                 figures = {"pat/calibration_tokens": order.num_tokens, "pat/energy_kept": order.energy_kept}
                 state.log_history.append(figures | {"step": state.global_step})
-        self._move(tuner, state, kwargs)
+        self._move(args, tuner, state, kwargs)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Set the mask for the step that begins; a best checkpoint is only picked among those that can be merged."""
         tuner = self._tuner(kwargs["model"])
-        self._move(tuner, state, kwargs)
+        self._move(args, tuner, state, kwargs)
         if not tuner.mask(self._adapter).hardened:
             state.best_metric = state.best_model_checkpoint = None
 
@@ -127,7 +128,7 @@ class PatCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the mask on, so that what is evaluated or saved now is the model of the next step."""
-        self._move(self._tuner(kwargs["model"]), state, kwargs)
+        self._move(args, self._tuner(kwargs["model"]), state, kwargs)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log the regularisers apart from the task's loss."""
@@ -143,11 +144,12 @@ class PatCallback(TrainerCallback):
         logs.update(values)
         state.log_history.append(values | {"step": state.global_step})
 
-    def _move(self, tuner: PatModel, state: TrainerState, kwargs: dict[str, Any]) -> None:
+    def _move(self, args: TrainingArguments, tuner: PatModel, state: TrainerState, kwargs: dict[str, Any]) -> None:
         """Move mask and gates to the trainer's step; if that makes gates hard, refit the writers behind them."""
         tuner.set_step(state.global_step, self._milestone_step, self._adapter)
         if any(gate.awaits_refit for gate in tuner.gates(self._adapter).values()):
-            num_tokens = tuner.refit(self._calibration(tuner, kwargs), self._adapter)
+            with _autocast(args, tuner):
+                num_tokens = tuner.refit(self._calibration(tuner, kwargs), self._adapter)
             state.log_history.append({"pat/refit_tokens": num_tokens, "step": state.global_step})
 
     def _calibration(self, tuner: PatModel, kwargs: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -163,6 +165,12 @@ class PatCallback(TrainerCallback):
                 "before giving it to the trainer, or leave PatCallback out."
             )
         return tuner
+
+
+def _autocast(args: TrainingArguments, tuner: PatModel) -> torch.autocast:
+    """Return the autocast that the trainer runs the model under, for what is measured outside of its steps."""
+    device = next(tuner.model.parameters()).device.type
+    return torch.autocast(device, torch.float16 if args.fp16 else torch.bfloat16, enabled=args.fp16 or args.bf16)
 
 
 def _restore_float32(tuner: PatModel) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, distributed, nn
 from pat.errors import PatError, RunFailed
 from pat.method.basis import UnifiedMask
 from pat.nll import evaluating
-from pat.surgery.precision import to_float64
+from pat.surgery.precision import to_float64, without_autocast
 from pat.surgery.residual import ResidualStream
 from pat.surgery.rotation import ChannelOrder, equalising_factor, gain_block, importance_order, pca_order
 from pat.tuner.config import PatConfig
@@ -72,16 +72,17 @@ def choose_channels(
             statistics.num_tokens,
             enough,
         )
-    if not rotate:
-        order = importance_order(statistics.importance(effective), mask.pruned_hidden_size)
-    elif mask.head_factor is None:
-        order = pca_order(statistics.covariance(), mask.pruned_hidden_size)
-    else:
-        norm = f"{stream.final_norm}.weight"
-        gain = to_float64(effective(norm)) + stream.family.gain_offset
-        block = gain_block(gain, config.gain_tolerance)
-        order = pca_order(statistics.covariance(), mask.pruned_hidden_size, block)
-        order = replace(order, head_factor=equalising_factor(gain, block))
+    with without_autocast(next(model.parameters())):
+        if not rotate:
+            order = importance_order(statistics.importance(effective), mask.pruned_hidden_size)
+        elif mask.head_factor is None:
+            order = pca_order(statistics.covariance(), mask.pruned_hidden_size)
+        else:
+            norm = f"{stream.final_norm}.weight"
+            gain = to_float64(effective(norm)) + stream.family.gain_offset
+            block = gain_block(gain, config.gain_tolerance)
+            order = pca_order(statistics.covariance(), mask.pruned_hidden_size, block)
+            order = replace(order, head_factor=equalising_factor(gain, block))
     num_pinned = int(order.pinned.sum())
     if num_pinned >= mask.pruned_hidden_size:
         raise PatError(
@@ -230,7 +231,8 @@ class _Watch:
 
     def __call__(self, watcher: Callable[[Tensor], None], _module: nn.Module, args: tuple[Any, ...]) -> None:
         rows = args[0].detach().flatten(0, -2)
-        watcher(rows[self.selected.to(rows.device)].float())
+        with without_autocast(rows):  # the model may run under it; moments are of float32
+            watcher(rows[self.selected.to(rows.device)].float())
 
 
 def real_tokens(model: nn.Module, ids: Tensor, given: Mapping[str, Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from pat.errors import RunFailed
 from pat.method.inner import InnerGate
 from pat.surgery.compensate import elimination, reconstruction
-from pat.surgery.precision import to_float64
+from pat.surgery.precision import to_float64, without_autocast
 from pat.surgery.rotation import importance_order
 from pat.tuner.calibration import NOT_FINITE, share_from_first_process, watch_inputs
 
@@ -92,11 +92,12 @@ def order_channels(moments: InnerMoments, effective: Callable[[str], Tensor]) ->
         return
     for path, moment in moments:
         gate, moment = moments.gates[path], to_float64(moment)
-        weight = to_float64(effective(f"{path}.weight")).to(moment.device)
-        if gate.reconstruction is not None:
-            score = elimination(moment, weight, gate.num_kept)
-        else:
-            score = moment.diagonal() * weight.square().sum(0)
+        with without_autocast(moment):
+            weight = to_float64(effective(f"{path}.weight")).to(moment.device)
+            if gate.reconstruction is not None:
+                score = elimination(moment, weight, gate.num_kept)
+            else:
+                score = moment.diagonal() * weight.square().sum(0)
         prior = importance_order(score, gate.num_kept).prior
         share_from_first_process(prior)
         gate.set_prior(prior)
@@ -114,7 +115,8 @@ def refit(gates: Mapping[str, InnerGate], moments: Iterable[tuple[str, Tensor]])
     """Fit the reconstruction of hard gates, given the second moments of what goes into them (and maybe into others)."""
     for path, moment in moments:
         if (gate := gates.get(path)) is not None:
-            gate.set_reconstruction(reconstruction(moment, gate.keep))
+            with without_autocast(moment):
+                gate.set_reconstruction(reconstruction(moment, gate.keep))
             share_from_first_process(gate.reconstruction)
 
 

@@ -304,7 +304,7 @@ def test_the_template_is_taken_over_before_anything_is_tokenised(form: str, tmp_
     assert ours.config.eos_token_id == theirs.config.eos_token_id == ours.generation_config.eos_token_id
     for tied, saved in ((True, None), (False, ["lm_head"])):
         base_config = LlamaConfig(tie_word_embeddings=tied)
-        config = vocabulary.train_added(PatConfig(trainable_token_indices=[5]), base_config)
+        config = vocabulary.note(PatConfig(trainable_token_indices=[5]), base_config)
         assert (config.trainable_token_indices, config.modules_to_save) == ([5, added[0]], saved)
 
 

@@ -136,3 +136,19 @@ def test_a_merge_without_the_refit_that_was_asked_for_is_refused() -> None:
 def test_little_text_is_said(caplog: pytest.LogCaptureFixture) -> None:
     gated().calibrate([batch(seed=0, batch_size=1)])
     assert "stand on" in caplog.text and "refit_tokens=1152" in caplog.text
+
+
+def test_under_autocast_the_model_alone_computes_in_bfloat16() -> None:
+    """The moments are those of the coarse activations, to float32; a product in bfloat16 would be off by 1e-3."""
+    tuner, seen = gated(), dict[str, list[Tensor]]()
+    for path in tuner.gates():
+        module = tuner.model.get_submodule(path)
+        module.register_forward_pre_hook(lambda _, args, path=path: seen.setdefault(path, []).append(args[0].detach()))
+    with torch.autocast("cpu", torch.bfloat16):
+        tuner.calibrate(DATA)
+    assert tuner._moments is not None
+    mask = torch.cat([inputs["attention_mask"].bool().flatten() for inputs in DATA])
+    for path, moment in tuner._moments["default"]:
+        assert {rows.dtype for rows in seen[path]} == {torch.bfloat16}
+        a = torch.cat([rows.flatten(0, -2) for rows in seen[path]])[mask].double()
+        torch.testing.assert_close(moment.double(), a.mT @ a, rtol=1e-5, atol=1e-5)
