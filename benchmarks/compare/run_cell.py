@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +31,7 @@ from compare.budget import (
 from compare.cells import Cell, short_name
 from compare.config import CompareConfig
 from compare.data import DataFiles, data_files, draw_calibration
+from compare.distill import WEIGHT, DistillingTrainer
 from compare.methods import METHODS, TUNED
 from compare.tokens import tokenize_examples
 from pat.errors import Diverged, ParityMissed, PatError
@@ -51,7 +53,7 @@ def run_cell(config: CompareConfig, cell: Cell, tuned: Path | None) -> dict[str,
     Args:
         config: of the comparison; its data are prepared.
         cell: what to run.
-        tuned: where LoRA's tuned model lies (FT→P), or goes (LoRA itself, None if nobody needs it).
+        tuned: where LoRA's tuned model lies (to be pruned, or to teach) or goes (LoRA itself; None if nobody needs it).
     """
     run = _Run(config, cell, tuned)
     started = time.perf_counter()
@@ -96,12 +98,10 @@ class _Run:
                 self._keep(model, self.tuned)
             return model
         if order == "FT→P":
-            assert self.tuned is not None
-            if not self.tuned.is_dir():  # the runner sees to it that only a model that diverged is not there
-                raise Diverged("LoRA's model, which was to be pruned, diverged.")
             del base
-            return self._prune(self._load(str(self.tuned), arguments), arguments)
-        return self._tune(self._prune(base, arguments), arguments, targets, budget)
+            return self._prune(self._load_tuned(arguments), arguments)
+        teacher = self._load_tuned(arguments) if self.method.has_teacher else None
+        return self._tune(self._prune(base, arguments), arguments, targets, budget, teacher)
 
     def measure(self, model: nn.Module) -> None:
         """Note the sizes, losses and accuracies of a dense model."""
@@ -167,6 +167,8 @@ class _Run:
             "report_to": "none",
             "save_strategy": "no",
         }
+        if config.bf16 is not None:
+            flags["bf16"] = config.bf16
         if self.method.order == "PAT":
             flags |= {"pruning_ratio": cell.ratio, **self.method.flags}
             if self.method.of_paper:
@@ -178,6 +180,12 @@ class _Run:
     def _load(self, name: str, arguments: TuneArguments) -> nn.Module:
         base: Any = load_base(name, dtype=arguments.model.dtype)
         return cast(nn.Module, base.to(arguments.sft.device))
+
+    def _load_tuned(self, arguments: TuneArguments) -> nn.Module:
+        assert self.tuned is not None
+        if not self.tuned.is_dir():  # the runner sees to it that only a model that diverged is not there
+            raise Diverged("LoRA's model, which was to be pruned or to teach, diverged.")
+        return self._load(str(self.tuned), arguments)
 
     def _pat(self, arguments: TuneArguments) -> nn.Module:
         base = self._load(self.source, arguments)
@@ -206,7 +214,14 @@ class _Run:
         shutil.rmtree(self.folder)
         return cast(nn.Module, dense.to(device))
 
-    def _tune(self, model: nn.Module, arguments: TuneArguments, targets: list[str], budget: int) -> nn.Module:
+    def _tune(
+        self,
+        model: nn.Module,
+        arguments: TuneArguments,
+        targets: list[str],
+        budget: int,
+        teacher: nn.Module | None = None,
+    ) -> nn.Module:
         rank = lora_rank(model, targets, budget, dora=bool(arguments.model.use_dora))
         set_seed(self.cell.seed)
         adapter = LoraConfig(
@@ -225,7 +240,10 @@ class _Run:
             "trainable_budget": budget,
         }
         data = load_training_data(self.files.train, tokenizer=self.tokenizer, held_out=0)
-        trainer = SFTTrainer(
+        make: Any = SFTTrainer
+        if teacher is not None:
+            make = partial(DistillingTrainer, teacher=teacher, weight=self.config.distill_weight or WEIGHT)
+        trainer = make(
             model=cast(Any, peft_model),
             args=arguments.sft,
             train_dataset=data.train,

@@ -16,11 +16,12 @@ from .budget import num_parameters
 from .calibration import describe
 from .channels import cut_channels, keep_largest, keep_random, magnitude_scores
 from .llm_pruner import check_prunable, llm_pruner
+from .minitron import minitron, num_channels
 from .slicegpt import check_sliceable, choose_sliced_width, slice_model
 
-METHODS = ("llm_pruner", "slicegpt", "magnitude", "random")
+METHODS = ("llm_pruner", "slicegpt", "minitron", "magnitude", "random")
 
-CALIBRATED = ("llm_pruner", "slicegpt")
+CALIBRATED = ("llm_pruner", "slicegpt", "minitron")
 """Those that look at text; the others need no calibration."""
 
 
@@ -53,6 +54,8 @@ def check(method: str, model: PreTrainedModel) -> None:
         check_prunable(model, family)
     if method == "slicegpt":
         check_sliceable(family)
+    if method == "minitron":
+        num_channels(model, num_parameters(model))
 
 
 def prune(
@@ -70,7 +73,8 @@ def prune(
         method: which baseline.
         model: a dense causal language model without adapters, of a family that PAT supports.
         target_parameters: size of the result in parameters, see `pat_parameters`. "llm_pruner" and "slicegpt" take the
-            setting that comes nearest; "magnitude" and "random" have no choice but PAT's width.
+            setting that comes nearest, "minitron" the nearest from below, as PAT does; "magnitude" and "random" have
+            no choice but PAT's width.
         pruned_hidden_size: PAT's width d', the width of "magnitude" and "random".
         calibration: token sequences `(T,)`, see `calibration_sequences`; empty but for `CALIBRATED`.
         seed: of "random".
@@ -100,6 +104,13 @@ def _prune(
             f"heads, {shape.intermediate_size} of {base.intermediate_size} MLP channels; {describe(calibration)}."
         )
         return Pruned(pruned, num_parameters(pruned), description)
+    if method == "minitron":
+        narrow, channels = minitron(model, calibration, target_parameters=target_parameters)
+        description = (
+            f"Minitron's criterion (mean absolute activation, every layer alike): {channels} of "
+            f"{model.config.intermediate_size} MLP channels; {describe(calibration)}."
+        )
+        return Pruned(narrow, num_parameters(narrow), description)
     hidden_size = getattr(model.config, get_family(model.config.model_type).hidden_size_field)
     if method == "slicegpt":
         sliced = slice_model(model, calibration, width=choose_sliced_width(model, target_parameters))
