@@ -60,6 +60,7 @@ METHODS: dict[str, Method] = {
     "slicegpt_after": Method("SliceGPT", "FT→P", baseline="slicegpt"),
     "minitron": Method("Minitron", "P→FT", baseline="minitron", has_teacher=True),
     "minitron_ce": Method("Minitron, no teacher", "P→FT", baseline="minitron"),
+    "shortgpt": Method("ShortGPT", "P→FT", baseline="shortgpt"),
     "magnitude": Method("Magnitude channels", "P→FT", baseline="magnitude"),
     "random": Method("Random channels", "P→FT", baseline="random"),
     "pat": Method("PAT", "PAT"),
