@@ -40,11 +40,10 @@ class Cell:
     def describe(self) -> str:
         """Say it in a few words."""
         method = METHODS[self.method]
-        order = f" ({method.order})" if method.order in ("P→FT", "FT→P") else ""
         ratio = f", {self.ratio:.1%}" if method.prunes else ""
         rate = f", learning rate {self.learning_rate:g}" if self.learning_rate else ""
         kind = "search, " if self.search else ""
-        return f"{self.model}: {kind}{method.label}{order}{ratio}, seed {self.seed}{rate}"
+        return f"{self.model}: {kind}{method.name_with_order}{ratio}, seed {self.seed}{rate}"
 
 
 def short_name(model: str) -> str:

@@ -86,6 +86,13 @@ class CompareConfig:
         metadata={"help": "How instructions become prompts.", "choices": ("alpaca", "chat", "auto")},
     )
     rows: int | None = field(default=None, metadata={"help": "Largest number of rows of the data to train on."})
+    eval_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps between measurements of the validation NLL while a method trains, for `curves.png`; "
+            "by default there are none."
+        },
+    )
     held_out: int = field(default=400, metadata={"help": "Rows to report on."})
     validation: int = field(default=100, metadata={"help": "Rows to choose learning rates by."})
     tasks: list[str] | None = field(

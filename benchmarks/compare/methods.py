@@ -40,6 +40,11 @@ class Method:
         return self.order in ("P→FT", "FT→P", "PAT")
 
     @property
+    def name_with_order(self) -> str:
+        """Its label, and the order where a method is there in several."""
+        return self.label + (f" ({self.order})" if self.order in ("P→FT", "FT→P") else "")
+
+    @property
     def trains(self) -> bool:
         """Whether there is a learning rate of its own to be searched."""
         return self.order in ("FT", "P→FT", "PAT")
