@@ -40,11 +40,10 @@ class Cell:
     def describe(self) -> str:
         """Say it in a few words."""
         method = METHODS[self.method]
-        order = f" ({method.order})" if method.order in ("P→FT", "FT→P") else ""
         ratio = f", {self.ratio:.1%}" if method.prunes else ""
         rate = f", learning rate {self.learning_rate:g}" if self.learning_rate else ""
         kind = "search, " if self.search else ""
-        return f"{self.model}: {kind}{method.label}{order}{ratio}, seed {self.seed}{rate}"
+        return f"{self.model}: {kind}{method.name_with_order}{ratio}, seed {self.seed}{rate}"
 
 
 def short_name(model: str) -> str:
@@ -103,21 +102,25 @@ def ready_cells(config: CompareConfig, done: Mapping[Cell, Row]) -> list[Cell]:
     ready: list[Cell] = []
     for model in map(short_name, config.models):
         for method in sorted(config.all_methods, key=lambda name: name != TUNED):  # others wait for its models
-            ready += search_cells(config, model, method)
+            ready += [cell for cell in search_cells(config, model, method) if _has_tuned(config, cell, done)]
     for model in map(short_name, config.models):
         for method in config.all_methods:
             rate = chosen_rate(config, model, method, done)
             if rate is None:
                 continue
-            for cell in result_cells(config, model, method, rate):
-                if METHODS[method].order != "FT→P" or tuned_cell(cell) in done:
-                    ready.append(cell)
+            ready += [cell for cell in result_cells(config, model, method, rate) if _has_tuned(config, cell, done)]
     return [cell for cell in dict.fromkeys(ready) if cell not in done]
 
 
-def tuned_cell(cell: Cell) -> Cell:
-    """Return the cell whose tuned model a cell of FT→P prunes."""
-    return Cell(cell.model, TUNED, 0.0, cell.seed, cell.learning_rate)
+def tuned_cell(config: CompareConfig, cell: Cell, done: Mapping[Cell, Row]) -> Cell | None:
+    """Return the cell whose tuned model a cell prunes or learns from; None while LoRA's rate is being searched."""
+    rate = chosen_rate(config, cell.model, TUNED, done)
+    return None if rate is None else Cell(cell.model, TUNED, 0.0, cell.seed, rate)
+
+
+def _has_tuned(config: CompareConfig, cell: Cell, done: Mapping[Cell, Row]) -> bool:
+    """Tell whether the tuned model that a cell needs is there, if it needs one."""
+    return not METHODS[cell.method].needs_tuned or tuned_cell(config, cell, done) in done
 
 
 def num_missing(config: CompareConfig, done: Mapping[Cell, Row]) -> int:

@@ -48,7 +48,7 @@ class Comparison:
 
 
 def run_compare(config: CompareConfig) -> Comparison:
-    """Run what is not done yet of a comparison, and write `results.md`, `nll.png` and `accuracy.png`.
+    """Run what is not done yet of a comparison, and write `results.md`, `nll.png`, `accuracy.png` and `curves.png`.
 
     Raises:
         PatError: a model, the data or a baseline cannot be used.
@@ -73,7 +73,7 @@ def run_compare(config: CompareConfig) -> Comparison:
 
 def write_comparison(config: CompareConfig, rows: list[dict[str, Any]] | None = None) -> Comparison:
     """Write table and figures of what is done."""
-    from compare.figure import draw_accuracy, draw_nll
+    from compare.figure import draw_accuracy, draw_curves, draw_nll
     from compare.tables import markdown
 
     rows = read_rows(config) if rows is None else rows
@@ -99,4 +99,7 @@ def write_comparison(config: CompareConfig, rows: list[dict[str, Any]] | None = 
     if any(line.accuracy for line in lines):
         files.append(config.output_dir / "accuracy.png")
         draw_accuracy(lines, files[-1])
+    if any(line.curve for line in lines):
+        files.append(config.output_dir / "curves.png")
+        draw_curves(config, lines, files[-1])
     return Comparison(config, lines, table, files)

@@ -67,6 +67,15 @@ class CompareConfig:
         default=40.0,
         metadata={"help": "Learning rate of the paper's mask as a multiple of the adapters'."},
     )
+    distill_weight: float | None = field(
+        default=None, metadata={"help": "Share of the teacher in the loss of methods that have one. Default: 0.5."}
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether every method trains under bfloat16 autocast. Default: as `pat tune` does on the machine."
+        },
+    )
     steps: int | None = field(default=None, metadata={"help": "Optimizer steps of every method."})
     epochs: float | None = field(default=None, metadata={"help": "Epochs of every method, instead of steps."})
     batch_size: int = field(default=4, metadata={"help": "Rows of a batch."})
@@ -77,6 +86,13 @@ class CompareConfig:
         metadata={"help": "How instructions become prompts.", "choices": ("alpaca", "chat", "auto")},
     )
     rows: int | None = field(default=None, metadata={"help": "Largest number of rows of the data to train on."})
+    eval_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps between measurements of the validation NLL while a method trains, for `curves.png`; "
+            "by default there are none."
+        },
+    )
     held_out: int = field(default=400, metadata={"help": "Rows to report on."})
     validation: int = field(default=100, metadata={"help": "Rows to choose learning rates by."})
     tasks: list[str] | None = field(
@@ -123,8 +139,12 @@ class CompareConfig:
         unpruned = [name for name in self.ablations if not METHODS[name].prunes]
         if unpruned:
             raise PatError(f"Got the ablation {unpruned[0]!r}, which does not prune; list it under methods.")
-        if any(METHODS[name].order == "FT→P" for name in self.all_methods) and TUNED not in self.methods:
-            raise PatError(f"Got a method that prunes after tuning, but not {TUNED!r}, whose models it prunes; add it.")
+        needy = [name for name in self.all_methods if METHODS[name].needs_tuned]
+        if needy and TUNED not in self.methods:
+            raise PatError(
+                f"Got {needy[0]!r}, which prunes tuned models or learns from them, but not {TUNED!r}, whose they are; "
+                "add it."
+            )
         for ratio in (*self.ratios, self.ablation_ratio):
             if not 0 < ratio < 1:
                 raise PatError(f"Got the ratio {ratio}; expected shares of the hidden size between 0 and 1.")
@@ -136,6 +156,8 @@ class CompareConfig:
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if is_number and value <= 0 and name != "lora_dropout":
                 raise PatError(f"Got {name}={value}; expected a number above 0.")
+        if self.distill_weight is not None and self.distill_weight > 1:
+            raise PatError(f"Got distill_weight={self.distill_weight}; expected a share, at most 1.")
         if any(rate <= 0 for rate in self.learning_rates):
             raise PatError(f"Got the learning rates {self.learning_rates}; expected numbers above 0.")
         if min(self.seeds) < 0:

@@ -31,6 +31,8 @@ class Method:
     """Whether its recipe is the paper's."""
     baseline: str | None = None
     """Name of the way to prune among the baselines, where it is not PAT that prunes."""
+    has_teacher: bool = False
+    """Whether it learns from LoRA's tuned model, too."""
 
     @property
     def prunes(self) -> bool:
@@ -38,9 +40,19 @@ class Method:
         return self.order in ("P→FT", "FT→P", "PAT")
 
     @property
+    def name_with_order(self) -> str:
+        """Its label, and the order where a method is there in several."""
+        return self.label + (f" ({self.order})" if self.order in ("P→FT", "FT→P") else "")
+
+    @property
     def trains(self) -> bool:
         """Whether there is a learning rate of its own to be searched."""
         return self.order in ("FT", "P→FT", "PAT")
+
+    @property
+    def needs_tuned(self) -> bool:
+        """Whether LoRA's tuned model of the same seed has to be there: to be pruned, or to teach."""
+        return self.order == "FT→P" or self.has_teacher
 
 
 METHODS: dict[str, Method] = {
@@ -51,6 +63,9 @@ METHODS: dict[str, Method] = {
     "llm_pruner_after": Method("LLM-Pruner", "FT→P", baseline="llm_pruner"),
     "slicegpt": Method("SliceGPT", "P→FT", baseline="slicegpt"),
     "slicegpt_after": Method("SliceGPT", "FT→P", baseline="slicegpt"),
+    "minitron": Method("Minitron", "P→FT", baseline="minitron", has_teacher=True),
+    "minitron_ce": Method("Minitron, no teacher", "P→FT", baseline="minitron"),
+    "shortgpt": Method("ShortGPT", "P→FT", baseline="shortgpt"),
     "magnitude": Method("Magnitude channels", "P→FT", baseline="magnitude"),
     "random": Method("Random channels", "P→FT", baseline="random"),
     "pat": Method("PAT", "PAT"),
@@ -67,4 +82,4 @@ METHODS: dict[str, Method] = {
 }
 
 TUNED = "lora"
-"""The method whose tuned models are what FT→P prunes."""
+"""The method whose tuned models are what FT→P prunes, and what teaches."""

@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTTrainer
 
+from compare.arguments import cell_arguments
 from compare.baselines import CALIBRATED, prune
 from compare.budget import (
     Target,
@@ -29,20 +31,19 @@ from compare.budget import (
 )
 from compare.cells import Cell, short_name
 from compare.config import CompareConfig
+from compare.curve import CurveRecorder, forward_parameters
 from compare.data import DataFiles, data_files, draw_calibration
+from compare.distill import WEIGHT, DistillingTrainer
 from compare.methods import METHODS, TUNED
-from compare.tokens import tokenize_examples
+from compare.scoring import Scorer
 from pat.errors import Diverged, ParityMissed, PatError
 from pat.evaluation.harness import evaluate_tasks, load_tasks
 from pat.loading import load_base, load_config, load_tokenizer, stored_dtype
-from pat.nll import response_nll
 from pat.report.records import environment
-from pat.training.arguments import TuneArguments, build_arguments
+from pat.training.arguments import TuneArguments
 from pat.training.data import load_training_data
 from pat.training.guard import FiniteGuard
 from pat.training.tune import run_tune
-
-EVAL_BATCH_SIZE = 8
 
 
 def run_cell(config: CompareConfig, cell: Cell, tuned: Path | None) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def run_cell(config: CompareConfig, cell: Cell, tuned: Path | None) -> dict[str,
     Args:
         config: of the comparison; its data are prepared.
         cell: what to run.
-        tuned: where LoRA's tuned model lies (FT→P), or goes (LoRA itself, None if nobody needs it).
+        tuned: where LoRA's tuned model lies (to be pruned, or to teach) or goes (LoRA itself; None if nobody needs it).
     """
     run = _Run(config, cell, tuned)
     started = time.perf_counter()
@@ -76,6 +77,8 @@ class _Run:
         self.method = METHODS[cell.method]
         self.source = next(model for model in config.models if short_name(model) == cell.model)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.source)
+        self.own_tokenizer = self.tokenizer
+        """Tokenizer of the cell's model, which need not be the base's."""
         self.files: DataFiles = data_files(config.output_dir / "data" / cell.model)
         self.folder = config.output_dir / "work" / cell.name
         self.facts: dict[str, Any] = {}
@@ -96,31 +99,25 @@ class _Run:
                 self._keep(model, self.tuned)
             return model
         if order == "FT→P":
-            assert self.tuned is not None
-            if not self.tuned.is_dir():  # the runner sees to it that only a model that diverged is not there
-                raise Diverged("LoRA's model, which was to be pruned, diverged.")
             del base
-            return self._prune(self._load(str(self.tuned), arguments), arguments)
-        return self._tune(self._prune(base, arguments), arguments, targets, budget)
+            return self._prune(self._load_tuned(arguments), arguments)
+        teacher = self._load_tuned(arguments) if self.method.has_teacher else None
+        return self._tune(self._prune(base, arguments), arguments, targets, budget, teacher)
 
     def measure(self, model: nn.Module) -> None:
         """Note the sizes, losses and accuracies of a dense model."""
         model.eval()
         round_weights(model, stored_dtype(load_config(self.source)[0]))
         self.facts["num_parameters"] = _count(model)
-        parts = {"validation": self.files.validation} if self.cell.search else {"held_out": self.files.held_out}
-        for part, path in parts.items():
-            rows = load_training_data(path, tokenizer=self.tokenizer, held_out=0).train
-            examples = tokenize_examples(self.tokenizer, rows, self.config.max_length)
-            pad = cast(int, self.tokenizer.pad_token_id)
-            nll = response_nll(model, examples, batch_size=EVAL_BATCH_SIZE, pad_token_id=pad)
-            # The last step may have ruined the weights without a gradient that tells.
-            self.facts[f"{part}_nll"] = nll.nll if math.isfinite(nll.nll) else None
-            self.facts[f"num_{part}_tokens"] = nll.num_tokens
+        part = "validation" if self.cell.search else "held_out"
+        nll = self._scorer(part)(model, self.own_tokenizer)
+        # The last step may have ruined the weights without a gradient that tells.
+        self.facts[f"{part}_nll"] = nll.nll if math.isfinite(nll.nll) else None
+        self.facts[f"num_{part}_tokens"] = nll.num_tokens
         if self.config.tasks is not None and not self.cell.search:
             evaluation = evaluate_tasks(
                 model,
-                self.tokenizer,
+                self.own_tokenizer,
                 tasks=load_tasks(self.config.tasks, self.config.protocols, self.config.data_dir),
                 limit=self.config.limit,
                 batch_size=self.config.eval_batch_size,
@@ -144,40 +141,25 @@ class _Run:
         partial.rename(target)
 
     def _arguments(self) -> TuneArguments:
-        config, cell = self.config, self.cell
-        steps = config.search_steps if cell.search and config.search_steps is not None else config.steps
-        flags: dict[str, Any] = {
-            "recipe": "default",
-            "model_name_or_path": self.source,
-            "dataset_name": str(self.files.train),
-            "held_out": "0",
-            "output_dir": str(self.folder),
-            "seed": cell.seed,
-            "learning_rate": cell.learning_rate if self.method.trains else 1e-4,  # trainers refuse 0
-            "lora_r": config.rank,
-            "lora_alpha": config.lora_alpha,
-            "lora_dropout": config.lora_dropout,
-            "use_rslora": config.use_rslora,
-            "per_device_train_batch_size": config.batch_size,
-            "gradient_accumulation_steps": config.gradient_accumulation_steps,
-            "max_length": config.max_length,
-            "max_steps": -1 if steps is None else steps,
-            "num_train_epochs": 1 if config.epochs is None else config.epochs,
-            "disable_tqdm": True,
-            "report_to": "none",
-            "save_strategy": "no",
-        }
-        if self.method.order == "PAT":
-            flags |= {"pruning_ratio": cell.ratio, **self.method.flags}
-            if self.method.of_paper:
-                flags["mask_lr_multiplier"] = config.mask_lr_multiplier
-        else:
-            flags |= {name: value for name, value in self.method.flags.items() if name == "use_dora"}
-        return build_arguments(**flags)
+        return cell_arguments(self.config, self.cell, source=self.source, train=self.files.train, folder=self.folder)
+
+    def _recorder(self, num_teacher: int = 0) -> CurveRecorder:
+        every = None if self.cell.search else self.config.eval_steps
+        score = self._scorer("validation") if every else None
+        return CurveRecorder(score, every=every, num_teacher=num_teacher)
+
+    def _scorer(self, part: str) -> Scorer:
+        return Scorer(getattr(self.files, part), self.tokenizer, self.config.max_length)
 
     def _load(self, name: str, arguments: TuneArguments) -> nn.Module:
         base: Any = load_base(name, dtype=arguments.model.dtype)
         return cast(nn.Module, base.to(arguments.sft.device))
+
+    def _load_tuned(self, arguments: TuneArguments) -> nn.Module:
+        assert self.tuned is not None
+        if not self.tuned.is_dir():  # the runner sees to it that only a model that diverged is not there
+            raise Diverged("LoRA's model, which was to be pruned or to teach, diverged.")
+        return self._load(str(self.tuned), arguments)
 
     def _pat(self, arguments: TuneArguments) -> nn.Module:
         base = self._load(self.source, arguments)
@@ -189,7 +171,8 @@ class _Run:
             setattr(arguments.pat, name, size)
         rank, num_trainable = pat_rank(arguments, budget)
         arguments.model.lora_r, arguments.model.lora_alpha = rank, self.alpha(rank)
-        result = run_tune(arguments)
+        recorder = self._recorder()
+        result = run_tune(arguments, [recorder])
         self.facts |= {
             "rank": rank,
             "num_trainable": num_trainable,
@@ -201,12 +184,21 @@ class _Run:
             "pruned_intermediate_size": result.record.cut.pruned_intermediate_size,
             "pruning": result.record.cut.describe(),
             "parity": asdict(result.parity),
+            **recorder.facts(),
         }
         dense: Any = AutoModelForCausalLM.from_pretrained(result.model_dir, dtype=arguments.model.dtype)
+        self.own_tokenizer = load_tokenizer(str(result.model_dir))
         shutil.rmtree(self.folder)
         return cast(nn.Module, dense.to(device))
 
-    def _tune(self, model: nn.Module, arguments: TuneArguments, targets: list[str], budget: int) -> nn.Module:
+    def _tune(
+        self,
+        model: nn.Module,
+        arguments: TuneArguments,
+        targets: list[str],
+        budget: int,
+        teacher: nn.Module | None = None,
+    ) -> nn.Module:
         rank = lora_rank(model, targets, budget, dora=bool(arguments.model.use_dora))
         set_seed(self.cell.seed)
         adapter = LoraConfig(
@@ -225,16 +217,20 @@ class _Run:
             "trainable_budget": budget,
         }
         data = load_training_data(self.files.train, tokenizer=self.tokenizer, held_out=0)
-        trainer = SFTTrainer(
+        recorder = self._recorder(0 if teacher is None else forward_parameters(teacher))
+        make: Any = SFTTrainer
+        if teacher is not None:
+            make = partial(DistillingTrainer, teacher=teacher, weight=self.config.distill_weight or WEIGHT)
+        trainer = make(
             model=cast(Any, peft_model),
             args=arguments.sft,
             train_dataset=data.train,
             processing_class=self.tokenizer,
-            callbacks=[FiniteGuard()],
+            callbacks=[FiniteGuard(), recorder],
         )
         started = time.perf_counter()
         trainer.train()
-        self.facts["tune_seconds"] = time.perf_counter() - started
+        self.facts |= {"tune_seconds": time.perf_counter() - started, **recorder.facts()}
         merged: nn.Module = peft_model.merge_and_unload()
         shutil.rmtree(self.folder, ignore_errors=True)
         return merged

@@ -56,7 +56,7 @@ def _run_cells(config: CompareConfig) -> list[dict[str, Any]]:
         while True:
             waiting = [c for c in ready_cells(config, done) if c not in failed and c not in running.values()]
             for cell in waiting[: config.workers - len(running)]:
-                running[pool.submit(_run, config, cell, _tuned_model(config, cell))] = cell
+                running[pool.submit(_run, config, cell, _tuned_model(config, cell, done))] = cell
             if not running:
                 break
             is_broken = False
@@ -144,23 +144,23 @@ def _folder_of_ones_own(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-def _tuned_model(config: CompareConfig, cell: Cell) -> Path | None:
-    """Return where LoRA's tuned model goes, or lies, for a cell that makes or prunes one."""
+def _tuned_model(config: CompareConfig, cell: Cell, done: dict[Cell, dict[str, Any]]) -> Path | None:
+    """Return where LoRA's tuned model goes, or lies, for a cell that makes one, prunes it or learns from it."""
     source: Cell | None = None
-    if cell.method == TUNED and not cell.search and any(METHODS[n].order == "FT→P" for n in config.all_methods):
+    if cell.method == TUNED and not cell.search and any(METHODS[n].needs_tuned for n in config.all_methods):
         source = cell
-    elif METHODS[cell.method].order == "FT→P":
-        source = tuned_cell(cell)
+    elif METHODS[cell.method].needs_tuned:
+        source = tuned_cell(config, cell, done)
     return None if source is None else config.output_dir / "tuned" / source.name
 
 
 def _without_lost_models(config: CompareConfig, done: dict[Cell, dict[str, Any]]) -> dict[Cell, dict[str, Any]]:
-    """Leave out LoRA's cells whose model is gone but still to be pruned: a finished comparison keeps no models."""
+    """Leave out LoRA's cells whose model is gone but still needed: a finished comparison keeps no models."""
     lost = set()
     for cell in ready_cells(config, done):
-        if METHODS[cell.method].order == "FT→P":
-            path, source = _tuned_model(config, cell), tuned_cell(cell)
-            if path is not None and not path.is_dir() and "diverged" not in done[source]:
+        if METHODS[cell.method].needs_tuned:
+            path, source = _tuned_model(config, cell, done), tuned_cell(config, cell, done)
+            if source is not None and path is not None and not path.is_dir() and "diverged" not in done[source]:
                 lost.add(source)
     return {cell: row for cell, row in done.items() if cell not in lost}
 

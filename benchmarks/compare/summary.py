@@ -27,6 +27,16 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class CurvePoint:
+    """A point of a training, the same step of every seed."""
+
+    step: int
+    tokens: float
+    flops: float
+    nll: Spread
+
+
+@dataclass(frozen=True)
 class Line:
     """One method at one ratio on one model."""
 
@@ -48,6 +58,8 @@ class Line:
     """Standard error of one seed's mean accuracy for want of questions, by protocol; the largest of any seed."""
     tasks: Mapping[str, Mapping[str, Spread]]
     """Figures by protocol and task."""
+    curve: tuple[CurvePoint, ...]
+    """Validation NLL while it trains, where that was measured; of the steps that every seed has."""
     facts: Mapping[str, Any]
     """The first seed's row."""
     machines: tuple[str, ...]
@@ -96,8 +108,26 @@ def _line(model: str, name: str, ratio: float, rate: float, rows: Sequence[Mappi
         accuracy={p: Spread.of([statistics.mean(a[p].values()) for a in accuracies]) for p in protocols},
         sampling_error=_sampling_errors(finite),
         tasks={p: {task: Spread.of([a[p][task] for a in accuracies]) for task in accuracies[0][p]} for p in protocols},
+        curve=_curve([row["curve"] for row in finite if row.get("curve")]),
         facts=rows[0],
         machines=tuple(dict.fromkeys(_machine(row) for row in rows)),
+    )
+
+
+def _curve(curves: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[CurvePoint, ...]:
+    by_step: dict[int, list[Mapping[str, Any]]] = {}
+    for curve in curves:
+        for point in curve:
+            by_step.setdefault(point["step"], []).append(point)
+    return tuple(
+        CurvePoint(
+            step,
+            statistics.mean(point["tokens"] for point in points),
+            statistics.mean(point["flops"] for point in points),
+            Spread.of([point["nll"] for point in points]),
+        )
+        for step, points in sorted(by_step.items())
+        if len(points) == len(curves)
     )
 
 

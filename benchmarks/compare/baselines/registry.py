@@ -16,11 +16,13 @@ from .budget import num_parameters
 from .calibration import describe
 from .channels import cut_channels, keep_largest, keep_random, magnitude_scores
 from .llm_pruner import check_prunable, llm_pruner
+from .minitron import minitron, num_channels
+from .shortgpt import shortgpt
 from .slicegpt import check_sliceable, choose_sliced_width, slice_model
 
-METHODS = ("llm_pruner", "slicegpt", "magnitude", "random")
+METHODS = ("llm_pruner", "slicegpt", "minitron", "shortgpt", "magnitude", "random")
 
-CALIBRATED = ("llm_pruner", "slicegpt")
+CALIBRATED = ("llm_pruner", "slicegpt", "minitron", "shortgpt")
 """Those that look at text; the others need no calibration."""
 
 
@@ -53,6 +55,8 @@ def check(method: str, model: PreTrainedModel) -> None:
         check_prunable(model, family)
     if method == "slicegpt":
         check_sliceable(family)
+    if method == "minitron":
+        num_channels(model, num_parameters(model))
 
 
 def prune(
@@ -69,8 +73,9 @@ def prune(
     Args:
         method: which baseline.
         model: a dense causal language model without adapters, of a family that PAT supports.
-        target_parameters: size of the result in parameters, see `pat_parameters`. "llm_pruner" and "slicegpt" take the
-            setting that comes nearest; "magnitude" and "random" have no choice but PAT's width.
+        target_parameters: size of the result in parameters, see `pat_parameters`. "llm_pruner", "slicegpt" and
+            "shortgpt" take the setting that comes nearest, "minitron" the nearest from below, as PAT does; "magnitude"
+            and "random" have no choice but PAT's width.
         pruned_hidden_size: PAT's width d', the width of "magnitude" and "random".
         calibration: token sequences `(T,)`, see `calibration_sequences`; empty but for `CALIBRATED`.
         seed: of "random".
@@ -100,6 +105,21 @@ def _prune(
             f"heads, {shape.intermediate_size} of {base.intermediate_size} MLP channels; {describe(calibration)}."
         )
         return Pruned(pruned, num_parameters(pruned), description)
+    if method == "minitron":
+        narrow, channels = minitron(model, calibration, target_parameters=target_parameters)
+        description = (
+            f"Minitron's criterion (mean absolute activation, every layer alike): {channels} of "
+            f"{model.config.intermediate_size} MLP channels; {describe(calibration)}."
+        )
+        return Pruned(narrow, num_parameters(narrow), description)
+    if method == "shortgpt":
+        short, keep = shortgpt(model, calibration, target_parameters=target_parameters)
+        gone = sorted(set(range(model.config.num_hidden_layers)) - set(keep))
+        description = (
+            f"ShortGPT (block influence): {len(keep)} of {model.config.num_hidden_layers} layers, without "
+            f"{', '.join(map(str, gone)) or 'none'}; {describe(calibration)}."
+        )
+        return Pruned(short, num_parameters(short), description)
     hidden_size = getattr(model.config, get_family(model.config.model_type).hidden_size_field)
     if method == "slicegpt":
         sliced = slice_model(model, calibration, width=choose_sliced_width(model, target_parameters))

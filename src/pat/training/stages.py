@@ -12,7 +12,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +82,8 @@ class Stages:
     """Optimizer steps of both stages together."""
     base: PreTrainedModel | None
     """Base model. Nobody else may hold it, or it stays in memory beside the compact model."""
+    callbacks: Sequence[TrainerCallback] = ()
+    """Further callbacks of both trainers."""
     seconds: dict[str, float] = field(default_factory=dict)
     router_settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the model's configuration that its trainer has changed for itself."""
@@ -179,6 +181,8 @@ class Stages:
             )
 
     def _train(self, trainer: SFTTrainer, part: str, resume_from: str | None) -> None:
+        for callback in self.callbacks:
+            trainer.add_callback(callback)
         started = time.perf_counter()
         try:
             with self._begun():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from peft import prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback, set_seed
 from trl import get_quantization_config
 
 from pat.checkpoint.card import Cut, shown_name
@@ -41,8 +42,8 @@ def tune(**flags: Any) -> TuneResult:
     return run_tune(build_arguments(**flags))
 
 
-def run_tune(arguments: TuneArguments) -> TuneResult:
-    """Run `pat tune` from parsed arguments; see `tune`."""
+def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()) -> TuneResult:
+    """Run `pat tune` from parsed arguments, with further callbacks for the trainers of both stages; see `tune`."""
     shown = not arguments.sft.disable_tqdm
     with collected_warnings() as warnings, bars_of_datasets(shown=shown), quiet_transformers(not shown):
         # Everything that can be wrong is found before the weights are loaded, and before anything is written.
@@ -61,7 +62,7 @@ def run_tune(arguments: TuneArguments) -> TuneResult:
         figures = {"base": measure(base, data, "base", size, progress=shown)}
         data.vocabulary.fit(base)
         tokens = _tokens(arguments, data, base, data.vocabulary.config_of(checked.base_config))
-        stages = Stages(arguments, data, tokens, run, num_steps, base)
+        stages = Stages(arguments, data, tokens, run, num_steps, base, callbacks)
         del base  # nobody else may hold it, or it stays in memory beside the small model
         trained = stages.run(checked.resume_from)
         inner = cast(PreTrainedModel, trained.model.get_base_model())

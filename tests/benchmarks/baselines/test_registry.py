@@ -56,8 +56,12 @@ def test_every_baseline_keeps_to_the_interface(method: str, tied: bool) -> None:
 
     assert pruned.num_parameters == sum(p.numel() for p in pruned.model.parameters())
     target = pat_parameters(model, WIDTH)
-    assert abs(pruned.num_parameters - target) < 0.02 * target
-    assert str(WIDTH) in pruned.description or method in ("llm_pruner", "slicegpt")
+    if method == "shortgpt":  # comes as close as whole layers allow
+        layer = sum(p.numel() for p in model.model.layers[0].parameters())
+        assert abs(pruned.num_parameters - target) <= layer / 2
+    else:
+        assert abs(pruned.num_parameters - target) < 0.02 * target
+    assert str(WIDTH) in pruned.description or method not in ("magnitude", "random")
 
     # The two share no memory, so tuning one leaves the other alone.
     storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -69,7 +73,8 @@ def test_every_baseline_keeps_to_the_interface(method: str, tied: bool) -> None:
     output.loss.backward()
     assert output.logits.shape[-1] == model.config.vocab_size
     factors = [p for name, p in adapted.named_parameters() if "lora_B" in name]
-    assert len(factors) == 3 * 7 and all(p.grad is not None and p.grad.abs().max() > 0 for p in factors)
+    assert len(factors) == 7 * pruned.model.config.num_hidden_layers
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in factors)
 
 
 def test_reduced_precision_stays_what_it_is() -> None:
@@ -88,7 +93,7 @@ def test_the_same_arguments_give_the_same_model() -> None:
 
 
 def test_unknown_methods() -> None:
-    with pytest.raises(PatError, match="baseline 'wanda'; expected one of llm_pruner, slicegpt, magnitude, random"):
+    with pytest.raises(PatError, match="baseline 'wanda'; expected one of llm_pruner, slicegpt, minitron, "):
         pruned_by("wanda", build("llama", tied=False))
 
 
@@ -185,7 +190,7 @@ def test_batches_hold_equally_long_sequences() -> None:
     assert [tuple(b.shape) for b in batches] == [(2, 4), (1, 4), (1, 6), (1, 4)]
 
 
-def test_on_a_trained_model_both_beat_random_channels(
+def test_on_a_trained_model_all_beat_random_channels(
     stories260k: tuple[PreTrainedModel, PreTrainedTokenizerBase], tests_data: Path
 ) -> None:
     model, tokenizer = stories260k
@@ -198,4 +203,6 @@ def test_on_a_trained_model_both_beat_random_channels(
         pruned = prune(method, model, target_parameters=target, pruned_hidden_size=48, calibration=calibration)
         nll[method] = response_nll(pruned.model, held_out, batch_size=8, pad_token_id=0).nll
     assert nll["llm_pruner"] < nll["random"] - 0.5
+    assert nll["shortgpt"] < nll["random"] - 0.5
     assert nll["slicegpt"] < nll["random"] - 0.5
+    assert nll["minitron"] < nll["random"] - 0.5

@@ -69,7 +69,7 @@ def test_no_cell_runs_before_what_it_needs() -> None:
     for index, cell in enumerate(order):
         earlier = done_cells([row(c) for c in order[:index]])
         if cell.method == "slicegpt_after":
-            assert tuned_cell(cell) in earlier
+            assert tuned_cell(settings, cell, earlier) in earlier
         elif not cell.search and cell.method != "base":
             assert chosen_rate(settings, cell.model, cell.method, earlier) == cell.learning_rate
 
@@ -88,7 +88,8 @@ def test_ft_p_prunes_the_model_of_its_own_seed_and_of_the_chosen_rate() -> None:
     done = {cell: row(cell, validation_nll=1 / cell.learning_rate) for cell in run_all(settings) if cell.search}
     cells = [cell for cell in run_all(settings) if cell.method == "slicegpt_after"]
     assert chosen_rate(settings, "small", "slicegpt_after", done) == 2e-3
-    assert tuned_cell(Cell("small", "slicegpt_after", 0.5, 1, 2e-3)) == Cell("small", "lora", 0.0, 1, 2e-3)
+    after = Cell("small", "slicegpt_after", 0.5, 1, 2e-3)
+    assert tuned_cell(settings, after, done) == Cell("small", "lora", 0.0, 1, 2e-3)
     assert len(cells) == 4
     # Another rate of LoRA's is another model: what was pruned from the old one is not a result any more.
     wider = config(learning_rates=[1e-3, 2e-3, 4e-3])
@@ -98,6 +99,17 @@ def test_ft_p_prunes_the_model_of_its_own_seed_and_of_the_chosen_rate() -> None:
     done |= {Cell("small", "lora", 0.0, seed, 4e-3): row(better) for seed in (0, 1)}
     after = [cell for cell in ready_cells(wider, done) if cell.method == "slicegpt_after"]
     assert len(after) == 4 and {cell.learning_rate for cell in after} == {4e-3}
+
+
+def test_what_has_a_teacher_waits_for_it_even_to_be_searched() -> None:
+    settings = config(methods=["lora", "minitron", "minitron_ce"], ablations=[])
+    order = run_all(settings)
+    assert len(order) == num_cells(settings)
+    for index, cell in enumerate(order):
+        if cell.method == "minitron":
+            assert Cell("small", "lora", 0.0, cell.seed, 1e-3) in order[:index]
+    first = ready_cells(settings, {})
+    assert {cell.method for cell in first} == {"lora", "minitron_ce"} and all(cell.search for cell in first)
 
 
 def test_a_single_rate_is_not_searched() -> None:

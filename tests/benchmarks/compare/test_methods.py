@@ -5,16 +5,21 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from compare.budget import lora_parameters_per_rank, lora_targets, pat_rank
 from compare.cells import Cell
 from compare.config import CompareConfig
 from compare.data import prepare_data
 from compare.methods import METHODS, PAPER
 from compare.run_cell import _Run
+from datasets import Dataset
 from tiny_models import build, tiny_tokenizer
+from trl import SFTTrainer
 
 from pat.loading import load_tokenizer
 from pat.recipes import recipe_defaults
+
+ROWS = Dataset.from_list([{"prompt": "say ", "completion": "so"}])
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +58,18 @@ def test_flags_are_understood(config: CompareConfig, name: str) -> None:
         if METHODS[name].of_paper:
             assert pat_config.mask_lr_multiplier == 7.0
         assert pat_config.use_dora == (name == "pat_dora")
+
+
+@pytest.mark.parametrize("bf16", [None, True])
+@pytest.mark.parametrize("name", ["lora", "minitron", "pat"])
+def test_autocast_reaches_every_trainer(config: CompareConfig, name: str, bf16: bool | None) -> None:
+    run = _Run(dataclasses.replace(config, bf16=bf16), Cell("base", name, 0.25, 0, 1e-3), None)
+    arguments = run._arguments()
+    assert arguments.sft.bf16 == (bf16 or torch.cuda.is_available()) and arguments.model.dtype != "bfloat16"
+    trainer = SFTTrainer(
+        build("llama", tied=True), arguments.sft, train_dataset=ROWS, processing_class=tiny_tokenizer()
+    )
+    assert trainer.accelerator.mixed_precision == ("bf16" if arguments.sft.bf16 else "no")
 
 
 def test_the_papers_recipe_is_the_papers() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from compare.cells import Cell, Row, done_cells, num_missing
 from compare.config import CompareConfig
-from compare.figure import draw_accuracy, draw_nll
+from compare.figure import draw_accuracy, draw_curves, draw_nll
 from compare.results import FILE, append_row, read_rows
 from compare.summary import summarise
 from compare.tables import markdown
@@ -170,6 +170,25 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
     for name, draw in (("nll.png", draw_nll), ("accuracy.png", draw_accuracy)):
         draw(lines, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_are_means_over_the_seeds_and_are_drawn(tmp_path: Path) -> None:
+    settings = config(tmp_path, eval_steps=1)
+    some: list[dict[str, Any]] = rows(settings)
+    for number, entry in enumerate(some):
+        entry["curve"] = [
+            {"step": step, "tokens": 100 * step, "flops": 1e9 * step, "nll": 3.0 - 0.1 * step + 0.1 * (number % 3)}
+            for step in (1, 2, 3)
+        ]
+    lines = summarise(settings, some)
+    last = lines[1].curve[-1]
+    assert (last.step, last.tokens, last.flops) == (3, 300, 3e9)
+    assert last.nll.mean == pytest.approx(2.8) and last.nll.deviation == pytest.approx(0.1)
+    some[-1]["curve"].pop()  # a seed that was cut off
+    assert [point.step for point in summarise(settings, some)[1].curve] == [1, 2]
+    pytest.importorskip("matplotlib")
+    draw_curves(settings, lines, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_rows_come_back_but_those_of_failed_cells_and_torn_lines_do_not(tmp_path: Path) -> None:
