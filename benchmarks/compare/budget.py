@@ -13,9 +13,10 @@ from torch import nn
 from compare.baselines import pat_parameters
 from pat.checkpoint.hollow import hollow_model
 from pat.loading import empty_model, load_config
+from pat.loading.trimming import MULTIPLE
 from pat.surgery.axes import count_parameters_at
 from pat.surgery.dense import shrink_config
-from pat.surgery.describe import head_dim, map_of
+from pat.surgery.describe import count_parameters, head_dim, map_of
 from pat.training.arguments import TuneArguments
 from pat.training.check import compacts
 from pat.tuner.config import PatConfig
@@ -40,7 +41,15 @@ def target_of(model: str, ratio: float) -> Target:
     return Target(hidden_size, width, pat_parameters(empty_model(config), width))
 
 
-def sizes_within(model: str, target: Target, pat_config: PatConfig) -> dict[str, Any]:
+def half_vocabulary(model: str) -> int:
+    """Return half the number of tokens of a model, down to a multiple that a trimmed vocabulary can have."""
+    config, _ = load_config(model)
+    return int(config.vocab_size) // 2 // MULTIPLE * MULTIPLE
+
+
+def sizes_within(
+    model: str, target: Target, pat_config: PatConfig, *, vocabulary_size: int | None = None
+) -> dict[str, Any]:
     """Return the flags with which PAT comes as close to a number of parameters as the channels of an MLP allow.
 
     Its own choice prefers sizes that hardware likes, up to 3 % away; others are matched to the parameter.
@@ -49,11 +58,15 @@ def sizes_within(model: str, target: Target, pat_config: PatConfig) -> dict[str,
         model: name of the base model.
         target: what to stay within.
         pat_config: of PAT, with a ratio.
+        vocabulary_size: to trim to; None trims nothing.
 
     Returns:
         Names and values of options; none where no MLP is cut, so that the hidden size is the target's anyway.
     """
     config, family = load_config(model)
+    if vocabulary_size is not None:
+        config.vocab_size = vocabulary_size
+        pat_config.pruning_ratio = 1 - target.num_parameters / count_parameters(config)
     shape = check_config(config, family, pat_config)
     if not shape.cuts_mlp:
         return {}
@@ -110,6 +123,7 @@ def pat_rank(arguments: TuneArguments, num_trainable: int) -> tuple[int, int]:
     """
     name = str(arguments.model.model_name_or_path)
     base_config, family = load_config(name)
+    base_config.vocab_size = arguments.run.vocabulary_size or base_config.vocab_size
     if compacts(arguments.run.no_compact, arguments.pat_config()):
         shape, base = check_config(base_config, family, arguments.pat_config()), empty_model(base_config)
         small = empty_model(

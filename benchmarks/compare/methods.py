@@ -31,6 +31,8 @@ class Method:
     """Whether its recipe is the paper's."""
     baseline: str | None = None
     """Name of the way to prune among the baselines, where it is not PAT that prunes."""
+    trims_vocabulary: bool = False
+    """Whether half of the tokens go, and so fewer of the other parameters."""
     has_teacher: bool = False
     """Whether it learns from LoRA's tuned model, too."""
 
@@ -70,6 +72,7 @@ METHODS: dict[str, Method] = {
     "random": Method("Random channels", "P→FT", baseline="random"),
     "pat": Method("PAT", "PAT"),
     "pat_hidden": Method("PAT, hidden size alone", "PAT", {"axes": ["hidden"]}),
+    "pat_vocabulary": Method("PAT, half the vocabulary", "PAT", trims_vocabulary=True),
     "pat_no_refit": Method("PAT, without refit", "PAT", {"refit": False}),
     "pat_milestone_zero": Method("PAT, cut before training", "PAT", {"milestone": 0.0}),
     "pat_dora": Method("PAT + DoRA", "PAT", {"use_dora": True}),

@@ -22,6 +22,7 @@ from compare.arguments import cell_arguments
 from compare.baselines import CALIBRATED, prune
 from compare.budget import (
     Target,
+    half_vocabulary,
     lora_parameters_per_rank,
     lora_rank,
     lora_targets,
@@ -167,7 +168,10 @@ class _Run:
         device = arguments.sft.device
         del base
         target = target_of(self.source, self.cell.ratio)
-        for name, size in sizes_within(self.source, target, arguments.pat_config()).items():
+        num_tokens = half_vocabulary(self.source) if self.method.trims_vocabulary else None
+        arguments.run.vocabulary_size = num_tokens
+        sizes = sizes_within(self.source, target, arguments.pat_config(), vocabulary_size=num_tokens)
+        for name, size in sizes.items():
             setattr(arguments.pat, name, size)
         rank, num_trainable = pat_rank(arguments, budget)
         arguments.model.lora_r, arguments.model.lora_alpha = rank, self.alpha(rank)

@@ -45,6 +45,7 @@ STYLES: dict[str, Style] = {
     "random": Style("#b8a99a", ">"),
     "pat": Style("#000000", "o"),
     "pat_hidden": Style("#3b4cc0", "o"),
+    "pat_vocabulary": Style("#00b3a4", "o"),
     "pat_no_refit": Style("#8da0e8", "o"),
     "pat_milestone_zero": Style("#525252", "o"),
     "pat_dora": Style("#1b5e8c", "o"),
