@@ -177,7 +177,7 @@ class CompareConfig:
         return list(dict.fromkeys((*self.methods, *self.ablations)))
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides a cell's figures: rows of another identity do not belong to this comparison."""
+        """Return what decides the figures of every cell, see `row_identity`: rows of another one do not belong here."""
         facts = {name: value for name, value in asdict(self).items() if name not in NOT_OF_A_CELL}
         return facts | {
             "data": Path(self.data).name,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,9 +16,7 @@ from pat.evaluation.harness import load_tasks
 from pat.evaluation.options import PROTOCOLS
 from pat.loading import load_config
 from pat.questions import evenly_spaced
-from pat.recipes import recipe_defaults
 from pat.report.records import environment
-from pat.tuner.options import PatOptions
 
 BASELINES = Path(__file__).parent / "baselines"
 
@@ -39,7 +36,6 @@ def digest_inputs(config: CompareConfig, model: str, files: DataFiles, questions
     inputs = {
         "data": files.digest(),
         "model": _digest_model(model),
-        "recipe": _digest([repr(sorted((asdict(PatOptions()) | recipe_defaults("default")).items())).encode()]),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "version": environment()["versions"]["pat-llm"],
     }

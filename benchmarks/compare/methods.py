@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, cast
 
 Order = Literal["", "FT", "P→FT", "FT→P", "PAT"]
 
@@ -83,6 +84,35 @@ METHODS: dict[str, Method] = {
         "PAT, paper's, without identity loss", "PAT", {**PAPER, "identity_loss_weight": 0.0}, of_paper=True
     ),
 }
+
+PAT_REVISION = 3
+"""Raised when the same options come to another model: 2 chooses MLP channels by elimination instead of by energy, 3
+matches the rank of LoRA on the small model instead of before the milestone."""
+
+
+def decisive(name: str) -> dict[str, Any]:
+    """Return what decides a method's figures beside a comparison's settings, as JSON: of PAT its defaults, too."""
+    method = METHODS[name]
+    facts: dict[str, Any] = {"order": method.order, "has_teacher": method.has_teacher, **method.flags}
+    if method.order == "PAT":
+        from pat.recipes import recipe_defaults
+        from pat.tuner.options import PatOptions
+
+        facts = {"revision": PAT_REVISION, **asdict(PatOptions()), **recipe_defaults("default"), **facts}
+    return cast(dict[str, Any], json.loads(json.dumps(facts)))
+
+
+def outdated(row: Mapping[str, Any]) -> str | None:
+    """Return in what a row's method was another one when it was run, None if in nothing."""
+    name, then = row["cell"]["method"], row["identity"].get("method")
+    if name not in METHODS:
+        return "no longer there"
+    now = decisive(name)
+    if then is None:
+        return "with which ones is not on record"
+    differing = sorted(key for key in {**then, **now} if then.get(key) != now.get(key))
+    return ", ".join(f"{key}={then.get(key)}, now {now.get(key)}" for key in differing) or None
+
 
 TUNED = "lora"
 """The method whose tuned models are what FT→P prunes, and what teaches."""

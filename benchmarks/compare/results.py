@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 from compare.cells import Cell
 from compare.config import CompareConfig
+from compare.methods import decisive, outdated
 from pat.errors import PatError
+
+logger = logging.getLogger(__name__)
 
 FILE = "results.jsonl"
 
@@ -44,6 +49,33 @@ def read_rows(config: CompareConfig) -> list[dict[str, Any]]:
                 "--output_dir."
             )
     return rows
+
+
+def read_current_rows(config: CompareConfig) -> list[dict[str, Any]]:
+    """Return the rows of methods as they are now; the others are named, and their cells have to be run again.
+
+    Raises:
+        PatError: see `read_rows`.
+    """
+    current, old = [], Counter[str]()
+    for row in read_rows(config):
+        if (reason := outdated(row)) is None:
+            current.append(row)
+        else:
+            old[f"{row['cell']['method']}, {reason}"] += 1
+    if old:
+        cells = "; ".join(f"{count} of {what}" for what, count in sorted(old.items()))
+        logger.warning(
+            "Cells in %s that were run with other defaults or versions of their methods, and are run again: %s.",
+            config.output_dir,
+            cells,
+        )
+    return current
+
+
+def row_identity(config: CompareConfig, cell: Cell) -> dict[str, Any]:
+    """Return what decides the figures of one cell: the comparison's settings and its method."""
+    return config.identity() | {"method": decisive(cell.method)}
 
 
 def _is_row(row: Any) -> bool:

@@ -36,6 +36,7 @@ from compare.curve import CurveRecorder, forward_parameters
 from compare.data import DataFiles, data_files, draw_calibration
 from compare.distill import WEIGHT, DistillingTrainer
 from compare.methods import METHODS, TUNED
+from compare.results import row_identity
 from compare.scoring import Scorer
 from pat.errors import Diverged, ParityMissed, PatError
 from pat.evaluation.harness import evaluate_tasks, load_tasks
@@ -69,7 +70,7 @@ def run_cell(config: CompareConfig, cell: Cell, tuned: Path | None) -> dict[str,
     else:
         run.measure(model)
     run.facts["seconds"] = time.perf_counter() - started
-    return {"cell": cell.to_dict(), "identity": config.identity(), **environment(), **run.facts}
+    return {"cell": cell.to_dict(), "identity": row_identity(config, cell), **environment(), **run.facts}
 
 
 class _Run:
@@ -283,4 +284,4 @@ def failed_row(config: CompareConfig, cell: Cell, error: BaseException) -> Mappi
     folder = config.output_dir / "failed"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{cell.name}.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-    return {"cell": cell.to_dict(), "identity": config.identity(), "failed": reason[:500]}
+    return {"cell": cell.to_dict(), "identity": row_identity(config, cell), "failed": reason[:500]}

@@ -22,7 +22,7 @@ from compare.cells import Cell, done_cells, num_cells, num_open, ready_cells, tu
 from compare.config import CompareConfig
 from compare.methods import METHODS, TUNED
 from compare.prepare import prepare
-from compare.results import FILE, append_row, read_rows
+from compare.results import FILE, append_row, read_current_rows, row_identity
 from pat.checkpoint.staging import lock_folder
 from pat.errors import PatError, RunFailed
 
@@ -39,7 +39,7 @@ def run_cells(config: CompareConfig) -> list[dict[str, Any]]:
 
 
 def _run_cells(config: CompareConfig) -> list[dict[str, Any]]:
-    rows = read_rows(config)
+    rows = read_current_rows(config)
     try:
         inputs = prepare(config, rows)
     except PatError:
@@ -111,7 +111,7 @@ def _make_pool(workers: int, threads: int) -> ProcessPoolExecutor:
 def _lost_row(config: CompareConfig, cell: Cell) -> dict[str, Any]:
     """Return the row of a cell whose process, or one beside it, was killed; the next start tries it again."""
     reason = "a worker process died, most likely for want of memory; start again with fewer --workers"
-    return {"cell": cell.to_dict(), "identity": config.identity(), "failed": reason}
+    return {"cell": cell.to_dict(), "identity": row_identity(config, cell), "failed": reason}
 
 
 @contextmanager

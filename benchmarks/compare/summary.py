@@ -10,7 +10,7 @@ from typing import Any
 
 from compare.cells import Cell, Row, chosen_rate, done_cells, result_cells, short_name
 from compare.config import CompareConfig
-from compare.methods import METHODS, Method
+from compare.methods import METHODS, Method, outdated
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Line:
     """Standard error of one seed's mean accuracy for want of questions, by protocol; the largest of any seed."""
     tasks: Mapping[str, Mapping[str, Spread]]
     """Figures by protocol and task."""
+    outdated: tuple[str, ...]
+    """In what the method was another one when it was run, see `compare.methods.outdated`."""
     curve: tuple[CurvePoint, ...]
     """Validation NLL while it trains, where that was measured; of the steps that every seed has."""
     facts: Mapping[str, Any]
@@ -108,6 +110,7 @@ def _line(model: str, name: str, ratio: float, rate: float, rows: Sequence[Mappi
         accuracy={p: Spread.of([statistics.mean(a[p].values()) for a in accuracies]) for p in protocols},
         sampling_error=_sampling_errors(finite),
         tasks={p: {task: Spread.of([a[p][task] for a in accuracies]) for task in accuracies[0][p]} for p in protocols},
+        outdated=tuple(dict.fromkeys(reason for row in rows if (reason := outdated(row)))),
         curve=_curve([row["curve"] for row in finite if row.get("curve")]),
         facts=rows[0],
         machines=tuple(dict.fromkeys(_machine(row) for row in rows)),

@@ -43,11 +43,11 @@ def _preface(config: CompareConfig, lines: Sequence[Line], num_missing: int) -> 
     text = (
         f"Every method trains {length} of {rows} rows of at most {config.max_length} tokens, the same rows in the same "
         f"order; {_search(config)} LoRA's product has the same scale everywhere. As many parameters are trained as by "
-        "LoRA on the whole model, as closely as a rank comes to it (PAT: up to the milestone). "
+        "LoRA on the whole model, as closely as a rank comes to it (PAT, where it compacts: on the small model). "
         f"{_seeds(config)} The ratio is the share of the hidden size that PAT is told to cut "
         "(the budgets below show to which width); every other method is cut to the number of parameters that PAT then "
         "has, as closely as it can. Weights are rounded to the dtype of the base's checkpoint before anything is "
-        f"measured. NLL: nats per held-out response token{_tokens(config, lines)}."
+        f"measured. NLL: nats per held-out response token of the base{_tokens(config, lines)}."
     )
     if config.tasks is not None:
         some = "" if config.limit is None else f", {config.limit} evenly spaced questions of each"
@@ -61,6 +61,7 @@ def _preface(config: CompareConfig, lines: Sequence[Line], num_missing: int) -> 
             text += f" Its standard error from the number of questions alone is at most, in points: {each}."
     if num_missing:
         text += f" **Missing cells: {num_missing}.**"
+    text += _edges(config, lines) + _outdated(lines)
     if any(line.name.startswith("pat") for line in lines):
         text += (
             " The defaults of PAT's own recipe were chosen beforehand, by runs on SmolLM2 with 25 % cut and rows of "
@@ -72,6 +73,28 @@ def _preface(config: CompareConfig, lines: Sequence[Line], num_missing: int) -> 
     if machines:
         text += f"\n\nMeasured on: {'; and on '.join(machines)}."
     return text
+
+
+def _edges(config: CompareConfig, lines: Sequence[Line]) -> str:
+    """Name the methods for which a rate outside those tried may be better."""
+    names = dict.fromkeys(line.method.name_with_order for line in lines if _is_at_the_edge(config, line))
+    return f" The rate chosen was the highest or lowest that was tried for: {', '.join(names)}." if names else ""
+
+
+def _is_at_the_edge(config: CompareConfig, line: Line) -> bool:
+    rates = config.learning_rates
+    return len(rates) > 1 and line.learning_rate in (min(rates), max(rates))
+
+
+def _outdated(lines: Sequence[Line]) -> str:
+    """Name the methods that were others when their cells were run."""
+    old: dict[str, list[str]] = {}
+    for line in lines:
+        for reason in line.outdated:
+            if (name := line.method.name_with_order) not in old.setdefault(reason, []):
+                old[reason].append(name)
+    named = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in old.items())
+    return f" **Not run with today's defaults and version of the method: {named}.**" if old else ""
 
 
 def _tokens(config: CompareConfig, lines: Sequence[Line]) -> str:
@@ -178,9 +201,7 @@ def _show_nll(config: CompareConfig, line: Line) -> str:
 def _show_rate(config: CompareConfig, line: Line) -> str:
     if not line.learning_rate:
         return ""
-    rates = config.learning_rates
-    edge = len(rates) > 1 and line.learning_rate in (min(rates), max(rates))
-    return f"{line.learning_rate:g}" + (" ⁺" if edge else "")
+    return f"{line.learning_rate:g}" + (" ⁺" if _is_at_the_edge(config, line) else "")
 
 
 def _show_trained(facts: Mapping[str, Any]) -> str:

@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[3]
 
 CONFIGS = sorted((ROOT / "benchmarks" / "compare" / "configs").glob("*.yaml"))
 
+RECORDED = sorted(path.parent.name for path in (ROOT / "docs" / "comparisons").glob("*/config.yaml"))
+
 SETTINGS: dict[str, Any] = {
     "models": ["models/small"],
     "data": "rows.jsonl",
@@ -47,10 +49,10 @@ def test_ready_made_comparisons_are_sound_and_typed_flags_win(path: Path) -> Non
     assert typed == expected
 
 
-@pytest.mark.parametrize("name", ["tiny", "smollm2"])
-def test_the_recorded_comparisons_are_read_and_drawn_as_they_were(name: str) -> None:
+@pytest.mark.parametrize("name", RECORDED)
+def test_the_recorded_comparisons_are_drawn_as_they_lie_there(name: str) -> None:
     folder = ROOT / "docs" / "comparisons" / name
-    config = parse("--config", str(ROOT / f"benchmarks/compare/configs/{name}.yaml"), "--output_dir", str(folder))
+    config = parse("--config", str(folder / "config.yaml"), "--output_dir", str(folder))
     rows = read_rows(config)
     table = markdown(config, summarise(config, rows), num_missing(config, done_cells(rows)))
     assert table == (folder / "results.md").read_text(encoding="utf-8")
@@ -59,7 +61,7 @@ def test_the_recorded_comparisons_are_read_and_drawn_as_they_were(name: str) -> 
 def test_a_comparison_is_drawn_anew_without_being_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(ROOT / "docs" / "comparisons" / "tiny", tmp_path / "tiny")
     (tmp_path / "tiny" / "results.md").unlink()
-    argv = ["--config", str(ROOT / "benchmarks/compare/configs/tiny.yaml"), "--models", "nowhere/stories260K"]
+    argv = ["--config", str(ROOT / "docs/comparisons/tiny/config.yaml"), "--models", "nowhere/stories260K"]
     assert main([*argv, "--output_dir", str(tmp_path / "tiny"), "--redraw"]) == 0
     expected = (ROOT / "docs" / "comparisons" / "tiny" / "results.md").read_text(encoding="utf-8")
     assert (tmp_path / "tiny" / "results.md").read_text(encoding="utf-8") == expected

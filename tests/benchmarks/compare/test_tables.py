@@ -1,5 +1,6 @@
 """From rows to tables and figures."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,12 @@ import pytest
 from compare.cells import Cell, Row, done_cells, num_missing
 from compare.config import CompareConfig
 from compare.figure import draw_accuracy, draw_curves, draw_nll
-from compare.results import FILE, append_row, read_rows
+from compare.methods import outdated
+from compare.results import FILE, append_row, read_current_rows, read_rows, row_identity
 from compare.summary import summarise
 from compare.tables import markdown
+
+from pat.tuner.options import PatOptions
 
 
 def config(folder: Path, **overrides: Any) -> CompareConfig:
@@ -32,9 +36,10 @@ def row(settings: CompareConfig, method: str, seed: int, nll: float, accuracy: f
         {"task": task, "protocol": "likelihood", "acc": accuracy + shift, "acc_norm": accuracy, "num_questions": 4}
         for task, shift in (("piqa", 0.1), ("rte", -0.1))
     ]
+    cell = Cell("small", method, ratio, seed, 1e-3)
     return {
-        "cell": Cell("small", method, ratio, seed, 1e-3).to_dict(),
-        "identity": settings.identity(),
+        "cell": cell.to_dict(),
+        "identity": row_identity(settings, cell),
         "inputs": {},
         "held_out_nll": nll,
         "num_parameters": 750 if method == "pat" else 1000,
@@ -88,7 +93,7 @@ def test_the_table_says_on_how_many_tokens_it_stands_and_at_which_rate_a_pruned_
     after = Cell("small", "slicegpt_after", 0.25, 0, 1e-3)
     some += [row(settings, "pat", 0, 3.0, 0.5) | {"cell": after.to_dict()}]
     table = markdown(settings, summarise(settings, some))
-    assert "held-out response token (small 3,978; 1,200 rows)" in table
+    assert "held-out response token of the base (small 3,978; 1,200 rows)" in table
     (line,) = (line for line in table.split("small: budgets")[1].splitlines() if "SliceGPT" in line)
     assert "| 0.001 |" in line and "learning rate 0.001" in after.describe()
 
@@ -200,6 +205,34 @@ def test_rows_come_back_but_those_of_failed_cells_and_torn_lines_do_not(tmp_path
         file.write('{"cell": {"mod')
     append_row(settings, second)
     assert [r["cell"] for r in read_rows(settings)] == [first["cell"], second["cell"]]
+
+
+def test_rows_of_an_older_default_are_not_taken_for_current_and_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = config(tmp_path)
+    for entry in rows(settings):
+        append_row(settings, entry)
+    assert len(read_current_rows(settings)) == 6 and not caplog.text
+
+    @dataclass
+    class Changed(PatOptions):
+        axes: list[str] = field(default_factory=lambda: ["hidden"])
+
+    monkeypatch.setattr("pat.tuner.options.PatOptions", Changed)
+    assert {entry["cell"]["method"] for entry in read_current_rows(settings)} == {"lora"}
+    assert "3 of pat, axes=['auto'], now ['hidden']" in caplog.text
+    table = markdown(settings, summarise(settings, read_rows(settings)))
+    assert "today's defaults and version of the method: PAT (axes=['auto'], now ['hidden'])." in table
+    explicit = Cell("small", "pat_hidden", 0.25, 0, 1e-3)  # says what the default says now
+    entry = row(settings, "pat", 0, 2.0, 0.4) | {"cell": explicit.to_dict()}
+    entry |= {"identity": row_identity(settings, explicit)}
+    monkeypatch.undo()
+    assert outdated(entry) is None
+    monkeypatch.setattr("compare.methods.PAT_REVISION", 99)
+    assert outdated(entry) == "revision=3, now 99"
+    del entry["identity"]["method"]
+    assert outdated(entry) == "with which ones is not on record"
 
 
 def test_another_comparisons_folder_is_refused(tmp_path: Path) -> None:
