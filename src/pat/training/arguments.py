@@ -16,7 +16,7 @@ from pat.errors import PatError
 from pat.options import OptionsParser
 from pat.recipes import recipe_defaults
 from pat.shape import check_request
-from pat.training.options import RunOptions
+from pat.training.options import DistillOptions, RunOptions
 from pat.tuner.config import PatConfig
 from pat.tuner.options import PatOptions
 
@@ -102,6 +102,7 @@ class TuneArguments:
 
     run: RunOptions = field(metadata={"section": "data and run"})
     pat: PatOptions = field(metadata={"section": "pruning"})
+    distill: DistillOptions = field(metadata={"section": "teacher"})
     model: ModelConfig = field(metadata={"section": "model and adapter (TRL's ModelConfig)"})
     sft: OneDevice = field(metadata={"section": "training (TRL's SFTConfig, transformers' TrainingArguments)"})
 
