@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from pat.tuner.layer import _HookedLayer
 
 
 @contextmanager
@@ -17,9 +16,7 @@ def without_pruning(model: nn.Module) -> Iterator[None]:
 
     It does nothing to a model without a PAT adapter.
     """
-    modules: list[Any] = list(model.modules())
-    of_peft = [module for module in modules if isinstance(module, BaseTunerLayer) and not module.disable_adapters]
-    layers: list[Any] = [layer for layer in of_peft if not isinstance(layer, LoraLayer)]
+    layers = [layer for layer in model.modules() if isinstance(layer, _HookedLayer) and not layer.disable_adapters]
     parameters = [parameter for layer in layers for parameter in layer.parameters()]
     trained = [parameter.requires_grad for parameter in parameters]  # peft's switch decides on that as well
     for layer in layers:
