@@ -1,11 +1,11 @@
-"""Does a teacher help? Final held-out NLL of `pat tune` with and without `--distill`, at equal steps and at equal FLOPs.
+"""Does a teacher help? Held-out NLL of `pat tune` with and without `--distill`, at equal steps and at equal FLOPs.
 
     python benchmarks/teacher_nll.py --model tests/data/stories260K --data ../shared/data/instruct/instruct_21k.jsonl \
         --output benchmarks/results/teacher_nll.jsonl --seeds 0 1
 
-Counted in forward passes of the whole model, a step of LoRA takes two (one back), three quarters of that where a quarter
-is cut, and the teacher one; the runs named "as long" take as many more steps without it. Every run is a line of the
-output, and those that are there are not run again.
+Counted in forward passes of the whole model, a step of LoRA takes two (one back), three quarters of that where a
+quarter is cut, and the teacher one; the runs named "as long" take as many more steps without it. Every run is a line of
+the output, and those that are there are not run again.
 """
 
 from __future__ import annotations

@@ -157,9 +157,16 @@ class Teaching:
         self.kept = model if self.is_own else None
 
     def keep_again(self, base: Any) -> None:
-        """Make the masked model as of the milestone anew from its files, if it is the teacher."""
+        """Make the masked model as of the milestone anew from its files, if it is the teacher.
+
+        Raises:
+            PatError: they are not there.
+        """
+        folder = self.arguments.output_dir / "adapter"
+        if self.is_own and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+            raise PatError(f"{folder}: has no adapter left to teach; resume from a checkpoint of stage one.")
         if self.is_own:
-            self.kept = PeftModel.from_pretrained(base, str(self.arguments.output_dir / "adapter"))
+            self.kept = PeftModel.from_pretrained(base, str(folder))
 
     def begin(self, trainer: Trainer) -> None:
         """Give stage two's trainer its teacher, if it is to have one.

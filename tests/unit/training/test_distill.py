@@ -1,4 +1,4 @@
-"""Learning from a teacher, under transformers' trainer and TRL's: the loss, its normalisation, and what is left alone."""
+"""Learning from a teacher, under transformers' trainer and TRL's: the loss, its normalisation, what is left alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROUNDING = 1e-5
 ROWS = Dataset.from_list(
     [
         {"input_ids": ids, "labels": [IGNORED] * (3 + i % 3) + ids[3 + i % 3 :]}
-        for i, ids in enumerate(([1, *range(10 + i, 17 + 2 * i), 2] for i in range(8)))
+        for i, ids in enumerate([1, *range(10 + i, 17 + 2 * i), 2] for i in range(8))
     ]
 )
 """Rows of differing length, with prompts that are not learned."""
@@ -41,7 +41,8 @@ class Distilling(DistillationMixin, Trainer):
 def student() -> Any:
     """A tiny Llama with LoRA, the same each time."""
     torch.manual_seed(7)
-    return get_peft_model(shallow("llama", tied=True), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(shallow("llama", tied=True), config)
 
 
 def large() -> PreTrainedModel:
