@@ -11,16 +11,19 @@ from pat.registration import register_with_peft
 
 if TYPE_CHECKING:
     from pat.training.callback import PatCallback
+    from pat.training.distill import DistillationMixin, Teacher
     from pat.training.tune import tune
     from pat.tuner.config import PatConfig
 
 __version__ = "0.1.0"
 
-__all__ = ["PatCallback", "PatConfig", "PatError", "tune"]
+__all__ = ["DistillationMixin", "PatCallback", "PatConfig", "PatError", "Teacher", "tune"]
 
 _HOMES = {
+    "DistillationMixin": "pat.training.distill",
     "PatCallback": "pat.training.callback",
     "PatConfig": "pat.tuner.config",
+    "Teacher": "pat.training.distill",
     "tune": "pat.training.tune",
 }
 

@@ -101,7 +101,7 @@ def render_card(cut: Cut, parity: Parity, provenance: Mapping[str, Any]) -> str:
         parity: the comparison with the tuned model.
         provenance: what is known beyond that, all of it optional: `model_name_or_path` and its `revision`, `dataset`
             (only the last component of a path is shown), `prompt_format` in words, `recipe`, `seed`, `num_steps`,
-            `num_tokens_seen`, `max_length`, `learning_rates` by group of parameters, `held_out_nll` and
+            `num_tokens_seen`, `max_length`, `learning_rates` by group of parameters, `teacher`, `held_out_nll` and
             `held_out_standard_error` by model, and `num_held_out_tokens`.
     """
     base_model = str(provenance.get("model_name_or_path") or "unknown")

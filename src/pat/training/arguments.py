@@ -17,7 +17,7 @@ from pat.loading import load_config
 from pat.options import OptionsParser
 from pat.recipes import recipe_defaults
 from pat.shape import check_request
-from pat.training.options import RunOptions
+from pat.training.options import DistillOptions, RunOptions
 from pat.training.precision import bf16_pays_on_cpu
 from pat.tuner.config import PatConfig
 from pat.tuner.options import PatOptions
@@ -104,6 +104,7 @@ class TuneArguments:
 
     run: RunOptions = field(metadata={"section": "data and run"})
     pat: PatOptions = field(metadata={"section": "pruning"})
+    distill: DistillOptions = field(metadata={"section": "teacher"})
     model: ModelConfig = field(metadata={"section": "model and adapter (TRL's ModelConfig)"})
     sft: OneDevice = field(metadata={"section": "training (TRL's SFTConfig, transformers' TrainingArguments)"})
 

@@ -24,6 +24,7 @@ from pat.training.calibration_text import read_calibration
 from pat.training.checkpoints import last_checkpoint
 from pat.training.prepare import Prepared
 from pat.training.run_file import RUN_FILE, RunFile
+from pat.training.teacher import announce_teacher, check_distillation, check_teacher
 from pat.tuner.compaction import check_compactable
 from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel
@@ -41,6 +42,8 @@ NEEDED = {
     "eval_steps": "eval_strategy",
     "eval_on_start": "eval_strategy",
     "eval_packing": "eval_strategy",
+    "distill_weight": "distill",
+    "distill_top_k": "distill",
     "hub_model_id": "push_to_hub",
     "hub_private_repo": "push_to_hub",
     "hub_revision": "push_to_hub",
@@ -91,6 +94,7 @@ def check(arguments: TuneArguments) -> Checked:
             "%.0f %% of the parameters will be cut, more than has been shown to work; expect a much worse model.",
             100 * shape.pruning_ratio,
         )
+    check_distillation(arguments, base_config)
     if pat_config.calibration is not None:
         read_calibration(pat_config.calibration)
     return Checked(base_config, family, shape, resume_from)
@@ -124,6 +128,7 @@ def check_run(arguments: TuneArguments, checked: Checked, data: Prepared) -> Run
     Raises:
         PatError: that run has another configuration.
     """
+    check_teacher(arguments, checked.base_config, data.vocabulary)
     run = RunFile.of(arguments, checked.base_config, data.record.fingerprint)
     if checked.resume_from is None:
         return run
@@ -144,6 +149,7 @@ def announce(arguments: TuneArguments, checked: Checked, data: Prepared, model: 
     tokens = arguments.pat.refit_tokens or TOKENS_PER_CHANNEL * checked.shape.intermediate_size
     reading = f" Up to {tokens:,} tokens are read first, to choose the MLP channels." if checked.shape.cuts_mlp else ""
     autocast = " under bf16 autocast" if arguments.sft.bf16 and model.dtype == torch.float32 else ""
+    taught = announce_teacher(arguments, data, model, soft, num_steps)
     device = str(model.device)
     if (num_devices := torch.cuda.device_count()) > 1 and model.device.type == "cuda":
         device += f", one of {num_devices} GPUs (several take several processes, which `pat tune` does not start)"
@@ -152,7 +158,7 @@ def announce(arguments: TuneArguments, checked: Checked, data: Prepared, model: 
     print(
         f"{data.record.describe()} Model: {checked.family.model_type}, {trimmed}{checked.shape.describe()}, "
         f"{str(model.dtype).removeprefix('torch.')}{autocast} on {device}; {num_steps:,} steps, "
-        f"{soft:,} with a soft mask and {num_steps - soft:,} {rest}.{reading}",
+        f"{soft:,} with a soft mask and {num_steps - soft:,} {rest}.{reading}{taught}",
         file=sys.stderr,
     )
 
@@ -184,13 +190,17 @@ def warn_without_rotation(tuner: PatModel) -> None:
 
 
 def _warn_of_idle_flags(arguments: TuneArguments) -> None:
-    given = {f.name: f for part in (arguments.model, arguments.sft, arguments.run) for f in fields(part)}
-    values = {**vars(arguments.model), **vars(arguments.sft), **vars(arguments.run)}
+    given = {f.name: f for part in _parts(arguments) for f in fields(part)}
+    values = {name: value for part in _parts(arguments) for name, value in vars(part).items()}
     for name, needed in NEEDED.items():
         if values[name] != given[name].default and values[needed] in (False, "no"):
             logger.warning("%s=%s has no effect without --%s.", name, values[name], needed)
     if arguments.run.dataset_config is not None and Path(arguments.run.dataset_name).is_file():
         logger.warning("dataset_config=%s has no effect on a local file.", arguments.run.dataset_config)
+
+
+def _parts(arguments: TuneArguments) -> tuple[Any, ...]:
+    return arguments.model, arguments.sft, arguments.run, arguments.distill
 
 
 def _resume_from(arguments: TuneArguments) -> str | None:

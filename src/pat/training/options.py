@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pat.errors import PatError
 from pat.recipes import RECIPES
 
 
@@ -59,3 +60,44 @@ class RunOptions:
     keep_checkpoints: bool = field(
         default=False, metadata={"help": "Leave the trainer's checkpoints in OUTPUT_DIR/checkpoints after success."}
     )
+
+
+@dataclass
+class DistillOptions:
+    """Whether the small model learns from a larger one as well, in stage two."""
+
+    distill: bool = field(
+        default=False,
+        metadata={"help": "Have the small model learn from a teacher, too: the base with the LoRA of stage one."},
+    )
+    teacher: str | None = field(
+        default=None,
+        metadata={"help": "Another teacher, a folder or hub id of a model with the base's tokenizer; sets --distill."},
+    )
+    distill_weight: float = field(
+        default=0.5,
+        metadata={"help": "Share of the divergence from the teacher in the loss, above 0 and at most 1."},
+    )
+    distill_top_k: int | None = field(
+        default=None,
+        metadata={
+            "help": "Ask the teacher once for each row and keep its K likeliest tokens on disk, all others as one; it "
+            "pays over several epochs. Default: the whole vocabulary, asked at each step."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_distill_weight(self.distill_weight)
+        if self.distill_top_k is not None and self.distill_top_k < 1:
+            raise PatError(f"Got distill_top_k={self.distill_top_k}; expected a number of tokens, 1 or more.")
+        self.distill = self.distill or self.teacher is not None
+
+
+def check_distill_weight(weight: float) -> None:
+    """Check the share of the divergence in the loss.
+
+    Raises:
+        PatError: it is not in (0, 1].
+    """
+    if not 0 < weight <= 1:
+        raise PatError(f"Got distill_weight={weight}; expected a share above 0 and at most 1.")

@@ -22,6 +22,7 @@ from pat.report.records import Record
 from pat.surgery.describe import count_parameters
 from pat.training.data_record import DataRecord
 from pat.training.prepare import Prepared
+from pat.training.teacher import TeacherRecord
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,8 @@ class TuneRecord(Record):
     parity: Parity
     """Comparison of the tuned model with the dense one."""
     compaction: Compaction | None
+    teacher: TeacherRecord | None
+    """What the small model has learnt from beside its data, in stage two."""
     timings: dict[str, float]
     log_history: list[dict[str, Any]]
 

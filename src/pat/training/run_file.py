@@ -52,15 +52,16 @@ class RunFile:
         """Describe a run by its arguments, its base model and the fingerprint of its data."""
         configuration = {
             option.name: plain(getattr(part, option.name))
-            for part in (arguments.model, arguments.sft, arguments.pat, arguments.run)
+            for part in (arguments.model, arguments.sft, arguments.pat, arguments.distill, arguments.run)
             for option in fields(part)
             if option.name not in REFUSED and not any(fnmatchcase(option.name, name) for name in MAY_CHANGE)
         }
         shown: dict[str, Any] = {
             name: shown_name(str(configuration[name])) for name in ("model_name_or_path", "dataset_name")
         }
+        shown["teacher"] = None if arguments.distill.teacher is None else shown_name(arguments.distill.teacher)
         shown |= {name: _content(configuration[name]) for name in ("held_out", "calibration", "chat_template_path")}
-        return cls(configuration | shown, _fingerprint(arguments.run.model_name_or_path, base_config), data)
+        return cls(configuration | shown, fingerprint(arguments.run.model_name_or_path, base_config), data)
 
     @classmethod
     def read(cls, folder: Path) -> RunFile | None:
@@ -112,8 +113,8 @@ def _content(value: Any) -> str | None:
     return f"sha256:{hashlib.sha256(Path(value).read_bytes()).hexdigest()[:16]}"
 
 
-def _fingerprint(name: str, base_config: Any) -> str:
-    """Digest a base model: its configuration, and names, sizes and first kilobytes of the weight files in a folder."""
+def fingerprint(name: str, base_config: Any) -> str:
+    """Digest a model: its configuration, and names, sizes and first kilobytes of the weight files in a folder."""
     facts = {key: value for key, value in plain(base_config.to_dict()).items() if key not in _NOT_THE_MODELS}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     folder = Path(name)

@@ -34,6 +34,7 @@ from pat.training.checkpoints import STAGE_TWO, continue_from, is_compact, load_
 from pat.training.guard import FiniteGuard
 from pat.training.prepare import Prepared
 from pat.training.run_file import RUN_FILE, RunFile
+from pat.training.teacher import TeacherRecord, Teaching
 from pat.training.trainer import (
     KeepLog,
     SaveTokens,
@@ -62,6 +63,7 @@ class Trained:
     pat_config: dict[str, Any]
     run: RunFile
     compaction: Compaction | None = None
+    teacher: TeacherRecord | None = None
 
     def timings(self) -> dict[str, float]:
         """Return the seconds of each part, and of the training as a whole."""
@@ -90,6 +92,7 @@ class Stages:
 
     def __post_init__(self) -> None:
         self.seconds["preparation"] = self.data.seconds
+        self.teaching = Teaching(self.arguments, self.data, self.run_file.base, self._say)
 
     @property
     def checkpoints(self) -> Path:
@@ -110,12 +113,13 @@ class Stages:
         """
         base, self.base = self.base, None
         if resume_from is not None and is_compact(resume_from):
-            del base
             if self.arguments.run.no_compact:
                 raise PatError(
                     f"Got --no_compact and the checkpoint {resume_from} of the compact model; leave the flag out, or "
                     "resume from a checkpoint of stage one."
                 )
+            self.teaching.keep_again(base)
+            del base
             return self._resume_compact(resume_from)
         pat_config = self.data.vocabulary.note(self.arguments.pat_config(), cast(PreTrainedModel, base).config)
         revision = self.arguments.model.model_revision
@@ -141,9 +145,11 @@ class Stages:
             return self._trained(trainer, None, tuner.pat_config())
         config = tuner.pat_config()
         stage_two, start, record = self._compact(trainer, model, tuner, resume_from)
-        # Before the small model trains, the large one has to go.
+        # Before the small model trains, the large one has to go, unless that learns from it.
+        self.teaching.keep(model)
         del model, tuner, trainer, base
         gc.collect()
+        self.teaching.begin(stage_two)
         self._train(stage_two, "stage_two", start)
         return self._trained(stage_two, record, config)
 
@@ -157,15 +163,16 @@ class Stages:
         )
         model = PeftModel.from_pretrained(base.to(self.arguments.sft.device), checkpoint, is_trainable=True)
         trainer = self._trainer(model, self.data.trainer_args(self.arguments.sft), self.checkpoints / STAGE_TWO)
+        self.teaching.begin(trainer)
         self._train(trainer, "stage_two", checkpoint)
         config = PatConfig.from_pretrained(str(self.arguments.output_dir / "adapter"))
         return self._trained(trainer, record, config)
 
     def _trainer(self, model: PeftModel, args: SFTConfig, folder: Path, *callbacks: TrainerCallback) -> SFTTrainer:
         self.router_settings = router_settings(model.config)
-        return make_trainer(
-            model, args, self.data, folder, callbacks=[*callbacks, FiniteGuard(), SaveTokens(self.tokens)]
-        )
+        weight = self.teaching.weight if folder.name == STAGE_TWO else None
+        callbacks = (*callbacks, FiniteGuard(), SaveTokens(self.tokens))
+        return make_trainer(model, args, self.data, folder, callbacks=callbacks, distill_weight=weight)
 
     def _skip(self, trainer: SFTTrainer, callback: PatCallback) -> None:
         """Have the channels chosen, and the mask hard, without a step of stage one."""
@@ -259,16 +266,16 @@ class Stages:
         folder = self.arguments.output_dir / "adapter" if record is None else self.compact_dir / ADAPTER
         save_adapter(model, folder, self.tokens)
         state = trainer.state
-        pat_config = config.to_dict()
         return Trained(
             model,
             state.global_step,
             state.epoch or 0.0,
             state.log_history,
             self.seconds,
-            pat_config,
+            config.to_dict(),
             self.run_file,
             record,
+            self.teaching.record(trainer),
         )
 
 

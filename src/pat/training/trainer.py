@@ -15,6 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from pat.checkpoint.staging import make_readable
 from pat.loading import TokenSetup
+from pat.training.distill import DistillingTrainer
 from pat.training.prepare import Prepared
 from pat.tuner.model import find_tuner
 
@@ -29,10 +30,12 @@ def make_trainer(
     *,
     callbacks: Sequence[TrainerCallback] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
+    distill_weight: float | None = None,
 ) -> SFTTrainer:
     """Make a trainer on prepared data, with a folder for its checkpoints; its arguments are not copied.
 
-    It changes the tokenizer, which is that of the data unless another one is given.
+    It changes the tokenizer, which is that of the data unless another one is given. With a weight it is one that learns
+    from a teacher as well, which is to be set.
     """
     head: Any = model.get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper):
@@ -42,14 +45,15 @@ def make_trainer(
         config.num_experts = config.num_local_experts  # TRL's router loss asks every mixture of experts by this name
     args.output_dir = str(folder)
     evaluation: Dataset | None = data.evaluation
-    return SFTTrainer(
-        model=model,
-        args=args,
-        train_dataset=data.train,
-        eval_dataset=evaluation,
-        processing_class=tokenizer or data.vocabulary.tokenizer,
-        callbacks=[*callbacks],
-    )
+    parts: dict[str, Any] = {
+        "model": model,
+        "args": args,
+        "train_dataset": data.train,
+        "eval_dataset": evaluation,
+        "processing_class": tokenizer or data.vocabulary.tokenizer,
+        "callbacks": [*callbacks],
+    }
+    return SFTTrainer(**parts) if distill_weight is None else DistillingTrainer(**parts, distill_weight=distill_weight)
 
 
 def router_settings(config: Any) -> dict[str, Any]:

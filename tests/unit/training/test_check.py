@@ -26,6 +26,9 @@ def checked(folder: Path, **flags: Any) -> None:
         ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type=fp4 has no effect without --load_in_4bit."),
         ({"hub_model_id": "me/small"}, "hub_model_id=me/small has no effect without --push_to_hub."),
         ({"hub_model_id": "me/small", "push_to_hub": True}, None),
+        ({"distill_weight": 0.7}, "distill_weight=0.7 has no effect without --distill."),
+        ({"distill_top_k": 4}, "distill_top_k=4 has no effect without --distill."),
+        ({"distill_top_k": 4, "teacher": "other"}, None),
         ({"dataset_config": "main"}, "dataset_config=main has no effect on a local file."),
         ({"pruned_hidden_size": 20}, "more than has been shown to work"),
         ({}, None),
@@ -40,5 +43,5 @@ def test_what_does_nothing_or_too_much_is_said(
 
 def test_what_needs_another_flag_is_known() -> None:
     arguments = build_arguments(model_name_or_path="base", dataset_name="d", output_dir="o")
-    names = {**vars(arguments.model), **vars(arguments.sft), **vars(arguments.run)}
+    names = {**vars(arguments.model), **vars(arguments.sft), **vars(arguments.run), **vars(arguments.distill)}
     assert {*NEEDED, *NEEDED.values()} <= set(names)
