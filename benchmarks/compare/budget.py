@@ -13,8 +13,8 @@ from torch import nn
 from compare.baselines import pat_parameters
 from pat.checkpoint.hollow import hollow_model
 from pat.loading import empty_model, load_config
-from pat.surgery.axes import count_parameters_at
-from pat.surgery.describe import map_of
+from pat.shape import AXES
+from pat.surgery.axes import prunable
 from pat.training.arguments import TuneArguments
 from pat.tuner.config import PatConfig
 from pat.tuner.prepare import check_config
@@ -53,18 +53,14 @@ def sizes_within(model: str, target: Target, pat_config: PatConfig) -> dict[str,
     """
     config, family = load_config(model)
     shape = check_config(config, family, pat_config)
-    if not shape.cuts_mlp:
+    if not shape.cuts("mlp"):
         return {}
-    hidden = shape.hidden.pruned_hidden_size
-    skeleton = empty_model(config)
-    shapes = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
-    none, whole = (
-        count_parameters_at(map_of(skeleton), shapes, hidden_share=hidden / shape.hidden.hidden_size, mlp_share=share)
-        for share in (0, 1)
-    )
-    channels = (target.num_parameters - none) * shape.intermediate_size // (whole - none)
-    flags = {"pruning_ratio": None, "pruned_intermediate_size": channels}
-    return flags | ({"pruned_hidden_size": hidden} if shape.cuts_hidden else {})
+    base, mlp = prunable(empty_model(config)), AXES["mlp"].field
+    none, whole = (base.count(shape.pruned_sizes | {mlp: size}) for size in (0, shape.size("mlp")))
+    channels = (target.num_parameters - none) * shape.size("mlp") // (whole - none)
+    sizes = shape.pruned_sizes | {mlp: channels}
+    cut = {axis.option: sizes[axis.field] for axis in AXES.values() if shape.cuts(axis.name)}
+    return {"pruning_ratio": None} | cut
 
 
 def lora_targets(base: nn.Module) -> list[str]:

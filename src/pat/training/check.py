@@ -13,9 +13,10 @@ import torch
 from pat.checkpoint.staging import check_output_folder
 from pat.errors import PatError
 from pat.families import Family
-from pat.loading import load_config
+from pat.loading import empty_model, load_config
 from pat.method.schedule import milestone_step
-from pat.shape import DEFAULT_PRUNING_RATIO, LARGE_RATIO, Shape
+from pat.shape import AXES, DEFAULT_PRUNING_RATIO, LARGE_RATIO, Shape, asked_sizes
+from pat.surgery.describe import head_dim
 from pat.surgery.residual import ResidualStream
 from pat.training.arguments import TuneArguments
 from pat.training.calibration_text import read_calibration
@@ -24,6 +25,7 @@ from pat.training.prepare import Prepared
 from pat.training.run_file import RUN_FILE, RunFile
 from pat.tuner.compaction import check_compactable
 from pat.tuner.config import PatConfig
+from pat.tuner.depth import LAYER_TOKENS
 from pat.tuner.model import PatModel
 from pat.tuner.prepare import check_config
 from pat.tuner.refit import TOKENS_PER_CHANNEL
@@ -72,8 +74,7 @@ def check(arguments: TuneArguments) -> Checked:
     base_config, family = load_config(arguments.run.model_name_or_path, revision=arguments.model.model_revision)
     shape = check_config(base_config, family, pat_config)
     asked = pat_config.pruning_ratio or DEFAULT_PRUNING_RATIO
-    names_a_size = pat_config.pruned_hidden_size is not None or pat_config.pruned_intermediate_size is not None
-    if not names_a_size and abs(shape.pruning_ratio - asked) > RATIO_SLACK:
+    if not asked_sizes(pat_config) and abs(shape.pruning_ratio - asked) > RATIO_SLACK:
         logger.warning("%.1f %% of the parameters will be cut: %s.", 100 * shape.pruning_ratio, shape.reason)
     if shape.pruning_ratio > LARGE_RATIO:
         logger.warning(
@@ -108,13 +109,23 @@ def announce(arguments: TuneArguments, checked: Checked, data: Prepared, model: 
     """Say in one line on stderr what was understood."""
     soft = min(num_steps, milestone_step(arguments.pat.milestone, num_steps))
     rest = "on the small model" if compacts(arguments.run.no_compact, arguments.pat_config()) else "at full width"
-    tokens = arguments.pat.refit_tokens or TOKENS_PER_CHANNEL * checked.shape.intermediate_size
-    reading = f" Up to {tokens:,} tokens are read first, to choose the MLP channels." if checked.shape.cuts_mlp else ""
+    shape = checked.shape
+    widths = [shape.size("mlp")] if shape.cuts("mlp") else []
+    widths += [head_dim(empty_model(checked.base_config)) * checked.base_config.num_attention_heads] * shape.cuts(
+        "heads"
+    )
+    reading = ""
+    if widths:
+        tokens = arguments.pat.refit_tokens or TOKENS_PER_CHANNEL * max(widths)
+        what = " and ".join(AXES[name].label for name in ("mlp", "heads") if shape.cuts(name))
+        reading = f" Up to {tokens:,} tokens are read first, to choose the {what}."
+    if shape.cuts("layers"):
+        reading += f" {LAYER_TOKENS:,} tokens are read {shape.size('layers')} times, to choose the layers."
     device = str(model.device)
     if (num_devices := torch.cuda.device_count()) > 1 and model.device.type == "cuda":
         device += f", one of {num_devices} GPUs (several take several processes, which `pat tune` does not start)"
     print(
-        f"{data.record.describe()} Model: {checked.family.model_type}, {checked.shape.describe()}, "
+        f"{data.record.describe()} Model: {checked.family.model_type}, {shape.describe()}, "
         f"{str(model.dtype).removeprefix('torch.')} on {device}; {num_steps:,} steps, "
         f"{soft:,} with a soft mask and {num_steps - soft:,} {rest}.{reading}",
         file=sys.stderr,
