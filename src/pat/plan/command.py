@@ -102,7 +102,7 @@ def run_plan(options: PlanOptions) -> PlanRecord:
             {axis.field: shape.pruned(axis.name) for axis in AXES.values() if shape.cuts(axis.name)},
             head_dim=small_head_dim,
             tied=base.tied and not options.untie_word_embeddings,
-            keep_layers=example_layers(stream, shape.pruned("layers")),
+            keep_layers=example_layers(stream, shape.pruned("layers")) if shape.cuts("layers") else None,
         )
         cost = cost_of(build_skeleton(small_config, dtype), context)
         candidates.append(_candidate(shape, small_config.num_attention_heads, options.multiple_of, base, cost))

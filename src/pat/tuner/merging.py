@@ -115,7 +115,7 @@ class MaskedModel:
             self.sizes,
             head_dim=head_dim(base),
             tied=tied,
-            keep_layers=self.layers.keep,
+            keep_layers=self.layers.keep if self.layers.cuts else None,
         )
         ratio = 1.0
         if stream.family.scaled_embedding:
