@@ -56,7 +56,7 @@ def make_models(folder: Path, hidden_size: int, dtype: torch.dtype, device: str)
     small = shrink_config(
         config,
         get_family("llama"),
-        pruned_hidden_size=round(hidden_size * (1 - RATIO)),
+        {"hidden_size": round(hidden_size * (1 - RATIO))},
         head_dim=HEAD_DIM,
         tied=False,
     )

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tiny_models import FAMILIES, WITHOUT_BIAS
+from tiny_models import FAMILIES, WITHOUT_BIAS, shallow
 
-from pat.families import get_family
+from pat.surgery.axes import prunable
 
 Row = dict[str, str]
 Pair = frozenset[tuple[str, str]]
@@ -34,11 +34,11 @@ FACTORS: dict[str, tuple[str, ...]] = {
     "form": ("tied-auto", "untied-none", "untied-auto", "tied-none"),  # head and rotation: the four forms of a merge
     "adapter": tuple(ADAPTERS),
     "path": ("compacted", "streamed", "resumed", "reloaded"),
-    "axes": ("hidden", "mlp", "both"),
+    "axes": ("hidden", "mlp", "hidden+mlp", "layers", "heads", "mlp+layers", "hidden+heads"),
 }
 
-WITH_EXPERTS = tuple(family for family in FAMILIES if get_family(family).expert_parameters)
-"""Families whose MLPs cannot be cut yet."""
+OBSTACLES = {family: frozenset(prunable(shallow(family, tied=True)).obstacles) for family in FAMILIES}
+"""Axes that cannot be cut, by family."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,9 @@ class Cell:
     def __str__(self) -> str:
         return "-".join((self.family, self.form, self.adapter, self.path, self.axes))
 
+    def cuts(self, axis: str) -> bool:
+        return axis in self.axes.split("+")
+
     @property
     def tied(self) -> bool:
         return self.form.startswith("tied")
@@ -71,9 +74,10 @@ class Cell:
 
 def possible(row: Row) -> bool:
     """Tell whether the method allows a combination, of which some levels may be open."""
-    if row.get("axes", "hidden") != "hidden" and row.get("family") in WITH_EXPERTS:
+    axes = row.get("axes", "hidden").split("+")
+    if "family" in row and OBSTACLES[row["family"]].intersection(axes):
         return False
-    if row.get("axes") == "mlp" and row.get("adapter") == "dense":
+    if "hidden" not in axes and row.get("adapter") == "dense":
         return False  # without a cut of the stream there are no operators
     quantised = row.get("adapter") == "4bit"
     if quantised and row.get("path") in ("compacted", "streamed"):

@@ -14,9 +14,10 @@ from compare.baselines import pat_parameters
 from pat.checkpoint.hollow import hollow_model
 from pat.loading import empty_model, load_config
 from pat.loading.trimming import MULTIPLE
-from pat.surgery.axes import count_parameters_at
-from pat.surgery.dense import shrink_config
-from pat.surgery.describe import count_parameters, head_dim, map_of
+from pat.plan.costs import build_skeleton, pruned_config
+from pat.shape import AXES
+from pat.surgery.axes import prunable
+from pat.surgery.describe import count_parameters
 from pat.training.arguments import TuneArguments
 from pat.training.check import compacts
 from pat.tuner.config import PatConfig
@@ -68,18 +69,14 @@ def sizes_within(
         config.vocab_size = vocabulary_size
         pat_config.pruning_ratio = 1 - target.num_parameters / count_parameters(config)
     shape = check_config(config, family, pat_config)
-    if not shape.cuts_mlp:
+    if not shape.cuts("mlp"):
         return {}
-    hidden = shape.hidden.pruned_hidden_size
-    skeleton = empty_model(config)
-    shapes = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
-    none, whole = (
-        count_parameters_at(map_of(skeleton), shapes, hidden_share=hidden / shape.hidden.hidden_size, mlp_share=share)
-        for share in (0, 1)
-    )
-    channels = (target.num_parameters - none) * shape.intermediate_size // (whole - none)
-    flags = {"pruning_ratio": None, "pruned_intermediate_size": channels}
-    return flags | ({"pruned_hidden_size": hidden} if shape.cuts_hidden else {})
+    base, mlp = prunable(empty_model(config)), AXES["mlp"].field
+    none, whole = (base.count(shape.pruned_sizes | {mlp: size}) for size in (0, shape.size("mlp")))
+    channels = (target.num_parameters - none) * shape.size("mlp") // (whole - none)
+    sizes = shape.pruned_sizes | {mlp: channels}
+    cut = {axis.option: sizes[axis.field] for axis in AXES.values() if shape.cuts(axis.name)}
+    return {"pruning_ratio": None} | cut
 
 
 def lora_targets(base: nn.Module) -> list[str]:
@@ -125,17 +122,9 @@ def pat_rank(arguments: TuneArguments, num_trainable: int) -> tuple[int, int]:
     base_config, family = load_config(name)
     base_config.vocab_size = arguments.run.vocabulary_size or base_config.vocab_size
     if compacts(arguments.run.no_compact, arguments.pat_config()):
-        shape, base = check_config(base_config, family, arguments.pat_config()), empty_model(base_config)
-        small = empty_model(
-            shrink_config(
-                base_config,
-                family,
-                pruned_hidden_size=shape.hidden.pruned_hidden_size,
-                head_dim=head_dim(base),
-                tied=bool(base_config.tie_word_embeddings),
-                pruned_intermediate_size=shape.pruned_intermediate_size if shape.cuts_mlp else None,
-            )
-        )
+        shape = check_config(base_config, family, arguments.pat_config())
+        skeleton = build_skeleton(base_config, torch.float32)
+        small = empty_model(pruned_config(skeleton, shape, tied=bool(base_config.tie_word_embeddings)))
         targets, dora = lora_targets(small), bool(arguments.model.use_dora)
         rank = lora_rank(small, targets, num_trainable, dora=dora)
         magnitudes = sum(linear.out_features for linear in _linears(small, targets)) if dora else 0

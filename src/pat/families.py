@@ -26,6 +26,8 @@ class Branch:
     site: str = ""
     routers: tuple[str, ...] = ()
     """Readers whose outputs choose experts, instead of lying in the space that the writer reads."""
+    per_head: tuple[str, ...] = ()
+    """Parameters with one entry for each query head. They are bystanders as well."""
 
     @property
     def hook_site(self) -> str:
@@ -141,7 +143,12 @@ _RECORDS = (
     Family("smollm3", _ATTENTION, (_MLP,)),
     # Granite's multipliers are scalars, so they commute with every operator, mask and rotation.
     Family("granite", _ATTENTION, (_MLP,)),
-    Family("granite_swa", _ATTENTION, (_MLP,), bystanders=("self_attn.sinks",)),
+    Family(
+        "granite_swa",
+        replace(_ATTENTION, per_head=("self_attn.sinks",)),
+        (_MLP,),
+        bystanders=("self_attn.sinks",),
+    ),
     Family(
         "granitemoe",
         _ATTENTION,
@@ -180,6 +187,15 @@ _RECORDS = (
     Family("ernie4_5", _ATTENTION, (_MLP,)),
     Family("seed_oss", _ATTENTION, (_MLP,)),
 )
+
+LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "layer_rope_theta")
+"""Fields of configurations that hold one entry for each layer."""
+
+FIRST_LAYERS = "max_window_layers"
+"""Field that holds how many of the first layers are of one kind (Qwen: without a window)."""
+
+DENSE_LAYERS, SPARSE_STEP = "mlp_only_layers", "decoder_sparse_step"
+"""Fields that hold which layers have no experts: their numbers, and all others that are no multiple of a step."""
 
 FAMILIES: dict[str, Family] = {record.model_type: record for record in _RECORDS}
 

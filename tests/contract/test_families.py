@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from cells import ADAPTERS, FACTORS, WITH_EXPERTS, Cell, contract_cells
+from cells import ADAPTERS, FACTORS, OBSTACLES, Cell, contract_cells
 from masked64 import in_float64, logits64
 from peft import LoraConfig, PeftModel
 from tiny_models import FAMILIES, WITHOUT_BIAS, shallow, tiny_tokenizer
@@ -29,6 +29,7 @@ from tiny_training import (
     largest_difference,
     logits,
     losses,
+    pat_config,
     train,
     train_and_merge,
     tuner_of,
@@ -38,15 +39,26 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from pat.checkpoint import merge as merging
 from pat.checkpoint.merge import merge
-from pat.families import Family, get_family
+from pat.families import DENSE_LAYERS, FIRST_LAYERS, LAYER_LISTS, Family, get_family
 from pat.loading import keep_plain_layout
+from pat.shape import AXES
 from pat.surgery.residual import map_residual_stream, model_tensors
 from pat.surgery.rope import legacy_rope
 from pat.surgery.rotation import equalised_gain, gain_block
-from pat.tuner.layer import GateLayer, HsmLayer, MaskLayer
+from pat.tuner.layer import PruningLayer
+from pat.tuner.prepare import check_config
 
 HIDDEN, KEPT = 48, 36
 CHANNELS, KEPT_CHANNELS = 72, 50  # of an MLP
+GROUPS, KEPT_GROUPS = 2, 1  # of heads with one key/value head
+LAYERS, KEPT_LAYERS = 3, 2
+SIZES = {
+    "hidden": (HIDDEN, KEPT),
+    "mlp": (CHANNELS, KEPT_CHANNELS),
+    "heads": (GROUPS, KEPT_GROUPS),
+    "layers": (LAYERS, KEPT_LAYERS),
+}
+"""Sizes before and after the cut, by axis."""
 STEPS, MILESTONE = 3, 2
 
 PARITY = 1e-4
@@ -81,7 +93,7 @@ class Run:
 
     def base(self) -> PreTrainedModel:
         """The base model; equal weights every time."""
-        model = shallow(self.cell.family, tied=self.cell.tied)
+        model = shallow(self.cell.family, tied=self.cell.tied, num_hidden_layers=self.num_layers)
         if not self.cell.quantised:
             return model
         if not (self.folder / "base").is_dir():
@@ -93,14 +105,16 @@ class Run:
         keep_plain_layout(model)  # as attaching does, but the base's logits are taken before that
         return model
 
+    @property
+    def plain_config(self) -> Any:
+        """Configuration of the base model, unquantised."""
+        return shallow(self.cell.family, tied=self.cell.tied, num_hidden_layers=self.num_layers).config
+
     @cached_property
     def fields(self) -> dict[str, Any]:
         """Fields of the `PatConfig`."""
         fields = {"rotation": self.cell.rotation} | ADAPTERS[self.cell.adapter]
-        if self.cell.axes != "mlp":
-            fields["pruned_hidden_size"] = KEPT
-        if self.cell.axes != "hidden":
-            fields["pruned_intermediate_size"] = KEPT_CHANNELS
+        fields |= {f"pruned_{name}": size for name, size in self.cut.items()}
         if self.cell.adapter == "bias":
             stream = map_residual_stream(self.family, model_tensors(self.base()), tied=self.cell.tied)
             linears = [linear for branch in stream.branches for linear in (*branch.readers, branch.writer)]
@@ -111,14 +125,19 @@ class Run:
         return fields
 
     @property
-    def kept(self) -> int:
-        """Hidden size of the dense model."""
-        return HIDDEN if self.cell.axes == "mlp" else KEPT
+    def num_layers(self) -> int:
+        """Layers of the base model; where none are cut, two are enough for one to read what another wrote."""
+        return LAYERS if self.cell.cuts("layers") else 2
 
     @property
-    def kept_channels(self) -> int:
-        """MLP channels of the dense model."""
-        return CHANNELS if self.cell.axes == "hidden" else KEPT_CHANNELS
+    def cut(self) -> dict[str, int]:
+        """Sizes that are cut, by the field of the configuration."""
+        return {AXES[axis].field: size for axis, (_, size) in SIZES.items() if self.cell.cuts(axis)}
+
+    @property
+    def kept(self) -> int:
+        """Hidden size of the dense model."""
+        return KEPT if self.cell.cuts("hidden") else HIDDEN
 
     @property
     def training(self) -> dict[str, Any]:
@@ -169,8 +188,10 @@ def everything_was_trained(run: Run) -> None:
     trained, tuner = run.trained, run.trained.tuner
     assert largest_difference(trained.masked_logits, trained.base_logits) > 0.3
     assert all(gate.weight is None or gate.weight.any() for gate in tuner.all_gates())
-    assert len(tuner.operators()) == (0 if run.cell.axes == "mlp" else 5)
-    assert len(tuner.gates()) == (0 if run.cell.axes == "hidden" else 2)
+    assert len(tuner.operators()) == (1 + 2 * run.num_layers if run.cell.cuts("hidden") else 0)
+    gates = {axis: len(found) for axis, found in tuner.gates_by_axis().items()}
+    inner = {axis: run.num_layers for axis in ("mlp", "heads") if run.cell.cuts(axis)}
+    assert gates == {"hidden": 1} | inner | ({"layers": 1} if run.cell.cuts("layers") else {})
     probe = torch.ones(1, HIDDEN)
     for site, operator in tuner.operators().items():
         assert operator.change(probe).any(), site
@@ -198,23 +219,25 @@ def they_agree_to_the_last_digits_in_float64(run: Run) -> None:
 
 
 def exactly_the_asked_for_channels_are_kept(run: Run) -> None:
-    mask, *gates = run.trained.tuner.all_gates()
-    assert all(gate.hardened and gate.milestone_step == gate.step == MILESTONE for gate in (mask, *gates))
-    assert len(mask.keep_indices) == run.kept
-    assert {len(gate.keep_indices) for gate in gates} <= {KEPT_CHANNELS}
-    assert not mask.pinned[~mask.keep].any()
+    for axis, gates in run.trained.tuner.gates_by_axis().items():
+        before, after = SIZES[axis] if run.cell.cuts(axis) else (HIDDEN, HIDDEN)
+        for gate in gates:
+            assert gate.hardened and gate.milestone_step == gate.step == MILESTONE
+            assert (gate.size, len(gate.keep_indices)) == (before, after)
+            assert not gate.pinned[~gate.keep].any()
 
 
-def what_the_mlps_lose_is_filled_in_for(run: Run) -> None:
+def what_is_lost_before_writers_is_filled_in_for(run: Run) -> None:
     for gate in run.trained.tuner.gates().values():
-        assert gate.calibrated and gate.reconstruction.shape == (CHANNELS - KEPT_CHANNELS, KEPT_CHANNELS)
+        dropped, kept = (gate.size - gate.num_kept) * gate.width, gate.num_kept * gate.width
+        assert gate.calibrated and gate.reconstruction.shape == (dropped, kept)
         assert gate.reconstruction.any()
 
 
 def the_automatic_rotation_is_pca_where_it_is_exact(run: Run) -> None:
     """Elsewhere there is none, but the channels are in the order of their measured importance."""
     mask = run.trained.tuner.mask()
-    if run.cell.axes == "mlp":
+    if not run.cell.cuts("hidden"):
         assert run.trained.tuner.pat_config().resolved_rotation == "none" and mask.basis is None
         return
     automatic = run.cell.rotation == "auto"
@@ -231,26 +254,26 @@ def the_dense_model_is_the_bases_class_and_smaller(run: Run) -> None:
     base, dense = run.trained.tuner.model, run.trained.dense
     assert type(dense) is type(base)
     assert dense.config.hidden_size == run.kept
-    assert KEPT % dense.config.num_attention_heads == 0
+    assert run.kept % dense.config.num_attention_heads == 0
     assert dense.config.head_dim == base.model.layers[0].self_attn.head_dim
-    assert dense.config.num_attention_heads == base.config.num_attention_heads
+    groups = run.cut.get("num_key_value_heads", GROUPS)
+    assert dense.config.num_attention_heads * GROUPS == base.config.num_attention_heads * groups
     assert dense.config.rms_norm_eps == pytest.approx(base.config.rms_norm_eps * HIDDEN / run.kept, rel=1e-12)
     after = dense.config.to_dict()
     changed = {key for key in run.base_config | after if run.base_config.get(key) != after.get(key)}
-    allowed = {"intermediate_size"} if run.cell.axes != "hidden" else set()
+    allowed = set(run.cut) | ({"num_attention_heads"} if run.cell.cuts("heads") else set())
+    allowed |= {*LAYER_LISTS, FIRST_LAYERS, DENSE_LAYERS} if run.cell.cuts("layers") else set()
     allowed |= {"hidden_size", "head_dim", "rms_norm_eps", "quantization_config", "_name_or_path"}
     assert changed - set(legacy_rope(dense.config)) <= allowed
+    sizes = {"head_dim": dense.config.head_dim, "num_hidden_layers": run.num_layers}
+    heads = {"num_attention_heads": dense.config.num_attention_heads} if run.cell.cuts("heads") else {}
     whole, cut = (
-        shallow(
-            run.cell.family,
-            tied=run.cell.tied,
-            hidden_size=width,
-            head_dim=dense.config.head_dim,
-            **({} if run.cell.axes == "hidden" else {"intermediate_size": channels}),
-        ).num_parameters()
-        for width, channels in ((HIDDEN, CHANNELS), (run.kept, run.kept_channels))
+        shallow(run.cell.family, tied=run.cell.tied, **(sizes | changes)).num_parameters()
+        for changes in ({}, run.cut | heads)
     )
     assert dense.num_parameters() == cut < 0.92 * whole
+    planned = check_config(run.plain_config, run.family, pat_config(**run.fields))
+    assert planned.pruning_ratio == 1 - cut / whole
 
 
 def tied_stays_tied(run: Run) -> None:
@@ -275,7 +298,7 @@ def the_base_is_never_modified(run: Run) -> None:
     state = unloaded.state_dict()
     assert state.keys() == trained.base_weights.keys()
     assert all(torch.equal(state[name], value) for name, value in trained.base_weights.items())
-    assert not any(isinstance(module, HsmLayer | MaskLayer | GateLayer) for module in unloaded.modules())
+    assert not any(isinstance(module, PruningLayer) for module in unloaded.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in unloaded.modules())
     assert torch.equal(logits(unloaded), trained.base_logits)
 
@@ -359,7 +382,7 @@ PROPERTIES: tuple[Callable[[Run], None], ...] = (
     masked_and_dense_model_are_the_same,
     they_agree_to_the_last_digits_in_float64,
     exactly_the_asked_for_channels_are_kept,
-    what_the_mlps_lose_is_filled_in_for,
+    what_is_lost_before_writers_is_filled_in_for,
     the_automatic_rotation_is_pca_where_it_is_exact,
     the_dense_model_is_the_bases_class_and_smaller,
     tied_stays_tied,
@@ -395,9 +418,14 @@ def test_every_pair_of_options_occurs() -> None:
         assert absent <= {
             ("4bit", "compacted"),
             ("4bit", "streamed"),
-            ("dense", "mlp"),
+            *(("dense", axes) for axes in FACTORS["axes"] if "hidden" not in axes),
             *((family, "bias") for family in WITHOUT_BIAS),
-            *itertools.product(WITH_EXPERTS, ("mlp", "both")),
+            *(
+                (family, axes)
+                for family in FAMILIES
+                for axes in FACTORS["axes"]
+                if OBSTACLES[family] & {*axes.split("+")}
+            ),
         }
     for cell in ("tied-auto", "untied-none"):
         assert {c.family for c in FEW if c.form == cell} == set(FAMILIES)

@@ -45,7 +45,7 @@ def pat_config(model: PreTrainedModel, pruned_hidden_size: int, *, untie: bool =
     return shrink_config(
         model.config,
         family,
-        pruned_hidden_size=pruned_hidden_size,
+        {family.hidden_size_field: pruned_hidden_size},
         head_dim=head_dim(model),
         tied=bool(model.config.tie_word_embeddings) and not untie,
     )

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 
 from pat.errors import PatError
 from pat.nll import evaluating
-from pat.surgery.axes import InnerCut, count_parameters_at, cut_inner
+from pat.shape import AXES
+from pat.surgery.axes import InnerCut, cut_inner, prunable
 from pat.surgery.dense import build_dense
 from pat.surgery.describe import map_of
 from pat.surgery.residual import ResidualBranch, model_tensors
@@ -65,8 +66,8 @@ def num_channels(model: PreTrainedModel, target_parameters: int) -> int:
             f"Got a model of type {model.config.model_type!r}, whose MLPs Minitron's criterion cannot cut; leave the "
             "method out, or use another base."
         )
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    none, whole = (count_parameters_at(map_of(model), shapes, mlp_share=share) for share in (0, 1))
+    base = prunable(model)
+    none, whole = (base.count(base.sizes | {AXES["mlp"].field: channels}) for channels in (0, size))
     channels = min(size, (target_parameters - none) * size // (whole - none))
     if channels < 1:
         raise PatError(

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from pat.checkpoint.verify import Parity
 from pat.report.records import environment
+from pat.shape import AXES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,12 @@ class Pruning:
     intermediate_size: int | None = None
     """MLP channels of the base model; None where they are not cut."""
     pruned_intermediate_size: int | None = None
+    num_key_value_heads: int | None = None
+    """Key/value heads of the base model; None where they are not cut."""
+    pruned_num_key_value_heads: int | None = None
+    num_hidden_layers: int | None = None
+    """Layers of the base model; None where they are not cut."""
+    pruned_num_hidden_layers: int | None = None
     vocab_size: int | None = None
     """Vocabulary size of the base model; None where it is not trimmed."""
     pruned_vocab_size: int | None = None
@@ -35,12 +42,14 @@ class Pruning:
 
     def describe(self) -> str:
         """Say what was cut."""
-        cuts = {"hidden size": (self.hidden_size, self.pruned_hidden_size)}
-        if self.intermediate_size is not None and self.pruned_intermediate_size is not None:
-            cuts["MLP channels"] = (self.intermediate_size, self.pruned_intermediate_size)
-        if self.vocab_size is not None and self.pruned_vocab_size is not None:
-            cuts["vocabulary"] = (self.vocab_size, self.pruned_vocab_size)
-        return ", ".join(f"{name} {before} becomes {after}" for name, (before, after) in cuts.items() if after < before)
+        return ", ".join(f"{name} {before} becomes {after}" for name, before, after in self.sizes)
+
+    @property
+    def sizes(self) -> list[tuple[str, int, int]]:
+        """What is cut, in words, with its size before and after."""
+        cuts = [(axis.label, getattr(self, axis.field), getattr(self, axis.option)) for axis in AXES.values()]
+        cuts.append(("vocabulary", self.vocab_size, self.pruned_vocab_size))
+        return [(label, before, after) for label, before, after in cuts if before is not None and after < before]
 
 
 @dataclass(frozen=True, kw_only=True)

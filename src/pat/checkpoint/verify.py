@@ -174,7 +174,7 @@ def permutation_floor(model: PreTrainedModel, batches: Iterable[Mapping[str, Any
     family, tied = stream.family, stream.head is None
     hidden_size = getattr(model.config, family.hidden_size_field)
     order = torch.randperm(hidden_size, generator=torch.Generator().manual_seed(0))
-    config = shrink_config(model.config, family, pruned_hidden_size=hidden_size, head_dim=head_dim(model), tied=tied)
+    config = shrink_config(model.config, family, {}, head_dim=head_dim(model), tied=tied)
     folded = fold_weights(
         stream, lambda name: tensors[name].detach(), Channels(hidden_size, order), {}, HeadPlan(tied=tied)
     )

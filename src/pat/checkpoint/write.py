@@ -29,6 +29,7 @@ from pat.errors import PatError, RunFailed
 from pat.loading import TokenSetup, empty_model
 from pat.loading.stored import stored_tensors
 from pat.loading.tokenizer import savable_generation_config
+from pat.shape import AXES
 from pat.surgery.adapted import AdaptedMatrix, merged
 from pat.surgery.dense import DenseForm, rounded
 from pat.surgery.describe import count_parameters
@@ -159,17 +160,15 @@ def weight_bytes(folder: Path) -> int:
 def pruning_of(tuner: PatModel) -> Pruning:
     """Return what merging or compacting the active adapter cuts."""
     mask, config, stream = tuner.mask(), tuner.pat_config(), cast(ResidualStream, tuner.residual_stream)
-    gate = next(iter(tuner.gates().values()), None)
+    sizes: dict[str, Any] = {}
+    for name, (gate, *_) in tuner.gates_by_axis().items():
+        sizes |= {AXES[name].field: gate.size, AXES[name].option: gate.num_kept}
     base_config = copy.deepcopy(cast(PreTrainedModel, tuner.model).config)
-    pruned_vocab_size = base_config.vocab_size
-    base_config.vocab_size = config.base_vocab_size or pruned_vocab_size
+    if config.base_vocab_size is not None:
+        sizes |= {"vocab_size": config.base_vocab_size, "pruned_vocab_size": base_config.vocab_size}
+        base_config.vocab_size = config.base_vocab_size
     return Pruning(
-        vocab_size=config.base_vocab_size,
-        pruned_vocab_size=None if config.base_vocab_size is None else pruned_vocab_size,
-        intermediate_size=None if gate is None else gate.size,
-        pruned_intermediate_size=None if gate is None else gate.num_kept,
-        hidden_size=mask.hidden_size,
-        pruned_hidden_size=mask.pruned_hidden_size,
+        **sizes,
         num_parameters_base=count_parameters(base_config, tied=stream.head is None),
         rotation=config.resolved_rotation or "none",
         mask=config.mask,

@@ -181,10 +181,8 @@ class Gate(nn.Module):
         return self._best(self.proxy_weights().detach() + self.prior)
 
     def _frozen_choice(self) -> Tensor:
-        return self._best(self.prior) if self.has_prior else self._last_entries()
-
-    def _last_entries(self) -> Tensor:
-        return torch.arange(self.size, device=self.prior.device) >= self.size - self.num_kept
+        in_place = torch.arange(self.size, device=self.prior.device, dtype=self.prior.dtype)
+        return self._best(self.prior if self.has_prior else in_place)
 
     def _best(self, score: Tensor) -> Tensor:
         score = score.masked_fill(self.pinned, torch.inf)

@@ -1,8 +1,9 @@
-"""The gate over a space inside one branch, such as the channels of an MLP, and the refit that follows its cut.
+"""The gate over a space inside one branch, and the refit that follows its cut.
 
-A branch is readers, a nonlinear part whose output `a` has one entry per channel, and a writer W. The gate multiplies
-`a`. Once it is hard, the dropped channels can be *reconstructed* from the kept ones by a linear map R that was fitted
-on activations of the base model (docs/adr/0015):
+A branch is readers, a nonlinear part whose output `a` goes into a writer W. An entry of the space is an MLP channel,
+which is one number of `a`, or a group of attention heads with one key/value head, whose numbers lie one after another.
+The gate multiplies `a`. Once it is hard, the dropped channels can be *reconstructed* from the kept ones by a linear map
+R that was fitted on activations of the base model (docs/adr/0015):
 
     a[D] ~ R a[K],   R = H[D, K] (H[K, K] + ridge)^-1,   H = sum over tokens of a aᵀ
 
@@ -18,13 +19,14 @@ from pat.method.gate import Gate, GateKind
 
 
 class InnerGate(Gate):
-    """Gate `(size,)` before a writer, with the map R that fills in for what it drops.
+    """Gate `(size,)` before a writer of `size * width` channels, with the map R that fills in for what it drops.
 
     Args:
-        size: number of channels of the space.
-        num_kept: number of channels that stay.
+        size: number of entries of the space.
+        num_kept: number of entries that stay.
+        width: number of channels before the writer for each entry.
         kind: see `Gate`.
-        refits: whether there is a map R of shape `(size - num_kept, num_kept)` (zero until `set_reconstruction`).
+        refits: whether there is a map R of shape `(dropped channels, kept channels)` (zero until `set_reconstruction`).
         lr_multiplier: see `Gate`.
     """
 
@@ -40,17 +42,20 @@ class InnerGate(Gate):
         size: int,
         num_kept: int,
         *,
+        width: int = 1,
         kind: GateKind = "trainable",
         refits: bool = True,
         lr_multiplier: float = 1.0,
     ) -> None:
         super().__init__(size, num_kept, kind=kind, lr_multiplier=lr_multiplier)
-        self.register_buffer("reconstruction", torch.zeros(size - num_kept, num_kept) if refits else None)
+        self.width = width
+        self.num_channels, kept = size * width, num_kept * width
+        self.register_buffer("reconstruction", torch.zeros(self.num_channels - kept, kept) if refits else None)
         self.register_buffer("fitted", torch.tensor(False))
         self.is_fitted = False  # mirrored, as `hardened` is
         # The kept channels, ascending, and where each channel stands in [kept, dropped].
-        self.register_buffer("kept", torch.arange(num_kept), persistent=False)
-        self.register_buffer("order", torch.arange(size), persistent=False)
+        self.register_buffer("kept", torch.arange(kept), persistent=False)
+        self.register_buffer("order", torch.arange(self.num_channels), persistent=False)
 
     @property
     def awaits_refit(self) -> bool:
@@ -58,17 +63,22 @@ class InnerGate(Gate):
         fits = self.hardened and self.reconstruction is not None and self.num_kept < self.size
         return fits and not self.is_fitted
 
+    @property
+    def kept_channels(self) -> Tensor:
+        """Which channels are kept, boolean `(size * width,)`."""
+        return self._spread(self.keep)
+
     def set_reconstruction(self, matrix: Tensor) -> None:
-        """Install R `(size - num_kept, num_kept)`, once the gate is hard."""
+        """Install R `(dropped channels, kept channels)`, once the gate is hard."""
         assert self.hardened and self.reconstruction is not None, "a refit needs to know what is cut"
         self.reconstruction.copy_(matrix)
         self.fitted.fill_(True)
         self.is_fitted = True
 
     def forward(self, y: Tensor) -> Tensor:
-        """Apply gate and reconstruction to `y` of shape `(..., size)`; dtype and device of `y` are kept."""
+        """Apply gate and reconstruction to `y` of shape `(..., size * width)`; dtype and device of `y` are kept."""
         if not self.hardened or self.reconstruction is None:
-            return super().forward(y)
+            return (y * self._spread(self.values()).to(y.device)).to(y.dtype)
         kept = y.index_select(-1, self.kept.to(y.device))
         if self.weight is not None:
             kept = kept + 0.0 * self.weight.sum().to(y)  # see `Gate.values`
@@ -79,6 +89,10 @@ class InnerGate(Gate):
         super()._refresh()
         self.is_fitted = bool(self.fitted)
         if self.hardened:
-            kept_first = torch.sort((~self.keep).to(torch.uint8), stable=True).indices
-            self.kept.copy_(kept_first[: self.num_kept])
+            kept_first = torch.sort((~self.kept_channels).to(torch.uint8), stable=True).indices
+            self.kept.copy_(kept_first[: len(self.kept)])
             self.order.copy_(kept_first.argsort())
+
+    def _spread(self, entries: Tensor) -> Tensor:
+        """Repeat one value for each entry over the entry's channels."""
+        return entries if self.width == 1 else entries.repeat_interleave(self.width)

@@ -6,13 +6,14 @@ An operator is the identity, bit for bit, when it is made: D = I + change, and t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pat.errors import PatError
+from pat.method.gate import Gate
 from pat.method.losses import orthogonality_loss
 
 
@@ -137,6 +138,18 @@ def build_operator(hidden_size: int, rank: int | str | None, *, lr_multiplier: f
     if rank is None:
         rank = default_rank(hidden_size)
     return LowRankOperator(hidden_size, int(rank), lr_multiplier=lr_multiplier)
+
+
+def regularizers(gates: Sequence[Gate], operators: Iterable[Operator]) -> dict[str, Tensor]:
+    """Return the unweighted losses `active` (eq. 9) and `identity` (eq. 11) of an adapter, scalars with gradients.
+
+    Both are on the device of the first gate; a model may be spread over several.
+    """
+    device, zero = gates[0].prior.device, gates[0].prior.new_zeros(())
+    return {
+        "active": sum((gate.active_loss().to(device) for gate in gates), zero),
+        "identity": torch.stack([op.identity_loss().to(device) for op in operators] or [zero]).sum(),
+    }
 
 
 def default_rank(hidden_size: int) -> int:

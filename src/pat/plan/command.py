@@ -10,14 +10,12 @@ import torch
 
 from pat.errors import PatError
 from pat.loading import load_config, stored_dtype
-from pat.plan.costs import ModelCost, build_skeleton, cost_of
+from pat.plan.costs import ModelCost, build_skeleton, cost_of, pruned_config
 from pat.plan.options import PlanOptions
 from pat.plan.training import TrainingMemory, training_memory
 from pat.recipes import recipe_defaults
 from pat.report.records import Record
-from pat.shape import LARGE_RATIO, Shape
-from pat.surgery.dense import shrink_config
-from pat.surgery.describe import head_dim
+from pat.shape import AXES, LARGE_RATIO, Shape
 from pat.tuner.config import PatConfig
 from pat.tuner.prepare import check_config
 from pat.widths import legal_widths
@@ -83,29 +81,20 @@ def run_plan(options: PlanOptions) -> PlanRecord:
     dtype = stored_dtype(base_config) or torch.float32
     skeleton = build_skeleton(base_config, dtype)
     base = cost_of(skeleton, context)
-    small_head_dim = head_dim(skeleton.model)  # read off before an adapter is on it
     candidates = []
     for ratio in options.pruning_ratio or (None,):
         config = PatConfig(
             task_type="CAUSAL_LM",
             pruning_ratio=ratio,
             axes=options.axes,
-            pruned_hidden_size=options.pruned_hidden_size,
-            pruned_intermediate_size=options.pruned_intermediate_size,
+            **{axis.option: getattr(options, axis.option) for axis in AXES.values()},
             multiple_of=options.multiple_of,
             untie_word_embeddings=options.untie_word_embeddings,
         )
         shape = check_config(base_config, family, config)
-        small_config = shrink_config(
-            base_config,
-            family,
-            pruned_hidden_size=shape.hidden.pruned_hidden_size,
-            head_dim=small_head_dim,
-            tied=base.tied and not options.untie_word_embeddings,
-            pruned_intermediate_size=shape.pruned_intermediate_size if shape.cuts_mlp else None,
-        )
+        small_config = pruned_config(skeleton, shape, tied=base.tied and not options.untie_word_embeddings)
         cost = cost_of(build_skeleton(small_config, dtype), context)
-        candidates.append(_candidate(shape, base_config.num_attention_heads, options.multiple_of, base, cost))
+        candidates.append(_candidate(shape, small_config.num_attention_heads, options.multiple_of, base, cost))
     recipe = recipe_defaults(RECIPE)
     training = training_memory(
         skeleton, config, batch_size=recipe["per_device_train_batch_size"], length=recipe["max_length"]
@@ -129,9 +118,9 @@ def _candidate(
     shape: Shape, num_attention_heads: int, multiple_of: int | None, base: ModelCost, cost: ModelCost
 ) -> Candidate:
     nearby: tuple[int, ...] = ()
-    if shape.cuts_hidden:
-        legal = legal_widths(shape.hidden.hidden_size, num_attention_heads, multiple_of=multiple_of)
-        position = legal.index(shape.hidden.pruned_hidden_size)
+    if shape.cuts("hidden"):
+        legal = legal_widths(shape.size("hidden"), num_attention_heads, multiple_of=multiple_of)
+        position = legal.index(shape.pruned("hidden"))
         nearby = tuple(legal[max(0, position - NUM_NEIGHBOURS) : position + NUM_NEIGHBOURS + 1])
     return Candidate(
         shape=shape,
@@ -141,6 +130,14 @@ def _candidate(
         prefill_speedup=base.prefill_flops_per_token / cost.prefill_flops_per_token,
         decode_speedup=base.decode_bytes_per_token / cost.decode_bytes_per_token,
     )
+
+
+def _cache_note(shape: Shape, base_config: Any) -> str:
+    if not shape.cuts("layers") and not shape.cuts("heads"):
+        return "Number and size of the attention heads, hence the cache, do not change."
+    if shape.cuts("layers") and len(set(getattr(base_config, "layer_types", None) or ())) > 1:
+        return "Its layers have caches of several sizes; here the last ones go, tuning chooses by what is lost."
+    return "The size of the attention heads does not change; the cache shrinks with their number, or the layers'."
 
 
 def _resolve_context(context: int | None, base_config: Any) -> int:
@@ -160,7 +157,7 @@ def _notes(
         "Prefill: 2 x matmul parameters + 4 x heads x head size x layers x mean number of keys, per token of a text of "
         f"{context} tokens; the head counts for the last of them only. Expected where arithmetic is the limit.",
         f"Decode: weights in use and cache, read per token after {context} tokens at batch size 1. Expected where "
-        "memory bandwidth is the limit. Number and size of the attention heads, hence the cache, do not change.",
+        f"memory bandwidth is the limit. {_cache_note(candidates[-1].shape, base_config)}",
         f"Training: rank {pat_config.r} on every linear layer; adapter, gradients and Adam take 16 bytes per trainable "
         "parameter; the basis of a rotation and what fills in for MLP channels come on top. Activations are an "
         "estimate; logits (computed in chunks) and the framework itself come on top.",

@@ -10,7 +10,10 @@ from torch import nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from pat.loading import empty_model
+from pat.shape import AXES, Shape
+from pat.surgery.dense import shrink_config
 from pat.surgery.describe import head_dim, map_of
+from pat.surgery.layers import example_layers
 from pat.surgery.residual import Linear, ResidualStream, model_tensors
 
 GROUPS = ("embedding", "head", "attention", "MLP", "norms")
@@ -112,6 +115,24 @@ class Skeleton:
             return float(1 - (1 - self.model.config.num_experts_per_tok / shapes[linear.weight][0]) ** batch_size)
 
         return sum(shapes[linear.weight].numel() * share(linear) for linear in self.linears())
+
+
+def pruned_config(skeleton: Skeleton, shape: Shape, *, tied: bool) -> PretrainedConfig:
+    """Return the configuration of the model that a shape comes to; which layers go is not known yet, how many is.
+
+    Args:
+        skeleton: the base model, without an adapter.
+        shape: sizes to cut to.
+        tied: whether one matrix is to serve embedding and head.
+    """
+    return shrink_config(
+        skeleton.model.config,
+        skeleton.stream.family,
+        {axis.field: shape.pruned(axis.name) for axis in AXES.values() if shape.cuts(axis.name)},
+        head_dim=head_dim(skeleton.model),
+        tied=tied,
+        keep_layers=example_layers(skeleton.stream, shape.pruned("layers")) if shape.cuts("layers") else None,
+    )
 
 
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> Skeleton:

@@ -6,7 +6,7 @@ from pat.families import FAMILIES
 from pat.plan.command import PlanRecord
 from pat.plan.costs import GROUPS, ModelCost
 from pat.report.table import Table
-from pat.shape import Shape
+from pat.shape import AXES, Shape
 from pat.widths import alignment
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -27,7 +27,7 @@ def print_plan(record: PlanRecord) -> None:
         print(
             f"{candidate.shape.describe()}: {candidate.shape.reason}.", f"Legal widths nearby: {nearby}." * bool(nearby)
         )
-    if record.candidates[-1].shape.cuts_hidden:
+    if record.candidates[-1].shape.cuts("hidden"):
         print(f"Rotation: {_ROTATIONS[record.rotation]}.")
     print()
     for table in (_sizes(record), _running(record), _training(record)):
@@ -104,10 +104,8 @@ def _headings(record: PlanRecord) -> list[str]:
 
 
 def _sizes_of(shape: Shape) -> str:
-    mlp = f"MLP {shape.pruned_intermediate_size}"
-    if not shape.cuts_hidden:
-        return mlp
-    return f"{shape.hidden.pruned_hidden_size}, {mlp}" if shape.cuts_mlp else str(shape.hidden.pruned_hidden_size)
+    words = {"hidden": "{}", "mlp": "MLP {}", "heads": "{} KV heads", "layers": "{} layers"}
+    return ", ".join(words[name].format(shape.pruned(name)) for name in AXES if shape.cuts(name))
 
 
 def _describe_width(width: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pat.errors import PatError, RunFailed, one_line
 from pat.families import Family
+from pat.surgery.layers import cut_layer_fields
 from pat.surgery.rope import legacy_rope
 
 
@@ -30,26 +31,40 @@ class DenseForm:
 def shrink_config(
     config: PretrainedConfig,
     family: Family,
+    sizes: Mapping[str, int],
     *,
-    pruned_hidden_size: int,
     head_dim: int,
     tied: bool,
-    pruned_intermediate_size: int | None = None,
+    keep_layers: Sequence[int] | None = None,
 ) -> PretrainedConfig:
-    """Return a copy of a base model's configuration for the pruned sizes; the MLP's is the base's by default.
+    """Return a copy of a base model's configuration for the pruned sizes.
 
     The epsilon of every norm grows by d/d' (the mean is taken over fewer channels) and `head_dim` becomes explicit,
-    because the number of heads and their size do not change.
+    because the size of the heads does not change. Query heads go with their key/value heads.
+
+    Args:
+        config: of the base model.
+        family: its record.
+        sizes: the pruned sizes by field; the base's where there is none.
+        head_dim: size of a head.
+        tied: whether one matrix serves embedding and head.
+        keep_layers: numbers of the layers that stay, ascending; by default all.
 
     Raises:
-        PatError: the family's configuration refuses that width.
+        PatError: the family's configuration refuses these sizes.
     """
     small = copy.deepcopy(config)
+    if keep_layers is not None:
+        cut_layer_fields(small, keep_layers)
+    for name, size in sizes.items():
+        if name == "num_key_value_heads":
+            num_groups = getattr(small, name, None) or small.num_attention_heads
+            small.num_attention_heads = size * small.num_attention_heads // num_groups
+        if name != "num_hidden_layers":  # see above
+            setattr(small, name, size)
+    pruned_hidden_size = getattr(small, family.hidden_size_field)
     ratio = getattr(config, family.hidden_size_field) / pruned_hidden_size
-    setattr(small, family.hidden_size_field, pruned_hidden_size)
     setattr(small, family.eps_field, getattr(config, family.eps_field) * ratio)
-    if pruned_intermediate_size is not None:
-        small.intermediate_size = pruned_intermediate_size
     small.head_dim = head_dim
     small.tie_word_embeddings = tied
     small.use_cache = True  # trainers switch it off, for training alone
@@ -62,7 +77,8 @@ def shrink_config(
         small.validate()
     except Exception as error:  # transformers raises its own validation classes; the message is what matters
         raise PatError(
-            f"transformers refuses a {family.model_type} model of hidden size {pruned_hidden_size}: {one_line(error)}"
+            f"transformers refuses a {family.model_type} model of hidden size {pruned_hidden_size} with "
+            f"{small.num_attention_heads} attention heads: {one_line(error)}"
         ) from error
     return small
 

@@ -42,6 +42,18 @@ class ResidualBranch:
     post_norm: str | None
     inner: tuple[Linear, ...]
     """Readers whose rows lie in the space that the writer's columns lie in: all but routers."""
+    per_head: tuple[str, ...] = ()
+    """Names of parameters with one entry for each query head."""
+
+    @property
+    def axis(self) -> str:
+        """Name of the axis that the space inside the branch belongs to, see `pat.shape.AXES`."""
+        return "heads" if self.kind == "attention" else "mlp"
+
+    @property
+    def end(self) -> str:
+        """Module whose output is added to the residual stream."""
+        return self.post_norm or self.site
 
 
 @dataclass(frozen=True)
@@ -146,6 +158,7 @@ def _branch(prefix: str, kind: Literal["attention", "mlp"], branch: Branch, name
         pre_norm=None if branch.pre_norm is None else prefix + branch.pre_norm,
         post_norm=None if branch.post_norm is None else prefix + branch.post_norm,
         inner=tuple(_linear(prefix + reader, names) for reader in branch.readers if reader not in branch.routers),
+        per_head=tuple(prefix + name for name in branch.per_head if prefix + name in names),
     )
 
 

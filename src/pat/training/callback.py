@@ -16,14 +16,22 @@ from pat.tuner.model import PatModel, find_tuner
 
 logger = logging.getLogger(__name__)
 
+LOGGED = {
+    "hidden": "pat/active_channels",
+    "mlp": "pat/active_mlp_channels",
+    "heads": "pat/active_key_value_heads",
+    "layers": "pat/active_layers",
+}
+"""Names under which the numbers of active entries are logged, by axis."""
+
 
 class PatCallback(TrainerCallback):
     """Drive the mask, the gates and the regularisers of a PAT adapter from a trainer's optimizer steps.
 
     At train begin it calibrates rotation and order of the channels if nobody has (from `PatConfig.calibration`, else
-    from a sample of the training examples); at every step it sets the schedule (paper, eq. 6-8), and refits the MLPs
-    when their gates become hard; before every optimizer step it adds the gradients of both regularisers once (eq. 9 and
-    11), after gradient clipping and outside the logged loss. It never stops a run and never compacts.
+    from a sample of the training examples); at every step it sets the schedule (paper, eq. 6-8), and refits the
+    writers when their gates become hard; before every optimizer step it adds the gradients of both regularisers once
+    (eq. 9 and 11), after gradient clipping and outside the logged loss. It never stops a run and never compacts.
 
     Regulariser values are written to `state.log_history` beside the trainer's logs, and added to the logs themselves,
     so that every callback after this one shows them: the console's (the trainer adds it last) and whatever follows in
@@ -136,10 +144,10 @@ class PatCallback(TrainerCallback):
         if self._adapter is None or not self._last or logs is None or "loss" not in logs:
             return
         tuner = self._tuner(kwargs["model"])
-        mask, gates = tuner.mask(self._adapter), tuner.gates(self._adapter).values()
-        active = {"pat/active_channels": mask.num_active} if mask.num_kept < mask.size else {}
-        if gates:  # the mean over the layers
-            active["pat/active_mlp_channels"] = round(sum(gate.num_active for gate in gates) / len(gates))
+        by_axis = tuner.gates_by_axis(self._adapter)
+        cut = {axis: gates for axis, gates in by_axis.items() if gates[0].num_kept < gates[0].size}
+        # The mean over the layers.
+        active = {LOGGED[axis]: round(sum(gate.num_active for gate in cut[axis]) / len(cut[axis])) for axis in cut}
         values = self._last | active
         logs.update(values)
         state.log_history.append(values | {"step": state.global_step})

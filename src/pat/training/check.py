@@ -14,10 +14,10 @@ import torch
 from pat.checkpoint.staging import check_output_folder
 from pat.errors import PatError
 from pat.families import Family
-from pat.loading import load_config
+from pat.loading import empty_model, load_config
 from pat.method.schedule import milestone_step
-from pat.shape import DEFAULT_PRUNING_RATIO, LARGE_RATIO, Shape
-from pat.surgery.describe import count_parameters
+from pat.shape import AXES, DEFAULT_PRUNING_RATIO, LARGE_RATIO, Shape, asked_sizes
+from pat.surgery.describe import count_parameters, head_dim
 from pat.surgery.residual import ResidualStream
 from pat.training.arguments import TuneArguments
 from pat.training.calibration_text import read_calibration
@@ -27,6 +27,7 @@ from pat.training.run_file import RUN_FILE, RunFile
 from pat.training.teacher import announce_teacher, check_distillation, check_teacher
 from pat.tuner.compaction import check_compactable
 from pat.tuner.config import PatConfig
+from pat.tuner.depth import LAYER_TOKENS
 from pat.tuner.model import PatModel
 from pat.tuner.prepare import check_config
 from pat.tuner.refit import TOKENS_PER_CHANNEL
@@ -76,7 +77,7 @@ def check(arguments: TuneArguments) -> Checked:
     _warn_of_idle_flags(arguments)
     pat_config = arguments.pat_config()
     base_config, family = load_config(arguments.run.model_name_or_path, revision=arguments.model.model_revision)
-    names_a_size = pat_config.pruned_hidden_size is not None or pat_config.pruned_intermediate_size is not None
+    names_a_size = bool(asked_sizes(pat_config))
     if (size := arguments.run.vocabulary_size) is None:
         trimmed_config = base_config
     else:
@@ -146,8 +147,18 @@ def announce(arguments: TuneArguments, checked: Checked, data: Prepared, model: 
     """Say in one line on stderr what was understood."""
     soft = min(num_steps, milestone_step(arguments.pat.milestone, num_steps))
     rest = "on the small model" if compacts(arguments.run.no_compact, arguments.pat_config()) else "at full width"
-    tokens = arguments.pat.refit_tokens or TOKENS_PER_CHANNEL * checked.shape.intermediate_size
-    reading = f" Up to {tokens:,} tokens are read first, to choose the MLP channels." if checked.shape.cuts_mlp else ""
+    shape = checked.shape
+    widths = [shape.size("mlp")] if shape.cuts("mlp") else []
+    widths += [head_dim(empty_model(checked.base_config)) * checked.base_config.num_attention_heads] * shape.cuts(
+        "heads"
+    )
+    reading = ""
+    if widths:
+        tokens = arguments.pat.refit_tokens or TOKENS_PER_CHANNEL * max(widths)
+        what = " and ".join(AXES[name].label for name in ("mlp", "heads") if shape.cuts(name))
+        reading = f" Up to {tokens:,} tokens are read first, to choose the {what}."
+    if shape.cuts("layers"):
+        reading += f" {LAYER_TOKENS:,} tokens are read {shape.size('layers')} times, to choose the layers."
     autocast = " under bf16 autocast" if arguments.sft.bf16 and model.dtype == torch.float32 else ""
     taught = announce_teacher(arguments, data, model, soft, num_steps)
     device = str(model.device)
@@ -156,7 +167,7 @@ def announce(arguments: TuneArguments, checked: Checked, data: Prepared, model: 
     kept = data.vocabulary.kept
     trimmed = "" if kept is None else f"vocabulary {data.vocabulary.num_untrimmed:,} to {len(kept):,} tokens, "
     print(
-        f"{data.record.describe()} Model: {checked.family.model_type}, {trimmed}{checked.shape.describe()}, "
+        f"{data.record.describe()} Model: {checked.family.model_type}, {trimmed}{shape.describe()}, "
         f"{str(model.dtype).removeprefix('torch.')}{autocast} on {device}; {num_steps:,} steps, "
         f"{soft:,} with a soft mask and {num_steps - soft:,} {rest}.{reading}{taught}",
         file=sys.stderr,

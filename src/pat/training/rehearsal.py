@@ -27,7 +27,7 @@ from trl import SFTConfig, get_quantization_config
 
 from pat.errors import PatError, one_line
 from pat.families import Family
-from pat.shape import Shape
+from pat.shape import AXES, Shape
 from pat.surgery.dense import shrink_config
 from pat.surgery.describe import head_dim
 from pat.training.arguments import TuneArguments
@@ -59,7 +59,7 @@ def rehearse(arguments: TuneArguments, data: Prepared, base_config: Any, family:
             get_quantization_config(arguments.model)
             size = head_dim(skeleton.get_base_model())
             del skeleton
-            tiny = _attached(arguments, data, _tiny_config(base_config, family, size), shape)
+            tiny = _attached(arguments, data, _tiny_config(base_config, family, size, shape), shape)
             return _one_step(tiny, arguments.sft, data, folder)
         except PatError:
             raise
@@ -96,9 +96,7 @@ def _attached(arguments: TuneArguments, data: Prepared, config: Any, shape: Shap
             pat_config = dataclasses.replace(
                 pat_config,
                 pruning_ratio=None,
-                # What the run itself cuts, of a model that is tiny in the hidden size alone.
-                pruned_hidden_size=config.get_text_config().num_attention_heads if shape.cuts_hidden else None,
-                pruned_intermediate_size=shape.pruned_intermediate_size if shape.cuts_mlp else None,
+                **_tiny_cut(config, shape),
                 multiple_of=None,
                 operator_rank=1,
                 rotation="none",
@@ -128,18 +126,23 @@ def _check_names(arguments: TuneArguments, base: PreTrainedModel) -> None:
                 raise PatError(f"Got {flag}={name}, but the base has nothing of that name; expected a part of it.")
 
 
-def _tiny_config(base_config: Any, family: Family, head_size: int) -> Any:
+def _tiny_config(base_config: Any, family: Family, head_size: int, shape: Shape) -> Any:
     """Return the configuration of a narrow model of two layers, whose heads and vocabulary are the base's."""
     heads = base_config.num_attention_heads
-    width = math.lcm(2 * heads, ALIGNMENT)
+    width = math.lcm(2 * heads, heads * shape.pruned("heads") // shape.size("heads"), ALIGNMENT)
     tied = bool(base_config.tie_word_embeddings)
-    small = shrink_config(base_config, family, pruned_hidden_size=width, head_dim=head_size, tied=tied)
-    num_layers = small.num_hidden_layers
-    for name, value in vars(small).items():
-        if isinstance(value, list) and len(value) == num_layers:  # what differs from layer to layer
-            setattr(small, name, value[:NUM_LAYERS])
-    small.num_hidden_layers = min(num_layers, NUM_LAYERS)
-    return small
+    layers = range(min(base_config.num_hidden_layers, NUM_LAYERS))
+    sizes = {family.hidden_size_field: width}
+    return shrink_config(base_config, family, sizes, head_dim=head_size, tied=tied, keep_layers=layers)
+
+
+def _tiny_cut(tiny_config: Any, shape: Shape) -> dict[str, Any]:
+    """Return options that cut of the tiny model what the run itself cuts, as far as it has it."""
+    sizes = dict(shape.pruned_sizes)
+    # The number of query heads that are left is a legal width.
+    sizes[AXES["hidden"].field] = tiny_config.num_attention_heads * shape.pruned("heads") // shape.size("heads")
+    sizes[AXES["layers"].field] = 1
+    return {axis.option: sizes[axis.field] if shape.cuts(axis.name) else None for axis in AXES.values()}
 
 
 def _one_step(model: PeftModel, sft: SFTConfig, data: Prepared, folder: str) -> int:

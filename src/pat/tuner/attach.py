@@ -9,10 +9,22 @@ import torch
 from torch import nn
 
 from pat.method.basis import UnifiedMask
+from pat.method.gate import Gate
 from pat.method.inner import InnerGate
 from pat.method.operator import build_operator
+from pat.surgery.layers import droppable_layers
 from pat.tuner.config import PatConfig
-from pat.tuner.layer import GATE_NAME, MASK_NAME, OPERATOR_NAME, GateLayer, HsmLayer, MaskLayer
+from pat.tuner.depth import branch_ends
+from pat.tuner.layer import (
+    DEPTH_NAME,
+    GATE_NAME,
+    MASK_NAME,
+    OPERATOR_NAME,
+    DepthLayer,
+    GateLayer,
+    HsmLayer,
+    MaskLayer,
+)
 from pat.tuner.prepare import AttachmentPlan
 
 
@@ -21,7 +33,7 @@ def add_pruning_layers(
 ) -> None:
     """Add an adapter's mask beside the embedding, its gates and operators beside the writers, and hook them.
 
-    Gates are there if MLPs are cut, operators if the hidden size is.
+    Gates are there for the axes that are cut, operators if the hidden size is.
 
     Args:
         model: the base model with peft's layers in it.
@@ -30,37 +42,47 @@ def add_pruning_layers(
         plan: what attaching it comes to.
         empty: leave the operators without values, because they are about to be loaded.
     """
-    stream, width = plan.stream, plan.shape.hidden
+    stream, shape = plan.stream, plan.shape
     kind: Any = config.mask
     mask = UnifiedMask(
-        width.hidden_size,
-        width.pruned_hidden_size,
-        kind=kind if plan.shape.cuts_hidden else "frozen",
+        shape.size("hidden"),
+        shape.pruned("hidden"),
+        kind=kind if shape.cuts("hidden") else "frozen",
         has_basis=plan.rotation == "pca",
         has_head_factor=plan.rotation == "pca" and plan.tied,
         lr_multiplier=config.mask_lr_multiplier,
     )
     mask_layer = cast(MaskLayer, _layer(model, stream.embedding, MASK_NAME, MaskLayer()))
     mask_layer.add_adapter(adapter_name, mask, _device_of(model, stream.embedding))
-    for branch in stream.branches if plan.shape.cuts_mlp else ():
-        if branch.kind == "mlp":
+    for branch in stream.branches:
+        if shape.cuts(branch.axis):
             path = branch.writer.path
             gates = cast(GateLayer, _layer(model, path, GATE_NAME, GateLayer()))
             gate = InnerGate(
-                plan.shape.intermediate_size,
-                plan.shape.pruned_intermediate_size,
+                shape.size(branch.axis),
+                shape.pruned(branch.axis),
+                width=plan.group_width if branch.axis == "heads" else 1,
                 kind=kind,
                 refits=config.refit,
                 lr_multiplier=config.mask_lr_multiplier,
             )
             gates.add_adapter(adapter_name, gate, _device_of(model, path))
             gates.attach(model.get_submodule(path))
+    if shape.cuts("layers"):
+        depth = cast(DepthLayer, _layer(model, stream.embedding, DEPTH_NAME, DepthLayer()))
+        over_layers = Gate(
+            shape.size("layers"), shape.pruned("layers"), kind=kind, lr_multiplier=config.mask_lr_multiplier
+        )
+        with torch.no_grad():
+            over_layers.pinned.copy_(~torch.tensor(droppable_layers(stream)))
+        depth.add_adapter(adapter_name, over_layers, _device_of(model, stream.embedding))
+        depth.attach(branch_ends(model, stream))
     # Without a cut of the stream there is nothing that operators would make up for.
-    for site in stream.sites if plan.shape.cuts_hidden else ():
+    for site in stream.sites if shape.cuts("hidden") else ():
         layer = cast(HsmLayer, _layer(model, site, OPERATOR_NAME, HsmLayer(mask_layer)))
         with torch.device("meta") if empty else nullcontext():  # orthogonalising takes minutes in a large model
             operator = build_operator(
-                width.hidden_size, config.operator_rank, lr_multiplier=config.operator_lr_multiplier
+                shape.size("hidden"), config.operator_rank, lr_multiplier=config.operator_lr_multiplier
             )
         layer.add_adapter(adapter_name, operator, _device_of(model, site))
         # LoRA and modules_to_save may just have replaced the writer: hook whatever stands there now.

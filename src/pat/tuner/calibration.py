@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -196,32 +196,50 @@ def watch_inputs(
     Raises:
         PatError: the batches hold no token, or no `input_ids`.
     """
-    device = next(model.parameters()).device
     watch, num_tokens = _Watch(), 0
     with ExitStack() as restore:
         restore.enter_context(evaluating(model))
         for path, watcher in watchers.items():
             handle = model.get_submodule(path).register_forward_pre_hook(partial(watch, watcher))
             restore.callback(handle.remove)
-        for batch in batches:
-            if num_tokens >= max_tokens:
-                break
-            if "input_ids" not in batch:
-                raise PatError(f"Got calibration batches without input_ids; they have {sorted(batch)}.")
-            ids = torch.as_tensor(batch["input_ids"]).to(device)
-            # Only what the batch has: with a mask, be it all ones, transformers no longer looks at the position ids to
-            # tell packed rows apart.
-            given = {
-                key: torch.as_tensor(batch[key]).to(device)
-                for key in ("attention_mask", "position_ids")
-                if batch.get(key) is not None
-            }
-            watch.selected = real_tokens(model, ids, given).flatten().nonzero().squeeze(1)
+        for inputs, real in token_batches(model, batches, max_tokens):
+            watch.selected = real.flatten().nonzero().squeeze(1)
             num_tokens += len(watch.selected)
-            model(input_ids=ids, use_cache=False, logits_to_keep=1, **given)
+            model(**inputs, use_cache=False, logits_to_keep=1)
+    return num_tokens
+
+
+def token_batches(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], max_tokens: int
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Yield what a model is to read of each batch, on its device, and which of its tokens are real `(batch, length)`.
+
+    Args:
+        model: the model.
+        batches: mappings with `input_ids` `(batch, length)`, and `attention_mask` or `position_ids` where there is one.
+        max_tokens: number of real tokens after which no further batch is read.
+
+    Raises:
+        PatError: the batches hold no token, or no `input_ids`.
+    """
+    device, num_tokens = next(model.parameters()).device, 0
+    for batch in batches:
+        if num_tokens >= max_tokens:
+            break
+        if "input_ids" not in batch:
+            raise PatError(f"Got calibration batches without input_ids; they have {sorted(batch)}.")
+        # Only what the batch has: with a mask, be it all ones, transformers no longer looks at the position ids to
+        # tell packed rows apart.
+        inputs = {
+            key: torch.as_tensor(batch[key]).to(device)
+            for key in ("input_ids", "attention_mask", "position_ids")
+            if batch.get(key) is not None
+        }
+        real = real_tokens(model, inputs["input_ids"], inputs)
+        num_tokens += int(real.sum())
+        yield inputs, real
     if num_tokens == 0:
         raise PatError("The calibration data holds no tokens; expected batches with input_ids.")
-    return num_tokens
 
 
 class _Watch:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pat.families import get_family
+from pat.surgery.layers import LayerCut
 from pat.tuner.config import PatConfig
 
 NAMES_OF_EXPERTS = frozenset({"gate_proj", "up_proj", "down_proj"})
@@ -18,33 +19,38 @@ targets the experts instead of the few layers that have a dense MLP."""
 
 
 def compact_lora_config(
-    base: PreTrainedModel, config: PatConfig, factors: Mapping[str, tuple[int, float]], others: Iterable[str]
+    base: PreTrainedModel,
+    config: PatConfig,
+    factors: Mapping[str, tuple[int, float]],
+    others: Iterable[str],
+    layers: LayerCut,
 ) -> LoraConfig:
     """Return the ordinary LoRA configuration of a compact model.
 
     Args:
         base: the small model.
         config: of the PAT adapter it comes from.
-        factors: rank and scale of the LoRA factors that modules bring along, by path; if there are none, all of LoRA
-            starts anew as `config` has it.
+        factors: rank and scale of the LoRA on modules, by path; if there are none, all of LoRA starts anew as `config`
+            has it.
         others: paths of further modules whose LoRA starts anew.
+        layers: those that stay, from whose numbers in the base model those in `config` are.
     """
     shared: dict[str, Any] = {
         "task_type": config.task_type,
         "r": config.r,
         "lora_dropout": config.lora_dropout,
         "bias": config.bias,
-        "modules_to_save": config.modules_to_save,
+        "modules_to_save": layers.renamed_parts(config.modules_to_save),
         "trainable_token_indices": config.trainable_token_indices,
         "ensure_weight_tying": config.ensure_weight_tying,
-        "target_parameters": config.target_parameters,
+        "target_parameters": layers.renamed_parts(config.target_parameters),
+        "use_dora": config.use_dora,
     }
     if not factors:
         return LoraConfig(
             **shared,
             lora_alpha=config.lora_alpha,
             use_rslora=config.use_rslora,
-            use_dora=config.use_dora,
             target_modules=_within_reach(base, config.target_modules),
             exclude_modules=config.exclude_modules,
             layers_to_transform=config.layers_to_transform,

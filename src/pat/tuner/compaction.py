@@ -13,7 +13,7 @@ with a scale of 1.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -76,7 +76,7 @@ class Compacted:
     base: PreTrainedModel
     config: LoraConfig
     factors: dict[str, Factors]
-    """Factors of LoRA by module path; LoRA on other modules starts anew."""
+    """Factors of LoRA by module path, as the small model has it; LoRA on other modules starts anew."""
     adapter: str
 
     @torch.no_grad()
@@ -128,7 +128,7 @@ def compact(model: MaskedModel, config: PatConfig, adapter: str) -> Compacted:
     splitter = _Splitter(model, config, adapter, channels)
     factors: dict[str, Factors] = {}
     # One configuration cannot describe plain LoRA beside a variant of it: then all is folded and starts anew.
-    for branch in model.stream.branches if splitter.all_plain() else ():
+    for branch in model.kept_stream.branches if splitter.all_plain() else ():
         for reader in branch.readers:
             if (layer := splitter.lora(reader)) is not None:
                 factors[reader.path] = splitter.reader(branch, reader, layer)
@@ -142,12 +142,17 @@ def compact(model: MaskedModel, config: PatConfig, adapter: str) -> Compacted:
 
     operators = {site: op for site, op in model.operators.items() if site not in splitter.operators_in_rank}
     form = replace(model, factored=factored, operators=operators).dense_form(model.base.dtype)
-    weights = ((name, splitter.biases.get(name, folded)) for name, folded in form.weights)
+    biases = model.layers.renamed_keys(splitter.biases)
+    weights = ((name, biases.get(name, folded)) for name, folded in form.weights)
     base = build_dense(model.base, form.config, weights, model.base.dtype)
     base = cast(PreTrainedModel, base.to(model.base.device))  # type: ignore[arg-type]
-    shapes = {path: (len(given.a), given.scale) for path, given in factors.items()}
     others = splitter.lora_without(factors)
-    return Compacted(base, compact_lora_config(base, config, shapes, others), factors, adapter)
+    shapes = {path: (len(given.a), given.scale) for path, given in factors.items()}
+    if not factors and model.layers.cuts:  # what the configuration says of layers has other numbers
+        shapes, others = splitter.shapes(others), []
+    shapes, factors = model.layers.renamed_keys(shapes), model.layers.renamed_keys(factors)
+    others = list(model.layers.renamed_keys(dict.fromkeys(others)))
+    return Compacted(base, compact_lora_config(base, config, shapes, others, model.layers), factors, adapter)
 
 
 class _Splitter:
@@ -177,10 +182,16 @@ class _Splitter:
             for linear in (*branch.readers, branch.writer)
             if self._is_out_of_reach(linear)
         }
+        paths = [path for path in paths if self.model.layers.renamed(path) is not None]
         lost = sorted(out_of_reach.intersection(paths))
         if lost:
             logger.warning("LoRA on %d modules such as %s is folded and not trained on.", len(lost), lost[0])
         return [path for path in paths if path not in factors and path not in out_of_reach]
+
+    def shapes(self, paths: Iterable[str]) -> dict[str, tuple[int, float]]:
+        """Return rank and scale of the LoRA on some modules, by their paths."""
+        layers = {path: cast(LoraLayer, self.model.base.get_submodule(path)) for path in paths}
+        return {path: (layer.r[self.adapter], float(layer.scaling[self.adapter])) for path, layer in layers.items()}
 
     def lora(self, linear: Linear) -> LoraLayer | None:
         """Return the LoRA layer on a linear module, if there is one."""

@@ -10,7 +10,7 @@ from typing import Any
 from peft import LoraConfig
 
 from pat.errors import PatError
-from pat.shape import check_request
+from pat.shape import AXES, check_request
 from pat.tuner.options import PatOptions
 
 
@@ -28,8 +28,7 @@ class PatType(enum.StrEnum):
 _DECISIVE = (
     "pruning_ratio",
     "axes",
-    "pruned_hidden_size",
-    "pruned_intermediate_size",
+    *(axis.option for axis in AXES.values()),
     "multiple_of",
     "rotation",
     "gain_tolerance",
@@ -96,7 +95,9 @@ class PatConfig(PatOptions, LoraConfig):
         if self.resolved_rotation is not None and "axes" not in (self.resolved_from or {}):
             self.axes = ["hidden"]  # of an adapter that was made when there was no other
             if self.resolved_from is not None:
-                self.resolved_from |= {"axes": ["hidden"], "pruned_intermediate_size": None}
+                self.resolved_from["axes"] = ["hidden"]
+        if self.resolved_from is not None:  # maybe of an adapter that was made when there were fewer axes
+            self.resolved_from = {axis.option: None for axis in AXES.values()} | self.resolved_from
         check_request(self)
         if isinstance(self.operator_rank, str) and self.operator_rank != "dense":
             if not self.operator_rank.isdigit():

@@ -1,4 +1,4 @@
-"""Layers PAT hangs into a model: the shared mask, operators and gates beside the writers, acting through hooks.
+"""Layers PAT hangs into a model: shared mask and layer gate, operators and gates beside writers, acting by hooks.
 
 Hooks leave the writers themselves to LoRA (or to nothing: operators sit on every writer whatever LoRA targets), cover
 embeddings, MoE blocks and `modules_to_save` alike, and keep every parameter name of the base model as it is.
@@ -7,6 +7,8 @@ All layers are `BaseTunerLayer`s, so that peft itself switches, freezes, deletes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,21 +17,32 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pat.method.basis import UnifiedMask
+from pat.method.gate import Gate
 from pat.method.inner import InnerGate
 from pat.method.operator import Operator
 
 MASK_NAME = "pat_mask"
 OPERATOR_NAME = "pat_hsm"
 GATE_NAME = "pat_gate"
-"""Attribute names of the layers on the module that holds the embedding, respectively the writer."""
+DEPTH_NAME = "pat_depth"
+"""Attribute names of the layers on the module that holds the embedding (mask, depth), respectively the writer."""
+
+NAMES = (MASK_NAME, OPERATOR_NAME, GATE_NAME, DEPTH_NAME)
 
 
-class _HookedLayer(nn.Module, BaseTunerLayer):
+class PruningLayer(nn.Module, BaseTunerLayer):
     """Layer that acts by hooks. It wraps no module, so there is no base layer to merge into, follow or look through."""
 
     def __init__(self) -> None:
         super().__init__()
         self._devices: dict[str, torch.device] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def detach(self) -> None:
+        """Remove all hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     @property
     def weight(self) -> Tensor:
@@ -68,7 +81,7 @@ class _HookedLayer(nn.Module, BaseTunerLayer):
         return cast(nn.ModuleDict, getattr(self, self.adapter_layer_names[0]))
 
 
-class MaskLayer(_HookedLayer):
+class MaskLayer(PruningLayer):
     """Layer that holds the unified mask of every adapter."""
 
     adapter_layer_names = ("masks",)
@@ -82,7 +95,7 @@ class MaskLayer(_HookedLayer):
         return cast(UnifiedMask, self.masks[adapter_name])
 
 
-class GateLayer(_HookedLayer):
+class GateLayer(PruningLayer):
     """The gates of all adapters before one writer, over the space inside its branch."""
 
     adapter_layer_names = ("gates",)
@@ -90,7 +103,6 @@ class GateLayer(_HookedLayer):
     def __init__(self) -> None:
         super().__init__()
         self.gates = nn.ModuleDict()
-        self._handle: RemovableHandle | None = None
 
     def gate(self, adapter_name: str) -> InnerGate:
         """Return the gate of an adapter."""
@@ -99,13 +111,7 @@ class GateLayer(_HookedLayer):
     def attach(self, writer: nn.Module) -> None:
         """Hook the input of `writer`."""
         self.detach()
-        self._handle = writer.register_forward_pre_hook(self._read)
-
-    def detach(self) -> None:
-        """Remove the hook."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        self._handles.append(writer.register_forward_pre_hook(self._read))
 
     def _read(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         inner = args[0]
@@ -115,7 +121,32 @@ class GateLayer(_HookedLayer):
         return (inner, *args[1:])
 
 
-class HsmLayer(_HookedLayer):
+class DepthLayer(PruningLayer):
+    """The gates of all adapters over the model's layers: each entry scales what both branches of its layer add."""
+
+    adapter_layer_names = ("gates",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates = nn.ModuleDict()
+
+    def attach(self, ends: Sequence[Sequence[nn.Module]]) -> None:
+        """Hook the outputs of the modules that end the branches of each layer."""
+        self.detach()
+        for number, modules in enumerate(ends):
+            for module in modules:
+                # A partial of a bound method, not a closure: a deep copy of the model then calls the copied layer.
+                self._handles.append(module.register_forward_hook(partial(self._scale, number)))
+
+    def _scale(self, number: int, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+        for name in [] if self.disable_adapters else self.active_adapters:
+            if name in self.gates:
+                value = cast(Gate, self.gates[name]).values()[number]
+                output = (output * value.to(output.device)).to(output.dtype)
+        return output
+
+
+class HsmLayer(PruningLayer):
     """Hybrid sparsification modules behind one writer: z = m * (D y) for the active adapter (paper, eq. 4).
 
     Args:
@@ -131,7 +162,6 @@ class HsmLayer(_HookedLayer):
         self.tied_adapters: set[str] = set()
         """Adapters whose operator also acts before the head that shares this embedding's matrix."""
         self._mask_layer = [mask_layer]
-        self._handles: list[RemovableHandle] = []
 
     def operator(self, adapter_name: str) -> Operator:
         """Return the operator D of an adapter."""
@@ -156,12 +186,6 @@ class HsmLayer(_HookedLayer):
         self._handles.append(site.register_forward_hook(self._write))
         if final_norm is not None and self.tied_adapters:
             self._handles.append(final_norm.register_forward_hook(self._read_tied))
-
-    def detach(self) -> None:
-        """Remove all hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     def _active(self) -> list[str]:
         if self.disable_adapters:

@@ -15,11 +15,13 @@ from pat.method.basis import UnifiedMask
 from pat.method.gate import Gate
 from pat.method.inner import InnerGate
 from pat.method.operator import Operator
+from pat.shape import AXES
 from pat.surgery.adapted import AdaptedMatrix, merged
 from pat.surgery.axes import InnerCut, cut_inner
 from pat.surgery.dense import DenseForm, shrink_config
 from pat.surgery.describe import head_dim
 from pat.surgery.fold import Channels, HeadPlan, fold_weights
+from pat.surgery.layers import LayerCut, layers_of
 from pat.surgery.precision import lift, to_float64
 from pat.surgery.residual import ResidualStream
 from pat.tuner.weights import embedding_ratio
@@ -37,10 +39,59 @@ class MaskedModel:
     operators: Mapping[str, Operator]
     cuts: Mapping[str, InnerCut]
     """Cuts of the spaces inside branches, by the path of the branch's writer."""
+    layers: LayerCut
+    """Layers that stay; all, if they are not cut."""
     final_gain: Tensor
     """Gain of the final norm as stored in the base, `(d,)`."""
     untie: bool
     """Whether a tied model gets a head of its own."""
+
+    @classmethod
+    def of(
+        cls,
+        base: PreTrainedModel,
+        stream: ResidualStream,
+        factored: Callable[[str], Tensor | AdaptedMatrix],
+        *,
+        mask: UnifiedMask,
+        operators: Mapping[str, Operator],
+        gates: Mapping[str, InnerGate],
+        over_layers: Gate | None,
+        untie: bool,
+    ) -> MaskedModel:
+        """Return it for the parts of an adapter that are hung into a base model."""
+        cuts, size = {}, head_dim(base)
+        for branch in stream.branches:
+            if (gate := gates.get(branch.writer.path)) is not None:
+                fused = (gate.width, size, size) if branch.axis == "heads" else (1, 1)
+                cuts[branch.writer.path] = InnerCut(gate.keep, gate.reconstruction, fused)
+        num_layers = len(layers_of(stream))
+        kept = range(num_layers) if over_layers is None else over_layers.keep_indices.tolist()
+        return cls(
+            base=base,
+            stream=stream,
+            factored=factored,
+            mask=mask,
+            operators=operators,
+            cuts=cuts,
+            layers=LayerCut(stream.family.layers, tuple(kept), num_layers),
+            final_gain=to_float64(merged(factored(f"{stream.final_norm}.weight"))) + stream.family.gain_offset,
+            untie=untie,
+        )
+
+    @property
+    def kept_stream(self) -> ResidualStream:
+        """The residual stream through the layers that stay, with the names of the base model."""
+        return self.layers.stream(self.stream)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes of the dense model that are not the base's, or may not be, by the field of its configuration."""
+        sizes = {self.stream.family.hidden_size_field: self.mask.pruned_hidden_size}
+        for branch in self.stream.branches:
+            if (cut := self.cuts.get(branch.writer.path)) is not None:
+                sizes[AXES[branch.axis].field] = int(cut.keep.sum())
+        return sizes
 
     def parameter(self, name: str) -> Tensor:
         """Return a base parameter with LoRA merged in."""
@@ -56,15 +107,15 @@ class MaskedModel:
         Raises:
             PatError: transformers refuses a model of that width.
         """
-        base, stream, mask = self.base, self.stream, self.mask
+        base, stream, mask = self.base, self.kept_stream, self.mask
         tied = stream.head is None and not self.untie
         config = shrink_config(
             base.config,
             stream.family,
-            pruned_hidden_size=mask.pruned_hidden_size,
+            self.sizes,
             head_dim=head_dim(base),
             tied=tied,
-            pruned_intermediate_size=next((int(cut.keep.sum()) for cut in self.cuts.values()), None),
+            keep_layers=self.layers.keep if self.layers.cuts else None,
         )
         ratio = 1.0
         if stream.family.scaled_embedding:
@@ -82,7 +133,8 @@ class MaskedModel:
             precision=precision,
             dtype=dtype,
         )
-        return DenseForm(config, weights, folded_stream.num_tensors)
+        named = ((str(self.layers.renamed(name)), weight) for name, weight in weights)
+        return DenseForm(config, named, folded_stream.num_tensors)
 
 
 def check_hard(gates: Sequence[Gate], purpose: str) -> None:
@@ -95,8 +147,8 @@ def check_hard(gates: Sequence[Gate], purpose: str) -> None:
     if mask is None:
         if any(isinstance(gate, InnerGate) and gate.awaits_refit for gate in gates):
             raise PatError(
-                f"Got {purpose} of an adapter whose MLPs are cut and not refitted; call model.refit(batches) first, or "
-                "make it with refit=False."
+                f"Got {purpose} of an adapter whose MLPs or heads are cut and not refitted; call model.refit(batches) "
+                "first, or make it with refit=False."
             )
         return
     if mask.milestone_step is None:

@@ -1,4 +1,4 @@
-"""The PAT tuner: LoRA, with the mask and operators of the residual stream and the gates of the MLPs."""
+"""The PAT tuner: LoRA, with the mask and operators of the residual stream and the gates of the other axes."""
 
 from __future__ import annotations
 
@@ -20,20 +20,19 @@ from pat.loading import keep_plain_layout
 from pat.method.basis import UnifiedMask
 from pat.method.gate import Gate
 from pat.method.inner import InnerGate
-from pat.method.operator import Operator
-from pat.surgery.axes import InnerCut
+from pat.method.operator import Operator, regularizers
 from pat.surgery.dense import build_dense
-from pat.surgery.precision import to_float64
 from pat.surgery.residual import ResidualStream
 from pat.surgery.rotation import ChannelOrder
 from pat.tuner.attach import add_pruning_layers
-from pat.tuner.calibration import choose_channels
 from pat.tuner.compaction import Compacted, compact
 from pat.tuner.config import PatConfig
-from pat.tuner.layer import GATE_NAME, MASK_NAME, OPERATOR_NAME, GateLayer, HsmLayer, MaskLayer
+from pat.tuner.gates import by_axis, held
+from pat.tuner.layer import DEPTH_NAME, GATE_NAME, MASK_NAME, NAMES, OPERATOR_NAME, MaskLayer, PruningLayer
+from pat.tuner.measure import choose
 from pat.tuner.merging import MaskedModel, check_hard
 from pat.tuner.prepare import default_targets, new_parameters_are_empty, plan_attachment
-from pat.tuner.refit import InnerMoments, order_channels, refit
+from pat.tuner.refit import InnerMoments, refit
 from pat.tuner.weights import effective_parameter, factored_parameter
 
 Batches = Iterable[Mapping[str, Any]]
@@ -105,16 +104,26 @@ class PatModel(LoraModel):
     def operators(self, adapter_name: str | None = None) -> dict[str, Operator]:
         """Return the operators of an adapter by site, in execution order; none if the stream is not cut."""
         sites = cast(ResidualStream, self.residual_stream).sites
-        return self._held(OPERATOR_NAME, sites, adapter_name or self.adapter)
+        return held(self.model, OPERATOR_NAME, sites, adapter_name or self.adapter)
 
     def gates(self, adapter_name: str | None = None) -> dict[str, InnerGate]:
-        """Return the gates of an adapter before the writers of its MLPs, by the writer's path, in execution order."""
+        """Return the gates of an adapter before the writers of its branches, by their paths, in execution order."""
         paths = [branch.writer.path for branch in cast(ResidualStream, self.residual_stream).branches]
-        return self._held(GATE_NAME, paths, adapter_name or self.adapter)
+        return held(self.model, GATE_NAME, paths, adapter_name or self.adapter)
+
+    def layer_gate(self, adapter_name: str | None = None) -> Gate | None:
+        """Return the gate of an adapter over the model's layers, None if they are not cut."""
+        embedding = cast(ResidualStream, self.residual_stream).embedding
+        return held(self.model, DEPTH_NAME, [embedding], adapter_name or self.adapter).get(embedding)
+
+    def gates_by_axis(self, adapter_name: str | None = None) -> dict[str, list[Gate]]:
+        """Return the gates of an adapter by the axis that they cut; the mask is there whether or not it cuts."""
+        stream = cast(ResidualStream, self.residual_stream)
+        return by_axis(stream, self.mask(adapter_name), self.gates(adapter_name), self.layer_gate(adapter_name))
 
     def all_gates(self, adapter_name: str | None = None) -> list[Gate]:
-        """Return an adapter's mask and the gates of its MLPs."""
-        return [self.mask(adapter_name), *self.gates(adapter_name).values()]
+        """Return an adapter's mask and all its gates."""
+        return [gate for gates in self.gates_by_axis(adapter_name).values() for gate in gates]
 
     def set_step(self, step: int, milestone_step: int, adapter_name: str | None = None) -> None:
         """Move mask and gates to an optimizer step; from `milestone_step` on they are 0/1 and fixed (eq. 6-8)."""
@@ -126,22 +135,16 @@ class PatModel(LoraModel):
 
     def regularizers(self, adapter_name: str | None = None) -> dict[str, Tensor]:
         """Return the unweighted losses `active` (eq. 9) and `identity` (eq. 11), scalars with gradients."""
-        operators, gates = self.operators(adapter_name).values(), self.all_gates(adapter_name)
-        device = gates[0].prior.device  # a model may be spread over several
-        zero = gates[0].prior.new_zeros(())
-        return {
-            "active": sum((gate.active_loss().to(device) for gate in gates), zero),
-            "identity": torch.stack([op.identity_loss().to(device) for op in operators] or [zero]).sum(),
-        }
+        return regularizers(self.all_gates(adapter_name), self.operators(adapter_name).values())
 
     def needs_calibration(self, adapter_name: str | None = None) -> bool:
         """Tell whether the adapter wants a look at data before training: a rotation, or an order of the channels."""
         name = adapter_name or self.adapter
-        gates = [*([self.mask(name)] if self._orders_stream(name) else []), *self.gates(name).values()]
+        gates = self.all_gates(name)[0 if self._orders_stream(name) else 1 :]
         return any(not gate.calibrated and not gate.hardened for gate in gates)
 
     def refit(self, batches: Batches, adapter_name: str | None = None) -> int:
-        """Fit what fills in for the MLP channels that were cut; return the number of tokens that the fit stands on.
+        """Fit what fills in for what was cut before writers; return the number of tokens that the fit stands on.
 
         Batches are as in `calibrate`, and not read where its own measurement is still there; the gates are hard.
         """
@@ -175,14 +178,19 @@ class PatModel(LoraModel):
                 f"Got a calibration at step {mask.step}; expected it before training, since it changes the basis the "
                 "mask was trained in."
             )
-        stream, order = cast(ResidualStream, self.residual_stream), None
+        # A script may ask for an order of the stream, which the configuration does not.
+        orders_stream = self._orders_stream(name) or len(self.all_gates(name)) == 1
         moments = InnerMoments(self.model, self.gates(name), dataloader, self.pat_config(name).refit_tokens)
         with self._without_adapters():
-            effective = partial(effective_parameter, self.model, adapter_name=name)
-            if self._orders_stream(name) or not moments.gates:  # a script may ask for what the configuration does not
-                order = choose_channels(self.model, stream, self.pat_config(name), mask, effective, moments.text())
-                mask.set_prior(order.prior, pinned=order.pinned, basis=order.basis, head_factor=order.head_factor)
-            order_channels(moments, effective)
+            order = choose(
+                self.model,
+                cast(ResidualStream, self.residual_stream),
+                self.pat_config(name),
+                mask if orders_stream else None,
+                self.layer_gate(name),
+                moments,
+                partial(effective_parameter, self.model, adapter_name=name),
+            )
         if moments.known:
             self._moments = (self._moments or {}) | {name: moments}
         return order
@@ -229,18 +237,15 @@ class PatModel(LoraModel):
 
     def masked_model(self, name: str, purpose: str) -> MaskedModel:
         """Return the model with one adapter as a merge or a compaction sees it; see `check_hard` for what it raises."""
-        mask = self.mask(name)
         check_hard(self.all_gates(name), purpose)
-        stream = cast(ResidualStream, self.residual_stream)
-        final_gain = to_float64(effective_parameter(self.model, f"{stream.final_norm}.weight", name))
-        return MaskedModel(
-            base=cast(PreTrainedModel, self.model),
-            stream=stream,
-            factored=lambda parameter: factored_parameter(self.model, parameter, name),
-            mask=mask,
+        return MaskedModel.of(
+            cast(PreTrainedModel, self.model),
+            cast(ResidualStream, self.residual_stream),
+            partial(factored_parameter, self.model, adapter_name=name),
+            mask=self.mask(name),
             operators=self.operators(name),
-            cuts={path: InnerCut(gate.keep, gate.reconstruction) for path, gate in self.gates(name).items()},
-            final_gain=final_gain + stream.family.gain_offset,
+            gates=self.gates(name),
+            over_layers=self.layer_gate(name),
             untie=self.pat_config(name).untie_word_embeddings,
         )
 
@@ -250,11 +255,10 @@ class PatModel(LoraModel):
         for name in sorted(self.peft_config, key=self.active_adapters.__contains__):
             self.delete_adapter(name)
         for layer in self._sparsification_layers():
-            if isinstance(layer, HsmLayer | GateLayer):
-                layer.detach()
+            layer.detach()
         for module in list(self.model.modules()):
-            for name in (MASK_NAME, OPERATOR_NAME, GATE_NAME):
-                if isinstance(module._modules.get(name), HsmLayer | MaskLayer | GateLayer):
+            for name in NAMES:
+                if isinstance(module._modules.get(name), PruningLayer):
                     delattr(module, name)
         return super().unload()
 
@@ -268,15 +272,8 @@ class PatModel(LoraModel):
 
     # -- internals ---------------------------------------------------------------------------------------------
 
-    def _sparsification_layers(self) -> list[HsmLayer | MaskLayer | GateLayer]:
-        return [module for module in self.model.modules() if isinstance(module, HsmLayer | MaskLayer | GateLayer)]
-
-    def _held(self, attribute: str, paths: Iterable[str], adapter_name: str) -> dict[str, Any]:
-        """Return what the layers of that name hold for an adapter, by the path beside which they stand."""
-        holders = {path: self.model.get_submodule(path.rpartition(".")[0]) for path in paths}
-        layers = {path: getattr(holder, attribute, None) for path, holder in holders.items()}
-        found = {path: layer.modules_of_adapters() for path, layer in layers.items() if layer is not None}
-        return {path: modules[adapter_name] for path, modules in found.items() if adapter_name in modules}
+    def _sparsification_layers(self) -> list[PruningLayer]:
+        return [module for module in self.model.modules() if isinstance(module, PruningLayer)]
 
     def _orders_stream(self, adapter_name: str) -> bool:
         """Tell whether the channels of the stream are to be ordered by a calibration."""

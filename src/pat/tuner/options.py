@@ -36,12 +36,12 @@ class PatOptions(ShapeOptions):
     refit: bool = field(
         default=True,
         metadata={
-            "help": "Fit each MLP's output matrix anew to the channels that stay, on the base model's activations; "
-            "false drops the others without replacement."
+            "help": "Fit the output matrix of each MLP, or attention, anew to the channels that stay, on the base "
+            "model's activations; false drops the others without replacement."
         },
     )
     refit_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens to fit them on. Default: 16 per MLP channel."}
+        default=None, metadata={"help": "Tokens to fit them on. Default: 16 per channel before such a matrix."}
     )
     calibration: str | None = field(
         default=None, metadata={"help": "Text file to compute the rotation from, instead of the training data."}

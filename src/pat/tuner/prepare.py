@@ -12,18 +12,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 
+from pat.budget import choose_shape
 from pat.errors import PatError
 from pat.families import Family, get_family
 from pat.loading import check_kind, check_quantization, empty_model, quantization_of
 from pat.method.operator import check_rank
-from pat.shape import Shape, choose_shape
-from pat.surgery.axes import count_parameters_at
-from pat.surgery.describe import check_tie, map_of
+from pat.shape import AXES, Shape, asked_sizes
+from pat.surgery.axes import prunable, sizes_of
+from pat.surgery.describe import check_tie, head_dim, map_of
 from pat.surgery.residual import ResidualStream
 from pat.surgery.rotation import gain_block
 from pat.tuner.config import PatConfig
 from pat.tuner.options import PatOptions
-from pat.widths import Width
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,8 @@ class AttachmentPlan:
 
     stream: ResidualStream
     shape: Shape
+    group_width: int
+    """Number of channels before an attention's writer for each key/value head."""
     rotation: str
     tied: bool
     """Whether one matrix serves both ends, so that the embedding's operator acts before the head as well."""
@@ -85,23 +87,22 @@ def plan_attachment(
         _warn_of_idle_options(config, shape)
         rotation = _resolve_rotation(model, config, stream, shape, tied=tied)
         config.base_shape, config.base_quantization = _shape_of(base_config, family), quantization_of(base_config)
-        config.resolved_width = {"hidden_size": shape.hidden.pruned_hidden_size}
-        if shape.cuts_mlp:
-            config.resolved_width["intermediate_size"] = shape.pruned_intermediate_size
+        cut = [axis.field for axis in AXES.values() if axis.name == "hidden" or shape.cuts(axis.name)]
+        config.resolved_width = {field: shape.pruned_sizes[field] for field in cut}
         config.resolved_rotation = rotation
-    return AttachmentPlan(stream, shape, rotation, tied)
+    group_width = head_dim(model) * base_config.num_attention_heads // shape.size("heads")
+    return AttachmentPlan(stream, shape, group_width, rotation, tied)
 
 
 def _warn_of_idle_options(config: PatConfig, shape: Shape) -> None:
     """Say which options that were given do nothing, because their axis is not cut or a size comes before them."""
     for is_cut, axis, names in (
-        (shape.cuts_hidden, "hidden size is", ("operator_rank", "operator_lr_multiplier", "calibration_tokens")),
-        (shape.cuts_mlp, "MLPs are", ("refit", "refit_tokens")),
+        (shape.cuts("hidden"), "hidden size is", ("operator_rank", "operator_lr_multiplier", "calibration_tokens")),
+        (shape.cuts("mlp") or shape.cuts("heads"), "MLPs are", ("refit", "refit_tokens")),
     ):
         if given := [name for name in names if not is_cut and getattr(config, name) != _DEFAULTS[name]]:
             logger.warning("These options have no effect, since the %s not cut: %s.", axis, ", ".join(given))
-    sizes = {"hidden": config.pruned_hidden_size, "mlp": config.pruned_intermediate_size}
-    named = [axis for axis, size in sizes.items() if size is not None]
+    named = list(asked_sizes(config))
     if named and config.axes != ["auto"] and set(named) != set(config.axes):
         logger.warning("axes=%s has no effect beside the sizes that were given, which cut %s.", config.axes, named)
 
@@ -116,10 +117,10 @@ def check_config(base_config: Any, family: Family, config: PatConfig) -> Shape:
     if config.is_resolved:
         _check_base_shape(config, _shape_of(base_config, family))
     shape = _shape(base_config, family, config)
-    check_rank(shape.hidden.hidden_size, config.operator_rank)
+    check_rank(shape.size("hidden"), config.operator_rank)
     _check_ends(config, family, tied=bool(base_config.tie_word_embeddings) and not config.untie_word_embeddings)
     _check_rope(base_config, family, shape)
-    if config.rotation == "pca" and not shape.cuts_hidden:
+    if config.rotation == "pca" and not shape.cuts("hidden"):
         raise PatError(
             "Got rotation='pca', but the hidden size is not cut; use rotation='auto', or axes with 'hidden'."
         )
@@ -130,25 +131,15 @@ def check_config(base_config: Any, family: Family, config: PatConfig) -> Shape:
 
 def _shape(base_config: Any, family: Family, config: PatConfig) -> Shape:
     """Take the sizes on record, or choose them."""
-    hidden_size = getattr(base_config, family.hidden_size_field)
-    intermediate_size = 0 if family.expert_parameters else base_config.intermediate_size
     if config.is_resolved and config.resolved_width is not None:
-        chosen, reason = config.resolved_width, "chosen when the adapter was made"
-        hidden = Width(hidden_size, chosen["hidden_size"], reason)
+        sizes = sizes_of(base_config, family)
         # Nothing that needs a share of the parameters is asked of a made adapter.
-        return Shape(hidden, intermediate_size, chosen.get("intermediate_size", intermediate_size), math.nan, reason)
-    skeleton = empty_model(base_config)
-    stream = map_of(skeleton)
-    shapes = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
+        return Shape(sizes, sizes | config.resolved_width, math.nan, "chosen when the adapter was made")
     return choose_shape(
-        hidden_size,
-        base_config.num_attention_heads,
-        intermediate_size,
-        lambda hidden, mlp: count_parameters_at(stream, shapes, hidden_share=hidden, mlp_share=mlp),
+        prunable(empty_model(base_config)),
         axes=config.axes,
         pruning_ratio=config.pruning_ratio,
-        pruned_hidden_size=config.pruned_hidden_size,
-        pruned_intermediate_size=config.pruned_intermediate_size,
+        asked=asked_sizes(config),
         multiple_of=config.multiple_of,
     )
 
@@ -238,19 +229,19 @@ def _check_lora_bias(config: PatConfig, stream: ResidualStream) -> None:
 
 def _check_rope(base_config: Any, family: Family, shape: Shape) -> None:
     rope_type = (getattr(base_config, "rope_parameters", None) or {}).get("rope_type")
-    if rope_type in family.unloadable_rope and shape.cuts_hidden:
+    if rope_type in family.unloadable_rope and shape.cuts("hidden"):
         raise PatError(
             f"Got a {family.model_type} model with {rope_type}, whose configuration transformers cannot load at hidden "
-            f"size {shape.hidden.pruned_hidden_size}; use a variant with the default rope (such as the 4k one), or cut "
-            "the MLP alone (axes=['mlp'])."
+            f"size {shape.pruned('hidden')}; use a variant with the default rope (such as the 4k one), or cut "
+            "other axes (axes=['mlp'])."
         )
 
 
 def _resolve_rotation(model: nn.Module, config: PatConfig, stream: ResidualStream, shape: Shape, *, tied: bool) -> str:
     """Decide between PCA and no rotation: it is for a cut of the stream, and not exact everywhere (docs/adr/0004)."""
-    if config.rotation == "none" or not shape.cuts_hidden:
+    if config.rotation == "none" or not shape.cuts("hidden"):
         return "none"
-    obstacle = _rotation_obstacle(model, config, stream, shape.hidden, tied=tied)
+    obstacle = _rotation_obstacle(model, config, stream, shape, tied=tied)
     if obstacle is None:
         return "pca"
     if config.rotation == "pca":
@@ -263,7 +254,7 @@ def _post_norm_obstacle(family: Family) -> str:
 
 
 def _rotation_obstacle(
-    model: nn.Module, config: PatConfig, stream: ResidualStream, width: Width, *, tied: bool
+    model: nn.Module, config: PatConfig, stream: ResidualStream, shape: Shape, *, tied: bool
 ) -> str | None:
     family = stream.family
     if family.has_post_norms:
@@ -276,10 +267,10 @@ def _rotation_obstacle(
     if gain.device == torch.device("meta"):
         return None
     num_pinned = int((~gain_block(gain, config.gain_tolerance)).sum())
-    if num_pinned >= width.pruned_hidden_size:
+    if num_pinned >= shape.pruned("hidden"):
         return (
-            f"{num_pinned} of {width.hidden_size} channels of this tied model have a final gain too far from its "
-            f"median to be rotated (gain_tolerance={config.gain_tolerance}), and only {width.pruned_hidden_size} "
+            f"{num_pinned} of {shape.size('hidden')} channels of this tied model have a final gain too far from its "
+            f"median to be rotated (gain_tolerance={config.gain_tolerance}), and only {shape.pruned('hidden')} "
             "channels are to be kept"
         )
     return None

@@ -1,4 +1,4 @@
-"""Choose the channels of the MLPs that are cut, and fit what makes up for them, on activations of the base model."""
+"""Choose the MLP channels and heads that are cut, and fit what makes up for them, on activations of the base model."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class InnerMoments:
         num_tokens: int | None,
     ) -> None:
         self.model, self.gates = model, gates
-        self.size = max((gate.size for gate in gates.values()), default=1)
+        self.size = max((gate.num_channels for gate in gates.values()), default=1)
         self.enough = num_tokens or TOKENS_PER_CHANNEL * self.size
         self.num_tokens = 0
         self._unread, self._read = iter(batches), list[Mapping[str, Any]]()
@@ -60,7 +60,7 @@ class InnerMoments:
         num_at_once, paths = max(1, MAX_BYTES // (4 * self.size**2)), iter(self.gates)
         while group := list(islice(paths, num_at_once)):
             moments: dict[str, Tensor] = {}
-            shown = tqdm(self.text(), desc="Measuring the MLPs", unit="batch", leave=False, disable=None)
+            shown = tqdm(self.text(), desc="Measuring the branches", unit="batch", leave=False, disable=None)
             watchers = {path: partial(_add, moments, path) for path in group}
             self.num_tokens = watch_inputs(self.model, watchers, shown, self.enough)
             if not all(moment.isfinite().all() for moment in moments.values()):
@@ -79,10 +79,10 @@ class InnerMoments:
 
 
 def order_channels(moments: InnerMoments, effective: Callable[[str], Tensor]) -> None:
-    """Give the gates their prior: which channels the output of the writer can do without.
+    """Give the gates their prior: which channels, or groups of heads, the output of the writer can do without.
 
-    With a refit to come, a channel counts by what the others cannot make up for (`elimination`); without one, by its
-    energy times the squared norm of its column.
+    With a refit to come, an entry counts by what the others cannot make up for (`elimination`); without one, by the
+    energy of its channels times the squared norms of their columns.
 
     Args:
         moments: of the gates.
@@ -95,16 +95,16 @@ def order_channels(moments: InnerMoments, effective: Callable[[str], Tensor]) ->
         with without_autocast(moment):
             weight = to_float64(effective(f"{path}.weight")).to(moment.device)
             if gate.reconstruction is not None:
-                score = elimination(moment, weight, gate.num_kept)
+                score = elimination(moment, weight, gate.num_kept, gate.width)
             else:
-                score = moment.diagonal() * weight.square().sum(0)
+                score = (moment.diagonal() * weight.square().sum(0)).unflatten(0, (-1, gate.width)).sum(1)
         prior = importance_order(score, gate.num_kept).prior
         share_from_first_process(prior)
         gate.set_prior(prior)
     if moments.num_tokens < moments.size:
         logger.warning(
-            "The order of %d MLP channels and their refit stand on %d calibration tokens, which are fewer; give "
-            "more text (refit_tokens=%d is the default for this model).",
+            "The order of %d channels before a writer and their refit stand on %d calibration tokens, which are fewer; "
+            "give more text (refit_tokens=%d is the default for this model).",
             moments.size,
             moments.num_tokens,
             TOKENS_PER_CHANNEL * moments.size,
@@ -116,7 +116,7 @@ def refit(gates: Mapping[str, InnerGate], moments: Iterable[tuple[str, Tensor]])
     for path, moment in moments:
         if (gate := gates.get(path)) is not None:
             with without_autocast(moment):
-                gate.set_reconstruction(reconstruction(moment, gate.keep))
+                gate.set_reconstruction(reconstruction(moment, gate.kept_channels))
             share_from_first_process(gate.reconstruction)
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from pat.tuner.layer import _HookedLayer
+from pat.tuner.layer import PruningLayer
 
 
 @contextmanager
@@ -16,7 +16,7 @@ def without_pruning(model: nn.Module) -> Iterator[None]:
 
     It does nothing to a model without a PAT adapter.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, _HookedLayer) and not layer.disable_adapters]
+    layers = [layer for layer in model.modules() if isinstance(layer, PruningLayer) and not layer.disable_adapters]
     parameters = [parameter for layer in layers for parameter in layer.parameters()]
     trained = [parameter.requires_grad for parameter in parameters]  # peft's switch decides on that as well
     for layer in layers:

@@ -22,7 +22,7 @@ def plan(folder: Path, family: str = "llama", *, tied: bool = True, **options: A
 def test_a_ratio_has_its_width_and_the_legal_ones_around_it(tmp_path: Path) -> None:
     record = plan(tmp_path)
     (candidate,) = record.candidates
-    assert candidate.shape.hidden.pruned_hidden_size == 36
+    assert candidate.shape.pruned("hidden") == 36
     kept = candidate.cost.total.num_parameters / record.base.total.num_parameters
     assert candidate.pruning_ratio == 1 - kept == pytest.approx(0.25, abs=0.005)  # biases are not on the stream
     assert candidate.pruning_ratio == pytest.approx(candidate.shape.pruning_ratio, abs=1e-12)

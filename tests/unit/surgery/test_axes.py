@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import FAMILIES, shallow
+from tiny_models import FAMILIES, build, shallow
 
 from pat.families import get_family
 from pat.surgery.adapted import AdaptedMatrix
-from pat.surgery.axes import InnerCut, count_parameters_at, cut_inner
+from pat.surgery.axes import InnerCut, cut_inner, prunable
 from pat.surgery.dense import shrink_config
 from pat.surgery.describe import head_dim, map_of
+from pat.surgery.layers import example_layers
 
 KEEP = torch.tensor([True, False, True, True, False])
 
@@ -62,18 +63,30 @@ def test_an_adapted_matrix_is_cut_like_what_it_stands_for(family: str) -> None:
     assert changed == 1 + sum(len(reader.names) for reader in inner.inner)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if not get_family(family).expert_parameters])
+def test_rows_and_columns_of_a_group_go_together() -> None:
+    keep = torch.tensor([False, True])  # of two groups of two queries, heads of three channels
+    cut = InnerCut(keep, fused=(6, 3, 3))
+    assert cut.rows(torch.arange(12)).tolist() == list(range(6, 12))  # queries
+    assert cut.rows(torch.arange(6)).tolist() == [3, 4, 5]  # keys, values
+    assert cut.rows(torch.arange(24)).tolist() == [*range(6, 12), 15, 16, 17, 21, 22, 23]  # all three, fused
+    assert cut.rows(torch.arange(4)).tolist() == [2, 3]  # one number for each query head
+    assert cut.columns(torch.arange(12.0).unsqueeze(0)).squeeze().tolist() == list(range(6, 12))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_are_counted_as_the_cut_model_has_them(family: str) -> None:
-    model = shallow(family, tied=False)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    model = build(family, tied=False)
+    base = prunable(model)
+    pruned = {"hidden_size": 36, "intermediate_size": 50, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    obstacles = {"mlp": "intermediate_size", "heads": "num_key_value_heads"}
+    for axis in base.obstacles:
+        pruned[obstacles[axis]] = base.sizes.get(obstacles[axis], 0)
+    layers = example_layers(map_of(model), 2)
+    sizes = {name: size for name, size in pruned.items() if name in base.sizes}
     config = shrink_config(
-        model.config,
-        get_family(family),
-        pruned_hidden_size=36,
-        head_dim=head_dim(model),
-        tied=False,
-        pruned_intermediate_size=50,
+        model.config, get_family(family), sizes, head_dim=head_dim(model), tied=False, keep_layers=layers
     )
-    expected = type(model)(config).num_parameters()
-    assert count_parameters_at(map_of(model), shapes, hidden_share=36 / 48, mlp_share=50 / 72) == expected
-    assert count_parameters_at(map_of(model), shapes) == model.num_parameters()
+    assert base.count(sizes) == type(model)(config).num_parameters()
+    assert base.count(base.sizes) == model.num_parameters()
+    spans = model.model.layers[0].self_attn.__dict__["_modules"].get("q_norm")
+    assert ("heads" in base.obstacles) == (spans is not None and len(spans.weight) != head_dim(model))

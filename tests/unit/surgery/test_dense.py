@@ -18,7 +18,7 @@ def test_shrunk_config(family: str) -> None:
     base = build(family, tied=True)
     before = copy.deepcopy(base.config.to_dict())
     head_dim = base.model.layers[0].self_attn.head_dim
-    small = shrink_config(base.config, get_family(family), pruned_hidden_size=36, head_dim=head_dim, tied=False)
+    small = shrink_config(base.config, get_family(family), {"hidden_size": 36}, head_dim=head_dim, tied=False)
     assert base.config.to_dict() == before
     assert small.hidden_size == 36
     assert small.head_dim == head_dim
@@ -32,20 +32,22 @@ def test_shrunk_config(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
 def test_a_width_that_transformers_refuses_is_named_before_any_work(family: str) -> None:
     config = build(family, tied=True).config
-    with pytest.raises(PatError, match=rf"transformers refuses a {family} model of hidden size 37"):
-        shrink_config(config, get_family(family), pruned_hidden_size=37, head_dim=20, tied=True)
+    with pytest.raises(
+        PatError, match=rf"transformers refuses a {family} model of hidden size 37 with 4 attention heads"
+    ):
+        shrink_config(config, get_family(family), {"hidden_size": 37}, head_dim=20, tied=True)
 
 
 def test_a_quantised_base_leaves_no_trace_in_the_config() -> None:
     config = build("llama", tied=True).config
     config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    small = shrink_config(config, get_family("llama"), pruned_hidden_size=36, head_dim=20, tied=True)
+    small = shrink_config(config, get_family("llama"), {"hidden_size": 36}, head_dim=20, tied=True)
     assert not hasattr(small, "quantization_config")
 
 
 def small_llama(**changes: Tensor | None) -> tuple:
     base = build("llama", tied=False)
-    config = shrink_config(base.config, get_family("llama"), pruned_hidden_size=36, head_dim=20, tied=False)
+    config = shrink_config(base.config, get_family("llama"), {"hidden_size": 36}, head_dim=20, tied=False)
     source = build("llama", tied=False, hidden_size=36, head_dim=20, seed=1)
     weights = {name: p.detach().clone() for name, p in source.named_parameters()}
     for name, value in changes.items():
