@@ -94,7 +94,6 @@ def decisive(name: str) -> dict[str, Any]:
     """Return what decides a method's figures beside a comparison's settings, as JSON: of PAT its defaults, too."""
     method = METHODS[name]
     facts: dict[str, Any] = {"order": method.order, "has_teacher": method.has_teacher, **method.flags}
-    facts |= {"trims_vocabulary": True} if method.trims_vocabulary else {}
     if method.order == "PAT":
         from pat.recipes import recipe_defaults
         from pat.tuner.options import PatOptions

@@ -20,7 +20,6 @@ from trl import SFTTrainer
 
 from compare.arguments import cell_arguments
 from compare.baselines import CALIBRATED, prune
-from compare.baselines.distill import WEIGHT, DistillingTrainer
 from compare.budget import (
     Target,
     half_vocabulary,
@@ -35,6 +34,7 @@ from compare.cells import Cell, short_name
 from compare.config import CompareConfig
 from compare.curve import CurveRecorder, forward_parameters
 from compare.data import DataFiles, data_files, draw_calibration
+from compare.distill import WEIGHT, DistillingTrainer
 from compare.methods import METHODS, TUNED
 from compare.results import row_identity
 from compare.scoring import Scorer

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare.baselines.distill import DistillingTrainer, distillation_loss
+from compare.distill import DistillingTrainer, distillation_loss
 from datasets import Dataset
 from tiny_models import build, tiny_tokenizer
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
