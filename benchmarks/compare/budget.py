@@ -14,9 +14,9 @@ from compare.baselines import pat_parameters
 from pat.checkpoint.hollow import hollow_model
 from pat.loading import empty_model, load_config
 from pat.loading.trimming import MULTIPLE
-from pat.plan.costs import build_skeleton, pruned_config
 from pat.shape import AXES
 from pat.surgery.axes import prunable
+from pat.surgery.costs import build_skeleton, pruned_config
 from pat.surgery.describe import count_parameters
 from pat.training.arguments import TuneArguments
 from pat.training.check import compacts

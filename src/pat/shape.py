@@ -44,6 +44,10 @@ AXES = {
 """The residual stream, the channels inside each MLP, key/value heads with their queries, and whole layers."""
 
 
+TARGETS = ("target_num_parameters", "target_bytes", "target_latency")
+"""Options that name the size or the speed of the pruned model instead of a share to cut."""
+
+
 @dataclass
 class ShapeOptions:
     """Which pruned model is asked for."""
@@ -71,6 +75,19 @@ class ShapeOptions:
     )
     pruned_num_hidden_layers: int | None = field(
         default=None, metadata={"help": "Exact number of layers of the pruned model, instead of a ratio."}
+    )
+    target_num_parameters: int | None = field(
+        default=None, metadata={"help": "Number of parameters of the pruned model, instead of a ratio."}
+    )
+    target_bytes: str | None = field(
+        default=None,
+        metadata={
+            "help": "Size of its weights in the dtype of the base's checkpoint, such as 200MB, instead of a ratio."
+        },
+    )
+    target_latency: float | None = field(
+        default=None,
+        metadata={"help": "Time to read a text, predicted from FLOPs, as a share of the base's in (0, 1)."},
     )
     multiple_of: int | None = field(
         default=None,
@@ -137,8 +154,14 @@ def check_request(options: ShapeOptions, *, pruning_ratio: float | None = None) 
     axes: Any = options.axes
     options.axes = [axes] if isinstance(axes, str) else list(axes)
     ratio = options.pruning_ratio if pruning_ratio is None else pruning_ratio  # 0 is out of range
-    for axis, size in asked_sizes(options).items() if ratio is not None else ():
-        raise PatError(f"Got both pruning_ratio={ratio} and {AXES[axis].option}={size}; give one of the two.")
+    sizes = {AXES[axis].option: size for axis, size in asked_sizes(options).items()}
+    budgets = {"pruning_ratio": ratio, **{name: getattr(options, name) for name in TARGETS}}
+    given = {name: value for name, value in budgets.items() if value is not None}
+    if len(given) > 1 or (given and sizes):
+        (first, one), (second, other) = list({**given, **sizes}.items())[:2]
+        raise PatError(f"Got both {first}={one} and {second}={other}; give one of the two.")
+    if (share := options.target_latency) is not None and not 0 < share < 1:
+        raise PatError(f"Got target_latency={share}; expected a share of the base's time in (0, 1), such as 0.8.")
     if ratio is not None and not 0 < ratio < 1:
         raise PatError(
             f"Got pruning_ratio={ratio}; expected a share of the parameters strictly between 0 and 1, such as 0.25."

@@ -8,7 +8,7 @@ import pytest
 from tiny_models import build
 
 from pat import cli
-from pat.benchmark.figure import can_draw
+from pat.report.figure import can_draw
 
 TOO_LARGE = 10**13
 """Sequences whose token ids alone are more than a process can address."""

@@ -60,8 +60,9 @@ def run_benchmark(options: BenchmarkOptions) -> BenchmarkRecord:
 
 
 def _write(record: BenchmarkRecord) -> None:
-    from pat.benchmark.figure import can_draw, draw
+    from pat.benchmark.figure import draw
     from pat.benchmark.tables import to_markdown
+    from pat.report.figure import can_draw
 
     folder = record.options.output_dir
     assert folder is not None

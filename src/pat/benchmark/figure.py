@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 from pat.benchmark.command import BenchmarkRecord
 from pat.benchmark.measure import PHASES
 from pat.benchmark.prediction import Phase
-
-MISSING = "No figure was drawn, because matplotlib is not installed: pip install 'pat-llm[figures]'."
 
 _TITLES: dict[Phase, str] = {"prefill": "Prefill", "decode": "Decode"}
 _COUNTED: dict[Phase, str] = {"prefill": "FLOPs", "decode": "bytes read"}
@@ -18,11 +15,6 @@ _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 
 _SLOT = 0.8
 """Share of the space of one batch size that its contexts fill."""
-
-
-def can_draw() -> bool:
-    """Tell whether matplotlib, an optional dependency, is installed."""
-    return find_spec("matplotlib") is not None
 
 
 def draw(record: BenchmarkRecord, path: Path) -> None:

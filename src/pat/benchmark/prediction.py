@@ -8,7 +8,7 @@ import torch
 
 from pat.errors import PatError
 from pat.loading import load_config, stored_dtype
-from pat.plan.costs import build_skeleton, cost_at, cost_of
+from pat.surgery.costs import build_skeleton, cost_at, cost_of
 
 Phase = Literal["prefill", "decode"]
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from textwrap import shorten
 
 from pat.benchmark.command import BenchmarkRecord
-from pat.benchmark.figure import MISSING, can_draw
 from pat.benchmark.measure import PHASES, ROLES, Row
 from pat.benchmark.prediction import Phase
+from pat.report.figure import MISSING, can_draw
 from pat.report.table import Table
 
 _TITLES: dict[Phase, str] = {

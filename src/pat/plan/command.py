@@ -8,14 +8,18 @@ from typing import Any, Literal, cast
 
 import torch
 
+from pat.checkpoint.card import shown_name
 from pat.errors import PatError
+from pat.families import Family
 from pat.loading import load_config, stored_dtype
-from pat.plan.costs import ModelCost, build_skeleton, cost_of, pruned_config
+from pat.plan.curves import Measured
 from pat.plan.options import PlanOptions
 from pat.plan.training import TrainingMemory, training_memory
 from pat.recipes import recipe_defaults
 from pat.report.records import Record
-from pat.shape import AXES, LARGE_RATIO, Shape
+from pat.shape import AXES, LARGE_RATIO, TARGETS, Shape
+from pat.surgery.costs import ModelCost, build_skeleton, cost_of, pruned_config
+from pat.training.vocabulary import trimmed_budget
 from pat.tuner.config import PatConfig
 from pat.tuner.prepare import check_config
 from pat.widths import legal_widths
@@ -65,16 +69,20 @@ class PlanRecord(Record):
     """One for each ratio, in the order in which they were given."""
     training: TrainingMemory
     """Memory of training up to the milestone, which is at the base's width, for the last of the ratios."""
+    vocabulary_size: int | None
+    """Tokens of the trimmed vocabulary; None where it is whole."""
+    measured: Measured | None
+    """Curves and shapes measured on data; None where none was given."""
     notes: tuple[str, ...]
     """Sentences that the reader of these figures has to know."""
 
 
 def run_plan(options: PlanOptions) -> PlanRecord:
-    """Plan the pruning of a model from its configuration alone.
+    """Plan the pruning of a model from its configuration, and from its weights where there is data to calibrate on.
 
     Raises:
-        PatError: no such model, not a causal language model, unsupported family, no such width, or a context that the
-            model cannot read.
+        PatError: no such model, not a causal language model, unsupported family, no such width, a context that the
+            model cannot read, or data that cannot be used.
     """
     base_config, family = load_config(options.model_name_or_path)
     context = _resolve_context(options.context, base_config)
@@ -88,11 +96,16 @@ def run_plan(options: PlanOptions) -> PlanRecord:
             pruning_ratio=ratio,
             axes=options.axes,
             **{axis.option: getattr(options, axis.option) for axis in AXES.values()},
+            **{name: getattr(options, name) for name in TARGETS},
             multiple_of=options.multiple_of,
             untie_word_embeddings=options.untie_word_embeddings,
         )
-        shape = check_config(base_config, family, config)
-        small_config = pruned_config(skeleton, shape, tied=base.tied and not options.untie_word_embeddings)
+        trimmed = skeleton
+        if options.vocabulary_size is not None:
+            trimmed_config, config.pruning_ratio = trimmed_budget(config, base_config, options.vocabulary_size)
+            trimmed = build_skeleton(trimmed_config, dtype)
+        shape = check_config(trimmed.model.config, family, config)
+        small_config = pruned_config(trimmed, shape, tied=base.tied and not options.untie_word_embeddings)
         cost = cost_of(build_skeleton(small_config, dtype), context)
         candidates.append(_candidate(shape, small_config.num_attention_heads, options.multiple_of, base, cost))
     recipe = recipe_defaults(RECIPE)
@@ -110,8 +123,30 @@ def run_plan(options: PlanOptions) -> PlanRecord:
         base=base,
         candidates=tuple(candidates),
         training=training,
+        vocabulary_size=options.vocabulary_size,
+        measured=_measure(options, base_config, family, candidates[0].pruning_ratio),
         notes=tuple(_notes(base_config, config, base, candidates, context)),
     )
+
+
+def _measure(options: PlanOptions, base_config: Any, family: Family, pruning_ratio: float) -> Measured | None:
+    if options.calibrate is None:
+        return None
+    from pat.plan.measure import measure_shapes  # imports TRL, which takes seconds
+
+    measured = measure_shapes(
+        options.model_name_or_path,
+        options.calibrate,
+        base_config,
+        family,
+        pruning_ratio=pruning_ratio,
+        shown=not options.json,
+    )
+    if options.figure is not None:
+        from pat.plan.figure import draw
+
+        draw(measured, f"{shown_name(options.model_name_or_path)} on {measured.dataset}", options.figure)
+    return measured
 
 
 def _candidate(

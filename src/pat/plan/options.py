@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
+from pat.errors import PatError
 from pat.paths import expand_options
+from pat.report.figure import check_figure
 from pat.shape import ShapeOptions, check_request
 
 
@@ -15,7 +18,9 @@ class PlanOptions(ShapeOptions):
 
     MAIN_FLAGS: ClassVar = ("model_name_or_path", "pruning_ratio")
 
-    model_name_or_path: str = field(metadata={"help": "Base model folder or hub id; only its configuration is read."})
+    model_name_or_path: str = field(
+        metadata={"help": "Base model folder or hub id; only its configuration is read, unless --calibrate is given."}
+    )
     pruning_ratio: list[float] | None = field(  # type: ignore[assignment]  # several are set side by side
         default=None, metadata={"help": "Shares of all parameters to cut, one or several, in (0, 1). Default 0.25."}
     )
@@ -23,6 +28,17 @@ class PlanOptions(ShapeOptions):
         default=None,
         metadata={"help": "Number of tokens that costs are for. Default 2048, or as many as the model can read."},
     )
+    vocabulary_size: int | None = field(
+        default=None, metadata={"help": "Tokens of a trimmed vocabulary, see `pat tune`; they count in the ratio."}
+    )
+    calibrate: str | None = field(
+        default=None,
+        metadata={
+            "help": "Instruction data, as for `pat tune`: measure on it what cutting each axis costs before any "
+            "training, and which shapes under the budget come out best. Takes minutes, and the model's weights."
+        },
+    )
+    figure: Path | None = field(default=None, metadata={"help": "PNG file for the curves that --calibrate measures."})
     json: bool = field(default=False, metadata={"help": "Print JSON instead of tables."})
 
     def __post_init__(self) -> None:
@@ -32,6 +48,10 @@ class PlanOptions(ShapeOptions):
             PatError: a ratio is outside (0, 1), or both ratio and width are given.
         """
         expand_options(self)
+        if self.figure is not None and self.calibrate is None:
+            raise PatError("Got figure without calibrate, which measures what it shows; give --calibrate DATA as well.")
+        if self.figure is not None:
+            check_figure(self.figure)
         self.pruning_ratio = self.pruning_ratio or None
         for ratio in self.pruning_ratio or (None,):
             check_request(self, pruning_ratio=ratio)

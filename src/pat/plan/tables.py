@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pat.families import FAMILIES
 from pat.plan.command import PlanRecord
-from pat.plan.costs import GROUPS, ModelCost
+from pat.plan.curves import Measured, Point
 from pat.report.table import Table
 from pat.shape import AXES, Shape
+from pat.surgery.costs import GROUPS, ModelCost
 from pat.widths import alignment
 
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -32,6 +33,10 @@ def print_plan(record: PlanRecord) -> None:
     print()
     for table in (_sizes(record), _running(record), _training(record)):
         table.print()
+    if record.measured is not None:
+        _measured(record.measured).print()
+        best = record.measured.candidates[0]
+        print(f"Best before training: {best.options()} (flags of `pat tune`, instead of a ratio).")
     for note in record.notes:
         print(f"- {note}")
 
@@ -50,6 +55,24 @@ def _sizes(record: PlanRecord) -> Table:
         ["bytes", *(_scaled(cost.total.num_bytes, "B") for cost in costs)],
     ]
     return Table("Parameters", ["part", *_headings(record)], rows, num_totals=3)
+
+
+def _measured(measured: Measured) -> Table:
+    labels = {axis.option: axis.label for axis in AXES.values()}
+
+    def row(point: Point) -> list[str]:
+        sizes = ", ".join(f"{labels[option]} {size:,}" for option, size in point.sizes.items())
+        predicted = "" if point.predicted_nll is None else f"{point.predicted_nll:.3f}"
+        return [sizes, f"{point.pruning_ratio:.1%}", f"{point.nll:.3f}", predicted]
+
+    curves = [row(point) for points in measured.curves.values() for point in points if point not in measured.candidates]
+    rows = [["nothing", "", f"{measured.base_nll:.3f}", ""], *curves, *map(row, measured.candidates)]
+    title = (
+        f"Loss before any training on {measured.num_scored_tokens:,} response tokens of {measured.dataset}, calibrated "
+        f"on {measured.num_calibration_tokens:,}; shapes under the budget at the end, best first"
+    )
+    columns = ("what is cut to", "parameters cut", "NLL", "predicted")
+    return Table(title, columns, rows, num_totals=len(measured.candidates))
 
 
 def _label(group: str, record: PlanRecord) -> str:

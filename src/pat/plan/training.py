@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from peft import get_peft_model
 
-from pat.plan.costs import Skeleton
+from pat.surgery.costs import Skeleton
 from pat.tuner.config import PatConfig
 
 ADAM_BYTES = 8

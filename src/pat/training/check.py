@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import sys
 from dataclasses import dataclass, fields
@@ -16,8 +15,8 @@ from pat.errors import PatError
 from pat.families import Family
 from pat.loading import empty_model, load_config
 from pat.method.schedule import milestone_step
-from pat.shape import AXES, DEFAULT_PRUNING_RATIO, LARGE_RATIO, Shape, asked_sizes
-from pat.surgery.describe import count_parameters, head_dim
+from pat.shape import AXES, DEFAULT_PRUNING_RATIO, LARGE_RATIO, TARGETS, Shape, asked_sizes
+from pat.surgery.describe import head_dim
 from pat.surgery.residual import ResidualStream
 from pat.training.arguments import TuneArguments
 from pat.training.calibration_text import read_calibration
@@ -25,6 +24,7 @@ from pat.training.checkpoints import last_checkpoint
 from pat.training.prepare import Prepared
 from pat.training.run_file import RUN_FILE, RunFile
 from pat.training.teacher import announce_teacher, check_distillation, check_teacher
+from pat.training.vocabulary import trimmed_budget
 from pat.tuner.compaction import check_compactable
 from pat.tuner.config import PatConfig
 from pat.tuner.depth import LAYER_TOKENS
@@ -77,17 +77,13 @@ def check(arguments: TuneArguments) -> Checked:
     _warn_of_idle_flags(arguments)
     pat_config = arguments.pat_config()
     base_config, family = load_config(arguments.run.model_name_or_path, revision=arguments.model.model_revision)
-    names_a_size = bool(asked_sizes(pat_config))
-    if (size := arguments.run.vocabulary_size) is None:
-        trimmed_config = base_config
-    else:
-        trimmed_config = copy.deepcopy(base_config)
-        trimmed_config.vocab_size = size
-        arguments.pat.pruning_ratio = pat_config.pruning_ratio = _rest_of_budget(
-            pat_config, base_config, trimmed_config, names_a_size=names_a_size
-        )
+    trimmed_config = base_config
+    if (size := arguments.run.vocabulary_size) is not None:
+        trimmed_config, rest = trimmed_budget(pat_config, base_config, size)
+        arguments.pat.pruning_ratio = pat_config.pruning_ratio = rest
     shape = check_config(trimmed_config, family, pat_config)
     asked = pat_config.pruning_ratio or DEFAULT_PRUNING_RATIO
+    names_a_size = asked_sizes(pat_config) or any(getattr(pat_config, name) for name in TARGETS)
     if not names_a_size and abs(shape.pruning_ratio - asked) > RATIO_SLACK:
         logger.warning("%.1f %% of the parameters will be cut: %s.", 100 * shape.pruning_ratio, shape.reason)
     if shape.pruning_ratio > LARGE_RATIO:
@@ -99,28 +95,6 @@ def check(arguments: TuneArguments) -> Checked:
     if pat_config.calibration is not None:
         read_calibration(pat_config.calibration)
     return Checked(base_config, family, shape, resume_from)
-
-
-def _rest_of_budget(config: PatConfig, base_config: Any, trimmed_config: Any, *, names_a_size: bool) -> float | None:
-    """Return the share of a model with a trimmed vocabulary that is to be cut, so that the whole budget is met.
-
-    Raises:
-        PatError: the vocabulary is not made smaller, or alone saves as much as the budget asks.
-    """
-    size, whole_size = trimmed_config.vocab_size, base_config.vocab_size
-    if not 0 < size < whole_size:
-        raise PatError(f"Got vocabulary_size={size}; expected a number of tokens below the base's {whole_size}.")
-    if names_a_size:
-        return None
-    whole, trimmed = count_parameters(base_config), count_parameters(trimmed_config)
-    ratio = DEFAULT_PRUNING_RATIO if config.pruning_ratio is None else config.pruning_ratio
-    rest = 1 - (1 - ratio) * whole / trimmed
-    if rest <= 0:
-        raise PatError(
-            f"Got pruning_ratio={ratio:g} with vocabulary_size={size}, but the vocabulary alone saves "
-            f"{1 - trimmed / whole:.1%} of the parameters; keep more tokens, or ask for more."
-        )
-    return rest
 
 
 def check_run(arguments: TuneArguments, checked: Checked, data: Prepared) -> RunFile:

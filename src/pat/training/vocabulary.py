@@ -13,6 +13,8 @@ from pat.families import get_family
 from pat.loading import check_special_ids, grow_embedding, grown_rows, padded
 from pat.loading.tokenizer import load_plain_tokenizer
 from pat.loading.trimming import choose_tokens, renumber_specials, trim_embedding, trim_tokenizer
+from pat.shape import DEFAULT_PRUNING_RATIO, ShapeOptions, asked_sizes
+from pat.surgery.describe import count_parameters
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -107,6 +109,44 @@ class Vocabulary:
                 head = get_family(text_config.model_type).head
                 config.modules_to_save = sorted({*(config.modules_to_save or ()), head})
         return config
+
+
+def trimmed_budget(
+    options: ShapeOptions, base_config: PretrainedConfig, size: int
+) -> tuple[PretrainedConfig, float | None]:
+    """Return a base's configuration with a trimmed vocabulary, and what is left to cut of such a model.
+
+    Args:
+        options: which pruned model is asked for.
+        base_config: of the base model.
+        size: tokens that are kept.
+
+    Returns:
+        The configuration, and the share of its parameters that is still to be cut so that the budget is met; None where
+        the options name sizes or a target, which hold for the pruned model whatever its vocabulary is.
+
+    Raises:
+        PatError: the vocabulary is not made smaller, or alone saves as much as the budget asks.
+    """
+    if not 0 < size < base_config.vocab_size:
+        raise PatError(
+            f"Got vocabulary_size={size}; expected a number of tokens below the base's {base_config.vocab_size}."
+        )
+    if options.target_latency is not None:
+        raise PatError("Got vocabulary_size beside target_latency; give a ratio, a number of parameters or of bytes.")
+    trimmed_config = copy.deepcopy(base_config)
+    trimmed_config.vocab_size = size
+    if asked_sizes(options) or options.target_num_parameters is not None or options.target_bytes is not None:
+        return trimmed_config, None
+    whole, trimmed = count_parameters(base_config), count_parameters(trimmed_config)
+    ratio = DEFAULT_PRUNING_RATIO if options.pruning_ratio is None else options.pruning_ratio
+    rest = 1 - (1 - ratio) * whole / trimmed
+    if rest <= 0:
+        raise PatError(
+            f"Got pruning_ratio={ratio:g} with vocabulary_size={size}, but the vocabulary alone saves "
+            f"{1 - trimmed / whole:.1%} of the parameters; keep more tokens, or ask for more."
+        )
+    return trimmed_config, rest
 
 
 def load_vocabulary(

@@ -10,7 +10,7 @@ from typing import Any
 from peft import LoraConfig
 
 from pat.errors import PatError
-from pat.shape import AXES, check_request
+from pat.shape import AXES, TARGETS, check_request
 from pat.tuner.options import PatOptions
 
 
@@ -120,6 +120,8 @@ class PatConfig(PatOptions, LoraConfig):
     def asked(self) -> dict[str, Any]:
         """Return the options that decide on sizes and rotation, as they are now."""
         options: dict[str, Any] = {name: getattr(self, name) for name in _DECISIVE}
+        # Adapters that were made when there were no targets have none on record.
+        options |= {name: value for name in TARGETS if (value := getattr(self, name)) is not None}
         return options | {"modules_to_save": sorted(self.modules_to_save) if self.modules_to_save else None}
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from pat.surgery.residual import ResidualStream
 from pat.surgery.rotation import gain_block
 from pat.tuner.config import PatConfig
 from pat.tuner.options import PatOptions
+from pat.tuner.target import ratio_of_target
 
 logger = logging.getLogger(__name__)
 
@@ -135,13 +137,10 @@ def _shape(base_config: Any, family: Family, config: PatConfig) -> Shape:
         sizes = sizes_of(base_config, family)
         # Nothing that needs a share of the parameters is asked of a made adapter.
         return Shape(sizes, sizes | config.resolved_width, math.nan, "chosen when the adapter was made")
-    return choose_shape(
-        prunable(empty_model(base_config)),
-        axes=config.axes,
-        pruning_ratio=config.pruning_ratio,
-        asked=asked_sizes(config),
-        multiple_of=config.multiple_of,
-    )
+    base = prunable(empty_model(base_config))
+    choose = partial(choose_shape, base, axes=config.axes, asked=asked_sizes(config), multiple_of=config.multiple_of)
+    ratio = ratio_of_target(config, base_config, lambda share: choose(pruning_ratio=share))
+    return choose(pruning_ratio=config.pruning_ratio if ratio is None else ratio)
 
 
 def default_targets(config: PatConfig, model: nn.Module, stream: ResidualStream) -> PatConfig:

@@ -1,4 +1,4 @@
-"""Predicted ratios are those of counts that can be written down by hand; see also the tests of `pat.plan.costs`."""
+"""Predicted ratios are those of counts that can be written down by hand; see also the tests of `pat.surgery.costs`."""
 
 from pathlib import Path
 

@@ -7,12 +7,13 @@ import pytest
 
 from pat.benchmark import tables
 from pat.benchmark.command import BenchmarkRecord
-from pat.benchmark.figure import can_draw, draw
+from pat.benchmark.figure import draw
 from pat.benchmark.host import ModelFacts
 from pat.benchmark.measure import Measurement, Row
 from pat.benchmark.options import BenchmarkOptions
 from pat.benchmark.prediction import Phase
 from pat.benchmark.tables import print_benchmark, to_markdown
+from pat.report.figure import can_draw
 
 LONG_ERROR = "CUDA out of memory. " + "Tried to allocate very much. " * 20
 

@@ -10,8 +10,8 @@ from tiny_training import attach, tuner_of
 from torch import nn
 from transformers import PreTrainedModel
 
-from pat.plan.costs import build_skeleton
 from pat.plan.training import TrainingMemory, training_memory
+from pat.surgery.costs import build_skeleton
 from pat.tuner import PatConfig
 
 TOLERANCE = {torch.float32: 0.15, torch.bfloat16: 0.25}

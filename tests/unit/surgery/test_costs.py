@@ -13,8 +13,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pat.families import get_family
 from pat.plan.command import run_plan
-from pat.plan.costs import GROUPS, ModelCost, Skeleton, build_skeleton, cost_at, cost_of
 from pat.plan.options import PlanOptions
+from pat.surgery.costs import GROUPS, ModelCost, Skeleton, build_skeleton, cost_at, cost_of
 from pat.surgery.describe import head_dim
 
 PRUNED = 36

@@ -1,0 +1,239 @@
+"""What cutting each axis costs before any training, measured on text, and the shapes that come out best under a budget.
+
+Each axis is cut alone at a few sizes, calibrated and refitted as `pat tune` does it, and scored. Two axes at once are
+taken to cost the sum of what each costs alone; the pairs for which that is least are then cut and scored themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import combinations, pairwise
+from typing import Any, cast
+
+import torch
+from peft import PeftModel, get_peft_model
+
+from pat.errors import PatError
+from pat.families import Family
+from pat.loading import load_base, load_tokenizer
+from pat.nll import Example, batches_from_examples, response_nll
+from pat.plan.curves import Measured, Point
+from pat.report.progress import Progress, progress_bar
+from pat.shape import AXES
+from pat.training.precision import bf16_pays_on_cpu
+from pat.training.prepare import prepare_examples
+from pat.training.vocabulary import Vocabulary
+from pat.tuner.config import PatConfig
+from pat.tuner.model import PatModel, find_tuner
+from pat.tuner.prepare import check_config
+
+SHARES = (1 / 3, 2 / 3, 1.0)
+"""Points of a curve, as shares of the budget."""
+
+SPLITS = (1 / 3, 1 / 2, 2 / 3)
+"""Shares of the budget that the first axis of a pair takes."""
+
+NUM_PAIRS = 3
+"""Number of pairs of axes that are scored themselves."""
+
+NUM_TOKENS = 8192
+"""Tokens to calibrate on, at most; `pat tune` reads more."""
+
+NUM_SCORED_ROWS = 64
+NUM_ROWS = 512
+MAX_LENGTH = 512
+BATCH_SIZE = 8
+
+_BISECTIONS = 7
+
+
+def measure_shapes(
+    name: str, dataset: str, base_config: Any, family: Family, *, pruning_ratio: float, shown: bool = True
+) -> Measured:
+    """Measure curves and candidates.
+
+    Args:
+        name: base model.
+        dataset: instruction data, as for `pat tune`.
+        base_config: of the base model.
+        family: of the base model.
+        pruning_ratio: budget, as a share of all parameters.
+        shown: whether a bar is drawn if a person is looking.
+
+    Raises:
+        PatError: the data cannot be used, or no axis can be cut as far as the budget asks.
+    """
+    bench = _Bench(name, dataset, base_config, family)
+    with progress_bar("Measuring shapes", "shape", shown=shown) as bar:
+        return bench.run(pruning_ratio, dataset, bar)
+
+
+class _Bench:
+    """A base model with the rows to calibrate and to score on."""
+
+    def __init__(self, name: str, dataset: str, base_config: Any, family: Family) -> None:
+        self.base_config, self.family = base_config, family
+        tokenizer = load_tokenizer(name, config=base_config)
+        vocabulary = Vocabulary(tokenizer, base_config.vocab_size)
+        examples, _ = prepare_examples(
+            dataset, vocabulary, template="auto", max_length=MAX_LENGTH, limit=NUM_ROWS + NUM_SCORED_ROWS
+        )
+        step = max(2, len(examples) // NUM_SCORED_ROWS)
+        self.scored = examples[::step][:NUM_SCORED_ROWS]
+        rest = [example for index, example in enumerate(examples) if index % step]
+        if not rest:
+            raise PatError(
+                f"Got {len(examples)} rows in {dataset}; expected two or more, to calibrate and to score on."
+            )
+        self.pad_token_id = cast(int, tokenizer.pad_token_id)
+        self.rows = list(_first(rest, NUM_TOKENS))
+        self.model: Any = load_base(name)
+        sizes = getattr(base_config, family.hidden_size_field), getattr(base_config, "intermediate_size", 0)
+        pays = self.model.dtype == torch.float32 and bf16_pays_on_cpu(sizes[0], sizes[1] or sizes[0])
+        if torch.accelerator.is_available():
+            self.model, pays = self.model.to(cast(Any, torch.accelerator.current_accelerator())), False
+        self.autocast = torch.autocast(self.model.device.type, torch.bfloat16, enabled=pays)
+
+    def run(self, ratio: float, dataset: str, bar: Progress) -> Measured:
+        shapes = {axis: self.curve(axis, ratio) for axis in AXES}
+        shapes = {axis: found for axis, found in shapes.items() if found}
+        if not any(max(found.values()) > 0.9 * ratio for found in shapes.values()):
+            raise PatError(
+                f"Got pruning_ratio={ratio:g}, which no axis of this model can give by itself; ask for less."
+            )
+        num_shapes, done = 2 + NUM_PAIRS + sum(map(len, shapes.values())), 0
+
+        def scored(sizes: Mapping[str, int]) -> float:
+            nonlocal done
+            found = self.nll(sizes)
+            done += 1
+            bar(done, num_shapes)
+            return found
+
+        base_nll = scored({})
+        curves: dict[str, tuple[Point, ...]] = {}
+        for axis, found in shapes.items():
+            option = AXES[axis].option
+            curves[axis] = tuple(Point({option: size}, share, scored({option: size})) for size, share in found.items())
+        single = [points[-1] for points in curves.values() if points[-1].pruning_ratio > 0.9 * ratio]
+        pairs = sorted(self.pairs(curves, base_nll, ratio), key=lambda pair: pair[1])[:NUM_PAIRS]
+        rule = self.sizes_of(PatConfig(task_type="CAUSAL_LM", pruning_ratio=ratio))
+        several = [Point(sizes, self.ratio(sizes), scored(sizes), predicted) for sizes, predicted in pairs]
+        if rule not in [point.sizes for point in (*single, *several)]:
+            several.append(Point(rule, self.ratio(rule), scored(rule)))
+        return Measured(
+            dataset=dataset,
+            num_calibration_tokens=sum(len(row["input_ids"]) for row in self.rows),
+            num_scored_tokens=self.num_scored,
+            base_nll=base_nll,
+            curves=curves,
+            candidates=tuple(sorted([*single, *several], key=lambda point: point.nll)),
+        )
+
+    def curve(self, axis: str, ratio: float) -> dict[int, float]:
+        """Return the sizes of an axis that come to shares of the budget, each with its share of all parameters."""
+        found: dict[int, float] = {}
+        for share in SHARES:
+            try:
+                shape = self.shape(PatConfig(task_type="CAUSAL_LM", axes=[axis], pruning_ratio=share * ratio))
+            except PatError:  # cannot be cut, or not so far
+                continue
+            found[shape.pruned(axis)] = shape.pruning_ratio
+        return found
+
+    def pairs(
+        self, curves: Mapping[str, tuple[Point, ...]], base_nll: float, ratio: float
+    ) -> Iterator[tuple[dict[str, int], float]]:
+        """Yield the sizes of pairs of axes that meet the budget together, and the loss that their curves predict."""
+        for a, b in combinations(curves, 2):
+            seen: list[dict[str, int]] = []
+            for split in SPLITS:
+                try:
+                    sizes = self.meet(a, b, split * ratio, ratio)
+                except PatError:  # not a shape that transformers loads
+                    continue
+                if sizes in seen:
+                    continue
+                seen.append(sizes)
+                costs = (
+                    _interpolated(curves[axis], base_nll, self.ratio({AXES[axis].option: sizes[AXES[axis].option]}))
+                    for axis in (a, b)
+                )
+                yield sizes, base_nll + sum(costs)
+
+    def meet(self, a: str, b: str, share: float, ratio: float) -> dict[str, int]:
+        """Return sizes of two axes that come to a ratio, the first of which takes a share of the parameters."""
+        first = self.sizes_of(PatConfig(task_type="CAUSAL_LM", axes=[a], pruning_ratio=share))
+        low, high, best = 0.0, ratio, dict[str, int]()
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            try:
+                sizes = first | self.sizes_of(PatConfig(task_type="CAUSAL_LM", axes=[b], pruning_ratio=middle))
+                found = self.ratio(sizes)
+            except PatError:  # so little that nothing is cut of the second
+                low = middle
+                continue
+            if not best or abs(found - ratio) < abs(self.ratio(best) - ratio):
+                best = sizes
+            low, high = (middle, high) if found < ratio else (low, middle)
+        if not best:
+            raise PatError(f"Got axes {a} and {b}, which cannot come to {ratio:g} together.")
+        return best
+
+    def shape(self, config: PatConfig) -> Any:
+        return check_config(self.base_config, self.family, config)
+
+    def ratio(self, sizes: Mapping[str, int]) -> float:
+        """Return the share of all parameters that some sizes cut."""
+        return float(self.shape(PatConfig(task_type="CAUSAL_LM", **cast(Any, sizes))).pruning_ratio)
+
+    def sizes_of(self, config: PatConfig) -> dict[str, int]:
+        """Return the sizes that a configuration cuts, by their options."""
+        shape = self.shape(config)
+        return {AXES[axis].option: shape.pruned(axis) for axis in AXES if shape.cuts(axis)}
+
+    def nll(self, sizes: Mapping[str, int]) -> float:
+        """Cut the base model to some sizes, without training, and return the loss of the scored rows."""
+        if not sizes:
+            return self._score(self.model)
+        config = PatConfig(task_type="CAUSAL_LM", r=1, milestone=0.0, refit_tokens=NUM_TOKENS, **cast(Any, dict(sizes)))
+        model = cast(PeftModel, get_peft_model(self.model, config))
+        tuner = cast(PatModel, find_tuner(model))
+        try:
+            with self.autocast:
+                tuner.calibrate(self._batches())
+                tuner.set_step(0, 0)
+                if any(gate.awaits_refit for gate in tuner.gates().values()):
+                    tuner.refit(self._batches())
+            return self._score(model)
+        finally:
+            self.model = model.unload()
+
+    def _score(self, model: Any) -> float:
+        with self.autocast:
+            found = response_nll(model, self.scored, batch_size=BATCH_SIZE, pad_token_id=self.pad_token_id)
+        self.num_scored = found.num_tokens
+        return found.nll
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
+        return batches_from_examples(
+            self.rows, batch_size=BATCH_SIZE, pad_token_id=self.pad_token_id, sort_by_length=True
+        )
+
+
+def _first(rows: list[Example], num_tokens: int) -> Iterator[Example]:
+    """Yield rows until there are enough tokens."""
+    for row in rows:
+        if num_tokens <= 0:
+            return
+        num_tokens -= len(row["input_ids"])
+        yield row
+
+
+def _interpolated(points: tuple[Point, ...], base_nll: float, ratio: float) -> float:
+    """Return what a cut costs beyond the base's loss, on the line between its neighbours on a curve from (0, 0)."""
+    known = [(0.0, 0.0), *((point.pruning_ratio, point.nll - base_nll) for point in points)]
+    for (x0, y0), (x1, y1) in pairwise(known):
+        if ratio <= x1:
+            return y0 + (y1 - y0) * (ratio - x0) / (x1 - x0)
+    return known[-1][1] * ratio / known[-1][0]
