@@ -38,7 +38,17 @@ def draw(measured: Measured, title: str, path: Path) -> None:
             label=f"{number}: {_sizes(point)}",
         )
     axis.axhline(measured.base_nll, color="0.5", linewidth=0.8, linestyle=":")
-    axis.annotate("base", (0, measured.base_nll), (3, 3), textcoords="offset points", fontsize=8, color="0.4")
+    axis.annotate(
+        "base",
+        (1, measured.base_nll),
+        (0, -3),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        fontsize=8,
+        color="0.4",
+        ha="right",
+        va="top",
+    )
     axis.set_xlim(left=0)
     axis.set_xlabel("parameters cut")
     axis.xaxis.set_major_formatter(lambda x, _: f"{x:.3g} %")
@@ -47,7 +57,7 @@ def draw(measured: Measured, title: str, path: Path) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="0.92")
     axis.set_axisbelow(True)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     figure.set_layout_engine("constrained")
     figure.savefig(path)
 

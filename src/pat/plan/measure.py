@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from peft import PeftModel, get_peft_model
 
+from pat.checkpoint.card import shown_name
 from pat.errors import PatError
 from pat.families import Family
 from pat.loading import load_base, load_tokenizer
@@ -122,7 +123,7 @@ class _Bench:
         if rule not in [point.sizes for point in (*single, *several)]:
             several.append(Point(rule, self.ratio(rule), scored(rule)))
         return Measured(
-            dataset=dataset,
+            dataset=shown_name(dataset),
             num_calibration_tokens=sum(len(row["input_ids"]) for row in self.rows),
             num_scored_tokens=self.num_scored,
             base_nll=base_nll,
