@@ -158,6 +158,7 @@ def _task_table(lines: Sequence[Line], protocol: str) -> str:
 
 def _budget_table(config: CompareConfig, lines: Sequence[Line]) -> str:
     body = []
+    counts = any("train_flops" in line.facts for line in lines)
     for line in lines:
         facts = line.facts
         width = facts.get("pruned_hidden_size")
@@ -171,11 +172,18 @@ def _budget_table(config: CompareConfig, lines: Sequence[Line]) -> str:
                 str(facts.get("rank", "")),
                 _show_trained(facts),
                 f"{facts['tune_seconds']:.0f}" if "tune_seconds" in facts else "",
+                *([_show_cost(facts)] if counts else []),
                 str(facts.get("pruning", "")),
             ]
         )
     head = ["Ratio", "Method", "Order", "Hidden size (PAT's)", "Learning rate"]
-    head += ["Rank", "Trained (share of LoRA's)", "Tuning (s) ¹", "How it was cut"]
+    head += [
+        "Rank",
+        "Trained (share of LoRA's)",
+        "Tuning (s) ¹",
+        *(["Tokens, FLOPs of tuning"] if counts else []),
+        "How it was cut",
+    ]
     note = "¹ Of the first seed, on a machine that may have done other things: no measurement of speed."
     if any("⁺" in row[4] for row in body):
         note += " ⁺ The highest or lowest rate that was tried."
@@ -209,6 +217,10 @@ def _show_trained(facts: Mapping[str, Any]) -> str:
         return ""
     share = f" ({facts['num_trainable'] / facts['trainable_budget']:.1%})" if "trainable_budget" in facts else ""
     return f"{facts['num_trainable'] / 1e6:.3f} M{share}"
+
+
+def _show_cost(facts: Mapping[str, Any]) -> str:
+    return f"{facts['train_tokens']:,}, {facts['train_flops']:.3g}" if "train_flops" in facts else ""
 
 
 def _show(spread: Spread | None, digits: int, factor: float = 1, *, with_deviation: bool = True) -> str:
