@@ -146,7 +146,10 @@ class _Budget:
                 share = share if count == self.total else max(0.0, 1 - (1 - share) * self.total / count)
                 heads = self.base.num_attention_heads(sizes)
                 width = choose_width(sizes[HIDDEN], heads, pruning_ratio=share, multiple_of=self.multiple_of)
-                sizes[HIDDEN], reason = width.pruned_hidden_size, width.reason + self.beside(sizes, name)
+                sizes[HIDDEN], reason = (
+                    width.pruned_hidden_size,
+                    (self.beside(sizes, name) + ", " + width.reason).lstrip(", "),
+                )
             else:
                 sizes, reason = self.nearest(
                     name, sizes, share, free_width="hidden" in named, is_last=name == named[-1]

@@ -104,6 +104,10 @@ def _warn_of_idle_options(config: PatConfig, shape: Shape) -> None:
     ):
         if given := [name for name in names if not is_cut and getattr(config, name) != _DEFAULTS[name]]:
             logger.warning("These options have no effect, since the %s not cut: %s.", axis, ", ".join(given))
+    for name in config.axes if config.axes != ["auto"] and not asked_sizes(config) else ():
+        if not shape.cuts(name):
+            label = AXES[name].label
+            logger.warning("axes=%s cuts no %s: the smallest step there is more than its share.", config.axes, label)
     named = list(asked_sizes(config))
     if named and config.axes != ["auto"] and set(named) != set(config.axes):
         logger.warning("axes=%s has no effect beside the sizes that were given, which cut %s.", config.axes, named)

@@ -41,6 +41,24 @@ def test_a_hard_gate_fills_in_what_it_drops() -> None:
     assert gate(y.bfloat16()).dtype == torch.bfloat16
 
 
+def test_an_entry_of_several_channels_goes_whole() -> None:
+    gate = InnerGate(3, 2, width=2)
+    gate.set_prior(torch.tensor([1.0, -1.0, 2.0]))
+    gate.weight.data.copy_(torch.tensor([0.5, -0.5, 0.0]))
+    y = torch.randn(4, 6)
+    gate.set_step(2, 10)
+    assert torch.equal(gate(y), y * gate.values().repeat_interleave(2))
+    gate.set_step(10, 10)
+    assert (
+        gate.keep.tolist() == [True, False, True]
+        and gate.kept_channels.tolist() == [True] * 2 + [False] * 2 + [True] * 2
+    )
+    matrix = torch.randn(2, 4)
+    gate.set_reconstruction(matrix)
+    kept = y[:, [0, 1, 4, 5]]
+    torch.testing.assert_close(gate(y), torch.cat([kept[:, :2], kept @ matrix.mT, kept[:, 2:]], dim=1))
+
+
 @pytest.mark.parametrize("refits", [True, False])
 def test_without_a_fit_channels_are_dropped(refits: bool) -> None:
     gate, y = hard_gate(refits=refits), torch.randn(3, SIZE)

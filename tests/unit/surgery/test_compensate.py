@@ -11,6 +11,26 @@ from pat.surgery.compensate import elimination, reconstruction
 KEEP = torch.tensor([True, False, True, True, False, True])
 
 
+def test_groups_go_whole_by_what_all_their_channels_lose_together() -> None:
+    generator = torch.Generator().manual_seed(3)
+    size, width = 5, 3
+    a = torch.randn(400, size * width, generator=generator, dtype=torch.float64)
+    a[:, :3] = a[:, 3:6] @ torch.randn(3, 3, generator=generator, dtype=torch.float64) + 0.01 * a[:, :3]
+    weight = torch.randn(4, size * width, generator=generator, dtype=torch.float64)
+    moment = a.mT @ a
+
+    def lost(group: int) -> float:
+        keep = torch.ones(size, dtype=torch.bool)
+        keep[group] = False
+        channels = keep.repeat_interleave(width)
+        refitted = weight[:, channels] + weight[:, ~channels] @ reconstruction(moment, channels)
+        return float((a @ weight.mT - a[:, channels] @ refitted.mT).square().sum())
+
+    rank = elimination(moment, weight, size - 1, width)
+    assert int(rank.argmin()) == min(range(size), key=lost) in (0, 1)
+    assert torch.equal(elimination(moment, weight, 7, 1), elimination(moment, weight, 7))
+
+
 def activations(*, num: int = 400, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(6, 6, generator=generator, dtype=torch.float64)
