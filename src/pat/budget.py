@@ -21,6 +21,11 @@ COARSE_FIRST = ("layers", "heads", "hidden", "mlp")
 
 HIDDEN, MLP, HEADS, LAYERS = (AXES[name].field for name in ("hidden", "mlp", "heads", "layers"))
 
+
+class CutsNothing(PatError):
+    """A request so small that the nearest legal size is the base's."""
+
+
 Sizes = Mapping[str, int]
 """Sizes by the field of a configuration."""
 
@@ -83,7 +88,7 @@ def choose_shape(
         sizes, reason = budget.shared([name for name in COARSE_FIRST if name in axes])
     kept = base.count(sizes)
     if kept == budget.total:
-        raise PatError(f"Got a request that cuts nothing ({reason}); lower multiple_of, or ask for more.")
+        raise CutsNothing(f"Got a request that cuts nothing ({reason}); lower multiple_of, or ask for more.")
     return Shape(dict(base.sizes), sizes, 1 - kept / budget.total, reason)
 
 
