@@ -77,17 +77,15 @@ class ShapeOptions:
         default=None, metadata={"help": "Exact number of layers of the pruned model, instead of a ratio."}
     )
     target_num_parameters: int | None = field(
-        default=None, metadata={"help": "Number of parameters of the pruned model, instead of a ratio."}
+        default=None, metadata={"help": "Number of parameters that the pruned model has at most, instead of a ratio."}
     )
     target_bytes: str | None = field(
         default=None,
-        metadata={
-            "help": "Size of its weights in the dtype of the base's checkpoint, such as 200MB, instead of a ratio."
-        },
+        metadata={"help": "Largest size of its weights in the dtype of the base's checkpoint, such as 200MB."},
     )
     target_latency: float | None = field(
         default=None,
-        metadata={"help": "Time to read a text, predicted from FLOPs, as a share of the base's in (0, 1)."},
+        metadata={"help": "Longest time to read a text, predicted from FLOPs, as a share of the base's in (0, 1)."},
     )
     multiple_of: int | None = field(
         default=None,

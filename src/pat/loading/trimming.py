@@ -89,7 +89,7 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Sequence[int]) -> P
         folder = Path(place)
         tokenizer.save_pretrained(folder)
         for file in folder.iterdir():  # vocabularies in older formats, which loading might prefer
-            if file.suffix != ".jinja" and file.name not in (_TOKENIZER_FILE, _CONFIG_FILE):
+            if file.is_file() and file.suffix != ".jinja" and file.name not in (_TOKENIZER_FILE, _CONFIG_FILE):
                 file.unlink()
         (folder / _TOKENIZER_FILE).write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
         fields = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
@@ -178,6 +178,9 @@ def _specification(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     kind = "one without a tokenizer.json" if spec is None else spec["model"]["type"]
     if spec is None or kind != "BPE":
         raise PatError(f"Got a tokenizer that is {kind}; only byte-pair encoding can be trimmed, leave the size out.")
+    for affix in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if spec["model"].get(affix):
+            raise PatError(f"Got a tokenizer with a {affix}, whose merges cannot be trimmed; leave the size out.")
     return cast(dict[str, Any], spec)
 
 

@@ -110,9 +110,9 @@ def run_plan(options: PlanOptions) -> PlanRecord:
         candidates.append(_candidate(shape, small_config.num_attention_heads, options.multiple_of, base, cost))
     recipe = recipe_defaults(RECIPE)
     training = training_memory(
-        skeleton, config, batch_size=recipe["per_device_train_batch_size"], length=recipe["max_length"]
+        trimmed, config, batch_size=recipe["per_device_train_batch_size"], length=recipe["max_length"]
     )
-    attached: PatConfig = cast(Any, skeleton.model).peft_config["default"]  # the memory was counted on it
+    attached: PatConfig = cast(Any, trimmed.model).peft_config["default"]  # the memory was counted on it
     rotation: Rotation = "none" if attached.resolved_rotation == "none" else "pca"
     return PlanRecord(
         model_name_or_path=options.model_name_or_path,

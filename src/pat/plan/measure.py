@@ -121,10 +121,6 @@ class _Bench:
     def run(self, ratio: float, dataset: str, bar: Progress) -> Measured:
         shapes = {axis: self.curve(axis, ratio) for axis in AXES}
         shapes = {axis: found for axis, found in shapes.items() if found}
-        if not any(max(found.values()) > 0.9 * ratio for found in shapes.values()):
-            raise PatError(
-                f"Got pruning_ratio={ratio:g}, which no axis of this model can give by itself; ask for less."
-            )
         num_shapes, done = 2 + NUM_PAIRS + sum(map(len, shapes.values())), 0
 
         def scored(sizes: Mapping[str, int]) -> float:
@@ -139,7 +135,7 @@ class _Bench:
         for axis, found in shapes.items():
             option = AXES[axis].option
             curves[axis] = tuple(Point({option: size}, share, scored({option: size})) for size, share in found.items())
-        single = [points[-1] for points in curves.values() if points[-1].pruning_ratio > 0.9 * ratio]
+        single = [points[-1] for points in curves.values() if abs(points[-1].pruning_ratio - ratio) <= SLACK]
         pairs = sorted(self.pairs(curves, base_nll, ratio), key=lambda pair: pair[1])[:NUM_PAIRS]
         rule = self.sizes_of(PatConfig(task_type="CAUSAL_LM", pruning_ratio=ratio))
         several = [Point(sizes, self.ratio(sizes), scored(sizes), predicted) for sizes, predicted in pairs]

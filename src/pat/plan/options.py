@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar
 
 from pat.errors import PatError
 from pat.paths import expand_options
 from pat.report.figure import check_figure
-from pat.shape import ShapeOptions, check_request
+from pat.shape import AXES, ShapeOptions, check_request
 
 
 @dataclass(kw_only=True)
@@ -55,6 +55,8 @@ class PlanOptions(ShapeOptions):
             PatError: a ratio is outside (0, 1), or both ratio and width are given.
         """
         expand_options(self)
+        if self.calibrate is not None:
+            self._check_calibration()
         if self.shape_search_steps < 0:
             raise PatError(f"Got shape_search_steps={self.shape_search_steps}; expected a number of steps, or 0.")
         if self.shape_search_steps and self.calibrate is None:
@@ -66,3 +68,17 @@ class PlanOptions(ShapeOptions):
         self.pruning_ratio = self.pruning_ratio or None
         for ratio in self.pruning_ratio or (None,):
             check_request(self, pruning_ratio=ratio)
+
+    def _check_calibration(self) -> None:
+        """Refuse what the measurement, which is of all axes of the whole model under one ratio, does not know of."""
+        beside = [axis.option for axis in AXES.values()]
+        beside += ["axes", "vocabulary_size", "multiple_of", "untie_word_embeddings"]
+        defaults = {option.name: option.default for option in fields(self)} | {"axes": ["auto"]}
+        given = [name for name in beside if getattr(self, name) != defaults[name]]
+        if len(self.pruning_ratio or ()) > 1:
+            given.append("several ratios")
+        if given:
+            raise PatError(
+                f"Got calibrate beside {', '.join(given)}; it measures all axes of the whole model, so "
+                "leave them out."
+            )

@@ -143,7 +143,7 @@ def _shape(base_config: Any, family: Family, config: PatConfig) -> Shape:
         return Shape(sizes, sizes | config.resolved_width, math.nan, "chosen when the adapter was made")
     base = prunable(empty_model(base_config))
     choose = partial(choose_shape, base, axes=config.axes, asked=asked_sizes(config), multiple_of=config.multiple_of)
-    ratio = ratio_of_target(config, base_config, lambda share: choose(pruning_ratio=share))
+    ratio = ratio_of_target(config, base_config, base, lambda share: choose(pruning_ratio=share))
     return choose(pruning_ratio=config.pruning_ratio if ratio is None else ratio)
 
 

@@ -8,39 +8,54 @@ from typing import Any
 import torch
 from accelerate.utils import convert_file_size_to_int
 
-from pat.budget import CutsNothing
+from pat.budget import CutsNothing, Prunable
 from pat.errors import PatError
 from pat.loading import stored_dtype
-from pat.shape import Shape, ShapeOptions
-from pat.surgery.costs import Skeleton, build_skeleton, cost_of, pruned_config
+from pat.shape import TARGETS, Shape, ShapeOptions
+from pat.surgery.costs import build_skeleton, cost_of, pruned_config
 
 CONTEXT = 2048
 """Number of tokens that the time of reading a text is predicted for; fewer if the model reads fewer."""
 
-BISECTIONS = 8
-"""Steps of the search for a share of parameters: they leave an interval of 0.4 % of the model."""
+BISECTIONS = 10
+"""Steps of the search for a share of parameters: they leave an interval of 0.1 % of the model."""
 
 
-def ratio_of_target(options: ShapeOptions, base_config: Any, choose: Callable[[float], Shape]) -> float | None:
-    """Return the share of all parameters to cut for the target that options name; None if they name none.
+def ratio_of_target(
+    options: ShapeOptions, base_config: Any, base: Prunable, choose: Callable[[float], Shape]
+) -> float | None:
+    """Return the least share of all parameters with which the target is met that options name; None without one.
+
+    A target is what the pruned model has at most.
 
     Args:
         options: the request, with at most one target.
         base_config: of the base model.
+        base: what there is to be cut.
         choose: returns the shape that a share of parameters comes to.
 
     Raises:
-        PatError: the target is not below what the base has, or cannot be met.
+        PatError: the target is not below what the base has, cannot be met, or stands beside an untied head, which
+            adds to the model what the target does not know of.
     """
-    if (share := options.target_latency) is not None:
-        return _ratio_of_latency(share, base_config, choose)
-    if options.target_num_parameters is None and options.target_bytes is None:
+    name = next((name for name in TARGETS if getattr(options, name) is not None), None)
+    if name is None:
         return None
-    total = build_skeleton(base_config, torch.float32).model.num_parameters()
-    if options.target_num_parameters is not None:
-        return _below("target_num_parameters", options.target_num_parameters, total)
-    itemsize = (stored_dtype(base_config) or torch.float32).itemsize
-    return _below("target_bytes", parse_bytes(options.target_bytes), total * itemsize)
+    target = getattr(options, name)
+    if options.untie_word_embeddings and base_config.tie_word_embeddings:
+        raise PatError(f"Got {name}={target} with untie_word_embeddings, which adds a matrix; give a ratio instead.")
+    if name == "target_latency":
+        is_met = _is_fast_enough(target, base_config)
+    else:
+        itemsize = 1 if name == "target_num_parameters" else (stored_dtype(base_config) or torch.float32).itemsize
+        number, whole = target if itemsize == 1 else parse_bytes(target), base.count(base.sizes) * itemsize
+        if not 0 < number < whole:
+            raise PatError(f"Got {name}={number:,}; expected a number below the base's {whole:,}.")
+
+        def is_met(shape: Shape) -> bool:
+            return base.count(shape.pruned_sizes) * itemsize <= number
+
+    return _least_ratio(f"{name}={target}", choose, is_met)
 
 
 def parse_bytes(size: Any) -> int:
@@ -59,41 +74,38 @@ def parse_bytes(size: Any) -> int:
     return number
 
 
-def _below(name: str, target: int, whole: int) -> float:
-    if not 0 < target < whole:
-        raise PatError(f"Got {name}={target:,}; expected a number below the base's {whole:,}.")
-    return 1 - target / whole
+def _least_ratio(asked: str, choose: Callable[[float], Shape], is_met: Callable[[Shape], bool]) -> float:
+    """Find the least share of parameters whose shape meets a target."""
+    low, high, found = 0.0, 1.0, False
+    obstacle: PatError | None = None
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        try:
+            met = is_met(choose(middle))
+            found = found or met
+        except CutsNothing:
+            met = False
+        except PatError as error:  # more than the axes can give, or nothing that they can give at all
+            met, obstacle = True, error
+        low, high = (low, middle) if met else (middle, high)
+    if found:
+        try:
+            if is_met(choose(high)):
+                return high
+        except PatError as error:
+            obstacle = error
+    detail = "" if obstacle is None else f" ({obstacle})"
+    raise PatError(f"Got {asked}, which these axes cannot come to{detail}; add axes, or ask for less.") from obstacle
 
 
-def _ratio_of_latency(share: float, base_config: Any, choose: Callable[[float], Shape]) -> float:
-    """Find the least share of parameters whose predicted time to read a text is no more than a share of the base's."""
+def _is_fast_enough(share: float, base_config: Any) -> Callable[[Shape], bool]:
     skeleton = build_skeleton(base_config, torch.float32)
     context = min(CONTEXT, getattr(base_config, "max_position_embeddings", None) or CONTEXT)
     tied = bool(base_config.tie_word_embeddings)
     goal = share * cost_of(skeleton, context).prefill_flops_per_token
 
-    def is_met(ratio: float) -> bool:
-        return _flops(skeleton, choose(ratio), context, tied=tied) <= goal
+    def is_met(shape: Shape) -> bool:
+        small = build_skeleton(pruned_config(skeleton, shape, tied=tied), torch.float32)
+        return cost_of(small, context).prefill_flops_per_token <= goal
 
-    low, high = 0.0, 1.0
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        try:
-            met = is_met(middle)
-        except CutsNothing:
-            met = False
-        except PatError:  # more than the axes can give
-            met = True
-        low, high = (low, middle) if met else (middle, high)
-    try:
-        met = is_met(high)
-    except PatError:
-        met = False
-    if not met:
-        raise PatError(f"Got target_latency={share:g}, which these axes cannot come to; add axes, or ask for less.")
-    return high
-
-
-def _flops(skeleton: Skeleton, shape: Shape, context: int, *, tied: bool) -> float:
-    small = build_skeleton(pruned_config(skeleton, shape, tied=tied), torch.float32)
-    return cost_of(small, context).prefill_flops_per_token
+    return is_met

@@ -1,5 +1,6 @@
 """A trimmed vocabulary writes every text, and the texts it was made for in the same tokens."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -104,6 +105,27 @@ def test_too_few_places_and_other_tokenizers_are_refused() -> None:
     unigram = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram([("a", 0.0), ("b", -1.0)])))
     with pytest.raises(PatError, match="Unigram; only byte-pair"):
         choose_tokens(unigram, {}, 64)
+
+
+def test_templates_and_words_that_are_taken_whole_survive() -> None:
+    """Llama 3 looks a whole word up before it merges (`ignore_merges`); some tokenizers have several chat templates."""
+    tokenizer = byte_level()
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    spec["model"]["ignore_merges"] = True
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), eos_token="<|end|>")
+    tokenizer.chat_template = {"default": "{{ messages[0]['content'] }}", "tool": "{{ messages[0]['role'] }}"}
+    kept = choose_tokens(tokenizer, counted(tokenizer), 448)
+    trimmed = trim_tokenizer(tokenizer, kept)
+    assert trimmed.chat_template == tokenizer.chat_template
+    for text in TEXTS:
+        assert [kept[token] for token in trimmed(text)["input_ids"]] == tokenizer(text)["input_ids"]
+    assert trimmed.decode(trimmed(STRANGE)["input_ids"]) == tokenizer.decode(tokenizer(STRANGE)["input_ids"])
+
+
+def test_marked_subwords_are_refused() -> None:
+    marked = Tokenizer(models.BPE(vocab={"a": 0, "##b": 1}, merges=[], continuing_subword_prefix="##"))
+    with pytest.raises(PatError, match="continuing_subword_prefix, whose merges cannot be trimmed"):
+        choose_tokens(PreTrainedTokenizerFast(tokenizer_object=marked), {}, 64)
 
 
 def test_another_bases_tokenizer_is_refused() -> None:

@@ -31,11 +31,18 @@ def total(config: PretrainedConfig) -> int:
     return build_skeleton(config, torch.float32).model.num_parameters()
 
 
-def test_parameters_and_bytes_are_another_word_for_a_ratio(config: PretrainedConfig) -> None:
-    by_ratio = shape(config, pruning_ratio=0.3)
-    target = round(0.7 * total(config))
-    assert shape(config, target_num_parameters=target).pruned_sizes == by_ratio.pruned_sizes
-    assert shape(config, target_bytes=str(4 * target)).pruned_sizes == by_ratio.pruned_sizes
+@pytest.mark.parametrize("axes", [["mlp"], ["hidden"], ["layers"], ["mlp", "heads"], ["auto"]])
+@pytest.mark.parametrize("share", [0.6, 0.72, 0.85])
+def test_parameters_and_bytes_are_met_and_hardly_undercut(
+    config: PretrainedConfig, share: float, axes: list[str]
+) -> None:
+    target = round(share * total(config))
+    found = shape(config, target_num_parameters=target, axes=axes)
+    kept = total(pruned_config(build_skeleton(config, torch.float32), found, tied=True))
+    assert kept <= target
+    if axes != ["layers"]:  # of which there are two
+        assert kept > 0.88 * target
+    assert shape(config, target_bytes=str(4 * target), axes=axes).pruned_sizes == found.pruned_sizes
 
 
 @pytest.mark.parametrize("axes", [["mlp"], ["hidden"], ["layers"], ["auto"]])
@@ -63,6 +70,7 @@ def test_the_predicted_time_is_met_and_hardly_undercut(config: PretrainedConfig,
         ({"target_bytes": "small"}, "target_bytes='small'; expected a size such as 200MB"),
         ({"target_latency": 1.5}, r"target_latency=1.5; expected a share of the base's time in \(0, 1\)"),
         ({"target_latency": 0.01}, "target_latency=0.01, which these axes cannot come to"),
+        ({"target_bytes": "1MB", "untie_word_embeddings": True}, "target_bytes=1MB with untie_word_embeddings"),
         ({"target_latency": 0.5, "pruning_ratio": 0.2}, "both pruning_ratio=0.2 and target_latency=0.5"),
         (
             {"target_bytes": "1KB", "pruned_intermediate_size": 8},
