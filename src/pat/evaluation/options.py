@@ -13,6 +13,7 @@ from typing import Any
 from pat.errors import PatError
 from pat.paths import expand_options
 from pat.questions import resolve_tasks
+from pat.ranges import check_ranges
 
 PROTOCOLS = ("letter", "likelihood")
 
@@ -38,13 +39,15 @@ class EvaluateOptions:
         default="auto", metadata={"help": "Prompt template of the instruction data: auto, chat or alpaca."}
     )
     max_length: int = field(
-        default=512, metadata={"help": "Longest context in tokens, of the text and of the instruction data."}
+        default=512,
+        metadata={"help": "Longest context in tokens, of the text and of the instruction data.", "range": "[1, inf)"},
     )
     limit: int | None = field(
         default=None,
         metadata={
             "help": "Largest number of rows of the data, of thousands of tokens of the text, and of questions of each "
-            "task. Rows and questions are taken evenly spaced, while `lm_eval --limit` takes the first ones."
+            "task. Rows and questions are taken evenly spaced, while `lm_eval --limit` takes the first ones.",
+            "range": "[1, inf)",
         },
     )
     tasks: list[str] | None = field(
@@ -57,7 +60,9 @@ class EvaluateOptions:
         default_factory=lambda: list(PROTOCOLS),
         metadata={"help": "How tasks are asked: by letter, by likelihood, or both.", "choices": PROTOCOLS},
     )
-    batch_size: int = field(default=BATCH_SIZE, metadata={"help": "Number of rows in a forward pass."})
+    batch_size: int = field(
+        default=BATCH_SIZE, metadata={"help": "Number of rows in a forward pass.", "range": "[1, inf)"}
+    )
     log_samples: bool = field(
         default=False, metadata={"help": "Keep the answer to every question of the tasks in --output_dir."}
     )
@@ -79,10 +84,7 @@ class EvaluateOptions:
                 "Got nothing to evaluate on; give --text_file (plain text), --dataset_name (instruction data) or "
                 "--tasks."
             )
-        for name in ("max_length", "limit", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise PatError(f"Got {name}={value}; expected a whole number above 0.")
+        check_ranges(self)
         wrong = [name for name in self.protocol if name not in PROTOCOLS]
         if wrong or not self.protocol:
             raise PatError(

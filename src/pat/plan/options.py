@@ -22,14 +22,22 @@ class PlanOptions(ShapeOptions):
         metadata={"help": "Base model folder or hub id; only its configuration is read, unless --calibrate is given."}
     )
     pruning_ratio: list[float] | None = field(  # type: ignore[assignment]  # several are set side by side
-        default=None, metadata={"help": "Shares of all parameters to cut, one or several, in (0, 1). Default 0.25."}
+        default=None,
+        metadata={"help": "Shares of all parameters to cut, one or several. Default 0.25.", "range": "(0, 1)"},
     )
     context: int | None = field(
         default=None,
-        metadata={"help": "Number of tokens that costs are for. Default 2048, or as many as the model can read."},
+        metadata={
+            "help": "Number of tokens that costs are for. Default 2048, or as many as the model can read.",
+            "range": "[1, inf)",
+        },
     )
     vocabulary_size: int | None = field(
-        default=None, metadata={"help": "Tokens of a trimmed vocabulary, see `pat tune`; they count in the ratio."}
+        default=None,
+        metadata={
+            "help": "Tokens of a trimmed vocabulary, see `pat tune`; they count in the ratio.",
+            "range": "[1, inf)",
+        },
     )
     calibrate: str | None = field(
         default=None,

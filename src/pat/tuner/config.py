@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import enum
-import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft import LoraConfig
@@ -50,8 +49,11 @@ class PatConfig(PatOptions, LoraConfig):
     """
 
     # LoRA's part of the recipe; peft's own defaults are others.
-    r: int = field(default=20, metadata={"help": "Rank of LoRA."})
-    lora_alpha: int = field(default=40, metadata={"help": "Numerator of the factor on LoRA's product."})
+    r: int = field(default=20, metadata={"help": "Rank of LoRA.", "range": "[1, 65536]"})
+    lora_alpha: int = field(
+        default=40, metadata={"help": "Numerator of the factor on LoRA's product.", "range": "[1, inf)"}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before LoRA's product.", "range": "[0, 1)"})
     use_rslora: bool = field(
         default=True, metadata={"help": "Whether that factor is lora_alpha / sqrt(r) instead of lora_alpha / r."}
     )
@@ -86,12 +88,6 @@ class PatConfig(PatOptions, LoraConfig):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise PatError(f"Got {name}={getattr(self, name)!r}; expected one of {', '.join(map(repr, choices))}.")
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise PatError(f"Got {option.name}={value}; expected a finite number.")
-        if not 0 <= self.milestone <= 1:
-            raise PatError(f"Got milestone={self.milestone}; expected a share of the optimizer steps in [0, 1].")
         if self.resolved_rotation is not None and "axes" not in (self.resolved_from or {}):
             self.axes = ["hidden"]  # of an adapter that was made when there was no other
             if self.resolved_from is not None:
@@ -103,15 +99,6 @@ class PatConfig(PatOptions, LoraConfig):
             if not self.operator_rank.isdigit():
                 raise PatError(f"Got operator_rank={self.operator_rank!r}; expected a number of ranks or 'dense'.")
             self.operator_rank = int(self.operator_rank)
-        for name in (
-            "active_loss_weight",
-            "identity_loss_weight",
-            "mask_lr_multiplier",
-            "operator_lr_multiplier",
-            "gain_tolerance",
-        ):
-            if getattr(self, name) < 0:
-                raise PatError(f"Got {name}={getattr(self, name)}; expected a number that is not negative.")
         if self.layer_replication:
             raise PatError("Got layer_replication, which PAT does not support: replicated layers share their weights.")
         if self.resolved_rotation is not None and self.resolved_from is None:  # of an adapter that lacks this record

@@ -93,9 +93,9 @@ def test_what_a_library_would_refuse_is_refused_before(flags: dict[str, Any], wo
         ({"num_train_epochs": 0}, "num_train_epochs=0.*expected some steps"),
         ({"lora_modules_to_save": ["nothing"]}, "lora_modules_to_save=nothing"),
         ({"lora_target_parameters": ["mlp.experts.nothing"]}, "lora_target_parameters=mlp.experts.nothing"),
-        ({"weight_decay": -1}, "weight_decay=-1.*not below 0"),
+        ({"weight_decay": -1}, "weight_decay=-1.*at least 0"),
         ({"learning_rate": "inf"}, "learning_rate=inf.*finite"),
-        ({"max_length": -5}, "max_length=-5.*not below 1"),
+        ({"max_length": -5}, "max_length=-5.*at least 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
