@@ -15,7 +15,7 @@ CONFIG = "config"
 
 MAX_BYTES = 2**18
 MAX_DEPTH = 20
-MAX_VALUES = 10_000
+MAX_VALUES = 4_000
 """Far more than all flags of a command need; what is larger is another kind of file, or meant to harm.
 
 The values are counted as often as they are repeated: each anchor may stand for many of the one before it.
@@ -96,7 +96,7 @@ def _count_events(yaml: Any, loader: Any, text: str, path: Path) -> None:
     depth = 0
     for number, event in enumerate(yaml.parse(text, Loader=loader)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if number > 2 * MAX_VALUES or depth > MAX_DEPTH:
+        if number > MAX_VALUES or depth > MAX_DEPTH:
             line = event.start_mark.line + 1
             what = f"more than {MAX_VALUES:,} values" if depth <= MAX_DEPTH else f"{depth} levels of nesting"
             raise PatError(f"{path}, line {line}: got {what}; {_EXPECTED}.")

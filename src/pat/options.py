@@ -154,7 +154,8 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
         if unknown:
             near = [match for name in unknown for match in difflib.get_close_matches(name, self.options, n=1)]
             guess = f"; did you mean {' or '.join(prefix + match for match in near)}?" if near else ""
-            flags = f"unknown flag{'s' * (len(unknown) > 1)} {', '.join(prefix + name for name in unknown)}"
+            named = _shortened(", ".join(prefix + name for name in unknown))
+            flags = f"unknown flag{'s' * (len(unknown) > 1)} {named}"
             self.error(f"{place}: got the {flags}{guess}" if place else f"Got the {flags}{guess}")
 
     def _make(self, given: Mapping[str, Any]) -> T:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pat.errors import PatError
-from pat.paths import expand_options
+from pat.paths import check_writable, expand_options
 from pat.questions import resolve_tasks
 from pat.ranges import check_ranges
 
@@ -97,6 +96,7 @@ class EvaluateOptions:
         if self.log_samples and self.output_dir is None:
             raise PatError("Got --log_samples without --output_dir; expected a folder for the answers.")
         if self.output is not None:
+            check_writable(self.output)
             if self.output.is_dir():
                 raise PatError(f"Got output={self.output}, which is a folder; expected the name of a JSON file.")
             self._check_output(self.output)
@@ -111,7 +111,6 @@ class EvaluateOptions:
 
     def _check_output(self, file: Path) -> None:
         """Refuse to write over a part of what is evaluated; the figures of an earlier evaluation may be replaced."""
-        _check_writable(file)
         place = file.resolve()
         given = {
             Path(path).resolve() for path in (self.model, self.text_file, self.dataset_name, self.data_dir) if path
@@ -123,9 +122,10 @@ class EvaluateOptions:
 
     def _check_output_dir(self, folder: Path) -> None:
         """Refuse a folder that holds anything but what an evaluation of this model, finished or not, has left."""
+        check_writable(folder)
         if folder.exists() and not folder.is_dir():
             raise PatError(f"Got output_dir={folder}, which is a file; expected a folder.")
-        _check_writable(folder / RESULTS)
+        check_writable(folder / RESULTS)
         if not folder.is_dir() or not any(folder.iterdir()):
             return
         path = folder / RESULTS
@@ -148,15 +148,3 @@ def _read_evaluation(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) and record.get("command") == COMMAND else {}
-
-
-def _check_writable(path: Path) -> None:
-    """Refuse a file that could not be written in the end; nothing is left behind."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    try:
-        if path.exists():
-            os.close(os.open(path, os.O_WRONLY))
-        else:
-            tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise PatError(f"{path}: cannot be written ({error.strerror}); give another place.") from error

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pat.errors import PatError
 from pat.loading.config import load_config
+from pat.loading.fit import too_few_layers
 from pat.loading.quantized import keep_plain_layout
 from pat.loading.stored import dtype_of, stored_tensors
 from pat.paths import expand
@@ -73,10 +74,7 @@ def load_base(
     unused = sorted(map(str, info["unexpected_keys"]))
     layers = [name for name in unused if name.startswith(f"{family.layers}.")]
     if layers:
-        raise PatError(
-            f"The weights of the model {name_or_path!r} hold more than its configuration has a place for, such as "
-            f"{layers[0]}, with num_hidden_layers={config.num_hidden_layers}; correct its config.json."
-        )
+        raise too_few_layers(name_or_path, layers, config)
     if unused:
         logger.warning("%d tensors of the model %s are not used, such as %s.", len(unused), name_or_path, unused[0])
     keep_plain_layout(model)

@@ -14,6 +14,7 @@ from trl import ModelConfig, SFTConfig
 from pat.errors import PatError
 from pat.loading import load_config
 from pat.options import OptionsParser
+from pat.paths import check_writable
 from pat.recipes import recipe_defaults
 from pat.shape import check_request
 from pat.training.options import DistillOptions, RunOptions
@@ -176,6 +177,7 @@ file, --debug shows tracebacks.\
 
     def __post_init__(self) -> None:
         check_request(self.pat)
+        check_writable(self.output_dir)
         if self.sft.eval_strategy != "no" and self.run.held_out in ("0", 0):
             raise PatError(
                 f"Got eval_strategy={str(self.sft.eval_strategy)!r} with held_out=0; expected rows to evaluate on: "
@@ -193,6 +195,7 @@ file, --debug shows tracebacks.\
         # The trainer writes its checkpoints below the run's folder, whose other names are the product's.
         self.sft.output_dir = str(self.output_dir / "checkpoints")
         self.sft.push_to_hub = False  # the trainers would push their checkpoints
+        self.sft.hub_token = None  # they would write it into every checkpoint, as part of their arguments
 
     @property
     def output_dir(self) -> Path:

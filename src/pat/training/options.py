@@ -61,6 +61,14 @@ class RunOptions:
             "help": "Push the finished OUTPUT_DIR/model to the hub, as --hub_model_id or under OUTPUT_DIR's own name."
         },
     )
+    hub_token: str | None = field(
+        default=None,
+        metadata={
+            "help": "Token to push with; `hf auth login` is the better way. It is written nowhere.",
+            "secret": True,
+        },
+        repr=False,
+    )
     keep_checkpoints: bool = field(
         default=False, metadata={"help": "Leave the trainer's checkpoints in OUTPUT_DIR/checkpoints after success."}
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from peft import LoraConfig
@@ -37,6 +38,7 @@ _DECISIVE = (
 _CHOICES = {
     "mask": ("trainable", "frozen"),
     "rotation": ("auto", "pca", "none"),
+    "resolved_rotation": (None, "pca", "none"),
 }
 
 
@@ -59,6 +61,13 @@ class PatConfig(PatOptions, LoraConfig):
     )
     base_shape: dict[str, Any] | None = field(
         default=None, metadata={"help": "Filled in: shape of the base model the adapter belongs to."}
+    )
+    base_fingerprint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Filled in: digest of the base's configuration and of a little of each of its tensors, so that a "
+            "merge onto other weights of the same shape is refused."
+        },
     )
     base_vocab_size: int | None = field(
         default=None,
@@ -88,6 +97,9 @@ class PatConfig(PatOptions, LoraConfig):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise PatError(f"Got {name}={getattr(self, name)!r}; expected one of {', '.join(map(repr, choices))}.")
+        for size in (self.resolved_width or {}).values():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise PatError(f"Got resolved_width={self.resolved_width}; expected positive whole numbers.")
         if self.resolved_rotation is not None and "axes" not in (self.resolved_from or {}):
             self.axes = ["hidden"]  # of an adapter that was made when there was no other
             if self.resolved_from is not None:
@@ -110,6 +122,11 @@ class PatConfig(PatOptions, LoraConfig):
         # Adapters that were made when there were no targets have none on record.
         options |= {name: value for name in TARGETS if (value := getattr(self, name)) is not None}
         return options | {"modules_to_save": sorted(self.modules_to_save) if self.modules_to_save else None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is saved: of the calibration's file its name alone, since paths are of one machine."""
+        saved: dict[str, Any] = super().to_dict()
+        return saved | {"calibration": self.calibration and PurePath(self.calibration).name}
 
     @property
     def is_resolved(self) -> bool:
