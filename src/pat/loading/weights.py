@@ -44,7 +44,7 @@ def load_base(
     config, family = load_config(name_or_path, revision=revision)
     if dtype in (None, "auto"):
         dtype = stored_dtype(config, revision=revision) or "auto"
-    options: dict[str, Any] = {"revision": revision, "dtype": dtype}
+    options: dict[str, Any] = {"revision": revision, "dtype": dtype, "trust_remote_code": False}
     optional = {
         "attn_implementation": attn_implementation,
         "quantization_config": quantization_config,
