@@ -74,7 +74,7 @@ def check_range(name: str, value: Any, text: str, *, whole: bool) -> None:
         is_number = isinstance(item, int | float) and not isinstance(item, bool)
         if not is_number or item not in allowed or (whole and item != int(item)):
             kind = "a whole number" if whole else "a finite number"
-            raise PatError(f"Got {name}={str(value)[:100]}; expected {kind} that is {allowed.describe()}.")
+            raise PatError(f"Got {name}={str(item)[:100]}; expected {kind} that is {allowed.describe()}.")
 
 
 def check_ranges(options: Any) -> None:

@@ -125,7 +125,7 @@ class PatConfig(PatOptions, LoraConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is saved: of the calibration's file its name alone, since paths are of one machine."""
-        saved: dict[str, Any] = super().to_dict()
+        saved: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
         return saved | {"calibration": self.calibration and PurePath(self.calibration).name}
 
     @property

@@ -230,9 +230,11 @@ WRONG: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "base that was changed": (
         lambda w: change_tensors(w / "base/model.safetensors", lambda t: t[UP].mul_(1.5)), {}, "fingerprint"
     ),
-    "base that names fewer layers": (lambda w: edit_base(w, num_hidden_layers=1), {}, "hold .* tensors .*num_hidden_layers=1"),
+    "base that names fewer layers": (
+        lambda w: edit_base(w, num_hidden_layers=1), {}, "hold .* tensors .*num_hidden_layers=1"
+    ),
     "another rotation": (
-        lambda w: edit_config(w / "adapter", resolved_rotation="none"), {}, "has 1 tensors .*basis"
+        lambda w: edit_config(w / "adapter", resolved_rotation="none"), {}, "has 2 tensors .*basis"
     ),
     "no rotation": (lambda w: edit_config(w / "adapter", resolved_rotation="fourier"), {}, "'fourier'"),
     "another mask": (lambda w: edit_config(w / "adapter", mask="frozen"), {}, "has 1 tensors .*pat_mask"),
