@@ -118,9 +118,9 @@ def _names(adapter: str | os.PathLike[str]) -> set[str]:
 
 
 def _is_of_the_base(name: str, config: LoraConfig) -> bool:
+    """Tell whether peft has written a tensor because it writes all of an embedding that LoRA or new tokens are on."""
     *owners, leaf = name.split(".")
-    outer = list(owners)
-    while outer and outer[-1] in _WAYS_TO_HOLD:
-        outer.pop()
-    is_end = leaf == "weight" and bool(outer) and outer[-1] in _ENDS
-    return is_end and (outer != owners or config.trainable_token_indices is not None)
+    if config.trainable_token_indices is not None and _ENDS & set(owners):
+        return True  # all that there is below, once more
+    outer = [owner for owner in owners if owner not in _WAYS_TO_HOLD]
+    return leaf == "weight" and outer != owners and bool(outer) and outer[-1] in _ENDS
