@@ -197,8 +197,9 @@ def test_pickles_in_a_checkpoint_are_not_run(name: str, work: Path, tmp_path: Pa
     run = json.loads(run_file.read_text())
     run_file.write_text(json.dumps(run | {"finished": ["stage_one", "compaction"]}))
     flags = tune_flags(work / "base", work / "data.jsonl", work / "out")
-    newest = max((work / "out" / "checkpoints" / "compact").glob("checkpoint-*"), default=None)
-    flags |= {"milestone": 0.5, "calibration": str(work / "text.txt"), "resume_from_checkpoint": str(newest)}
+    found = (work / "out" / "checkpoints" / "compact").glob("checkpoint-*")
+    earliest = min(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    flags |= {"milestone": 0.5, "calibration": str(work / "text.txt"), "resume_from_checkpoint": str(earliest)}
     error: Exception | None = None
     try:
         pat.tune(**flags)
