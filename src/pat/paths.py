@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,8 @@ def check_writable(path: Path) -> None:
     Raises:
         PatError: it cannot be written.
     """
+    import tempfile  # takes longer than all else that `pat --help` imports
+
     try:
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         if path.is_dir():
