@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import enum
 import json
+import os
 import types
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pat.paths import expand
+from pat.ranges import Range, check_range
 
 _WORDS = {True: ("true", "yes", "t", "y", "1", "on"), False: ("false", "no", "f", "n", "0", "off")}
 
@@ -32,10 +34,14 @@ class Option:
     default: Any
     """`MISSING` if the option has to be given."""
     help: str
+    range: str | None = None
+    """Interval of its numbers, see `pat.ranges`."""
+    is_secret: bool = False
+    """Whether its value is never shown."""
 
     @classmethod
-    def of(cls, field: Field[Any], annotation: Any) -> Option:
-        """Read a field of a dataclass."""
+    def of(cls, field: Field[Any], annotation: Any, range_of_it: str | None = None) -> Option:
+        """Read a field of a dataclass, whose metadata may leave the range to others to say."""
         parts = list(_parts(annotation))
         items = [part for is_item, part in parts if is_item]
         singles = [part for is_item, part in parts if not is_item and part is not type(None)]
@@ -58,6 +64,8 @@ class Option:
             takes_none=any(part is type(None) for _, part in parts),
             default=default,
             help=str(field.metadata.get("help", "")),
+            range=field.metadata.get("range", range_of_it),
+            is_secret=bool(field.metadata.get("secret", False)),
         )
 
     def read(self, value: Any) -> Any:
@@ -74,6 +82,15 @@ class Option:
         read = [self._read_one(item) for item in items]
         return read[0] if self.takes_single and len(read) == 1 else read
 
+    def check(self, value: Any) -> None:
+        """Check that numbers are in the option's range.
+
+        Raises:
+            PatError: one is not.
+        """
+        if self.range is not None:
+            check_range(self.name, value, self.range, whole=float not in self.kinds)
+
     def _read_one(self, value: Any) -> Any:
         word = value.value if isinstance(value, enum.Enum) else value
         if self.choices and str(word) not in self.choices:
@@ -89,6 +106,9 @@ class Option:
     def add_to(self, group: argparse._ArgumentGroup, default: Any, *, hidden: bool = False) -> None:
         """Declare the flag; argparse leaves its words as they are."""
         text = argparse.SUPPRESS if hidden else self.help
+        if self.range is not None and not hidden:
+            words = Range.of(self.range).describe()
+            text = f"{text.rstrip('. ')}. {words[0].upper()}{words[1:]}."
         if not hidden and default not in (None, "", MISSING, False) and "efault" not in text:
             text = f"{text} (default: {str(default).replace('%', '%%')})"
         names = [f"--{self.name}"]
@@ -133,7 +153,10 @@ def _kind(part: Any) -> type:
 
 def _as(kind: type, value: Any) -> Any:
     if kind is dict:
-        read = json.loads(value) if isinstance(value, str) else value
+        try:
+            read = json.loads(value) if isinstance(value, str) else value
+        except RecursionError as error:
+            raise ValueError from error
         if not isinstance(read, dict):
             raise ValueError
         return read
@@ -141,7 +164,7 @@ def _as(kind: type, value: Any) -> Any:
         fits = isinstance(value, kind) if kind is not float else isinstance(value, int | float)
         if kind in (int, float) and isinstance(value, bool):
             raise ValueError
-        if fits or kind is str:
+        if fits or (kind is str and not isinstance(value, list | tuple | set | dict)):
             # A number or a path stands for its text; true and other objects are left to whom they are for.
             plain = isinstance(value, int | float | Path) and not isinstance(value, bool)
             value = str(value) if kind is str and plain else value
@@ -156,6 +179,14 @@ def _as(kind: type, value: Any) -> Any:
 
 
 def _expanded(kind: type, value: Any) -> Any:
-    """Return a path, or a text that begins with `~/`, with the home directory put in, as a shell would have done."""
+    """Return a path, or a text that begins with `~/`, with the home directory put in, as a shell would have done.
+
+    Raises:
+        ValueError: no file could have such a name, and no text such letters.
+    """
+    if kind in (str, Path):
+        os.fsencode(str(value))  # raises a ValueError at half a surrogate pair
+        if "\0" in str(value):
+            raise ValueError
     is_path = kind is Path or (kind is str and str(value).startswith("~/"))
     return kind(expand(str(value))) if is_path else kind(value)

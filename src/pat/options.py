@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
-import re
 import typing
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,13 +15,14 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
+from pat.config_file import CONFIG, read_config, set_environment
 from pat.errors import PatError
 from pat.option import Option
 
 T = TypeVar("T")
 
-CONFIG = "config"
-"""The flag that names a file of flags."""
+MAX_SHOWN = 200
+"""Letters of a value that a message repeats."""
 
 
 class OptionsParser(argparse.ArgumentParser, Generic[T]):
@@ -33,8 +32,9 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
     a field of the same name, all get the value, and the first one says its type, default and help.
 
     The parser reads these attributes of the class: `USAGE`, `DESCRIPTION`, `MAIN_FLAGS` (names that open the help),
-    `REFUSED` (names of fields that would do nothing, each with the value that is so anyway and the reason), and the
-    static method `defaults(given)`, which returns defaults that win over those of the fields.
+    `REFUSED` (names of fields that would do nothing, each with the value that is so anyway and the reason), `RANGES`
+    (of numbers whose fields do not say one themselves, see `pat.ranges`), and the static method `defaults(given)`,
+    which returns defaults that win over those of the fields.
     """
 
     def __init__(self, prog: str, options: type[T], summary: str = "") -> None:
@@ -146,6 +146,7 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
         try:
             return self.options[name].read(value)
         except ValueError as error:
+            shown = f"{name} (not shown)" if self.options[name].is_secret else _shortened(shown)
             self.error(f"{place}: got {shown}; expected {error}" if place else f"Got {shown}; expected {error}")
 
     def _refuse_unknown(self, names: Iterable[str], place: str, prefix: str) -> None:
@@ -153,7 +154,8 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
         if unknown:
             near = [match for name in unknown for match in difflib.get_close_matches(name, self.options, n=1)]
             guess = f"; did you mean {' or '.join(prefix + match for match in near)}?" if near else ""
-            flags = f"unknown flag{'s' * (len(unknown) > 1)} {', '.join(prefix + name for name in unknown)}"
+            named = _shortened(", ".join(prefix + name for name in unknown))
+            flags = f"unknown flag{'s' * (len(unknown) > 1)} {named}"
             self.error(f"{place}: got the {flags}{guess}" if place else f"Got the {flags}{guess}")
 
     def _make(self, given: Mapping[str, Any]) -> T:
@@ -163,6 +165,8 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
             if given[name] != harmless:
                 self.error(f"Got {name}={given[name]!r}, but {reason}; leave it out")
         values = {**self._lower_layer(given), **given}
+        for name, value in values.items():
+            self.options[name].check(value)
         try:
             with warnings.catch_warnings():  # of the libraries, about names of theirs that are to change
                 warnings.simplefilter("ignore", FutureWarning)
@@ -175,60 +179,6 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
             self.error(" ".join(str(error).split()).rstrip("."))
 
 
-def read_config(path: Path) -> list[tuple[str, Any, int]]:
-    """Read a file of flags: a YAML mapping of names to values, which mean what they mean on the command line.
-
-    Returns:
-        Name, value and line of each. Scalars and items of lists are the words in the file (`no` is not turned into
-        false, `010` not into 8), an empty value is None, and mappings are what YAML makes of them.
-
-    Raises:
-        PatError: no such file, not YAML, not a mapping, or a name that is given twice.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
-        """Takes 1e-5 for a number, as YAML 1.2 does; in a mapping nothing else would make one of it."""
-
-    exponent = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
-    if not path.is_file():
-        raise PatError(f"Got --{CONFIG} {path}, but there is no such file; expected a YAML file of flags.")
-    try:
-        loader = Loader(path.read_text(encoding="utf-8"))
-        node = loader.get_single_node()
-        if not isinstance(node, yaml.MappingNode):
-            raise PatError(f"{path}: got no YAML mapping; expected lines such as `pruning_ratio: 0.25`.")
-        loader.flatten_mapping(node)
-        found: dict[str, tuple[str, Any, int]] = {}
-        for key, value in node.value:
-            name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
-            if name in found:
-                raise PatError(f"{path}, line {line}: got {name} a second time (line {found[name][2]}); give it once.")
-            found[name] = (name, _plain(value, loader), line)
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        place = f"{path}, line {where.line + 1}" if where is not None else str(path)
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise PatError(f"{place}: not valid YAML ({reason}); expected lines such as `pruning_ratio: 0.25`.") from error
-    return list(found.values())
-
-
-def _plain(node: Any, loader: Any) -> Any:
-    if node.id == "mapping":
-        return loader.construct_object(node, deep=True)
-    if node.id == "sequence":
-        return [_plain(item, loader) for item in node.value]
-    return None if node.tag.endswith(":null") else str(node.value)
-
-
-def set_environment(variables: Any, place: str) -> None:
-    """Set what a config file lists under `env`, as TRL's parser does."""
-    if not isinstance(variables, dict):
-        raise PatError(f"{place}: got env {variables!r}; expected a mapping of names to values.")
-    os.environ.update({str(name): str(value) for name, value in variables.items()})
-
-
 def _sections(options: type[Any]) -> list[tuple[str, type[Any], list[Option]]]:
     """Return heading, dataclass and options of each part that an options dataclass is made of; often it is one."""
     hints = typing.get_type_hints(options)
@@ -236,10 +186,18 @@ def _sections(options: type[Any]) -> list[tuple[str, type[Any], list[Option]]]:
     if not all(is_dataclass(part) for _, part in parts):
         parts = [("flags", options)]
     annotations = {part: typing.get_type_hints(part) for _, part in parts}
-    return [
-        (heading, part, [Option.of(field, annotations[part][field.name]) for field in fields(part) if field.init])
-        for heading, part in parts
-    ]
+    ranges: Mapping[str, str] = getattr(options, "RANGES", {})
+
+    def read(part: type[Any]) -> list[Option]:
+        names = [field for field in fields(part) if field.init]
+        return [Option.of(field, annotations[part][field.name], ranges.get(field.name)) for field in names]
+
+    return [(heading, part, read(part)) for heading, part in parts]
+
+
+def _shortened(text: str) -> str:
+    """Return what a message has room for of a value."""
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def _underscored(argument: str) -> str:

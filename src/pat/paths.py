@@ -7,6 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from pat.errors import PatError
+
 
 def expand(name: str) -> str:
     """Return a path with the home folder in place of a leading `~`; no hub id begins with one."""
@@ -19,6 +21,32 @@ def expand_options(options: Any) -> None:
         value = getattr(options, field.name)
         if isinstance(value, str | Path):
             object.__setattr__(options, field.name, type(value)(expand(str(value))))  # some are frozen
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file or folder that could not be written in the end; nothing is left behind.
+
+    Raises:
+        PatError: it cannot be written.
+    """
+    import tempfile  # takes longer than all else that `pat --help` imports
+
+    try:
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if path.is_dir():
+            tempfile.TemporaryFile(dir=path).close()
+        elif path.exists():
+            os.close(os.open(path, os.O_WRONLY))
+        else:
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise PatError(f"{_shortened(path)}: cannot be written ({error.strerror}); give another place.") from error
+
+
+def _shortened(path: Path) -> str:
+    """Return a path with room for the rest of a message; a name may be longer than any file's."""
+    text = str(path)
+    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def looks_local(name: str) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pat.errors import PatError
+from pat.ranges import check_ranges
 
 DEFAULT_PRUNING_RATIO = 0.25
 
@@ -53,7 +54,7 @@ class ShapeOptions:
     """Which pruned model is asked for."""
 
     pruning_ratio: float | None = field(
-        default=None, metadata={"help": "Share of all parameters to cut, in (0, 1). Default 0.25."}
+        default=None, metadata={"help": "Share of all parameters to cut. Default 0.25.", "range": "(0, 1)"}
     )
     axes: list[str] = field(
         default_factory=lambda: ["auto"],
@@ -64,20 +65,30 @@ class ShapeOptions:
         },
     )
     pruned_hidden_size: int | None = field(
-        default=None, metadata={"help": "Exact hidden size of the pruned model, instead of a ratio."}
+        default=None,
+        metadata={"help": "Exact hidden size of the pruned model, instead of a ratio.", "range": "[1, inf)"},
     )
     pruned_intermediate_size: int | None = field(
-        default=None, metadata={"help": "Exact number of MLP channels of the pruned model, instead of a ratio."}
+        default=None,
+        metadata={"help": "Exact number of MLP channels of the pruned model, instead of a ratio.", "range": "[1, inf)"},
     )
     pruned_num_key_value_heads: int | None = field(
         default=None,
-        metadata={"help": "Exact number of key/value heads of the pruned model, instead of a ratio; queries go along."},
+        metadata={
+            "help": "Exact number of key/value heads of the pruned model, instead of a ratio; queries go along.",
+            "range": "[1, inf)",
+        },
     )
     pruned_num_hidden_layers: int | None = field(
-        default=None, metadata={"help": "Exact number of layers of the pruned model, instead of a ratio."}
+        default=None,
+        metadata={"help": "Exact number of layers of the pruned model, instead of a ratio.", "range": "[1, inf)"},
     )
     target_num_parameters: int | None = field(
-        default=None, metadata={"help": "Number of parameters that the pruned model has at most, instead of a ratio."}
+        default=None,
+        metadata={
+            "help": "Number of parameters that the pruned model has at most, instead of a ratio.",
+            "range": "[1, inf)",
+        },
     )
     target_bytes: str | None = field(
         default=None,
@@ -85,12 +96,16 @@ class ShapeOptions:
     )
     target_latency: float | None = field(
         default=None,
-        metadata={"help": "Longest time to read a text, predicted from FLOPs, as a share of the base's in (0, 1)."},
+        metadata={
+            "help": "Longest time to read a text, predicted from FLOPs, as a share of the base's.",
+            "range": "(0, 1)",
+        },
     )
     multiple_of: int | None = field(
         default=None,
         metadata={
-            "help": "Number of channels of which a hidden size and MLP channels that are cut must be a multiple."
+            "help": "Number of channels of which a hidden size and MLP channels that are cut must be a multiple.",
+            "range": "[1, inf)",
         },
     )
     untie_word_embeddings: bool = field(
@@ -158,13 +173,6 @@ def check_request(options: ShapeOptions, *, pruning_ratio: float | None = None) 
     if len(given) > 1 or (given and sizes):
         (first, one), (second, other) = list({**given, **sizes}.items())[:2]
         raise PatError(f"Got both {first}={one} and {second}={other}; give one of the two.")
-    if (share := options.target_latency) is not None and not 0 < share < 1:
-        raise PatError(f"Got target_latency={share}; expected a share of the base's time in (0, 1), such as 0.8.")
-    if ratio is not None and not 0 < ratio < 1:
-        raise PatError(
-            f"Got pruning_ratio={ratio}; expected a share of the parameters strictly between 0 and 1, such as 0.25."
-        )
-    if options.multiple_of is not None and options.multiple_of < 1:
-        raise PatError(f"Got multiple_of={options.multiple_of}; expected a positive number of channels such as 64.")
+    check_ranges(options)
     if options.axes != ["auto"] and (not options.axes or set(options.axes) - set(AXES)):
         raise PatError(f"Got axes={options.axes}; expected 'auto', or some of {', '.join(AXES)}.")

@@ -140,7 +140,7 @@ MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 WIDTHS: dict[str, tuple[dict[str, Any], list[str]]] = {
     **{
-        f"ratio {ratio}": ({"pruning_ratio": ratio}, [f"pruning_ratio={float(ratio)}", "between 0 and 1", "0.25"])
+        f"ratio {ratio}": ({"pruning_ratio": ratio}, [f"pruning_ratio={float(ratio)}", "above 0 and below 1"])
         for ratio in ("0", "1", "-0.1", "1.5", "nan")
     },
     "ratio abc": ({"pruning_ratio": "abc"}, ["pruning_ratio", "'abc'", "a number"]),
@@ -153,7 +153,7 @@ WIDTHS: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["pruned_hidden_size=36", "multiple_of=16", "nearest legal: 32"],
     ),
     "not smaller": ({"pruned_hidden_size": 48}, ["pruned_hidden_size=48", "smaller than", "48", "nearest legal: 44"]),
-    "zero": ({"pruned_hidden_size": 0}, ["pruned_hidden_size=0", "positive", "nearest legal: 4"]),
+    "zero": ({"pruned_hidden_size": 0}, ["pruned_hidden_size=0", "at least 1"]),
     "ratio and width": (
         {"pruned_hidden_size": 36, "pruning_ratio": 0.25},
         ["pruning_ratio=0.25", "pruned_hidden_size=36", "one of the two"],
@@ -195,18 +195,18 @@ OPTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"model_name_or_path": "gemma2", "rotation": "pca"},
         ["rotation='pca'", "gemma2", "'auto' or 'none'"],
     ),
-    "milestone": ({"milestone": 1.5}, ["milestone=1.5", "[0, 1]"]),
+    "milestone": ({"milestone": 1.5}, ["milestone=1.5", "at least 0 and at most 1"]),
     "operator rank too large": ({"operator_rank": 49}, ["operator_rank=49", "1 to 48", "'dense'"]),
-    "operator rank of nothing": ({"operator_rank": 0}, ["operator_rank=0", "1 to 48"]),
+    "operator rank of nothing": ({"operator_rank": 0}, ["operator_rank=0", "at least 1"]),
     "operator rank a word": ({"operator_rank": "full"}, ["operator_rank='full'", "'dense'"]),
-    "negative weight": ({"identity_loss_weight": -1}, ["identity_loss_weight=-1", "not negative"]),
+    "negative weight": ({"identity_loss_weight": -1}, ["identity_loss_weight=-1", "at least 0"]),
     "calibration missing": ({"calibration": "nowhere.txt"}, ["calibration", "nowhere.txt", "no such file"]),
     "calibration empty": ({"calibration": "empty.jsonl"}, ["calibration", "empty.jsonl", "empty"]),
     "unknown template": ({"template": "vicuna"}, ["'vicuna'", "alpaca"]),
     "an optimizer of another package": ({"optim": "schedule_free_adamw"}, ["schedulefree", "install"]),
     "a schedule without its arguments": ({"lr_scheduler_type": "cosine_with_min_lr"}, ["min_lr"]),
-    "a step that cannot be": ({"adam_beta1": 2.0}, ["beta", "2.0"]),
-    "negative learning rate": ({"learning_rate": -1}, ["learning_rate=-1", "not below 0"]),
+    "a step that cannot be": ({"adam_beta1": 2.0}, ["adam_beta1=2.0", "at least 0 and below 1"]),
+    "negative learning rate": ({"learning_rate": -1}, ["learning_rate=-1", "at least 0"]),
     "a module that is not there": ({"lora_modules_to_save": "nothing"}, ["lora_modules_to_save=nothing"]),
     "targets that are not there": ({"lora_target_modules": "nothing"}, ["nothing", "not found"]),
     "a flag that does nothing here": ({"use_peft": "false"}, ["use_peft=False", "adapter in any case"]),

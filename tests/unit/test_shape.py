@@ -146,7 +146,7 @@ def test_a_size_that_cannot_be_is_refused(size: int) -> None:
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.2, 1.5, math.nan])
 def test_a_ratio_outside_the_open_interval_is_refused(ratio: float) -> None:
-    with pytest.raises(PatError, match=r"strictly between 0 and 1"):
+    with pytest.raises(PatError, match=r"above 0 and below 1"):
         check_request(ShapeOptions(pruning_ratio=ratio))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from pat.checkpoint.staging import check_output_folder
 from pat.errors import PatError
 from pat.paths import expand_options
+from pat.ranges import check_ranges
 
 FEWEST_REPETITIONS = 3
 """Fewer repetitions have no spread to speak of."""
@@ -23,17 +24,29 @@ class BenchmarkOptions:
     baseline: str = field(metadata={"help": "Folder or hub id of the model that it is compared with."})
     contexts: list[int] = field(
         default_factory=lambda: [128, 512, 2048],  # 128 is the paper's
-        metadata={"help": "Tokens of each sequence that are read, and held in the cache when generation starts."},
+        metadata={
+            "help": "Tokens of each sequence that are read, and held in the cache when generation starts.",
+            "range": "[1, inf)",
+        },
     )
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 16], metadata={"help": "Sequences in a batch."})
-    new_tokens: int = field(default=32, metadata={"help": "Tokens to generate for each sequence; 0 for none."})
+    batch_sizes: list[int] = field(
+        default_factory=lambda: [1, 8, 16], metadata={"help": "Sequences in a batch.", "range": "[1, inf)"}
+    )
+    new_tokens: int = field(
+        default=32, metadata={"help": "Tokens to generate for each sequence; 0 for none.", "range": "[0, inf)"}
+    )
     repetitions: int = field(
-        default=5, metadata={"help": "Measurements of each model at each setting, taken in turns."}
+        default=5, metadata={"help": "Measurements of each model at each setting, taken in turns.", "range": "[1, inf)"}
     )
-    warmup: int = field(default=1, metadata={"help": "Runs of each model at each setting before those that count."})
+    warmup: int = field(
+        default=1, metadata={"help": "Runs of each model at each setting before those that count.", "range": "[0, inf)"}
+    )
     max_seconds: float | None = field(
         default=None,
-        metadata={"help": "No repetition of a setting begins after as many seconds, once 3 are measured."},
+        metadata={
+            "help": "No repetition of a setting begins after as many seconds, once 3 are measured.",
+            "range": "(0, inf)",
+        },
     )
     dtype: str | None = field(
         default=None,
@@ -43,7 +56,8 @@ class BenchmarkOptions:
         default="auto", metadata={"help": "auto (an accelerator where there is one), cpu, or a name such as cuda:0."}
     )
     threads: int | None = field(
-        default=None, metadata={"help": "CPU threads of each model; by default torch's choice."}
+        default=None,
+        metadata={"help": "CPU threads of each model; by default torch's choice.", "range": "[1, 4096]"},
     )
     output_dir: Path | None = field(
         default=None, metadata={"help": "Folder of JSON, table and figure; it must be empty or new."}
@@ -56,17 +70,12 @@ class BenchmarkOptions:
             PatError: a number or dtype that makes no sense, or an output folder that is not empty.
         """
         expand_options(self)
+        check_ranges(self)
         for name in ("contexts", "batch_sizes"):
             counts = sorted(set(getattr(self, name)))
-            if not counts or counts[0] < 1:
-                raise PatError(f"Got {name}={getattr(self, name)}; expected whole numbers above 0, such as 1 8 16.")
+            if not counts:
+                raise PatError(f"Got {name}={getattr(self, name)}; expected whole numbers, such as 1 8 16.")
             setattr(self, name, counts)
-        for name, least in (("repetitions", 1), ("warmup", 0), ("new_tokens", 0), ("threads", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise PatError(f"Got {name}={value}; expected a whole number from {least}.")
-        if self.max_seconds is not None and not self.max_seconds > 0:
-            raise PatError(f"Got max_seconds={self.max_seconds}; expected a number above 0.")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise PatError(f"Got dtype={self.dtype!r}; expected one of {', '.join(DTYPES)}.")
         if self.output_dir is not None:

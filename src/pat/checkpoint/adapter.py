@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from peft import LoraConfig, PeftModel, PeftType, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
@@ -21,6 +21,7 @@ from pat.checkpoint.card import Compaction, shown_name
 from pat.checkpoint.compact import MODEL, RECORD, read_compaction
 from pat.checkpoint.hollow import StoredWeights, hollow_model
 from pat.checkpoint.layout import UnknownLayoutError
+from pat.checkpoint.trust import carries_base_weights, check_base, check_keys, check_tensors
 from pat.checkpoint.write import quiet_transformers
 from pat.errors import PatError, one_line
 from pat.loading import (
@@ -39,7 +40,6 @@ from pat.paths import expand, looks_local
 from pat.tuner import PatConfig
 from pat.tuner.config import PatType
 from pat.tuner.prepare import check_config
-from pat.tuner.weights import PREFIX
 
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 """Initialisations of LoRA that leave the base model's weights as they are."""
@@ -61,9 +61,10 @@ def read_adapter_config(adapter: str | os.PathLike[str]) -> LoraConfig:
     try:
         stored = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         kind = stored.get("peft_type")
-    except (ValueError, AttributeError, OSError) as error:
+    except (ValueError, AttributeError, OSError, RecursionError) as error:
         raise PatError(f"{folder / CONFIG_NAME}: not readable as JSON ({one_line(error)}).") from error
     config_class = PatConfig if kind == PatType.PAT else LoraConfig
+    check_keys(folder / CONFIG_NAME, stored, config_class)
     if kind != PatType.PAT and not (kind == PeftType.LORA.value and compaction_of(adapter) is not None):
         raise PatError(
             f"{adapter}: is an adapter of type {kind}, expected PAT; peft's own merge_and_unload merges others."
@@ -72,7 +73,7 @@ def read_adapter_config(adapter: str | os.PathLike[str]) -> LoraConfig:
         raise PatError(f"{adapter}: has no {SAFETENSORS_WEIGHTS_NAME}; the adapter was not saved completely.")
     try:
         return cast(LoraConfig, config_class.from_pretrained(str(folder)))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise PatError(f"{folder / CONFIG_NAME}: not a usable configuration ({one_line(error)}).") from error
 
 
@@ -202,7 +203,7 @@ def load_hollow(
     if changes or quantised or config.init_lora_weights not in _INITIALISATIONS:
         return None
     with fitting(name, adapter):
-        if _carries_base_weights(adapter):
+        if carries_base_weights(adapter, config):
             return None
     tensors = stored_tensors(name, revision=revision, download=True)
     if tensors is None:
@@ -218,7 +219,8 @@ def load_hollow(
     with quiet_transformers(True), fitting(name, adapter), stored.as_dtype(fine):
         folder = str(Path(adapter))
         model = PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True, torch_device=str(device))
-        check_complete(model, adapter)
+        check_tensors(model, adapter)
+        check_base(adapter, config, base_config, name, revision=revision)
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.modules_to_save.to(dtype).to(fine)  # as loading rounds it, and then to compute in
@@ -261,7 +263,8 @@ def load_adapted(
             trim_embedding(base, kept)
         grow_embedding(base, base_config.vocab_size)
         model = PeftModel.from_pretrained(base, folder)
-        check_complete(model, adapter)
+        check_tensors(model, adapter)
+        check_base(adapter, config, base_config, name, revision=revision)
     return model
 
 
@@ -279,20 +282,3 @@ def fitting(name: str, adapter: str | os.PathLike[str]) -> Iterator[None]:
             f"The adapter {adapter} does not fit the base model {shown_name(name)}: {detail}. Expected the base it was "
             "trained on; pass it with --base_model."
         ) from error
-
-
-def check_complete(model: PeftModel, adapter: str | os.PathLike[str]) -> None:
-    """Refuse a partial adapter file: peft leaves what is missing at its initial value."""
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    with safe_open(Path(adapter) / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
-        missing = expected - set(file.keys())
-    if missing:
-        raise PatError(
-            f"{adapter}: lacks {len(missing)} of {len(expected)} tensors, such as {min(missing)}; the adapter is not "
-            "complete, or made by another version."
-        )
-
-
-def _carries_base_weights(adapter: str | os.PathLike[str]) -> bool:
-    with safe_open(Path(adapter) / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
-        return any(".base_layer." in name and PREFIX not in name for name in file.keys())  # noqa: SIM118

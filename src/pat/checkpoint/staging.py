@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pat.errors import PatError
+from pat.paths import check_writable
 
 if sys.platform != "win32":
     import fcntl
@@ -21,14 +22,18 @@ def check_output_folder(output_dir: str | os.PathLike[str]) -> Path:
     """Return an output folder's path if it may be written to: it does not exist, or is empty.
 
     Raises:
-        PatError: there is something at that path.
+        PatError: there is something at that path, or it cannot be written.
     """
     path = Path(output_dir)
-    if path.is_dir():
-        if any(path.iterdir()):
-            raise PatError(f"{path}: the output folder is not empty; choose another one, or empty it first.")
-    elif path.exists() or path.is_symlink():
-        raise PatError(f"{path}: is not a folder; expected a new or empty output folder.")
+    try:
+        if path.is_dir():
+            if any(path.iterdir()):
+                raise PatError(f"{path}: the output folder is not empty; choose another one, or empty it first.")
+        elif path.exists() or path.is_symlink():
+            raise PatError(f"{path}: is not a folder; expected a new or empty output folder.")
+    except OSError as error:  # such as a name that is too long, or a folder that may not be looked into
+        raise PatError(f"{str(path)[:300]}: cannot be used ({error.strerror}); give another folder.") from error
+    check_writable(path)
     return path
 
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pat.checkpoint.staging import check_output_folder
-from pat.errors import PatError
 from pat.paths import expand_options
-from pat.shape import ShapeOptions, check_request
+from pat.ranges import check_ranges
 
 
 @dataclass
@@ -22,8 +21,10 @@ class DemoOptions:
     cache_dir: Path | None = field(default=None, metadata={"help": "Where the downloaded base model is kept."})
     # About ten minutes of training on two cores. The cut is mild, because so few steps cannot give a model of 135 M
     # parameters back what a larger cut takes: after 25 % its answers are no longer sensible.
-    pruning_ratio: float = field(default=0.125, metadata={"help": "Share of all parameters to cut, in (0, 1)."})
-    max_steps: int = field(default=150, metadata={"help": "Optimizer steps; more give a better model."})
+    pruning_ratio: float = field(default=0.125, metadata={"help": "Share of all parameters to cut.", "range": "(0, 1)"})
+    max_steps: int = field(
+        default=150, metadata={"help": "Optimizer steps; more give a better model.", "range": "[1, inf)"}
+    )
 
     def __post_init__(self) -> None:
         """Refuse what would fail after the download.
@@ -32,7 +33,5 @@ class DemoOptions:
             PatError: a ratio or number of steps that cannot be, or an output folder that is not empty.
         """
         expand_options(self)
-        check_request(ShapeOptions(pruning_ratio=self.pruning_ratio))
-        if self.max_steps < 1:
-            raise PatError(f"Got max_steps={self.max_steps}; expected a whole number from 1.")
+        check_ranges(self)
         self.output_dir = check_output_folder(self.output_dir)

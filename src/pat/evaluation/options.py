@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pat.errors import PatError
-from pat.paths import expand_options
+from pat.paths import check_writable, expand_options
 from pat.questions import resolve_tasks
+from pat.ranges import check_ranges
 
 PROTOCOLS = ("letter", "likelihood")
 
@@ -38,13 +38,15 @@ class EvaluateOptions:
         default="auto", metadata={"help": "Prompt template of the instruction data: auto, chat or alpaca."}
     )
     max_length: int = field(
-        default=512, metadata={"help": "Longest context in tokens, of the text and of the instruction data."}
+        default=512,
+        metadata={"help": "Longest context in tokens, of the text and of the instruction data.", "range": "[1, inf)"},
     )
     limit: int | None = field(
         default=None,
         metadata={
             "help": "Largest number of rows of the data, of thousands of tokens of the text, and of questions of each "
-            "task. Rows and questions are taken evenly spaced, while `lm_eval --limit` takes the first ones."
+            "task. Rows and questions are taken evenly spaced, while `lm_eval --limit` takes the first ones.",
+            "range": "[1, inf)",
         },
     )
     tasks: list[str] | None = field(
@@ -57,7 +59,9 @@ class EvaluateOptions:
         default_factory=lambda: list(PROTOCOLS),
         metadata={"help": "How tasks are asked: by letter, by likelihood, or both.", "choices": PROTOCOLS},
     )
-    batch_size: int = field(default=BATCH_SIZE, metadata={"help": "Number of rows in a forward pass."})
+    batch_size: int = field(
+        default=BATCH_SIZE, metadata={"help": "Number of rows in a forward pass.", "range": "[1, inf)"}
+    )
     log_samples: bool = field(
         default=False, metadata={"help": "Keep the answer to every question of the tasks in --output_dir."}
     )
@@ -79,10 +83,7 @@ class EvaluateOptions:
                 "Got nothing to evaluate on; give --text_file (plain text), --dataset_name (instruction data) or "
                 "--tasks."
             )
-        for name in ("max_length", "limit", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise PatError(f"Got {name}={value}; expected a whole number above 0.")
+        check_ranges(self)
         wrong = [name for name in self.protocol if name not in PROTOCOLS]
         if wrong or not self.protocol:
             raise PatError(
@@ -95,6 +96,7 @@ class EvaluateOptions:
         if self.log_samples and self.output_dir is None:
             raise PatError("Got --log_samples without --output_dir; expected a folder for the answers.")
         if self.output is not None:
+            check_writable(self.output)
             if self.output.is_dir():
                 raise PatError(f"Got output={self.output}, which is a folder; expected the name of a JSON file.")
             self._check_output(self.output)
@@ -109,7 +111,6 @@ class EvaluateOptions:
 
     def _check_output(self, file: Path) -> None:
         """Refuse to write over a part of what is evaluated; the figures of an earlier evaluation may be replaced."""
-        _check_writable(file)
         place = file.resolve()
         given = {
             Path(path).resolve() for path in (self.model, self.text_file, self.dataset_name, self.data_dir) if path
@@ -121,9 +122,10 @@ class EvaluateOptions:
 
     def _check_output_dir(self, folder: Path) -> None:
         """Refuse a folder that holds anything but what an evaluation of this model, finished or not, has left."""
+        check_writable(folder)
         if folder.exists() and not folder.is_dir():
             raise PatError(f"Got output_dir={folder}, which is a file; expected a folder.")
-        _check_writable(folder / RESULTS)
+        check_writable(folder / RESULTS)
         if not folder.is_dir() or not any(folder.iterdir()):
             return
         path = folder / RESULTS
@@ -146,15 +148,3 @@ def _read_evaluation(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) and record.get("command") == COMMAND else {}
-
-
-def _check_writable(path: Path) -> None:
-    """Refuse a file that could not be written in the end; nothing is left behind."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    try:
-        if path.exists():
-            os.close(os.open(path, os.O_WRONLY))
-        else:
-            tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise PatError(f"{path}: cannot be written ({error.strerror}); give another place.") from error

@@ -15,21 +15,16 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from pat.errors import PatError
 from pat.families import FAMILIES, Family, get_family
+from pat.loading.fit import check_weights
 from pat.loading.quantized import quantization_of
-from pat.loading.stored import StoredTensor, stored_tensors
+from pat.loading.sizes import COUNTS, MAX_CONFIG_BYTES, check_sizes, is_count
+from pat.loading.stored import stored_tensors
 from pat.paths import expand, looks_local
 
 _CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 """Class names of the causal language models in transformers; older ones have names of their own (GPT2LMHeadModel)."""
 
 _OTHER_SENSES = {"vision_config": "images", "audio_config": "sound"}
-
-_COUNTS = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "max_position_embeddings", "moe_intermediate_size", "num_experts", "num_local_experts",
-    "num_experts_per_tok",
-)  # fmt: skip
-"""Fields that have to be positive whole numbers where a model has them."""
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -49,6 +44,7 @@ def load_config(name_or_path: str, *, revision: str | None = None) -> tuple[Any,
     """
     name_or_path = check_exists(name_or_path)
     _check_folder(name_or_path)
+    check_sizes(name_or_path, _fields(name_or_path, revision))
     try:
         config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
     except Exception as error:  # every kind that transformers' own checks, and its code without any, can raise
@@ -66,7 +62,7 @@ def load_config(name_or_path: str, *, revision: str | None = None) -> tuple[Any,
     except Exception as error:
         raise _unusable(name_or_path, error, _fields(name_or_path, revision)) from error
     model.config = config
-    _check_weights(name_or_path, model, stored_tensors(name_or_path, revision=revision) or {})
+    check_weights(name_or_path, model, family, stored_tensors(name_or_path, revision=revision) or {})
     return config, family
 
 
@@ -112,10 +108,13 @@ def check_exists(name_or_path: str) -> str:
 
 def _check_folder(name_or_path: str) -> None:
     path = Path(name_or_path)
-    if path.is_dir() and not (path / "config.json").is_file():
+    file = path / "config.json"
+    if path.is_dir() and not file.is_file():
         inner = path / "model"
         hint = f"pass {inner}" if (inner / "config.json").is_file() else "expected a saved model"
         raise PatError(f"Got the model folder {name_or_path!r}, which has no config.json; {hint}.")
+    if path.is_dir() and (size := file.stat().st_size) > MAX_CONFIG_BYTES:
+        raise PatError(f"{file}: got {size:,} bytes; expected a configuration of at most {MAX_CONFIG_BYTES:,}.")
 
 
 def check_kind(name: str, config: Any) -> None:
@@ -150,8 +149,8 @@ def _check_values(name: str, config: Any) -> None:
         value = getattr(config, field)
         return PatError(f"The configuration of the model {name!r} is not usable: {field}={value!r}; {expected}.")
 
-    for field in _COUNTS:
-        if not _is_count(getattr(config, field, None)):
+    for field in COUNTS:
+        if not is_count(getattr(config, field, None)):
             raise refuse(field, "expected a positive whole number")
     for field, below in (("rms_norm_eps", 1.0), ("attention_dropout", 1.0)):
         if not 0 <= (getattr(config, field, None) or 0) < below:
@@ -175,33 +174,6 @@ def _check_values(name: str, config: Any) -> None:
         raise refuse("quantization_config", "expected a quant_method that transformers knows")
 
 
-def _check_weights(name: str, model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> None:
-    """Hold the weights on this machine against the configuration: their shapes, and whether they are plain numbers."""
-    quantised = quantization_of(model.config) is not None
-    parameters = [(name, parameter) for name, parameter in model.named_parameters() if name in stored]
-    plain = [stored[name].dtype is not None for name, _ in parameters]
-    if quantised and plain and all(plain):
-        raise PatError(
-            f"The configuration of the model {name!r} is not usable: it has a quantization_config, but the weights are "
-            "not quantised; take it out of config.json (and quantise while loading, by --load_in_4bit)."
-        )
-    for parameter_name, parameter in () if quantised else parameters:
-        found = stored[parameter_name]
-        if found.dtype is None:
-            raise PatError(
-                f"The weights of the model {name!r}, such as {parameter_name}, are not plain numbers of 16 bits or "
-                "more, and its configuration does not say how they are quantised; take the checkpoint it was made from."
-            )
-        if found.shape != tuple(parameter.shape):
-            sizes = set(parameter.shape) - set(found.shape)
-            said = [field for field in _COUNTS if getattr(model.config, field, None) in sizes]
-            values = ", ".join(f"{field}={getattr(model.config, field)}" for field in said)
-            raise PatError(
-                f"The weights of the model {name!r} do not fit its configuration: {parameter_name} has the shape "
-                f"{found.shape}, expected {tuple(parameter.shape)}{' by ' + values if values else ''}."
-            )
-
-
 def _fields(name: str, revision: str | None) -> Any:
     """Return the content of `config.json`, None if it cannot be read."""
     try:
@@ -214,7 +186,7 @@ def _unusable(name: str, error: Exception, fields: Any) -> PatError:
     """Return the error for a configuration that transformers cannot use, naming the field if it can be found."""
     detail = _reason(error)
     if isinstance(fields, dict):
-        culprit = next((key for key in _COUNTS if not _is_count(fields.get(key))), None) or next(
+        culprit = next((key for key in COUNTS if not is_count(fields.get(key))), None) or next(
             (key for key in fields if key != "model_type" and _can_be_built(_without(fields, key))), None
         )
         words = detail.lower()
@@ -226,11 +198,6 @@ def _unusable(name: str, error: Exception, fields: Any) -> PatError:
         values = [f"{key}={fields[key]!r}" for key in named if f"value: {fields[key]!r}" not in detail]
         detail = f"{', '.join(values)} ({detail})" if values else detail
     return PatError(f"The configuration of the model {name!r} is not usable: {detail}; correct its config.json.")
-
-
-def _is_count(value: Any) -> bool:
-    """Tell whether a value is a positive whole number, or not there."""
-    return value is None or (isinstance(value, int) and value > 0)
 
 
 def _without(fields: Mapping[str, Any], key: str) -> dict[str, Any]:

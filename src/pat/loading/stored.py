@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,28 @@ def unreadable(name_or_path: str, file: Path, error: Exception) -> PatError:
     return PatError(f"Could not load the model {name_or_path!r}: {file.name} is not readable ({one_line(error)}).")
 
 
+def _check_index(name_or_path: str, index: Path) -> None:
+    """Refuse an index that names other files than those beside it; the hub's cache links to its own store of them.
+
+    Raises:
+        PatError: it does, or is not readable.
+    """
+    try:
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = {str(name): index.parent / name for name in named}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise unreadable(name_or_path, index, error) from error
+    folder = index.parent.resolve()
+    store = index.parent.parent.parent / "blobs" if index.parent.parent.name == "snapshots" else folder
+    for name, file in sorted(files.items()):
+        place = file.resolve()
+        if len(Path(name).parts) != 1 or not (place.is_relative_to(folder) or place.parent == store.resolve()):
+            raise PatError(
+                f"Could not load the model {name_or_path!r}: {index.name} names the file {name!r}, which does not lie "
+                "in the model's own folder; expected the names of files beside it."
+            )
+
+
 def _files(name_or_path: str, revision: str | None, download: bool) -> list[Path]:
     options: dict[str, Any] = {
         "revision": revision,
@@ -83,6 +106,7 @@ def _files(name_or_path: str, revision: str | None, download: bool) -> list[Path
         index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, **options)
         if index is None:
             return []
+        _check_index(name_or_path, Path(index))
         files, _ = get_checkpoint_shard_files(name_or_path, index, revision=revision, local_files_only=not download)
     except (OSError, ValueError, KeyError) as error:
         if not download and not Path(name_or_path).is_dir():

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from huggingface_hub.errors import HFValidationError
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
@@ -42,9 +41,11 @@ def load_plain_tokenizer(name_or_path: str, *, revision: str | None = None) -> P
     """
     name_or_path = check_exists(name_or_path)
     try:
-        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name_or_path, revision=revision))
-    except (OSError, ValueError, HFValidationError) as error:
-        detail = str(error).strip().split("\n")[0]
+        # Without the last, transformers would ask at the terminal whether to run code that the tokenizer brings.
+        loaded = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+        return cast(PreTrainedTokenizerBase, loaded)
+    except Exception as error:  # of any kind: files, packages that are missing, and the tokenizers' own code
+        detail = str(error).strip().split("\n")[0][:300] or type(error).__name__
         raise PatError(
             f"Could not load a tokenizer from {name_or_path!r}: {detail}; expected it beside the model."
         ) from error

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pat.errors import PatError
 from pat.loading.config import load_config
+from pat.loading.fit import too_few_layers
 from pat.loading.quantized import keep_plain_layout
 from pat.loading.stored import dtype_of, stored_tensors
 from pat.paths import expand
@@ -43,7 +44,7 @@ def load_base(
     config, family = load_config(name_or_path, revision=revision)
     if dtype in (None, "auto"):
         dtype = stored_dtype(config, revision=revision) or "auto"
-    options: dict[str, Any] = {"revision": revision, "dtype": dtype}
+    options: dict[str, Any] = {"revision": revision, "dtype": dtype, "trust_remote_code": False}
     optional = {
         "attn_implementation": attn_implementation,
         "quantization_config": quantization_config,
@@ -73,10 +74,7 @@ def load_base(
     unused = sorted(map(str, info["unexpected_keys"]))
     layers = [name for name in unused if name.startswith(f"{family.layers}.")]
     if layers:
-        raise PatError(
-            f"The weights of the model {name_or_path!r} hold more than its configuration has a place for, such as "
-            f"{layers[0]}, with num_hidden_layers={config.num_hidden_layers}; correct its config.json."
-        )
+        raise too_few_layers(name_or_path, layers, config)
     if unused:
         logger.warning("%d tensors of the model %s are not used, such as %s.", len(unused), name_or_path, unused[0])
     keep_plain_layout(model)

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from pat.errors import PatError
 from pat.paths import expand_options
+from pat.ranges import check_ranges
 from pat.report.figure import check_figure
 from pat.shape import AXES, ShapeOptions, check_request
 
@@ -22,14 +23,22 @@ class PlanOptions(ShapeOptions):
         metadata={"help": "Base model folder or hub id; only its configuration is read, unless --calibrate is given."}
     )
     pruning_ratio: list[float] | None = field(  # type: ignore[assignment]  # several are set side by side
-        default=None, metadata={"help": "Shares of all parameters to cut, one or several, in (0, 1). Default 0.25."}
+        default=None,
+        metadata={"help": "Shares of all parameters to cut, one or several. Default 0.25.", "range": "(0, 1)"},
     )
     context: int | None = field(
         default=None,
-        metadata={"help": "Number of tokens that costs are for. Default 2048, or as many as the model can read."},
+        metadata={
+            "help": "Number of tokens that costs are for. Default 2048, or as many as the model can read.",
+            "range": "[1, inf)",
+        },
     )
     vocabulary_size: int | None = field(
-        default=None, metadata={"help": "Tokens of a trimmed vocabulary, see `pat tune`; they count in the ratio."}
+        default=None,
+        metadata={
+            "help": "Tokens of a trimmed vocabulary, see `pat tune`; they count in the ratio.",
+            "range": "[1, inf)",
+        },
     )
     calibrate: str | None = field(
         default=None,
@@ -42,7 +51,8 @@ class PlanOptions(ShapeOptions):
         default=0,
         metadata={
             "help": "Steps of the default recipe that each of these shapes is tuned for, with --calibrate, before they "
-            "are ranked; what is best before training need not be best after it."
+            "are ranked; what is best before training need not be best after it.",
+            "range": "[0, inf)",
         },
     )
     figure: Path | None = field(default=None, metadata={"help": "PNG file for the curves that --calibrate measures."})
@@ -55,10 +65,9 @@ class PlanOptions(ShapeOptions):
             PatError: a ratio is outside (0, 1), or both ratio and width are given.
         """
         expand_options(self)
+        check_ranges(self)
         if self.calibrate is not None:
             self._check_calibration()
-        if self.shape_search_steps < 0:
-            raise PatError(f"Got shape_search_steps={self.shape_search_steps}; expected a number of steps, or 0.")
         if self.shape_search_steps and self.calibrate is None:
             raise PatError("Got shape_search_steps without calibrate, whose data it tunes on; give --calibrate DATA.")
         if self.figure is not None and self.calibrate is None:
@@ -79,6 +88,5 @@ class PlanOptions(ShapeOptions):
             given.append("several ratios")
         if given:
             raise PatError(
-                f"Got calibrate beside {', '.join(given)}; it measures all axes of the whole model, so "
-                "leave them out."
+                f"Got calibrate beside {', '.join(given)}; it measures all axes of the whole model, so leave them out."
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -15,6 +14,7 @@ from trl import ModelConfig, SFTConfig
 from pat.errors import PatError
 from pat.loading import load_config
 from pat.options import OptionsParser
+from pat.paths import check_writable
 from pat.recipes import recipe_defaults
 from pat.shape import check_request
 from pat.training.options import DistillOptions, RunOptions
@@ -75,18 +75,41 @@ REFUSED: dict[str, tuple[Any, str]] = {
 All others are passed on to the trainer or used by us; `tests/unit/training/test_arguments.py` lists them.
 """
 
-_LEAST = {
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "max_length": 1,
-    "lora_r": 1,
-    "lora_alpha": 1,
-    "learning_rate": 0,
-    "weight_decay": 0,
-    "label_smoothing_factor": 0,
+RANGES: dict[str, str] = {
+    "per_device_train_batch_size": "[1, 1048576]",
+    "per_device_eval_batch_size": "[1, 1048576]",
+    "gradient_accumulation_steps": "[1, 1048576]",
+    "num_train_epochs": "(0, 1000000]",
+    "max_steps": "-1 | [1, inf)",
+    "learning_rate": "[0, inf)",
+    "warmup_steps": "[0, inf)",
+    "weight_decay": "[0, inf)",
+    "adam_beta1": "[0, 1)",
+    "adam_beta2": "[0, 1)",
+    "adam_epsilon": "[0, inf)",
+    "max_grad_norm": "[0, inf)",
+    "label_smoothing_factor": "[0, 1)",
+    "neftune_noise_alpha": "[0, inf)",
+    "torch_empty_cache_steps": "[1, inf)",
+    "logging_steps": "(0, inf)",
+    "eval_steps": "(0, inf)",
+    "eval_delay": "[0, inf)",
+    "eval_accumulation_steps": "[1, inf)",
+    "save_steps": "(0, inf)",
+    "save_total_limit": "[1, inf)",
+    "seed": "[0, 4294967295]",
+    "data_seed": "[0, 4294967295]",
+    "dataloader_num_workers": "[0, 1024]",
+    "dataloader_prefetch_factor": "[1, 1048576]",
+    "router_aux_loss_coef": "[0, inf)",
+    "dataset_num_proc": "[1, 1024]",
+    "max_length": "[1, 2147483647]",
+    "pad_to_multiple_of": "[1, 65536]",
+    "lora_r": "[1, 65536]",
+    "lora_alpha": "[1, inf)",
+    "lora_dropout": "[0, 1)",
 }
-"""Numbers of which the libraries take smaller ones without a word, or refuse them without the flag's name."""
+"""Ranges of the libraries' numbers (see `pat.ranges`): of most of them they take any, without a word or a step."""
 
 
 class OneDevice(SFTConfig):
@@ -144,6 +167,7 @@ file, --debug shows tracebacks.\
     )
     """Flags that most runs set."""
     REFUSED: ClassVar = REFUSED
+    RANGES: ClassVar = RANGES
 
     @staticmethod
     def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,10 +177,7 @@ file, --debug shows tracebacks.\
 
     def __post_init__(self) -> None:
         check_request(self.pat)
-        for name, least in _LEAST.items():
-            value = getattr(self.sft, name, getattr(self.model, name, None))
-            if value is not None and not least <= value < math.inf:
-                raise PatError(f"Got {name}={value}; expected a finite number that is not below {least}.")
+        check_writable(self.output_dir)
         if self.sft.eval_strategy != "no" and self.run.held_out in ("0", 0):
             raise PatError(
                 f"Got eval_strategy={str(self.sft.eval_strategy)!r} with held_out=0; expected rows to evaluate on: "
@@ -174,6 +195,7 @@ file, --debug shows tracebacks.\
         # The trainer writes its checkpoints below the run's folder, whose other names are the product's.
         self.sft.output_dir = str(self.output_dir / "checkpoints")
         self.sft.push_to_hub = False  # the trainers would push their checkpoints
+        self.sft.hub_token = None  # they would write it into every checkpoint, as part of their arguments
 
     @property
     def output_dir(self) -> Path:

@@ -25,7 +25,8 @@ from trl import SFTTrainer
 
 from pat.method.divergence import divergence
 from pat.nll import IGNORED
-from pat.training.options import check_distill_weight
+from pat.ranges import check_range
+from pat.training.options import DISTILL_WEIGHTS
 from pat.tuner.switch import without_pruning
 
 ROWS = 1024
@@ -106,7 +107,7 @@ class DistillationMixin(_Trainer):
     """
 
     def __init__(self, *args: Any, teacher: Lessons | None = None, distill_weight: float = 0.5, **kwargs: Any) -> None:
-        check_distill_weight(distill_weight)
+        check_range("distill_weight", distill_weight, DISTILL_WEIGHTS, whole=False)
         super().__init__(*args, **kwargs)
         self.teacher = teacher
         self.distill_weight = distill_weight

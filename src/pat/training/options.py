@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pat.errors import PatError
+from pat.ranges import check_ranges
 from pat.recipes import RECIPES
+
+DISTILL_WEIGHTS = "(0, 1]"
+"""Range of the share that the divergence from a teacher has in the loss."""
 
 
 @dataclass
@@ -34,7 +37,8 @@ class RunOptions:
         default=None,
         metadata={
             "help": "Trim the vocabulary to so many tokens (a multiple of 64), those that the training data needs "
-            "most; what it saves counts towards --pruning_ratio. Other text takes more tokens, but can be written."
+            "most; what it saves counts towards --pruning_ratio. Other text takes more tokens, but can be written.",
+            "range": "[1, inf)",
         },
     )
     held_out: str | None = field(
@@ -57,6 +61,14 @@ class RunOptions:
             "help": "Push the finished OUTPUT_DIR/model to the hub, as --hub_model_id or under OUTPUT_DIR's own name."
         },
     )
+    hub_token: str | None = field(
+        default=None,
+        metadata={
+            "help": "Token to push with; `hf auth login` is the better way. It is written nowhere.",
+            "secret": True,
+        },
+        repr=False,
+    )
     keep_checkpoints: bool = field(
         default=False, metadata={"help": "Leave the trainer's checkpoints in OUTPUT_DIR/checkpoints after success."}
     )
@@ -76,28 +88,17 @@ class DistillOptions:
     )
     distill_weight: float = field(
         default=0.5,
-        metadata={"help": "Share of the divergence from the teacher in the loss, above 0 and at most 1."},
+        metadata={"help": "Share of the divergence from the teacher in the loss.", "range": DISTILL_WEIGHTS},
     )
     distill_top_k: int | None = field(
         default=None,
         metadata={
             "help": "Ask the teacher once for each row and keep its K likeliest tokens on disk, all others as one; it "
-            "pays over several epochs. Default: the whole vocabulary, asked at each step."
+            "pays over several epochs. Default: the whole vocabulary, asked at each step.",
+            "range": "[1, inf)",
         },
     )
 
     def __post_init__(self) -> None:
-        check_distill_weight(self.distill_weight)
-        if self.distill_top_k is not None and self.distill_top_k < 1:
-            raise PatError(f"Got distill_top_k={self.distill_top_k}; expected a number of tokens, 1 or more.")
+        check_ranges(self)
         self.distill = self.distill or self.teacher is not None
-
-
-def check_distill_weight(weight: float) -> None:
-    """Check the share of the divergence in the loss.
-
-    Raises:
-        PatError: it is not in (0, 1].
-    """
-    if not 0 < weight <= 1:
-        raise PatError(f"Got distill_weight={weight}; expected a share above 0 and at most 1.")

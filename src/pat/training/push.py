@@ -23,7 +23,7 @@ def open_repository(arguments: TuneArguments) -> str | None:
     if not arguments.run.push_to_hub:
         return None
     name = sft.hub_model_id or arguments.output_dir.resolve().name
-    api = HfApi(token=sft.hub_token)
+    api = HfApi(token=arguments.run.hub_token)
     try:
         repository: str = api.create_repo(repo_id=name, private=sft.hub_private_repo, exist_ok=True).repo_id
         if sft.hub_revision not in (None, "main"):
@@ -43,7 +43,7 @@ def push(arguments: TuneArguments, repository: str, folder: Path) -> None:
     Raises:
         RunFailed: the hub does not take it; it stays where it is.
     """
-    api = HfApi(token=arguments.sft.hub_token)
+    api = HfApi(token=arguments.run.hub_token)
     try:
         api.upload_folder(
             repo_id=repository,

@@ -19,6 +19,7 @@ from pat.checkpoint.card import shown_name
 from pat.errors import PatError, one_line
 from pat.loading import check_kind, quantization_of
 from pat.loading.config import check_exists
+from pat.loading.stored import stored_tensors
 from pat.loading.tokenizer import load_plain_tokenizer
 from pat.nll import Example
 from pat.training.arguments import TuneArguments
@@ -247,6 +248,7 @@ def _identity(arguments: TuneArguments, model: PeftModel | None, base_id: str) -
 def _config(name: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(check_exists(name), trust_remote_code=False)
+        stored_tensors(name)  # refuses an index that names files outside the folder
     except PatError:
         raise
     except Exception as error:  # of every kind, see `load_config`

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import enum
-import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from peft import LoraConfig
@@ -38,6 +38,7 @@ _DECISIVE = (
 _CHOICES = {
     "mask": ("trainable", "frozen"),
     "rotation": ("auto", "pca", "none"),
+    "resolved_rotation": (None, "pca", "none"),
 }
 
 
@@ -50,13 +51,23 @@ class PatConfig(PatOptions, LoraConfig):
     """
 
     # LoRA's part of the recipe; peft's own defaults are others.
-    r: int = field(default=20, metadata={"help": "Rank of LoRA."})
-    lora_alpha: int = field(default=40, metadata={"help": "Numerator of the factor on LoRA's product."})
+    r: int = field(default=20, metadata={"help": "Rank of LoRA.", "range": "[1, 65536]"})
+    lora_alpha: int = field(
+        default=40, metadata={"help": "Numerator of the factor on LoRA's product.", "range": "[1, inf)"}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before LoRA's product.", "range": "[0, 1)"})
     use_rslora: bool = field(
         default=True, metadata={"help": "Whether that factor is lora_alpha / sqrt(r) instead of lora_alpha / r."}
     )
     base_shape: dict[str, Any] | None = field(
         default=None, metadata={"help": "Filled in: shape of the base model the adapter belongs to."}
+    )
+    base_fingerprint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Filled in: digest of the base's configuration and of a little of each of its tensors, so that a "
+            "merge onto other weights of the same shape is refused."
+        },
     )
     base_vocab_size: int | None = field(
         default=None,
@@ -86,12 +97,9 @@ class PatConfig(PatOptions, LoraConfig):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise PatError(f"Got {name}={getattr(self, name)!r}; expected one of {', '.join(map(repr, choices))}.")
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise PatError(f"Got {option.name}={value}; expected a finite number.")
-        if not 0 <= self.milestone <= 1:
-            raise PatError(f"Got milestone={self.milestone}; expected a share of the optimizer steps in [0, 1].")
+        for size in (self.resolved_width or {}).values():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise PatError(f"Got resolved_width={self.resolved_width}; expected positive whole numbers.")
         if self.resolved_rotation is not None and "axes" not in (self.resolved_from or {}):
             self.axes = ["hidden"]  # of an adapter that was made when there was no other
             if self.resolved_from is not None:
@@ -103,15 +111,6 @@ class PatConfig(PatOptions, LoraConfig):
             if not self.operator_rank.isdigit():
                 raise PatError(f"Got operator_rank={self.operator_rank!r}; expected a number of ranks or 'dense'.")
             self.operator_rank = int(self.operator_rank)
-        for name in (
-            "active_loss_weight",
-            "identity_loss_weight",
-            "mask_lr_multiplier",
-            "operator_lr_multiplier",
-            "gain_tolerance",
-        ):
-            if getattr(self, name) < 0:
-                raise PatError(f"Got {name}={getattr(self, name)}; expected a number that is not negative.")
         if self.layer_replication:
             raise PatError("Got layer_replication, which PAT does not support: replicated layers share their weights.")
         if self.resolved_rotation is not None and self.resolved_from is None:  # of an adapter that lacks this record
@@ -123,6 +122,11 @@ class PatConfig(PatOptions, LoraConfig):
         # Adapters that were made when there were no targets have none on record.
         options |= {name: value for name in TARGETS if (value := getattr(self, name)) is not None}
         return options | {"modules_to_save": sorted(self.modules_to_save) if self.modules_to_save else None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is saved: of the calibration's file its name alone, since paths are of one machine."""
+        saved: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
+        return saved | {"calibration": self.calibration and PurePath(self.calibration).name}
 
     @property
     def is_resolved(self) -> bool:

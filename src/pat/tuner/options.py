@@ -13,7 +13,8 @@ class PatOptions(ShapeOptions):
     """Options that pruning-aware tuning adds to a LoRA configuration."""
 
     operator_rank: int | str | None = field(
-        default=None, metadata={"help": "Rank of the operators, or 'dense'. Default: a twentieth of the width."}
+        default=None,
+        metadata={"help": "Rank of the operators, or 'dense'. Default: a twentieth of the width.", "range": "[1, inf)"},
     )
     mask: str = field(default="trainable", metadata={"help": "'trainable', or 'frozen' (the paper's ablation)."})
     rotation: str = field(
@@ -23,15 +24,25 @@ class PatOptions(ShapeOptions):
         },
     )
     milestone: float = field(
-        default=0.02, metadata={"help": "Share of the optimizer steps after which the mask is 0/1 (the paper: 1/3)."}
+        default=0.02,
+        metadata={
+            "help": "Share of the optimizer steps after which the mask is 0/1 (the paper: 1/3).",
+            "range": "[0, 1]",
+        },
     )
-    active_loss_weight: float = field(default=1e-3, metadata={"help": "Weight of the active-channel loss (eq. 9)."})
-    identity_loss_weight: float = field(default=1e-3, metadata={"help": "Weight of the identity loss (eq. 11)."})
+    active_loss_weight: float = field(
+        default=1e-3, metadata={"help": "Weight of the active-channel loss (eq. 9).", "range": "[0, inf)"}
+    )
+    identity_loss_weight: float = field(
+        default=1e-3, metadata={"help": "Weight of the identity loss (eq. 11).", "range": "[0, inf)"}
+    )
     mask_lr_multiplier: float = field(
-        default=40.0, metadata={"help": "Learning rate of the mask as a multiple of the trainer's."}
+        default=40.0,
+        metadata={"help": "Learning rate of the mask as a multiple of the trainer's.", "range": "[0, inf)"},
     )
     operator_lr_multiplier: float = field(
-        default=30.0, metadata={"help": "Learning rate of the operators' v as a multiple of the trainer's."}
+        default=30.0,
+        metadata={"help": "Learning rate of the operators' v as a multiple of the trainer's.", "range": "[0, inf)"},
     )
     refit: bool = field(
         default=True,
@@ -41,17 +52,20 @@ class PatOptions(ShapeOptions):
         },
     )
     refit_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens to fit them on. Default: 16 per channel before such a matrix."}
+        default=None,
+        metadata={"help": "Tokens to fit them on. Default: 16 per channel before such a matrix.", "range": "[1, inf)"},
     )
     calibration: str | None = field(
         default=None, metadata={"help": "Text file to compute the rotation from, instead of the training data."}
     )
     calibration_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens to compute the rotation from. Default: 4 per hidden channel."}
+        default=None,
+        metadata={"help": "Tokens to compute the rotation from. Default: 4 per hidden channel.", "range": "[1, inf)"},
     )
     gain_tolerance: float = field(
         default=0.15,
         metadata={
-            "help": "Tied models rotate only channels whose final gain lies this close (relative) to the median."
+            "help": "Tied models rotate only channels whose final gain lies this close (relative) to the median.",
+            "range": "[0, inf)",
         },
     )

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from pat.budget import choose_shape
 from pat.errors import PatError
 from pat.families import Family, get_family
-from pat.loading import check_kind, check_quantization, empty_model, quantization_of
+from pat.loading import base_fingerprint, check_kind, check_quantization, empty_model, quantization_of
 from pat.method.operator import check_rank
 from pat.shape import AXES, Shape, asked_sizes
 from pat.surgery.axes import prunable, sizes_of
@@ -89,6 +89,7 @@ def plan_attachment(
         _warn_of_idle_options(config, shape)
         rotation = _resolve_rotation(model, config, stream, shape, tied=tied)
         config.base_shape, config.base_quantization = _shape_of(base_config, family), quantization_of(base_config)
+        config.base_fingerprint = base_fingerprint(base_config, base_config.name_or_path, revision=config.revision)
         cut = [axis.field for axis in AXES.values() if axis.name == "hidden" or shape.cuts(axis.name)]
         config.resolved_width = {field: shape.pruned_sizes[field] for field in cut}
         config.resolved_rotation = rotation

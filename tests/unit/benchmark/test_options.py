@@ -24,8 +24,8 @@ def test_lists_are_read_in_any_form_and_sorted(words: list[str]) -> None:
     [
         ({"contexts": []}, "contexts="),
         ({"batch_sizes": [0]}, "batch_sizes="),
-        ({"repetitions": 0}, "repetitions=0; expected a whole number from 1"),
-        ({"warmup": -1}, "warmup=-1; expected a whole number from 0"),
+        ({"repetitions": 0}, "repetitions=0; expected a whole number that is at least 1"),
+        ({"warmup": -1}, "warmup=-1; expected a whole number that is at least 0"),
         ({"new_tokens": -1}, "new_tokens"),
         ({"threads": 0}, "threads=0"),
         ({"max_seconds": 0.0}, "max_seconds=0.0"),

@@ -222,6 +222,47 @@ WRONG: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
         {"base_model": "other"},
         "does not fit the base model other: .* have other shapes",
     ),
+    "base of the same shape": (
+        lambda work: make_base(work / "other", seed=1),
+        {"base_model": "other"},
+        "other: it was made for weights with the fingerprint …[0-9a-f]{8}, these have …[0-9a-f]{8}",
+    ),
+    "base that was changed": (
+        lambda w: change_tensors(w / "base/model.safetensors", lambda t: t[UP].mul_(1.5)), {}, "fingerprint"
+    ),
+    "base that names fewer layers": (
+        lambda w: edit_base(w, num_hidden_layers=1), {}, "hold .* tensors .*num_hidden_layers=1"
+    ),
+    "another rotation": (
+        lambda w: edit_config(w / "adapter", resolved_rotation="none"), {}, "has 2 tensors .*basis"
+    ),
+    "no rotation": (lambda w: edit_config(w / "adapter", resolved_rotation="fourier"), {}, "'fourier'"),
+    "another mask": (lambda w: edit_config(w / "adapter", mask="frozen"), {}, "has 1 tensors .*pat_mask"),
+    "another rank": (lambda w: edit_config(w / "adapter", r=3), {}, "does not fit|tensors"),
+    "another width": (
+        lambda w: edit_config(w / "adapter", resolved_width={"hidden_size": 32}), {}, "keeps 36 entries .* says 32"
+    ),
+    "a width of nonsense": (
+        lambda w: edit_config(w / "adapter", resolved_width={"hidden_size": "wide"}), {}, "resolved_width"
+    ),
+    "an unknown key": (lambda w: edit_config(w / "adapter", operator_scale=2.0), {}, "1 unknown keys .operator_sc"),
+    "a tensor too many": (
+        lambda w: change_tensors(
+            w / "adapter/adapter_model.safetensors", lambda t: t.update({"base_model.model.extra": torch.ones(2)})
+        ),
+        {},
+        "has 1 tensors .*base_model.model.extra",
+    ),
+    "weights of the base": (
+        lambda w: change_tensors(
+            w / "adapter/adapter_model.safetensors",
+            lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(128, 48)}),
+        ),
+        {},
+        "has 1 tensors .*embed_tokens",
+    ),
+    "a milestone of words": (lambda w: edit_config(w / "adapter", milestone="soon"), {}, "milestone='soon'"),
+    "a target of nothing": (lambda w: edit_config(w / "adapter", target_modules=["nothing"]), {}, "nothing"),
     "output in use": (
         lambda work: [(work / "out").mkdir(), (work / "out/precious").write_text("mine")], {}, "not empty"
     ),
@@ -249,6 +290,19 @@ def test_what_is_wrong_is_said_and_nothing_is_written(case: str, work: Path, mon
     assert set(os.listdir(work)) == before
     assert caught.value.exit_status == 2
     assert "\n" not in str(caught.value)
+
+
+def test_the_base_may_lie_in_other_files(work: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(work / "base").save_pretrained(work / "other", max_shard_size="60KB")
+    tiny_tokenizer(work / "other")
+    merge(work / "adapter", work / "out", base_model=str(work / "other"), progress=False)
+
+
+def test_an_adapter_that_does_not_say_its_base_is_taken_with_a_warning(work: Path) -> None:
+    edit_config(work / "adapter", base_fingerprint=None)
+    make_base(work / "other", seed=1)
+    result = merge(work / "adapter", work / "out", base_model=str(work / "other"), progress=False)
+    assert any("does not say which weights" in warning for warning in result.record.warnings)
 
 
 @pytest.mark.parametrize("part", ["lora_A", "pat_mask", "pat_hsm"])

@@ -71,7 +71,6 @@ def test_every_family_passes(family: str, tied: bool, tmp_path: Path) -> None:
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
         ({"optim": "schedule_free_adamw"}, "schedulefree"),
         ({"report_to": "comet_ml"}, "comet"),
-        ({"adam_beta1": 2.0}, "beta"),
         (
             {"eval_strategy": "epoch", "save_strategy": "epoch", "metric_for_best_model": "accuracy"}
             | {"load_best_model_at_end": True},
@@ -90,12 +89,12 @@ def test_what_a_library_would_refuse_is_refused_before(flags: dict[str, Any], wo
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"num_train_epochs": 0}, "num_train_epochs=0.*expected some steps"),
+        ({"num_train_epochs": 0}, "num_train_epochs=0.*above 0"),
         ({"lora_modules_to_save": ["nothing"]}, "lora_modules_to_save=nothing"),
         ({"lora_target_parameters": ["mlp.experts.nothing"]}, "lora_target_parameters=mlp.experts.nothing"),
-        ({"weight_decay": -1}, "weight_decay=-1.*not below 0"),
+        ({"weight_decay": -1}, "weight_decay=-1.*at least 0"),
         ({"learning_rate": "inf"}, "learning_rate=inf.*finite"),
-        ({"max_length": -5}, "max_length=-5.*not below 1"),
+        ({"max_length": -5}, "max_length=-5.*at least 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

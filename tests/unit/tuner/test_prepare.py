@@ -104,7 +104,7 @@ def test_a_width_that_is_not_smaller_is_refused() -> None:
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 1.7, -0.1])
 def test_a_ratio_outside_the_open_interval_is_refused(ratio: float) -> None:
-    refused(build("llama", tied=True), "strictly between 0 and 1", pruning_ratio=ratio)
+    refused(build("llama", tied=True), "above 0 and below 1", pruning_ratio=ratio)
 
 
 @pytest.mark.parametrize("rank", [0, 49])

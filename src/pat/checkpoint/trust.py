@@ -1,0 +1,126 @@
+"""Checks that a saved adapter is what it was when it was made, and that its base is the one it was made for."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from transformers import PretrainedConfig
+
+from pat.checkpoint.card import shown_name
+from pat.errors import PatError
+from pat.families import FAMILIES
+from pat.loading import base_fingerprint
+from pat.tuner import PatConfig
+from pat.tuner.model import find_tuner
+
+logger = logging.getLogger(__name__)
+
+_PEFTS_OWN = {"auto_mapping", "peft_version", "runtime_config"}
+"""Keys that peft writes without a field, and those that say nothing about the function."""
+
+_ENDS = {path.rpartition(".")[2] for family in FAMILIES.values() for path in (family.embedding, family.head)}
+
+_WAYS_TO_HOLD = ("base_layer", "original_module", "token_adapter")
+"""Modules of peft's that hold an embedding of the base inside an adapted one."""
+
+
+def check_keys(file: Path, stored: Mapping[str, Any], config_class: type[LoraConfig]) -> None:
+    """Refuse keys of an adapter's configuration that would be passed over, unless they are set to nothing.
+
+    Raises:
+        PatError: there are some; they may decide what the adapter computes.
+    """
+    known = {field.name for field in fields(config_class)} | _PEFTS_OWN
+    unknown = sorted(name for name, value in stored.items() if name not in known and value not in (None, False, [], {}))
+    if unknown:
+        raise PatError(
+            f"{file}: got {len(unknown)} unknown keys ({', '.join(unknown)[:200]}), which may decide what the adapter "
+            "computes; expected those of this version of peft and pat: use the versions that it was made with."
+        )
+
+
+def check_base(
+    adapter: str | os.PathLike[str],
+    config: LoraConfig,
+    base_config: PretrainedConfig,
+    name: str,
+    *,
+    revision: str | None = None,
+) -> None:
+    """Refuse a base that has the shape but not the weights of the one that an adapter was made for.
+
+    Raises:
+        PatError: its fingerprint is another one.
+    """
+    if not isinstance(config, PatConfig):
+        return  # the compact model lies beside its adapter
+    made_for = config.base_fingerprint
+    found = base_fingerprint(base_config, name, revision=revision)
+    if made_for is None:
+        logger.warning(
+            "%s does not say which weights it was made for (it is of an older version, or of a base that was not on "
+            "disk as safetensors), so that any base of the same shape is taken.",
+            adapter,
+        )
+    elif found is not None and found != made_for:
+        raise PatError(
+            f"The adapter {adapter} does not fit the base model {shown_name(name)}: it was made for weights with the "
+            f"fingerprint …{made_for[-8:]}, these have …{found[-8:]}. Expected the base it was trained on; pass it "
+            "with --base_model."
+        )
+
+
+def check_tensors(model: PeftModel, adapter: str | os.PathLike[str]) -> None:
+    """Refuse an adapter file that is not just what the adapter's configuration makes of the base.
+
+    peft leaves a tensor that is missing at its initial value, and passes over one that has no place.
+
+    Raises:
+        PatError: tensors are missing or left over, or a gate keeps another number of channels than it should.
+    """
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    stored = _names(adapter)
+    if missing := expected - stored:
+        raise PatError(
+            f"{adapter}: lacks {len(missing)} of {len(expected)} tensors, such as {min(missing)}; the adapter is not "
+            "complete, or made by another version, or its configuration was changed."
+        )
+    if left_over := {name for name in stored - expected if not _is_of_the_base(name, model.active_peft_config)}:
+        raise PatError(
+            f"{adapter}: has {len(left_over)} tensors that its configuration has no place for, such as "
+            f"{min(left_over)}; expected {len(expected)}: one of the two was changed after the adapter was made."
+        )
+    tuner = find_tuner(model)
+    for gate in () if tuner is None else tuner.all_gates():
+        if gate.hardened and (num_kept := int(gate.keep.sum())) != gate.num_kept:
+            raise PatError(
+                f"{adapter}: keeps {num_kept} entries where its configuration says {gate.num_kept}; one of the two was "
+                "changed after the adapter was made."
+            )
+
+
+def carries_base_weights(adapter: str | os.PathLike[str], config: LoraConfig) -> bool:
+    """Tell whether an adapter brings embeddings of the base, which peft saves where LoRA is on them or tokens train."""
+    return any(_is_of_the_base(name, config) for name in _names(adapter))
+
+
+def _names(adapter: str | os.PathLike[str]) -> set[str]:
+    with safe_open(Path(adapter) / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+        return set(file.keys())
+
+
+def _is_of_the_base(name: str, config: LoraConfig) -> bool:
+    """Tell whether peft has written a tensor because it writes all of an embedding that LoRA or new tokens are on."""
+    *owners, leaf = name.split(".")
+    if config.trainable_token_indices is not None and _ENDS & set(owners):
+        return True  # all that there is below, once more
+    outer = [owner for owner in owners if owner not in _WAYS_TO_HOLD]
+    return leaf == "weight" and outer != owners and bool(outer) and outer[-1] in _ENDS
