@@ -15,7 +15,10 @@ from pat.shape import ShapeOptions, check_request
 class DemoOptions:
     """The folder of the demo, and the few things that can be changed in it."""
 
-    output_dir: Path = field(default=Path("pat-demo"), metadata={"help": "Folder of the run; it must be empty or new."})
+    output_dir: Path = field(
+        default=Path("pat-demo"),
+        metadata={"help": "Folder of the run: new or empty, or that of the same command before."},
+    )
     dataset_name: str | None = field(
         default=None, metadata={"help": "Instruction data; by default the small set that comes with the package."}
     )
@@ -35,4 +38,5 @@ class DemoOptions:
         check_request(ShapeOptions(pruning_ratio=self.pruning_ratio))
         if self.max_steps < 1:
             raise PatError(f"Got max_steps={self.max_steps}; expected a whole number from 1.")
-        self.output_dir = check_output_folder(self.output_dir)
+        if not (self.output_dir / "run.json").is_file():  # else the run says whether it goes on
+            self.output_dir = check_output_folder(self.output_dir)
