@@ -1,4 +1,4 @@
-"""Whatever ends a run, the same command goes on: killed, torn and refused at its file operations, stopped, started twice."""
+"""Whatever ends a run, the same command goes on: killed, torn or refused at a file operation, stopped by a signal."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def survives(places: Path, whole: Path, moment: int, fault: Fault, **more: Any) 
     out = places / f"{fault}-{moment}"
     first = faults.run(argv(places, out, **more), out, moment, fault)
     if fault == "refuse":
-        # The disk may be full where it does not matter, such as when a file is made readable; or the folder cannot be made.
+        # A disk may be full where that does no harm, and the folder may be what cannot be made.
         assert first.status in (0, 1, 2), first.said
         assert "Traceback" not in first.said and (first.status == 0 or first.said.count("pat: ") == 1), first.said
     else:
@@ -89,28 +89,6 @@ def survives(places: Path, whole: Path, moment: int, fault: Fault, **more: Any) 
     shutil.rmtree(out)
 
 
-@pytest.mark.parametrize("fault", ["kill", "tear", "refuse"])
-@pytest.mark.parametrize("share", [0.1, 0.35, 0.6, 0.85])
-def test_a_fault_at_some_operations(share: float, fault: Fault, places: Path, whole: tuple[Path, list[str]]) -> None:
-    out, operations = whole
-    survives(places, out, int(share * len(operations)) + len(fault), fault)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", ["kill", "tear", "refuse"])
-def test_a_fault_at_every_operation(fault: Fault, places: Path, whole: tuple[Path, list[str]]) -> None:
-    """All of them, or every so many (PAT_FAULTS_EVERY)."""
-    out, operations = whole
-    every = int(os.environ.get("PAT_FAULTS_EVERY", "1"))
-    failed = []
-    for moment in range(1, len(operations) + 1, every):
-        try:
-            survives(places, out, moment, fault)
-        except AssertionError as error:
-            failed.append(f"{moment} {operations[moment - 1]}: {error}")
-    assert not failed, "\n".join(failed)
-
-
 def test_a_finished_run_says_so(places: Path, whole: tuple[Path, list[str]], capfd: pytest.CaptureFixture[str]) -> None:
     out, _ = whole
     before = untouched(out)
@@ -119,7 +97,7 @@ def test_a_finished_run_says_so(places: Path, whole: tuple[Path, list[str]], cap
     assert len(captured.out.splitlines()) == 1 and "is finished, after 3 steps" in captured.out
     assert untouched(out) == before
     assert pat.tune(**flags(places, out)).record.num_steps == STEPS
-    with pytest.raises(PatError, match="max_steps: 3 in the run, 4 given.*--overwrite true"):
+    with pytest.raises(PatError, match=r"max_steps: 3 in the run, 4 given.*--overwrite true"):
         pat.tune(**flags(places, out, max_steps=4))
     with pytest.raises(PatError, match=r"seed: 42 in the run, 1 given.*--overwrite true"):
         pat.tune(**flags(places, out, seed=1))
@@ -147,7 +125,9 @@ def test_figures_that_are_missing_are_made_of_model_and_adapter(
     assert tensors(out) == tensors(whole[0])
 
 
-def test_a_model_without_adapter_is_not_thrown_away(places: Path, whole: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_a_model_without_adapter_is_not_thrown_away(
+    places: Path, whole: tuple[Path, list[str]], tmp_path: Path
+) -> None:
     out = shutil.copytree(whole[0], tmp_path / "out")
     (out / "results.json").unlink()
     shutil.rmtree(out / "compact")
@@ -240,7 +220,7 @@ def test_overwrite_removes_a_run_and_nothing_else(
     out = shutil.copytree(whole[0], tmp_path / "out")
     (out / "notes.txt").write_text("mine")
     before = untouched(out)
-    with pytest.raises(PatError, match="notes.txt is not from `pat tune`"):
+    with pytest.raises(PatError, match=r"notes.txt is not from `pat tune`"):
         pat.tune(**flags(places, out, seed=1, overwrite=True))
     with pytest.raises(PatError, match="which it would remove"):
         (out / "notes.txt").unlink()
@@ -255,3 +235,25 @@ def test_overwrite_removes_a_run_and_nothing_else(
     with pytest.raises(PatError, match="not empty"):
         pat.tune(**flags(places, foreign))
     assert [path.name for path in foreign.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("fault", ["kill", "tear", "refuse"])
+@pytest.mark.parametrize("share", [0.1, 0.35, 0.6, 0.85])
+def test_a_fault_at_some_operations(share: float, fault: Fault, places: Path, whole: tuple[Path, list[str]]) -> None:
+    out, operations = whole
+    survives(places, out, int(share * len(operations)) + len(fault), fault)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["kill", "tear", "refuse"])
+def test_a_fault_at_every_operation(fault: Fault, places: Path, whole: tuple[Path, list[str]]) -> None:
+    """All of them, or every so many (PAT_FAULTS_EVERY)."""
+    out, operations = whole
+    every = int(os.environ.get("PAT_FAULTS_EVERY", "1"))
+    failed = []
+    for moment in range(1, len(operations) + 1, every):
+        try:
+            survives(places, out, moment, fault)
+        except AssertionError as error:
+            failed.append(f"{moment} {operations[moment - 1]}: {error}")
+    assert not failed, "\n".join(failed)

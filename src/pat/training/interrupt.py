@@ -24,11 +24,12 @@ class StopOnSignal(TrainerCallback):
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._before: dict[int, Any] = {}
+        self._has_saved = False
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save, stop and log (the loss since the last log would be lost)."""
         if self.received is not None:
-            args.save_only_model = False
+            args.save_only_model, self._has_saved = False, True
             control.should_save = control.should_training_stop = control.should_log = True
 
     @contextmanager
@@ -49,6 +50,8 @@ class StopOnSignal(TrainerCallback):
         finally:
             for number in self._before:
                 self._restore(number)
+        if self.received is not None and not self._has_saved:  # it came after the last step
+            signal.raise_signal(self.received)
         if self.received is not None:
             raise Interrupted(
                 f"{self.received.name} has stopped the run after step {trainer.state.global_step:,} of "
