@@ -61,7 +61,7 @@ def staged_folder(output_dir: str | os.PathLike[str], *, replaces: bool = False)
         yield staging
         make_readable(staging)
         sync(staging)
-        if replaces:
+        if replaces and target.is_dir() and any(target.iterdir()):
             discard(target)
         _rename(staging, target)
         _sync_folder(target.parent)

@@ -105,7 +105,9 @@ def check_folder(arguments: TuneArguments) -> str | None:
     if isinstance(named, str) and (found := flaw(Path(named), needed=())) is not None:
         raise PatError(f"Got resume_from_checkpoint={named}, but {found}; name another one.")
     if named is True and run is None and not arguments.run.overwrite:
-        return last_checkpoint(folder / CHECKPOINTS)
+        named = last_checkpoint(folder / CHECKPOINTS)
+        if named is None:
+            raise PatError(f"{folder / CHECKPOINTS}: no checkpoint there is whole; choose another output folder.")
     return named if isinstance(named, str) else None
 
 
@@ -214,7 +216,7 @@ def _writing_failed(error: Exception, folder: Path) -> RunFailed | None:
     return RunFailed(f"{path}: could not be written ({reason}); when that is put right, the same command goes on.")
 
 
-def _named(arguments: TuneArguments) -> str | bool:
+def _named(arguments: TuneArguments) -> str | bool | None:
     """Return the checkpoint that a flag names, or whether it says that there is to be one.
 
     Raises:
