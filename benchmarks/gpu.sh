@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# All benchmarks on one GPU: what a run costs, how fast the result is, what a merge costs, and whether compaction costs
-# quality. On an H100 they take about eleven minutes; PARTS splits them where that is too long for one session. Needs an
+# All benchmarks on one GPU: what a run costs, how fast the result is, what a merge costs, whether compaction costs
+# quality, and how methods compare after nine million tokens (each of PAT's cells has its parity figures in bf16 beside
+# it). On an H100 all but the last take about eleven minutes; PARTS splits them where that is too long for one session. Needs an
 # environment with pat and its dependencies, or wheels of what is missing:
 #
 #   WHEELS=wheels MODEL=models/smollm2 DATA=instruct.jsonl OUT=benchmarks/results/gpu bash benchmarks/gpu.sh
 #
 # WHEELS   folder of wheels, pat's own among them, installed into a folder of their own without an index; none if
 #          everything is there
-# MODEL    a base model for the comparison of qualities, DATA its instruction data; without them it is left out
+# MODEL    a base model for the comparisons of qualities, DATA its instruction data; without them these are left out
 # SCRATCH  folder for 30 GB on the disk that copies and merges are to be timed on; the other parts use TMPDIR (25 GB)
-# PARTS    what to do, by default all: nll memory train inference merge
+# PARTS    what to do: nll memory train inference merge, which is the default, and compare
+# COMPARE  further flags of the comparison, such as "--epochs 1"
+# REHEARSE 1 to try the comparison without a GPU, on a small MODEL with few steps
 # Every part has a time limit of its own, so that one that hangs leaves the others their figures.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -18,14 +21,15 @@ OUT=${OUT:-benchmarks/results/gpu}
 PYTHON=${PYTHON:-python3}
 PARTS=${PARTS:-nll memory train inference merge}
 mkdir -p "$OUT"
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONPATH="benchmarks${PYTHONPATH:+:$PYTHONPATH}"
 
 if [ -n "${WHEELS:-}" ]; then
     site=$(mktemp -d)
     "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$site" "$WHEELS"/*.whl || exit 1
     export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
-"$PYTHON" -c 'import pat, torch; assert torch.cuda.is_available(), "no GPU"; print(torch.cuda.get_device_name())' || exit 1
+[ -n "${REHEARSE:-}" ] ||
+    "$PYTHON" -c 'import pat, torch; assert torch.cuda.is_available(), "no GPU"; print(torch.cuda.get_device_name())' || exit 1
 
 part() {  # part SECONDS NAME COMMAND...; nothing if it is not asked for
     local limit=$1 name=$2 started=$SECONDS
@@ -58,5 +62,10 @@ part 180 inference "$PYTHON" benchmarks/inference_speed.py --device cuda --dtype
     --decode_hidden_size 8192 --repetitions 7 --output "$OUT/inference_speed.json" || failed=1
 part 300 merge "$PYTHON" benchmarks/merge_cost.py --device cuda --shape 7b --parts merges --merges none,pca \
     --repetitions 1 ${SCRATCH:+--scratch "$SCRATCH"} --output "$OUT/merge_cost.json" || failed=1
+if [ -n "${MODEL:-}" ] && [ -n "${DATA:-}" ]; then
+    # shellcheck disable=SC2086  # several flags
+    part 590 compare "$PYTHON" -m compare --config benchmarks/compare/configs/gpu.yaml --models "$MODEL" --data "$DATA" \
+        --output_dir "$OUT/compare" ${COMPARE:-} || failed=1
+fi
 ls -l "$OUT"
 exit $failed

@@ -34,7 +34,6 @@ from compare.cells import Cell, short_name
 from compare.config import CompareConfig
 from compare.curve import CurveRecorder, forward_parameters
 from compare.data import DataFiles, data_files, draw_calibration
-from compare.distill import WEIGHT, DistillingTrainer
 from compare.methods import METHODS, TUNED
 from compare.results import row_identity
 from compare.scoring import Scorer
@@ -44,6 +43,7 @@ from pat.loading import load_base, load_config, load_tokenizer, stored_dtype
 from pat.report.records import environment
 from pat.training.arguments import TuneArguments
 from pat.training.data import load_training_data
+from pat.training.distill import DistillingTrainer, Teacher
 from pat.training.guard import FiniteGuard
 from pat.training.tune import run_tune
 
@@ -225,7 +225,12 @@ class _Run:
         recorder = self._recorder(0 if teacher is None else forward_parameters(teacher))
         make: Any = SFTTrainer
         if teacher is not None:
-            make = partial(DistillingTrainer, teacher=teacher, weight=self.config.distill_weight or WEIGHT)
+            weight = self.config.distill_weight
+            make = partial(
+                DistillingTrainer,
+                teacher=Teacher(cast(Any, teacher)),
+                **({} if weight is None else {"distill_weight": weight}),
+            )
         trainer = make(
             model=cast(Any, peft_model),
             args=arguments.sft,

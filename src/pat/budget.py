@@ -21,6 +21,11 @@ COARSE_FIRST = ("layers", "heads", "hidden", "mlp")
 
 HIDDEN, MLP, HEADS, LAYERS = (AXES[name].field for name in ("hidden", "mlp", "heads", "layers"))
 
+
+class CutsNothing(PatError):
+    """A request so small that the nearest legal size is the base's."""
+
+
 Sizes = Mapping[str, int]
 """Sizes by the field of a configuration."""
 
@@ -83,7 +88,7 @@ def choose_shape(
         sizes, reason = budget.shared([name for name in COARSE_FIRST if name in axes])
     kept = base.count(sizes)
     if kept == budget.total:
-        raise PatError(f"Got a request that cuts nothing ({reason}); lower multiple_of, or ask for more.")
+        raise CutsNothing(f"Got a request that cuts nothing ({reason}); lower multiple_of, or ask for more.")
     return Shape(dict(base.sizes), sizes, 1 - kept / budget.total, reason)
 
 
@@ -142,19 +147,24 @@ class _Budget:
             if name == "mlp":
                 sizes, reason = self.mlp(sizes)
             elif name == "hidden":
-                count = self.base.count(sizes)
-                share = share if count == self.total else max(0.0, 1 - (1 - share) * self.total / count)
-                heads = self.base.num_attention_heads(sizes)
-                width = choose_width(sizes[HIDDEN], heads, pruning_ratio=share, multiple_of=self.multiple_of)
-                sizes[HIDDEN], reason = (
-                    width.pruned_hidden_size,
-                    (self.beside(sizes, name) + ", " + width.reason).lstrip(", "),
-                )
+                sizes, reason = self.width(sizes, share)
             else:
                 sizes, reason = self.nearest(
                     name, sizes, share, free_width="hidden" in named, is_last=name == named[-1]
                 )
         return sizes, reason
+
+    def width(self, sizes: dict[str, int], share: float) -> tuple[dict[str, int], str]:
+        """Choose the hidden size that brings the cut to a share of all parameters."""
+        count, beside = self.base.count(sizes), self.beside(sizes, "hidden")
+        if count < self.total:  # a cut of the hidden size by a share takes that share off what is left
+            share = 1 - (1 - share) * self.total / count
+        if share <= 0:
+            return sizes, f"nothing is left to be cut of the hidden size{beside}"
+        heads = self.base.num_attention_heads(sizes)
+        found = choose_width(sizes[HIDDEN], heads, pruning_ratio=share, multiple_of=self.multiple_of)
+        reason = f"{found.reason};{beside}" if beside else found.reason
+        return sizes | {HIDDEN: found.pruned_hidden_size}, reason
 
     def mlp(self, sizes: dict[str, int]) -> tuple[dict[str, int], str]:
         """Take what is left of the budget off the MLP channels."""

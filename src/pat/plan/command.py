@@ -140,6 +140,7 @@ def _measure(options: PlanOptions, base_config: Any, family: Family, pruning_rat
         base_config,
         family,
         pruning_ratio=pruning_ratio,
+        num_steps=options.shape_search_steps,
         shown=not options.json,
     )
     if options.figure is not None:

@@ -17,6 +17,8 @@ class Point:
     """Mean loss of a response token, in nats."""
     predicted_nll: float | None = None
     """The same from the curves of the single axes; None for a single axis."""
+    tuned_nll: float | None = None
+    """Loss of the dense model after the steps of a search, on the rows that `pat tune` holds out; None without one."""
 
     def options(self) -> str:
         """Return the flags of `pat tune` that ask for this shape."""
@@ -34,4 +36,6 @@ class Measured:
     curves: dict[str, tuple[Point, ...]]
     """Points of each axis that can be cut, by the share of parameters, ascending."""
     candidates: tuple[Point, ...]
-    """Shapes that meet the budget, best first."""
+    """Shapes that meet the budget, best first: after the steps of the search, or before training without one."""
+    num_steps: int = 0
+    """Optimizer steps that each candidate was tuned for."""

@@ -7,6 +7,7 @@ taken to cost the sum of what each costs alone; the pairs for which that is leas
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import combinations, pairwise
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from pat.families import Family
 from pat.loading import load_base, load_tokenizer
 from pat.nll import Example, batches_from_examples, response_nll
 from pat.plan.curves import Measured, Point
+from pat.plan.search import tuned_nll
 from pat.report.progress import Progress, progress_bar
 from pat.shape import AXES
 from pat.training.precision import bf16_pays_on_cpu
@@ -37,6 +39,9 @@ SPLITS = (1 / 3, 1 / 2, 2 / 3)
 NUM_PAIRS = 3
 """Number of pairs of axes that are scored themselves."""
 
+SLACK = 0.02
+"""Furthest that a shape may lie from the budget, as a share of all parameters; heads and layers go in large steps."""
+
 NUM_TOKENS = 8192
 """Tokens to calibrate on, at most; `pat tune` reads more."""
 
@@ -49,7 +54,14 @@ _BISECTIONS = 7
 
 
 def measure_shapes(
-    name: str, dataset: str, base_config: Any, family: Family, *, pruning_ratio: float, shown: bool = True
+    name: str,
+    dataset: str,
+    base_config: Any,
+    family: Family,
+    *,
+    pruning_ratio: float,
+    num_steps: int = 0,
+    shown: bool = True,
 ) -> Measured:
     """Measure curves and candidates.
 
@@ -59,6 +71,7 @@ def measure_shapes(
         base_config: of the base model.
         family: of the base model.
         pruning_ratio: budget, as a share of all parameters.
+        num_steps: optimizer steps to tune each candidate for.
         shown: whether a bar is drawn if a person is looking.
 
     Raises:
@@ -66,7 +79,17 @@ def measure_shapes(
     """
     bench = _Bench(name, dataset, base_config, family)
     with progress_bar("Measuring shapes", "shape", shown=shown) as bar:
-        return bench.run(pruning_ratio, dataset, bar)
+        measured = bench.run(pruning_ratio, dataset, bar)
+    if not num_steps:
+        return measured
+    del bench  # its model is not needed beside those that are tuned
+    tuned = []
+    with progress_bar("Tuning shapes", "shape", shown=shown) as bar:
+        for done, point in enumerate(measured.candidates, start=1):
+            tuned.append(replace(point, tuned_nll=tuned_nll(name, dataset, point.sizes, num_steps)))
+            bar(done, len(measured.candidates))
+    best_first = sorted(tuned, key=lambda point: cast(float, point.tuned_nll))
+    return replace(measured, candidates=tuple(best_first), num_steps=num_steps)
 
 
 class _Bench:
@@ -153,7 +176,7 @@ class _Bench:
                     sizes = self.meet(a, b, split * ratio, ratio)
                 except PatError:  # not a shape that transformers loads
                     continue
-                if sizes in seen:
+                if sizes in seen or abs(self.ratio(sizes) - ratio) > SLACK:
                     continue
                 seen.append(sizes)
                 costs = (

@@ -38,6 +38,13 @@ class PlanOptions(ShapeOptions):
             "training, and which shapes under the budget come out best. Takes minutes, and the model's weights."
         },
     )
+    shape_search_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps of the default recipe that each of these shapes is tuned for, with --calibrate, before they "
+            "are ranked; what is best before training need not be best after it."
+        },
+    )
     figure: Path | None = field(default=None, metadata={"help": "PNG file for the curves that --calibrate measures."})
     json: bool = field(default=False, metadata={"help": "Print JSON instead of tables."})
 
@@ -48,6 +55,10 @@ class PlanOptions(ShapeOptions):
             PatError: a ratio is outside (0, 1), or both ratio and width are given.
         """
         expand_options(self)
+        if self.shape_search_steps < 0:
+            raise PatError(f"Got shape_search_steps={self.shape_search_steps}; expected a number of steps, or 0.")
+        if self.shape_search_steps and self.calibrate is None:
+            raise PatError("Got shape_search_steps without calibrate, whose data it tunes on; give --calibrate DATA.")
         if self.figure is not None and self.calibrate is None:
             raise PatError("Got figure without calibrate, which measures what it shows; give --calibrate DATA as well.")
         if self.figure is not None:

@@ -35,8 +35,9 @@ def print_plan(record: PlanRecord) -> None:
         table.print()
     if record.measured is not None:
         _measured(record.measured).print()
-        best = record.measured.candidates[0]
-        print(f"Best before training: {best.options()} (flags of `pat tune`, instead of a ratio).")
+        best, num_steps = record.measured.candidates[0], record.measured.num_steps
+        when = f"after {num_steps} steps" if num_steps else "before training, which need not be best after it"
+        print(f"Best {when}: {best.options()} (flags of `pat tune`, instead of a ratio).")
     for note in record.notes:
         print(f"- {note}")
 
@@ -63,15 +64,19 @@ def _measured(measured: Measured) -> Table:
     def row(point: Point) -> list[str]:
         sizes = ", ".join(f"{labels[option]} {size:,}" for option, size in point.sizes.items())
         predicted = "" if point.predicted_nll is None else f"{point.predicted_nll:.3f}"
-        return [sizes, f"{point.pruning_ratio:.1%}", f"{point.nll:.3f}", predicted]
+        tuned = [""] * bool(measured.num_steps) if point.tuned_nll is None else [f"{point.tuned_nll:.3f}"]
+        return [sizes, f"{point.pruning_ratio:.1%}", f"{point.nll:.3f}", predicted, *tuned]
 
-    curves = [row(point) for points in measured.curves.values() for point in points if point not in measured.candidates]
-    rows = [["nothing", "", f"{measured.base_nll:.3f}", ""], *curves, *map(row, measured.candidates)]
+    known = [candidate.sizes for candidate in measured.candidates]
+    curves = [row(point) for points in measured.curves.values() for point in points if point.sizes not in known]
+    tuned = [f"after {measured.num_steps} steps"] if measured.num_steps else []
+    base = ["nothing", "", f"{measured.base_nll:.3f}", "", *[""] * len(tuned)]
+    rows = [base, *curves, *map(row, measured.candidates)]
     title = (
         f"Loss before any training on {measured.num_scored_tokens:,} response tokens of {measured.dataset}, calibrated "
         f"on {measured.num_calibration_tokens:,}; shapes under the budget at the end, best first"
     )
-    columns = ("what is cut to", "parameters cut", "NLL", "predicted")
+    columns = ("what is cut to", "parameters cut", "NLL", "predicted", *tuned)
     return Table(title, columns, rows, num_totals=len(measured.candidates))
 
 

@@ -124,15 +124,14 @@ def announce(arguments: TuneArguments, checked: Checked, data: Prepared, model: 
     """Say in one line on stderr what was understood."""
     soft = min(num_steps, milestone_step(arguments.pat.milestone, num_steps))
     rest = "on the small model" if compacts(arguments.run.no_compact, arguments.pat_config()) else "at full width"
-    shape = checked.shape
-    widths = [shape.size("mlp")] if shape.cuts("mlp") else []
-    widths += [head_dim(empty_model(checked.base_config)) * checked.base_config.num_attention_heads] * shape.cuts(
-        "heads"
-    )
+    shape, config = checked.shape, checked.base_config
+    widths = {"mlp": shape.sizes.get("intermediate_size", 0)}
+    widths["heads"] = head_dim(empty_model(config)) * config.num_attention_heads
+    read = [name for name in widths if shape.cuts(name)]
     reading = ""
-    if widths:
-        tokens = arguments.pat.refit_tokens or TOKENS_PER_CHANNEL * max(widths)
-        what = " and ".join(AXES[name].label for name in ("mlp", "heads") if shape.cuts(name))
+    if read:
+        tokens = arguments.pat.refit_tokens or TOKENS_PER_CHANNEL * max(widths[name] for name in read)
+        what = " and ".join(AXES[name].label for name in read)
         reading = f" Up to {tokens:,} tokens are read first, to choose the {what}."
     if shape.cuts("layers"):
         reading += f" {LAYER_TOKENS:,} tokens are read {shape.size('layers')} times, to choose the layers."

@@ -100,7 +100,7 @@ def _warn_of_idle_options(config: PatConfig, shape: Shape) -> None:
     """Say which options that were given do nothing, because their axis is not cut or a size comes before them."""
     for is_cut, axis, names in (
         (shape.cuts("hidden"), "hidden size is", ("operator_rank", "operator_lr_multiplier", "calibration_tokens")),
-        (shape.cuts("mlp") or shape.cuts("heads"), "MLPs are", ("refit", "refit_tokens")),
+        (shape.cuts("mlp") or shape.cuts("heads"), "MLPs and heads are", ("refit", "refit_tokens")),
     ):
         if given := [name for name in names if not is_cut and getattr(config, name) != _DEFAULTS[name]]:
             logger.warning("These options have no effect, since the %s not cut: %s.", axis, ", ".join(given))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import convert_file_size_to_int
 
+from pat.budget import CutsNothing
 from pat.errors import PatError
 from pat.loading import stored_dtype
 from pat.shape import Shape, ShapeOptions
@@ -79,8 +80,10 @@ def _ratio_of_latency(share: float, base_config: Any, choose: Callable[[float], 
         middle = (low + high) / 2
         try:
             met = is_met(middle)
-        except PatError:  # so little that nothing is cut, or more than the axes can give
-            met = middle > 1 - share
+        except CutsNothing:
+            met = False
+        except PatError:  # more than the axes can give
+            met = True
         low, high = (low, middle) if met else (middle, high)
     try:
         met = is_met(high)

@@ -354,7 +354,10 @@ def test_targets_asked_for_are_kept(targets: Any) -> None:
             {"axes": ["mlp"], "calibration_tokens": 99},
             "the hidden size is not cut: .*calibration_tokens",
         ),
-        ({"axes": ["hidden"], "refit": False, "refit_tokens": 99}, "the MLPs are not cut: refit, refit_tokens"),
+        (
+            {"axes": ["hidden"], "refit": False, "refit_tokens": 99},
+            "the MLPs and heads are not cut: refit, refit_tokens",
+        ),
         ({"axes": ["mlp"], "pruned_hidden_size": 36}, r"axes=\['mlp'\] has no effect beside the sizes"),
     ],
 )

@@ -1,0 +1,61 @@
+"""What cutting an axis costs, measured on a small model that was trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pat.cli import main
+from pat.plan import measure
+from pat.plan.curves import Point
+from pat.plan.measure import _interpolated
+
+TESTS = Path(__file__).parents[2]
+STORIES, DATA = TESTS / "data" / "stories260K", TESTS / "data" / "instructions.jsonl"
+
+
+def test_curves_rise_and_candidates_meet_the_budget(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(measure, "NUM_TOKENS", 4096)
+    monkeypatch.setattr(measure, "SPLITS", (0.5,))
+    figure = tmp_path / "curves.png"
+    flags = ["--model_name_or_path", str(STORIES), "--calibrate", str(DATA), "--figure", str(figure), "--json"]
+    assert main(["plan", *flags]) == 0
+    measured = json.loads(capsys.readouterr().out)["measured"]
+    for points in measured["curves"].values():
+        losses = [measured["base_nll"], *(point["nll"] for point in points)]
+        assert losses == sorted(losses)
+    candidates = measured["candidates"]
+    assert [point["nll"] for point in candidates] == sorted(point["nll"] for point in candidates)
+    assert all(abs(point["pruning_ratio"] - 0.25) < 0.04 for point in candidates)
+    # The rule of `axes="auto"` is among them, and two axes cost about what their curves say.
+    assert {"pruned_intermediate_size": 104} in [point["sizes"] for point in candidates]
+    predicted = [point for point in candidates if point["predicted_nll"] is not None]
+    assert predicted and all(abs(point["nll"] - point["predicted_nll"]) < 0.5 for point in predicted)
+    assert figure.stat().st_size > 10_000
+
+
+def test_between_points_a_curve_is_straight() -> None:
+    points = (Point({"a": 2}, 0.1, 3.0), Point({"a": 1}, 0.3, 4.0))
+    assert _interpolated(points, 2.5, 0.05) == pytest.approx(0.25)
+    assert _interpolated(points, 2.5, 0.2) == pytest.approx(1.0)
+    assert _interpolated(points, 2.5, 0.6) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--figure", "curves.png"], "Got figure without calibrate"),
+        (["--calibrate", "none.jsonl"], "none.jsonl"),
+        (
+            ["--calibrate", str(DATA), "--figure", "missing/curves.png"],
+            "expected a .png file in a folder that is there",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model_name_or_path", str(STORIES), *flags]) == 2
+    assert message in capsys.readouterr().err
