@@ -163,6 +163,7 @@ class Stages:
         self.teaching.begin(trainer)
         self._train(trainer, "stage_two", checkpoint)
         config = PatConfig.from_pretrained(str(self.arguments.output_dir / "adapter"))
+        config.inference_mode = False  # as it was when it was saved
         return self._trained(trainer, record, config)
 
     def _trainer(self, model: PeftModel, args: SFTConfig, folder: Path, *callbacks: TrainerCallback) -> SFTTrainer:

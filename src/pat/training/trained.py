@@ -16,7 +16,6 @@ from pat.checkpoint.compact import ADAPTER, RECORD, read_compaction
 from pat.report.records import to_json
 from pat.training.run_file import RunFile
 from pat.training.teacher import TeacherRecord
-from pat.tuner.config import PatConfig
 
 TRAINING = "training.json"
 """Beside the last adapter: the facts of its training. The folder appears whole, so where it is, training is over."""
@@ -45,7 +44,7 @@ class Trained:
 
     def write(self, folder: Path, asked_steps: int) -> None:
         """Write the facts beside the adapter, with the number of steps that were asked for."""
-        facts = {name: getattr(self, name) for name in ("num_steps", "epoch", "log_history", "seconds")}
+        facts = {name: getattr(self, name) for name in ("num_steps", "epoch", "log_history", "seconds", "pat_config")}
         facts |= {"asked_steps": asked_steps, "teacher": None if self.teacher is None else asdict(self.teacher)}
         (folder / TRAINING).write_text(to_json(facts), encoding="utf-8")
 
@@ -63,7 +62,7 @@ class Trained:
             facts["epoch"],
             facts["log_history"],
             facts["seconds"],
-            PatConfig.from_pretrained(str(output_dir / "adapter")).to_dict(),
+            facts["pat_config"],
             run,
             read_compaction(output_dir / "compact") if _is_compact(output_dir) else None,
             None if teacher is None else TeacherRecord(**teacher),
