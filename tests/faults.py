@@ -15,9 +15,11 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -118,6 +120,9 @@ class Outcome:
 
 def run(argv: list[str], folder: Path, moment: int = 0, fault: Fault = "kill", signals: int = 0) -> Outcome:
     """Run a command, hit at a moment, counted from 1; 0 is never. It is sent so many SIGTERMs after its first step."""
+    with pytest.MonkeyPatch.context() as patch:  # where the server finds this module, or each process imports it anew
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
     log = folder.with_name(f"{folder.name}.log")
     process = _context.Process(target=_child, args=(argv, str(folder), moment, fault, signals, str(log)))
     process.start()

@@ -208,7 +208,7 @@ def _writing_failed(error: Exception, folder: Path) -> RunFailed | None:
             return None
     else:  # of safetensors' or torch's own writers, which name neither file nor error number
         reason = one_line(error)
-        if not any(words in reason for words in ("serializ", "PytorchStreamWriter", "inline_container")):
+        if not any(words in reason for words in ("while serializing", "PytorchStreamWriter", "inline_container")):
             return None
     if not isinstance(path, str):
         files = [file for file in folder.rglob("*") if file.is_file()]

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from peft import prepare_model_for_kbit_training
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback, set_seed
 from trl import get_quantization_config
 
@@ -15,7 +16,7 @@ from pat.checkpoint.card import Cut, shown_name
 from pat.checkpoint.staging import discard, remove_unfinished, staged_folder, write_whole
 from pat.checkpoint.verify import Parity
 from pat.checkpoint.write import examine, quiet_transformers, save_checkpoint
-from pat.errors import PatError
+from pat.errors import PatError, one_line
 from pat.loading import TokenSetup, empty_model, load_base, load_config, quantization_of, stored_dtype
 from pat.loading.tokenizer import load_plain_tokenizer
 from pat.method.schedule import milestone_step
@@ -202,8 +203,8 @@ def _examine(
     try:
         dense = empty_model(load_config(str(folder))[0], dtype)
         return examine(trained.model, folder, dense, data.verify_on, compaction=trained.compaction)
-    except PatError as error:
-        logger.warning("%s is written anew. %s", folder, error)
+    except (PatError, SafetensorError, OSError, ValueError, RuntimeError) as error:  # of whoever opens its files
+        logger.warning("%s is written anew: %s", folder, one_line(error))
         return None
 
 
