@@ -1,7 +1,7 @@
 """The `pat` command: parse, call one function, print. What a command needs is imported when it is called.
 
-Exit status: 0 done, 1 failed while running, 2 the user's input is wrong. Errors are one line on stderr; `--debug`
-shows the traceback.
+Exit status: 0 done, 1 failed while running, 2 the user's input is wrong, 130 and 143 stopped by SIGINT and SIGTERM.
+Errors are one line on stderr; `--debug` shows the traceback.
 """
 
 from __future__ import annotations

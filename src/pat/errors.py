@@ -13,6 +13,14 @@ class RunFailed(PatError):
     exit_status = 1
 
 
+class Interrupted(RunFailed):
+    """A signal has ended a run after its step; the same command goes on."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_status = 128 + signal_number
+
+
 class Diverged(RunFailed):
     """Training came to infinite or undefined numbers."""
 

@@ -237,16 +237,19 @@ def test_mixed_precision(rotation: str, base: Path, data: Path, tmp_path: Path) 
 def test_a_checkpoint_that_was_not_finished_is_passed_over(kept: Path, tmp_path: Path) -> None:
     checkpoints = shutil.copytree(kept / "checkpoints", tmp_path / "checkpoints")
     assert last_checkpoint(checkpoints) == str(checkpoints / "compact" / f"checkpoint-{STEPS}")
-    (checkpoints / "compact" / f"checkpoint-{STEPS}" / "trainer_state.json").unlink()
+    (checkpoints / "compact" / f"checkpoint-{STEPS}" / "trainer_state.json").unlink()  # the trainer writes it last
     assert last_checkpoint(checkpoints) == str(checkpoints / "compact" / f"checkpoint-{STEPS - 1}")
     shutil.rmtree(checkpoints / "compact")
     assert last_checkpoint(checkpoints) == str(checkpoints / f"checkpoint-{MILESTONE}")
     assert last_checkpoint(tmp_path / "nothing") is None
 
 
-def test_a_run_that_can_be_gone_on_with_is_not_called_a_full_folder(kept: Path, base: Path, data: Path) -> None:
+def test_checkpoints_of_an_unknown_run_are_gone_on_from_only_if_asked_for(
+    kept: Path, base: Path, data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(kept / "checkpoints", tmp_path / "out" / "checkpoints")
     with pytest.raises(PatError, match="--resume_from_checkpoint true"):
-        pat.tune(**flags(base, data, kept))
+        pat.tune(**flags(base, data, tmp_path / "out"))
 
 
 def test_a_dense_model_uses_its_cache(kept: Path) -> None:

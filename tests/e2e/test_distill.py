@@ -93,6 +93,7 @@ def test_a_run_that_was_cut_off_is_resumed(run: tuple[Path, Any], left: int, pla
             shutil.rmtree(path)
     shutil.rmtree(out / "model")
     (out / "results.json").unlink()
+    (out / "compact" / "adapter" / "training.json").unlink()
     (out / "run.json").write_text(json.dumps(json.loads((out / "run.json").read_text()) | {"finished": []}))
     caches = list((out / "checkpoints").glob("teacher-*/*.npy"))
     before = [path.stat().st_mtime_ns for path in caches]

@@ -27,7 +27,7 @@ MODEL, ADAPTER, RECORD = "model", "adapter", "compaction.json"
 
 COMPACTION_REFUSED = (
     "The compact model is not the masked one: {missed}. The adapter as of the milestone and the checkpoints are kept; "
-    "go on at full width with --resume_from_checkpoint true --no_compact true."
+    "the same command with --no_compact true goes on at full width."
 )
 
 
@@ -89,5 +89,5 @@ def read_compaction(folder: Path) -> Compaction:
         return Compaction(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise PatError(
-            f"{path}: not the record of a compaction ({one_line(error)}); resume without that checkpoint."
+            f"{path}: not the record of a compaction ({one_line(error)}); start anew with --overwrite true."
         ) from error

@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -16,6 +16,10 @@ from pat.paths import check_writable
 
 if sys.platform != "win32":
     import fcntl
+
+
+STAGED = ".tmp-"
+"""Part of the name of everything that is being written or removed: `.NAME.tmp-…`."""
 
 
 def check_output_folder(output_dir: str | os.PathLike[str]) -> Path:
@@ -38,17 +42,17 @@ def check_output_folder(output_dir: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def staged_folder(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
+def staged_folder(output_dir: str | os.PathLike[str], *, replaces: bool = False) -> Iterator[Path]:
     """Yield a hidden folder beside `output_dir` that takes its name if the block ends well and vanishes otherwise.
 
     Before it takes the name everything in it is on the disk. What runs that were killed have left beside the same
-    `output_dir` is removed first.
+    `output_dir` is removed first. With `replaces`, so is a folder that has the name, when the new one is ready.
 
     Raises:
         PatError: something is at `output_dir` already, or no folder can be made there.
     """
-    target = Path(os.path.realpath(check_output_folder(output_dir)))
-    prefix = f".{target.name}.tmp-"
+    target = Path(os.path.realpath(output_dir if replaces else check_output_folder(output_dir)))
+    prefix = f".{target.name}{STAGED}"
     _remove_stale(target.parent, prefix)
     # Ancestors that are made now go again if nothing comes of it.
     made = [folder for folder in target.parents if not folder.exists()]
@@ -61,7 +65,9 @@ def staged_folder(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
             raise PatError(f"{target}: cannot be created ({error.strerror}); choose another output folder.") from error
         yield staging
         make_readable(staging)
-        _sync(staging)
+        sync(staging)
+        if replaces and target.is_dir() and any(target.iterdir()):
+            discard(target)
         _rename(staging, target)
         _sync_folder(target.parent)
     except BaseException:  # an interrupt must leave nothing behind either
@@ -122,6 +128,42 @@ def _remove_stale(parent: Path, prefix: str) -> None:
                 os.close(lock)
 
 
+def discard(folder: Path) -> None:
+    """Remove a folder, if there is one, so that no part of it is ever left under its name."""
+    if folder.is_dir():
+        aside = folder.with_name(f".{folder.name}{STAGED}{secrets.token_hex(4)}")
+        os.replace(folder, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Remove what killed processes have left in a folder, of things so named; nobody else may be writing there."""
+    for path in folder.glob(f".*{STAGED}*") if folder.is_dir() else ():
+        name = path.name.removeprefix(".").rpartition(STAGED)[0]
+        if names is not None and name not in names:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears complete or not at all; its folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}{STAGED}{secrets.token_hex(4)}")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
 def make_readable(folder: Path) -> None:
     """Give files the permissions of any new file; safetensors makes its own readable by their owner alone."""
     probe = folder / f".probe-{secrets.token_hex(4)}"
@@ -133,7 +175,7 @@ def make_readable(folder: Path) -> None:
             path.chmod(mode)
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Have everything in a folder on the disk, so that its name cannot outlive its contents in a power failure."""
     for path in (*folder.rglob("*"), folder):
         if path.is_dir():

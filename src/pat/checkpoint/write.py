@@ -103,16 +103,38 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         raise writing_failed(error) from error
     started = time.perf_counter()
+    parity, cut = examine(model, folder, dense, batches, stored=stored, compaction=compaction, progress=progress)
+    timings["verify_seconds"] = time.perf_counter() - started
+    (folder / "README.md").write_text(render_card(cut, parity, provenance), encoding="utf-8")
+    return parity, cut
+
+
+def examine(
+    model: nn.Module,
+    folder: Path,
+    dense: PreTrainedModel,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    stored: StoredWeights | None = None,
+    compaction: Compaction | None = None,
+    progress: bool = False,
+) -> tuple[Parity, Cut]:
+    """Compare a dense checkpoint with the adapted model that it was made of; see `save_checkpoint`.
+
+    `dense` is the checkpoint's model; its weights are not looked at, and may be on the meta device.
+
+    Raises:
+        RunFailed: the checkpoint does not load, or is not the tuned model.
+    """
+    batches, dtype = list(batches), dense.dtype
     with quiet_transformers(not progress):
         parity = _compare(model, dense, folder, stored, dtype, batches)
         # Only a model that computes in 32 bits comes to the floor, and only if it is past the tolerance.
         device = next(model.parameters()).device
         parity = check(parity, floor=lambda: permutation_floor(load_written(folder, dtype, device), batches))
-    timings["verify_seconds"] = time.perf_counter() - started
+    tuner = find_tuner(model)
     pruning = cast(Pruning, compaction) if tuner is None else pruning_of(tuner)
-    cut = Cut.of(pruning, num_parameters=dense.num_parameters(), num_bytes=weight_bytes(folder))
-    (folder / "README.md").write_text(render_card(cut, parity, provenance), encoding="utf-8")
-    return parity, cut
+    return parity, Cut.of(pruning, num_parameters=dense.num_parameters(), num_bytes=weight_bytes(folder))
 
 
 def fold_precision(dtype: torch.dtype) -> torch.dtype:

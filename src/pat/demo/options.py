@@ -14,7 +14,10 @@ from pat.ranges import check_ranges
 class DemoOptions:
     """The folder of the demo, and the few things that can be changed in it."""
 
-    output_dir: Path = field(default=Path("pat-demo"), metadata={"help": "Folder of the run; it must be empty or new."})
+    output_dir: Path = field(
+        default=Path("pat-demo"),
+        metadata={"help": "Folder of the run: new or empty, or that of the same command before."},
+    )
     dataset_name: str | None = field(
         default=None, metadata={"help": "Instruction data; by default the small set that comes with the package."}
     )
@@ -34,4 +37,5 @@ class DemoOptions:
         """
         expand_options(self)
         check_ranges(self)
-        self.output_dir = check_output_folder(self.output_dir)
+        if not (self.output_dir / "run.json").is_file():  # else the run says whether it goes on
+            self.output_dir = check_output_folder(self.output_dir)

@@ -51,6 +51,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "fp16_full_eval": (False, "the trainer evaluates while it trains, where it has no effect"),
     "include_for_metrics": ([], _NO_METRICS),
     "batch_eval_metrics": (False, _NO_METRICS),
+    "enable_jit_checkpoint": (False, "SIGTERM and SIGINT save a checkpoint in any case"),
     "hub_strategy": ("end", "the finished model is pushed, once"),
     "hub_always_push": (False, "the finished model is pushed, once"),
     "fsdp": ("", _ONE_PROCESS),

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 
-from pat.checkpoint.staging import check_output_folder
 from pat.errors import PatError
 from pat.families import Family
 from pat.loading import empty_model, load_config
@@ -20,7 +19,7 @@ from pat.surgery.describe import head_dim
 from pat.surgery.residual import ResidualStream
 from pat.training.arguments import TuneArguments
 from pat.training.calibration_text import read_calibration
-from pat.training.checkpoints import last_checkpoint
+from pat.training.folder import check_folder
 from pat.training.prepare import Prepared
 from pat.training.run_file import RUN_FILE, RunFile
 from pat.training.teacher import announce_teacher, check_distillation, check_teacher
@@ -63,8 +62,8 @@ class Checked:
     """Configuration of the base as it is stored."""
     family: Family
     shape: Shape
-    resume_from: str | None
-    """Checkpoint to go on from."""
+    checkpoint: str | None
+    """Checkpoint that the run is told to go on from."""
 
 
 def check(arguments: TuneArguments) -> Checked:
@@ -73,7 +72,7 @@ def check(arguments: TuneArguments) -> Checked:
     Raises:
         PatError: the output folder is in use, there is no such checkpoint or model, or the width is impossible.
     """
-    resume_from = _resume_from(arguments)
+    checkpoint = check_folder(arguments)
     _warn_of_idle_flags(arguments)
     pat_config = arguments.pat_config()
     base_config, family = load_config(arguments.run.model_name_or_path, revision=arguments.model.model_revision)
@@ -94,7 +93,7 @@ def check(arguments: TuneArguments) -> Checked:
     check_distillation(arguments, base_config)
     if pat_config.calibration is not None:
         read_calibration(pat_config.calibration)
-    return Checked(base_config, family, shape, resume_from)
+    return Checked(base_config, family, shape, checkpoint)
 
 
 def check_run(arguments: TuneArguments, checked: Checked, data: Prepared) -> RunFile:
@@ -105,16 +104,20 @@ def check_run(arguments: TuneArguments, checked: Checked, data: Prepared) -> Run
     """
     check_teacher(arguments, checked.base_config, data.vocabulary)
     run = RunFile.of(arguments, checked.base_config, data.record.fingerprint)
-    if checked.resume_from is None:
+    if arguments.run.overwrite:
         return run
-    folders = [arguments.output_dir.resolve(), *Path(checked.resume_from).resolve().parents]
-    folder = next((folder for folder in folders if (folder / RUN_FILE).is_file()), None)
-    before = None if folder is None else RunFile.read(folder)
-    if folder is None or before is None:
-        logger.warning("%s: has no %s, so its configuration is not known.", checked.resume_from, RUN_FILE)
+    if (own := RunFile.read(arguments.output_dir)) is not None:
+        own.check(run, arguments.output_dir)
+        return own
+    if checked.checkpoint is None:
         return run
-    before.check(run, folder)
-    return before if folder == folders[0] else run
+    folders = [arguments.output_dir.resolve(), *Path(checked.checkpoint).resolve().parents]
+    for folder in folders:
+        if (other := RunFile.read(folder)) is not None:
+            other.check(run, folder)
+            return run
+    logger.warning("%s: has no %s, so its configuration is not known.", checked.checkpoint, RUN_FILE)
+    return run
 
 
 def announce(arguments: TuneArguments, checked: Checked, data: Prepared, model: Any, num_steps: int) -> None:
@@ -185,45 +188,3 @@ def _warn_of_idle_flags(arguments: TuneArguments) -> None:
 
 def _parts(arguments: TuneArguments) -> tuple[Any, ...]:
     return arguments.model, arguments.sft, arguments.run, arguments.distill
-
-
-def _resume_from(arguments: TuneArguments) -> str | None:
-    """Return the checkpoint to resume from, after checking that what this run will write is free to be written.
-
-    Raises:
-        PatError: there is no such checkpoint, the output folder is in use, or it holds a finished model.
-    """
-    given: Any = arguments.sft.resume_from_checkpoint  # a path, or a word for true or false
-    if isinstance(given, str) and given.lower() in ("true", "false"):
-        given = given.lower() == "true"
-    checkpoints = arguments.output_dir / "checkpoints"
-    if not given:
-        if last_checkpoint(checkpoints) is not None:
-            raise PatError(
-                f"{arguments.output_dir}: holds the checkpoints of a run; go on with it by "
-                "--resume_from_checkpoint true, or choose another output folder."
-            )
-        _remove_beginnings(arguments.output_dir)
-        check_output_folder(arguments.output_dir)
-        return None
-    run = RunFile.read(arguments.output_dir)
-    if run is None or "results" in run.finished:  # else what is there is of a run that was cut off
-        check_output_folder(arguments.output_dir / "model")
-    found = last_checkpoint(checkpoints) if given is True else given
-    if not isinstance(found, str) or not Path(found).is_dir():
-        raise PatError(
-            f"Got resume_from_checkpoint={given}, but there is no checkpoint "
-            f"{'in ' + str(checkpoints) if given is True else 'at that path'}; leave the flag out to start anew."
-        )
-    return found
-
-
-def _remove_beginnings(folder: Path) -> None:
-    """Remove what a run leaves that was cut off before its first checkpoint."""
-    checkpoints, run_file = folder / "checkpoints", folder / RUN_FILE
-    if not folder.is_dir() or not {path.name for path in folder.iterdir()} <= {"checkpoints", RUN_FILE}:
-        return
-    if checkpoints.is_dir() and not any(checkpoints.iterdir()):
-        checkpoints.rmdir()
-    if not checkpoints.exists():
-        run_file.unlink(missing_ok=True)

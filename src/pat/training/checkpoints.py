@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftModel, PeftType
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 from transformers import Trainer, TrainerState
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from pat.errors import PatError
+from pat.checkpoint.staging import discard, staged_folder
+from pat.errors import PatError, one_line
 from pat.tuner.compaction import CompactModel
 from pat.tuner.model import PatModel
 
+logger = logging.getLogger(__name__)
+
 STAGE_TWO = "compact"
 """Folder of stage two below the checkpoints, so that a resumed run finds the stage it was in."""
+
+RANDOM_STATE = "rng_state.pth"
+
+NEEDED = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, RANDOM_STATE, TRAINER_STATE_NAME)
+"""Files without which a training that goes on would not be the one that was cut off."""
 
 
 def is_compact(checkpoint: str) -> bool:
@@ -35,16 +47,62 @@ def is_compact(checkpoint: str) -> bool:
         raise PatError(f"{path}: not readable as JSON; resume from another checkpoint.") from error
 
 
-def last_checkpoint(checkpoints: Path) -> str | None:
-    """Return the last whole checkpoint of a run, of stage two if that has begun."""
-    for folder in (checkpoints / STAGE_TWO, checkpoints):
-        # The trainer writes its state last: a run that was killed meanwhile leaves a folder without it.
-        whole = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
-        numbered = {path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"): path for path in whole}
-        steps = {int(number): path for number, path in numbered.items() if number.isdigit()}
-        if steps:
-            return str(steps[max(steps)])
+def last_checkpoint(checkpoints: Path, *, of_stage_two: bool = True) -> str | None:
+    """Return the last whole checkpoint of a run, of stage two if that has begun; later ones that are torn are named."""
+    for folder in (checkpoints / STAGE_TWO, checkpoints) if of_stage_two else (checkpoints,):
+        for _, path in sorted(numbered_checkpoints(folder).items(), reverse=True):
+            if (found := flaw(path)) is None:
+                return str(path)
+            logger.warning("%s is passed over, because %s.", path, found)
     return None
+
+
+def numbered_checkpoints(folder: Path) -> dict[int, Path]:
+    """Return the checkpoints of one stage by their step, whole or not."""
+    numbered = {path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"): path for path in folder.glob("checkpoint-*")}
+    return {int(number): path for number, path in numbered.items() if number.isdigit() and path.is_dir()}
+
+
+def flaw(checkpoint: Path, needed: Collection[str] = NEEDED) -> str | None:
+    """Return what is wrong with the files that a training goes on from; None if all open and those needed are there.
+
+    The trainer writes into the folder's final place: one that was killed leaves a part of them, the last cut off.
+    """
+    for name in (*NEEDED, SCALER_NAME):
+        path = checkpoint / name
+        if not path.is_file():
+            if name in needed:
+                return f"it has no {name}"
+            continue
+        try:
+            _open(path)
+        except Exception as error:  # of many kinds, which each format has for itself
+            return f"its {name} is not readable ({one_line(error)})"
+    return None
+
+
+def remove_later(checkpoints: Path, checkpoint: Path) -> None:
+    """Remove the checkpoints, whole or torn, of what a run will do again that goes on from one."""
+    if checkpoint.parent != checkpoints / STAGE_TWO:
+        discard(checkpoints / STAGE_TWO)
+    numbered = numbered_checkpoints(checkpoint.parent)
+    step = next((number for number, path in numbered.items() if path == checkpoint), 0)
+    for number, path in numbered.items():
+        if number > step:
+            discard(path)
+
+
+def _open(path: Path) -> None:
+    """Raise an error, of any kind, if a file is not whole."""
+    if path.suffix == ".json":
+        json.loads(path.read_text(encoding="utf-8"))
+    elif path.suffix == ".safetensors":
+        with safe_open(path, "pt"):  # compares the size of the file with what its header says
+            pass
+    else:
+        with zipfile.ZipFile(path) as archive:
+            if (member := archive.testzip()) is not None:
+                raise ValueError(f"{member} has another checksum")
 
 
 def load_hard(trainer: Trainer, tuner: PatModel, checkpoint: str) -> bool:
@@ -83,21 +141,18 @@ def load_finished(trainer: Trainer, checkpoint: str, num_steps: int) -> bool:
 def continue_from(done: Path, trainer: Trainer, compact: CompactModel, stage_two: Trainer) -> Path:
     """Turn stage one's last checkpoint into one that stage two resumes from, in stage two's own folder."""
     target = Path(cast(str, stage_two.args.output_dir)) / done.name
-    folder = target.with_name(f".{target.name}.tmp")  # whole or not at all: a resumed run takes what it finds
-    for leftover in (target, folder):
-        shutil.rmtree(leftover, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for file in done.iterdir():  # schedule, random state, scaler
-        if file.suffix in (".pt", ".pth") and file.name != OPTIMIZER_NAME:
-            shutil.copy2(file, folder)
-    assert (folder / SCHEDULER_NAME).is_file()
     state = json.loads((done / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     # Where the best checkpoint so far was one of the masked model, it cannot be loaded into the compact one.
     state |= {"best_metric": None, "best_model_checkpoint": None, "best_global_step": None}
-    compact.model.save_pretrained(str(folder))
-    torch.save(_inherited_state(trainer, compact, stage_two), folder / OPTIMIZER_NAME)
-    (folder / TRAINER_STATE_NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    return folder.rename(target)
+    with staged_folder(target, replaces=True) as folder:
+        for file in done.iterdir():  # schedule, random state, scaler
+            if file.suffix in (".pt", ".pth") and file.name != OPTIMIZER_NAME:
+                shutil.copy2(file, folder)
+        assert (folder / SCHEDULER_NAME).is_file()
+        compact.model.save_pretrained(str(folder))
+        torch.save(_inherited_state(trainer, compact, stage_two), folder / OPTIMIZER_NAME)
+        (folder / TRAINER_STATE_NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    return target
 
 
 def _inherited_state(trainer: Trainer, compact: CompactModel, stage_two: Trainer) -> dict[str, Any]:

@@ -25,7 +25,10 @@ class RunOptions:
         }
     )
     output_dir: Path = field(
-        metadata={"help": "Folder of the run, new or empty: model/, adapter/, compact/, results.json."}
+        metadata={
+            "help": "Folder of the run: model/, adapter/, compact/, results.json. New or empty, or that of the same "
+            "command before, which goes on."
+        }
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split of a hub dataset to train on."})
@@ -68,6 +71,10 @@ class RunOptions:
             "secret": True,
         },
         repr=False,
+    )
+    overwrite: bool = field(
+        default=False,
+        metadata={"help": "Start anew, and remove what an earlier run has left in OUTPUT_DIR, whatever it was."},
     )
     keep_checkpoints: bool = field(
         default=False, metadata={"help": "Leave the trainer's checkpoints in OUTPUT_DIR/checkpoints after success."}

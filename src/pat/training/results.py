@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -18,7 +19,7 @@ from pat.checkpoint.card import Compaction, Cut
 from pat.checkpoint.verify import Parity
 from pat.nll import IGNORED, Example, response_nll
 from pat.report.progress import progress_bar
-from pat.report.records import Record
+from pat.report.records import Machine, Record
 from pat.surgery.describe import count_parameters
 from pat.training.data_record import DataRecord
 from pat.training.prepare import Prepared
@@ -96,6 +97,25 @@ class TuneRecord(Record):
     timings: dict[str, float]
     log_history: list[dict[str, Any]]
 
+    @classmethod
+    def read(cls, path: Path) -> TuneRecord | None:
+        """Return the record in a file; None if there is none, or it is not one of this version."""
+        parts: dict[str, Any] = {
+            "machine": Machine,
+            "cut": Cut,
+            "data": DataRecord,
+            "parity": Parity,
+            "compaction": Compaction,
+            "teacher": TeacherRecord,
+        }
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            facts |= {name: kind(**facts[name]) for name, kind in parts.items() if facts[name] is not None}
+            figures = {name: ModelFigures(**values) for name, values in facts["figures"].items()}
+            return cls(**(facts | {"figures": figures}))
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
 
 @dataclass(frozen=True)
 class TuneResult:
@@ -103,6 +123,8 @@ class TuneResult:
 
     output_dir: Path
     record: TuneRecord
+    was_finished: bool = False
+    """Whether the folder held all of it before."""
 
     @property
     def model_dir(self) -> Path:

@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from pat.checkpoint.card import shown_name
+from pat.checkpoint.staging import write_whole
 from pat.errors import PatError
-from pat.report.records import plain, write_record
+from pat.report.records import plain, to_json
 from pat.training.arguments import REFUSED, TuneArguments
 
 RUN_FILE = "run.json"
 
 _MAY_CHANGE = """
 max_steps num_train_epochs *batch_size* gradient_accumulation_steps torch_empty_cache_steps
-output_dir keep_checkpoints save_* log_* logging_* eval_* prediction_loss_only load_best_model_at_end
+output_dir overwrite keep_checkpoints save_* log_* logging_* eval_* prediction_loss_only load_best_model_at_end
 metric_for_best_model greater_is_better include_num_input_tokens_seen report_to run_name project trackio_*
 push_to_hub hub_* disable_tqdm debug skip_memory_metrics
-resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint enable_jit_checkpoint no_compact
+resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint no_compact
 dataloader_* dataset_num_proc use_cpu dtype bf16* fp16* tf32 attn_implementation gradient_checkpointing*
 activation_* torch_compile* use_liger_kernel liger_kernel_config use_cache full_determinism accelerator_config
 """
@@ -45,7 +46,7 @@ class RunFile:
     data: str
     """Fingerprint of the data that is trained on."""
     finished: list[str] = field(default_factory=list)
-    """Phases that are done: `stage_one`, `compaction`, `stage_two`, `model`, `results`."""
+    """Phases that are done: `stage_one`, `compaction`, `stage_two`, `model`, `results`, `pushed`."""
 
     @classmethod
     def of(cls, arguments: TuneArguments, base_config: Any, data: str) -> RunFile:
@@ -80,11 +81,15 @@ class RunFile:
 
     def write(self, folder: Path) -> None:
         """Write the description into a run's folder."""
-        write_record(folder / RUN_FILE, self)
+        write_whole(folder / RUN_FILE, to_json(self))
 
     def after(self, *phases: str) -> RunFile:
         """Return a copy with more phases finished."""
         return replace(self, finished=list(dict.fromkeys([*self.finished, *phases])))
+
+    def only(self, *phases: str) -> RunFile:
+        """Return a copy with no more than these phases finished."""
+        return replace(self, finished=[phase for phase in self.finished if phase in phases])
 
     def check(self, given: RunFile, folder: Path) -> None:
         """Check that a run may be gone on with as another is described.
@@ -101,8 +106,8 @@ class RunFile:
         differing = [f"{name}: {old} in the run, {new} given" for name, (old, new) in pairs.items() if old != new]
         if differing:
             raise PatError(
-                f"{folder}: the run there has another configuration ({'; '.join(differing)}); go on with its own, or "
-                "choose another output folder."
+                f"{folder}: the run there has another configuration ({'; '.join(differing)}); go on with its own, "
+                "choose another output folder, or start anew with --overwrite true."
             )
 
 

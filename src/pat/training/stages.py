@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,17 +23,21 @@ from trl import SFTConfig, SFTTrainer
 
 from pat.checkpoint.card import Compaction
 from pat.checkpoint.compact import ADAPTER, MODEL, read_compaction, save_adapter, write_compact
-from pat.errors import PatError, RunFailed
+from pat.checkpoint.staging import discard, staged_folder
+from pat.errors import Diverged, PatError, RunFailed
 from pat.loading import TokenSetup, load_base
 from pat.method.schedule import milestone_step
 from pat.training.arguments import TuneArguments
 from pat.training.callback import PatCallback
 from pat.training.check import compacts, warn_without_rotation
 from pat.training.checkpoints import STAGE_TWO, continue_from, is_compact, load_finished, load_hard
+from pat.training.folder import Start
 from pat.training.guard import FiniteGuard
+from pat.training.interrupt import StopOnSignal
 from pat.training.prepare import Prepared
 from pat.training.run_file import RUN_FILE, RunFile
-from pat.training.teacher import TeacherRecord, Teaching
+from pat.training.teacher import Teaching
+from pat.training.trained import Trained, last_adapter, training_facts
 from pat.training.trainer import (
     KeepLog,
     SaveTokens,
@@ -47,28 +50,6 @@ from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel, find_tuner
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained model, and what is on record of its training."""
-
-    model: PeftModel
-    """The masked model, or the compact one with its ordinary LoRA."""
-    num_steps: int
-    epoch: float
-    log_history: list[dict[str, Any]]
-    seconds: dict[str, float]
-    """Seconds that each part took: `preparation` (of the rows), `stage_one`, `compaction`, `stage_two`."""
-    pat_config: dict[str, Any]
-    run: RunFile
-    compaction: Compaction | None = None
-    teacher: TeacherRecord | None = None
-
-    def timings(self) -> dict[str, float]:
-        """Return the seconds of each part, and of the training as a whole."""
-        train = sum(seconds for part, seconds in self.seconds.items() if part != "preparation")
-        return {"train_seconds": train, **{f"{part}_seconds": seconds for part, seconds in self.seconds.items()}}
 
 
 @dataclass
@@ -104,14 +85,17 @@ class Stages:
         """Folder of the compact model."""
         return self.arguments.output_dir / "compact"
 
-    def run(self, resume_from: str | None = None) -> Trained:
-        """Train from the start, or from a checkpoint of either stage.
+    def run(self, start: Start) -> Trained:
+        """Train from the beginning or from a checkpoint of either stage, or return what is trained already.
 
         Raises:
             PatError: the compact model that the checkpoint belongs to is not there.
-            RunFailed: the loss became non-finite, or the compact model is not the masked one.
+            RunFailed: the loss became non-finite, the compact model is not the masked one, or a signal has come.
         """
         base, self.base = self.base, None
+        if start.is_trained:
+            return self._again(base)
+        resume_from = start.checkpoint
         if resume_from is not None and is_compact(resume_from):
             if self.arguments.run.no_compact:
                 raise PatError(
@@ -144,28 +128,42 @@ class Stages:
         if not goes_small or not tuner.mask().hardened or 0 < trainer.state.max_steps <= trainer.state.global_step:
             return self._trained(trainer, None, tuner.pat_config())
         config = tuner.pat_config()
-        stage_two, start, record = self._compact(trainer, model, tuner, resume_from)
+        stage_two, resume_from, record = self._compact(trainer, model, tuner, resume_from)
         # Before the small model trains, the large one has to go, unless that learns from it.
         self.teaching.keep(model)
         del model, tuner, trainer, base
         gc.collect()
         self.teaching.begin(stage_two)
-        self._train(stage_two, "stage_two", start)
+        self._train(stage_two, "stage_two", resume_from)
         return self._trained(stage_two, record, config)
 
     # -- parts -------------------------------------------------------------------------------------------------
 
-    def _resume_compact(self, checkpoint: str) -> Trained:
-        record = read_compaction(self.compact_dir)
+    def _again(self, base: PreTrainedModel | None) -> Trained:
+        """Return what the folder holds of a training that is over."""
+        folder = last_adapter(self.arguments.output_dir)
+        facts = training_facts(self.arguments.output_dir, self.num_steps)
+        model = self._load_compact(folder) if folder.parent == self.compact_dir else self._on(base, folder)
+        return Trained.of(cast(dict[str, Any], facts), model, self.run_file, self.arguments.output_dir)
+
+    def _load_compact(self, adapter: str | Path) -> PeftModel:
         options = self.arguments.model
         base: Any = load_base(
             str(self.compact_dir / MODEL), dtype=options.dtype, attn_implementation=options.attn_implementation
         )
-        model = PeftModel.from_pretrained(base.to(self.arguments.sft.device), checkpoint, is_trainable=True)
+        return self._on(base.to(self.arguments.sft.device), adapter)
+
+    def _on(self, base: Any, adapter: str | Path) -> PeftModel:
+        return PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+
+    def _resume_compact(self, checkpoint: str) -> Trained:
+        record = read_compaction(self.compact_dir)
+        model = self._load_compact(checkpoint)
         trainer = self._trainer(model, self.data.trainer_args(self.arguments.sft), self.checkpoints / STAGE_TWO)
         self.teaching.begin(trainer)
         self._train(trainer, "stage_two", checkpoint)
         config = PatConfig.from_pretrained(str(self.arguments.output_dir / "adapter"))
+        config.inference_mode = False  # as it was when it was saved
         return self._trained(trainer, record, config)
 
     def _trainer(self, model: PeftModel, args: SFTConfig, folder: Path, *callbacks: TrainerCallback) -> SFTTrainer:
@@ -188,14 +186,15 @@ class Stages:
             )
 
     def _train(self, trainer: SFTTrainer, part: str, resume_from: str | None) -> None:
-        for callback in self.callbacks:
+        stop = StopOnSignal()
+        for callback in (*self.callbacks, stop):
             trainer.add_callback(callback)
         started = time.perf_counter()
         try:
-            with self._begun():
+            with self._begun(), stop.listening(trainer):
                 if resume_from is None or not load_finished(trainer, resume_from, self.num_steps):
                     trainer.train(resume_from_checkpoint=resume_from)
-        except RunFailed as error:
+        except Diverged as error:
             last = Path(cast(str, trainer.args.output_dir)) / "last-finite"
             trainer.save_model(str(last))
             raise type(error)(f"{error} The adapter before that step is in {last}.") from error
@@ -222,7 +221,8 @@ class Stages:
         except PatError as error:
             if is_new and not isinstance(error, RunFailed):
                 (output_dir / RUN_FILE).unlink()
-            _remove_if_empty(self.checkpoints, output_dir)
+            if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
+                self.checkpoints.rmdir()
             raise
 
     def _compact(
@@ -234,10 +234,11 @@ class Stages:
         """
         started = time.perf_counter()
         restore_router_settings(model.config, self.router_settings)
-        save_adapter(model, self.arguments.output_dir / "adapter", self.tokens)
+        with staged_folder(self.arguments.output_dir / "adapter", replaces=True) as staging:
+            save_adapter(model, staging, self.tokens)
         # Of an earlier run: its stage two belongs to other channels, and must not be what a resumed run finds.
         for folder in (self.checkpoints / STAGE_TWO, self.compact_dir):
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder)
         self._say("Writing the small model, and comparing it with the masked one.")
         compact, record = write_compact(
             model,
@@ -263,10 +264,8 @@ class Stages:
     def _trained(self, trainer: SFTTrainer, record: Compaction | None, config: Any) -> Trained:
         model = cast(PeftModel, trainer.model)
         restore_router_settings(model.config, self.router_settings)
-        folder = self.arguments.output_dir / "adapter" if record is None else self.compact_dir / ADAPTER
-        save_adapter(model, folder, self.tokens)
         state = trainer.state
-        return Trained(
+        trained = Trained(
             model,
             state.global_step,
             state.epoch or 0.0,
@@ -277,9 +276,8 @@ class Stages:
             record,
             self.teaching.record(trainer),
         )
-
-
-def _remove_if_empty(*folders: Path) -> None:
-    for folder in folders:
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        folder = self.arguments.output_dir / "adapter" if record is None else self.compact_dir / ADAPTER
+        with staged_folder(folder, replaces=True) as staging:
+            save_adapter(model, staging, self.tokens)
+            trained.write(staging, self.num_steps)
+        return trained

@@ -10,6 +10,12 @@ STAGES = {"base": "base", "tuned": "tuned", "dense": "dense, written"}
 
 def print_summary(result: TuneResult) -> None:
     """Print base, tuned and dense model side by side, the parity, and where everything is."""
+    if result.was_finished:
+        print(
+            f"{result.output_dir}: this run is finished, after {result.record.num_steps:,} steps; the model is in "
+            f"{result.model_dir}, and --overwrite true starts anew."
+        )
+        return
     tokens = f"{result.figures['dense'].num_held_out_tokens:,}"
     Table(
         title=f"Base, tuned and written model (held-out NLL: nats per token over {tokens} tokens, ± standard error)",

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
-from pat.checkpoint.staging import make_readable
+from pat.checkpoint.staging import make_readable, sync
 from pat.loading import TokenSetup
 from pat.training.distill import DistillingTrainer
 from pat.training.prepare import Prepared
@@ -102,7 +102,8 @@ class SaveTokens(TrainerCallback):
         self.tokens = tokens
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write tokenizer and generation config."""
+        """Write tokenizer and generation config, and have the whole checkpoint on the disk before training goes on."""
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         self.tokens.save(folder)
         make_readable(folder)
+        sync(folder)

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-import shutil
+import logging
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from peft import prepare_model_for_kbit_training
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback, set_seed
 from trl import get_quantization_config
 
 from pat.checkpoint.card import Cut, shown_name
-from pat.checkpoint.staging import staged_folder
+from pat.checkpoint.staging import discard, remove_unfinished, staged_folder, write_whole
 from pat.checkpoint.verify import Parity
-from pat.checkpoint.write import quiet_transformers, save_checkpoint
-from pat.loading import TokenSetup, load_base, quantization_of, stored_dtype
+from pat.checkpoint.write import examine, quiet_transformers, save_checkpoint
+from pat.errors import PatError, one_line
+from pat.loading import TokenSetup, empty_model, load_base, load_config, quantization_of, stored_dtype
 from pat.loading.tokenizer import load_plain_tokenizer
 from pat.method.schedule import milestone_step
 from pat.report.progress import bars_of_datasets
-from pat.report.records import collected_warnings, write_record
+from pat.report.records import collected_warnings, to_json
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.check import announce, check, check_run
+from pat.training.folder import CHECKPOINTS, MODEL, NAMES, RESULTS, clear, find_finished, find_start, run_folder
 from pat.training.prepare import Prepared, prepare
 from pat.training.push import open_repository, push
 from pat.training.rehearsal import rehearse
 from pat.training.results import ModelFigures, Size, TuneRecord, TuneResult, measure, warn_of_losses
-from pat.training.stages import Stages, Trained
+from pat.training.run_file import RunFile
+from pat.training.stages import Stages
+from pat.training.trained import Trained
+
+logger = logging.getLogger(__name__)
 
 
 def tune(**flags: Any) -> TuneResult:
@@ -44,17 +51,27 @@ def tune(**flags: Any) -> TuneResult:
 
 def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()) -> TuneResult:
     """Run `pat tune` from parsed arguments, with further callbacks for the trainers of both stages; see `tune`."""
-    shown = not arguments.sft.disable_tqdm
-    with collected_warnings() as warnings, bars_of_datasets(shown=shown), quiet_transformers(not shown):
+    shown, folder = not arguments.sft.disable_tqdm, arguments.output_dir
+    with (
+        run_folder(folder),
+        collected_warnings() as warnings,
+        bars_of_datasets(shown=shown),
+        quiet_transformers(not shown),
+    ):
         # Everything that can be wrong is found before the weights are loaded, and before anything is written.
         checked = check(arguments)
         data = prepare(arguments, checked.base_config)
         run = check_run(arguments, checked, data)
+        if (record := find_finished(arguments, checked.checkpoint)) is not None:
+            repository = None if "pushed" in run.finished else open_repository(arguments)
+            return _end(arguments, run, TuneResult(folder, record, was_finished=True), repository)
         num_steps = rehearse(arguments, data, data.vocabulary.config_of(checked.base_config), checked.family)
         repository = open_repository(arguments)
+        start = find_start(arguments, checked.checkpoint, num_steps)
 
         base = _load(arguments, data)
         announce(arguments, checked, data, base, num_steps)
+        clear(arguments, start)
         # Training may load float32 for speed or stability; what is written keeps the dtype of the base's checkpoint.
         dtype, device = base.dtype, base.device
         stored = stored_dtype(checked.base_config, revision=arguments.model.model_revision) or dtype
@@ -62,37 +79,49 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
         figures = {"base": measure(base, data, "base", size, progress=shown)}
         data.vocabulary.fit(base)
         tokens = _tokens(arguments, data, base, data.vocabulary.config_of(checked.base_config))
-        stages = Stages(arguments, data, tokens, run, num_steps, base, callbacks)
+        stages = Stages(arguments, data, tokens, start.phases(run), num_steps, base, callbacks)
         del base  # nobody else may hold it, or it stays in memory beside the small model
-        trained = stages.run(checked.resume_from)
+        trained = stages.run(start)
         inner = cast(PreTrainedModel, trained.model.get_base_model())
         size = (size if trained.compaction is None else Size.of(inner.config, stored)).with_adapter(trained.model)
         figures["tuned"] = measure(inner, data, "tuned", size, progress=shown)
 
-        parity, cut = _write(arguments, data, tokens, trained, figures, stored)
-        dense: Any = AutoModelForCausalLM.from_pretrained(arguments.output_dir / "model", dtype=dtype)
+        found = _examine(arguments, data, trained, stored) if start.is_trained else None
+        parity, cut = found or _write(arguments, data, tokens, trained, figures, stored)
+        run = trained.run.after("model")
+        run.write(folder)
+        dense: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)
         size = Size(cut.num_parameters, cut.num_parameters * stored.itemsize)
         figures["dense"] = measure(dense.to(device), data, "dense", size, progress=shown)
         warn_of_losses(figures, dense.config.get_text_config().vocab_size)
 
-    record = _record(
-        arguments,
-        data,
-        trained,
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
-        cut=cut,
-        figures=figures,
-        parity=parity,
-        warnings=warnings,
-    )
-    write_record(arguments.output_dir / "results.json", record)
-    trained.run.after("results").write(arguments.output_dir)
+        record = _record(
+            arguments,
+            data,
+            trained,
+            device=str(device),
+            dtype=str(dtype).removeprefix("torch."),
+            cut=cut,
+            figures=figures,
+            parity=parity,
+            warnings=warnings,
+        )
+        write_whole(folder / RESULTS, to_json(record))
+        return _end(arguments, run, TuneResult(folder, record), repository)
+
+
+def _end(arguments: TuneArguments, run: RunFile, result: TuneResult, repository: str | None) -> TuneResult:
+    """Do what is left when the figures are written; of a run that is finished nothing is."""
+    folder = arguments.output_dir
+    if "results" not in run.finished:
+        run = run.after("results")
+        run.write(folder)
     if not arguments.run.keep_checkpoints:
-        shutil.rmtree(arguments.output_dir / "checkpoints", ignore_errors=True)
-    result = TuneResult(arguments.output_dir, record)
+        discard(folder / CHECKPOINTS)
+    remove_unfinished(folder, NAMES)
     if repository is not None:
         push(arguments, repository, result.model_dir)
+        run.after("pushed").write(folder)
     return result
 
 
@@ -164,6 +193,21 @@ def _tokens(arguments: TuneArguments, data: Prepared, base: PreTrainedModel, bas
     return TokenSetup.of(base_config, base.generation_config, written, base_tokenizer=own)
 
 
+def _examine(
+    arguments: TuneArguments, data: Prepared, trained: Trained, dtype: torch.dtype
+) -> tuple[Parity, Cut] | None:
+    """Return the figures of a dense checkpoint that is there already; None if there is none that is the tuned model."""
+    folder = arguments.output_dir / MODEL
+    if not folder.is_dir():
+        return None
+    try:
+        dense = empty_model(load_config(str(folder))[0], dtype)
+        return examine(trained.model, folder, dense, data.verify_on, compaction=trained.compaction)
+    except (PatError, SafetensorError, OSError, ValueError, RuntimeError) as error:  # of whoever opens its files
+        logger.warning("%s is written anew: %s", folder, one_line(error))
+        return None
+
+
 def _write(
     arguments: TuneArguments,
     data: Prepared,
@@ -184,9 +228,8 @@ def _write(
         "held_out_standard_error": {stage: error for stage, error in errors.items() if error is not None},
         "num_held_out_tokens": figures["base"].num_held_out_tokens,
     }
-    # What a run that was cut off before its results has left; `check` refuses anything else.
-    shutil.rmtree(arguments.output_dir / "model", ignore_errors=True)
-    with staged_folder(arguments.output_dir / "model") as staging:
+    # One that is there already is not that of the adapter, see `_examine`.
+    with staged_folder(arguments.output_dir / MODEL, replaces=True) as staging:
         return save_checkpoint(
             trained.model,
             staging,

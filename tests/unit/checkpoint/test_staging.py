@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from pat.checkpoint import staging
-from pat.checkpoint.staging import lock_folder, staged_folder
+from pat.checkpoint.staging import discard, lock_folder, remove_unfinished, staged_folder, write_whole
 
 
 def staging_folders(parent: Path) -> list[Path]:
@@ -105,3 +105,40 @@ def test_a_living_writer_is_left_alone(tmp_path: Path) -> None:
     writer.communicate("")
     assert writer.returncode == 0
     assert (tmp_path / "out" / "half").read_text() == "half"
+
+
+def test_a_folder_is_replaced_only_by_one_that_is_ready(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    with pytest.raises(KeyError), staged_folder(tmp_path / "out", replaces=True) as folder:
+        (folder / "new").touch()
+        raise KeyError
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
+    with staged_folder(tmp_path / "out", replaces=True) as folder:
+        (folder / "new").touch()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
+    discard(tmp_path / "out")
+    discard(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_whole(tmp_path / "in" / "a.json", "one")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+
+        def full(descriptor: int) -> None:
+            raise OSError("full")
+
+        patch.setattr(os, "fsync", full)
+        write_whole(tmp_path / "in" / "a.json", "two")
+    assert [path.read_text() for path in (tmp_path / "in").iterdir()] == ["one"]
+
+
+def test_unfinished_things_are_known_by_their_names(tmp_path: Path) -> None:
+    for name in (".model.tmp-1", ".notes.tmp-1"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".run.json.tmp-2").touch()
+    remove_unfinished(tmp_path, ("model", "run.json"))
+    assert [path.name for path in tmp_path.iterdir()] == [".notes.tmp-1"]
+    remove_unfinished(tmp_path)
+    assert not list(tmp_path.iterdir())

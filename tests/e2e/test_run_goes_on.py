@@ -1,0 +1,259 @@
+"""Whatever ends a run, the same command goes on: killed, torn or refused at a file operation, stopped by a signal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import faults
+import pytest
+from faults import Fault
+from tiny_models import build, tiny_tokenizer
+from tiny_runs import tune_flags
+
+import pat
+from pat.checkpoint.staging import lock_folder
+from pat.cli import main
+from pat.errors import PatError
+from pat.training.checkpoints import last_checkpoint
+
+STEPS = 3
+
+LEFT = {"model", "adapter", "compact", "results.json", "run.json"}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base of two layers, and rows."""
+    folder = tmp_path_factory.mktemp("places")
+    build("llama", tied=True, num_hidden_layers=2).save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
+    rows = [{"instruction": f"say {i}", "output": f"it is {i * i}"} for i in range(12)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return folder
+
+
+def flags(places: Path, out: Path, **more: Any) -> dict[str, Any]:
+    short = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 1, "milestone": 0.34, "held_out": "2"}
+    small = {"per_device_train_batch_size": 2, "learning_rate": 5e-3}
+    return tune_flags(places / "base", places / "rows.jsonl", out, **(short | small | more))
+
+
+def argv(places: Path, out: Path, **more: Any) -> list[str]:
+    return ["tune", *(part for name, value in flags(places, out, **more).items() for part in (f"--{name}", str(value)))]
+
+
+def tensors(out: Path) -> dict[str, str]:
+    """Digest what a run has written of weights."""
+    files = [path for path in out.rglob("*.safetensors") if "checkpoints" not in path.parts]
+    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def untouched(out: Path) -> dict[str, tuple[int, int]]:
+    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in (out, *out.rglob("*"))}
+
+
+@pytest.fixture(scope="module")
+def whole(places: Path) -> tuple[Path, list[str]]:
+    """The run that nothing interrupts, and its file operations."""
+    out = places / "whole"
+    outcome = faults.run(argv(places, out), out)
+    assert outcome.status == 0, outcome.said
+    assert {path.name for path in out.iterdir()} == LEFT
+    return out, outcome.operations
+
+
+def survives(places: Path, whole: Path, moment: int, fault: Fault, **more: Any) -> None:
+    """Hit a run at one operation; the same command then comes to the same tensors, and leaves nothing else."""
+    out = places / f"{fault}-{moment}"
+    first = faults.run(argv(places, out, **more), out, moment, fault)
+    if fault == "refuse":
+        # A disk may be full where that does no harm, and the folder may be what cannot be made.
+        assert first.status in (0, 1, 2), first.said
+        assert "Traceback" not in first.said and (first.status == 0 or first.said.count("pat: ") == 1), first.said
+    else:
+        assert first.status == faults.KILLED, first.said
+    again = faults.run(argv(places, out, **more), out)
+    assert again.status == 0, again.said
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
+    assert tensors(out) == tensors(whole)
+    assert json.loads((out / "run.json").read_text())["finished"][-1] == "results"
+    results = [json.loads((folder / "results.json").read_text()) for folder in (whole, out)]
+    losses = [[row["loss"] for row in result["log_history"] if "loss" in row] for result in results]
+    assert losses[0] == losses[1]
+    assert results[0]["cut"] == results[1]["cut"] and results[0]["parity"] == results[1]["parity"]
+    shutil.rmtree(out)
+
+
+def test_a_finished_run_says_so(places: Path, whole: tuple[Path, list[str]], capfd: pytest.CaptureFixture[str]) -> None:
+    out, _ = whole
+    before = untouched(out)
+    assert main(argv(places, out)) == 0
+    captured = capfd.readouterr()
+    assert len(captured.out.splitlines()) == 1 and "is finished, after 3 steps" in captured.out
+    assert untouched(out) == before
+    assert pat.tune(**flags(places, out)).record.num_steps == STEPS
+    with pytest.raises(PatError, match=r"max_steps: 3 in the run, 4 given.*--overwrite true"):
+        pat.tune(**flags(places, out, max_steps=4))
+    with pytest.raises(PatError, match=r"seed: 42 in the run, 1 given.*--overwrite true"):
+        pat.tune(**flags(places, out, seed=1))
+    assert untouched(out) == before
+
+
+def test_figures_that_are_missing_are_made_of_model_and_adapter(
+    places: Path, whole: tuple[Path, list[str]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(whole[0], tmp_path / "out")
+    before, model = json.loads((out / "results.json").read_text()), untouched(out / "model")
+    (out / "results.json").unlink()
+    pat.tune(**flags(places, out))
+    assert "the model is trained" in capfd.readouterr().err
+    assert untouched(out / "model") == model
+    again = json.loads((out / "results.json").read_text())
+    for name in ("cut", "parity", "log_history", "pat_config", "compaction", "num_tokens_seen", "learning_rates"):
+        assert again[name] == before[name], name
+    for stage, figures in before["figures"].items():
+        assert again["figures"][stage]["held_out_nll"] == figures["held_out_nll"]
+    # A model that is not the adapter's is written anew.
+    (out / "results.json").unlink()
+    (out / "model" / "model.safetensors").write_bytes(b"torn")
+    pat.tune(**flags(places, out))
+    assert tensors(out) == tensors(whole[0])
+
+
+def test_a_model_without_adapter_is_not_thrown_away(
+    places: Path, whole: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    out = shutil.copytree(whole[0], tmp_path / "out")
+    (out / "results.json").unlink()
+    shutil.rmtree(out / "compact")
+    shutil.rmtree(out / "adapter")
+    with pytest.raises(PatError, match="--overwrite true"):
+        pat.tune(**flags(places, out))
+    assert (out / "model" / "config.json").is_file()
+
+
+def test_one_run_a_folder(places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    lock = lock_folder(out)
+    if lock is None:
+        pytest.skip("folders cannot be locked here")
+    assert main(argv(places, out)) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1 and "another run is writing there" in err[0]
+    assert not list(out.iterdir())
+    os.close(lock)
+
+
+@pytest.mark.parametrize("more", [{}, {"save_strategy": "no"}])
+def test_a_signal_saves_says_so_and_the_run_goes_on(
+    more: dict[str, Any], places: Path, whole: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    first = faults.run(argv(places, out, **more), out, signals=1)
+    assert first.status == 128 + 15
+    assert "SIGTERM has stopped the run after step 1 of 3, with a checkpoint; the same command" in first.said
+    assert "Traceback" not in first.said
+    again = faults.run(argv(places, out, **more), out)
+    assert again.status == 0 and "going on from checkpoints/checkpoint-1" in again.said
+    assert tensors(out) == tensors(whole[0])
+
+
+def test_a_second_signal_stops_at_once(places: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert faults.run(argv(places, out), out, signals=2).status == -15
+    assert last_checkpoint(out / "checkpoints") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("optimizer.pt", "its optimizer.pt is not readable"),
+        ("adapter_model.safetensors", "its adapter_model.safetensors is not readable"),
+        ("trainer_state.json", "its trainer_state.json is not readable"),
+        ("rng_state.pth", "it has no rng_state.pth"),
+    ],
+)
+def test_a_torn_checkpoint_is_named_and_passed_over(
+    name: str, words: str, places: Path, whole: tuple[Path, list[str]], tmp_path: Path, stopped: Path
+) -> None:
+    checkpoints = shutil.copytree(stopped / "checkpoints", tmp_path / "out" / "checkpoints")
+    file = checkpoints / "compact" / "checkpoint-2" / name
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2])
+    if "has no" in words:
+        file.unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        said: list[str] = []
+        patch.setattr("pat.training.checkpoints.logger.warning", lambda form, *args: said.append(form % args))
+        assert last_checkpoint(checkpoints) == str(checkpoints / "compact" / "checkpoint-1")
+    assert len(said) == 1 and "checkpoint-2 is passed over" in said[0] and words in said[0]
+
+
+@pytest.fixture(scope="module")
+def stopped(places: Path, whole: tuple[Path, list[str]]) -> Path:
+    """A run that was killed when it had saved the second step, in its second stage."""
+    out, operations = places / "stopped", whole[1]
+    moment = next(i for i, name in enumerate(operations, 1) if "compact/checkpoint-3" in name)
+    faults.run(argv(places, out), out, moment)
+    return out
+
+
+def test_going_back_to_an_earlier_checkpoint_removes_the_later_ones(
+    places: Path, whole: tuple[Path, list[str]], stopped: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(stopped, tmp_path / "out")
+    first = out / "checkpoints" / "checkpoint-1"
+    pat.tune(**flags(places, out, resume_from_checkpoint=str(first)))
+    assert "going on from checkpoints/checkpoint-1" in capfd.readouterr().err
+    assert tensors(out) == tensors(whole[0])
+
+
+def test_overwrite_removes_a_run_and_nothing_else(
+    places: Path, whole: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(whole[0], tmp_path / "out")
+    (out / "notes.txt").write_text("mine")
+    before = untouched(out)
+    with pytest.raises(PatError, match=r"notes.txt is not from `pat tune`"):
+        pat.tune(**flags(places, out, seed=1, overwrite=True))
+    with pytest.raises(PatError, match="which it would remove"):
+        (out / "notes.txt").unlink()
+        pat.tune(**flags(places, out, overwrite=True, resume_from_checkpoint=str(out / "adapter")))
+    assert untouched(out).keys() == before.keys() - {str(out / "notes.txt")}
+    pat.tune(**flags(places, out, seed=1, overwrite=True))
+    assert tensors(out).keys() == tensors(whole[0]).keys() and tensors(out) != tensors(whole[0])
+    foreign = tmp_path / "foreign"
+    (foreign / "model").mkdir(parents=True)
+    with pytest.raises(PatError, match=r"there is no run.json"):
+        pat.tune(**flags(places, foreign, overwrite=True))
+    with pytest.raises(PatError, match="not empty"):
+        pat.tune(**flags(places, foreign))
+    assert [path.name for path in foreign.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("fault", ["kill", "tear", "refuse"])
+@pytest.mark.parametrize("share", [0.1, 0.35, 0.6, 0.85])
+def test_a_fault_at_some_operations(share: float, fault: Fault, places: Path, whole: tuple[Path, list[str]]) -> None:
+    out, operations = whole
+    survives(places, out, int(share * len(operations)) + len(fault), fault)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["kill", "tear", "refuse"])
+def test_a_fault_at_every_operation(fault: Fault, places: Path, whole: tuple[Path, list[str]]) -> None:
+    """All of them, or every so many (PAT_FAULTS_EVERY)."""
+    out, operations = whole
+    every = int(os.environ.get("PAT_FAULTS_EVERY", "1"))
+    failed = []
+    for moment in range(1, len(operations) + 1, every):
+        try:
+            survives(places, out, moment, fault)
+        except AssertionError as error:
+            failed.append(f"{moment} {operations[moment - 1]}: {error}")
+    assert not failed, "\n".join(failed)
