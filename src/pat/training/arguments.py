@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -14,7 +15,7 @@ from trl import ModelConfig, SFTConfig
 from pat.errors import PatError
 from pat.loading import load_config
 from pat.options import OptionsParser
-from pat.paths import check_writable
+from pat.paths import check_writable, expand
 from pat.recipes import recipe_defaults
 from pat.shape import check_request
 from pat.training.options import DistillOptions, RunOptions
@@ -237,9 +238,20 @@ def _bf16_pays(given: Mapping[str, Any]) -> bool:
     name = given.get("model_name_or_path")
     if name is None or given.keys() & {"bf16", "fp16", "dtype"}:
         return False
+    if (known := _bf16_of_run(given.get("output_dir"))) is not None:
+        return known
     try:
         config, family = load_config(str(name), revision=given.get("model_revision"))
     except PatError:
         return False  # said where the run is checked
     sizes = getattr(config, family.hidden_size_field), getattr(config, "intermediate_size", None)
     return bf16_pays_on_cpu(sizes[0], sizes[1] or sizes[0])
+
+
+def _bf16_of_run(output_dir: Any) -> bool | None:
+    """Return what was chosen for the run in a folder, which goes on as it began; None if there is none."""
+    try:
+        known = json.loads((Path(expand(str(output_dir))) / "run.json").read_text(encoding="utf-8")).get("bf16")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return known if isinstance(known, bool) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,6 +58,8 @@ RATIO_SLACK = 0.01
 class Checked:
     """Facts of a run that are known once its arguments, its folder and the base's configuration are checked."""
 
+    arguments: TuneArguments
+    """Those of the run; of the ratio there is left what a trimmed vocabulary does not save."""
     base_config: Any
     """Configuration of the base as it is stored."""
     family: Family
@@ -79,7 +81,8 @@ def check(arguments: TuneArguments) -> Checked:
     trimmed_config = base_config
     if (size := arguments.run.vocabulary_size) is not None:
         trimmed_config, rest = trimmed_budget(pat_config, base_config, size)
-        arguments.pat.pruning_ratio = pat_config.pruning_ratio = rest
+        arguments = replace(arguments, pat=replace(arguments.pat, pruning_ratio=rest))
+        pat_config = arguments.pat_config()
     shape = check_config(trimmed_config, family, pat_config)
     asked = pat_config.pruning_ratio or DEFAULT_PRUNING_RATIO
     names_a_size = asked_sizes(pat_config) or any(getattr(pat_config, name) for name in TARGETS)
@@ -93,7 +96,7 @@ def check(arguments: TuneArguments) -> Checked:
     check_distillation(arguments, base_config)
     if pat_config.calibration is not None:
         read_calibration(pat_config.calibration)
-    return Checked(base_config, family, shape, checkpoint)
+    return Checked(arguments, base_config, family, shape, checkpoint)
 
 
 def check_run(arguments: TuneArguments, checked: Checked, data: Prepared) -> RunFile:

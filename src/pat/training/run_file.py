@@ -9,9 +9,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from pat.checkpoint.card import shown_name
 from pat.checkpoint.staging import write_whole
 from pat.errors import PatError
+from pat.loading.fingerprint import base_fingerprint
 from pat.report.records import plain, to_json
 from pat.training.arguments import REFUSED, TuneArguments
 
@@ -47,6 +50,8 @@ class RunFile:
     """Fingerprint of the data that is trained on."""
     finished: list[str] = field(default_factory=list)
     """Phases that are done: `stage_one`, `compaction`, `stage_two`, `model`, `results`, `pushed`."""
+    bf16: bool | None = None
+    """Whether it began in bf16; unless a flag says otherwise it goes on so, whatever a new measurement would choose."""
 
     @classmethod
     def of(cls, arguments: TuneArguments, base_config: Any, data: str) -> RunFile:
@@ -60,9 +65,12 @@ class RunFile:
         shown: dict[str, Any] = {
             name: shown_name(str(configuration[name])) for name in ("model_name_or_path", "dataset_name")
         }
-        shown["teacher"] = None if arguments.distill.teacher is None else shown_name(arguments.distill.teacher)
+        if (teacher := arguments.distill.teacher) is not None:  # checked, so that its configuration can be read
+            config = AutoConfig.from_pretrained(teacher, trust_remote_code=False)
+            shown["teacher"] = f"{shown_name(teacher)} {fingerprint(teacher, config)}"
         shown |= {name: _content(configuration[name]) for name in ("held_out", "calibration", "chat_template_path")}
-        return cls(configuration | shown, fingerprint(arguments.run.model_name_or_path, base_config), data)
+        base = fingerprint(arguments.run.model_name_or_path, base_config)
+        return cls(configuration | shown, base, data, bf16=bool(arguments.sft.bf16))
 
     @classmethod
     def read(cls, folder: Path) -> RunFile | None:
@@ -119,12 +127,7 @@ def _content(value: Any) -> str | None:
 
 
 def fingerprint(name: str, base_config: Any) -> str:
-    """Digest a model: its configuration, and names, sizes and first kilobytes of the weight files in a folder."""
+    """Digest a model: its configuration, and a little of each tensor where its files are on this machine."""
     facts = {key: value for key, value in plain(base_config.to_dict()).items() if key not in _NOT_THE_MODELS}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    folder = Path(name)
-    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 16))
-    return digest.hexdigest()[:16]
+    found = base_fingerprint(base_config, name)
+    return (found or hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest())[:16]

@@ -59,9 +59,10 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
         quiet_transformers(not shown),
     ):
         # Everything that can be wrong is found before the weights are loaded, and before anything is written.
-        checked = check(arguments)
+        checked, asked = check(arguments), arguments
+        arguments = checked.arguments
         data = prepare(arguments, checked.base_config)
-        run = check_run(arguments, checked, data)
+        run = check_run(asked, checked, data)
         if (record := find_finished(arguments, checked.checkpoint)) is not None:
             repository = None if "pushed" in run.finished else open_repository(arguments)
             return _end(arguments, run, TuneResult(folder, record, was_finished=True), repository)

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from pat.training import arguments, precision
 from pat.training.arguments import build_arguments
+from pat.training.run_file import RunFile
 from tests.tiny_models import build
 
 needs_cpu = pytest.mark.skipif(torch.accelerator.is_available(), reason="an accelerator has defaults of its own")
@@ -40,3 +42,17 @@ def test_the_measurement_decides_unless_a_flag_does(
 def test_narrow_models_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pat.training.precision.time.process_time", lambda: pytest.fail("measured"))
     assert not precision.bf16_pays_on_cpu(precision.LEAST_HIDDEN_SIZE - 1, 4096)
+
+
+@needs_cpu
+def test_a_run_goes_on_in_the_arithmetic_that_it_began_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    build("llama", tied=True).save_pretrained(base)
+    flags: dict[str, Any] = {"model_name_or_path": str(base), "dataset_name": "data.jsonl", "output_dir": str(out)}
+    monkeypatch.setattr(arguments, "bf16_pays_on_cpu", lambda *sizes: True)
+    began = build_arguments(**flags)
+    out.mkdir()
+    RunFile.of(began, AutoConfig.from_pretrained(base), "data").write(out)
+    monkeypatch.setattr(arguments, "bf16_pays_on_cpu", lambda *sizes: False)
+    assert build_arguments(**flags).sft.bf16
+    assert not build_arguments(**flags, bf16=False).sft.bf16
