@@ -1,4 +1,4 @@
-"""Output folders that appear complete or not at all, whenever a run ends."""
+"""Output folders and files that appear complete or not at all, whenever a run ends."""
 
 from __future__ import annotations
 
@@ -69,6 +69,23 @@ def staged_folder(output_dir: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears complete, in the place of an older one, or not at all.
+
+    Raises:
+        PatError: it cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    staging = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        staging.write_bytes(content)
+        os.replace(staging, target)
+    except OSError as error:
+        raise PatError(f"{path}: cannot be written ({error.strerror}); choose another file.") from error
+    finally:
+        staging.unlink(missing_ok=True)
 
 
 def _make_locked(parent: Path, prefix: str) -> tuple[Path, int | None]:

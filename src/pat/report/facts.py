@@ -43,7 +43,9 @@ class Facts:
         """Return steps and values of what was logged under a name."""
         rows = [row for row in self.items("log_history") if isinstance(row, Mapping)]
         pairs = [(as_number(row.get("step")), as_number(row.get(key))) for row in rows]
-        return sorted(((x, y) for x, y in pairs if x is not None and y is not None and x >= 0), key=lambda point: point[0])
+        return sorted(
+            ((x, y) for x, y in pairs if x is not None and y is not None and x >= 0), key=lambda point: point[0]
+        )
 
 
 def as_number(value: Any) -> float | None:

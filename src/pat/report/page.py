@@ -72,7 +72,9 @@ def render_report(record: Mapping[str, Any], changed: Sequence[Changed] | None) 
         parity=_parity(Facts(facts.mapping("parity")), "The written model", "the tuned one"),
         milestone_parity=_parity(Facts(facts.mapping("compaction", "parity")), "The small model", "the masked one"),
         samples=_samples(facts),
-        data=[(label, numbers.count(facts.number("data", key)), facts.number("data", key)) for key, label in _DATA.items()],
+        data=[
+            (label, numbers.count(facts.number("data", key)), facts.number("data", key)) for key, label in _DATA.items()
+        ],
         data_name=facts.text("dataset"),
         data_format=facts.text("data", "format"),
         prompt_format=facts.text("prompt_format"),
@@ -105,11 +107,12 @@ def _headline(facts: Facts) -> str:
     base, dense = (facts.number("figures", stage, "held_out_nll") for stage in ("base", "dense"))
     if base is None or dense is None:
         return f"{said}. What that costs is not known, because no rows were held out."
-    if abs(dense - base) < 5e-4:
+    distance = round(dense, 3) - round(base, 3)  # of the numbers that are shown
+    if not distance:
         return f"{said}, and its held-out loss is that of the untuned base, {numbers.loss(dense)} nats per token."
     return (
-        f"{said}, and its held-out loss is {numbers.loss(dense)} nats per token, {numbers.loss(abs(dense - base))} "
-        f"{'below' if dense < base else 'above'} that of the untuned base ({numbers.loss(base)})."
+        f"{said}, and its held-out loss is {numbers.loss(dense)} nats per token, {numbers.loss(abs(distance))} "
+        f"{'below' if distance < 0 else 'above'} that of the untuned base ({numbers.loss(base)})."
     )
 
 

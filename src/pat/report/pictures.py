@@ -141,6 +141,8 @@ def gate_pictures(facts: Facts) -> list[Picture]:
             format_y=_short,
             last_step=last,
             mark=_milestone(facts),
+            from_zero=True,
+            up_to=None if size is None else size.before,
         )
         remark = "The dashed part is not logged: the model has exactly that size since the milestone." * bool(continued)
         pictures.append(Picture(title, drawing, remark))

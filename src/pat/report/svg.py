@@ -98,11 +98,15 @@ def lines(
     last_step: float,
     mark: tuple[float, str] | None = None,
     from_zero: bool = False,
+    up_to: float | None = None,
 ) -> Markup:
-    """Draw lines over optimizer steps, with axes, a key for several, and a mark at one step."""
+    """Draw lines over optimizer steps, with axes, a key for several, and a mark at one step.
+
+    The axis of the values spans what is drawn; zero and another value may be given to be on it as well.
+    """
     drawn = [point for line in series for point in (*line.points, *line.continued)]
     low, high = min(y for _, y in drawn), max(y for _, y in drawn)
-    low = min(low, 0.0) if from_zero else low
+    low, high = min(low, 0.0) if from_zero else low, high if up_to is None else max(high, up_to)
     room = 0.06 * (high - low) or 0.5 * abs(high) or 1.0
     low, high = (low if from_zero else low - room), high + room
     top = 26 + _KEY * len(series) * (len(series) > 1)

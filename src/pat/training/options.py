@@ -22,7 +22,7 @@ class RunOptions:
         }
     )
     output_dir: Path = field(
-        metadata={"help": "Folder of the run, new or empty: model/, adapter/, compact/, results.json."}
+        metadata={"help": "Folder of the run, new or empty: model/, adapter/, compact/, results.json, report.html."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split of a hub dataset to train on."})

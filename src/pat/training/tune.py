@@ -25,7 +25,9 @@ from pat.training.check import announce, check, check_run
 from pat.training.prepare import Prepared, prepare
 from pat.training.push import open_repository, push
 from pat.training.rehearsal import rehearse
+from pat.training.report import report_of_run
 from pat.training.results import ModelFigures, Size, TuneRecord, TuneResult, measure, warn_of_losses
+from pat.training.samples import greedy_answers, paired
 from pat.training.stages import Stages, Trained
 
 
@@ -60,6 +62,7 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
         stored = stored_dtype(checked.base_config, revision=arguments.model.model_revision) or dtype
         size = Size.of(checked.base_config, stored)
         figures = {"base": measure(base, data, "base", size, progress=shown)}
+        answers = greedy_answers(base, data)
         data.vocabulary.fit(base)
         tokens = _tokens(arguments, data, base, data.vocabulary.config_of(checked.base_config))
         stages = Stages(arguments, data, tokens, run, num_steps, base, callbacks)
@@ -73,6 +76,7 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
         dense: Any = AutoModelForCausalLM.from_pretrained(arguments.output_dir / "model", dtype=dtype)
         size = Size(cut.num_parameters, cut.num_parameters * stored.itemsize)
         figures["dense"] = measure(dense.to(device), data, "dense", size, progress=shown)
+        samples = paired(answers, greedy_answers(dense, data))
         warn_of_losses(figures, dense.config.get_text_config().vocab_size)
 
     record = _record(
@@ -84,10 +88,12 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
         cut=cut,
         figures=figures,
         parity=parity,
+        samples=samples,
         warnings=warnings,
     )
     write_record(arguments.output_dir / "results.json", record)
     trained.run.after("results").write(arguments.output_dir)
+    report_of_run(arguments.output_dir)
     if not arguments.run.keep_checkpoints:
         shutil.rmtree(arguments.output_dir / "checkpoints", ignore_errors=True)
     result = TuneResult(arguments.output_dir, record)
