@@ -49,6 +49,12 @@ COMMANDS = {
         run="pat.plan.command:run_plan",
         show="pat.plan.tables:print_plan",
     ),
+    "report": Command(
+        "A run of `pat tune` as one page of HTML: figures, drawings, what was cut, how to load it.",
+        options="pat.training.report:ReportOptions",
+        run="pat.training.report:run_report",
+        show="pat.training.report:print_report",
+    ),
     "merge": Command(
         "PAT adapter -> dense checkpoint, streamed and verified.",
         options="pat.checkpoint.options:MergeOptions",

@@ -71,7 +71,9 @@ def run(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_what_a_run_leaves(run: Path) -> None:
-    assert {path.name for path in run.iterdir()} == {"model", "adapter", "compact", "results.json", "run.json"}
+    assert {path.name for path in run.iterdir()} == {
+        *("model", "adapter", "compact", "results.json", "run.json", "report.html")
+    }
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     expected = {"schema_version", "versions", "machine", "seed", "recipe", "cut", "figures", "parity", "data"}
     assert expected <= set(results)
@@ -89,6 +91,19 @@ def test_what_a_run_leaves(run: Path) -> None:
     assert revisions == {"adapter": "v1", "compact/adapter": None}
     assert str(run.parent) not in (run / "results.json").read_text(encoding="utf-8")
     assert str(run.parent) not in (run / "model" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_report_of_a_run_shows_its_figures_and_can_be_made_anew(run: Path, tmp_path: Path) -> None:
+    first = (run / "report.html").read_text(encoding="utf-8")
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    for figures in results["figures"].values():
+        assert f"{figures['num_parameters']:,}" in first and f"{figures['held_out_nll']:.3f}" in first
+    assert results["parity"]["num_tokens"] > 0 and f"{results['parity']['num_tokens']:,} places" in first
+    assert "<td>max_steps</td>" in first and str(run.parent) not in first
+    assert len(results["samples"]) == 2 and all("say" in sample["prompt"] for sample in results["samples"])
+    assert main(["report", "--run", str(run), "--output", str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.html").read_text(encoding="utf-8") == first
+    assert [path.name for path in tmp_path.iterdir()] == ["again.html"]
 
 
 def test_the_checkpoint_keeps_the_bases_dtype_and_is_smaller(run: Path, base: Path) -> None:

@@ -151,6 +151,7 @@ def test_a_reader_that_has_gone_is_no_error(
 REQUIRED = {
     "tune": BASE,
     "plan": BASE[:2],
+    "report": ["--run", "out"],
     "merge": ["--adapter", "a", "--output_dir", "out"],
     "evaluate": ["--model", "m", "--text_file", "t"],
     "benchmark": ["--model", "m", "--baseline", "b"],

@@ -1,4 +1,4 @@
-"""Output folders that appear complete or not at all, whenever a run ends."""
+"""Output folders and files that appear complete or not at all, whenever a run ends."""
 
 from __future__ import annotations
 

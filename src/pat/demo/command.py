@@ -16,6 +16,7 @@ from pat.report.records import Record
 from pat.report.table import Table
 from pat.training.arguments import build_arguments
 from pat.training.results import TuneRecord, TuneResult
+from pat.training.samples import Sample
 from pat.training.sources import FILE_SUFFIXES
 from pat.training.summary import print_summary
 from pat.training.tune import run_tune
@@ -32,15 +33,6 @@ RECIPE: dict[str, Any] = {
 }
 
 MAX_NEW_TOKENS = 60
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One prompt and both models' greedy answers."""
-
-    prompt: str
-    base: str
-    small: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,8 @@ class RunOptions:
     )
     output_dir: Path = field(
         metadata={
-            "help": "Folder of the run: model/, adapter/, compact/, results.json. New or empty, or that of the same "
-            "command before, which goes on."
+            "help": "Folder of the run: model/, adapter/, compact/, results.json, report.html. New or empty, or that "
+            "of the same command before, which goes on."
         }
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})

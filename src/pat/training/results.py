@@ -23,6 +23,7 @@ from pat.report.records import Machine, Record
 from pat.surgery.describe import count_parameters
 from pat.training.data_record import DataRecord
 from pat.training.prepare import Prepared
+from pat.training.samples import Sample
 from pat.training.teacher import TeacherRecord
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,8 @@ class TuneRecord(Record):
     compaction: Compaction | None
     teacher: TeacherRecord | None
     """What the small model has learnt from beside its data, in stage two."""
+    samples: list[Sample]
+    """Greedy answers to held-out prompts; empty for texts without prompts, and where the vocabulary is trimmed."""
     timings: dict[str, float]
     log_history: list[dict[str, Any]]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from pat.report import numbers
 from pat.report.table import Table
+from pat.training.report import REPORT
 from pat.training.results import ModelFigures, TuneResult
 
 STAGES = {"base": "base", "tuned": "tuned", "dense": "dense, written"}
@@ -25,11 +27,14 @@ def print_summary(result: TuneResult) -> None:
     base, dense = result.figures["base"], result.figures["dense"]
     print(f"{1 - dense.num_parameters / base.num_parameters:.1%} fewer parameters. {result.parity.describe()}")
     print(f"Model: {result.model_dir}\nAdapter: {result.adapter_dir}\nFigures: {result.output_dir / 'results.json'}")
+    if (result.output_dir / REPORT).is_file():
+        print(f"Report: {result.output_dir / REPORT}")
 
 
 def _cells(figures: ModelFigures) -> tuple[str, ...]:
-    nll = "–" if figures.held_out_nll is None else f"{figures.held_out_nll:.3f}"
-    if figures.held_out_standard_error is not None:
-        nll += f" ± {figures.held_out_standard_error:.3f}"
-    speed = "–" if figures.tokens_per_second is None else f"{figures.tokens_per_second:,.0f}"
-    return f"{figures.num_parameters:,}", f"{figures.num_bytes / 1e6:,.1f} MB", nll, speed
+    return (
+        numbers.count(figures.num_parameters),
+        numbers.size(figures.num_bytes),
+        numbers.loss(figures.held_out_nll, figures.held_out_standard_error),
+        numbers.count(figures.tokens_per_second),
+    )

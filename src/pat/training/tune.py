@@ -28,8 +28,10 @@ from pat.training.folder import CHECKPOINTS, MODEL, NAMES, RESULTS, clear, find_
 from pat.training.prepare import Prepared, prepare
 from pat.training.push import open_repository, push
 from pat.training.rehearsal import rehearse
+from pat.training.report import report_of_run
 from pat.training.results import ModelFigures, Size, TuneRecord, TuneResult, measure, warn_of_losses
 from pat.training.run_file import RunFile
+from pat.training.samples import greedy_answers, paired
 from pat.training.stages import Stages
 from pat.training.trained import Trained
 
@@ -79,6 +81,7 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
         size = Size.of(checked.base_config, stored)
         figures = {"base": measure(base, data, "base", size, progress=shown)}
         data.vocabulary.fit(base)
+        answers = greedy_answers(base, data)
         tokens = _tokens(arguments, data, base, data.vocabulary.config_of(checked.base_config))
         stages = Stages(arguments, data, tokens, start.phases(run), num_steps, base, callbacks)
         del base  # nobody else may hold it, or it stays in memory beside the small model
@@ -94,6 +97,7 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
         dense: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)
         size = Size(cut.num_parameters, cut.num_parameters * stored.itemsize)
         figures["dense"] = measure(dense.to(device), data, "dense", size, progress=shown)
+        samples = paired(answers, greedy_answers(dense, data))
         warn_of_losses(figures, dense.config.get_text_config().vocab_size)
 
         record = _record(
@@ -105,6 +109,7 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
             cut=cut,
             figures=figures,
             parity=parity,
+            samples=samples,
             warnings=warnings,
         )
         write_whole(folder / RESULTS, to_json(record))
@@ -117,6 +122,7 @@ def _end(arguments: TuneArguments, run: RunFile, result: TuneResult, repository:
     if "results" not in run.finished:
         run = run.after("results")
         run.write(folder)
+        report_of_run(folder)
     if not arguments.run.keep_checkpoints:
         discard(folder / CHECKPOINTS)
     remove_unfinished(folder, NAMES)

@@ -1,0 +1,26 @@
+"""Numbers as people read them, alike on the terminal and in a report."""
+
+from __future__ import annotations
+
+MISSING = "–"
+
+
+def count(number: float | None) -> str:
+    """Return a whole number with a comma between thousands."""
+    return MISSING if number is None else f"{number:,.0f}"
+
+
+def size(num_bytes: float | None) -> str:
+    """Return a number of bytes in megabytes."""
+    return MISSING if num_bytes is None else f"{num_bytes / 1e6:,.1f} MB"
+
+
+def loss(nll: float | None, standard_error: float | None = None) -> str:
+    """Return a loss in nats per token, with its standard error if there is one."""
+    text = MISSING if nll is None else f"{nll:.3f}"
+    return text if standard_error is None else f"{text} ± {standard_error:.3f}"
+
+
+def change(before: float, after: float) -> str:
+    """Return by how much a quantity has changed, as a share of what it was."""
+    return f"{after / before - 1:+.1%}".replace("-", "−").replace("%", " %") if before else MISSING

@@ -1,0 +1,189 @@
+"""The report of a run of `pat tune` as one HTML file, made of its record. Nothing in the file asks for another one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from pat.report import numbers
+from pat.report.facts import Facts, as_number
+from pat.report.pictures import axes_cut, energy_picture, figure_pictures, gate_pictures, training_pictures
+
+STAGES = {"base": "base", "tuned": "tuned", "dense": "written"}
+"""The models of a run, and what they are called in a report."""
+
+_DATA = {
+    "num_rows": "rows of the source",
+    "num_examples": "examples to train on",
+    "num_tokens": "tokens of these examples",
+    "num_target_tokens": "tokens of these that are learned",
+    "num_held_out": "examples held out for the figures",
+    "num_dropped": "rows left out, because they have no response",
+    "num_held_out_dropped": "held-out rows left out, because they have no response",
+    "num_truncated": "examples that lose the end of what is to be learned",
+    "num_cut_tokens": "tokens cut off at the greatest length",
+    "num_cut_target_tokens": "tokens of these that were to be learned",
+    "num_cut_away": "examples with nothing left to learn",
+    "num_unlearned_openings": "rows that open with an answer, which is read and not learned",
+}
+
+_FOLDERS = re.compile(r"(?<![\w.:/<])(?:/|~/|[A-Za-z]:\\)(?:[\w.@+-]+[/\\])+(?=[\w.@+-])")
+
+
+@dataclass(frozen=True)
+class Changed:
+    """An option that has another value than the recipe's default."""
+
+    name: str
+    default: str
+    value: str
+
+
+def render_report(record: Mapping[str, Any], changed: Sequence[Changed] | None) -> str:
+    """Return the report of a record of `pat tune`.
+
+    Args:
+        record: the content of `results.json`. Whatever it lacks is left out, and the report says so; every text in it
+            is escaped.
+        changed: the options that are not the recipe's defaults; None where they are not known.
+    """
+    facts = Facts(record)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(
+        resources.files("pat.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    )
+    return template.render(
+        name=facts.text("model_name_or_path") or "a model without a name",
+        headline=_headline(facts),
+        figures=_figures(facts),
+        figure_pictures=figure_pictures(facts, STAGES),
+        num_held_out_tokens=numbers.count(facts.number("figures", "dense", "num_held_out_tokens")),
+        axes=axes_cut(facts),
+        training=_training(facts),
+        training_pictures=training_pictures(facts),
+        gate_pictures=gate_pictures(facts),
+        rotation=facts.text("cut", "rotation"),
+        energy=energy_picture(facts),
+        parity=_parity(Facts(facts.mapping("parity")), "The written model", "the tuned one"),
+        milestone_parity=_parity(Facts(facts.mapping("compaction", "parity")), "The small model", "the masked one"),
+        samples=_samples(facts),
+        data=[
+            (label, numbers.count(facts.number("data", key)), facts.number("data", key)) for key, label in _DATA.items()
+        ],
+        data_name=facts.text("dataset"),
+        data_format=facts.text("data", "format"),
+        prompt_format=facts.text("prompt_format"),
+        unused_columns=[str(name) for name in facts.items("data", "unused_columns")],
+        warnings=[_without_folders(str(line)) for line in facts.items("warnings")],
+        has_warnings="warnings" in record,
+        teacher=_teacher(facts),
+        knows_teacher="teacher" in record,
+        changed=None
+        if changed is None
+        else [(row.name, _without_folders(row.default), _without_folders(row.value)) for row in changed],
+        recipe=facts.text("recipe"),
+        versions={str(key): str(value) for key, value in sorted(facts.mapping("versions").items())},
+        folder=_without_folders(facts.text("training_arguments", "output_dir") or "out").replace("\\", "/"),
+        cuts_hidden=(facts.number("cut", "pruned_hidden_size") or 0) < (facts.number("cut", "hidden_size") or 0),
+    )
+
+
+def _headline(facts: Facts) -> str:
+    """Say in plain words what has become smaller, and what it costs."""
+    before, after = (facts.number("figures", stage, "num_parameters") for stage in ("base", "dense"))
+    name = facts.text("model_name_or_path") or "the base"
+    if not before or after is None:
+        said = f"The record does not say how much smaller than {name} the written model is"
+    else:
+        said = (
+            f"The written model has {abs(1 - after / before):.1%} {'fewer' if after <= before else 'more'} parameters "
+            f"than {name} ({numbers.count(after)} instead of {numbers.count(before)})"
+        ).replace("%", " %")
+    base, dense = (facts.number("figures", stage, "held_out_nll") for stage in ("base", "dense"))
+    if base is None or dense is None:
+        return f"{said}. What that costs is not known, because no rows were held out."
+    distance = round(dense, 3) - round(base, 3)  # of the numbers that are shown
+    if not distance:
+        return f"{said}, and its held-out loss is that of the untuned base, {numbers.loss(dense)} nats per token."
+    return (
+        f"{said}, and its held-out loss is {numbers.loss(dense)} nats per token, {numbers.loss(abs(distance))} "
+        f"{'below' if distance < 0 else 'above'} that of the untuned base ({numbers.loss(base)})."
+    )
+
+
+def _figures(facts: Facts) -> list[tuple[str, ...]]:
+    """Return the rows of the table of models, as on the terminal."""
+    rows: list[tuple[str, ...]] = []
+    for stage, label in STAGES.items():
+        model = Facts(facts.mapping("figures", stage))
+        nll = numbers.loss(model.number("held_out_nll"), model.number("held_out_standard_error"))
+        sizes = numbers.count(model.number("num_parameters")), numbers.size(model.number("num_bytes"))
+        rows.append((label, *sizes, nll, numbers.count(model.number("tokens_per_second"))))
+    return rows if facts.mapping("figures") else []
+
+
+def _training(facts: Facts) -> list[tuple[str, str]]:
+    """Return what is known of the training in words and numbers."""
+    rates = ((name, as_number(rate)) for name, rate in facts.mapping("learning_rates").items())
+    milestone, seconds = facts.number("cut", "milestone_step"), facts.number("timings", "train_seconds")
+    rows = [
+        ("recipe", facts.text("recipe")),
+        ("optimizer steps", facts.number("num_steps")),
+        ("step of the milestone", milestone),
+        ("tokens seen", facts.number("num_tokens_seen")),
+        ("highest learning rates", ", ".join(f"{name} {rate:g}" for name, rate in rates if rate is not None) or None),
+        ("seed", facts.text("seed") or facts.number("seed")),
+        ("device", facts.text("device")),
+        ("machine", facts.text("machine", "device")),
+        ("number format", facts.text("dtype")),
+        ("seconds of training", seconds),
+    ]
+    return [
+        (label, value if isinstance(value, str) else numbers.count(value)) for label, value in rows if value is not None
+    ]
+
+
+def _parity(parity: Facts, this: str, other: str) -> str | None:
+    """Say in words how far two forms of one model are apart."""
+    same, places = parity.number("top1_agreement"), parity.number("num_tokens")
+    largest, floor = parity.number("max_abs_logit_diff"), parity.number("permutation_floor")
+    if same is None or places is None or largest is None:
+        return None
+    said = (
+        f"{this} gives the same next token as {other} in {100 * same:.2f} % of {numbers.count(places)} places; the "
+        f"largest difference of a logit is {largest:.1e}"
+    )
+    if (spread := parity.number("logit_std")) is not None:
+        said += f", where logits have a standard deviation of {spread:.2f}"
+    if (kind := parity.text("dtype")) is not None:
+        said += f" (in {kind})"
+    if floor is not None:
+        said += f". Rounding alone explains {floor:.1e} of that: so much comes of merely permuting the model's channels"
+    return said + "."
+
+
+def _samples(facts: Facts) -> list[tuple[str, str, str]]:
+    rows = [Facts(row) for row in facts.items("samples") if isinstance(row, Mapping)]
+    return [(row.text("prompt") or "", row.text("base") or "", row.text("small") or "") for row in rows]
+
+
+def _teacher(facts: Facts) -> str | None:
+    name, weight = facts.text("teacher", "name"), facts.number("teacher", "weight")
+    if name is None:
+        return None
+    said = f"In stage two the small model has learnt from {name} as well"
+    if weight is not None:
+        said += f"; the divergence from it was {weight:g} of the loss"
+    if (top_k := facts.number("teacher", "top_k")) is not None:
+        said += f", over its {numbers.count(top_k)} likeliest tokens"
+    return said + "."
+
+
+def _without_folders(text: str) -> str:
+    """Return a text with the last component alone of every absolute path: a report tells nobody's folders."""
+    return _FOLDERS.sub("", text)

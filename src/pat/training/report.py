@@ -1,0 +1,145 @@
+"""`pat report`: the page that shows a run of `pat tune`, made anew of what lies in the run's folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pat.checkpoint.staging import write_whole
+from pat.errors import PatError, one_line
+from pat.paths import expand_options
+from pat.recipes import RECIPES
+from pat.report.page import Changed, render_report
+from pat.report.records import Record, plain
+from pat.training.arguments import build_arguments
+from pat.training.run_file import RunFile
+
+logger = logging.getLogger(__name__)
+
+REPORT, RESULTS = "report.html", "results.json"
+
+_NOT_SHOWN = {
+    *("model_name_or_path", "dataset_name", "output_dir", "logging_dir", "run_name", "recipe", "hub_token", "seed"),
+    *("disable_tqdm", "report_to", "resume_from_checkpoint", "push_to_hub", "keep_checkpoints"),
+    *("dtype", "use_cpu", "bf16", "gradient_checkpointing"),
+}
+"""Options that the report names elsewhere, that change nothing in the model, or whose defaults are the machine's."""
+
+
+@dataclass(kw_only=True)
+class ReportOptions:
+    """The run to report on, and the file to write."""
+
+    MAIN_FLAGS: ClassVar = ("run", "output")
+
+    run: Path = field(metadata={"help": "Folder of a finished run of `pat tune`, with its results.json."})
+    output: Path | None = field(
+        default=None, metadata={"help": "HTML file to write; by default report.html in the folder of the run."}
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse a file that is none, before anything is read.
+
+        Raises:
+            PatError: the output is no .html file in a folder that is there.
+        """
+        expand_options(self)
+        path = self.output
+        if path is not None and (
+            path.suffix.lower() not in (".html", ".htm") or path.is_dir() or not path.absolute().parent.is_dir()
+        ):
+            raise PatError(f"Got output={path}; expected an .html file in a folder that is there.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportRecord(Record):
+    """The report that was written."""
+
+    command: Literal["report"] = "report"
+    run: Path
+    report: Path
+    num_bytes: int
+
+
+def run_report(options: ReportOptions) -> ReportRecord:
+    """Write the report of a run from its `results.json` and `run.json`, whole or not at all.
+
+    Raises:
+        PatError: there is no record of `pat tune` in the folder, or the file cannot be written.
+    """
+    report = options.output or options.run / REPORT
+    content = render_report(record := _read(options.run), changed_options(options.run, record))
+    # A text from JSON may hold half of a surrogate pair, which no file can.
+    encoded = content.encode("utf-8", "replace")
+    try:
+        write_whole(report, encoded.decode("utf-8"))
+    except OSError as error:
+        raise PatError(f"{report}: cannot be written ({error.strerror}); choose another file.") from error
+    return ReportRecord(run=options.run, report=report, num_bytes=len(encoded))
+
+
+def print_report(record: ReportRecord) -> None:
+    """Print where the report is."""
+    print(f"Report: {record.report}")
+
+
+def report_of_run(folder: Path) -> None:
+    """Write the report of a run that has just ended. What goes wrong is a warning: the model is there, and complete."""
+    try:
+        run_report(ReportOptions(run=folder))
+    except Exception as error:
+        logger.warning(
+            "The report was not written (%s: %s); `pat report --run %s` does it anew.",
+            type(error).__name__,
+            one_line(error),
+            folder,
+        )
+
+
+def changed_options(folder: Path, record: Mapping[str, Any]) -> list[Changed] | None:
+    """Return the options of a run that are not its recipe's defaults; None where they cannot be known.
+
+    Most stand in `run.json`, and the rest, how long and how much at once, among the trainer's arguments in the record.
+    """
+    recipe, training_arguments = record.get("recipe"), record.get("training_arguments")
+    try:
+        run = RunFile.read(folder)
+    except PatError:
+        run = None
+    if recipe not in RECIPES or run is None or not isinstance(training_arguments, Mapping):
+        return None
+    return sorted(_differing(str(recipe), {**training_arguments, **run.configuration}), key=lambda row: row.name)
+
+
+def _differing(recipe: str, given: Mapping[str, Any]) -> Iterator[Changed]:
+    defaults = build_arguments(
+        model_name_or_path="base", dataset_name="data", output_dir="out", recipe=recipe, bf16=False
+    )
+    for part in (defaults.run, defaults.model, defaults.sft, defaults.pat, defaults.distill):
+        for option in fields(part):
+            # Sets and enumerations are written as JSON has them, and the trainer's arguments as text.
+            default = plain(getattr(part, option.name))
+            if option.name not in given or option.name in _NOT_SHOWN:
+                continue
+            value = given[option.name]
+            if value != default and str(value) != str(default):
+                yield Changed(option.name, str(default), str(value))
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / RESULTS
+    if not path.is_file():
+        raise PatError(f"Got run={folder}, where there is no {RESULTS}; expected the folder of a finished `pat tune`.")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PatError(f"{path}: not readable ({one_line(error)}); expected the record of a `pat tune`.") from error
+    command = record.get("command") if isinstance(record, dict) else None
+    if command != "tune":
+        of = f"the record of `pat {command}`" if isinstance(command, str) else "no record of a command"
+        raise PatError(f"{path}: holds {of}; expected that of `pat tune`.")
+    return dict(record)

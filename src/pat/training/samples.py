@@ -1,0 +1,75 @@
+"""What base and small model answer to the same held-out prompts, taken while they are in memory anyway."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from pat.errors import one_line
+from pat.nll import IGNORED, Example, evaluating
+from pat.training.prepare import Prepared
+
+logger = logging.getLogger(__name__)
+
+NUM_PROMPTS = 2
+MAX_NEW_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and both models' greedy answers."""
+
+    prompt: str
+    base: str
+    small: str
+
+
+def greedy_answers(model: PreTrainedModel, data: Prepared) -> list[tuple[str, str]]:
+    """Return the first held-out prompts with a model's greedy answers.
+
+    There are none for texts without prompts, nor where the vocabulary is trimmed: base and small model then read other
+    tokens. A model that cannot generate is a warning, because nothing else in a run needs it to.
+    """
+    if data.vocabulary.kept is not None:
+        return []
+    tokenizer = data.vocabulary.tokenizer
+    try:
+        return [(tokenizer.decode(prompt), _answer(model, tokenizer, prompt)) for prompt in _prompts(data.held_out)]
+    except Exception as error:
+        logger.warning("No sample answers were taken (%s: %s).", type(error).__name__, one_line(error))
+        return []
+
+
+def paired(base: Sequence[tuple[str, str]], small: Sequence[tuple[str, str]]) -> list[Sample]:
+    """Put the answers of two models to the same prompts side by side; none if one of them has none."""
+    return [Sample(prompt, first, second) for (prompt, first), (_, second) in zip(base, small, strict=False)]
+
+
+def _prompts(examples: Sequence[Example]) -> Iterator[list[int]]:
+    """Yield the tokens before the first that is to be learned, of the first examples that have some."""
+    num_left = NUM_PROMPTS
+    for example in examples:
+        learned = [place for place, label in enumerate(example["labels"]) if label != IGNORED]
+        if num_left and learned and learned[0] > 1:
+            num_left -= 1
+            yield list(example["input_ids"][: learned[0]])
+
+
+@torch.no_grad()
+def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> str:
+    ids = torch.tensor([prompt], device=model.device)
+    greedy = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=MAX_NEW_TOKENS,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with evaluating(model):
+        output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy)  # type: ignore[operator]
+    answer = cast(torch.Tensor, output)[0, len(prompt) :]
+    return cast(str, tokenizer.decode(answer, skip_special_tokens=True)).strip()

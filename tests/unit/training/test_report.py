@@ -1,0 +1,43 @@
+"""`pat report`: what it refuses, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pat.cli import main
+
+RECORD = {"command": "tune", "recipe": "default", "model_name_or_path": "half a pair \ud800"}
+
+
+def test_a_record_alone_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(RECORD), encoding="utf-8")
+    (tmp_path / "report.html").write_text("an older one", encoding="utf-8")
+    assert main(["report", "--run", str(tmp_path)]) == 0
+    assert "report.html" in capsys.readouterr().out
+    assert "half a pair ?" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "results.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "more", "words"),
+    [
+        (None, [], "no results.json"),
+        ("{", [], "not readable"),
+        ("[1]", [], "no record of a command"),
+        ('{"command": "merge"}', [], "the record of `pat merge`"),
+        (json.dumps(RECORD), ["--output", "page.pdf"], "an .html file"),
+        (json.dumps(RECORD), ["--output", "nowhere/page.html"], "an .html file"),
+    ],
+)
+def test_what_cannot_be_reported_on_is_one_line(
+    content: str | None, more: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "results.json").write_text(content, encoding="utf-8")
+    assert main(["report", "--run", str(tmp_path), *more]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert words in line
+    assert not (tmp_path / "report.html").exists()
