@@ -32,7 +32,7 @@ def test_it_is_a_lora_config_with_fields_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"pruning_ratio": 25}, r"pruning_ratio=25.*between 0 and 1"),
+        ({"pruning_ratio": 25}, r"pruning_ratio=25.*above 0 and below 1"),
         ({"pruning_ratio": 0.25, "pruned_hidden_size": 8}, r"one of the two"),
         ({"mask_lr_multiplier": math.inf}, r"mask_lr_multiplier=inf.*finite"),
         ({"gain_tolerance": math.nan}, r"gain_tolerance=nan.*finite"),
