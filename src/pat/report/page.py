@@ -118,7 +118,7 @@ def _headline(facts: Facts) -> str:
 
 def _figures(facts: Facts) -> list[tuple[str, ...]]:
     """Return the rows of the table of models, as on the terminal."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for stage, label in STAGES.items():
         model = Facts(facts.mapping("figures", stage))
         nll = numbers.loss(model.number("held_out_nll"), model.number("held_out_standard_error"))

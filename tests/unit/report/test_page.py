@@ -6,6 +6,8 @@ import re
 from html.parser import HTMLParser
 from typing import Any
 
+import pytest
+
 from pat.report.page import Changed, render_report
 from pat.report.svg import MAX_POINTS, thinned, ticks
 
@@ -82,7 +84,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.words += data
+        self.words += f"{data} "
 
 
 def hostile(value: Any) -> Any:
@@ -104,7 +106,8 @@ def test_the_page_tells_what_the_record_holds() -> None:
         "milestone, step 5",
         "56 at step 3",
         "93.8 %",
-        "the same next token as the tuned one in 100.00 % of 5,100 places; the largest difference of a logit is 2.4e-03",
+        "the same next token as the tuned one in 100.00 % of 5,100 places",
+        "the largest difference of a logit is 2.4e-03",
         "Rounding alone explains 1.7e-03 of that",
         "Read rows.jsonl twice.",
         "max_steps -1 20",
@@ -157,7 +160,7 @@ def test_points_are_thinned_to_means() -> None:
 
 def test_ticks_are_round_numbers_within_the_axis() -> None:
     assert ticks(0, 150) == [0, 50, 100, 150]
-    assert ticks(1.93, 2.11) == [1.95, 2.0, 2.05, 2.1]
+    assert ticks(1.93, 2.11) == pytest.approx([1.95, 2.0, 2.05, 2.1])
     assert ticks(3, 3) == [3]
 
 
