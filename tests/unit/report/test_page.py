@@ -6,6 +6,8 @@ import re
 from html.parser import HTMLParser
 from typing import Any
 
+import pytest
+
 from pat.report.page import Changed, render_report
 from pat.report.svg import MAX_POINTS, thinned, ticks
 
@@ -82,7 +84,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.words += data
+        self.words += f"{data} "
 
 
 def hostile(value: Any) -> Any:
@@ -158,7 +160,7 @@ def test_points_are_thinned_to_means() -> None:
 
 def test_ticks_are_round_numbers_within_the_axis() -> None:
     assert ticks(0, 150) == [0, 50, 100, 150]
-    assert ticks(1.93, 2.11) == [1.95, 2.0, 2.05, 2.1]
+    assert ticks(1.93, 2.11) == pytest.approx([1.95, 2.0, 2.05, 2.1])
     assert ticks(3, 3) == [3]
 
 
