@@ -32,14 +32,15 @@ class Sample:
 def greedy_answers(model: PreTrainedModel, data: Prepared) -> list[tuple[str, str]]:
     """Return the first held-out prompts with a model's greedy answers.
 
-    There are none for texts without prompts, nor where the vocabulary is trimmed: base and small model then read other
-    tokens. A model that cannot generate is a warning, because nothing else in a run needs it to.
+    There are none for texts without prompts. Where the vocabulary is trimmed, the base's has to be as well. A model that
+    cannot generate is a warning, because nothing else in a run needs it to.
     """
-    if data.vocabulary.kept is not None:
-        return []
     tokenizer = data.vocabulary.tokenizer
     try:
-        return [(tokenizer.decode(prompt), _answer(model, tokenizer, prompt)) for prompt in _prompts(data.held_out)]
+        return [
+            (cast(str, tokenizer.decode(prompt)), _answer(model, tokenizer, prompt))
+            for prompt in _prompts(data.held_out)
+        ]
     except Exception as error:
         logger.warning("No sample answers were taken (%s: %s).", type(error).__name__, one_line(error))
         return []
