@@ -32,8 +32,8 @@ class Sample:
 def greedy_answers(model: PreTrainedModel, data: Prepared) -> list[tuple[str, str]]:
     """Return the first held-out prompts with a model's greedy answers.
 
-    There are none for texts without prompts. Where the vocabulary is trimmed, the base's has to be as well. A model that
-    cannot generate is a warning, because nothing else in a run needs it to.
+    There are none for texts without prompts. Where the vocabulary is trimmed, the base's has to be as well. A
+    model that cannot generate is a warning, because nothing else in a run needs it to.
     """
     tokenizer = data.vocabulary.tokenizer
     try:
