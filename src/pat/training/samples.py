@@ -39,7 +39,10 @@ def greedy_answers(model: PreTrainedModel, data: Prepared) -> list[tuple[str, st
         return []
     tokenizer = data.vocabulary.tokenizer
     try:
-        return [(tokenizer.decode(prompt), _answer(model, tokenizer, prompt)) for prompt in _prompts(data.held_out)]
+        return [
+            (cast(str, tokenizer.decode(prompt)), _answer(model, tokenizer, prompt))
+            for prompt in _prompts(data.held_out)
+        ]
     except Exception as error:
         logger.warning("No sample answers were taken (%s: %s).", type(error).__name__, one_line(error))
         return []
