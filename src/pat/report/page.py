@@ -70,7 +70,9 @@ def render_report(record: Mapping[str, Any], changed: Sequence[Changed] | None) 
         rotation=facts.text("cut", "rotation"),
         energy=energy_picture(facts),
         parity=_parity(Facts(facts.mapping("parity")), "The written model", "the tuned one"),
-        milestone_parity=_parity(Facts(facts.mapping("compaction", "parity")), "The small model", "the masked one"),
+        milestone_parity=_parity(
+            Facts(facts.mapping("compaction", "parity")), "At the milestone the small model", "the masked one"
+        ),
         samples=_samples(facts),
         data=[
             (label, numbers.count(facts.number("data", key)), facts.number("data", key)) for key, label in _DATA.items()

@@ -110,7 +110,7 @@ def training_pictures(facts: Facts) -> list[Picture]:
             "Learning rate over the steps",
             [line],
             y_label="learning rate of LoRA",
-            format_y=lambda rate: f"{rate:.1e}" if rate else "0",
+            format_y=lambda rate: f"{rate:.2g}",
             last_step=last,
             mark=mark,
             from_zero=True,

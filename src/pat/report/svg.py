@@ -19,7 +19,7 @@ MAX_POINTS = 300
 
 _ROW = 42
 _BAR = 12
-_LEFT, _RIGHT, _PLOT, _BOTTOM = 50, 12, 150, 40
+_LEFT, _RIGHT, _PLOT, _BOTTOM = 54, 12, 150, 40
 _KEY = 17
 
 Point = tuple[float, float]
