@@ -32,7 +32,7 @@ def check_writable(path: Path) -> None:
     import tempfile  # takes longer than all else that `pat --help` imports
 
     try:
-        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        folder = next((parent for parent in path.absolute().parents if parent.exists()), path)
         if path.is_dir():
             tempfile.TemporaryFile(dir=path).close()
         elif path.exists():

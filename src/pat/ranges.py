@@ -88,7 +88,8 @@ def check_ranges(options: Any) -> None:
         if (text := field.metadata.get("range")) is not None:
             if isinstance(value, str) and "str" not in kind:
                 raise PatError(f"Got {field.name}={value[:100]!r}; expected a number that is {_words(text)}.")
-            check_range(field.name, value, text, whole="float" not in kind)
+            takes_fractions = "float" in kind or field.metadata.get("fractions", False)
+            check_range(field.name, value, text, whole=not takes_fractions)
         elif any(isinstance(item, float) and not math.isfinite(item) for item in _items(value)):
             raise PatError(f"Got {field.name}={value}; expected a finite number.")
 

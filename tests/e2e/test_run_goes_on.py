@@ -23,7 +23,7 @@ from pat.training.checkpoints import last_checkpoint
 
 STEPS = 3
 
-LEFT = {"model", "adapter", "compact", "results.json", "run.json"}
+LEFT = {"model", "adapter", "compact", "results.json", "report.html", "run.json"}
 
 
 @pytest.fixture(scope="module")

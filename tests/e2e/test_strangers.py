@@ -207,4 +207,4 @@ def test_pickles_in_a_checkpoint_are_not_run(name: str, work: Path, tmp_path: Pa
         error = caught
     assert not mark.exists()
     assert (error is None) == (name == "training_args.bin"), error
-    assert error is None or "weights_only" in str(error) or "Weights only" in str(error), error
+    assert error is None or f"its {name} is not readable" in str(error), error

@@ -20,6 +20,7 @@ from pat.families import FAMILIES
 from pat.loading import base_fingerprint
 from pat.tuner import PatConfig
 from pat.tuner.model import find_tuner
+from pat.tuner.weights import PREFIX
 
 logger = logging.getLogger(__name__)
 
@@ -107,9 +108,9 @@ def check_tensors(model: PeftModel, adapter: str | os.PathLike[str]) -> None:
             )
 
 
-def carries_base_weights(adapter: str | os.PathLike[str], config: LoraConfig) -> bool:
-    """Tell whether an adapter brings embeddings of the base, which peft saves where LoRA is on them or tokens train."""
-    return any(_is_of_the_base(name, config) for name in _names(adapter))
+def carries_base_weights(adapter: str | os.PathLike[str]) -> bool:
+    """Tell whether an adapter brings weights of the base, which peft saves where LoRA is on the embedding."""
+    return any(".base_layer." in name and PREFIX not in name for name in _names(adapter))
 
 
 def _names(adapter: str | os.PathLike[str]) -> set[str]:

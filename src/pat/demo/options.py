@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pat.checkpoint.staging import check_output_folder
-from pat.paths import expand_options
+from pat.paths import check_writable, expand_options
 from pat.ranges import check_ranges
 
 
@@ -37,5 +37,6 @@ class DemoOptions:
         """
         expand_options(self)
         check_ranges(self)
+        check_writable(self.output_dir)  # names too long to be looked for come to light here
         if not (self.output_dir / "run.json").is_file():  # else the run says whether it goes on
             self.output_dir = check_output_folder(self.output_dir)

@@ -11,7 +11,7 @@ from typing import Any
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
-from pat.checkpoint.card import Compaction
+from pat.checkpoint.card import Compaction, shown_name
 from pat.checkpoint.compact import ADAPTER, RECORD, read_compaction
 from pat.report.records import to_json
 from pat.training.run_file import RunFile
@@ -45,6 +45,8 @@ class Trained:
     def write(self, folder: Path, asked_steps: int) -> None:
         """Write the facts beside the adapter, with the number of steps that were asked for."""
         facts = {name: getattr(self, name) for name in ("num_steps", "epoch", "log_history", "seconds", "pat_config")}
+        paths = {name: self.pat_config.get(name) for name in ("base_model_name_or_path", "calibration")}
+        facts["pat_config"] = self.pat_config | {name: path and shown_name(str(path)) for name, path in paths.items()}
         facts |= {"asked_steps": asked_steps, "teacher": None if self.teacher is None else asdict(self.teacher)}
         (folder / TRAINING).write_text(to_json(facts), encoding="utf-8")
 

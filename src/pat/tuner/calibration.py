@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from pat.errors import PatError, RunFailed
+from pat.errors import Diverged, PatError
 from pat.method.basis import UnifiedMask
 from pat.nll import evaluating
 from pat.surgery.precision import to_float64, without_autocast
@@ -57,7 +57,7 @@ def choose_channels(
 
     Raises:
         PatError: the batches hold no token, or too few channels can be rotated.
-        RunFailed: the model's activations are not finite.
+        Diverged: the model's activations are not finite.
     """
     rotate = mask.basis is not None
     enough = DEFAULT_TOKENS_PER_CHANNEL * mask.hidden_size
@@ -110,12 +110,12 @@ class StreamStatistics:
 
         Raises:
             PatError: the batches hold no token, or no `input_ids`.
-            RunFailed: the model's activations are not finite.
+            Diverged: the model's activations are not finite.
         """
         recorders = {site: partial(self.record, site) for site in self._sites()}
         self.num_tokens = watch_inputs(self.model, recorders, batches, max_tokens)
         if not all(moment.isfinite().all() for moment in self._moments.values()):
-            raise RunFailed(NOT_FINITE)
+            raise Diverged(NOT_FINITE)
 
     def covariance(self) -> Tensor:
         """Return the summed second moment, `(d, d)` in float64."""

@@ -53,7 +53,8 @@ class PatConfig(PatOptions, LoraConfig):
     # LoRA's part of the recipe; peft's own defaults are others.
     r: int = field(default=20, metadata={"help": "Rank of LoRA.", "range": "[1, 65536]"})
     lora_alpha: int = field(
-        default=40, metadata={"help": "Numerator of the factor on LoRA's product.", "range": "[1, inf)"}
+        default=40,
+        metadata={"help": "Numerator of the factor on LoRA's product.", "range": "(0, inf)", "fractions": True},
     )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before LoRA's product.", "range": "[0, 1)"})
     use_rslora: bool = field(
@@ -97,7 +98,8 @@ class PatConfig(PatOptions, LoraConfig):
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise PatError(f"Got {name}={getattr(self, name)!r}; expected one of {', '.join(map(repr, choices))}.")
-        for size in (self.resolved_width or {}).values():
+        sizes = self.resolved_width or {}  # adapters of older versions have more on record than sizes
+        for size in (sizes[axis.field] for axis in AXES.values() if axis.field in sizes):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise PatError(f"Got resolved_width={self.resolved_width}; expected positive whole numbers.")
         if self.resolved_rotation is not None and "axes" not in (self.resolved_from or {}):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from pat.errors import RunFailed
+from pat.errors import Diverged
 from pat.method.gate import Gate
 from pat.nll import LOGIT_ROWS, evaluating
 from pat.surgery.layers import layers_of
@@ -39,7 +39,7 @@ def order_layers(model: nn.Module, stream: ResidualStream, gate: Gate, batches: 
 
     Raises:
         PatError: the batches hold no token.
-        RunFailed: the whole model's loss is not finite.
+        Diverged: the whole model's loss is not finite.
     """
     losses = losses_without(model, stream, batches, LAYER_TOKENS)
     # A layer that the model cannot do without at all may leave something that is no number.
@@ -77,7 +77,7 @@ def losses_without(
                     loss = _loss(model, inputs, scored)
                 total[number] += loss
     if num_scored == 0 or not total.isfinite().any():
-        raise RunFailed(NOT_FINITE)
+        raise Diverged(NOT_FINITE)
     return total / num_scored
 
 

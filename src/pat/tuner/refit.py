@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pat.errors import RunFailed
+from pat.errors import Diverged
 from pat.method.inner import InnerGate
 from pat.surgery.compensate import elimination, reconstruction
 from pat.surgery.precision import to_float64, without_autocast
@@ -64,7 +64,7 @@ class InnerMoments:
             watchers = {path: partial(_add, moments, path) for path in group}
             self.num_tokens = watch_inputs(self.model, watchers, shown, self.enough)
             if not all(moment.isfinite().all() for moment in moments.values()):
-                raise RunFailed(NOT_FINITE)
+                raise Diverged(NOT_FINITE)
             if len(group) == len(self.gates):
                 self.known, self._read, self._unread = moments, [], iter(())
             for path in group:

@@ -301,7 +301,7 @@ def test_new_and_empty_folders_are_accepted(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(PatError, match="cannot be created"), staged_folder(tmp_path / "file" / "out"):
+    with pytest.raises(PatError, match="cannot be written"), staged_folder(tmp_path / "file" / "out"):
         pytest.fail("there is no folder to write to")
 
 
