@@ -28,7 +28,7 @@ from pat.training.folder import CHECKPOINTS, MODEL, NAMES, RESULTS, clear, find_
 from pat.training.prepare import Prepared, prepare
 from pat.training.push import open_repository, push
 from pat.training.rehearsal import rehearse
-from pat.training.report import report_of_run
+from pat.training.report import REPORT, report_of_run
 from pat.training.results import ModelFigures, Size, TuneRecord, TuneResult, measure, warn_of_losses
 from pat.training.run_file import RunFile
 from pat.training.samples import greedy_answers, paired
@@ -122,6 +122,7 @@ def _end(arguments: TuneArguments, run: RunFile, result: TuneResult, repository:
     if "results" not in run.finished:
         run = run.after("results")
         run.write(folder)
+    if not (folder / REPORT).exists():
         report_of_run(folder)
     if not arguments.run.keep_checkpoints:
         discard(folder / CHECKPOINTS)
