@@ -129,7 +129,7 @@ def refusal(argv: list[str], capfd: pytest.CaptureFixture[str]) -> str:
     error = printed.err
     assert status == 2, error
     assert error.startswith("pat: ") and error.count("\n") == 1 and error.endswith("\n"), error
-    assert "--debug" not in error and "Traceback" not in error and len(error) < 1000, error
+    assert "run again with --debug" not in error and "Traceback" not in error and len(error) < 1000, error
     assert printed.out == "" and list(Path().iterdir()) == []
     return error
 
@@ -357,4 +357,4 @@ def test_a_minute_of_spoiled_command_lines(capfd: pytest.CaptureFixture[str]) ->
         argv = [*argv_of(command), *flags]
         status = cli.main(argv)
         error = capfd.readouterr().err
-        assert status == 2 and "Traceback" not in error and "--debug" not in error, (argv, error)
+        assert status == 2 and "Traceback" not in error and "run again with --debug" not in error, (argv, error)
