@@ -1,4 +1,5 @@
-"""Does a teacher help? Held-out NLL of `pat tune` with and without `--distill`, at equal steps and at equal FLOPs.
+"""Does a teacher help? Held-out NLL of `pat tune` with and without `--distill`, at equal steps; the cells "as long"
+are for equal FLOPs.
 
     python benchmarks/teacher_nll.py --model tests/data/stories260K --data ../shared/data/instruct/instruct_21k.jsonl \
         --output benchmarks/results/teacher_nll.jsonl --seeds 0 1
