@@ -216,7 +216,9 @@ class _Bench:
         """Cut the base model to some sizes, without training, and return the loss of the scored rows."""
         if not sizes:
             return self._score(self.model)
-        config = PatConfig(task_type="CAUSAL_LM", r=1, milestone=0.0, refit_tokens=NUM_TOKENS, **cast(Any, dict(sizes)))
+        refits = not sizes.keys().isdisjoint({AXES["mlp"].option, AXES["heads"].option})
+        refit: dict[str, Any] = {"refit_tokens": NUM_TOKENS} if refits else {}
+        config = PatConfig(task_type="CAUSAL_LM", r=1, milestone=0.0, **refit, **cast(Any, dict(sizes)))
         model = cast(PeftModel, get_peft_model(self.model, config))
         tuner = cast(PatModel, find_tuner(model))
         try:
