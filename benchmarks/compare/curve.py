@@ -1,4 +1,4 @@
-"""What a training has cost after each step, and what the model is worth by then.
+"""Record of a training's cost in tokens and FLOPs, and of the model's loss, every few steps.
 
 The FLOPs are an estimate by counts of parameters, two for each product of a number and a weight (Kaplan et al., 2020,
 "Scaling Laws for Neural Language Models"). For one token and a model with N frozen parameters and A trained ones:
@@ -32,9 +32,9 @@ class Point:
     tokens: int
     """Tokens trained on so far, padding left out, each as often as it was seen."""
     flops: float
-    """Estimated so far, see the module."""
+    """Estimated FLOPs so far, see the module."""
     nll: float
-    """Of the validation rows' responses, in nats per token."""
+    """Loss of the validation rows' responses, in nats per token."""
 
 
 def forward_parameters(model: nn.Module) -> int:

@@ -54,4 +54,4 @@ STYLES: dict[str, Style] = {
     "pat_paper_frozen_mask": Style("#e0566b", "*"),
     "pat_paper_no_identity": Style("#f4a6b0", "*"),
 }
-"""By the method's name; the main ones are Okabe and Ito's colours, which colour-blind people can tell apart."""
+"""Styles by the method's name; the main ones have Okabe and Ito's colours, which colour-blind people can tell apart."""

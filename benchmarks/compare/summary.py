@@ -59,7 +59,7 @@ class Line:
     tasks: Mapping[str, Mapping[str, Spread]]
     """Figures by protocol and task."""
     outdated: tuple[str, ...]
-    """In what the method was another one when it was run, see `compare.methods.outdated`."""
+    """Differences between the method as it was run and as it is now, see `compare.methods.outdated`."""
     curve: tuple[CurvePoint, ...]
     """Validation NLL while it trains, where that was measured; of the steps that every seed has."""
     facts: Mapping[str, Any]

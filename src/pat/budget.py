@@ -32,7 +32,7 @@ Sizes = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Prunable:
-    """What a base model offers to be cut."""
+    """The sizes that a base model has to be cut, and what stands in the way."""
 
     sizes: dict[str, int]
     """Its sizes, see `Shape`."""
@@ -204,7 +204,7 @@ class _Budget:
             )
         options[whole] = self.base.count(sizes)
         chosen = min(options, key=lambda n: (abs(options[n] - goal), n))
-        why = f"cutting {share:.4g} of {self.total:,} parameters leaves about {chosen} of {whole} {axis.label}"
+        why = f"{chosen} of {whole} {axis.label} come nearest to cutting {share:.4g} of {self.total:,} parameters"
         return sizes | {axis.field: chosen}, why + self.beside(sizes, name)
 
     def legal(self, name: str, hidden_size: int | None) -> list[int]:

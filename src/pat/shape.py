@@ -1,4 +1,4 @@
-"""What is asked for: the axes along which a model can be cut, and the sizes of a pruned model.
+"""Axes along which a model can be cut, and the options that ask for the sizes of a pruned model.
 
 Every dimension of a weight lies in a space, and an axis is a space that can be cut (docs/adr/0015, 0016).
 """

@@ -7,7 +7,6 @@ paper. As many layers go as come closest to the number of parameters asked for, 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
@@ -15,12 +14,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from pat.errors import PatError
 from pat.families import get_family
 from pat.nll import evaluating
-from pat.surgery.dense import build_dense
+from pat.surgery.dense import build_dense, shrink_config
+from pat.surgery.describe import head_dim
+from pat.surgery.layers import LayerCut
 from pat.surgery.residual import model_tensors
 
 from .budget import nearest, num_parameters
@@ -86,38 +86,15 @@ def keep_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
     Raises:
         PatError: transformers refuses a configuration of so few layers.
     """
-    prefix = f"{get_family(model.config.model_type).layers}."
-    place = {str(index): str(new) for new, index in enumerate(keep)}
-    weights: dict[str, Tensor] = {}
-    for name, tensor in model_tensors(model).items():
-        if not name.startswith(prefix):
-            weights[name] = tensor.detach().clone()
-            continue
-        index, _, rest = name.removeprefix(prefix).partition(".")
-        if index in place:
-            weights[f"{prefix}{place[index]}.{rest}"] = tensor.detach().clone()
+    family, config = get_family(model.config.model_type), model.config
+    cut = LayerCut(family.layers, tuple(keep), config.num_hidden_layers)
+    weights = {name: tensor.detach().clone() for name, tensor in cut.renamed_keys(model_tensors(model)).items()}
+    small = shrink_config(
+        config, family, {}, head_dim=head_dim(model), tied=bool(config.tie_word_embeddings), keep_layers=keep
+    )
     with torch.random.fork_rng():
-        short = build_dense(model, _config(model.config, keep), weights, model.dtype)
+        short = build_dense(model, small, weights, model.dtype)
     cast(nn.Module, short).to(model.device)
-    return short
-
-
-def _config(config: PretrainedConfig, keep: Sequence[int]) -> PretrainedConfig:
-    """Return a configuration with fewer layers; what it says of each layer (`layer_types`) is cut along."""
-    short, num_layers = copy.deepcopy(config), config.num_hidden_layers
-    for name, value in vars(config).items():
-        if isinstance(value, list) and len(value) == num_layers and not isinstance(value[0], dict):
-            setattr(short, name, [value[index] for index in keep])
-    if (dense := getattr(config, "mlp_only_layers", None)) is not None:  # indices, not one entry a layer
-        step = config.decoder_sparse_step
-        short.mlp_only_layers = [new for new, i in enumerate(keep) if i in dense or (i + 1) % step]
-        short.decoder_sparse_step = 1
-    short.num_hidden_layers = len(keep)
-    short.use_cache = True
-    try:
-        short.validate()
-    except Exception as error:  # transformers raises its own validation classes
-        raise PatError(f"transformers refuses a {config.model_type} model of {len(keep)} layers: {error}") from error
     return short
 
 

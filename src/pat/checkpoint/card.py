@@ -46,7 +46,7 @@ class Pruning:
 
     @property
     def sizes(self) -> list[tuple[str, int, int]]:
-        """What is cut, in words, with its size before and after."""
+        """Names of what is cut, with the sizes before and after."""
         cuts = [(axis.label, getattr(self, axis.field), getattr(self, axis.option)) for axis in AXES.values()]
         cuts.append(("vocabulary", self.vocab_size, self.pruned_vocab_size))
         return [(label, before, after) for label, before, after in cuts if before is not None and after < before]

@@ -8,8 +8,9 @@ text it encodes into more and shorter ones.
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +20,9 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pat.errors import PatError
-from pat.loading.config import TOKEN_IDS
+from pat.loading.config import NO_PADDING, TOKEN_IDS
+
+logger = logging.getLogger(__name__)
 
 MULTIPLE = 64
 """Number of tokens of which a trimmed vocabulary is a multiple, so that the output layer stays fast."""
@@ -27,7 +30,9 @@ MULTIPLE = 64
 _TOKENIZER_FILE, _CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 
 
-def choose_tokens(tokenizer: PreTrainedTokenizerBase, counts: Mapping[int, int], size: int) -> list[int]:
+def choose_tokens(
+    tokenizer: PreTrainedTokenizerBase, counts: Mapping[int, int], size: int, *, needed: Iterable[int] = ()
+) -> list[int]:
     """Choose the tokens of a trimmed vocabulary: special ones, single bytes, the commonest, and all that they need.
 
     Places that the counted tokens leave go to the tokens with the lowest ids, which are the commonest of the text that
@@ -37,6 +42,7 @@ def choose_tokens(tokenizer: PreTrainedTokenizerBase, counts: Mapping[int, int],
         tokenizer: of the base model; byte-pair encoding.
         counts: how often each token occurs in the text that the small model is for, by id.
         size: number of tokens to keep, a multiple of `MULTIPLE` below the tokenizer's own.
+        needed: ids of further tokens that stay, such as those that a configuration names.
 
     Returns:
         The ids that stay, ascending; a token's place in the list is its id in the trimmed vocabulary.
@@ -53,17 +59,19 @@ def choose_tokens(tokenizer: PreTrainedTokenizerBase, counts: Mapping[int, int],
     special = {token["id"] for token in spec["added_tokens"]}
     unknown = spec["model"].get("unk_token")
     kept = special | {vocabulary[token] for token in _alphabet(spec)} | ({vocabulary[unknown]} if unknown else set())
-    if len(kept) > size:
-        raise PatError(f"Got vocabulary_size={size}, but {len(kept)} tokens are special or single bytes; give more.")
     names = {token_id: token for token, token_id in vocabulary.items()}
     derive = _Derivations(spec["model"])
+    for token in {*tokenizer.all_special_ids, *needed} & names.keys():  # an end token need not be marked as special
+        kept |= {vocabulary[part] for part in derive(names[token])}
+    if len(kept) > size:
+        raise PatError(f"Got vocabulary_size={size}, but {len(kept)} tokens are special or single bytes; give more.")
     commonest = sorted((token for token in counts if token in names), key=lambda token: (-counts[token], token))
     for token in [*commonest, *sorted(names)]:
         if len(kept) == size:
             break
-        needed = {vocabulary[part] for part in derive(names[token])} - kept
-        if len(kept) + len(needed) <= size:
-            kept |= needed
+        parts = {vocabulary[part] for part in derive(names[token])} - kept
+        if len(kept) + len(parts) <= size:
+            kept |= parts
     if len(kept) < size:  # what is left needs more places than there are
         kept |= set(sorted(set(names) - kept)[: size - len(kept)])
     return sorted(kept)
@@ -131,8 +139,22 @@ def trim_embedding(model: PreTrainedModel, kept: Sequence[int]) -> None:
     for key, end in zip(rows, (model.get_input_embeddings(), model.get_output_embeddings()), strict=False):
         for name, value in rows[key].items():
             getattr(end, name).data.copy_(value)
-    for config in (model.config, model.generation_config):
+    configs = (model.config, model.generation_config)
+    if lost := sorted({token for config in configs for token in special_ids(config)} - set(kept)):
+        logger.warning(
+            "The trimmed vocabulary lacks tokens that the base's configuration names as special; they are named no "
+            "longer: %s.",
+            ", ".join(map(str, lost)),
+        )
+    for config in configs:
         renumber_specials(config, kept)
+
+
+def special_ids(config: Any) -> list[int]:
+    """Return the ids of the special tokens that a configuration names."""
+    values = (getattr(config, name, None) for name in TOKEN_IDS)
+    listed = (value if isinstance(value, list) else [value] for value in values)
+    return [token for tokens in listed for token in tokens if token is not None and token != NO_PADDING]
 
 
 def renumber_specials(config: Any, kept: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""What cutting each axis costs before any training, measured on text, and the shapes that come out best under a budget.
+"""Measure on text what cutting each axis costs before any training, and which shapes come out best under a budget.
 
 Each axis is cut alone at a few sizes, calibrated and refitted as `pat tune` does it, and scored. Two axes at once are
 taken to cost the sum of what each costs alone; the pairs for which that is least are then cut and scored themselves.

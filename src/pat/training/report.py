@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -91,7 +91,7 @@ def report_of_run(folder: Path) -> None:
     """Write the report of a run that has just ended. What goes wrong is a warning: the model is there, and complete."""
     try:
         run_report(ReportOptions(run=folder))
-    except Exception as error:
+    except Exception as error:  # whatever an odd record makes a template or a number raise
         logger.warning(
             "The report was not written (%s: %s); `pat report --run %s` does it anew.",
             type(error).__name__,
@@ -122,12 +122,13 @@ def _differing(recipe: str, given: Mapping[str, Any]) -> Iterator[Changed]:
     for part in (defaults.run, defaults.model, defaults.sft, defaults.pat, defaults.distill):
         for option in fields(part):
             # Sets and enumerations are written as JSON has them, and the trainer's arguments as text.
-            default = plain(getattr(part, option.name))
+            value = getattr(part, option.name)
+            default = plain(asdict(value) if is_dataclass(value) and not isinstance(value, type) else value)
             if option.name not in given or option.name in _NOT_SHOWN:
                 continue
-            value = given[option.name]
-            if value != default and str(value) != str(default):
-                yield Changed(option.name, str(default), str(value))
+            found = given[option.name]
+            if found != default and str(found) != str(default):
+                yield Changed(option.name, str(default), str(found))
 
 
 def _read(folder: Path) -> dict[str, Any]:

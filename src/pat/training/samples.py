@@ -41,7 +41,7 @@ def greedy_answers(model: PreTrainedModel, data: Prepared) -> list[tuple[str, st
             (cast(str, tokenizer.decode(prompt)), _answer(model, tokenizer, prompt))
             for prompt in _prompts(data.held_out)
         ]
-    except Exception as error:
+    except Exception as error:  # whatever a family's own generation raises; training and merge do not need it
         logger.warning("No sample answers were taken (%s: %s).", type(error).__name__, one_line(error))
         return []
 

@@ -7,7 +7,7 @@ from pat.report.table import Table
 from pat.training.report import REPORT
 from pat.training.results import ModelFigures, TuneResult
 
-STAGES = {"base": "base", "tuned": "tuned", "dense": "dense, written"}
+STAGES = {"base": "base", "tuned": "tuned, with its adapter", "dense": "dense, written"}
 
 
 def print_summary(result: TuneResult) -> None:

@@ -12,7 +12,7 @@ from pat.errors import PatError
 from pat.families import get_family
 from pat.loading import check_special_ids, grow_embedding, grown_rows, padded
 from pat.loading.tokenizer import load_plain_tokenizer
-from pat.loading.trimming import choose_tokens, renumber_specials, trim_embedding, trim_tokenizer
+from pat.loading.trimming import choose_tokens, renumber_specials, special_ids, trim_embedding, trim_tokenizer
 from pat.shape import DEFAULT_PRUNING_RATIO, ShapeOptions, asked_sizes
 from pat.surgery.describe import count_parameters
 
@@ -50,7 +50,13 @@ class Vocabulary:
                 "first, and save it."
             )
         written = self.written or self.tokenizer
-        kept = choose_tokens(written, counts, size)
+        kept = choose_tokens(written, counts, size, needed=special_ids(base_config.get_text_config()))
+        if kept[-1] >= self.num_embeddings:
+            token = written.convert_ids_to_tokens(kept[-1])
+            raise PatError(
+                f"Got vocabulary_size={size} and the special token {token!r} (id {kept[-1]}), but the model has "
+                f"embeddings for {self.num_embeddings} tokens; resize its embedding and save both."
+            )
         small = trim_tokenizer(written, kept)
         config = copy.deepcopy(base_config)
         renumber_specials(config.get_text_config(), kept)

@@ -122,6 +122,22 @@ def test_templates_and_words_that_are_taken_whole_survive() -> None:
     assert trimmed.decode(trimmed(STRANGE)["input_ids"]) == tokenizer.decode(tokenizer(STRANGE)["input_ids"])
 
 
+def test_an_end_token_stays_though_no_text_has_it_and_nothing_marks_it() -> None:
+    spec = json.loads(byte_level().backend_tokenizer.to_str())
+    rare = max(spec["model"]["vocab"], key=lambda token: (len(token), token))
+    ending = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), eos_token=rare)
+    named = spec["model"]["vocab"][rare]
+    assert named not in choose_tokens(byte_level(), counted(byte_level()), 320)
+    assert named in choose_tokens(byte_level(), counted(byte_level()), 320, needed=[named])
+    assert ending.eos_token_id in choose_tokens(ending, counted(ending), 320)
+
+
+def test_a_special_token_that_is_lost_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = build("llama", tied=True, vocab_size=160, eos_token_id=[2, 7], bos_token_id=1)
+    trim_embedding(model, [1, 2, *range(10, 72)])
+    assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == ["0, 7."]  # 0 is for padding
+
+
 def test_marked_subwords_are_refused() -> None:
     marked = Tokenizer(models.BPE(vocab={"a": 0, "##b": 1}, merges=[], continuing_subword_prefix="##"))
     with pytest.raises(PatError, match="continuing_subword_prefix, whose merges cannot be trimmed"):
