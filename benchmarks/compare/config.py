@@ -11,7 +11,7 @@ from pat.errors import PatError
 from pat.evaluation.options import BATCH_SIZE, PROTOCOLS
 
 NOT_OF_A_CELL = (
-    *("output_dir", "workers", "threads", "eval_batch_size", "redraw"),
+    *("output_dir", "workers", "threads", "eval_batch_size", "keep_models", "redraw"),
     *("models", "methods", "ablations", "ratios", "seeds", "learning_rates"),
 )
 """Fields that decide how a comparison is run and which cells it has, but no cell's figures."""
@@ -116,7 +116,10 @@ class CompareConfig:
         default=None,
         metadata={"help": "CPU threads of each worker; by default OMP_NUM_THREADS, or its share of the cores."},
     )
-
+    keep_models: bool = field(
+        default=False,
+        metadata={"help": "Whether each cell's model stays in `models/` of the folder, for `pat evaluate` and others."},
+    )
     redraw: bool = field(
         default=False, metadata={"help": "Run nothing, and write table and figures of the cells that are done."}
     )

@@ -98,7 +98,7 @@ class _Run:
         if order in ("", "FT"):
             model = base if order == "" else self._tune(base, arguments, targets, budget)
             if self.cell.method == TUNED and self.tuned is not None:
-                self._keep(model, self.tuned)
+                self._keep(model, self.tuned, self.tokenizer)
             return model
         if order == "FT→P":
             del base
@@ -109,7 +109,8 @@ class _Run:
     def measure(self, model: nn.Module) -> None:
         """Note the sizes, losses and accuracies of a dense model."""
         model.eval()
-        round_weights(model, stored_dtype(load_config(self.source)[0]))
+        dtype = stored_dtype(load_config(self.source)[0])
+        round_weights(model, dtype)
         self.facts["num_parameters"] = _count(model)
         part = "validation" if self.cell.search else "held_out"
         nll = self._scorer(part)(model, self.own_tokenizer)
@@ -125,6 +126,8 @@ class _Run:
                 batch_size=self.config.eval_batch_size,
             )
             self.facts["tasks"] = asdict(evaluation)
+        if self.config.keep_models and not self.cell.search:
+            self._keep(model.to(dtype), self.config.output_dir / "models" / self.cell.name, self.own_tokenizer)
 
     def alpha(self, rank: int) -> Any:
         """Return lora_alpha for a rank, so that the scale of LoRA's product is the same for every method."""
@@ -133,13 +136,13 @@ class _Run:
 
     # -- parts -------------------------------------------------------------------------------------------------
 
-    def _keep(self, model: nn.Module, target: Path) -> None:
-        """Save a tuned model, whole or not at all: what has the name is taken for finished."""
+    def _keep(self, model: nn.Module, target: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Save a model, whole or not at all: what has the name is taken for finished."""
         partial = target.with_name(f"{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(target, ignore_errors=True)
         cast(Any, model).save_pretrained(partial)
-        self.tokenizer.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
         partial.rename(target)
 
     def _arguments(self) -> TuneArguments:

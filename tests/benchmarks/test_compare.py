@@ -26,7 +26,7 @@ from compare.config import CompareConfig
 from compare.prepare import prepare
 from compare.run_cell import round_weights, run_cell
 from tiny_models import build, tiny_tokenizer
-from transformers import Trainer
+from transformers import AutoModelForCausalLM, Trainer
 
 from pat.checkpoint.staging import lock_folder
 from pat.errors import ParityMissed
@@ -88,6 +88,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory, in_process: None) -> Path
         "calibration_rows": 8,
         "workers": 2,
         "threads": 1,
+        "keep_models": True,
     }
     (root / "compare.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
     assert main(["--config", str(root / "compare.yaml")]) == 0
@@ -132,7 +133,10 @@ def test_every_cell_has_its_figures_and_the_table_holds_them(compared: Path) -> 
     assert len({row["held_out_nll"] for row in results if row["cell"]["method"] == "lora"}) == 2  # seeds differ
 
     out = compared / "out"
-    assert {path.name for path in out.iterdir()} == {"results.jsonl", "results.md", "nll.png", "data"}
+    assert {path.name for path in out.iterdir()} == {"results.jsonl", "results.md", "nll.png", "data", "models"}
+    assert len(list((out / "models").iterdir())) == NUM_RESULTS
+    kept = AutoModelForCausalLM.from_pretrained(next((out / "models").glob("*random*")))
+    assert kept.num_parameters() == target
     table = (out / "results.md").read_text(encoding="utf-8")
     assert "| 25.0% | PAT | PAT |" in table and "| 25.0% | SliceGPT | FT→P |" in table and "Missing" not in table
 
