@@ -12,7 +12,7 @@
 # SCRATCH  folder for 30 GB on the disk that copies and merges are to be timed on; the other parts use TMPDIR (25 GB)
 # PARTS    what to do: nll memory train inference merge, which is the default, and compare
 # COMPARE  further flags of the comparison, such as "--epochs 1"
-# REHEARSE 1 to try the comparison without a GPU, on a small MODEL with few steps
+# REHEARSE 1 to try every part without a GPU, in tiny shapes and with a small MODEL, so that no mistake costs its minutes
 # Every part has a time limit of its own, so that one that hangs leaves the others their figures.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -43,25 +43,37 @@ part() {  # part SECONDS NAME COMMAND...; nothing if it is not asked for
 }
 
 failed=0
-shape=(--hidden_size 4096 --layers 4 --batch_size 8 --output "$OUT/train_cost.json")
+shape=(--hidden_size 4096 --layers 4 --batch_size 8)
+# 512 steps are the 2^20 tokens of the computed run.
+runs=(--steps 512 --repetitions 1)
+nll=(--seeds 0,1,2 --steps 120 --jobs 6)
+speed=(--device cuda --dtype bfloat16 --hidden_size 4096 --decode_hidden_size 8192 --repetitions 7)
+merge=(--device cuda --shape 7b --parts merges --merges none,pca --repetitions 1)
+if [ -n "${REHEARSE:-}" ]; then
+    shape=(--hidden_size 128 --layers 2 --batch_size 2 --device cpu --dtype float32 --pairs 2)
+    runs=(--steps 60 --repetitions 1)
+    nll=(--seeds 0 --steps 10 --jobs 1)
+    speed=(--device cpu --dtype float32 --hidden_size 128 --decode_hidden_size 128 --repetitions 1 --contexts 32
+        --batch_sizes 1 --decode_contexts 32 --decode_batch_sizes 1 --new_tokens 8 --max_seconds 1)
+    merge=(--device cpu --shape tiny --parts merges --merges none,pca --repetitions 1)
+fi
 # Nothing is timed in the first two, so they share the card.
 waiting=()
 if [ -n "${MODEL:-}" ] && [ -n "${DATA:-}" ]; then
     OMP_NUM_THREADS=1 part 200 nll "$PYTHON" benchmarks/compaction_nll.py --model "$MODEL" --data "$DATA" \
-        --seeds 0,1,2 --steps 120 --jobs 6 --output "$OUT/compaction_nll.json" &
+        "${nll[@]}" --output "$OUT/compaction_nll.json" &
     waiting+=($!)
 fi
-OMP_NUM_THREADS=2 part 200 memory "$PYTHON" benchmarks/train_cost.py --parts memory "${shape[@]}" &
+OMP_NUM_THREADS=2 part 200 memory "$PYTHON" benchmarks/train_cost.py --parts memory "${shape[@]}" \
+    --output "$OUT/train_cost.json" &
 waiting+=($!)
 for job in "${waiting[@]}"; do wait "$job" || failed=1; done
 
-# 512 steps are the 2^20 tokens of the computed run.
-part 300 train "$PYTHON" benchmarks/train_cost.py --parts steps,runs,whole --steps 512 --repetitions 1 \
-    "${shape[@]}" || failed=1
-part 180 inference "$PYTHON" benchmarks/inference_speed.py --device cuda --dtype bfloat16 --hidden_size 4096 \
-    --decode_hidden_size 8192 --repetitions 7 --output "$OUT/inference_speed.json" || failed=1
-part 300 merge "$PYTHON" benchmarks/merge_cost.py --device cuda --shape 7b --parts merges --merges none,pca \
-    --repetitions 1 ${SCRATCH:+--scratch "$SCRATCH"} --output "$OUT/merge_cost.json" || failed=1
+part 300 train "$PYTHON" benchmarks/train_cost.py --parts steps,runs,whole "${shape[@]}" "${runs[@]}" \
+    --output "$OUT/train_cost.json" || failed=1
+part 180 inference "$PYTHON" benchmarks/inference_speed.py "${speed[@]}" --output "$OUT/inference_speed.json" || failed=1
+part 300 merge "$PYTHON" benchmarks/merge_cost.py "${merge[@]}" ${SCRATCH:+--scratch "$SCRATCH"} \
+    --output "$OUT/merge_cost.json" || failed=1
 if [ -n "${MODEL:-}" ] && [ -n "${DATA:-}" ]; then
     # shellcheck disable=SC2086  # several flags
     part 590 compare "$PYTHON" -m compare --config benchmarks/compare/configs/gpu.yaml --models "$MODEL" --data "$DATA" \
