@@ -34,6 +34,7 @@ fi
 part() {  # part SECONDS NAME COMMAND...; nothing if it is not asked for
     local limit=$1 name=$2 started=$SECONDS
     shift 2
+    [ -z "${REHEARSE:-}" ] || limit=1800  # CPUs that may be busy
     [[ " $PARTS " == *" $name "* ]] || return 0
     timeout "$limit" "$@" > "$OUT/$name.log" 2>&1
     local status=$?
@@ -52,7 +53,7 @@ merge=(--device cuda --shape 7b --parts merges --merges none,pca --repetitions 1
 if [ -n "${REHEARSE:-}" ]; then
     shape=(--hidden_size 128 --layers 2 --batch_size 2 --device cpu --dtype float32 --pairs 2)
     runs=(--steps 60 --repetitions 1)
-    nll=(--seeds 0 --steps 10 --jobs 1)
+    nll=(--seeds 0 --steps 10 --jobs 1 --held_out 12)
     speed=(--device cpu --dtype float32 --hidden_size 128 --decode_hidden_size 128 --repetitions 1 --contexts 32
         --batch_sizes 1 --decode_contexts 32 --decode_batch_sizes 1 --new_tokens 8 --max_seconds 1)
     merge=(--device cpu --shape tiny --parts merges --merges none,pca --repetitions 1)
