@@ -61,6 +61,12 @@ COMMANDS = {
         run="pat.checkpoint.merge:run_merge",
         show="pat.checkpoint.merge:print_merge",
     ),
+    "convert": Command(
+        "Adapter of the paper's published code -> dense checkpoint, verified.",
+        options="pat.formats.convert:ConvertOptions",
+        run="pat.formats.convert:run_convert",
+        show="pat.formats.convert:print_convert",
+    ),
     "evaluate": Command(
         "Accuracy on the paper's 14 tasks, perplexity on a text file, held-out likelihood of responses.",
         options="pat.evaluation.options:EvaluateOptions",

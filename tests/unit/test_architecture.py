@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "pat.tuner",
         "pat.checkpoint",
         "pat.training",
-        "pat.evaluation pat.benchmark pat.plan pat.demo",
+        "pat.evaluation pat.benchmark pat.plan pat.demo pat.formats",
         "pat pat.registration",  # the public names
         "pat.cli",
         "pat.__main__",

@@ -153,6 +153,7 @@ REQUIRED = {
     "plan": BASE[:2],
     "report": ["--run", "out"],
     "merge": ["--adapter", "a", "--output_dir", "out"],
+    "convert": ["--adapter", "a", "--output_dir", "out"],
     "evaluate": ["--model", "m", "--text_file", "t"],
     "benchmark": ["--model", "m", "--baseline", "b"],
     "demo": [],

@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from peft import PeftModel
+from transformers import PretrainedConfig
 
 from pat.checkpoint.adapter import (
     adapter_tokens,
@@ -34,7 +35,7 @@ from pat.checkpoint.verification_text import MAX_TOKENS, verification_batches
 from pat.checkpoint.verify import Parity
 from pat.checkpoint.write import MAX_SHARD_SIZE, save_checkpoint
 from pat.errors import PatError
-from pat.loading import check_quantization
+from pat.loading import TokenSetup, check_quantization
 from pat.loading.weights import resolve_device
 from pat.report.records import Record, collected_warnings, write_record
 from pat.surgery.describe import count_parameters
@@ -103,24 +104,15 @@ def run_merge(options: MergeOptions, *, progress: bool = True) -> MergeResult:
 
 def _merge(options: MergeOptions, warnings: list[str], *, progress: bool) -> MergeResult:
     adapter = Path(options.adapter)
-    check_output_folder(options.output_dir)
-    _check_shard_size(options.max_shard_size)
+    check_writing(options)
     device = resolve_device(options.device)
     config = read_adapter_config(adapter)
     _point_to_the_last_adapter(adapter)
     name, revision = base_of(adapter, config, options.base_model)
     base_config, _ = base_config_for(adapter, config, name, revision=revision)
     check_quantization(base_config)
-    tokens = adapter_tokens(adapter, name, base_config, revision=revision)
-    large = count_parameters(base_config) >= LARGE_MODEL
-    batches = verification_batches(
-        tokens.tokenizer,
-        options.text_file,
-        max_positions=getattr(base_config, "max_position_embeddings", None),
-        max_tokens=LARGE_MODEL_TOKENS if large else MAX_TOKENS,
-    )
+    form = form_of(options, adapter_tokens(adapter, name, base_config, revision=revision), base_config)
     compaction = None if isinstance(config, PatConfig) else compaction_of(adapter)
-    dtype = _torch_dtype(options.dtype)
     hollow = load_hollow(adapter, name, config, revision=revision, device=device)
     model: PeftModel
     if hollow is not None:
@@ -133,16 +125,12 @@ def _merge(options: MergeOptions, warnings: list[str], *, progress: bool) -> Mer
             model,
             staging,
             stored=stored,
-            tokens=tokens,
-            batches=batches,
-            dtype=dtype,
-            precision=_torch_dtype(options.fold_dtype),
             provenance=_provenance(adapter)
             | {"model_name_or_path": name if compaction is None else compaction.base_model, "revision": revision},
             compaction=compaction,
             progress=progress,
-            max_shard_size=options.max_shard_size,
             timings=timings,
+            **form,
         )
         paths = {"base_model_name_or_path": name, "calibration": getattr(config, "calibration", None)}
         shown = {key: path and shown_name(path) for key, path in paths.items()}
@@ -158,6 +146,43 @@ def _merge(options: MergeOptions, warnings: list[str], *, progress: bool) -> Mer
         )
         write_record(staging / RESULTS, record)
     return MergeResult(Path(options.output_dir), record)
+
+
+def check_writing(options: MergeOptions) -> None:
+    """Check where a checkpoint is to be written, and in files of which size.
+
+    Raises:
+        PatError: the folder is there and not empty, or the size is none.
+    """
+    check_output_folder(options.output_dir)
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=options.max_shard_size or MAX_SHARD_SIZE)
+    except ValueError as error:
+        raise PatError(
+            f"Got max_shard_size={options.max_shard_size!r}; expected a size such as '5GB' or '500MB'."
+        ) from error
+
+
+def form_of(options: MergeOptions, tokens: TokenSetup, base_config: PretrainedConfig) -> dict[str, Any]:
+    """Return what options say of a checkpoint, and the text that it is compared on, as `save_checkpoint` takes them.
+
+    Raises:
+        PatError: the text cannot be read, or is too short.
+    """
+    large = count_parameters(base_config) >= LARGE_MODEL
+    batches = verification_batches(
+        tokens.tokenizer,
+        options.text_file,
+        max_positions=getattr(base_config, "max_position_embeddings", None),
+        max_tokens=LARGE_MODEL_TOKENS if large else MAX_TOKENS,
+    )
+    return {
+        "tokens": tokens,
+        "batches": batches,
+        "dtype": _torch_dtype(options.dtype),
+        "precision": _torch_dtype(options.fold_dtype),
+        "max_shard_size": options.max_shard_size,
+    }
 
 
 def _point_to_the_last_adapter(adapter: Path) -> None:
@@ -201,10 +226,3 @@ def _facts(results: Mapping[str, Any], *, is_last: bool) -> dict[str, Any]:
 
 def _torch_dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else cast(torch.dtype, getattr(torch, str(name).removeprefix("torch.")))
-
-
-def _check_shard_size(size: str | None) -> None:
-    try:
-        split_torch_state_dict_into_shards({}, max_shard_size=size or MAX_SHARD_SIZE)
-    except ValueError as error:
-        raise PatError(f"Got max_shard_size={size!r}; expected a size such as '5GB' or '500MB'.") from error
