@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig
-from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -28,6 +27,7 @@ from pat.tuner.attach import add_pruning_layers
 from pat.tuner.compaction import Compacted, compact
 from pat.tuner.config import PatConfig
 from pat.tuner.gates import by_axis, held
+from pat.tuner.guard import GuardedForward
 from pat.tuner.layer import DEPTH_NAME, GATE_NAME, MASK_NAME, NAMES, OPERATOR_NAME, MaskLayer, PruningLayer
 from pat.tuner.measure import choose
 from pat.tuner.merging import MaskedModel, check_hard
@@ -38,7 +38,7 @@ from pat.tuner.weights import effective_parameter, factored_parameter
 Batches = Iterable[Mapping[str, Any]]
 
 
-class PatModel(LoraModel):
+class PatModel(GuardedForward):
     """Pruning-aware tuning of a causal language model (paper, section 3), as a peft tuner.
 
     Reached as `peft_model.base_model`; its methods can be called on the `PeftModel` as well. Attaching, switching,

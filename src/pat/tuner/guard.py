@@ -1,0 +1,48 @@
+"""What a forward pass of an adapted model is checked for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora import LoraModel
+
+from pat.errors import PatError
+
+logger = logging.getLogger(__name__)
+
+
+class GuardedForward(LoraModel):
+    """A tuner that says what would come out wrong without a word."""
+
+    _has_warned = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; say once if it is trained and nobody moves its mask, as `PatCallback` does."""
+        if not self._has_warned and self.training and torch.is_grad_enabled():
+            self._has_warned = True
+            gates = [gate for name in self.active_adapters for gate in cast(Any, self).all_gates(name)]
+            if any(gate.milestone_step is None and gate.num_kept < gate.size for gate in gates):
+                logger.warning(
+                    "A PAT adapter is trained whose mask nobody moves, so that nothing will be cut; put PatCallback() "
+                    "into the trainer's callbacks, or call set_step(step, milestone_step) before each step."
+                )
+        return super().forward(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse a batch of several adapters: masks and operators act on whole batches.
+
+        Raises:
+            PatError: `adapter_names` is given.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise PatError(
+                f"Got adapter_names={kwargs['adapter_names']}; PAT runs a batch with one adapter. Call "
+                "set_adapter(name) before it, or disable_adapter() for the base."
+            )
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
