@@ -12,15 +12,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from pat.errors import PatError
 from pat.families import FAMILIES, REFUSED, get_family
 
-README = Path(__file__).parents[2] / "README.md"
+LIST = Path(__file__).parents[2] / "docs" / "models.md"
 
 
 def test_every_record_has_a_test_model_and_the_other_way_round() -> None:
     assert set(FAMILIES) == set(TINY)
 
 
-def test_the_readme_lists_the_records_and_nothing_else() -> None:
-    section = README.read_text().partition("## Supported models")[2].partition("\n## ")[0]
+def test_the_list_of_models_is_that_of_the_records_and_nothing_else() -> None:
+    section = LIST.read_text().partition("## Supported models")[2].partition("\n## ")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
     assert sorted(row[0].strip(" `") for row in rows) == sorted(FAMILIES)
     assert all(row[1].strip() for row in rows)
