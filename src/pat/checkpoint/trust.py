@@ -104,8 +104,8 @@ def check_tensors(model: PeftModel, adapter: str | os.PathLike[str]) -> None:
         num_kept = gate.keep.sum(-1)  # of each expert, where there are some
         if gate.hardened and bool((num_kept != gate.num_kept).any()):
             raise PatError(
-                f"{adapter}: keeps {num_kept.tolist()} entries where its configuration says {gate.num_kept}; one of the "
-                "two was changed after the adapter was made."
+                f"{adapter}: keeps {num_kept.tolist()} entries where its configuration says {gate.num_kept}; one of "
+                "the two was changed after the adapter was made."
             )
 
 
