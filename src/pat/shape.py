@@ -60,8 +60,8 @@ class ShapeOptions:
         default_factory=lambda: ["auto"],
         metadata={
             "help": "What to cut: 'hidden' (the residual stream, as in the paper), 'mlp' (the channels inside each "
-            "MLP or expert), 'heads' (key/value heads with their queries), 'layers' (whole layers), several of them, which "
-            "give equally many parameters, or 'auto', which takes the MLP first and never heads or layers."
+            "MLP or expert), 'heads' (key/value heads with their queries), 'layers' (whole layers), several of them, "
+            "which give equally many parameters, or 'auto', which takes the MLP first and never heads or layers."
         },
     )
     pruned_hidden_size: int | None = field(
