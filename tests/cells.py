@@ -34,7 +34,7 @@ FACTORS: dict[str, tuple[str, ...]] = {
     "form": ("tied-auto", "untied-none", "untied-auto", "tied-none"),  # head and rotation: the four forms of a merge
     "adapter": tuple(ADAPTERS),
     "path": ("compacted", "streamed", "resumed", "reloaded"),
-    "axes": ("hidden", "mlp", "hidden+mlp", "layers", "heads", "mlp+layers", "hidden+heads"),
+    "axes": ("hidden", "mlp", "hidden+mlp", "layers", "heads", "mlp+layers", "hidden+heads", "mlp+heads"),
 }
 
 OBSTACLES = {family: frozenset(prunable(shallow(family, tied=True)).obstacles) for family in FAMILIES}

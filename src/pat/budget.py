@@ -6,6 +6,7 @@ size, MLP channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -40,6 +41,8 @@ class Prunable:
     """Returns the exact number of parameters at some sizes."""
     queries_per_group: int = 1
     """Number of query heads for each key/value head."""
+    mlp_step: int = 1
+    """Number of which the MLP channels that are left are a multiple: what the kernels for experts want."""
     fewest_layers: int = 1
     """Number of layers that have to stay: one, or those of the rarer kinds (see `pat.surgery.layers`)."""
     obstacles: Mapping[str, str] = field(default_factory=dict)
@@ -97,6 +100,7 @@ class _Budget:
 
     def __init__(self, base: Prunable, axes: list[str], ratio: float, multiple_of: int | None) -> None:
         self.base, self.axes, self.ratio, self.multiple_of = base, axes, ratio, multiple_of
+        self.mlp_step = math.lcm(base.mlp_step, multiple_of or 1)
         self.total = base.count(base.sizes)
 
     def alternatives(self) -> str:
@@ -113,10 +117,12 @@ class _Budget:
                 width = choose_width(sizes[HIDDEN], heads, pruned_hidden_size=size, multiple_of=self.multiple_of)
                 size = width.pruned_hidden_size
             elif name == "mlp":
-                multiple = self.multiple_of or 1
-                if not 0 < size < sizes[MLP] or size % multiple:
-                    aligned = f" that is a multiple of {multiple}." if self.multiple_of else "."
-                    raise PatError(f"Got {axis.option}={size}; expected a number below {MLP}={sizes[MLP]}{aligned}")
+                if not 0 < size < sizes[MLP] or size % self.mlp_step:
+                    aligned = f" that is a multiple of {self.mlp_step}" if self.mlp_step > 1 else ""
+                    raise PatError(
+                        f"Got {axis.option}={size}; expected a number below the base's {sizes[MLP]} {axis.label}"
+                        f"{aligned}."
+                    )
             elif size not in (legal := self.legal(name, None if "hidden" in asked else sizes[HIDDEN])):
                 raise PatError(
                     f"Got {axis.option}={size}; expected {_one_of(legal)} of {sizes[axis.field]}{self.why(name)}."
@@ -175,7 +181,7 @@ class _Budget:
                 f"Got pruning_ratio={self.ratio:g} with axes={self.axes}, but the MLPs hold {most:.1%} of the "
                 "parameters; add 'hidden', or ask for less."
             )
-        channels = nearest_aligned(asked, sizes[MLP], self.multiple_of or 1)
+        channels = nearest_aligned(asked, sizes[MLP], self.mlp_step)
         why = f"cutting {self.ratio:.4g} of {self.total:,} parameters leaves {asked:.0f} of {sizes[MLP]} MLP channels"
         why += self.beside(sizes, "mlp")
         aligned = f", {channels} is the best aligned within {ALIGNMENT_SLACK:.0%} (a multiple of {alignment(channels)})"

@@ -55,6 +55,10 @@ class Family:
     are: attention sinks, constants of an activation. A layer may lack them. A norm among them must have an epsilon of
     its own, see `qk_norm`."""
     expert_parameters: tuple[str, ...] = ()
+    """Stacked parameters of the experts. In a family that has them the MLP channels that can be cut are theirs, and a
+    dense MLP in some other layer stays as it is (docs/adr/0021)."""
+    mlp_field: str = "intermediate_size"
+    """Field of the configuration that holds the number of those channels, of each MLP or expert."""
     embedding: str = "model.embed_tokens"
     layers: str = "model.layers"
     final_norm: str = "model.norm"
@@ -100,7 +104,14 @@ _RECORDS = (
     Family("ministral3", _ATTENTION, (_MLP,)),
     Family("qwen2", _ATTENTION, (_MLP,)),
     Family("qwen3", _ATTENTION, (_MLP,), qk_norm=_HEAD_NORMS),
-    Family("qwen3_moe", _ATTENTION, (_MOE, _MLP), qk_norm=_HEAD_NORMS, expert_parameters=_EXPERTS),
+    Family(
+        "qwen3_moe",
+        _ATTENTION,
+        (_MOE, _MLP),
+        qk_norm=_HEAD_NORMS,
+        expert_parameters=_EXPERTS,
+        mlp_field="moe_intermediate_size",
+    ),
     Family("gemma", _ATTENTION, (_MLP,), gain_offset=1.0, scaled_embedding=True),
     Family("gemma2", _SANDWICH_ATTENTION, (_SANDWICH_MLP,), gain_offset=1.0, scaled_embedding=True),
     Family(
@@ -165,7 +176,14 @@ _RECORDS = (
     ),
     Family("hyperclovax", replace(_ATTENTION, post_norm="post_norm1"), (replace(_MLP, post_norm="post_norm2"),)),
     Family("mixtral", _ATTENTION, (_MOE,), expert_parameters=_EXPERTS),
-    Family("mellum", _ATTENTION, (_MOE, _MLP), qk_norm=_HEAD_NORMS, expert_parameters=_EXPERTS),
+    Family(
+        "mellum",
+        _ATTENTION,
+        (_MOE, _MLP),
+        qk_norm=_HEAD_NORMS,
+        expert_parameters=_EXPERTS,
+        mlp_field="moe_intermediate_size",
+    ),
     Family(
         "minimax_m2",
         _ATTENTION,

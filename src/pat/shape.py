@@ -23,7 +23,7 @@ class Axis:
 
     name: str
     field: str
-    """Field of a model's configuration that holds the size."""
+    """Field of a model's configuration that holds the size; of MLP channels see `pat.families.Family.mlp_field`."""
     label: str
     """What is counted, in words."""
 
@@ -42,7 +42,7 @@ AXES = {
         Axis("layers", "num_hidden_layers", "layers"),
     )
 }
-"""The residual stream, the channels inside each MLP, key/value heads with their queries, and whole layers."""
+"""The residual stream, the channels inside each MLP or expert, key/value heads with their queries, and whole layers."""
 
 
 TARGETS = ("target_num_parameters", "target_bytes", "target_latency")
@@ -60,8 +60,8 @@ class ShapeOptions:
         default_factory=lambda: ["auto"],
         metadata={
             "help": "What to cut: 'hidden' (the residual stream, as in the paper), 'mlp' (the channels inside each "
-            "MLP), 'heads' (key/value heads with their queries), 'layers' (whole layers), several of them, which give "
-            "equally many parameters, or 'auto', which takes the MLP first and never heads or layers."
+            "MLP or expert), 'heads' (key/value heads with their queries), 'layers' (whole layers), several of them, "
+            "which give equally many parameters, or 'auto', which takes the MLP first and never heads or layers."
         },
     )
     pruned_hidden_size: int | None = field(
@@ -70,7 +70,10 @@ class ShapeOptions:
     )
     pruned_intermediate_size: int | None = field(
         default=None,
-        metadata={"help": "Exact number of MLP channels of the pruned model, instead of a ratio.", "range": "[1, inf)"},
+        metadata={
+            "help": "Exact number of channels of each MLP, or of each expert, of the pruned model, instead of a ratio.",
+            "range": "[1, inf)",
+        },
     )
     pruned_num_key_value_heads: int | None = field(
         default=None,
@@ -119,7 +122,7 @@ class Shape:
     """The sizes chosen for a pruned model, by the field of a configuration that holds them."""
 
     sizes: dict[str, int]
-    """Sizes of the base model. There is no number of MLP channels where the MLPs are experts."""
+    """Sizes of the base model."""
     pruned_sizes: dict[str, int]
     """Sizes of the pruned model, those that are not cut included."""
     pruning_ratio: float

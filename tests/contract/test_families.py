@@ -50,6 +50,7 @@ from pat.tuner.prepare import check_config
 
 HIDDEN, KEPT = 48, 36
 CHANNELS, KEPT_CHANNELS = 72, 50  # of an MLP
+EXPERT_CHANNELS, KEPT_EXPERT_CHANNELS = 40, 24
 GROUPS, KEPT_GROUPS = 2, 1  # of heads with one key/value head
 LAYERS, KEPT_LAYERS = 3, 2
 SIZES = {
@@ -58,7 +59,7 @@ SIZES = {
     "heads": (GROUPS, KEPT_GROUPS),
     "layers": (LAYERS, KEPT_LAYERS),
 }
-"""Sizes before and after the cut, by axis."""
+"""Sizes before and after the cut, by axis; see `Run.sizes` for experts."""
 STEPS, MILESTONE = 3, 2
 
 PARITY = 1e-4
@@ -114,7 +115,7 @@ class Run:
     def fields(self) -> dict[str, Any]:
         """Fields of the `PatConfig`."""
         fields = {"rotation": self.cell.rotation} | ADAPTERS[self.cell.adapter]
-        fields |= {f"pruned_{name}": size for name, size in self.cut.items()}
+        fields |= {AXES[axis].option: size for axis, (_, size) in self.sizes.items()}
         if self.cell.adapter == "bias":
             stream = map_residual_stream(self.family, model_tensors(self.base()), tied=self.cell.tied)
             linears = [linear for branch in stream.branches for linear in (*branch.readers, branch.writer)]
@@ -130,9 +131,16 @@ class Run:
         return LAYERS if self.cell.cuts("layers") else 2
 
     @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Sizes before and after the cut, by the axes that are cut."""
+        experts = {"mlp": (EXPERT_CHANNELS, KEPT_EXPERT_CHANNELS)} if self.family.expert_parameters else {}
+        return {axis: sizes for axis, sizes in (SIZES | experts).items() if self.cell.cuts(axis)}
+
+    @property
     def cut(self) -> dict[str, int]:
         """Sizes that are cut, by the field of the configuration."""
-        return {AXES[axis].field: size for axis, (_, size) in SIZES.items() if self.cell.cuts(axis)}
+        fields = {"mlp": self.family.mlp_field}
+        return {fields.get(axis, AXES[axis].field): size for axis, (_, size) in self.sizes.items()}
 
     @property
     def kept(self) -> int:
@@ -190,7 +198,8 @@ def everything_was_trained(run: Run) -> None:
     assert all(gate.weight is None or gate.weight.any() for gate in tuner.all_gates())
     assert len(tuner.operators()) == (1 + 2 * run.num_layers if run.cell.cuts("hidden") else 0)
     gates = {axis: len(found) for axis, found in tuner.gates_by_axis().items()}
-    inner = {axis: run.num_layers for axis in ("mlp", "heads") if run.cell.cuts(axis)}
+    axes = [branch.axis for branch in tuner.residual_stream.branches]  # None of a dense MLP beside experts
+    inner = {axis: axes.count(axis) for axis in ("mlp", "heads") if run.cell.cuts(axis)}
     assert gates == {"hidden": 1} | inner | ({"layers": 1} if run.cell.cuts("layers") else {})
     probe = torch.ones(1, HIDDEN)
     for site, operator in tuner.operators().items():
@@ -220,17 +229,17 @@ def they_agree_to_the_last_digits_in_float64(run: Run) -> None:
 
 def exactly_the_asked_for_channels_are_kept(run: Run) -> None:
     for axis, gates in run.trained.tuner.gates_by_axis().items():
-        before, after = SIZES[axis] if run.cell.cuts(axis) else (HIDDEN, HIDDEN)
+        before, after = run.sizes.get(axis, (HIDDEN, HIDDEN))
         for gate in gates:
             assert gate.hardened and gate.milestone_step == gate.step == MILESTONE
-            assert (gate.size, len(gate.keep_indices)) == (before, after)
+            assert gate.keep.shape[-1] == gate.size == before and (gate.keep.sum(-1) == after).all()
             assert not gate.pinned[~gate.keep].any()
 
 
 def what_is_lost_before_writers_is_filled_in_for(run: Run) -> None:
     for gate in run.trained.tuner.gates().values():
         dropped, kept = (gate.size - gate.num_kept) * gate.width, gate.num_kept * gate.width
-        assert gate.calibrated and gate.reconstruction.shape == (dropped, kept)
+        assert gate.calibrated and gate.reconstruction.shape == (*gate.keep.shape[:-1], dropped, kept)
         assert gate.reconstruction.any()
 
 

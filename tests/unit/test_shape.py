@@ -144,6 +144,14 @@ def test_a_size_that_cannot_be_is_refused(size: int) -> None:
         shape(asked={"mlp": size})
 
 
+def test_experts_keep_a_multiple_of_what_their_kernel_wants() -> None:
+    experts = {"mlp_step": 8}
+    assert shape(asked={"mlp": 1528}, base=experts).pruned("mlp") == 1528
+    with pytest.raises(PatError, match=r"pruned_intermediate_size=1530; .* a multiple of 8\."):
+        shape(asked={"mlp": 1530}, base=experts)
+    assert shape(axes=["mlp"], pruning_ratio=0.25, multiple_of=12, base=experts).pruned("mlp") % 24 == 0
+
+
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.2, 1.5, math.nan])
 def test_a_ratio_outside_the_open_interval_is_refused(ratio: float) -> None:
     with pytest.raises(PatError, match=r"above 0 and below 1"):

@@ -139,7 +139,8 @@ class StoredWeights:
                 def leave(_module: nn.Module, _args: Any, _output: Any, visit: Any = visit) -> None:
                     visit.close()
 
-                handles.callback(module.register_forward_pre_hook(enter).remove)
+                # First of all, since the gates of experts act on a parameter.
+                handles.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
                 handles.callback(module.register_forward_hook(leave, always_call=True).remove)
             yield
 

@@ -101,10 +101,11 @@ def check_tensors(model: PeftModel, adapter: str | os.PathLike[str]) -> None:
         )
     tuner = find_tuner(model)
     for gate in () if tuner is None else tuner.all_gates():
-        if gate.hardened and (num_kept := int(gate.keep.sum())) != gate.num_kept:
+        num_kept = gate.keep.sum(-1)  # of each expert, where there are some
+        if gate.hardened and bool((num_kept != gate.num_kept).any()):
             raise PatError(
-                f"{adapter}: keeps {num_kept} entries where its configuration says {gate.num_kept}; one of the two was "
-                "changed after the adapter was made."
+                f"{adapter}: keeps {num_kept.tolist()} entries where its configuration says {gate.num_kept}; one of "
+                "the two was changed after the adapter was made."
             )
 
 

@@ -19,7 +19,10 @@ GateKind = Literal["trainable", "frozen"]
 
 
 class Gate(nn.Module):
-    """Gate `m` of shape `(size,)` that multiplies the last axis of its input.
+    """Gate `m` of shape `(size,)` that multiplies the last axis of its input, or a stack of such gates.
+
+    In a stack every gate keeps as many entries as the others, and others than they; all shapes below then have the
+    number of gates before them.
 
     Args:
         size: number of entries on the axis.
@@ -28,6 +31,7 @@ class Gate(nn.Module):
             first `size - num_kept` entries, or, once there is a prior order, its last ones.
         lr_multiplier: the proxy weights are `lr_multiplier * weight`, so that an optimizer whose step does not depend
             on the gradient's size (Adam) moves them that many times faster than its other parameters.
+        num_stacked: number of gates in a stack; None makes a single one.
     """
 
     measured: tuple[str, ...] = ("prior",)
@@ -41,23 +45,32 @@ class Gate(nn.Module):
     gate_schedule: Tensor
     frozen_values: Tensor | None
 
-    def __init__(self, size: int, num_kept: int, *, kind: GateKind = "trainable", lr_multiplier: float = 1.0) -> None:
+    def __init__(
+        self,
+        size: int,
+        num_kept: int,
+        *,
+        kind: GateKind = "trainable",
+        lr_multiplier: float = 1.0,
+        num_stacked: int | None = None,
+    ) -> None:
         super().__init__()
+        shape = (size,) if num_stacked is None else (num_stacked, size)
         self.size = size
         self.num_kept = num_kept
         self.lr_multiplier = lr_multiplier
         frozen = kind == "frozen"
-        self.register_parameter("weight", None if frozen else nn.Parameter(torch.zeros(size)))
-        self.register_buffer("prior", torch.zeros(size))
-        self.register_buffer("pinned", torch.zeros(size, dtype=torch.bool))
-        self.register_buffer("keep", torch.ones(size, dtype=torch.bool))
+        self.register_parameter("weight", None if frozen else nn.Parameter(torch.zeros(shape)))
+        self.register_buffer("prior", torch.zeros(shape))
+        self.register_buffer("pinned", torch.zeros(shape, dtype=torch.bool))
+        self.register_buffer("keep", torch.ones(shape, dtype=torch.bool))
         # (step, milestone step or -1, hardened, calibrated): saved with the adapter, mirrored in plain attributes,
         # because the forward pass must not read a tensor to choose its branch (a synchronisation, a graph break).
         self.register_buffer("progress", torch.tensor([0, -1, 0, 0]))
         # (tau, beta) as a tensor, so that a compiled forward pass is not specialised on every step's value.
         self.register_buffer("gate_schedule", torch.tensor([1.0, 0.5]), persistent=False)
         # The frozen gate's counterpart: its values themselves.
-        self.register_buffer("frozen_values", torch.ones(size) if frozen else None, persistent=False)
+        self.register_buffer("frozen_values", torch.ones(shape) if frozen else None, persistent=False)
         self.step = 0
         self.milestone_step: int | None = None
         self.hardened = False
@@ -136,10 +149,14 @@ class Gate(nn.Module):
 
     @property
     def num_active(self) -> int:
-        """Number of entries that eq. 9 counts, the pinned ones included; those that stay if hard or frozen."""
+        """Number of entries that eq. 9 counts, the pinned ones included; those that stay if hard or frozen.
+
+        Of a stack it is the rounded mean.
+        """
         if self.hardened or self.weight is None:
             return self.num_kept
-        return int(((self.proxy_weights() + self.prior > 0) | self.pinned).sum())
+        active = int(((self.proxy_weights() + self.prior > 0) | self.pinned).sum())
+        return round(active * self.size / self.keep.numel())
 
     # -- function ----------------------------------------------------------------------------------------------
 
@@ -165,12 +182,16 @@ class Gate(nn.Module):
         return (y * self.values().to(y.device)).to(y.dtype)
 
     def active_loss(self) -> Tensor:
-        """Return L_active (eq. 9) over the entries that take part in selection; 0 once hard or if frozen."""
+        """Return L_active (eq. 9) over the entries that take part in selection; 0 once hard or if frozen.
+
+        Of a stack, in which nothing is pinned, it is the mean, so that experts count as one MLP does.
+        """
         if self.hardened or self.weight is None:
             return self.prior.new_zeros(())
         free = ~self.pinned
         num_pinned = int(self.pinned.sum())
-        return active_channel_loss((self.proxy_weights() + self.prior)[free], self.num_kept - num_pinned)
+        logits = (self.proxy_weights() + self.prior)[free].unflatten(0, (*self.keep.shape[:-1], -1))
+        return active_channel_loss(logits, self.num_kept - num_pinned)
 
     # -- internals ---------------------------------------------------------------------------------------------
 
@@ -182,14 +203,12 @@ class Gate(nn.Module):
 
     def _frozen_choice(self) -> Tensor:
         in_place = torch.arange(self.size, device=self.prior.device, dtype=self.prior.dtype)
-        return self._best(self.prior if self.has_prior else in_place)
+        return self._best(self.prior if self.has_prior else in_place.expand_as(self.prior))
 
     def _best(self, score: Tensor) -> Tensor:
         score = score.masked_fill(self.pinned, torch.inf)
         order = torch.sort(score, descending=True, stable=True).indices
-        keep = torch.zeros_like(self.keep)
-        keep[order[: self.num_kept]] = True
-        return keep
+        return torch.zeros_like(self.keep).scatter_(-1, order[..., : self.num_kept], True)
 
     def _widen_buffers(self) -> None:
         for name, buffer in list(self.named_buffers()):

@@ -27,7 +27,7 @@ class InnerGate(Gate):
         width: number of channels before the writer for each entry.
         kind: see `Gate`.
         refits: whether there is a map R of shape `(dropped channels, kept channels)` (zero until `set_reconstruction`).
-        lr_multiplier: see `Gate`.
+        lr_multiplier, num_stacked: see `Gate`.
     """
 
     measured = ("prior", "reconstruction")
@@ -46,16 +46,20 @@ class InnerGate(Gate):
         kind: GateKind = "trainable",
         refits: bool = True,
         lr_multiplier: float = 1.0,
+        num_stacked: int | None = None,
     ) -> None:
-        super().__init__(size, num_kept, kind=kind, lr_multiplier=lr_multiplier)
+        super().__init__(size, num_kept, kind=kind, lr_multiplier=lr_multiplier, num_stacked=num_stacked)
+        stack = self.keep.shape[:-1]
         self.width = width
         self.num_channels, kept = size * width, num_kept * width
-        self.register_buffer("reconstruction", torch.zeros(self.num_channels - kept, kept) if refits else None)
+        self.register_buffer("reconstruction", torch.zeros(*stack, self.num_channels - kept, kept) if refits else None)
         self.register_buffer("fitted", torch.tensor(False))
         self.is_fitted = False  # mirrored, as `hardened` is
         # The kept channels, ascending, and where each channel stands in [kept, dropped].
-        self.register_buffer("kept", torch.arange(kept), persistent=False)
-        self.register_buffer("order", torch.arange(self.num_channels), persistent=False)
+        self.register_buffer("kept", torch.arange(kept).repeat(*stack, 1).view(*stack, kept), persistent=False)
+        self.register_buffer(
+            "order", torch.arange(self.num_channels).repeat(*stack, 1).view(*stack, -1), persistent=False
+        )
 
     @property
     def awaits_refit(self) -> bool:
@@ -90,9 +94,32 @@ class InnerGate(Gate):
         self.is_fitted = bool(self.fitted)
         if self.hardened:
             kept_first = torch.sort((~self.kept_channels).to(torch.uint8), stable=True).indices
-            self.kept.copy_(kept_first[: len(self.kept)])
+            self.kept.copy_(kept_first[..., : self.kept.shape[-1]])
             self.order.copy_(kept_first.argsort())
 
     def _spread(self, entries: Tensor) -> Tensor:
         """Repeat one value for each entry over the entry's channels."""
         return entries if self.width == 1 else entries.repeat_interleave(self.width)
+
+
+class ExpertsGate(InnerGate):
+    """The gates before the writers of all experts of a layer, which are one stacked parameter W `(experts, d, size)`.
+
+    No module lies between an expert's readers and its writer, so the gates act on W: multiplying a channel by m is
+    multiplying the column of W behind it, and `W[:, K] + W[:, D] R` is what a merge writes (docs/adr/0021).
+    """
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Apply gates and reconstructions to W `(experts, d, size)`; its dtype and device are kept."""
+        if not self.hardened or self.reconstruction is None:
+            return (weight * self.values().unsqueeze(1).to(weight.device)).to(weight.dtype)
+        num_experts, hidden_size, _ = weight.shape
+        place = self.order.argsort().to(weight.device).unsqueeze(1).expand(num_experts, hidden_size, -1)
+        kept, dropped = place.tensor_split([self.kept.shape[-1]], dim=-1)
+        # Rounded once, as the merged weight is.
+        fine = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        with torch.autocast(weight.device.type, enabled=False):
+            columns = torch.baddbmm(fine.gather(-1, kept), fine.gather(-1, dropped), self.reconstruction.to(fine))
+        if self.weight is not None:
+            columns = columns + 0.0 * self.weight.sum().to(columns)  # see `Gate.values`
+        return torch.zeros_like(fine).scatter(-1, kept, columns).to(weight.dtype)

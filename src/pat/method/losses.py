@@ -15,12 +15,12 @@ def active_channel_loss(logits: Tensor, num_target: int) -> Tensor:
 
     Args:
         logits: proxy weights plus prior of the channels that take part in selection, of shape `(d,)`; a channel
-            counts as active if its value is positive.
+            counts as active if its value is positive. Of several such rows, `(n, d)`, the mean is returned.
         num_target: number of those channels that shall stay.
     """
     hard = (logits.detach() > 0).to(logits.dtype)
     active = hard + (logits - logits.detach())
-    return (num_target - active.sum()).abs()
+    return (num_target - active.sum(-1)).abs().mean()
 
 
 def orthogonality_loss(rows: Tensor) -> Tensor:

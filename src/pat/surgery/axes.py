@@ -23,6 +23,10 @@ from pat.surgery.describe import head_dim, map_of
 from pat.surgery.layers import droppable_layers, layer_number
 from pat.surgery.residual import ResidualStream
 
+EXPERTS_STEP = 8
+"""Divides the number of channels that an expert keeps: the grouped kernel refuses rows that are not a multiple of 16
+bytes, which are 8 numbers of 16 bits."""
+
 
 @dataclass(frozen=True)
 class InnerCut:
@@ -38,6 +42,11 @@ class InnerCut:
     """R `(dropped columns, kept columns)`, see `pat.method.inner`; None drops without a refit."""
     fused: tuple[int, ...] = (1, 1)
     """Rows of each entry in the matrices of a fused reader, in their order: gate and up, or query, key and value."""
+
+    @property
+    def num_kept(self) -> int:
+        """Number of entries that are kept, of each expert where there are some."""
+        return int(self.keep.flatten()[: self.keep.shape[-1]].sum())
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Cut the first axis of a reader's parameter, or of one that has an entry for each query head."""
@@ -56,6 +65,30 @@ class InnerCut:
             return tensor[..., keep]
         fine = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         return fine[..., keep] + fine[..., ~keep] @ self.reconstruction.to(fine)
+
+
+@dataclass(frozen=True)
+class ExpertsCut(InnerCut):
+    """The cut of the spaces inside the experts of a layer, of which each keeps channels of its own.
+
+    Shapes: `keep` is `(experts, size)`, with as many kept in each row, and `reconstruction` `(experts, dropped, kept)`.
+    """
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Cut the rows of a stacked reader, `(experts, n * size, d)`: one block on top of the other if it is fused."""
+        size = self.keep.shape[-1]
+        kept = _places(self.keep)
+        index = torch.cat([start + kept for start in range(0, tensor.shape[1], size)], dim=1).unsqueeze(-1)
+        return tensor.gather(1, index.to(tensor.device).expand(-1, -1, tensor.shape[-1]))
+
+    def columns(self, tensor: Tensor) -> Tensor:
+        """Cut the columns of the stacked writer, `(experts, d, size)`, as `InnerCut.columns` does each of its own."""
+        kept, dropped = (_places(keep).unsqueeze(1).to(tensor.device) for keep in (self.keep, ~self.keep))
+        kept, dropped = (index.expand(-1, tensor.shape[1], -1) for index in (kept, dropped))
+        if self.reconstruction is None:
+            return tensor.gather(-1, kept)
+        fine = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        return torch.baddbmm(fine.gather(-1, kept), fine.gather(-1, dropped), self.reconstruction.to(fine))
 
 
 def cut_inner(
@@ -109,6 +142,7 @@ def prunable(skeleton: PreTrainedModel) -> Prunable:
         sizes,
         _counter(skeleton, stream, sizes, num_pinned),
         queries,
+        mlp_step=EXPERTS_STEP if stream.family.expert_parameters else 1,
         fewest_layers=max(1, num_pinned),
         obstacles=_obstacles(skeleton, stream, sizes),
     )
@@ -118,7 +152,7 @@ def sizes_of(config: PretrainedConfig, family: Family) -> dict[str, int]:
     """Return the sizes of a model along all axes, see `pat.shape.Shape`."""
     return {
         family.hidden_size_field: getattr(config, family.hidden_size_field),
-        **({} if family.expert_parameters else {"intermediate_size": config.intermediate_size}),
+        AXES["mlp"].field: getattr(config, family.mlp_field),
         "num_key_value_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         "num_hidden_layers": config.num_hidden_layers,
     }
@@ -126,8 +160,10 @@ def sizes_of(config: PretrainedConfig, family: Family) -> dict[str, int]:
 
 def _obstacles(skeleton: PreTrainedModel, stream: ResidualStream, sizes: Mapping[str, int]) -> dict[str, str]:
     obstacles = {}
-    if stream.family.expert_parameters:
-        obstacles["mlp"] = "this family has experts, whose MLPs cannot be cut yet"
+    if stream.family.expert_parameters and not any(branch.has_experts for branch in stream.branches):
+        obstacles["mlp"] = "in this family the channels of experts can be cut, and this model has no experts"
+    elif stream.family.expert_parameters and sizes[AXES["mlp"].field] <= EXPERTS_STEP:
+        obstacles["mlp"] = f"its experts have {sizes[AXES['mlp'].field]} channels, and the kernel for experts wants 8"
     norms = [f"{stream.family.layers}.0.{norm}.weight" for norm in stream.family.qk_norm]
     spanning = [name for name in norms if skeleton.get_parameter(name).numel() != head_dim(skeleton)]
     if spanning:
@@ -149,7 +185,8 @@ def _counter(
     inner: dict[str, str] = {}
     for branch in stream.branches:
         names = [*(name for reader in branch.inner for name in reader.names), branch.writer.weight, *branch.per_head]
-        inner |= dict.fromkeys(names, branch.axis)
+        if branch.axis is not None:
+            inner |= dict.fromkeys(names, branch.axis)
     droppable = droppable_layers(stream)
     numbers: Counter[tuple[str, ...]] = Counter()
     for name, parameter in skeleton.named_parameters():
@@ -164,12 +201,16 @@ def _counter(
         for fields, number in numbers.items():
             for field in fields:
                 fixed = num_pinned if field == "num_hidden_layers" else 0
-                if field in sizes:  # not the channels of experts, which stay
-                    number = number * (pruned[field] - fixed) // (sizes[field] - fixed)
+                number = number * (pruned[field] - fixed) // (sizes[field] - fixed)
             total += number
         return total
 
     return count
+
+
+def _places(keep: Tensor) -> Tensor:
+    """Return which entries each row keeps, ascending, `(rows, kept)`; all rows keep equally many."""
+    return keep.nonzero()[:, 1].view(len(keep), -1)
 
 
 def _spread(keep: Tensor, width: int) -> Tensor:

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from pat.errors import PatError, RunFailed, one_line
 from pat.families import Family
+from pat.shape import AXES
 from pat.surgery.layers import cut_layer_fields
 from pat.surgery.rope import legacy_rope
 
@@ -61,7 +62,7 @@ def shrink_config(
             num_groups = getattr(small, name, None) or small.num_attention_heads
             small.num_attention_heads = size * small.num_attention_heads // num_groups
         if name != "num_hidden_layers":  # see above
-            setattr(small, name, size)
+            setattr(small, family.mlp_field if name == AXES["mlp"].field else name, size)
     pruned_hidden_size = getattr(small, family.hidden_size_field)
     ratio = getattr(config, family.hidden_size_field) / pruned_hidden_size
     setattr(small, family.eps_field, getattr(config, family.eps_field) * ratio)

@@ -44,11 +44,25 @@ class ResidualBranch:
     """Readers whose rows lie in the space that the writer's columns lie in: all but routers."""
     per_head: tuple[str, ...] = ()
     """Names of parameters with one entry for each query head."""
+    is_beside_experts: bool = False
+    """Whether this is a dense MLP in a family whose other layers have experts."""
 
     @property
-    def axis(self) -> str:
-        """Name of the axis that the space inside the branch belongs to, see `pat.shape.AXES`."""
+    def axis(self) -> str | None:
+        """Name of the axis that the space inside the branch belongs to, see `pat.shape.AXES`; None if it stays."""
+        if self.is_beside_experts:
+            return None
         return "heads" if self.kind == "attention" else "mlp"
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the writer is the stacked parameter of several experts, `(experts, d, channels)`."""
+        return self.writer.weight == self.writer.path
+
+    @property
+    def gate_site(self) -> str:
+        """Module that what is inside the branch goes into, or happens in: the writer, or the module of the experts."""
+        return self.writer.path.rpartition(".")[0] if self.has_experts else self.writer.path
 
     @property
     def end(self) -> str:
@@ -126,7 +140,9 @@ def map_residual_stream(family: Family, names: Iterable[str], *, tied: bool) -> 
         feed_forward = next((b for b in family.feed_forward if _exists(prefix + b.writer, names)), None)
         if feed_forward is None:
             raise PatError(f"Layer {index} has no feed-forward writer known to the record of {family.model_type!r}.")
-        branches += [_branch(prefix, "attention", family.attention, names), _branch(prefix, "mlp", feed_forward, names)]
+        mlp = _branch(prefix, "mlp", feed_forward, names)
+        mlp = replace(mlp, is_beside_experts=bool(family.expert_parameters) and not mlp.has_experts)
+        branches += [_branch(prefix, "attention", family.attention, names), mlp]
         untouched += [f"{prefix}{norm}.weight" for norm in family.qk_norm]
         untouched += [prefix + name for name in family.bystanders if prefix + name in names]
     stream = ResidualStream(

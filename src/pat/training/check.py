@@ -27,6 +27,7 @@ from pat.training.vocabulary import trimmed_budget
 from pat.tuner.compaction import check_compactable
 from pat.tuner.config import PatConfig
 from pat.tuner.depth import LAYER_TOKENS
+from pat.tuner.experts import tokens_per_routed
 from pat.tuner.model import PatModel
 from pat.tuner.prepare import check_config
 from pat.tuner.refit import TOKENS_PER_CHANNEL
@@ -128,11 +129,12 @@ def announce(arguments: TuneArguments, checked: Checked, data: Prepared, model: 
     soft = min(num_steps, milestone_step(arguments.pat.milestone, num_steps))
     rest = "on the small model" if compacts(arguments.run.no_compact, arguments.pat_config()) else "at full width"
     shape, config = checked.shape, checked.base_config
-    widths = {"mlp": shape.sizes.get("intermediate_size", 0)}
+    widths = {"mlp": shape.size("mlp")}
     widths["heads"] = head_dim(empty_model(config)) * config.num_attention_heads
     read = [name for name in widths if shape.cuts(name)]
     reading = ""
     if read:
+        widths["mlp"] *= tokens_per_routed(config)
         tokens = arguments.pat.refit_tokens or TOKENS_PER_CHANNEL * max(widths[name] for name in read)
         what = " and ".join(AXES[name].label for name in read)
         reading = f" Up to {tokens:,} tokens are read first, to choose the {what}."

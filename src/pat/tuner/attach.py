@@ -10,11 +10,12 @@ from torch import nn
 
 from pat.method.basis import UnifiedMask
 from pat.method.gate import Gate
-from pat.method.inner import InnerGate
+from pat.method.inner import ExpertsGate, InnerGate
 from pat.method.operator import build_operator
 from pat.surgery.layers import droppable_layers
 from pat.tuner.config import PatConfig
 from pat.tuner.depth import branch_ends
+from pat.tuner.experts import ExpertsGateLayer, count_experts
 from pat.tuner.layer import (
     DEPTH_NAME,
     GATE_NAME,
@@ -55,16 +56,18 @@ def add_pruning_layers(
     mask_layer = cast(MaskLayer, _layer(model, stream.embedding, MASK_NAME, MaskLayer()))
     mask_layer.add_adapter(adapter_name, mask, _device_of(model, stream.embedding))
     for branch in stream.branches:
-        if shape.cuts(branch.axis):
-            path = branch.writer.path
-            gates = cast(GateLayer, _layer(model, path, GATE_NAME, GateLayer()))
-            gate = InnerGate(
+        if branch.axis is not None and shape.cuts(branch.axis):
+            path, experts = branch.gate_site, branch.has_experts
+            layer_cls, gate_cls = (ExpertsGateLayer, ExpertsGate) if experts else (GateLayer, InnerGate)
+            gates = cast(GateLayer, _layer(model, path, GATE_NAME, layer_cls()))
+            gate = gate_cls(
                 shape.size(branch.axis),
                 shape.pruned(branch.axis),
                 width=plan.group_width if branch.axis == "heads" else 1,
                 kind=kind,
                 refits=config.refit,
                 lr_multiplier=config.mask_lr_multiplier,
+                num_stacked=count_experts(model.get_submodule(path)) if experts else None,
             )
             gates.add_adapter(adapter_name, gate, _device_of(model, path))
             gates.attach(model.get_submodule(path))

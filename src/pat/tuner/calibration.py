@@ -181,7 +181,7 @@ def share_from_first_process(*tensors: Tensor | None) -> None:
 @torch.no_grad()
 def watch_inputs(
     model: nn.Module,
-    watchers: Mapping[str, Callable[[Tensor], None]],
+    watchers: Mapping[str, Callable[..., None]],
     batches: Iterable[Mapping[str, Any]],
     max_tokens: int,
 ) -> int:
@@ -189,7 +189,8 @@ def watch_inputs(
 
     Args:
         model: the model, its adapters disabled.
-        watchers: functions of the inputs `(tokens, size)` in float32, paddings left out, by the module's path.
+        watchers: functions of the inputs, by the module's path: of each tensor `(tokens, size)` that it is given, in
+            float32 where it holds no whole numbers, paddings left out.
         batches: mappings with `input_ids` `(batch, length)`, and `attention_mask` or `position_ids` where there is one.
         max_tokens: number of tokens after which no further batch is read.
 
@@ -243,14 +244,15 @@ def token_batches(
 
 
 class _Watch:
-    """A forward pre-hook, but for its first argument, that hands on a module's input at the tokens of the batch."""
+    """A forward pre-hook, but for its first argument, that hands on a module's inputs at the tokens of the batch."""
 
     selected: Tensor
 
-    def __call__(self, watcher: Callable[[Tensor], None], _module: nn.Module, args: tuple[Any, ...]) -> None:
-        rows = args[0].detach().flatten(0, -2)
-        with without_autocast(rows):  # the model may run under it; moments are of float32
-            watcher(rows[self.selected.to(rows.device)].float())
+    def __call__(self, watcher: Callable[..., None], _module: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs = [rows.detach().flatten(0, -2) for rows in args if isinstance(rows, Tensor)]
+        with without_autocast(inputs[0]):  # the model may run under it; moments are of float32
+            chosen = [rows[self.selected.to(rows.device)] for rows in inputs]
+            watcher(*(rows.float() if rows.is_floating_point() else rows for rows in chosen))
 
 
 def real_tokens(model: nn.Module, ids: Tensor, given: Mapping[str, Tensor]) -> Tensor:

@@ -27,11 +27,11 @@ def by_axis(
     Args:
         stream: roles of the model's parameters.
         mask: over the residual stream.
-        gates: before writers, by their paths.
+        gates: of branches, by their `gate_site`.
         over_layers: over the layers, if there is one.
     """
     found = {"hidden": [mask]}
     for branch in stream.branches:
-        if branch.writer.path in gates:
-            found.setdefault(branch.axis, []).append(gates[branch.writer.path])
+        if branch.axis is not None and branch.gate_site in gates:
+            found.setdefault(branch.axis, []).append(gates[branch.gate_site])
     return found | ({} if over_layers is None else {"layers": [over_layers]})

@@ -45,5 +45,6 @@ def choose(
     if mask is not None:
         order = choose_channels(model, stream, config, mask, effective, moments.text())
         mask.set_prior(order.prior, pinned=order.pinned, basis=order.basis, head_factor=order.head_factor)
-    order_channels(moments, effective)  # last: it lets go of the text
+    writers = {branch.gate_site: branch.writer.weight for branch in stream.branches}
+    order_channels(moments, lambda site: effective(writers[site]))  # last: it lets go of the text
     return order

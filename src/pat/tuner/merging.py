@@ -17,7 +17,7 @@ from pat.method.inner import InnerGate
 from pat.method.operator import Operator
 from pat.shape import AXES
 from pat.surgery.adapted import AdaptedMatrix, merged
-from pat.surgery.axes import InnerCut, cut_inner
+from pat.surgery.axes import ExpertsCut, InnerCut, cut_inner
 from pat.surgery.dense import DenseForm, shrink_config
 from pat.surgery.describe import head_dim
 from pat.surgery.fold import Channels, HeadPlan, fold_weights
@@ -62,9 +62,10 @@ class MaskedModel:
         """Return it for the parts of an adapter that are hung into a base model."""
         cuts, size = {}, head_dim(base)
         for branch in stream.branches:
-            if (gate := gates.get(branch.writer.path)) is not None:
+            if (gate := gates.get(branch.gate_site)) is not None:
                 fused = (gate.width, size, size) if branch.axis == "heads" else (1, 1)
-                cuts[branch.writer.path] = InnerCut(gate.keep, gate.reconstruction, fused)
+                kind = ExpertsCut if branch.has_experts else InnerCut
+                cuts[branch.writer.path] = kind(gate.keep, gate.reconstruction, fused)
         num_layers = len(layers_of(stream))
         kept = range(num_layers) if over_layers is None else over_layers.keep_indices.tolist()
         return cls(
@@ -89,8 +90,8 @@ class MaskedModel:
         """Sizes of the dense model that are not the base's, or may not be, by the field of its configuration."""
         sizes = {self.stream.family.hidden_size_field: self.mask.pruned_hidden_size}
         for branch in self.stream.branches:
-            if (cut := self.cuts.get(branch.writer.path)) is not None:
-                sizes[AXES[branch.axis].field] = int(cut.keep.sum())
+            if branch.axis is not None and (cut := self.cuts.get(branch.writer.path)) is not None:
+                sizes[AXES[branch.axis].field] = cut.num_kept
         return sizes
 
     def parameter(self, name: str) -> Tensor:

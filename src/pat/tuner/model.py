@@ -107,8 +107,8 @@ class PatModel(GuardedForward):
         return held(self.model, OPERATOR_NAME, sites, adapter_name or self.adapter)
 
     def gates(self, adapter_name: str | None = None) -> dict[str, InnerGate]:
-        """Return the gates of an adapter before the writers of its branches, by their paths, in execution order."""
-        paths = [branch.writer.path for branch in cast(ResidualStream, self.residual_stream).branches]
+        """Return the gates of an adapter inside branches, by the branches' `gate_site`, in execution order."""
+        paths = [branch.gate_site for branch in cast(ResidualStream, self.residual_stream).branches]
         return held(self.model, GATE_NAME, paths, adapter_name or self.adapter)
 
     def layer_gate(self, adapter_name: str | None = None) -> Gate | None:

@@ -8,20 +8,22 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from pat.errors import Diverged
-from pat.method.inner import InnerGate
-from pat.surgery.compensate import elimination, reconstruction
+from pat.method.inner import ExpertsGate, InnerGate
+from pat.surgery.compensate import elimination, reconstruction, shrink
 from pat.surgery.precision import to_float64, without_autocast
 from pat.surgery.rotation import importance_order
 from pat.tuner.calibration import NOT_FINITE, share_from_first_process, watch_inputs
+from pat.tuner.experts import ExpertsWatch, tokens_per_routed
 
 logger = logging.getLogger(__name__)
 
 TOKENS_PER_CHANNEL = 16
-"""Tokens to measure, as a multiple of the number of channels before a writer."""
+"""Tokens to measure, as a multiple of the number of channels before a writer; of each expert, on average."""
 
 MAX_BYTES = 2 * 2**30
 """Memory for second moments, `(size, size)` in float32 for each layer: a large model takes several passes."""
@@ -32,9 +34,10 @@ class InnerMoments:
 
     Args:
         model: the base model, its adapters disabled while it is measured.
-        gates: before the writers, by the writer's path.
+        gates: before the writers, by the `gate_site` of their branches.
         batches: see `watch_inputs`; read once, whether or not they can be read again.
-        num_tokens: how many tokens to read; by default `TOKENS_PER_CHANNEL` times the number of channels.
+        num_tokens: how many tokens to read; by default `TOKENS_PER_CHANNEL` times the number of channels, and as many
+            times more as an expert sees fewer of them.
     """
 
     def __init__(
@@ -45,9 +48,16 @@ class InnerMoments:
         num_tokens: int | None,
     ) -> None:
         self.model, self.gates = model, gates
+        routed = tokens_per_routed(getattr(model, "config", None))
         self.size = max((gate.num_channels for gate in gates.values()), default=1)
-        self.enough = num_tokens or TOKENS_PER_CHANNEL * self.size
+        self.fewest = max(
+            (gate.num_channels * (routed if _has_experts(gate) else 1) for gate in gates.values()), default=1
+        )
+        """Number of tokens of which each writer sees as many as it has channels, an expert's on average."""
+        self.enough = num_tokens or TOKENS_PER_CHANNEL * self.fewest
         self.num_tokens = 0
+        self.num_scarce = 0
+        """Number of experts that saw fewer tokens than they have channels."""
         self._unread, self._read = iter(batches), list[Mapping[str, Any]]()
         self.known: dict[str, Tensor] = {}
         """All moments, once they have been measured and if they fit into memory together."""
@@ -57,12 +67,20 @@ class InnerMoments:
         if self.known:
             yield from self.known.items()
             return
-        num_at_once, paths = max(1, MAX_BYTES // (4 * self.size**2)), iter(self.gates)
+        largest = max((gate.num_channels**2 * len(_stacked(gate.keep, 1)) for gate in self.gates.values()), default=1)
+        num_at_once, paths = max(1, MAX_BYTES // (4 * largest)), iter(self.gates)
+        self.num_scarce = 0
         while group := list(islice(paths, num_at_once)):
             moments: dict[str, Tensor] = {}
             shown = tqdm(self.text(), desc="Measuring the branches", unit="batch", leave=False, disable=None)
-            watchers = {path: partial(_add, moments, path) for path in group}
+            experts = {p: ExpertsWatch(self.model.get_submodule(p)) for p in group if _has_experts(self.gates[p])}
+            watchers = {path: experts.get(path) or partial(_add, moments, path) for path in group}
             self.num_tokens = watch_inputs(self.model, watchers, shown, self.enough)
+            for path, watch in experts.items():
+                moments[path] = watch.moments
+                for moment, num_tokens in zip(watch.moments, watch.num_tokens, strict=True):
+                    self.num_scarce += num_tokens < len(moment)
+                    shrink(moment, num_tokens)
             if not all(moment.isfinite().all() for moment in moments.values()):
                 raise Diverged(NOT_FINITE)
             if len(group) == len(self.gates):
@@ -78,7 +96,7 @@ class InnerMoments:
             yield batch
 
 
-def order_channels(moments: InnerMoments, effective: Callable[[str], Tensor]) -> None:
+def order_channels(moments: InnerMoments, writer: Callable[[str], Tensor]) -> None:
     """Give the gates their prior: which channels, or groups of heads, the output of the writer can do without.
 
     With a refit to come, an entry counts by what the others cannot make up for (`elimination`); without one, by the
@@ -86,28 +104,32 @@ def order_channels(moments: InnerMoments, effective: Callable[[str], Tensor]) ->
 
     Args:
         moments: of the gates.
-        effective: returns a base parameter by name, with LoRA merged in.
+        writer: returns the writer's weight by the `gate_site` of its branch, with LoRA merged in.
     """
     if not moments.gates:
         return
     for path, moment in moments:
-        gate, moment = moments.gates[path], to_float64(moment)
+        gate = moments.gates[path]
         with without_autocast(moment):
-            weight = to_float64(effective(f"{path}.weight")).to(moment.device)
-            if gate.reconstruction is not None:
-                score = elimination(moment, weight, gate.num_kept, gate.width)
-            else:
-                score = (moment.diagonal() * weight.square().sum(0)).unflatten(0, (-1, gate.width)).sum(1)
-        prior = importance_order(score, gate.num_kept).prior
+            priors = [_prior(gate, *each) for each in zip(_stacked(moment), _stacked(writer(path)), strict=True)]
+        prior = torch.stack(priors).view_as(gate.prior)
         share_from_first_process(prior)
         gate.set_prior(prior)
-    if moments.num_tokens < moments.size:
+    if moments.num_scarce:
+        logger.warning(
+            "%d experts saw fewer calibration tokens than they have channels (%d); their order and refit lean on the "
+            "weights instead, or on them alone. Give more text (refit_tokens=%d is the default for this model).",
+            moments.num_scarce,
+            moments.size,
+            TOKENS_PER_CHANNEL * moments.fewest,
+        )
+    elif moments.num_tokens < moments.size:
         logger.warning(
             "The order of %d channels before a writer and their refit stand on %d calibration tokens, which are fewer; "
             "give more text (refit_tokens=%d is the default for this model).",
             moments.size,
             moments.num_tokens,
-            TOKENS_PER_CHANNEL * moments.size,
+            TOKENS_PER_CHANNEL * moments.fewest,
         )
 
 
@@ -115,9 +137,34 @@ def refit(gates: Mapping[str, InnerGate], moments: Iterable[tuple[str, Tensor]])
     """Fit the reconstruction of hard gates, given the second moments of what goes into them (and maybe into others)."""
     for path, moment in moments:
         if (gate := gates.get(path)) is not None:
+            assert gate.reconstruction is not None, "it awaits a refit"
             with without_autocast(moment):
-                gate.set_reconstruction(reconstruction(moment, gate.kept_channels))
+                fits = [
+                    reconstruction(*each)
+                    for each in zip(_stacked(moment), _stacked(gate.kept_channels, 1), strict=True)
+                ]
+            gate.set_reconstruction(torch.stack(fits).view_as(gate.reconstruction))
             share_from_first_process(gate.reconstruction)
+
+
+def _prior(gate: InnerGate, moment: Tensor, weight: Tensor) -> Tensor:
+    """Return the prior `(size,)` of one writer's gate: of a stack, that of one expert."""
+    moment = to_float64(moment)
+    weight = to_float64(weight).to(moment.device)
+    if gate.reconstruction is not None:
+        score = elimination(moment, weight, gate.num_kept, gate.width)
+    else:
+        score = (moment.diagonal() * weight.square().sum(0)).unflatten(0, (-1, gate.width)).sum(1)
+    return importance_order(score, gate.num_kept).prior
+
+
+def _has_experts(gate: InnerGate) -> bool:
+    return isinstance(gate, ExpertsGate)
+
+
+def _stacked(tensor: Tensor, num_axes: int = 2) -> Tensor:
+    """Return tensors of some axes as a stack of them, which one alone is as well."""
+    return tensor.reshape(-1, *tensor.shape[-num_axes:])
 
 
 def _add(moments: dict[str, Tensor], path: str, rows: Tensor) -> None:

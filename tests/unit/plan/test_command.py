@@ -110,7 +110,7 @@ def test_a_mixture_of_experts_and_json(tmp_path: Path, capsys: pytest.CaptureFix
     print_plan(record)
     printed = capsys.readouterr().out
     assert "MLP, experts" in printed and "tied embedding" in printed
-    assert cli.main(["plan", "--model_name_or_path", record.model_name_or_path, "--json"]) == 0
+    assert cli.main(["plan", "--model_name_or_path", record.model_name_or_path, "--axes", "hidden", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["candidates"][0]["cost"]["total"]["num_parameters"] == record.candidates[0].cost.total.num_parameters
     assert facts["training"]["total_bytes"] == record.training.total_bytes
