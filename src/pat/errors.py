@@ -1,10 +1,20 @@
 """Errors raised on purpose. Every message says what was given, what was expected and what to do."""
 
 
+MAX_MESSAGE = 1500
+"""Letters of a message; what it repeats of a file or an option may be as long as it likes."""
+
+
 class PatError(Exception):
-    """Root of every error PAT raises on purpose; by itself it means that the user's input is wrong."""
+    """Root of every error PAT raises on purpose; by itself it means that the user's input is wrong.
+
+    Its message is one line without control characters, whatever names and values it repeats.
+    """
 
     exit_status = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_shown(message))
 
 
 class RunFailed(PatError):
@@ -32,3 +42,13 @@ class ParityMissed(RunFailed):
 def one_line(error: BaseException) -> str:
     """Return an error's message on one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]
+
+
+def _shown(message: str) -> str:
+    """Return a message that a terminal shows as it is: what it would obey, or cannot show, is written as an escape."""
+    letters = (
+        letter if letter.isprintable() else " " if letter.isspace() else letter.encode("unicode_escape").decode()
+        for letter in message
+    )
+    line = "".join(letters).strip()
+    return line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE - 300]} … {line[-290:]}"

@@ -370,7 +370,7 @@ def test_published_adapters(tmp_path: Path) -> None:
         found = {}
         for name in names[:3] if draw(st.booleans()) else draw(st.lists(st.sampled_from(names), unique=True)):
             for part, shape in parts.items():
-                if part in ("other",) and draw(st.integers(0, 9)):
+                if part == "other" and draw(st.integers(0, 9)):
                     continue
                 shape = draw(odd) if draw(st.integers(0, 9)) == 0 else shape
                 kind = draw(st.sampled_from(KINDS)) if draw(st.integers(0, 9)) == 0 else torch.float32
