@@ -26,7 +26,7 @@ class Option:
 
     name: str
     kinds: tuple[type, ...]
-    """What a value, or an item of a list, may be; tried in this order."""
+    """What a value, or an item of a list, may be, an object of no kind that is known here included; tried in turn."""
     choices: tuple[str, ...]
     takes_list: bool
     takes_single: bool
@@ -57,7 +57,7 @@ class Option:
         default = field.default_factory() if field.default_factory is not MISSING else field.default
         return cls(
             field.name,
-            tuple(sorted(kinds or {str}, key=(bool, int, float, dict, Path, str).index)),
+            tuple(sorted(kinds or {str}, key=(bool, int, float, dict, Path, str, object).index)),
             tuple(choices),
             takes_list=bool(items),
             takes_single=bool(singles),
@@ -77,7 +77,7 @@ class Option:
         if value is None or not self.takes_list:
             return value if value is None else self._read_one(value)
         items = list(value) if isinstance(value, list | tuple | set) else [value]
-        if not {str, Path} & set(self.kinds):  # numbers may also stand with commas between, as in 1,8,16
+        if not {str, Path, object} & set(self.kinds):  # numbers may also stand with commas between, as in 1,8,16
             items = [part for item in items for part in (item.split(",") if isinstance(item, str) else [item])]
         read = [self._read_one(item) for item in items]
         return read[0] if self.takes_single and len(read) == 1 else read
@@ -148,7 +148,7 @@ def _parts(annotation: Any) -> Iterable[tuple[bool, Any]]:
 
 def _kind(part: Any) -> type:
     kind = get_origin(part) or part
-    return kind if kind in (bool, int, float, dict, Path, str) else str
+    return kind if kind in (bool, int, float, dict, Path, str) else object
 
 
 def _as(kind: type, value: Any) -> Any:
@@ -164,10 +164,15 @@ def _as(kind: type, value: Any) -> Any:
         fits = isinstance(value, kind) if kind is not float else isinstance(value, int | float)
         if kind in (int, float) and isinstance(value, bool):
             raise ValueError
-        if fits or (kind is str and not isinstance(value, list | tuple | set | dict)):
-            # A number or a path stands for its text; true and other objects are left to whom they are for.
-            plain = isinstance(value, int | float | Path) and not isinstance(value, bool)
-            value = str(value) if kind is str and plain else value
+        is_plain = isinstance(value, int | float | Path)
+        if kind is object:
+            fits = not isinstance(value, list | tuple | set | dict | bytes)
+        elif kind is str:
+            fits = is_plain or isinstance(value, enum.Enum)
+        if fits:
+            # A number or a path stands for its text; true and what else there is are left to whom they are for.
+            if kind in (str, object) and is_plain and not isinstance(value, bool):
+                value = str(value)
             return _expanded(kind, value) if isinstance(value, str | Path) else value
         raise ValueError
     if kind is bool:
@@ -184,9 +189,10 @@ def _expanded(kind: type, value: Any) -> Any:
     Raises:
         ValueError: no file could have such a name, and no text such letters.
     """
-    if kind in (str, Path):
+    if kind in (str, Path, object):
         os.fsencode(str(value))  # raises a ValueError at half a surrogate pair
         if "\0" in str(value):
             raise ValueError
-    is_path = kind is Path or (kind is str and str(value).startswith("~/"))
-    return kind(expand(str(value))) if is_path else kind(value)
+    make = str if kind is object else kind
+    is_path = kind is Path or (make is str and str(value).startswith("~/"))
+    return make(expand(str(value))) if is_path else make(value)

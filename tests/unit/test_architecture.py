@@ -16,8 +16,8 @@ SOURCE = Path(__file__).resolve().parents[2] / "src"
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "pat.errors pat.paths pat.families pat.widths pat.ranges pat.shape pat.budget pat.config_file pat.option "
-        "pat.options pat.loading pat.nll pat.report pat.recipes pat.questions pat.readers",
+        "pat.errors pat.paths pat.families pat.widths pat.ranges pat.shape pat.budget pat.config_file pat.kinds "
+        "pat.option pat.options pat.loading pat.nll pat.report pat.recipes pat.questions pat.readers",
         "pat.method",
         "pat.surgery",
         "pat.tuner",

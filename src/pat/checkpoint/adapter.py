@@ -12,7 +12,6 @@ from typing import cast
 import torch
 from peft import LoraConfig, PeftModel, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
-from safetensors import SafetensorError
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
@@ -253,7 +252,13 @@ def load_adapted(
         and config.base_quantization is not None
         and getattr(base_config, "quantization_config", None) is None
     ):
-        quantization = AutoQuantizationConfig.from_dict(dict(config.base_quantization))
+        try:
+            quantization = AutoQuantizationConfig.from_dict(dict(config.base_quantization))
+        except Exception as error:  # whatever the libraries of a quantisation ask of it
+            raise PatError(
+                f"{adapter}: its base_quantization cannot be used ({one_line(error)}); expected the one that `pat "
+                "tune` has written."
+            ) from error
     folder = str(Path(adapter))
     with quiet_transformers(not progress), fitting(name, adapter):
         # On the CPU no map: peft would take one as an invitation to spread the model over what devices there are.
@@ -275,7 +280,7 @@ def fitting(name: str, adapter: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except PatError:
         raise
-    except (RuntimeError, ValueError, TypeError, KeyError, OSError, SafetensorError) as error:
+    except Exception as error:  # of any kind: peft looks at the values of a configuration when it uses them
         mismatches = str(error).count("size mismatch for")
         detail = f"{mismatches} tensors have other shapes" if mismatches else one_line(error)
         raise PatError(

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from pat.checkpoint.card import shown_name
 from pat.errors import PatError
 from pat.families import FAMILIES
+from pat.kinds import misfits
 from pat.loading import base_fingerprint
 from pat.tuner import PatConfig
 from pat.tuner.model import find_tuner
@@ -37,7 +38,7 @@ def check_keys(file: Path, stored: Mapping[str, Any], config_class: type[LoraCon
     """Refuse keys of an adapter's configuration that would be passed over, unless they are set to nothing.
 
     Raises:
-        PatError: there are some; they may decide what the adapter computes.
+        PatError: there are some, which may decide what the adapter computes, or a value is of another kind than its key.
     """
     known = {field.name for field in fields(config_class)} | _PEFTS_OWN
     unknown = sorted(name for name, value in stored.items() if name not in known and value not in (None, False, [], {}))
@@ -46,6 +47,8 @@ def check_keys(file: Path, stored: Mapping[str, Any], config_class: type[LoraCon
             f"{file}: got {len(unknown)} unknown keys ({', '.join(unknown)[:200]}), which may decide what the adapter "
             "computes; expected those of this version of peft and pat: use the versions that it was made with."
         )
+    if (wrong := misfits(stored, config_class)) is not None:
+        raise PatError(f"{file}: {wrong}.")
 
 
 def check_base(

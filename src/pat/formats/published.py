@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pat.errors import PatError, one_line
+from pat.kinds import misfits
 
 PREFIX = "base_model.model."
 
@@ -122,6 +124,8 @@ def read_published(adapter: str | Path) -> PublishedAdapter:
         raise PatError(f"{folder / CONFIG_NAME}: not readable as JSON ({one_line(error)}).") from error
     if not isinstance(config, dict):
         raise PatError(f"{folder / CONFIG_NAME}: holds no JSON object; expected the configuration of an adapter.")
+    if (wrong := misfits(config, LoraConfig)) is not None:
+        raise PatError(f"{folder / CONFIG_NAME}: {wrong}.")
     try:
         with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping

@@ -155,6 +155,10 @@ def _check_values(name: str, config: Any) -> None:
     for field, below in (("rms_norm_eps", 1.0), ("attention_dropout", 1.0)):
         if not 0 <= (getattr(config, field, None) or 0) < below:
             raise refuse(field, f"expected a number of at least 0 and less than {below:g}")
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *(rope.values() if isinstance(rope, dict) else ())):  # some families have one for each kind of layer
+        if isinstance(part, dict) and not (part.get("rope_theta") or 1.0) > 0:
+            raise refuse("rope_parameters", "expected a rope_theta above 0")
     num_heads, num_kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if num_kv_heads is not None and num_heads % num_kv_heads:
         raise refuse("num_key_value_heads", f"expected a divisor of num_attention_heads={num_heads}")

@@ -77,14 +77,15 @@ def _check_index(name_or_path: str, index: Path) -> None:
         PatError: it does, or is not readable.
     """
     try:
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        files = {str(name): index.parent / name for name in named}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        stored = json.loads(index.read_text(encoding="utf-8"))
+        files = {str(name): (index.parent / name).resolve() for name in set(stored["weight_map"].values())}
+        if not isinstance(stored["metadata"], dict):  # which transformers writes into
+            raise TypeError("its metadata is no mapping")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise unreadable(name_or_path, index, error) from error
     folder = index.parent.resolve()
     store = index.parent.parent.parent / "blobs" if index.parent.parent.name == "snapshots" else folder
-    for name, file in sorted(files.items()):
-        place = file.resolve()
+    for name, place in sorted(files.items()):
         if len(Path(name).parts) != 1 or not (place.is_relative_to(folder) or place.parent == store.resolve()):
             raise PatError(
                 f"Could not load the model {name_or_path!r}: {index.name} names the file {name!r}, which does not lie "

@@ -13,7 +13,8 @@ from transformers import AutoConfig
 
 from pat.checkpoint.card import shown_name
 from pat.checkpoint.staging import write_whole
-from pat.errors import PatError
+from pat.errors import PatError, one_line
+from pat.kinds import misfits
 from pat.loading.fingerprint import base_fingerprint
 from pat.report.records import plain, to_json
 from pat.training.arguments import REFUSED, TuneArguments
@@ -83,9 +84,13 @@ class RunFile:
         if not path.is_file():
             return None
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise PatError(f"{path}: not readable ({error}); choose another output folder.") from error
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            run = cls(**stored)
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise PatError(f"{path}: not readable ({one_line(error)}); choose another output folder.") from error
+        if (wrong := misfits(stored, cls)) is not None:
+            raise PatError(f"{path}: {wrong}; choose another output folder.")
+        return run
 
     def write(self, folder: Path) -> None:
         """Write the description into a run's folder."""
