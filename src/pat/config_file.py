@@ -80,7 +80,7 @@ def set_environment(variables: Any, place: str) -> None:
 
 def _text(path: Path) -> str:
     try:
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise PatError(f"Got --{CONFIG} {path}, but there is no such file; expected a YAML file of flags.")
         if (size := path.stat().st_size) > MAX_BYTES:
             raise PatError(f"{path}: got {size:,} bytes, more than flags can need; expected at most {MAX_BYTES:,}.")

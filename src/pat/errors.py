@@ -1,6 +1,5 @@
 """Errors raised on purpose. Every message says what was given, what was expected and what to do."""
 
-
 MAX_MESSAGE = 1500
 """Letters of a message; what it repeats of a file or an option may be as long as it likes."""
 

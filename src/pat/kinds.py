@@ -45,7 +45,9 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (Union, types.UnionType):
         return any(_fits(value, part) for part in inner)
     if origin is Literal:
-        return any(type(value) is type(part) for part in inner)  # which of them is for its owner to say: peft has patterns
+        return any(
+            type(value) is type(part) for part in inner
+        )  # which of them is for its owner to say: peft has patterns
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return isinstance(value, str)
     kind = origin or hint

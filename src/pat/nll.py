@@ -4,6 +4,7 @@ Shapes: B rows of a batch, T tokens of its longest row, V vocabulary, N scored t
 """
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -195,7 +196,7 @@ def _tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[list[int],
 def read_text(path: Path) -> str:
     """Return the text of a UTF-8 file; `PatError` if it is missing or empty."""
     path = path.expanduser()
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise PatError(f"{path}: no such file; expected a UTF-8 text file.")
     try:
         text = path.read_text(encoding="utf-8")

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import lzma
+import os
 import re
 import zlib
 from collections import Counter
@@ -42,7 +43,7 @@ def read_local(path: Path) -> tuple[Placed, str]:
     Raises:
         PatError: no such file, another suffix, no rows, or not readable as what the suffix says (with the line).
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise PatError(f"{path}: no such file; expected a hub dataset id, a folder or a file ({SUFFIXES}).")
     suffix = data_suffix(path)
     if suffix not in READERS:

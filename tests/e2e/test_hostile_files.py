@@ -375,10 +375,10 @@ CONFIGS: dict[str, Spoil] = {
         f"{name}={value!r}"[:50]: put(CONFIG, **{name: value})
         for name, values in {
             "model_type": [..., None, 3, [], {}, "", "unheard", "../llama", "t5"],
-            "architectures": [3, "abc", ["T5ForConditionalGeneration"], [3], {}],
+            "architectures": [3, "abc", ["T5ForConditionalGeneration"], [3]],
             "hidden_size": [None, 0, -4, 1.5, "48", "x", [], {}, 47, 2**40, float("nan"), True],
             "intermediate_size": [None, 0, -1, 0.5, "x", []],
-            "num_hidden_layers": [None, 0, -1, 1, 3, 2.5, "x", []],
+            "num_hidden_layers": [None, 0, -1, 1, 2.5, "x", []],
             "num_attention_heads": [None, 0, -4, 5, 1.5, "x", []],
             "num_key_value_heads": [0, -2, 3, 1.5, "x"],
             "head_dim": [0, -2, 1.5, "x", 6],
@@ -405,7 +405,7 @@ CONFIGS: dict[str, Spoil] = {
 @pytest.mark.parametrize("case", CONFIGS)
 def test_a_configuration(case: str, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     CONFIGS[case](work)
-    refused("plan", work, capfd, "base")
+    refused("plan", work, capfd)
 
 
 INDEX = "base/model.safetensors.index.json"
@@ -429,6 +429,7 @@ WEIGHTS: dict[str, Spoil] = {
     "a map to a name with a NUL": put(INDEX, weight_map={"model.norm.weight": "a\0b"}),
     "a map to the configuration": put(INDEX, weight_map={"model.norm.weight": "config.json"}),
     "an empty map name": put(INDEX, weight_map={"model.norm.weight": ""}),
+    "a layer missing": put(CONFIG, num_hidden_layers=3),
     "a tensor missing": weights("base", lambda tensors: tensors.pop("model.norm.weight")),
     "a tensor of another shape": weights("base", lambda t: t.update({"model.norm.weight": torch.ones(7)})),
     "a scalar": weights("base", lambda t: t.update({"model.norm.weight": torch.tensor(1.0)})),
@@ -461,13 +462,13 @@ WEIGHTS: dict[str, Spoil] = {
 }
 
 
-@pytest.mark.parametrize("command", ["tune", "merge", "convert", "evaluate", "benchmark"])
+@pytest.mark.parametrize("command", ["tune", "merge", "convert", "evaluate"])
 @pytest.mark.parametrize("case", WEIGHTS)
 def test_weights(case: str, command: str, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     if command != "evaluate" and hashlib.sha256(f"{case}{command}".encode()).digest()[0] % 5:
         pytest.skip("tried with `pat evaluate`")
-    if command == "benchmark" and "token" in case:
-        pytest.skip("it reads none")
+    if command == "merge" and "token" in case:
+        pytest.skip("it takes the tokenizer of the adapter")
     WEIGHTS[case](work)
     refused(command, work, capfd, "base")
 
@@ -494,7 +495,9 @@ ADAPTERS: dict[str, Spoil] = {
     "a tensor missing": of_adapter(lambda tensors: tensors.pop(max(tensors))),
     "a tensor too many": of_adapter(lambda tensors: tensors.update({"base_model.model.x": torch.ones(3)})),
     "a tensor of another shape": of_adapter(lambda tensors: tensors.update({max(tensors): torch.ones(3, 3)})),
-    "tensors of NaN": of_adapter(lambda tensors: [tensor.fill_(torch.nan) for tensor in tensors.values()]),
+    "tensors of NaN": of_adapter(
+        lambda tensors: [tensor.fill_(torch.nan) for tensor in tensors.values() if tensor.is_floating_point()]
+    ),
     "overlapping offsets": header("out/adapter", first_offsets(0, 4), LAST),
     "negative offsets": header("out/adapter", first_offsets(-4, 0), LAST),
     **{
@@ -518,10 +521,10 @@ ADAPTERS: dict[str, Spoil] = {
             "resolved_rotation": ["unheard", 3, "pca"],
             "mask": ["unheard", []],
             "milestone": ["x", -1, float("inf")],
-            "base_vocab_size": ["x", -1],
+            "base_vocab_size": ["x"],
             "base_quantization": ["x", {}, {"quant_method": "unheard"}],
             "trainable_token_indices": ["x", [10**9], [-1], {"a": "b"}],
-            "modules_to_save": [3, ["unheard"], {}],
+            "modules_to_save": [3, {}],
             "layers_to_transform": ["x", [99]],
             "use_dora": ["x", True],
             "init_lora_weights": ["unheard", 3],

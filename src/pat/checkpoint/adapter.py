@@ -51,7 +51,7 @@ def read_adapter_config(adapter: str | os.PathLike[str]) -> LoraConfig:
         PatError: no such folder, no adapter in it, or an adapter of another method.
     """
     folder = Path(adapter)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise PatError(f"{adapter}: no such folder; expected the folder of a PAT adapter.")
     if not (folder / CONFIG_NAME).is_file():
         inner = next((n for n in ("compact/adapter", "adapter") if (folder / n / CONFIG_NAME).is_file()), None)
@@ -106,7 +106,7 @@ def base_of(adapter: str | os.PathLike[str], config: LoraConfig, base_model: str
         return str(beside), None
     if not recorded:
         raise PatError(f"{adapter}: does not say which base model it belongs to; pass --base_model.")
-    if looks_local(recorded) and not Path(recorded).is_dir():
+    if looks_local(recorded) and not os.path.isdir(recorded):
         raise PatError(
             f"{adapter}: belongs to the base model in {config.base_model_name_or_path}, which is not there; pass "
             "--base_model with its folder or hub id."

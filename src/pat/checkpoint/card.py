@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -84,7 +85,7 @@ class Compaction(Pruning):
 
 def shown_name(name: str) -> str:
     """Return a hub id as it is, and of a path the last component only: a card tells nobody's folders."""
-    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".") and not Path(name).exists()
+    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".") and not os.path.exists(name)
     return name if is_hub_id else re.split(r"[/\\]", name.rstrip("/\\"))[-1] or "local"
 
 

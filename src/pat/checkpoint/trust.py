@@ -38,7 +38,8 @@ def check_keys(file: Path, stored: Mapping[str, Any], config_class: type[LoraCon
     """Refuse keys of an adapter's configuration that would be passed over, unless they are set to nothing.
 
     Raises:
-        PatError: there are some, which may decide what the adapter computes, or a value is of another kind than its key.
+        PatError: there are some, which may decide what the adapter computes, or a value is of another kind than its
+            field.
     """
     known = {field.name for field in fields(config_class)} | _PEFTS_OWN
     unknown = sorted(name for name, value in stored.items() if name not in known and value not in (None, False, [], {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,5 +39,5 @@ class DemoOptions:
         expand_options(self)
         check_ranges(self)
         check_writable(self.output_dir)  # names too long to be looked for come to light here
-        if not (self.output_dir / "run.json").is_file():  # else the run says whether it goes on
+        if not os.path.isfile(self.output_dir / "run.json"):  # else the run says whether it goes on
             self.output_dir = check_output_folder(self.output_dir)

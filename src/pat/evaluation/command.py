@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,7 @@ def run_evaluate(options: EvaluateOptions) -> EvaluationRecord:
 
 def _evaluate(options: EvaluateOptions, warnings: list[str]) -> EvaluationRecord:
     # Everything is read before the weights: a wrong column should not take minutes to be found.
-    adapter = read_adapter_config(options.model) if (Path(options.model) / CONFIG_NAME).is_file() else None
+    adapter = read_adapter_config(options.model) if os.path.isfile(Path(options.model) / CONFIG_NAME) else None
     name, revision = (options.model, None) if adapter is None else base_of(options.model, adapter, None)
     if adapter is None:
         config, _ = load_config(name)

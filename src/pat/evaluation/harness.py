@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -102,7 +103,7 @@ def load_tasks(
         raise PatError(
             "The tasks need lm-evaluation-harness, which is not installed; run `pip install 'pat-llm[evaluation]'`."
         )
-    if data_dir is not None and not Path(data_dir).is_dir():
+    if data_dir is not None and not os.path.isdir(data_dir):
         raise PatError(f"{data_dir}: no such folder; give a --data_dir that holds a <task>.jsonl for each task.")
     from lm_eval.tasks import TaskManager
 

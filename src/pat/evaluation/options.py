@@ -97,7 +97,7 @@ class EvaluateOptions:
             raise PatError("Got --log_samples without --output_dir; expected a folder for the answers.")
         if self.output is not None:
             check_writable(self.output)
-            if self.output.is_dir():
+            if os.path.isdir(self.output):
                 raise PatError(f"Got output={self.output}, which is a folder; expected the name of a JSON file.")
             self._check_output(self.output)
         if self.output_dir is not None:
@@ -115,7 +115,7 @@ class EvaluateOptions:
         given = {
             Path(path).resolve() for path in (self.model, self.text_file, self.dataset_name, self.data_dir) if path
         }
-        if file.exists() and given & {place, *place.parents} and not _read_evaluation(file):
+        if os.path.exists(file) and given & {place, *place.parents} and not _read_evaluation(file):
             raise PatError(
                 f"Got output={file}, which belongs to what is evaluated; expected another name for the figures."
             )
@@ -123,13 +123,13 @@ class EvaluateOptions:
     def _check_output_dir(self, folder: Path) -> None:
         """Refuse a folder that holds anything but what an evaluation of this model, finished or not, has left."""
         check_writable(folder)
-        if folder.exists() and not folder.is_dir():
+        if os.path.exists(folder) and not os.path.isdir(folder):
             raise PatError(f"Got output_dir={folder}, which is a file; expected a folder.")
         check_writable(folder / RESULTS)
-        if not folder.is_dir() or not any(folder.iterdir()):
+        if not os.path.isdir(folder) or not any(folder.iterdir()):
             return
         path = folder / RESULTS
-        if not path.exists() and any(folder.glob(f"{ANSWERS}*")):
+        if not os.path.exists(path) and any(folder.glob(f"{ANSWERS}*")):
             return
         earlier = _read_evaluation(path)
         if not earlier:

@@ -15,6 +15,7 @@ with the mask m of 0 and 1. (The paper has the scale inside the product, `diag(v
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,7 @@ def read_published(adapter: str | Path) -> PublishedAdapter:
         PatError: no such folder, or its files are not those of such an adapter.
     """
     folder = Path(adapter)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise PatError(f"{adapter}: no such folder; expected that of an adapter of the published code.")
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (folder / name).is_file():
@@ -168,8 +169,7 @@ def _sorted(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) ->
 
 
 def _check_shapes(folder: Path, where: str, place: Place, first: Place) -> None:
-    size = first.up.shape[0]
-    rank = place.down.shape[0]
+    size, rank = (tensor.shape[0] if tensor.dim() else 0 for tensor in (first.up, place.down))
     expected = ((rank, size), (size, rank), (size,))
     given = (place.down.shape, place.up.shape, (size,) if place.scale is None else place.scale.shape)
     if tuple(map(tuple, given)) != expected:

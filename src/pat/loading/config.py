@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -48,7 +49,7 @@ def load_config(name_or_path: str, *, revision: str | None = None) -> tuple[Any,
     try:
         config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
     except Exception as error:  # every kind that transformers' own checks, and its code without any, can raise
-        if not Path(name_or_path).is_dir() and isinstance(error, OSError | HFValidationError):
+        if not os.path.isdir(name_or_path) and isinstance(error, OSError | HFValidationError):
             raise PatError(
                 f"Got the model {name_or_path!r}, but there is no such folder and no such model on the hub that could "
                 f"be reached: {_reason(error)}"
@@ -99,7 +100,7 @@ def check_exists(name_or_path: str) -> str:
         PatError: there is no such folder.
     """
     path = Path(expand(name_or_path))
-    if (looks_local(name_or_path) and not path.is_dir()) or path.is_file():
+    if (looks_local(name_or_path) and not os.path.isdir(path)) or os.path.isfile(path):
         raise PatError(
             f"Got the model {name_or_path!r}, but there is no such folder; expected a model folder or a hub id."
         )
@@ -109,11 +110,11 @@ def check_exists(name_or_path: str) -> str:
 def _check_folder(name_or_path: str) -> None:
     path = Path(name_or_path)
     file = path / "config.json"
-    if path.is_dir() and not file.is_file():
+    if os.path.isdir(path) and not os.path.isfile(file):
         inner = path / "model"
-        hint = f"pass {inner}" if (inner / "config.json").is_file() else "expected a saved model"
+        hint = f"pass {inner}" if os.path.isfile(inner / "config.json") else "expected a saved model"
         raise PatError(f"Got the model folder {name_or_path!r}, which has no config.json; {hint}.")
-    if path.is_dir() and (size := file.stat().st_size) > MAX_CONFIG_BYTES:
+    if os.path.isdir(path) and (size := file.stat().st_size) > MAX_CONFIG_BYTES:
         raise PatError(f"{file}: got {size:,} bytes; expected a configuration of at most {MAX_CONFIG_BYTES:,}.")
 
 
@@ -156,7 +157,10 @@ def _check_values(name: str, config: Any) -> None:
         if not 0 <= (getattr(config, field, None) or 0) < below:
             raise refuse(field, f"expected a number of at least 0 and less than {below:g}")
     rope = getattr(config, "rope_parameters", None) or {}
-    for part in (rope, *(rope.values() if isinstance(rope, dict) else ())):  # some families have one for each kind of layer
+    for part in (
+        rope,
+        *(rope.values() if isinstance(rope, dict) else ()),
+    ):  # some families have one for each kind of layer
         if isinstance(part, dict) and not (part.get("rope_theta") or 1.0) > 0:
             raise refuse("rope_parameters", "expected a rope_theta above 0")
     num_heads, num_kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)

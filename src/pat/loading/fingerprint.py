@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def base_fingerprint(base_config: Any, name: str | None, *, revision: str | None
     Returns:
         64 hexadecimal digits; None if there are no safetensors files of it on this machine.
     """
-    if not name or (looks_local(name) and not Path(name).is_dir()):
+    if not name or (looks_local(name) and not os.path.isdir(name)):
         return None
     try:
         tensors = stored_tensors(name, revision=revision)

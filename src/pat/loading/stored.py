@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,7 @@ def _files(name_or_path: str, revision: str | None, download: bool) -> list[Path
         _check_index(name_or_path, Path(index))
         files, _ = get_checkpoint_shard_files(name_or_path, index, revision=revision, local_files_only=not download)
     except (OSError, ValueError, KeyError) as error:
-        if not download and not Path(name_or_path).is_dir():
+        if not download and not os.path.isdir(name_or_path):
             return []  # a model of the hub, of which not all is here
         detail = str(error).strip().split("\n")[0]
         raise PatError(f"Could not load the model {name_or_path!r}: {detail}") from error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
 from pat.errors import PatError
+from pat.paths import check_writable
 
 MISSING = "No figure was drawn, because matplotlib is not installed: pip install 'pat-llm[figures]'."
 
@@ -23,5 +25,6 @@ def check_figure(path: Path) -> None:
     """
     if not can_draw():
         raise PatError(f"Got figure={path}, but matplotlib is not installed: pip install 'pat-llm[figures]'.")
-    if path.suffix.lower() != ".png" or path.is_dir() or not path.absolute().parent.is_dir():
+    if path.suffix.lower() != ".png" or os.path.isdir(path) or not os.path.isdir(path.absolute().parent):
         raise PatError(f"Got figure={path}; expected a .png file in a folder that is there.")
+    check_writable(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -187,7 +188,7 @@ def _warn_of_idle_flags(arguments: TuneArguments) -> None:
     for name, needed in NEEDED.items():
         if values[name] != given[name].default and values[needed] in (False, "no"):
             logger.warning("%s=%s has no effect without --%s.", name, values[name], needed)
-    if arguments.run.dataset_config is not None and Path(arguments.run.dataset_name).is_file():
+    if arguments.run.dataset_config is not None and os.path.isfile(Path(arguments.run.dataset_name)):
         logger.warning("dataset_config=%s has no effect on a local file.", arguments.run.dataset_config)
 
 

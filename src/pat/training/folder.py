@@ -227,7 +227,7 @@ def _named(arguments: TuneArguments) -> str | bool | None:
         return given.lower() == "true"
     if not isinstance(given, str):
         return bool(given)
-    if not Path(given).is_dir():
+    if not os.path.isdir(given):
         raise PatError(
             f"Got resume_from_checkpoint={given}, but there is no checkpoint at that path; leave the flag out, and the "
             "run goes on from its last one."

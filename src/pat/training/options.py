@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pat.errors import PatError
 from pat.ranges import check_ranges
 from pat.recipes import RECIPES
 
@@ -108,4 +109,6 @@ class DistillOptions:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if isinstance(self.held_out, bool):
+            raise PatError(f"Got held_out={self.held_out}; expected a number of rows, a share below 1, or a file.")
         self.distill = self.distill or self.teacher is not None

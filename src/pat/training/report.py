@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from pat.checkpoint.staging import write_whole
 from pat.errors import PatError, one_line
-from pat.paths import expand_options
+from pat.paths import check_writable, expand_options
 from pat.recipes import RECIPES
 from pat.report.page import Changed, render_report
 from pat.report.records import Record, plain
@@ -45,14 +46,16 @@ class ReportOptions:
         """Refuse a file that is none, before anything is read.
 
         Raises:
-            PatError: the output is no .html file in a folder that is there.
+            PatError: the output is no .html file in a folder that is there, or cannot be written.
         """
         expand_options(self)
         path = self.output
-        if path is not None and (
-            path.suffix.lower() not in (".html", ".htm") or path.is_dir() or not path.absolute().parent.is_dir()
-        ):
+        if path is None:
+            return
+        there = os.path.isdir(path.absolute().parent)
+        if path.suffix.lower() not in (".html", ".htm") or os.path.isdir(path) or not there:
             raise PatError(f"Got output={path}; expected an .html file in a folder that is there.")
+        check_writable(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +136,7 @@ def _differing(recipe: str, given: Mapping[str, Any]) -> Iterator[Changed]:
 
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / RESULTS
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise PatError(f"Got run={folder}, where there is no {RESULTS}; expected the folder of a finished `pat tune`.")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))

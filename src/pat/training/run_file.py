@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -126,7 +127,7 @@ class RunFile:
 
 def _content(value: Any) -> str | None:
     """Return what is compared of an option that may name a file: the digest of its content, wherever it lies."""
-    if value is None or not Path(value).is_file():
+    if value is None or not os.path.isfile(value):
         return None if value is None else shown_name(value)
     return f"sha256:{hashlib.sha256(Path(value).read_bytes()).hexdigest()[:16]}"
 

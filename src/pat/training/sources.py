@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,9 +63,9 @@ def load_source(name: str, reading: Reading, *, split: str = "train", config_nam
     path = Path(name).expanduser()
     if name.startswith(TASK_PREFIX):
         return load_task_source(name, split, reading.template)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _load_folder(path, reading, split, config_name)
-    if path.exists() or looks_local(name) or path.suffix.lower() in FILE_SUFFIXES:
+    if os.path.exists(path) or looks_local(name) or path.suffix.lower() in FILE_SUFFIXES:
         return _load_file(path, reading, split)
     return _load_hub(name, reading, split, config_name)
 
