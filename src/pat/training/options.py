@@ -81,6 +81,10 @@ class RunOptions:
         default=False, metadata={"help": "Leave the trainer's checkpoints in OUTPUT_DIR/checkpoints after success."}
     )
 
+    def __post_init__(self) -> None:
+        if isinstance(self.held_out, bool):
+            raise PatError(f"Got held_out={self.held_out}; expected a number of rows, a share below 1, or a file.")
+
 
 @dataclass
 class DistillOptions:
@@ -109,6 +113,4 @@ class DistillOptions:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if isinstance(self.held_out, bool):
-            raise PatError(f"Got held_out={self.held_out}; expected a number of rows, a share below 1, or a file.")
         self.distill = self.distill or self.teacher is not None
