@@ -4,6 +4,7 @@
 #   make lint   ruff and mypy
 #   make compare CONFIG=tiny  methods x ratios x seeds under one budget; CONFIG= one of benchmarks/compare/configs or a file,
 #                             ARGS= further flags (--help lists them)
+#   make audit  known vulnerabilities of the packages in .venv, by pip-audit, and how many packages were skipped
 #   make mutants  do the tests of method/ and surgery/ notice a fault? 300 mutants, about 12 minutes (ARGS= goes to the run)
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Instruction data that may lie beside the checkout; without it `pat demo` finds its own.
 DEMO_DATA := $(wildcard ../shared/data/instruct/instruct_21k.jsonl)
 
-.PHONY: help install demo test lint compare mutants clean
+.PHONY: help install demo test lint compare audit mutants clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -51,6 +52,10 @@ READY_MADE := $(wildcard benchmarks/compare/configs/$(CONFIG).yaml)
 compare: export PYTHONPATH := benchmarks
 compare: $(INSTALLED)
 	@$(VENV)/bin/python -m compare --config $(or $(READY_MADE),$(CONFIG)) $(ARGS)
+
+audit: $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet --editable '.[audit]'
+	@$(VENV)/bin/python benchmarks/audit.py $(ARGS)
 
 mutants: $(INSTALLED)
 	$(VENV)/bin/python -m pip install --quiet --editable '.[mutation]'

@@ -161,7 +161,8 @@ def _check_values(name: str, config: Any) -> None:
         rope,
         *(rope.values() if isinstance(rope, dict) else ()),
     ):  # some families have one for each kind of layer
-        if isinstance(part, dict) and not (part.get("rope_theta") or 1.0) > 0:
+        theta = part.get("rope_theta") if isinstance(part, dict) else None
+        if isinstance(theta, int | float) and not theta > 0:
             raise refuse("rope_parameters", "expected a rope_theta above 0")
     num_heads, num_kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if num_kv_heads is not None and num_heads % num_kv_heads:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 
 from pat.checkpoint.compact import RECORD
@@ -102,7 +103,7 @@ def check_folder(arguments: TuneArguments) -> str | None:
         check_output_folder(folder / MODEL)
     elif run is None and not _is_a_beginning(folder):
         check_output_folder(folder)
-    if isinstance(named, str) and (found := flaw(Path(named), needed=())) is not None:
+    if isinstance(named, str) and (found := flaw(Path(named), needed=(SAFETENSORS_WEIGHTS_NAME,))) is not None:
         raise PatError(f"Got resume_from_checkpoint={named}, but {found}; name another one.")
     if named is True and run is None and not arguments.run.overwrite:
         named = last_checkpoint(folder / CHECKPOINTS)
