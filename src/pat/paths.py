@@ -32,7 +32,8 @@ def check_writable(path: Path) -> None:
     import tempfile  # takes longer than all else that `pat --help` imports
 
     try:
-        folder = next((parent for parent in path.absolute().parents if parent.exists()), path)
+        # A link to nowhere is no folder to write in, nor one that could be made.
+        folder = next((parent for parent in path.absolute().parents if parent.exists() or parent.is_symlink()), path)
         if path.is_dir():
             tempfile.TemporaryFile(dir=path).close()
         elif path.exists():

@@ -17,6 +17,7 @@ from pat.checkpoint.staging import make_readable, staged_folder
 from pat.checkpoint.verify import check, compare, permutation_floor
 from pat.checkpoint.write import pruning_of, quiet_transformers, write_config
 from pat.errors import PatError, one_line
+from pat.kinds import misfits
 from pat.loading import TokenSetup
 from pat.tuner.compaction import CompactModel
 from pat.tuner.model import PatModel
@@ -86,8 +87,12 @@ def read_compaction(folder: Path) -> Compaction:
     """
     path = folder / RECORD
     try:
-        return Compaction(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        record = Compaction(**stored)
+        if (wrong := misfits(stored, Compaction)) is not None:
+            raise ValueError(wrong)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise PatError(
             f"{path}: not the record of a compaction ({one_line(error)}); start anew with --overwrite true."
         ) from error
+    return record

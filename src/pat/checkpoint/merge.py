@@ -197,7 +197,7 @@ def _provenance(adapter: Path) -> dict[str, Any]:
     for folder in adapter.resolve().parents[:3]:
         try:
             results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         if isinstance(results, dict) and results.get("command") == "tune":
             last = folder / ("adapter" if results.get("compaction") is None else f"compact/{ADAPTER}")

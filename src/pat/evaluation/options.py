@@ -145,6 +145,6 @@ def _read_evaluation(file: Path) -> dict[str, Any]:
     """Return the record of an evaluation, empty if the file is none."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) and record.get("command") == COMMAND else {}

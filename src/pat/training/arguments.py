@@ -252,6 +252,6 @@ def _bf16_of_run(output_dir: Any) -> bool | None:
     """Return what was chosen for the run in a folder, which goes on as it began; None if there is none."""
     try:
         known = json.loads((Path(expand(str(output_dir))) / "run.json").read_text(encoding="utf-8")).get("bf16")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
     return known if isinstance(known, bool) else None

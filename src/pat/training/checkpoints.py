@@ -43,7 +43,7 @@ def is_compact(checkpoint: str) -> bool:
     path = Path(checkpoint) / CONFIG_NAME
     try:
         return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("peft_type") == PeftType.LORA.value
-    except ValueError as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise PatError(f"{path}: not readable as JSON; resume from another checkpoint.") from error
 
 

@@ -107,7 +107,7 @@ def _calls(content: Any) -> list[Any] | None:
     """Return the tool calls that a text spells in JSON, if it does."""
     try:
         calls = json.loads(content)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return None
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, dict) and "name" in call for call in calls):
@@ -120,7 +120,7 @@ def parse_json(value: Any, field: str) -> Any:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RowError(f"field {field!r} is not valid JSON ({error}).") from error
     if not isinstance(value, dict if field == "chat_template_kwargs" else list):
         raise RowError(f"field {field!r} is {_kind(value)}, expected a list or, for chat_template_kwargs, an object.")

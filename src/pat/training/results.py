@@ -116,7 +116,7 @@ class TuneRecord(Record):
             facts |= {name: kind(**facts[name]) for name, kind in parts.items() if facts[name] is not None}
             figures = {name: ModelFigures(**values) for name, values in facts["figures"].items()}
             return cls(**(facts | {"figures": figures}))
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
 
 

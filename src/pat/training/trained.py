@@ -81,10 +81,10 @@ def training_facts(output_dir: Path, num_steps: int, *, no_compact: bool = False
     if (no_compact and _is_compact(output_dir)) or not (output_dir / "adapter" / CONFIG_NAME).is_file():
         return None
     try:
-        facts: dict[str, Any] = json.loads((last_adapter(output_dir) / TRAINING).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        facts = json.loads((last_adapter(output_dir) / TRAINING).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
-    return facts if facts.get("asked_steps") == num_steps else None
+    return facts if isinstance(facts, dict) and facts.get("asked_steps") == num_steps else None
 
 
 def _is_compact(output_dir: Path) -> bool:
