@@ -76,7 +76,7 @@ def work(origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it, to spoil and to stand in."""
     shutil.copytree(origin, tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("pat.demo.command.prepare_smollm2", lambda *_, **__: pytest.fail("the base was fetched"))
     return tmp_path / "work"
 
 

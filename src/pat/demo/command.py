@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,14 +11,12 @@ from transformers import pipeline
 from pat.demo.data import SAMPLE_PROMPTS, demo_data_path
 from pat.demo.model import prepare_smollm2
 from pat.demo.options import DemoOptions
-from pat.paths import looks_local
 from pat.report.records import Record
 from pat.report.table import Table
 from pat.training.arguments import build_arguments
 from pat.training.data import load_training_data
 from pat.training.results import TuneRecord, TuneResult
 from pat.training.samples import Sample
-from pat.training.sources import FILE_SUFFIXES
 from pat.training.summary import print_summary
 from pat.training.tune import run_tune
 
@@ -57,12 +54,10 @@ def run_demo(options: DemoOptions) -> DemoRecord:
         RunFailed: see `pat.tune`.
     """
     data = options.dataset_name or str(demo_data_path())
-    path = Path(data)
-    if os.path.exists(path) or looks_local(data) or path.suffix in FILE_SUFFIXES:
-        # What is wrong with it is to be said before the download.
-        load_training_data(data, split=RECIPE["dataset_train_split"], held_out=RECIPE["held_out"])
+    # What is wrong with the data is to be said before the download of the base.
+    load_training_data(data, split=RECIPE["dataset_train_split"], held_out=RECIPE["held_out"])
     base = prepare_smollm2(options.cache_dir, progress=print)
-    print(f"Tuning {base.name} on {path.name}: {options.max_steps} steps, cutting {options.pruning_ratio:.1%}")
+    print(f"Tuning {base.name} on {Path(data).name}: {options.max_steps} steps, cutting {options.pruning_ratio:.1%}")
     result = run_tune(
         build_arguments(
             model_name_or_path=str(base),

@@ -34,10 +34,13 @@ class DemoOptions:
         """Refuse what would fail after the download.
 
         Raises:
-            PatError: a ratio or number of steps that cannot be, or an output folder that is not empty.
+            PatError: a ratio or number of steps that cannot be, or an output folder that is not empty, or
+                places that cannot be written.
         """
         expand_options(self)
         check_ranges(self)
+        if self.cache_dir is not None:
+            check_writable(self.cache_dir / "demo")
         check_writable(self.output_dir)  # names too long to be looked for come to light here
         if not os.path.isfile(self.output_dir / "run.json"):  # else the run says whether it goes on
             self.output_dir = check_output_folder(self.output_dir)
