@@ -22,7 +22,6 @@ import torch
 import yaml
 from fuzzing import TEXTS, VALUES, as_json, attempt, changed, fuzz, safetensors_bytes, spoiled, write
 from hypothesis import strategies as st
-from peft import LoraConfig
 from safetensors.torch import save_file
 from tiny_models import build, tiny_tokenizer
 from tiny_runs import tune_flags
@@ -47,6 +46,7 @@ from pat.training.report import ReportOptions, run_report
 from pat.training.results import TuneRecord
 from pat.training.run_file import RunFile
 from pat.tuner import PatConfig
+from pat.tuner.options import PatOptions
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +113,8 @@ def test_keywords() -> None:
 
 
 def test_configurations_of_an_adapter() -> None:
-    own = {field.name for field in fields(PatConfig)} - {field.name for field in fields(LoraConfig)}
-    given = st.dictionaries(st.sampled_from(sorted(own)), VALUES, min_size=1, max_size=3)
+    names = sorted(field.name for field in fields(PatOptions))
+    given = st.dictionaries(st.sampled_from(names), VALUES, min_size=1, max_size=3)
     fuzz(given, lambda values: attempt(lambda: PatConfig(task_type="CAUSAL_LM", **values), values), 100)
 
 
