@@ -1,4 +1,4 @@
-"""Values read from JSON, held against the annotations of the dataclass that is to be made of them."""
+"""Values, most of them read from JSON, held against the annotations of the dataclass that is to be made of them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import PurePath
 from typing import Any, Literal, Union, get_args, get_origin
 
 _PLAIN: dict[Any, tuple[str, tuple[type, ...]]] = {
     bool: ("true or false", (bool,)),
     int: ("a number", (int, float)),  # peft's lora_alpha is one, and may have a fraction
     float: ("a number", (int, float)),
-    str: ("a text", (str,)),
-    list: ("a list", (list,)),
+    str: ("a text", (str, PurePath)),
+    list: ("a list", (list, tuple, set)),
     set: ("a list", (list,)),
     tuple: ("a list", (list,)),
     dict: ("a mapping", (dict,)),
@@ -57,7 +58,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return False
     if isinstance(value, dict) and len(inner) == 2:
         return all(_fits(item, inner[1]) for item in value.values())
-    if isinstance(value, list) and inner:
+    if isinstance(value, list | tuple | set) and inner:
         return all(_fits(item, inner[0]) for item in value)
     return True
 

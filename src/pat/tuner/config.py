@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import PurePath
 from typing import Any
 
 from peft import LoraConfig
 
 from pat.errors import PatError
+from pat.kinds import misfits
 from pat.shape import AXES, TARGETS, check_request
 from pat.tuner.options import PatOptions
 
@@ -95,6 +96,9 @@ class PatConfig(PatOptions, LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PatType.PAT
+        plain = {field.name: getattr(self, field.name) for field in fields(PatOptions) if "range" not in field.metadata}
+        if (wrong := misfits(plain, PatOptions)) is not None:  # numbers have their ranges
+            raise PatError(f"G{wrong[1:]}.")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise PatError(f"Got {name}={getattr(self, name)!r}; expected one of {', '.join(map(repr, choices))}.")
