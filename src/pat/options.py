@@ -68,7 +68,8 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
             PatError: see `parse`.
         """
         self._refuse_unknown(keywords, "", "")
-        return self._make({name: self._read(name, value, f"{name}={value!r}") for name, value in keywords.items()})
+        given = {name: self._read(name, value, f"{name}={value!r}") for name, value in keywords.items()}
+        return self._make(self._without_nothing(given))
 
     def read(self, argv: Sequence[str], *, others: bool = False) -> dict[str, Any]:
         """Return what a command line and its `--config` file give; `others` lets flags pass that are not known here.
@@ -139,7 +140,10 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
                 given[name] = self._read(name, value, f"{name} {value!r}", place)
             elif not others:
                 self._refuse_unknown([name], place, "")
-        # Nothing after the colon leaves a flag at its default, unless none is a value.
+        return self._without_nothing(given)
+
+    def _without_nothing(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Leave out what is nothing, as after the colon in a file: the default holds, unless none is a value."""
         return {name: value for name, value in given.items() if value is not None or self.options[name].takes_none}
 
     def _read(self, name: str, value: Any, shown: str, place: str = "") -> Any:

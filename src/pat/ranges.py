@@ -86,8 +86,9 @@ def check_ranges(options: Any) -> None:
     for field in fields(options):
         value, kind = getattr(options, field.name), str(field.type)
         if (text := field.metadata.get("range")) is not None:
-            if isinstance(value, str) and "str" not in kind:
-                raise PatError(f"Got {field.name}={value[:100]!r}; expected a number that is {_words(text)}.")
+            is_text, is_list = isinstance(value, str), isinstance(value, list | tuple | set | dict)
+            if (is_text and "str" not in kind) or (is_list and "list" not in kind and "tuple" not in kind):
+                raise PatError(f"Got {field.name}={str(value)[:100]!r}; expected a number that is {_words(text)}.")
             takes_fractions = "float" in kind or field.metadata.get("fractions", False)
             check_range(field.name, value, text, whole=not takes_fractions)
         elif any(isinstance(item, float) and not math.isfinite(item) for item in _items(value)):

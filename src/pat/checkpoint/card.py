@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 from collections.abc import Mapping
@@ -89,6 +90,12 @@ def shown_name(name: str) -> str:
     return name if is_hub_id else re.split(r"[/\\]", name.rstrip("/\\"))[-1] or "local"
 
 
+def as_markdown(text: str) -> str:
+    """Return a text as one line that is nothing but text in Markdown: names of files and records may be anybody's."""
+    line = "".join(letter if letter.isprintable() else " " for letter in text)
+    return html.escape(" ".join(line.split()), quote=False).replace("`", "'").replace("|", "\\|").replace("[", "\\[")
+
+
 def base_license(base_model: str, revision: str | None = None) -> dict[str, str]:
     """Return the licence fields of the base model's card, if it lies on this machine; empty otherwise."""
     folder = Path(base_model)
@@ -128,12 +135,12 @@ def render_card(cut: Cut, parity: Parity, provenance: Mapping[str, Any]) -> str:
     card = ModelCard.from_template(
         data,
         template_str=resources.files("pat.checkpoint").joinpath("card.md.jinja").read_text(encoding="utf-8"),
-        base=shown_name(base_model),
+        base=as_markdown(shown_name(base_model)),
         cut=cut,
         parity=parity,
-        run=provenance,
-        data=shown_name(str(dataset)) if dataset else None,
-        rates=", ".join(f"{name} {rate:g}" for name, rate in rates.items()) or None,
+        run={name: as_markdown(value) if isinstance(value, str) else value for name, value in provenance.items()},
+        data=as_markdown(shown_name(str(dataset))) if dataset else None,
+        rates=", ".join(f"{as_markdown(name)} {rate:g}" for name, rate in rates.items()) or None,
         versions=", ".join(f"{name} {version}" for name, version in environment()["versions"].items()),
         number=lambda value: f"{value:,}" if isinstance(value, int) else None,
         percent=lambda share: f"{100 * (1 - share):.1f}",

@@ -146,3 +146,10 @@ def test_no_usable_card_means_no_licence(tmp_path: Path, content: str | None) ->
 def test_an_unknown_hub_id_has_no_licence() -> None:
     assert base_license("no-such-org/no-such-model") == {}
     assert base_license("not a hub id: at all") == {}
+
+
+def test_names_are_text_and_no_markup() -> None:
+    hostile = "data/<script>alert(1)</script>|[x](http://example.com)\n# heading"
+    card = render_card(CUT, PARITY, {"dataset": hostile, "model_name_or_path": "a\n# b<img src=x>"})
+    body = card.split("---", 2)[2]
+    assert "<script>" not in body and "<img" not in body and "\n# heading" not in body and "\n# b" not in body
