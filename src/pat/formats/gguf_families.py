@@ -1,0 +1,92 @@
+"""THE one place for what llama.cpp makes of a model family: its architecture there, and where the two part.
+
+What a family's tensors are is said in `pat.families`; a record here adds how a GGUF file names the architecture and
+what of a configuration it carries. Every record was run: tokens of llama.cpp beside those of transformers, for the base
+and for each axis that can be cut (`pat.serving`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pat.errors import PatError
+from pat.families import FAMILIES
+
+
+@dataclass(frozen=True)
+class GgufFamily:
+    """What a GGUF file says of one `model_type` of transformers."""
+
+    model_type: str
+    architecture: str
+    interleaved: bool = False
+    """Whether llama.cpp rotates neighbouring channels of a head where transformers rotates its halves, so that the rows
+    of the query and key projections have to be reordered."""
+    derives_head_size: bool = False
+    """Whether llama.cpp takes hidden size / heads for the size of a head, so that a cut hidden size cannot be loaded."""
+    stand_in: str | None = None
+    """Architecture that is the same function and takes head sizes as they are, for models that need that."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """Numbers of the configuration that it reads, by their key there; those that are None are left out."""
+    windows: int | None = None
+    """One layer in so many sees everything, the others a window; None where llama.cpp knows no window."""
+    unrotated: int | None = None
+    """One layer in so many has no rotary embedding."""
+    ffn_norm: str = "ffn_norm"
+    """Name of the norm before the MLP."""
+    scale_of_head: bool = False
+    """Whether llama.cpp takes 1 / sqrt(head size) for the factor of the attention, whatever the configuration says."""
+
+
+_SOFTCAPS = {
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+_MULTIPLIERS = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+
+_RECORDS = (
+    GgufFamily("llama", "llama", interleaved=True),
+    GgufFamily("iquestcoder", "llama", interleaved=True),
+    GgufFamily("internlm3", "llama", interleaved=True),
+    GgufFamily("mistral", "llama", interleaved=True),
+    GgufFamily("mixtral", "llama", interleaved=True),
+    GgufFamily("qwen2", "qwen2", derives_head_size=True, stand_in="llama"),
+    GgufFamily("qwen3", "qwen3"),
+    GgufFamily("qwen3_moe", "qwen3moe", fields={"expert_feed_forward_length": "moe_intermediate_size"}),
+    GgufFamily("gemma", "gemma", scale_of_head=True),
+    GgufFamily("gemma2", "gemma2", fields=_SOFTCAPS, windows=2, scale_of_head=True),
+    GgufFamily("gemma3_text", "gemma3", windows=6, scale_of_head=True),
+    GgufFamily("phi3", "phi3", derives_head_size=True),
+    GgufFamily("glm4", "glm4"),
+    GgufFamily("olmo2", "olmo2", derives_head_size=True),
+    GgufFamily("olmo3", "olmo2", derives_head_size=True, windows=4),
+    GgufFamily("exaone4", "exaone4", derives_head_size=True, windows=4),
+    GgufFamily("smollm3", "smollm3", interleaved=True, unrotated=4),
+    GgufFamily("granite", "granite", interleaved=True, fields=_MULTIPLIERS),
+    GgufFamily("granitemoe", "granitemoe", interleaved=True, fields=_MULTIPLIERS),
+    GgufFamily("arcee", "arcee", interleaved=True),
+    GgufFamily("ernie4_5", "ernie4_5"),
+    GgufFamily("seed_oss", "seed_oss", ffn_norm="post_attention_norm"),
+)
+
+GGUF_FAMILIES: dict[str, GgufFamily] = {record.model_type: record for record in _RECORDS}
+
+
+def gguf_family(model_type: str) -> GgufFamily:
+    """Return the record of a `model_type`.
+
+    Raises:
+        PatError: it has none; the message lists those that have.
+    """
+    if model_type not in GGUF_FAMILIES:
+        others = ", ".join(sorted(set(FAMILIES) - set(GGUF_FAMILIES)))
+        raise PatError(
+            f"Got a model of type {model_type!r}, which cannot be written as GGUF; expected one of "
+            f"{', '.join(sorted(GGUF_FAMILIES))} (not: {others}). Use --format onnx, or llama.cpp's own converter."
+        )
+    return GGUF_FAMILIES[model_type]
