@@ -79,6 +79,12 @@ COMMANDS = {
         run="pat.benchmark.command:run_benchmark",
         show="pat.benchmark.tables:print_benchmark",
     ),
+    "export": Command(
+        "A model as a file of another engine (GGUF, ONNX, OpenVINO), checked by running it there.",
+        options="pat.formats.options:ExportOptions",
+        run="pat.formats.command:run_export",
+        show="pat.formats.command:print_export",
+    ),
     "demo": Command(
         "The main job on a model and data from the package index; no hub needed.",
         options="pat.demo.options:DemoOptions",

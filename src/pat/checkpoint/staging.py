@@ -82,6 +82,29 @@ def staged_folder(output_dir: str | os.PathLike[str], *, replaces: bool = False)
             os.close(lock)
 
 
+@contextmanager
+def staged_file(output: Path) -> Iterator[Path]:
+    """Yield a file of the same name in a hidden folder beside it, which takes its place if the block ends well.
+
+    Other files that are written beside it go along, under their own names, and are in place before it is.
+
+    Raises:
+        PatError: one of them exists already, or no folder can be made there.
+    """
+    hidden = output.with_name(f".{output.name}{STAGED}files")
+    with staged_folder(hidden) as staging:
+        yield staging / output.name
+        files = sorted(staging.iterdir(), key=lambda file: file.name == output.name)
+        for place in (output.with_name(file.name) for file in files):
+            if place.exists():
+                raise PatError(f"{place}: exists already; give another name, or remove it first.")
+        make_readable(staging)
+        sync(staging)
+        for file in files:
+            os.replace(file, output.with_name(file.name))
+    hidden.rmdir()
+
+
 def _make_locked(parent: Path, prefix: str) -> tuple[Path, int | None]:
     """Make a folder and mark it as in use, see `lock_folder`; if somebody who clears up comes between, another one."""
     while True:

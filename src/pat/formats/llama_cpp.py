@@ -1,35 +1,32 @@
-"""llama.cpp's own tools: `llama-quantize` writes other types of numbers, `llama-server` reads and goes on with tokens.
+"""llama.cpp: its tool `llama-quantize` writes other types of numbers, its server reads and goes on with tokens.
 
-They are programs, found on the PATH; llama.cpp is on no index of Python packages in a form that runs everywhere. A model
-that llama.cpp cannot make sense of ends the process, which therefore is not ours.
+The tool is a program that is found on the PATH; the server is that of the package `xllamacpp`, in a process of its own,
+because a model that llama.cpp cannot make sense of ends the process.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
+import sys
 import tempfile
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import torch
 
 from pat.errors import PatError, RunFailed, one_line
 
-QUANTIZE, SERVER = "llama-quantize", "llama-server"
+QUANTIZE, SERVER = "llama-quantize", "xllamacpp"
 
 PATIENCE = 600
-"""Seconds in which the server has to have loaded a model, or answered."""
-
-
-def has_tool(name: str) -> bool:
-    """Tell whether one of llama.cpp's tools is on the PATH."""
-    return shutil.which(name) is not None
+"""Seconds in which the server has to answer."""
 
 
 def require_quantizer(kind: str) -> None:
@@ -38,7 +35,7 @@ def require_quantizer(kind: str) -> None:
     Raises:
         PatError: it is not.
     """
-    if not has_tool(QUANTIZE):
+    if shutil.which(QUANTIZE) is None:
         raise PatError(
             f"Got quantize={kind!r}, which llama.cpp's own tool writes, and there is no {QUANTIZE} on the PATH; install "
             "llama.cpp (github.com/ggml-org/llama.cpp, docs/install.md), or use Q8_0, BF16, F16 or F32."
@@ -46,12 +43,8 @@ def require_quantizer(kind: str) -> None:
 
 
 def engine_version() -> str | None:
-    """Return what `llama-server` says its version is, None where there is no such program."""
-    if not has_tool(SERVER):
-        return None
-    done = subprocess.run([SERVER, "--version"], capture_output=True, text=True, check=False)  # noqa: S603
-    lines = [line for line in (done.stderr + done.stdout).splitlines() if line.startswith("version:")]
-    return lines[0].removeprefix("version:").strip() if lines else "unknown"
+    """Return the version of the server's package, None where it is not installed."""
+    return version(SERVER) if find_spec(SERVER) else None
 
 
 def quantize(source: Path, target: Path, kind: str) -> None:
@@ -98,16 +91,12 @@ def serve(path: Path, context: int) -> Iterator[Server]:
     Raises:
         RunFailed: llama.cpp cannot run it.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    flags = ["--model", str(path), "--port", str(port), "--ctx-size", str(context), "--parallel", "1"]
-    flags += ["--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off", "--gpu-layers", "0"]
+    request = json.dumps({"path": str(path), "context": context, "threads": torch.get_num_threads()})
+    command = [sys.executable, "-m", "pat.formats.llama_cpp", request]
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen([SERVER, *flags, "--no-warmup"], stdout=log, stderr=log)  # noqa: S603
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)  # noqa: S603
         try:
-            _wait(process, f"http://127.0.0.1:{port}")
-            yield Server(f"http://127.0.0.1:{port}")
+            yield Server(_address(process.stdout))
         except (OSError, RunFailed) as error:  # such as a connection that the server's end has closed
             process.kill()
             process.wait()
@@ -115,23 +104,43 @@ def serve(path: Path, context: int) -> Iterator[Server]:
             raise RunFailed(f"llama.cpp could not run {path.name}: {_reason(log.read()) or one_line(error)}.") from error
         finally:
             process.kill()
-            process.wait()
+            process.communicate()
 
 
-def _wait(process: subprocess.Popen[Any], url: str) -> None:
-    begun = time.monotonic()
-    while time.monotonic() - begun < PATIENCE:
-        if process.poll() is not None:
-            raise RunFailed("it ended")
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=10):
-                return
-        except (urllib.error.URLError, OSError):  # not listening yet, or 503 while it loads
-            time.sleep(0.05)
-    raise RunFailed(f"it was not ready after {PATIENCE} seconds")
+def _address(output: IO[str] | None) -> str:
+    """Return where a server listens, which is the last word of the line that it prints."""
+    assert output is not None, "a pipe was asked for"
+    for line in output:
+        if line.startswith(_LISTENS):
+            return line.removeprefix(_LISTENS).strip()
+    raise RunFailed("it ended")
+
+
+_LISTENS = "pat: listens at "
+
+
+def _run_server(path: str, context: int, threads: int) -> None:
+    """Serve a file until nobody is there any more."""
+    import xllamacpp
+
+    options = xllamacpp.CommonParams()
+    options.model.path = path
+    options.n_ctx, options.n_parallel, options.n_gpu_layers = context, 1, 0
+    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
+    options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    options.warmup = options.fit_params = False
+    options.port = 0
+    server = xllamacpp.Server(options)
+    print(f"{_LISTENS}{server.listening_address}", flush=True)
+    sys.stdin.read()
 
 
 def _reason(log: str) -> str:
     """Return the line of a log that says what went wrong."""
     lines = [line for line in log.splitlines() if any(word in line.lower() for word in ("error", "assert", "fail"))]
     return " ".join((lines[0] if lines else "").split())[:300].rstrip(".")
+
+
+if __name__ == "__main__":
+    _run_server(**json.loads(sys.argv[1]))

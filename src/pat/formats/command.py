@@ -1,0 +1,194 @@
+"""`pat export`: a model as a file of another engine, checked by running it there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from pat.checkpoint.card import shown_name
+from pat.checkpoint.staging import staged_file
+from pat.errors import PatError
+from pat.formats import llama_cpp
+from pat.formats.gguf_file import write_gguf
+from pat.formats.gguf_layout import Entry, GgufLayout, layout_of
+from pat.formats.gguf_types import QUANTIZATIONS, Quantization
+from pat.formats.gguf_vocabulary import vocabulary_of
+from pat.formats.options import ExportOptions
+from pat.formats.reference import NEW_TOKENS, Check, Reference, require
+from pat.loading import load_base, load_config, stored_dtype
+from pat.loading.tokenizer import load_plain_tokenizer
+from pat.report.records import Record, collected_warnings
+from pat.surgery.costs import Skeleton, build_skeleton
+from pat.surgery.describe import map_of
+from pat.surgery.residual import model_tensors
+
+logger = logging.getLogger(__name__)
+
+STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""Kind of a GGUF file by the dtype of the weights."""
+
+DIRECT = ("F32", "F16", "BF16", "Q8_0")
+"""Kinds that the `gguf` package writes; `llama-quantize` writes the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRecord(Record):
+    """The result of an export. Only the last component of a path is kept."""
+
+    command: Literal["export"] = "export"
+    model_name_or_path: str
+    format: str
+    quantization: str | None
+    """Type of most weights of a GGUF file."""
+    files: dict[str, int]
+    """Sizes in bytes of the files written, by name."""
+    predicted_bytes: int | None
+    """Size of a GGUF file as `pat plan` predicts it."""
+    checks: tuple[Check, ...]
+    """Comparisons with transformers that were made."""
+    not_checked: tuple[str, ...] = field(default=())
+    """Sentences on what was not compared, and why."""
+
+
+def print_export(record: ExportRecord) -> None:
+    """Print what was written, and how far it was checked."""
+    sizes = ", ".join(f"{name} ({size:,} bytes)" for name, size in record.files.items())
+    print(f"Wrote {sizes}.")
+    for check in record.checks:
+        bound = "" if check.bound is None else f" (bound {check.bound:g})"
+        print(f"- {check.engine} {check.version}, {check.what}: {check.value:.4g}{bound}")
+    for sentence in record.not_checked:
+        print(f"- Not checked: {sentence}")
+
+
+def run_export(options: ExportOptions) -> ExportRecord:
+    """Write a model in another format, and run the file beside transformers.
+
+    Raises:
+        PatError: the model, or its tokenizer, cannot be written so; nothing has been written.
+        RunFailed: the file is not the model, or the engine cannot run it; nothing is left behind.
+    """
+    with collected_warnings() as warnings:
+        config, _ = load_config(options.model)
+        kind = _kind(options, config)
+        layout, vocabulary = None, []
+        if kind is not None:
+            if kind.name not in DIRECT:
+                llama_cpp.require_quantizer(kind.name)
+            vocabulary = vocabulary_of(load_plain_tokenizer(options.model), config.vocab_size)
+            skeleton = build_skeleton(config, torch.float32)
+            layout = layout_of(skeleton, vocabulary, name=shown_name(options.model), kind=kind)
+        model = load_base(options.model, dtype=torch.float32)
+        checks: list[Check] = []
+        skipped: list[str] = []
+        with staged_file(options.output) as path:
+            reference = Reference.of(model, load_plain_tokenizer(options.model)) if options.check else None
+            if reference is None:
+                skipped.append("the file against transformers, since --check is false.")
+            if kind is not None:
+                assert layout is not None
+                _write_gguf(model, layout, vocabulary, path, kind, reference, checks, skipped)
+            else:
+                _write_graph(model, path, options.format, reference, checks)
+            files = {file.name: file.stat().st_size for file in sorted(path.parent.iterdir())}
+        return ExportRecord(
+            model_name_or_path=shown_name(options.model),
+            format=options.format,
+            quantization=None if kind is None else kind.name,
+            files=files,
+            predicted_bytes=None if layout is None or kind is None else layout.num_bytes(kind),
+            checks=tuple(checks),
+            not_checked=tuple(skipped),
+            warnings=warnings,
+        )
+
+
+def _kind(options: ExportOptions, config: Any) -> Quantization | None:
+    if options.format != "gguf":
+        return None
+    if getattr(config, "quantization_config", None) is not None:
+        raise PatError("Got a quantised model; expected one with plain weights, such as `pat merge` writes.")
+    return QUANTIZATIONS[options.quantize or STORED.get(stored_dtype(config) or torch.float32, "F32")]
+
+
+def _write_gguf(
+    model: PreTrainedModel,
+    layout: GgufLayout,
+    vocabulary: Sequence[Entry],
+    path: Path,
+    kind: Quantization,
+    reference: Reference | None,
+    checks: list[Check],
+    skipped: list[str],
+) -> None:
+    """Write a GGUF file; the conversion is checked in float32, where tokens have to be the same."""
+    weights, plain = model_tensors(model), QUANTIZATIONS["F32"]
+    engine = llama_cpp.engine_version()
+    if reference is not None and engine is None:
+        skipped.append(f"the file in llama.cpp, since the package {llama_cpp.SERVER} is not installed.")
+        reference = None
+    whole = path if kind is plain else path.with_name("float32.gguf")
+    needs_whole = kind.name not in DIRECT
+    if reference is not None or whole is path or needs_whole:
+        float32 = layout_of(
+            Skeleton(model, map_of(model), torch.float32), vocabulary, name=layout.metadata[1].value, kind=plain
+        )
+        write_gguf(float32, weights, whole, plain)
+    if reference is not None:
+        checks += _check_float32(whole, reference, engine)
+    if kind is plain:
+        return
+    if needs_whole:
+        llama_cpp.quantize(whole, path, kind.name)
+    else:
+        write_gguf(layout, weights, path, kind)
+    if whole.exists():
+        whole.unlink()
+    if reference is not None:
+        found, _ = _go_on(path, reference)
+        agreeing, _ = reference.compare(found)
+        what = f"{kind.name}, the first greedy tokens of {NEW_TOKENS} that are transformers' in float32"
+        checks.append(Check(engine=llama_cpp.SERVER, version=engine, what=what, value=agreeing, bound=None))
+    if path.stat().st_size != layout.num_bytes(kind):
+        logger.warning("%s has %s bytes, %s were predicted.", path.name, path.stat().st_size, layout.num_bytes(kind))
+
+
+def _check_float32(path: Path, reference: Reference, engine: str | None) -> list[Check]:
+    found, read = _go_on(path, reference)
+    require(read == list(reference.tokens), "llama.cpp reads a text as other tokens than the tokenizer does")
+    agreeing, tie = reference.compare(found)
+    what = f"greedy tokens of {len(found)} in float32 that are transformers'"
+    require(tie or agreeing == len(found), f"{agreeing} of {len(found)} greedy tokens are transformers'")
+    return [
+        Check(engine=llama_cpp.SERVER, version=engine, what=what, value=agreeing, bound=None if tie else len(found)),
+        Check(engine=llama_cpp.SERVER, version=engine, what="tokens of a text read alike", value=len(read), bound=None),
+    ]
+
+
+def _go_on(path: Path, reference: Reference) -> tuple[list[int], list[int]]:
+    """Return the tokens that llama.cpp adds to the prompt, and those it reads the text as."""
+    with llama_cpp.serve(path, len(reference.tokens) + NEW_TOKENS + 1) as server:
+        return server.go_on(reference.prompt, NEW_TOKENS), server.read(reference.text)
+
+
+def _write_graph(
+    model: PreTrainedModel, path: Path, name: str, reference: Reference | None, checks: list[Check]
+) -> None:
+    from pat.formats.graph import check_graph, write_onnx, write_openvino  # they load the exporter, which takes seconds
+
+    if name == "onnx":
+        write_onnx(model, path)
+    else:
+        graph = path.with_name("graph.onnx")
+        write_onnx(model, graph)
+        write_openvino(graph, path)
+        for part in path.parent.glob("graph.onnx*"):
+            part.unlink()
+    if reference is not None:
+        checks.append(check_graph(path, "onnxruntime" if name == "onnx" else "openvino", reference))

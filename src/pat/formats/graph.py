@@ -1,0 +1,103 @@
+"""A model as an ONNX graph, and OpenVINO's form of that: token ids in, logits out, for any batch and length."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pat.formats.reference import Check, Reference, require
+
+INPUTS, OUTPUT = ("input_ids", "attention_mask"), "logits"
+
+EXAMPLE_SHAPE = (2, 8)
+"""Batch and length of the tokens that the graph is recorded with; any other works as well."""
+
+CHECKED_LENGTHS = ((1, 5), (3, 17), (2, 40))
+"""Batches and lengths that the graph is run at, none of them the one it was recorded with."""
+
+MAX_ERRORS = {"onnxruntime": 1e-4, "openvino": 1e-3}
+"""Largest difference of a logit: float32 in another order of summation; OpenVINO fuses more."""
+
+FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
+"""OpenVINO's hint without which it computes in bfloat16 on processors that can."""
+
+
+class _Logits(nn.Module):
+    """The model as a function of token ids and of which of them are no padding."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return logits
+
+
+def write_onnx(model: PreTrainedModel, path: Path) -> None:
+    """Write the graph; a large model's weights lie beside it in `NAME.onnx.data`."""
+    tokens = torch.ones(EXAMPLE_SHAPE, dtype=torch.int64)
+    mask = tokens.clone()  # the exporter takes one tensor given twice for one input
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of the exporter, about its own code
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        torch.onnx.export(
+            _Logits(model),
+            (tokens, mask),
+            str(path),
+            dynamo=True,
+            input_names=list(INPUTS),
+            output_names=[OUTPUT],
+            dynamic_shapes={name: sizes for name in INPUTS},
+            external_data=True,
+            verbose=False,
+        )
+
+
+def write_openvino(graph: Path, path: Path) -> None:
+    """Write OpenVINO's form of an ONNX graph: `NAME.xml`, and the weights beside it in `NAME.bin`."""
+    import openvino  # an extra
+
+    openvino.save_model(openvino.convert_model(graph), path, compress_to_fp16=False)
+
+
+def check_graph(path: Path, engine: str, reference: Reference) -> Check:
+    """Run a file at several lengths beside transformers.
+
+    Raises:
+        RunFailed: a logit differs by more than rounding.
+    """
+    run = _onnx(path) if engine == "onnxruntime" else _openvino(path)
+    errors = []
+    for batch, length in CHECKED_LENGTHS:
+        tokens = torch.tensor([reference.tokens[row : row + length] for row in range(batch)])
+        mask = torch.ones_like(tokens)
+        mask[1:, :2] = 0  # rows after the first are padded on the left
+        found = torch.from_numpy(run({INPUTS[0]: tokens.numpy(), INPUTS[1]: mask.numpy()}))
+        errors.append(float((found - reference.logits(tokens, mask))[mask == 1].abs().max()))
+    bound = MAX_ERRORS[engine]
+    require(max(errors) <= bound, f"{engine}'s logits differ by up to {max(errors):.2g}, and may by {bound:g}")
+    what = "largest difference of a logit, at " + ", ".join(f"{b} x {n}" for b, n in CHECKED_LENGTHS) + " tokens"
+    return Check(engine=engine, version=version(engine), what=what, value=max(errors), bound=bound)
+
+
+def _onnx(path: Path) -> Any:
+    import onnxruntime  # an extra
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda inputs: session.run([OUTPUT], inputs)[0]
+
+
+def _openvino(path: Path) -> Any:
+    import openvino  # an extra
+
+    compiled = openvino.Core().compile_model(path, "CPU", FLOAT32)
+    return lambda inputs: compiled(inputs)[0]

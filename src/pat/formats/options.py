@@ -1,0 +1,76 @@
+"""The options of `pat export`: flags, YAML keys and Python keywords alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import ClassVar
+
+from pat.errors import PatError
+from pat.formats.gguf_types import QUANTIZATIONS
+from pat.paths import check_writable, expand_options
+
+PACKAGES = {
+    "gguf": ("gguf",),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+}
+"""Packages that a format needs; all are in the extra `export`."""
+
+SUFFIXES = {"gguf": ".gguf", "onnx": ".onnx", "openvino": ".xml"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """The model to export, and the file to write.
+
+    Raises:
+        PatError: a format or kind of numbers that there is none of, a package that is missing, or an output that exists.
+    """
+
+    MAIN_FLAGS: ClassVar = ("model", "format", "output")
+
+    model: str = field(metadata={"help": "Folder of the model (or a hub id), such as OUT/model."})
+    format: str = field(
+        metadata={
+            "help": "gguf (llama.cpp, Ollama, LM Studio), onnx (ONNX Runtime) or openvino.",
+            "choices": tuple(PACKAGES),
+        }
+    )
+    output: Path = field(
+        metadata={"help": "A new file, such as small.gguf, small.onnx or small.xml; what belongs to it lies beside it."}
+    )
+    quantize: str | None = field(
+        default=None,
+        metadata={
+            "help": "With gguf, the type of most weights: " + ", ".join(QUANTIZATIONS) + ". By default the one that "
+            "they are stored in. The K types and Q4_0 are written by llama.cpp's own llama-quantize.",
+            "choices": tuple(QUANTIZATIONS),
+        },
+    )
+    check: bool = field(
+        default=True,
+        metadata={"help": "Run the file in its engine, where that is at hand, beside transformers."},
+    )
+    json: bool = field(default=False, metadata={"help": "Print JSON instead of a sentence."})
+
+    def __post_init__(self) -> None:
+        expand_options(self)
+        for name, allowed in (("format", tuple(PACKAGES)), ("quantize", (None, *QUANTIZATIONS))):
+            if (given := getattr(self, name)) not in allowed:
+                known = ", ".join(str(item) for item in allowed if item is not None)
+                raise PatError(f"Got {name}={given!r}; expected one of {known}.")
+        if self.quantize is not None and self.format != "gguf":
+            raise PatError(f"Got quantize={self.quantize!r} with format={self.format!r}; it is for gguf alone.")
+        object.__setattr__(self, "output", Path(self.output))
+        if self.output.suffix != SUFFIXES[self.format]:
+            raise PatError(f"Got output={str(self.output)[:300]!r}; expected a name that ends in {SUFFIXES[self.format]}.")
+        if self.output.exists() or self.output.is_symlink():
+            raise PatError(f"{self.output}: exists already; give another name, or remove it first.")
+        check_writable(self.output)
+        missing = [name for name in PACKAGES[self.format] if find_spec(name) is None]
+        if missing:
+            raise PatError(
+                f"--format {self.format} needs {', '.join(missing)}; install the extra: pip install 'pat-llm[export]'."
+            )

@@ -1,0 +1,82 @@
+"""What transformers makes of a model: the measure of every exported file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pat.errors import RunFailed
+
+PROMPT_TOKENS, NEW_TOKENS = 32, 30
+
+TIE = 1e-3
+"""Two engines in float32 may take different tokens whose logits are as near; PAT's own bound on a logit."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model in float32 and the tokens it is asked about."""
+
+    model: PreTrainedModel
+    text: str
+    tokens: tuple[int, ...]
+    """The text, as the tokenizer reads it; random ones where there is no tokenizer."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokenizer: Any) -> Reference:
+        """Return the reference of a model, on the text that merges are verified on."""
+        text = resources.files("pat.checkpoint").joinpath("verification.txt").read_text(encoding="utf-8")[:400]
+        most = model.config.max_position_embeddings - NEW_TOKENS - 1
+        return cls(model.eval(), text, tuple(tokenizer(text)["input_ids"][:most]))
+
+    @property
+    def prompt(self) -> list[int]:
+        """The tokens to go on from."""
+        return list(self.tokens[:PROMPT_TOKENS])
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the logits of a batch of equally long rows, `(batch, length, vocabulary)`."""
+        logits: Tensor = self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+        return logits.float()
+
+    @torch.no_grad()
+    def compare(self, found: Sequence[int]) -> tuple[int, bool]:
+        """Hold another engine's likeliest tokens behind the prompt against the model's own.
+
+        Returns:
+            The number of tokens that are the model's own, and whether those behind them differ by a tie.
+        """
+        rows = self.logits(torch.tensor([[*self.prompt, *found]]))[0, len(self.prompt) - 1 : -1]
+        for index, token in enumerate(found):
+            if int(rows[index].argmax()) != token:
+                return index, bool(rows[index].max() - rows[index, token] < TIE)
+        return len(found), False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """A comparison of an exported file, or of what it was made from, with transformers."""
+
+    engine: str
+    version: str | None
+    what: str
+    value: float
+    bound: float | None
+    """What the value may be at most, or, of tokens, has to be; None where it is only told."""
+
+
+def require(holds: bool, what: str) -> None:
+    """End an export whose file is not the model.
+
+    Raises:
+        RunFailed: it does not hold.
+    """
+    if not holds:
+        raise RunFailed(f"The file is not the model, and nothing was written: {what}.")
