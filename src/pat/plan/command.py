@@ -11,6 +11,7 @@ import torch
 from pat.checkpoint.card import shown_name
 from pat.errors import PatError
 from pat.families import Family
+from pat.formats.file_sizes import FileSizes, file_sizes, vocabulary_entries
 from pat.loading import load_config, stored_dtype
 from pat.plan.curves import Measured
 from pat.plan.options import PlanOptions
@@ -46,6 +47,7 @@ class Candidate:
     nearby_widths: tuple[int, ...]
     """Legal hidden sizes around the one taken, ascending, itself included; none if it is not cut."""
     cost: ModelCost
+    files: FileSizes
     prefill_speedup: float
     """Expected factor where arithmetic is the limit (reading text, large batches): ratio of FLOPs."""
     decode_speedup: float
@@ -65,6 +67,7 @@ class PlanRecord(Record):
     """The rotation that `rotation="auto"` leads to; open where it depends on the final gain, one of the weights."""
     context: int
     base: ModelCost
+    base_files: FileSizes
     candidates: tuple[Candidate, ...]
     """One for each ratio, in the order in which they were given."""
     training: TrainingMemory
@@ -89,6 +92,9 @@ def run_plan(options: PlanOptions) -> PlanRecord:
     dtype = stored_dtype(base_config) or torch.float32
     skeleton = build_skeleton(base_config, dtype)
     base = cost_of(skeleton, context)
+    vocabulary, uncounted = vocabulary_entries(options.model_name_or_path, base_config.vocab_size)
+    base_files, _ = file_sizes(skeleton, vocabulary)
+    file_notes = [uncounted] if uncounted and base_files.gguf else []
     candidates = []
     for ratio in options.pruning_ratio or (None,):
         config = PatConfig(
@@ -106,8 +112,12 @@ def run_plan(options: PlanOptions) -> PlanRecord:
             trimmed = build_skeleton(trimmed_config, dtype)
         shape = check_config(trimmed.model.config, family, config)
         small_config = pruned_config(trimmed, shape, tied=base.tied and not options.untie_word_embeddings)
-        cost = cost_of(build_skeleton(small_config, dtype), context)
-        candidates.append(_candidate(shape, small_config.num_attention_heads, options.multiple_of, base, cost))
+        small = build_skeleton(small_config, dtype)
+        cost = cost_of(small, context)
+        files, unwritable = file_sizes(small, vocabulary if options.vocabulary_size is None else ())
+        file_notes += [unwritable] if unwritable and unwritable not in file_notes else []
+        heads = small_config.num_attention_heads
+        candidates.append(_candidate(shape, heads, options.multiple_of, base, cost, files))
     recipe = recipe_defaults(RECIPE)
     training = training_memory(
         trimmed, config, batch_size=recipe["per_device_train_batch_size"], length=recipe["max_length"]
@@ -121,11 +131,12 @@ def run_plan(options: PlanOptions) -> PlanRecord:
         rotation="open" if rotation == "pca" and cost.tied else rotation,
         context=context,
         base=base,
+        base_files=base_files,
         candidates=tuple(candidates),
         training=training,
         vocabulary_size=options.vocabulary_size,
         measured=_measure(options, base_config, family, candidates[0].pruning_ratio),
-        notes=tuple(_notes(base_config, config, base, candidates, context)),
+        notes=(*_notes(base_config, config, base, candidates, context), *file_notes),
     )
 
 
@@ -151,7 +162,12 @@ def _measure(options: PlanOptions, base_config: Any, family: Family, pruning_rat
 
 
 def _candidate(
-    shape: Shape, num_attention_heads: int, multiple_of: int | None, base: ModelCost, cost: ModelCost
+    shape: Shape,
+    num_attention_heads: int,
+    multiple_of: int | None,
+    base: ModelCost,
+    cost: ModelCost,
+    files: FileSizes,
 ) -> Candidate:
     nearby: tuple[int, ...] = ()
     if shape.cuts("hidden"):
@@ -163,6 +179,7 @@ def _candidate(
         pruning_ratio=1 - cost.total.num_parameters / base.total.num_parameters,
         nearby_widths=nearby,
         cost=cost,
+        files=files,
         prefill_speedup=base.prefill_flops_per_token / cost.prefill_flops_per_token,
         decode_speedup=base.decode_bytes_per_token / cost.decode_bytes_per_token,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pat.families import FAMILIES
+from pat.formats.file_sizes import GGUF_KINDS
 from pat.plan.command import PlanRecord
 from pat.plan.curves import Measured, Point
 from pat.report.table import Table
@@ -31,7 +32,7 @@ def print_plan(record: PlanRecord) -> None:
     if record.candidates[-1].shape.cuts("hidden"):
         print(f"Rotation: {_ROTATIONS[record.rotation]}.")
     print()
-    for table in (_sizes(record), _running(record), _training(record)):
+    for table in (_sizes(record), _files(record), _running(record), _training(record)):
         table.print()
     if record.measured is not None:
         _measured(record.measured).print()
@@ -56,6 +57,25 @@ def _sizes(record: PlanRecord) -> Table:
         ["bytes", *(_scaled(cost.total.num_bytes, "B") for cost in costs)],
     ]
     return Table("Parameters", ["part", *_headings(record)], rows, num_totals=3)
+
+
+def _files(record: PlanRecord) -> Table:
+    files = [record.base_files, *(candidate.files for candidate in record.candidates)]
+
+    def row(label: str, sizes: list[int | None]) -> list[str]:
+        first = sizes[0]
+        changes = ["" if size is None or first is None else f" ({size / first - 1:+.1%})" for size in sizes[1:]]
+        shown = ["-" if size is None else _scaled(size, "B") for size in sizes]
+        return [label, *(size + change for size, change in zip(shown, ["", *changes], strict=True))]
+
+    def odd(kind: str) -> list[str]:
+        shares = (sum(f.odd_rows.get(kind, {}).values()) for f in files)
+        return [f"  in rows too odd for {kind}", *(f"{share:.0%}" if share else "" for share in shares)]
+
+    rows = [row("bfloat16", [f.bf16 for f in files]), row("int8, linear layers", [f.int8 for f in files])]
+    for kind in GGUF_KINDS:
+        rows += [row(f"GGUF {kind}", [f.gguf.get(kind) for f in files]), odd(kind)]
+    return Table("File sizes", ["numbers", *_headings(record)], [row for row in rows if any(row[1:])])
 
 
 def _measured(measured: Measured) -> Table:

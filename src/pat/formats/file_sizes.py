@@ -1,0 +1,69 @@
+"""File sizes of a model by type of numbers, from its configuration alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pat.errors import PatError
+from pat.formats.gguf_families import GGUF_FAMILIES
+from pat.formats.gguf_layout import Entry, layout_of
+from pat.formats.gguf_types import QUANTIZATIONS, TYPES
+from pat.formats.gguf_vocabulary import vocabulary_of
+from pat.loading.tokenizer import load_plain_tokenizer
+from pat.surgery.costs import Skeleton
+
+GGUF_KINDS = ("Q8_0", "Q4_K_M")
+"""Kinds of GGUF files that a plan shows."""
+
+
+@dataclass(frozen=True)
+class FileSizes:
+    """Sizes of a model's files in bytes; those of GGUF files are exact, metadata and vocabulary included."""
+
+    bf16: int
+    """Tensors in bfloat16."""
+    int8: int
+    """Linear layers in 8 bits with a float32 scale a row (bitsandbytes), all else in bfloat16."""
+    gguf: dict[str, int]
+    """Sizes of GGUF files by kind, see `QUANTIZATIONS`; empty where the family cannot be written so."""
+    odd_rows: dict[str, dict[str, float]]
+    """By kind, the share of all parameters in rows that fall back to a larger type, by the length of the rows."""
+
+
+def vocabulary_entries(name_or_path: str, vocab_size: int) -> tuple[list[Entry], str | None]:
+    """Return the metadata of the tokenizer beside a model, and a sentence where it cannot be counted."""
+    try:
+        return vocabulary_of(load_plain_tokenizer(name_or_path), vocab_size), None
+    except PatError as error:
+        return [], f"GGUF sizes are without a vocabulary. {error}"
+
+
+def file_sizes(skeleton: Skeleton, vocabulary: Sequence[Entry]) -> tuple[FileSizes, str | None]:
+    """Return the sizes of a model's files, and the reason where llama.cpp could not run it.
+
+    Args:
+        skeleton: the model, without weights.
+        vocabulary: metadata of its tokenizer, see `vocabulary_entries`.
+    """
+    shapes = skeleton.shapes()
+    half = sum(math.prod(shape) for shape in shapes.values()) * TYPES["BF16"].num_bytes
+    linear = [shapes[linear.weight] for linear in skeleton.linears()]
+    int8 = half - sum(math.prod(shape) for shape in linear) + sum(4 * math.prod(shape[:-1]) for shape in linear)
+    sizes, odd, reason = {}, {}, None
+    if skeleton.model.config.model_type in GGUF_FAMILIES:
+        total = sum(math.prod(shape) for shape in shapes.values())
+        try:
+            for name in GGUF_KINDS:
+                layout = layout_of(skeleton, vocabulary, name=_NAME, kind=QUANTIZATIONS[name])
+                sizes[name] = layout.num_bytes(QUANTIZATIONS[name])
+                rows = layout.odd_rows(QUANTIZATIONS[name])
+                odd[name] = {str(row): count / total for row, count in rows.items()}
+        except PatError as error:
+            sizes, odd, reason = {}, {}, str(error)
+    return FileSizes(bf16=half, int8=int8, gguf=sizes, odd_rows=odd), reason
+
+
+_NAME = "a model"
+"""Name of the model in its file; another one changes the size by its length."""
