@@ -184,7 +184,8 @@ class _Budget:
         channels = nearest_aligned(asked, sizes[MLP], self.mlp_step)
         why = f"cutting {self.ratio:.4g} of {self.total:,} parameters leaves {asked:.0f} of {sizes[MLP]} MLP channels"
         why += self.beside(sizes, "mlp")
-        aligned = f", {channels} is the best aligned at most {ALIGNMENT_SLACK:.0%} below (a multiple of {alignment(channels)})"
+        aligned = f", {channels} is the best aligned at most {ALIGNMENT_SLACK:.0%} below"
+        aligned += f" (a multiple of {alignment(channels)})"
         return sizes | {MLP: channels}, why + aligned
 
     def channels_at(self, sizes: Sizes) -> float:

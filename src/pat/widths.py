@@ -114,8 +114,8 @@ def alignment(width: int) -> int:
 def nearest_aligned(asked: float, size: int, step: int) -> int:
     """Return the best aligned multiple of `step` below `size` that lies shortly below `asked`, or the nearest one.
 
-    Not above it: a share to cut is cut at least. Of SmolLM2-135M a quarter less would otherwise be 896 MLP channels, 24.7 %
-    of the parameters, of whose Q4_K_M file 18.9 % go; 864 channels are 25.9 and 20.1 % (docs/adr/0024).
+    Not above it: a share to cut is cut at least. A quarter of SmolLM2-135M would otherwise leave 896 MLP channels,
+    which is 24.7 % of the parameters and 18.9 % of its Q4_K_M file; 864 are 25.9 and 20.1 % (docs/adr/0024).
     """
     if step > size:
         raise PatError(f"Got multiple_of={step}; expected at most the number of channels of an MLP, {size}.")

@@ -53,6 +53,12 @@ class Pruning:
         cuts.append(("vocabulary", self.vocab_size, self.pruned_vocab_size))
         return [(label, before, after) for label, before, after in cuts if before is not None and after < before]
 
+    @property
+    def axes(self) -> list[str]:
+        """Names of the axes that are cut, see `pat.shape.AXES`."""
+        sizes = {axis.name: (getattr(self, axis.field), getattr(self, axis.option)) for axis in AXES.values()}
+        return [name for name, (before, after) in sizes.items() if before is not None and after < before]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cut(Pruning):
@@ -119,7 +125,7 @@ def render_card(cut: Cut, parity: Parity, provenance: Mapping[str, Any]) -> str:
         provenance: what is known beyond that, all of it optional: `model_name_or_path` and its `revision`, `dataset`
             (only the last component of a path is shown), `prompt_format` in words, `recipe`, `seed`, `num_steps`,
             `num_tokens_seen`, `max_length`, `learning_rates` by group of parameters, `teacher`, `held_out_nll` and
-            `held_out_standard_error` by model, and `num_held_out_tokens`.
+            `held_out_standard_error` by model, `num_held_out_tokens`, and a sentence on `engines` that do not run it.
     """
     base_model = str(provenance.get("model_name_or_path") or "unknown")
     license_fields: dict[str, Any] = base_license(base_model, provenance.get("revision"))

@@ -29,6 +29,7 @@ from pat.errors import PatError, RunFailed
 from pat.loading import TokenSetup, empty_model
 from pat.loading.stored import stored_tensors
 from pat.loading.tokenizer import savable_generation_config
+from pat.serving import trouble
 from pat.shape import AXES
 from pat.surgery.adapted import AdaptedMatrix, merged
 from pat.surgery.dense import DenseForm, rounded
@@ -105,7 +106,8 @@ def save_checkpoint(
     started = time.perf_counter()
     parity, cut = examine(model, folder, dense, batches, stored=stored, compaction=compaction, progress=progress)
     timings["verify_seconds"] = time.perf_counter() - started
-    (folder / "README.md").write_text(render_card(cut, parity, provenance), encoding="utf-8")
+    facts = {**provenance, "engines": trouble(dense.config.model_type, cut.axes)}
+    (folder / "README.md").write_text(render_card(cut, parity, facts), encoding="utf-8")
     return parity, cut
 
 

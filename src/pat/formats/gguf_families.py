@@ -23,7 +23,7 @@ class GgufFamily:
     """Whether llama.cpp rotates neighbouring channels of a head where transformers rotates its halves, so that the rows
     of the query and key projections have to be reordered."""
     derives_head_size: bool = False
-    """Whether llama.cpp takes hidden size / heads for the size of a head, so that a cut hidden size cannot be loaded."""
+    """Whether llama.cpp takes hidden size / heads for the size of a head, and so cannot load a cut hidden size."""
     stand_in: str | None = None
     """Architecture that is the same function and takes head sizes as they are, for models that need that."""
     fields: dict[str, str] = field(default_factory=dict)

@@ -32,7 +32,7 @@ _ROLES = {
     "gate": "ffn_gate_inp",
     "router": "ffn_gate_inp",
 }
-"""Names of readers by the last part of their path in transformers; a fused `gate_up_proj` is `ffn_up`, or two stacks."""
+"""Names of readers by the last part of their path; a fused `gate_up_proj` is `ffn_up`, or two stacks of experts."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ def layout_of(skeleton: Skeleton, vocabulary: Sequence[Entry], *, name: str, kin
     if family.derives_head_size and head_size * config.num_attention_heads != config.hidden_size:
         if family.stand_in is None:
             raise PatError(
-                f"Got a {family.model_type} model whose heads ({config.num_attention_heads} of {head_size}) do not make "
-                f"up its hidden size {config.hidden_size}; llama.cpp takes hidden size / heads for the size of a head. "
+                f"Got a {family.model_type} model whose heads ({config.num_attention_heads} of {head_size}) do not "
+                f"make up its hidden size {config.hidden_size}; llama.cpp takes hidden size / heads for the size of a head. "
                 "Use --format onnx, or prune with --axes mlp or layers."
             )
         family = replace(family, architecture=family.stand_in, interleaved=True)
@@ -169,9 +169,11 @@ def _check(family: GgufFamily, config: Any, head_size: int) -> None:
             "largest models hidden size / heads). Use --format onnx."
         )
     rotated = getattr(config, "no_rope_layers", None)
-    if family.unrotated and rotated and [bool(n) for n in rotated] != [
-        (index + 1) % family.unrotated != 0 for index in range(len(rotated))
-    ]:
+    if (
+        family.unrotated
+        and rotated
+        and [bool(n) for n in rotated] != [(index + 1) % family.unrotated != 0 for index in range(len(rotated))]
+    ):
         raise PatError(f"{kind} in which not every {family.unrotated}th layer is without a rotary embedding.")
     for rope in _ropes(config):
         if rope.get("rope_type", "default") not in ("default", "llama3", "linear"):
@@ -273,7 +275,12 @@ def _tensors(skeleton: Skeleton, family: GgufFamily, head_size: int) -> tuple[Gg
                 if source in shapes:
                     add(source, role, layer, offset=offset)
         if branch.post_norm is not None:
-            add(f"{branch.post_norm}.weight", "post_attention_norm" if attention else "post_ffw_norm", layer, offset=offset)
+            add(
+                f"{branch.post_norm}.weight",
+                "post_attention_norm" if attention else "post_ffw_norm",
+                layer,
+                offset=offset,
+            )
     add(f"{stream.final_norm}.weight", "output_norm", offset=offset)
     if stream.head is not None:
         add(stream.head.weight, "output")

@@ -1,8 +1,8 @@
 """A tokenizer as metadata of a GGUF file.
 
-Two kinds are known: byte-level BPE (GPT-2, Llama 3, Qwen), of which llama.cpp knows the pre-tokenizers by name, and BPE
-over pieces with a byte fallback (Llama 2, Mistral, Gemma), which llama.cpp merges by score. Whether llama.cpp reads text
-as the tokenizer does is checked after the export, on a text.
+Two kinds are known: byte-level BPE (GPT-2, Llama 3, Qwen), of which llama.cpp knows the pre-tokenizers by name, and
+BPE over pieces with a byte fallback (Llama 2, Mistral, Gemma), which llama.cpp merges by score. Whether llama.cpp reads
+text as the tokenizer does is checked after the export, on a text.
 """
 
 from __future__ import annotations
@@ -71,9 +71,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[E
     return entries + _special(tokenizer)
 
 
-def _tokens(
-    tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, has_bytes: bool
-) -> tuple[list[str], list[int]]:
+def _tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, has_bytes: bool) -> tuple[list[str], list[int]]:
     added = tokenizer.added_tokens_decoder
     by_id = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     tokens, kinds = [], []
@@ -136,7 +134,7 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> list[Entry]:
 
 def _unknown(what: str) -> PatError:
     return PatError(
-        f"Got a tokenizer with {what}, which this export does not know by llama.cpp's name; expected byte-level BPE with "
-        "the pre-tokenizer of GPT-2, SmolLM, Llama 3 or Qwen, or pieces with a byte fallback. Use --format onnx, or "
+        f"Got a tokenizer with {what}, which this export does not know by llama.cpp's name; expected byte-level BPE "
+        "with the pre-tokenizer of GPT-2, SmolLM, Llama 3 or Qwen, or pieces with a byte fallback. Use --format onnx, or "
         "llama.cpp's own converter."
     )

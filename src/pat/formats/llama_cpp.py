@@ -37,8 +37,8 @@ def require_quantizer(kind: str) -> None:
     """
     if shutil.which(QUANTIZE) is None:
         raise PatError(
-            f"Got quantize={kind!r}, which llama.cpp's own tool writes, and there is no {QUANTIZE} on the PATH; install "
-            "llama.cpp (github.com/ggml-org/llama.cpp, docs/install.md), or use Q8_0, BF16, F16 or F32."
+            f"Got quantize={kind!r}, which llama.cpp's own tool writes, and there is no {QUANTIZE} on the PATH; "
+            "install llama.cpp (github.com/ggml-org/llama.cpp, docs/install.md), or use Q8_0, BF16, F16 or F32."
         )
 
 
@@ -53,9 +53,7 @@ def quantize(source: Path, target: Path, kind: str) -> None:
     Raises:
         RunFailed: llama.cpp cannot.
     """
-    done = subprocess.run(  # noqa: S603
-        [QUANTIZE, str(source), str(target), kind], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([QUANTIZE, str(source), str(target), kind], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RunFailed(f"{QUANTIZE} could not write {kind}: {_reason(done.stderr + done.stdout)}.")
 
@@ -79,7 +77,9 @@ class Server:
     def _ask(self, place: str, request: dict[str, Any]) -> dict[str, Any]:
         body = json.dumps(request).encode()
         headers = {"Content-Type": "application/json"}
-        with urllib.request.urlopen(urllib.request.Request(f"{self._url}/{place}", body, headers), timeout=PATIENCE) as got:
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{self._url}/{place}", body, headers), timeout=PATIENCE
+        ) as got:
             answer: dict[str, Any] = json.load(got)
         return answer
 
@@ -94,14 +94,16 @@ def serve(path: Path, context: int) -> Iterator[Server]:
     request = json.dumps({"path": str(path), "context": context, "threads": torch.get_num_threads()})
     command = [sys.executable, "-m", "pat.formats.llama_cpp", request]
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)  # noqa: S603
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
             yield Server(_address(process.stdout))
         except (OSError, RunFailed) as error:  # such as a connection that the server's end has closed
             process.kill()
             process.wait()
             log.seek(0)
-            raise RunFailed(f"llama.cpp could not run {path.name}: {_reason(log.read()) or one_line(error)}.") from error
+            raise RunFailed(
+                f"llama.cpp could not run {path.name}: {_reason(log.read()) or one_line(error)}."
+            ) from error
         finally:
             process.kill()
             process.communicate()

@@ -26,7 +26,7 @@ class ExportOptions:
     """The model to export, and the file to write.
 
     Raises:
-        PatError: a format or kind of numbers that there is none of, a package that is missing, or an output that exists.
+        PatError: no such format or kind of numbers, a package that is missing, or an output that exists.
     """
 
     MAIN_FLAGS: ClassVar = ("model", "format", "output")
@@ -65,7 +65,9 @@ class ExportOptions:
             raise PatError(f"Got quantize={self.quantize!r} with format={self.format!r}; it is for gguf alone.")
         object.__setattr__(self, "output", Path(self.output))
         if self.output.suffix != SUFFIXES[self.format]:
-            raise PatError(f"Got output={str(self.output)[:300]!r}; expected a name that ends in {SUFFIXES[self.format]}.")
+            raise PatError(
+                f"Got output={str(self.output)[:300]!r}; expected a name that ends in {SUFFIXES[self.format]}."
+            )
         if self.output.exists() or self.output.is_symlink():
             raise PatError(f"{self.output}: exists already; give another name, or remove it first.")
         check_writable(self.output)

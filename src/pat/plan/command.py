@@ -18,6 +18,7 @@ from pat.plan.options import PlanOptions
 from pat.plan.training import TrainingMemory, training_memory
 from pat.recipes import recipe_defaults
 from pat.report.records import Record
+from pat.serving import trouble
 from pat.shape import AXES, LARGE_RATIO, TARGETS, Shape
 from pat.surgery.costs import ModelCost, build_skeleton, cost_of, pruned_config
 from pat.training.vocabulary import trimmed_budget
@@ -115,7 +116,8 @@ def run_plan(options: PlanOptions) -> PlanRecord:
         small = build_skeleton(small_config, dtype)
         cost = cost_of(small, context)
         files, unwritable = file_sizes(small, vocabulary if options.vocabulary_size is None else ())
-        file_notes += [unwritable] if unwritable and unwritable not in file_notes else []
+        spoken = (unwritable, trouble(family.model_type, [name for name in AXES if shape.cuts(name)]))
+        file_notes += [note for note in spoken if note and note not in file_notes]
         heads = small_config.num_attention_heads
         candidates.append(_candidate(shape, heads, options.multiple_of, base, cost, files))
     recipe = recipe_defaults(RECIPE)

@@ -15,6 +15,7 @@ from pat.errors import PatError
 from pat.families import Family
 from pat.loading import empty_model, load_config
 from pat.method.schedule import milestone_step
+from pat.serving import trouble
 from pat.shape import AXES, DEFAULT_PRUNING_RATIO, LARGE_RATIO, TARGETS, Shape, asked_sizes
 from pat.surgery.describe import head_dim
 from pat.surgery.residual import ResidualStream
@@ -95,6 +96,8 @@ def check(arguments: TuneArguments) -> Checked:
             "%.0f %% of the parameters will be cut, more than has been shown to work; expect a much worse model.",
             100 * shape.pruning_ratio,
         )
+    if (engines := trouble(family.model_type, [name for name in AXES if shape.cuts(name)])) is not None:
+        logger.warning("%s", engines)
     check_distillation(arguments, base_config)
     if pat_config.calibration is not None:
         read_calibration(pat_config.calibration)

@@ -1,0 +1,88 @@
+"""THE one place for which engines run a pruned model: by family, by what was cut, and how we know.
+
+A cut leaves an ordinary checkpoint, but an engine may take hidden size / heads for the size of a head, so that a
+smaller hidden size is refused there, or, worse, read wrongly and without an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+Verdict = Literal["runs", "fails", "silently wrong", "not run here"]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine, and the version that a verdict is about."""
+
+    name: str
+    tested: str
+    """Versions run, or where a verdict without a run comes from."""
+
+
+ENGINES = {
+    engine.name: engine
+    for engine in (
+        Engine("transformers", "5.23.0, the contract suite"),
+        Engine("vLLM", "not run here; what is known was reported of earlier runs"),
+        Engine("llama.cpp", "xllamacpp 2026.10.11549"),
+        Engine("ONNX Runtime", "1.32.0"),
+        Engine("OpenVINO", "2026.4.1"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A verdict on one engine; the first row that fits a model is taken."""
+
+    engine: str
+    verdict: Verdict
+    families: frozenset[str] = frozenset()
+    """Those that it is about; empty for all."""
+    axes: frozenset[str] = frozenset()
+    """It is about models in which one of them is cut; empty for all."""
+    why: str = ""
+
+    def fits(self, model_type: str, cut: Collection[str]) -> bool:
+        """Tell whether the row is about a model of a family in which some axes are cut."""
+        return (not self.families or model_type in self.families) and (not self.axes or bool(self.axes & set(cut)))
+
+
+_HEADS = frozenset({"hidden", "heads"})
+"""Axes after which the heads no longer make up the hidden size."""
+
+_DERIVED = "it takes hidden size / heads for the size of a head"
+
+SERVING: tuple[Row, ...] = (
+    Row("transformers", "runs"),
+    Row("vLLM", "silently wrong", frozenset({"qwen2"}), _HEADS, _DERIVED),
+    Row("vLLM", "not run here"),
+    Row("llama.cpp", "runs", frozenset({"qwen2"}), why="a cut hidden size is written as the architecture llama"),
+    Row("llama.cpp", "fails", frozenset({"phi3", "olmo2", "olmo3", "exaone4"}), _HEADS, _DERIVED),
+    Row("llama.cpp", "runs", frozenset({"llama"})),
+    Row("llama.cpp", "not run here"),
+    Row("ONNX Runtime", "runs", frozenset({"llama"})),
+    Row("ONNX Runtime", "not run here"),
+    Row("OpenVINO", "runs", frozenset({"llama"})),
+    Row("OpenVINO", "not run here"),
+)
+
+
+def verdicts(model_type: str, cut: Collection[str]) -> dict[str, Row]:
+    """Return the row of each engine for a model of a family in which some axes are cut."""
+    return {name: next(row for row in SERVING if row.engine == name and row.fits(model_type, cut)) for name in ENGINES}
+
+
+def trouble(model_type: str, cut: Collection[str]) -> str | None:
+    """Return one sentence on the engines that a pruned model does not run in, or wrongly; None if none is known."""
+    bad = [row for row in verdicts(model_type, cut).values() if row.verdict in ("fails", "silently wrong")]
+    if not bad:
+        return None
+    parts = [
+        f"{row.engine} {'cannot load it' if row.verdict == 'fails' else 'is silently wrong'} ({row.why})" for row in bad
+    ]
+    remedy = "" if set(cut) <= {"mlp", "layers"} else "; give --axes mlp or --axes layers instead"
+    return f"A {model_type} model cut so: {' and '.join(parts)}{remedy}."
