@@ -22,7 +22,6 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "pat.surgery",
         "pat.tuner",
         "pat.checkpoint",
-        "pat.formats",
         "pat.training",
         "pat.evaluation pat.benchmark pat.plan pat.demo pat.formats",
         "pat pat.registration",  # the public names

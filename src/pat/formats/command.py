@@ -16,8 +16,8 @@ from pat.checkpoint.staging import staged_file
 from pat.errors import PatError
 from pat.formats import llama_cpp
 from pat.formats.gguf_file import write_gguf
-from pat.formats.gguf_layout import Entry, GgufLayout, layout_of
-from pat.formats.gguf_types import QUANTIZATIONS, Quantization
+from pat.formats.gguf_layout import GgufLayout, layout_of
+from pat.formats.gguf_types import QUANTIZATIONS, Entry, Quantization
 from pat.formats.gguf_vocabulary import vocabulary_of
 from pat.formats.options import ExportOptions
 from pat.formats.reference import NEW_TOKENS, Check, Reference, require

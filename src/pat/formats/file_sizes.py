@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from pat.errors import PatError
 from pat.formats.gguf_families import GGUF_FAMILIES
-from pat.formats.gguf_layout import Entry, layout_of
-from pat.formats.gguf_types import QUANTIZATIONS, TYPES
+from pat.formats.gguf_layout import layout_of
+from pat.formats.gguf_types import QUANTIZATIONS, TYPES, Entry
 from pat.formats.gguf_vocabulary import vocabulary_of
 from pat.loading.tokenizer import load_plain_tokenizer
 from pat.surgery.costs import Skeleton

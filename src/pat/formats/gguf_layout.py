@@ -5,22 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from pat.errors import PatError
 from pat.formats.gguf_families import GgufFamily, gguf_family
-from pat.formats.gguf_types import Placed, Quantization, TensorType, type_of
+from pat.formats.gguf_types import Entry, Kind, Placed, Quantization, TensorType, type_of
 from pat.surgery.costs import Skeleton
 from pat.surgery.residual import Linear
 
 ALIGNMENT = 32
 """The data of every tensor begins at a multiple of so many bytes."""
-
-Kind = Literal["u32", "f32", "bool", "str", "[str]", "[f32]", "[i32]", "[bool]"]
-
-_WIDTHS = {"u32": 4, "f32": 4, "i32": 4, "bool": 1}
 
 _ROLES = {
     "q_proj": "attn_q",
@@ -33,27 +29,6 @@ _ROLES = {
     "router": "ffn_gate_inp",
 }
 """Names of readers by the last part of their path; a fused `gate_up_proj` is `ffn_up`, or two stacks of experts."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A piece of metadata."""
-
-    key: str
-    kind: Kind
-    value: Any
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that it takes."""
-        head = 8 + len(self.key.encode()) + 4
-        if self.kind == "str":
-            return head + 8 + len(self.value.encode())
-        if self.kind == "[str]":
-            return head + 12 + sum(8 + len(item.encode()) for item in self.value)
-        if self.kind.startswith("["):
-            return head + 12 + len(self.value) * _WIDTHS[self.kind[1:-1]]
-        return head + _WIDTHS[self.kind]
 
 
 @dataclass(frozen=True)
@@ -126,8 +101,8 @@ def layout_of(skeleton: Skeleton, vocabulary: Sequence[Entry], *, name: str, kin
         if family.stand_in is None:
             raise PatError(
                 f"Got a {family.model_type} model whose heads ({config.num_attention_heads} of {head_size}) do not "
-                f"make up its hidden size {config.hidden_size}; llama.cpp takes hidden size / heads for the size of a head. "
-                "Use --format onnx, or prune with --axes mlp or layers."
+                f"make up its hidden size {config.hidden_size}; llama.cpp takes hidden size / heads for the size of a "
+                "head. Use --format onnx, or prune with --axes mlp or layers."
             )
         family = replace(family, architecture=family.stand_in, interleaved=True)
     _check(family, config, head_size)

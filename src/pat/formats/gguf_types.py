@@ -1,4 +1,4 @@
-"""Types of the numbers in a GGUF file, and which one llama.cpp's quantiser gives a tensor.
+"""Metadata and tensors of a GGUF file, and which type llama.cpp's quantiser gives a tensor.
 
 The rules are those of llama.cpp's `src/llama-quant.cpp` (build 11739); that they are is checked against files that it
 has written. A row that is no multiple of a type's block falls back to a larger type, so that a pruned model with odd
@@ -10,6 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Kind = Literal["u32", "f32", "bool", "str", "[str]", "[f32]", "[i32]", "[bool]"]
+
+_WIDTHS = {"u32": 4, "f32": 4, "i32": 4, "bool": 1}
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,27 @@ QUANTIZATIONS = {
         Quantization("Q4_0", 2, "Q4_0", always=_EIGHT_EXPERTS),
     )
 }
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A piece of metadata."""
+
+    key: str
+    kind: Kind
+    value: Any
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it takes."""
+        head = 8 + len(self.key.encode()) + 4
+        if self.kind == "str":
+            return head + 8 + len(self.value.encode())
+        if self.kind == "[str]":
+            return head + 12 + sum(8 + len(item.encode()) for item in self.value)
+        if self.kind.startswith("["):
+            return head + 12 + len(self.value) * _WIDTHS[self.kind[1:-1]]
+        return head + _WIDTHS[self.kind]
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 from pat.errors import PatError, RunFailed, one_line
 
 QUANTIZE, SERVER = "llama-quantize", "xllamacpp"
@@ -69,10 +67,16 @@ class Server:
         return list(self._ask("tokenize", {"content": text, "add_special": True, "parse_special": False})["tokens"])
 
     def go_on(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
-        """Return the likeliest tokens behind a prompt, one after the other; fewer where one of them ends the text."""
-        request = {"prompt": list(prompt), "n_predict": num_tokens, "samplers": ["top_k"], "top_k": 1}
-        answer = self._ask("completion", request | {"return_tokens": True, "cache_prompt": False})
-        return list(answer["tokens"])
+        """Return the likeliest tokens behind a prompt, one after the other, beyond those that end a text."""
+        found: list[int] = []
+        request = {"samplers": ["top_k"], "top_k": 1, "return_tokens": True, "cache_prompt": False}
+        while len(found) < num_tokens:
+            asked = {"prompt": [*prompt, *found], "n_predict": num_tokens - len(found)}
+            new = self._ask("completion", request | asked)["tokens"]
+            if not new:
+                raise RunFailed("it added no token to a prompt")
+            found += new
+        return found[:num_tokens]
 
     def _ask(self, place: str, request: dict[str, Any]) -> dict[str, Any]:
         body = json.dumps(request).encode()
@@ -91,6 +95,8 @@ def serve(path: Path, context: int) -> Iterator[Server]:
     Raises:
         RunFailed: llama.cpp cannot run it.
     """
+    import torch  # the server's process, which runs this module, does without it
+
     request = json.dumps({"path": str(path), "context": context, "threads": torch.get_num_threads()})
     command = [sys.executable, "-m", "pat.formats.llama_cpp", request]
     with tempfile.TemporaryFile("w+") as log:

@@ -1,0 +1,112 @@
+"""What a GGUF file holds: sizes byte by byte, types as llama.cpp gives them, and what is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import build
+
+from pat.errors import PatError
+from pat.formats.gguf_families import GGUF_FAMILIES, gguf_family
+from pat.formats.gguf_file import write_gguf
+from pat.formats.gguf_layout import layout_of
+from pat.formats.gguf_types import QUANTIZATIONS, Placed, type_of
+from pat.formats.gguf_vocabulary import vocabulary_of
+from pat.loading.tokenizer import load_plain_tokenizer
+from pat.surgery.costs import Skeleton
+from pat.surgery.describe import map_of
+from pat.surgery.residual import model_tensors
+
+gguf = pytest.importorskip("gguf")
+
+STORIES = Path(__file__).resolve().parents[2] / "data" / "stories260K"
+
+PLAIN = {"attention_bias": False, "mlp_bias": False}
+
+
+def skeleton(family: str = "llama", **fields: object) -> Skeleton:
+    model = build(family, tied=False, **(PLAIN | fields))
+    return Skeleton(model, map_of(model), torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0"])
+def test_a_file_has_the_size_and_the_values_that_its_layout_says(tmp_path: Path, kind: str) -> None:
+    whole, chosen = skeleton(), QUANTIZATIONS[kind]
+    vocabulary = vocabulary_of(load_plain_tokenizer(str(STORIES)), 512)
+    layout = layout_of(whole, vocabulary, name="tiny", kind=chosen)
+    path = tmp_path / "tiny.gguf"
+    weights = model_tensors(whole.model)
+    write_gguf(layout, weights, path, chosen)
+    assert path.stat().st_size == layout.num_bytes(chosen)
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    assert set(stored) == {tensor.name for tensor in layout.tensors}
+    for tensor in layout.tensors:
+        assert stored[tensor.name].tensor_type.name == layout.type_of(tensor, chosen).name
+    down = gguf.quants.dequantize(stored["blk.1.ffn_down.weight"].data, stored["blk.1.ffn_down.weight"].tensor_type)
+    np.testing.assert_allclose(down, weights["model.layers.1.mlp.down_proj.weight"].numpy(), atol=0.02)
+
+
+def test_names_are_those_of_the_gguf_package() -> None:
+    for family, record in GGUF_FAMILIES.items():
+        if "moe" in family or family in ("mixtral", "phi3", "glm4", "granitemoe"):  # experts and fused matrices
+            continue
+        model = build(family, tied=False)
+        arch = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == record.architecture)
+        known = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
+        sources = {n.removesuffix(".weight").removesuffix(".bias") for n in model_tensors(model)}
+        stream = map_of(model)
+        assert known.get_name(stream.embedding) == "token_embd" and known.get_name(stream.final_norm) == "output_norm"
+        ours = {f"blk.0.{role}" for role in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down")}
+        assert ours <= {known.get_name(name) for name in sources}, family
+
+
+@pytest.mark.parametrize(
+    ("role", "row", "layer", "expected"),
+    [
+        ("ffn_down", 1536, 1, "Q6_K"),  # the first eighth of the layers
+        ("ffn_down", 1536, 3, "Q4_K"),
+        ("ffn_down", 864, 3, "Q5_0"),  # no multiple of 256
+        ("ffn_down", 864, 1, "Q8_0"),
+        ("ffn_down", 430, 3, "F16"),  # nor of 32
+        ("attn_v", 2048, 29, "Q6_K"),
+        ("attn_norm", 576, 0, "F32"),
+        ("token_embd", 576, None, "Q8_0"),  # tied, and therefore the head
+        ("token_embd", 2048, None, "Q6_K"),
+    ],
+)
+def test_a_tensor_of_a_q4_k_m_file_has_llama_cpps_type(role: str, row: int, layer: int | None, expected: str) -> None:
+    shape = (row,) if role == "attn_norm" else (64, row)
+    tensor = Placed(f"{role}.weight", shape, role, layer)
+    assert type_of(tensor, QUANTIZATIONS["Q4_K_M"], num_layers=30, tied=True).name == expected
+
+
+def test_a_head_that_is_no_share_of_the_hidden_size_is_written_otherwise_or_refused() -> None:
+    whole = layout_of(skeleton("qwen2"), [], name="x", kind=QUANTIZATIONS["F32"])
+    cut = layout_of(skeleton("qwen2", hidden_size=36, head_dim=8), [], name="x", kind=QUANTIZATIONS["F32"])
+    assert (whole.architecture, cut.architecture) == ("qwen2", "llama")
+    assert all(tensor.num_heads for tensor in cut.tensors if tensor.role in ("attn_q", "attn_k"))
+    with pytest.raises(PatError, match=r"do not make up its hidden size 36; .* --axes mlp or layers"):
+        layout_of(skeleton("olmo2", hidden_size=36, head_dim=8), [], name="x", kind=QUANTIZATIONS["F32"])
+
+
+def test_other_families_and_windows_that_llama_cpp_does_not_know_are_refused() -> None:
+    with pytest.raises(PatError, match="'minimax_m2', which cannot be written as GGUF"):
+        gguf_family("minimax_m2")
+    with pytest.raises(PatError, match="whose windows do not alternate"):
+        layout_of(
+            skeleton("gemma2", layer_types=["full_attention"] * 2 + ["sliding_attention"], query_pre_attn_scalar=20),
+            [],
+            name="x",
+            kind=QUANTIZATIONS["F32"],
+        )
+    with pytest.raises(PatError, match="query_pre_attn_scalar=10; llama.cpp takes the size of a head, 20"):
+        layout_of(skeleton("gemma3_text"), [], name="x", kind=QUANTIZATIONS["F32"])
+
+
+def test_rows_too_odd_for_blocks_are_counted() -> None:
+    layout = layout_of(skeleton(), [], name="x", kind=QUANTIZATIONS["Q4_K_M"])
+    assert set(layout.odd_rows(QUANTIZATIONS["Q4_K_M"])) == {48, 72, 80}
+    even = replace(layout, tensors=tuple(replace(t, shape=(2, 256)) for t in layout.tensors if t.is_matrix))
+    assert not even.odd_rows(QUANTIZATIONS["Q4_K_M"])

@@ -1,0 +1,23 @@
+"""The table of engines: one row for each model, and a sentence where one does not run it."""
+
+from pat.families import FAMILIES
+from pat.serving import ENGINES, SERVING, trouble, verdicts
+from pat.shape import AXES
+
+
+def test_every_model_has_a_verdict_of_every_engine() -> None:
+    for family in FAMILIES:
+        for axis in AXES:
+            assert set(verdicts(family, [axis])) == set(ENGINES)
+
+
+def test_rows_are_about_families_and_axes_that_there_are() -> None:
+    for row in SERVING:
+        assert row.families <= set(FAMILIES) and row.axes <= set(AXES) and row.engine in ENGINES
+        assert row.why or row.verdict in ("runs", "not run here")
+
+
+def test_trouble_is_told_where_the_heads_no_longer_make_up_the_hidden_size() -> None:
+    assert trouble("qwen2", ["mlp"]) is None and trouble("llama", ["hidden", "mlp"]) is None
+    assert "vLLM is silently wrong" in (trouble("qwen2", ["hidden"]) or "")
+    assert "llama.cpp cannot load it" in (trouble("olmo2", ["hidden", "layers"]) or "")
