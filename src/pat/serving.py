@@ -10,6 +10,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
+from pat.report.table import Table
+from pat.shape import AXES
+
 Verdict = Literal["runs", "fails", "silently wrong", "not run here"]
 
 
@@ -86,3 +89,18 @@ def trouble(model_type: str, cut: Collection[str]) -> str | None:
     ]
     remedy = "" if set(cut) <= {"mlp", "layers"} else "; give --axes mlp or --axes layers instead"
     return f"A {model_type} model cut so: {' and '.join(parts)}{remedy}."
+
+
+def serving_table() -> Table:
+    """Return the table for people; the first row of an engine that fits a model is the one about it."""
+    rows = [
+        [
+            f"{row.engine} ({ENGINES[row.engine].tested})",
+            ", ".join(sorted(row.families)) or "all others",
+            ", ".join(name for name in AXES if name in row.axes) or "any",
+            row.verdict,
+            row.why,
+        ]
+        for row in SERVING
+    ]
+    return Table("Engines", ("engine", "families", "what is cut", "verdict", "why"), rows, num_text_columns=5)

@@ -1,7 +1,9 @@
 """The table of engines: one row for each model, and a sentence where one does not run it."""
 
+from pathlib import Path
+
 from pat.families import FAMILIES
-from pat.serving import ENGINES, SERVING, trouble, verdicts
+from pat.serving import ENGINES, SERVING, serving_table, trouble, verdicts
 from pat.shape import AXES
 
 
@@ -21,3 +23,8 @@ def test_trouble_is_told_where_the_heads_no_longer_make_up_the_hidden_size() -> 
     assert trouble("qwen2", ["mlp"]) is None and trouble("llama", ["hidden", "mlp"]) is None
     assert "vLLM is silently wrong" in (trouble("qwen2", ["hidden"]) or "")
     assert "llama.cpp cannot load it" in (trouble("olmo2", ["hidden", "layers"]) or "")
+
+
+def test_the_documentation_has_the_table() -> None:
+    commands = Path(__file__).resolve().parents[2] / "docs" / "commands.md"
+    assert serving_table().to_markdown() in commands.read_text(encoding="utf-8")
