@@ -34,6 +34,8 @@ class GgufFamily:
     """One layer in so many has no rotary embedding."""
     ffn_norm: str = "ffn_norm"
     """Name of the norm before the MLP."""
+    tied_only: bool = False
+    """Whether llama.cpp knows no head that is not the embedding."""
     scale_of_head: bool = False
     """Whether llama.cpp takes 1 / sqrt(head size) for the factor of the attention, whatever the configuration says."""
 
@@ -58,14 +60,13 @@ _RECORDS = (
     GgufFamily("qwen2", "qwen2", derives_head_size=True, stand_in="llama"),
     GgufFamily("qwen3", "qwen3"),
     GgufFamily("qwen3_moe", "qwen3moe", fields={"expert_feed_forward_length": "moe_intermediate_size"}),
-    GgufFamily("gemma", "gemma", scale_of_head=True),
-    GgufFamily("gemma2", "gemma2", fields=_SOFTCAPS, windows=2, scale_of_head=True),
+    GgufFamily("gemma", "gemma", tied_only=True, scale_of_head=True),
+    GgufFamily("gemma2", "gemma2", fields=_SOFTCAPS, windows=2, tied_only=True, scale_of_head=True),
     GgufFamily("gemma3_text", "gemma3", windows=6, scale_of_head=True),
     GgufFamily("phi3", "phi3", derives_head_size=True),
     GgufFamily("glm4", "glm4"),
     GgufFamily("olmo2", "olmo2", derives_head_size=True),
     GgufFamily("olmo3", "olmo2", derives_head_size=True, windows=4),
-    GgufFamily("exaone4", "exaone4", derives_head_size=True, windows=4),
     GgufFamily("smollm3", "smollm3", interleaved=True, unrotated=4),
     GgufFamily("granite", "granite", interleaved=True, fields=_MULTIPLIERS),
     GgufFamily("granitemoe", "granitemoe", interleaved=True, fields=_MULTIPLIERS),

@@ -106,6 +106,8 @@ def layout_of(skeleton: Skeleton, vocabulary: Sequence[Entry], *, name: str, kin
             )
         family = replace(family, architecture=family.stand_in, interleaved=True)
     _check(family, config, head_size)
+    if family.tied_only and skeleton.stream.head is not None:
+        raise PatError(f"Got a {family.model_type} model with a head of its own, which llama.cpp has no place for.")
     arch = family.architecture
     tensors = _tensors(skeleton, family, head_size)
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0

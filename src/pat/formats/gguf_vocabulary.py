@@ -135,6 +135,6 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> list[Entry]:
 def _unknown(what: str) -> PatError:
     return PatError(
         f"Got a tokenizer with {what}, which this export does not know by llama.cpp's name; expected byte-level BPE "
-        "with the pre-tokenizer of GPT-2, SmolLM, Llama 3 or Qwen, or pieces with a byte fallback. Use --format onnx, or "
-        "llama.cpp's own converter."
+        "with the pre-tokenizer of GPT-2, SmolLM, Llama 3 or Qwen, or pieces with a byte fallback. Use --format onnx, "
+        "or llama.cpp's own converter."
     )

@@ -7,6 +7,7 @@ because a model that llama.cpp cannot make sense of ends the process.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -146,8 +147,9 @@ def _run_server(path: str, context: int, threads: int) -> None:
 
 def _reason(log: str) -> str:
     """Return the line of a log that says what went wrong."""
-    lines = [line for line in log.splitlines() if any(word in line.lower() for word in ("error", "assert", "fail"))]
-    return " ".join((lines[0] if lines else "").split())[:300].rstrip(".")
+    parts = re.split(r"\n|\d+\.\d{2}\.\d{3}\.\d{3} (?:[WI] )?", log)  # its times, before which it may break no line
+    found = [part for part in parts if any(word in part.lower() for word in ("error", "assert", "fail"))]
+    return " ".join((found[0] if found else "").split())[:300].rstrip(".")
 
 
 if __name__ == "__main__":
