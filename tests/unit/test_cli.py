@@ -156,6 +156,7 @@ REQUIRED = {
     "convert": ["--adapter", "a", "--output_dir", "out"],
     "evaluate": ["--model", "m", "--text_file", "t"],
     "benchmark": ["--model", "m", "--baseline", "b"],
+    "export": ["--model", "m", "--format", "gguf", "--output", "out.gguf"],
     "demo": [],
 }
 
