@@ -77,7 +77,8 @@ def run_export(options: ExportOptions) -> ExportRecord:
     with collected_warnings() as warnings:
         config, _ = load_config(options.model)
         kind = _kind(options, config)
-        layout, vocabulary = None, []
+        layout: GgufLayout | None = None
+        vocabulary: list[Entry] = []
         if kind is not None:
             if kind.name not in DIRECT:
                 llama_cpp.require_quantizer(kind.name)

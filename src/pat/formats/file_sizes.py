@@ -51,7 +51,9 @@ def file_sizes(skeleton: Skeleton, vocabulary: Sequence[Entry]) -> tuple[FileSiz
     half = sum(math.prod(shape) for shape in shapes.values()) * TYPES["BF16"].num_bytes
     linear = [shapes[linear.weight] for linear in skeleton.linears()]
     int8 = half - sum(math.prod(shape) for shape in linear) + sum(4 * math.prod(shape[:-1]) for shape in linear)
-    sizes, odd, reason = {}, {}, None
+    sizes: dict[str, int] = {}
+    odd: dict[str, dict[str, float]] = {}
+    reason: str | None = None
     if skeleton.model.config.model_type in GGUF_FAMILIES:
         total = sum(math.prod(shape) for shape in shapes.values())
         try:

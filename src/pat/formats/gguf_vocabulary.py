@@ -74,7 +74,8 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[E
 def _tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, has_bytes: bool) -> tuple[list[str], list[int]]:
     added = tokenizer.added_tokens_decoder
     by_id = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
-    tokens, kinds = [], []
+    tokens: list[str] = []
+    kinds: list[int] = []
     for token_id in range(vocab_size):
         token = by_id.get(token_id)
         if token is None:

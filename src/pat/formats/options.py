@@ -57,7 +57,8 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         expand_options(self)
-        for name, allowed in (("format", tuple(PACKAGES)), ("quantize", (None, *QUANTIZATIONS))):
+        choices: dict[str, tuple[str | None, ...]] = {"format": (*PACKAGES,), "quantize": (None, *QUANTIZATIONS)}
+        for name, allowed in choices.items():
             if (given := getattr(self, name)) not in allowed:
                 known = ", ".join(str(item) for item in allowed if item is not None)
                 raise PatError(f"Got {name}={given!r}; expected one of {known}.")
