@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from pat import __version__
+from pat import __version__, ranks
 from pat.errors import PatError
 from pat.options import OptionsParser
 
@@ -116,11 +116,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        print(f"pat: {_describe(error)}", file=sys.stderr)
+        if ranks.speaks(error):
+            print(f"pat: {_describe(error)}", file=sys.stderr, flush=True)
         return error.exit_status if isinstance(error, PatError) else 1
 
 
 def _run(name: str, argv: Sequence[str]) -> int:
+    if name == "launch":
+        return int(_load("pat.launch:launch")(argv))
+    if ranks.num_processes() > 1 and name != "tune":
+        raise PatError(
+            f"Got {ranks.num_processes()} processes for `pat {name}`, which runs in one; start it by itself."
+        )
     if name not in COMMANDS:
         raise PatError(f"Got the command {name!r}; expected one of {', '.join(COMMANDS)} (see `pat --help`).")
     command = COMMANDS[name]
@@ -133,7 +140,9 @@ def _run(name: str, argv: Sequence[str]) -> int:
                 first.require(first.read(argv, others=True))
             options = OptionsParser(f"pat {name}", _load(command.options), command.summary).parse(argv)
             record = _load(command.run)(options)
-            if getattr(options, "json", False):  # a command that has the flag
+            if not ranks.is_first():
+                pass  # the first process shows what they came to together
+            elif getattr(options, "json", False):  # a command that has the flag
                 print(_load("pat.report.records:to_json")(record), end="")
             else:
                 _load(command.show)(record)
@@ -168,6 +177,8 @@ def _describe(error: Exception) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, PatError):
         return message
+    if ranks.lost(error):
+        return f"another process of this run has ended ({message[:100]}); see its message, then give the command again."
     return f"{type(error).__name__}: {message or 'no message'} (run again with --debug for the traceback)"
 
 
@@ -175,6 +186,7 @@ def _overview() -> str:
     lines = [f"pat {__version__}: fine-tune a language model and get it back smaller", ""]
     lines += ["usage: pat COMMAND --flags", ""]
     lines += [f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()]
+    lines += [f"  {'launch':<10}`tune` in several processes, by a call of accelerate."]
     return "\n".join([*lines, "", "`pat COMMAND --help` lists a command's flags; `--debug` shows tracebacks."])
 
 

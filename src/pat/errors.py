@@ -30,6 +30,14 @@ class Interrupted(RunFailed):
         self.exit_status = 128 + signal_number
 
 
+class FailedElsewhere(PatError):
+    """The first process of a run has failed, and says how; this one ends with it."""
+
+    def __init__(self, message: str, exit_status: int) -> None:
+        super().__init__(message, exit_status)
+        self.exit_status = exit_status
+
+
 class Diverged(RunFailed):
     """Training came to infinite or undefined numbers."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from torch import Tensor
 
 from pat.checkpoint.card import Compaction, shown_name
 from pat.checkpoint.staging import make_readable, staged_folder
@@ -69,11 +70,14 @@ def write_compact(
     return compact, record
 
 
-def save_adapter(model: PeftModel, folder: Path, tokens: TokenSetup) -> None:
-    """Write an adapter with what else belongs to its run: tokenizer, chat template, generation config."""
+def save_adapter(model: PeftModel, folder: Path, tokens: TokenSetup, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write an adapter with what else belongs to its run: tokenizer, chat template, generation config.
+
+    The state is that of a sharded model, put together; by default it is taken from the model.
+    """
     # The embedding is the base's: where the vocabulary was trimmed, its tokenizer says which rows are left.
     trimmed = getattr(model.active_peft_config, "base_vocab_size", None) is not None
-    model.save_pretrained(str(folder), save_embedding_layers=False if trimmed else "auto")
+    model.save_pretrained(str(folder), save_embedding_layers=False if trimmed else "auto", state_dict=state)
     (folder / "README.md").unlink(missing_ok=True)  # peft's form, with nothing filled in
     tokens.save(folder)
     make_readable(folder)

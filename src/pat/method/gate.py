@@ -6,14 +6,16 @@ it adds a prior order of the entries and a set of pinned ones (docs/adr/0004).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from pat.errors import PatError
-from pat.method.losses import active_channel_loss
+from pat.method.losses import active_channel_loss, total_of
 from pat.method.schedule import offset, temperature
+from pat.method.sharded import whole
 
 GateKind = Literal["trainable", "frozen"]
 
@@ -155,7 +157,7 @@ class Gate(nn.Module):
         """
         if self.hardened or self.weight is None:
             return self.num_kept
-        active = int(((self.proxy_weights() + self.prior > 0) | self.pinned).sum())
+        active = int(((whole(self.proxy_weights()) + self.prior > 0) | self.pinned).sum())
         return round(active * self.size / self.keep.numel())
 
     # -- function ----------------------------------------------------------------------------------------------
@@ -181,25 +183,30 @@ class Gate(nn.Module):
         """Multiply `y` of shape `(..., size)` by the gate; dtype and device of `y` are kept."""
         return (y * self.values().to(y.device)).to(y.dtype)
 
-    def active_loss(self) -> Tensor:
-        """Return L_active (eq. 9) over the entries that take part in selection; 0 once hard or if frozen.
+    def regularized(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Return the parameters that have a loss of their own, L_active (eq. 9), by name; none once hard or if frozen.
 
-        Of a stack, in which nothing is pinned, it is the mean, so that experts count as one MLP does.
+        It is over the entries that take part in selection, and a function of the whole parameter, `(size,)`.
         """
-        if self.hardened or self.weight is None:
-            return self.prior.new_zeros(())
-        free = ~self.pinned
-        num_pinned = int(self.pinned.sum())
-        logits = (self.proxy_weights() + self.prior)[free].unflatten(0, (*self.keep.shape[:-1], -1))
-        return active_channel_loss(logits, self.num_kept - num_pinned)
+        return {} if self.hardened or self.weight is None else {"weight": self._active_loss}
+
+    def active_loss(self) -> Tensor:
+        """Return L_active (eq. 9); 0 once hard or if frozen. Of a stack it is the mean, so experts count as one MLP."""
+        return total_of(self, self.prior.new_zeros(()))
 
     # -- internals ---------------------------------------------------------------------------------------------
+
+    def _active_loss(self, weight: Tensor) -> Tensor:
+        free = ~self.pinned
+        num_pinned = int(self.pinned.sum())
+        logits = (self.lr_multiplier * weight + self.prior)[free].unflatten(0, (*self.keep.shape[:-1], -1))
+        return active_channel_loss(logits, self.num_kept - num_pinned)
 
     def _select(self) -> Tensor:
         """Choose exactly `num_kept` entries: the pinned ones, then the best scores, ties broken by index."""
         if self.weight is None:
             return self._frozen_choice()
-        return self._best(self.proxy_weights().detach() + self.prior)
+        return self._best(whole(self.proxy_weights().detach()) + self.prior)
 
     def _frozen_choice(self) -> Tensor:
         in_place = torch.arange(self.size, device=self.prior.device, dtype=self.prior.dtype)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 from torch import Tensor
+
+from pat.method.sharded import whole
 
 NORM_EPSILON = 1e-8
 """Number added under the root of every norm. At X = 0 the bare Frobenius norm has a gradient of size one made of
@@ -32,3 +37,15 @@ def orthogonality_loss(rows: Tensor) -> Tensor:
     gram = rows @ rows.mT
     gram = gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     return (gram.square().sum() + NORM_EPSILON).sqrt()
+
+
+class Regularized(Protocol):
+    """A module, some of whose parameters have a loss of their own."""
+
+    def regularized(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Return the loss of each such parameter, a function of the whole parameter, by the parameter's name."""
+
+
+def total_of(module: Regularized, zero: Tensor) -> Tensor:
+    """Return the sum of a module's own losses, a scalar with gradients; `zero` where there are none."""
+    return sum((loss(whole(getattr(module, name))) for name, loss in module.regularized().items()), zero)

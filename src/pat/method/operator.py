@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from pat.errors import PatError
 from pat.method.gate import Gate
-from pat.method.losses import orthogonality_loss
+from pat.method.losses import orthogonality_loss, total_of
 
 
 class LowRankOperator(nn.Module):
@@ -76,9 +76,13 @@ class LowRankOperator(nn.Module):
         twin.up = nn.Parameter(cut(self.up.detach().mT).mT.contiguous(), requires_grad=False)
         return twin
 
+    def regularized(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Return the parts of the identity loss (eq. 11), by the parameter that each is a function of."""
+        return {"down": orthogonality_loss, "up": _orthogonality_of_columns}
+
     def identity_loss(self) -> Tensor:
         """Return ||L0 L0ᵀ - I|| + ||L1ᵀ L1 - I|| (eq. 11)."""
-        return orthogonality_loss(self.down) + orthogonality_loss(self.up.mT)
+        return total_of(self, self.scale.new_zeros(()))
 
 
 class DenseOperator(nn.Module):
@@ -110,10 +114,13 @@ class DenseOperator(nn.Module):
         twin.matrix = nn.Parameter(cut(self.matrix.detach().mT).mT.contiguous(), requires_grad=False)
         return twin
 
+    def regularized(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Return the identity loss as a function of M."""
+        return {"matrix": _orthogonality_of_change}
+
     def identity_loss(self) -> Tensor:
         """Return ||D Dᵀ - I||, the counterpart of eq. 11 for an operator with a single factor."""
-        matrix = self.matrix
-        return orthogonality_loss(matrix + torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device))
+        return total_of(self, self.matrix.new_zeros(()))
 
 
 Operator = LowRankOperator | DenseOperator
@@ -169,6 +176,14 @@ def check_rank(hidden_size: int, rank: int | str | None) -> None:
     raise PatError(
         f"Got operator_rank={rank!r}; expected 1 to {hidden_size} (the hidden size), 'dense', or None (5 %)."
     )
+
+
+def _orthogonality_of_columns(matrix: Tensor) -> Tensor:
+    return orthogonality_loss(matrix.mT)
+
+
+def _orthogonality_of_change(matrix: Tensor) -> Tensor:
+    return orthogonality_loss(matrix + torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device))
 
 
 def _orthonormal_rows(rows: int, columns: int) -> Tensor:

@@ -15,6 +15,7 @@ from pat.formats.file_sizes import FileSizes, file_sizes, vocabulary_entries
 from pat.loading import load_config, stored_dtype
 from pat.plan.curves import Measured
 from pat.plan.options import PlanOptions
+from pat.plan.sharding import ShardedMemory, sharded_memory
 from pat.plan.training import TrainingMemory, training_memory
 from pat.recipes import recipe_defaults
 from pat.report.records import Record
@@ -73,6 +74,8 @@ class PlanRecord(Record):
     """One for each ratio, in the order in which they were given."""
     training: TrainingMemory
     """Memory of training up to the milestone, which is at the base's width, for the last of the ratios."""
+    sharded: ShardedMemory | None
+    """The same on several GPUs, with FSDP2; None where their number was not given."""
     vocabulary_size: int | None
     """Tokens of the trimmed vocabulary; None where it is whole."""
     measured: Measured | None
@@ -120,6 +123,7 @@ def run_plan(options: PlanOptions) -> PlanRecord:
         file_notes += [note for note in spoken if note and note not in file_notes]
         heads = small_config.num_attention_heads
         candidates.append(_candidate(shape, heads, options.multiple_of, base, cost, files))
+    trimmed_base = cost_of(trimmed, context)
     recipe = recipe_defaults(RECIPE)
     training = training_memory(
         trimmed, config, batch_size=recipe["per_device_train_batch_size"], length=recipe["max_length"]
@@ -136,9 +140,26 @@ def run_plan(options: PlanOptions) -> PlanRecord:
         base_files=base_files,
         candidates=tuple(candidates),
         training=training,
+        sharded=_shard(options, training, trimmed_base, cost, base_config),
         vocabulary_size=options.vocabulary_size,
         measured=_measure(options, base_config, family, candidates[0].pruning_ratio),
         notes=(*_notes(base_config, config, base, candidates, context), *file_notes),
+    )
+
+
+def _shard(
+    options: PlanOptions, training: TrainingMemory, base: ModelCost, small: ModelCost, base_config: Any
+) -> ShardedMemory | None:
+    if options.gpus is None:
+        return None
+    outside = [base.groups[name].num_bytes for name in ("embedding", "head") if name in base.groups]
+    return sharded_memory(
+        training,
+        nodes=options.nodes,
+        gpus=options.gpus,
+        num_layers=int(base_config.num_hidden_layers),
+        outside_bytes=sum(outside),
+        small_bytes=small.total.num_bytes,
     )
 
 

@@ -55,6 +55,14 @@ class PlanOptions(ShapeOptions):
             "range": "[0, inf)",
         },
     )
+    gpus: int | None = field(
+        default=None,
+        metadata={
+            "help": "GPUs of each machine, to see what every one of them holds when training is sharded (FSDP2).",
+            "range": "[1, 1024]",
+        },
+    )
+    nodes: int = field(default=1, metadata={"help": "Number of machines, beside --gpus.", "range": "[1, 4096]"})
     figure: Path | None = field(default=None, metadata={"help": "PNG file for the curves that --calibrate measures."})
     json: bool = field(default=False, metadata={"help": "Print JSON instead of tables."})
 
@@ -72,6 +80,8 @@ class PlanOptions(ShapeOptions):
             raise PatError("Got shape_search_steps without calibrate, whose data it tunes on; give --calibrate DATA.")
         if self.figure is not None and self.calibrate is None:
             raise PatError("Got figure without calibrate, which measures what it shows; give --calibrate DATA as well.")
+        if self.nodes > 1 and self.gpus is None:
+            raise PatError(f"Got nodes={self.nodes} without gpus; give --gpus, the number of GPUs of each machine.")
         if self.figure is not None:
             check_figure(self.figure)
         self.pruning_ratio = self.pruning_ratio or None

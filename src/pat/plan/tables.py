@@ -6,6 +6,7 @@ from pat.families import FAMILIES
 from pat.formats.file_sizes import GGUF_KINDS
 from pat.plan.command import PlanRecord
 from pat.plan.curves import Measured, Point
+from pat.plan.sharding import ShardedMemory
 from pat.report.table import Table
 from pat.shape import AXES, Shape
 from pat.surgery.costs import GROUPS, ModelCost
@@ -34,6 +35,8 @@ def print_plan(record: PlanRecord) -> None:
     print()
     for table in (_sizes(record), _files(record), _running(record), _training(record)):
         table.print()
+    if record.sharded is not None:
+        _sharding(record.sharded).print()
     if record.measured is not None:
         _measured(record.measured).print()
         best, num_steps = record.measured.candidates[0], record.measured.num_steps
@@ -138,6 +141,22 @@ def _training(record: PlanRecord) -> Table:
         rows.append([label, *(_scaled(size, "B") for size in sizes)])
     title = f"Memory for training, batches of {memory.batch_size} x {memory.length} tokens"
     return Table(title, ("purpose", "plain", "with gradient checkpointing"), rows, num_totals=1)
+
+
+def _sharding(memory: ShardedMemory) -> Table:
+    num = memory.num_nodes * memory.gpus_per_node
+    rows = [
+        [f"base, frozen, 1/{num} of it", _scaled(memory.base_share_bytes, "B")],
+        [f"adapter, gradients and optimizer, 1/{num} of them", _scaled(memory.adapter_share_bytes, "B")],
+        ["rotation, orders and refit, whole", _scaled(memory.replicated_bytes, "B")],
+        ["layers gathered at a time, embeddings and head", _scaled(memory.gathered_bytes, "B")],
+        ["activations with gradient checkpointing, estimate", _scaled(memory.activation_bytes, "B")],
+        ["each GPU, at its peak in a backward pass of stage one", _scaled(memory.gpu_bytes, "B")],
+        ["memory of each machine, while the base is loaded", _scaled(memory.host_load_bytes, "B")],
+        ["memory of the first machine, at the milestone", _scaled(memory.host_cut_bytes, "B")],
+    ]
+    machines = "1 machine" if memory.num_nodes == 1 else f"{memory.num_nodes} machines"
+    return Table(f"Sharded over {num} GPUs of {machines} (FSDP2)", ("purpose", "bytes"), rows, num_totals=3)
 
 
 def _costs(record: PlanRecord) -> list[ModelCost]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -36,7 +35,7 @@ _LORA = {
 """Fields of `LoraConfig`, and what TRL's ModelConfig calls them."""
 
 
-_ONE_PROCESS = "`pat tune` runs in one process"
+_ONE_RUN = "the processes of a run are one run, whose first process alone writes and speaks"
 _NO_METRICS = "it is for a function that computes metrics, which a command line cannot give"
 
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -53,24 +52,16 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "include_for_metrics": ([], _NO_METRICS),
     "batch_eval_metrics": (False, _NO_METRICS),
     "enable_jit_checkpoint": (False, "SIGTERM and SIGINT save a checkpoint in any case"),
+    "parallelism_config": (
+        None,
+        "data are parallel, or sharded over processes (docs/several-gpus.md); models are not cut",
+    ),
+    "local_rank": (-1, "the launcher says it"),
+    "log_on_each_node": (True, _ONE_RUN),
+    "log_level_replica": ("warning", _ONE_RUN),
+    "save_on_each_node": (False, _ONE_RUN),
     "hub_strategy": ("end", "the finished model is pushed, once"),
     "hub_always_push": (False, "the finished model is pushed, once"),
-    "fsdp": ("", _ONE_PROCESS),
-    "fsdp_config": (None, _ONE_PROCESS),
-    "deepspeed": (None, _ONE_PROCESS),
-    "parallelism_config": (None, _ONE_PROCESS),
-    "local_rank": (-1, _ONE_PROCESS),
-    "average_tokens_across_devices": (True, _ONE_PROCESS),
-    "ddp_find_unused_parameters": (None, _ONE_PROCESS),
-    "ddp_bucket_cap_mb": (None, _ONE_PROCESS),
-    "ddp_broadcast_buffers": (None, _ONE_PROCESS),
-    "ddp_static_graph": (None, _ONE_PROCESS),
-    "ddp_backend": (None, _ONE_PROCESS),
-    "ddp_timeout": (1800, _ONE_PROCESS),
-    "log_on_each_node": (True, _ONE_PROCESS),
-    "log_level_replica": ("warning", _ONE_PROCESS),
-    "save_on_each_node": (False, _ONE_PROCESS),
-    "eval_use_gather_object": (False, _ONE_PROCESS),
 }
 """Flags of the libraries that would have no effect here: the value that says what is so anyway, and the reason.
 
@@ -184,11 +175,6 @@ file, --debug shows tracebacks.\
             raise PatError(
                 f"Got eval_strategy={str(self.sft.eval_strategy)!r} with held_out=0; expected rows to evaluate on: "
                 "leave --held_out at its default, or set --eval_strategy no."
-            )
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise PatError(
-                f"Got {os.environ['WORLD_SIZE']} processes; `pat tune` runs in one. Train with PatCallback in a script "
-                "of your own, and merge with `pat merge`."
             )
         if self.sft.activation_offloading and not torch.accelerator.is_available():
             raise PatError(

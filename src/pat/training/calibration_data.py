@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from pat import ranks
 from pat.errors import PatError, one_line
 from pat.training.calibration_text import BATCH_SIZE, CONTEXT, batches_from_text_file
 from pat.tuner.config import PatConfig
@@ -64,11 +65,14 @@ def calibration_batches(config: PatConfig, dataloader: Any, tokenizer: Any) -> I
         raise PatError(f"The calibration needs data, but the trainer has no training data; {REMEDY}")
     dataset = getattr(dataloader, "dataset", None)
     loader: Iterable[Any] = dataloader
+    num_processes = ranks.num_processes()
     if dataset is not None and not isinstance(dataset, IterableDataset):
         # A loader of its own, since iterating the trainer's would move its sampler on; of a seeded sample, since files
         # are often sorted.
         dataset = Subset(dataset, torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist())
-        batch_size = getattr(dataloader, "batch_size", None) or ROWS_AT_ONCE
+        # Every process is given the rows of all of them, and reads its share. accelerate's loaders have no batch size.
+        batch_size = getattr(dataloader, "batch_size", None)
+        batch_size = max(ROWS_AT_ONCE, num_processes) if batch_size is None else batch_size * num_processes
         loader = DataLoader(dataset, batch_size=batch_size, collate_fn=dataloader.collate_fn)
     batches = _leaving_the_random_state(loader)
     first = next(batches, None)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
+from accelerate.state import AcceleratorState, is_initialized
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pat.errors import PatError
 from pat.method.schedule import milestone_step
 from pat.training.calibration_data import calibration_batches
+from pat.training.regularise import Regularisers, loss_scale_of
 from pat.tuner.model import PatModel, find_tuner
 
 logger = logging.getLogger(__name__)
@@ -30,23 +33,20 @@ class PatCallback(TrainerCallback):
 
     At train begin it calibrates rotation and order of the channels if nobody has (from `PatConfig.calibration`, else
     from a sample of the training examples); at every step it sets the schedule (paper, eq. 6-8), and refits the
-    writers when their gates become hard; before every optimizer step it adds the gradients of both regularisers once
-    (eq. 9 and 11), after gradient clipping and outside the logged loss. It never stops a run and never compacts.
+    writers when their gates become hard; and it has the gradients of both regularisers (eq. 9 and 11) added to those of
+    the task, once in a step, as `Regularisers` describes: they are clipped with them and averaged over processes with
+    them, and are not in the logged loss. It never stops a run and never compacts.
 
     Regulariser values are written to `state.log_history` beside the trainer's logs, and added to the logs themselves,
     so that every callback after this one shows them: the console's (the trainer adds it last) and whatever follows in
     `callbacks`. The reporters that the trainer makes of `report_to` come first and do not see them; to have them there
     set `report_to="none"` and pass `callbacks=[PatCallback(), TensorBoardCallback()]`.
-
-    Gradients must not carry a float16 loss scale when they reach `on_pre_optimizer_step`, or the regularisers' share of
-    them would be that much too small. transformers takes the scale away before, clipping or not (it measures the
-    gradients' norm); a trainer of one's own has to do so, too.
     """
 
     def __init__(self) -> None:
         self._adapter: str | None = None
         self._milestone_step = 0
-        self._last: dict[str, float] = {}
+        self._regularisers = Regularisers()
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put right what trainers do to adapters without knowing of the mask: halved precision, copies half made.
@@ -66,6 +66,7 @@ class PatCallback(TrainerCallback):
             )
         _restore_float32(tuner)
         _complete_copies(tuner)
+        _leave_sharded_dtypes()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -99,7 +100,8 @@ class PatCallback(TrainerCallback):
             )
         if tuner.needs_calibration(self._adapter):
             with _autocast(args, tuner):
-                order = tuner.calibrate(self._calibration(tuner, kwargs), self._adapter)
+                calibrate = _runnable(kwargs["model"], tuner, "calibrate")
+                order = calibrate(self._calibration(tuner, kwargs), self._adapter)
             if order is not None:
                 logger.info(
                     "Calibrated rotation (%s): the kept channels hold %.1f %% of the stream's energy, %d are pinned.",
@@ -117,38 +119,47 @@ class PatCallback(TrainerCallback):
         """Set the mask for the step that begins; a best checkpoint is only picked among those that can be merged."""
         tuner = self._tuner(kwargs["model"])
         self._move(args, tuner, state, kwargs)
+        config = tuner.pat_config(self._adapter)
+        self._regularisers.arm(
+            kwargs["model"],
+            {"active": tuner.all_gates(self._adapter), "identity": tuner.operators(self._adapter).values()},
+            {"active": config.active_loss_weight, "identity": config.identity_loss_weight},
+            loss_scale=loss_scale_of(kwargs.get("optimizer")),
+        )
         if not tuner.mask(self._adapter).hardened:
             state.best_metric = state.best_model_checkpoint = None
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Add the regularisers' gradients, once per optimizer step whatever the accumulation."""
-        tuner = self._tuner(kwargs["model"])
-        assert self._adapter is not None
-        config = tuner.pat_config(self._adapter)
-        with torch.enable_grad():
-            losses = tuner.regularizers(self._adapter)
-            total = config.active_loss_weight * losses["active"] + config.identity_loss_weight * losses["identity"]
-            if total.requires_grad:
-                total.backward()
-        self._last = {f"pat/{name}_loss": loss.item() for name, loss in losses.items()}
+        """Check that the regularisers' gradients were among those of the step.
+
+        Raises:
+            RunFailed: they were not.
+        """
+        self._regularisers.check()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the mask on, so that what is evaluated or saved now is the model of the next step."""
         self._move(args, self._tuner(kwargs["model"]), state, kwargs)
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the model's parameters without hooks."""
+        self._regularisers.release()
+
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log the regularisers apart from the task's loss."""
         logs = kwargs.get("logs")
-        if self._adapter is None or not self._last or logs is None or "loss" not in logs:
+        if self._adapter is None or logs is None or "loss" not in logs:
             return
         tuner = self._tuner(kwargs["model"])
         by_axis = tuner.gates_by_axis(self._adapter)
         cut = {axis: gates for axis, gates in by_axis.items() if gates[0].num_kept < gates[0].size}
         # The mean over the layers.
         active = {LOGGED[axis]: round(sum(gate.num_active for gate in cut[axis]) / len(cut[axis])) for axis in cut}
-        values = self._last | active
+        values = {f"pat/{kind}_loss": value for kind, value in self._regularisers.values().items()} | active
         logs.update(values)
         state.log_history.append(values | {"step": state.global_step})
 
@@ -157,7 +168,8 @@ class PatCallback(TrainerCallback):
         tuner.set_step(state.global_step, self._milestone_step, self._adapter)
         if any(gate.awaits_refit for gate in tuner.gates(self._adapter).values()):
             with _autocast(args, tuner):
-                num_tokens = tuner.refit(self._calibration(tuner, kwargs), self._adapter)
+                refit = _runnable(kwargs["model"], tuner, "refit")
+                num_tokens = refit(self._calibration(tuner, kwargs), self._adapter)
             state.log_history.append({"pat/refit_tokens": num_tokens, "step": state.global_step})
 
     def _calibration(self, tuner: PatModel, kwargs: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -173,6 +185,14 @@ class PatCallback(TrainerCallback):
                 "before giving it to the trainer, or leave PatCallback out."
             )
         return tuner
+
+
+def _runnable(model: torch.nn.Module, tuner: PatModel, method: str) -> Callable[..., Any]:
+    """Return a method of the tuner that runs the model. A sharded one only runs from its outermost module (FSDP2)."""
+    if not isinstance(model, FSDPModule):
+        return cast(Callable[..., Any], getattr(tuner, method))
+    register_fsdp_forward_method(model, method)
+    return cast(Callable[..., Any], getattr(model, method))
 
 
 def _autocast(args: TrainingArguments, tuner: PatModel) -> torch.autocast:
@@ -198,6 +218,20 @@ def _restore_float32(tuner: PatModel) -> None:
         for parameter in tuner.model.parameters():
             if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()
+
+
+def _leave_sharded_dtypes() -> None:
+    """Have FSDP2 gather every parameter in its own dtype, mask and operators in float32; autocast does the rest.
+
+    Raises:
+        PatError: it is the first FSDP, which hides parameters in flat ones.
+    """
+    plugin: Any = getattr(AcceleratorState(), "fsdp_plugin", None) if is_initialized() else None
+    if plugin is None:
+        return
+    if plugin.fsdp_version != 2:
+        raise PatError(f"Got fsdp_version {plugin.fsdp_version}; set fsdp_version: 2 (configs/accelerate/fsdp2.yaml).")
+    plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 
 def _is_quantised(tuner: PatModel) -> bool:

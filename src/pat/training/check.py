@@ -21,6 +21,7 @@ from pat.surgery.describe import head_dim
 from pat.surgery.residual import ResidualStream
 from pat.training.arguments import TuneArguments
 from pat.training.calibration_text import read_calibration
+from pat.training.engine import check_engine, describe
 from pat.training.folder import check_folder
 from pat.training.prepare import Prepared
 from pat.training.run_file import RUN_FILE, RunFile
@@ -77,6 +78,7 @@ def check(arguments: TuneArguments) -> Checked:
     Raises:
         PatError: the output folder is in use, there is no such checkpoint or model, or the width is impossible.
     """
+    check_engine(arguments)
     checkpoint = check_folder(arguments)
     _warn_of_idle_flags(arguments)
     pat_config = arguments.pat_config()
@@ -146,14 +148,11 @@ def announce(arguments: TuneArguments, checked: Checked, data: Prepared, model: 
         reading += f" {LAYER_TOKENS:,} tokens are read {shape.size('layers')} times, to choose the layers."
     autocast = " under bf16 autocast" if arguments.sft.bf16 and model.dtype == torch.float32 else ""
     taught = announce_teacher(arguments, data, model, soft, num_steps)
-    device = str(model.device)
-    if (num_devices := torch.cuda.device_count()) > 1 and model.device.type == "cuda":
-        device += f", one of {num_devices} GPUs (several take several processes, which `pat tune` does not start)"
     kept = data.vocabulary.kept
     trimmed = "" if kept is None else f"vocabulary {data.vocabulary.num_untrimmed:,} to {len(kept):,} tokens, "
     print(
         f"{data.record.describe()} Model: {checked.family.model_type}, {trimmed}{shape.describe()}, "
-        f"{str(model.dtype).removeprefix('torch.')}{autocast} on {device}; {num_steps:,} steps, "
+        f"{str(model.dtype).removeprefix('torch.')}{autocast} on {describe(str(model.device))}; {num_steps:,} steps, "
         f"{soft:,} with a soft mask and {num_steps - soft:,} {rest}.{reading}{taught}",
         file=sys.stderr,
     )

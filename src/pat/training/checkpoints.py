@@ -8,18 +8,18 @@ import shutil
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import torch
 from peft import PeftModel, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from transformers import Trainer, TrainerState
-from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pat.checkpoint.staging import discard, staged_folder
 from pat.errors import PatError, one_line
+from pat.training.handover import cut_states, read_states, write_states
 from pat.tuner.compaction import CompactModel
 from pat.tuner.model import PatModel
 
@@ -29,6 +29,9 @@ STAGE_TWO = "compact"
 """Folder of stage two below the checkpoints, so that a resumed run finds the stage it was in."""
 
 RANDOM_STATE = "rng_state.pth"
+
+INSTEAD = {RANDOM_STATE: (RANDOM_STATE, "rng_state_0.pth"), OPTIMIZER_NAME: (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN)}
+"""What a file is called elsewhere: each of several processes has a random state, FSDP2 a file of another form."""
 
 NEEDED = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, RANDOM_STATE, TRAINER_STATE_NAME)
 """Files without which a training that goes on would not be the one that was cut off."""
@@ -69,7 +72,8 @@ def flaw(checkpoint: Path, needed: Collection[str] = NEEDED) -> str | None:
     The trainer writes into the folder's final place: one that was killed leaves a part of them, the last cut off.
     """
     for name in (*NEEDED, SCALER_NAME):
-        path = checkpoint / name
+        found = (checkpoint / other for other in INSTEAD.get(name, ()))
+        path = next((path for path in found if path.is_file()), checkpoint / name)
         if not path.is_file():
             if name in needed:
                 return f"it has no {name}"
@@ -116,11 +120,10 @@ def load_hard(trainer: Trainer, tuner: PatModel, checkpoint: str) -> bool:
     if not tuner.mask().hardened:
         return False
     for name in (OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME):
-        if not (Path(checkpoint) / name).is_file():
+        if not any((Path(checkpoint) / other).is_file() for other in INSTEAD.get(name, (name,))):
             raise PatError(
                 f"{checkpoint}: has no {name}, so it cannot be gone on from; resume from another checkpoint."
             )
-    trainer.create_optimizer().load_state_dict(torch.load(Path(checkpoint) / OPTIMIZER_NAME, weights_only=True))
     trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
     return True
 
@@ -138,45 +141,36 @@ def load_finished(trainer: Trainer, checkpoint: str, num_steps: int) -> bool:
     return True
 
 
-def continue_from(done: Path, trainer: Trainer, compact: CompactModel, stage_two: Trainer) -> Path:
-    """Turn stage one's last checkpoint into one that stage two resumes from, in stage two's own folder."""
+def continue_from(done: Path, trainer: Trainer, compact: CompactModel, masked: PeftModel, stage_two: Trainer) -> Path:
+    """Turn stage one's last checkpoint into one that stage two resumes from, in stage two's own folder.
+
+    Moments of parameters that go on are cut like they are. New factors have none and start at their own step 0; with
+    the old step count their first updates would be some three times too large.
+
+    Args:
+        done: the checkpoint.
+        trainer: of stage one.
+        compact: the small model.
+        masked: what it was made of, whose parameters it has inherited: the model of stage one, or a copy.
+        stage_two: trainer of the small model.
+    """
     target = Path(cast(str, stage_two.args.output_dir)) / done.name
     state = json.loads((done / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     # Where the best checkpoint so far was one of the masked model, it cannot be loaded into the compact one.
     state |= {"best_metric": None, "best_model_checkpoint": None, "best_global_step": None}
+    old = {parameter: name for name, parameter in masked.named_parameters()}
+    new = {parameter: name for name, parameter in compact.model.named_parameters()}
+    cuts = {
+        new[parameter]: (old[was.parameter], was.cut, was.parameter.shape)
+        for parameter, was in compact.inherited.items()
+    }
+    states, groups = read_states(done, trainer)
     with staged_folder(target, replaces=True) as folder:
         for file in done.iterdir():  # schedule, random state, scaler
             if file.suffix in (".pt", ".pth") and file.name != OPTIMIZER_NAME:
                 shutil.copy2(file, folder)
         assert (folder / SCHEDULER_NAME).is_file()
         compact.model.save_pretrained(str(folder))
-        torch.save(_inherited_state(trainer, compact, stage_two), folder / OPTIMIZER_NAME)
+        write_states(folder, stage_two, cut_states(states, cuts), groups)
         (folder / TRAINER_STATE_NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     return target
-
-
-def _inherited_state(trainer: Trainer, compact: CompactModel, stage_two: Trainer) -> dict[str, Any]:
-    """Return the optimizer state stage two starts with: the moments of parameters that go on, cut like they are.
-
-    New factors have none and start at their own step 0; with the old step count their first updates would be some three
-    times too large.
-    """
-    before = cast(torch.optim.Optimizer, trainer.optimizer)
-    now = stage_two.create_optimizer()
-    result: dict[str, Any] = now.state_dict()
-    parameters = [parameter for group in now.param_groups for parameter in group["params"]]
-    for index, parameter in enumerate(parameters):
-        old = compact.inherited.get(parameter)
-        state = {} if old is None else before.state.get(old.parameter, {})
-        tensors = [value for value in state.values() if isinstance(value, torch.Tensor) and value.dim() > 0]
-        # Optimizers with states of another shape (factored, quantised) start anew.
-        if old is None or not state or any(value.shape != old.parameter.shape for value in tensors):
-            continue
-        result["state"][index] = {
-            name: old.cut(value) if isinstance(value, torch.Tensor) and value.dim() > 0 else value
-            for name, value in state.items()
-        }
-    groups = zip(result["param_groups"], before.state_dict()["param_groups"], strict=False)
-    for group, old_group in groups:  # the learning rate as the schedule has left it
-        group.update({name: value for name, value in old_group.items() if name != "params"})
-    return result

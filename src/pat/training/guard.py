@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pat.errors import Diverged
+from pat.tuner.shared import sum_over_processes
 
 MAX_SKIPPED_STEPS = 20
 """Steps in a row that a float16 loss scaler may skip. It starts at 2**16 and halves at every overflow, so 16 steps take
@@ -34,8 +36,13 @@ class FiniteGuard(TrainerCallback):
             Diverged: some gradient is infinite or not a number; under float16, for `MAX_SKIPPED_STEPS` steps in a row.
         """
         gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        # Of sharded ones each process has a part, which may be empty; what one has found is for all.
+        gradients = [own for g in gradients if (own := g.to_local() if isinstance(g, DTensor) else g).numel()]
         # The largest entry: a sum of squares could overflow where every gradient is finite.
-        if torch.nn.utils.get_total_norm(gradients, norm_type=float("inf")).isfinite():
+        largest = torch.nn.utils.get_total_norm(gradients, norm_type=float("inf"))
+        is_bad = (~largest.isfinite()).float()
+        sum_over_processes(is_bad)
+        if not is_bad:
             self._num_skipped = 0
             return
         self._num_skipped += 1

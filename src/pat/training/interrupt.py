@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
+from pat import ranks
 from pat.errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -27,8 +28,9 @@ class StopOnSignal(TrainerCallback):
         self._has_saved = False
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save, stop and log (the loss since the last log would be lost)."""
-        if self.received is not None:
+        """Save, stop and log (the loss since the last log would be lost), if any process has got a signal."""
+        if number := ranks.largest(self.received or 0):
+            self.received = signal.Signals(number)
             args.save_only_model, self._has_saved = False, True
             control.should_save = control.should_training_stop = control.should_log = True
 
@@ -65,6 +67,8 @@ class StopOnSignal(TrainerCallback):
             signal.raise_signal(number)
             return
         self.received = signal.Signals(number)
+        if not ranks.is_first():
+            return
         line = f"{self.received.name}: stopping after this step, with a checkpoint; a second one stops at once.\n"
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, line.encode())  # a handler may not enter `print`
 

@@ -29,6 +29,7 @@ metric_for_best_model greater_is_better include_num_input_tokens_seen report_to 
 push_to_hub hub_* disable_tqdm debug skip_memory_metrics
 resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint no_compact
 dataloader_* dataset_num_proc use_cpu dtype bf16* fp16* tf32 attn_implementation gradient_checkpointing*
+fsdp* deepspeed ddp_* average_tokens_across_devices eval_use_gather_object
 activation_* torch_compile* use_liger_kernel liger_kernel_config use_cache full_determinism accelerator_config
 """
 

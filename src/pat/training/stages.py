@@ -11,9 +11,9 @@ import gc
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,18 +21,21 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from pat import ranks
 from pat.checkpoint.card import Compaction
-from pat.checkpoint.compact import ADAPTER, MODEL, read_compaction, save_adapter, write_compact
-from pat.checkpoint.staging import discard, staged_folder
+from pat.checkpoint.compact import ADAPTER, MODEL, read_compaction, write_compact
+from pat.checkpoint.staging import discard
 from pat.errors import Diverged, PatError, RunFailed
-from pat.loading import TokenSetup, load_base
+from pat.loading import TokenSetup
 from pat.method.schedule import milestone_step
 from pat.training.arguments import TuneArguments
+from pat.training.base import load_compact, with_adapter
 from pat.training.callback import PatCallback
 from pat.training.check import compacts, warn_without_rotation
 from pat.training.checkpoints import STAGE_TWO, continue_from, is_compact, load_finished, load_hard
 from pat.training.folder import Start
 from pat.training.guard import FiniteGuard
+from pat.training.handover import is_sharded, suit, unsharded, write_adapter
 from pat.training.interrupt import StopOnSignal
 from pat.training.prepare import Prepared
 from pat.training.run_file import RUN_FILE, RunFile
@@ -46,6 +49,7 @@ from pat.training.trainer import (
     restore_router_settings,
     router_settings,
 )
+from pat.tuner.compaction import CompactModel
 from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel, find_tuner
 
@@ -65,6 +69,8 @@ class Stages:
     """Optimizer steps of both stages together."""
     base: PreTrainedModel | None
     """Base model. Nobody else may hold it, or it stays in memory beside the compact model."""
+    load_again: Callable[[], PreTrainedModel]
+    """Loads the base model anew: an engine that shards it leaves nobody with a whole one."""
     callbacks: Sequence[TrainerCallback] = ()
     """Further callbacks of both trainers."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -143,18 +149,11 @@ class Stages:
         """Return what the folder holds of a training that is over."""
         folder = last_adapter(self.arguments.output_dir)
         facts = training_facts(self.arguments.output_dir, self.num_steps)
-        model = self._load_compact(folder) if folder.parent == self.compact_dir else self._on(base, folder)
+        model = self._load_compact(folder) if folder.parent == self.compact_dir else with_adapter(base, folder)
         return Trained.of(cast(dict[str, Any], facts), model, self.run_file, self.arguments.output_dir)
 
     def _load_compact(self, adapter: str | Path) -> PeftModel:
-        options = self.arguments.model
-        base: Any = load_base(
-            str(self.compact_dir / MODEL), dtype=options.dtype, attn_implementation=options.attn_implementation
-        )
-        return self._on(base.to(self.arguments.sft.device), adapter)
-
-    def _on(self, base: Any, adapter: str | Path) -> PeftModel:
-        return PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+        return load_compact(self.arguments, self.compact_dir / MODEL, adapter)
 
     def _resume_compact(self, checkpoint: str) -> Trained:
         record = read_compaction(self.compact_dir)
@@ -193,6 +192,8 @@ class Stages:
         try:
             with self._begun(), stop.listening(trainer):
                 if resume_from is None or not load_finished(trainer, resume_from, self.num_steps):
+                    if resume_from is not None:
+                        ranks.first_alone(lambda: suit(Path(resume_from), trainer))
                     trainer.train(resume_from_checkpoint=resume_from)
         except Diverged as error:
             last = Path(cast(str, trainer.args.output_dir)) / "last-finite"
@@ -203,7 +204,7 @@ class Stages:
 
     def _finished(self, part: str) -> None:
         self.run_file = self.run_file.after(part)
-        self.run_file.write(self.arguments.output_dir)
+        ranks.first_alone(lambda: self.run_file.write(self.arguments.output_dir))
 
     def _say(self, line: str) -> None:
         """Say on stderr what takes long now, unless bars are not wanted."""
@@ -214,11 +215,13 @@ class Stages:
     def _begun(self) -> Iterator[None]:
         """Write what run this is; if the user's input turns out to be wrong, take back what was made until then."""
         output_dir = self.arguments.output_dir
-        is_new = not (output_dir / RUN_FILE).exists()
-        self.run_file.write(output_dir)
+        is_new = ranks.first(lambda: not (output_dir / RUN_FILE).exists())
+        ranks.first_alone(lambda: self.run_file.write(output_dir))
         try:
             yield
         except PatError as error:
+            if not ranks.is_first():
+                raise
             if is_new and not isinstance(error, RunFailed):
                 (output_dir / RUN_FILE).unlink()
             if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
@@ -234,32 +237,42 @@ class Stages:
         """
         started = time.perf_counter()
         restore_router_settings(model.config, self.router_settings)
-        with staged_folder(self.arguments.output_dir / "adapter", replaces=True) as staging:
-            save_adapter(model, staging, self.tokens)
-        # Of an earlier run: its stage two belongs to other channels, and must not be what a resumed run finds.
-        for folder in (self.checkpoints / STAGE_TWO, self.compact_dir):
-            discard(folder)
-        self._say("Writing the small model, and comparing it with the masked one.")
-        compact, record = write_compact(
-            model,
-            tuner,
-            self.compact_dir,
-            tokens=self.tokens,
-            batches=self.data.verify_on,
-            seed=self.arguments.sft.seed,
-        )
+        adapter = self.arguments.output_dir / "adapter"
+        write_adapter(trainer, adapter, self.tokens, grown=bool(self.data.vocabulary.added))
+        written: list[tuple[PeftModel, CompactModel, Compaction]] = []
+        ranks.first_alone(lambda: written.append(self._write_compact(trainer, adapter)))
+        # The first process goes on with what it has made, the others with what it has written.
+        record = ranks.first(lambda: written[0][2])
+        small = written[0][1].model if written else self._load_compact(self.compact_dir / ADAPTER)
         self._say(f"Milestone: {record.describe()}; training goes on as LoRA on the small model.")
         args = self.data.trainer_args(self.arguments.sft)
-        stage_two = self._trainer(compact.model, args, self.checkpoints / STAGE_TWO)
+        stage_two = self._trainer(small, args, self.checkpoints / STAGE_TWO)
         start = None
         if trainer.state.global_step == 0:  # there is no checkpoint to take the log along
             stage_two.add_callback(KeepLog(trainer.state.log_history))
         else:
             last = Path(done) if done else self.checkpoints / f"checkpoint-{trainer.state.global_step}"
-            start = str(continue_from(last, trainer, compact, stage_two))
+            start = ranks.first(lambda: str(continue_from(last, trainer, written[0][1], written[0][0], stage_two)))
         self.seconds["compaction"] = time.perf_counter() - started
         self._finished("compaction")
         return stage_two, start, record
+
+    def _write_compact(self, trainer: SFTTrainer, adapter: Path) -> tuple[PeftModel, CompactModel, Compaction]:
+        """Write the compact model; return what it was made of, it, and the record of that."""
+        # Of an earlier run: its stage two belongs to other channels, and must not be what a resumed run finds.
+        for folder in (self.checkpoints / STAGE_TWO, self.compact_dir):
+            discard(folder)
+        self._say("Writing the small model, and comparing it with the masked one.")
+        masked = with_adapter(self.load_again(), adapter) if is_sharded(trainer) else cast(PeftModel, trainer.model)
+        compact, record = write_compact(
+            masked,
+            cast(PatModel, find_tuner(masked)),
+            self.compact_dir,
+            tokens=self.tokens,
+            batches=self.data.verify_on,
+            seed=self.arguments.sft.seed,
+        )
+        return masked, compact, record
 
     def _trained(self, trainer: SFTTrainer, record: Compaction | None, config: Any) -> Trained:
         model = cast(PeftModel, trainer.model)
@@ -277,7 +290,7 @@ class Stages:
             self.teaching.record(trainer),
         )
         folder = self.arguments.output_dir / "adapter" if record is None else self.compact_dir / ADAPTER
-        with staged_folder(folder, replaces=True) as staging:
-            save_adapter(model, staging, self.tokens)
-            trained.write(staging, self.num_steps)
-        return trained
+        grown = bool(self.data.vocabulary.added)
+        write_adapter(trainer, folder, self.tokens, grown=grown, also=lambda path: trained.write(path, self.num_steps))
+        whole = self._load_compact if record is not None else lambda path: with_adapter(self.load_again(), path)
+        return replace(trained, model=unsharded(trainer, lambda: whole(folder)))

@@ -15,6 +15,7 @@ from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 
+from pat import ranks
 from pat.checkpoint.card import shown_name
 from pat.errors import PatError, one_line
 from pat.loading import check_kind, quantization_of
@@ -208,7 +209,10 @@ class Teaching:
         places = Places.of(rows)
         name = places.name(num, _identity(self.arguments, model, self.base_id))
         folder = self.arguments.output_dir / "checkpoints" / name
-        if not folder.is_dir():
+
+        def ask() -> None:
+            if folder.is_dir():
+                return
             size = places.num_bytes(num)
             self.say(f"Asking the teacher for {places.num_positions:,} tokens; {size:,} bytes go to {folder}.")
             write_lessons(
@@ -228,6 +232,8 @@ class Teaching:
                 ),
                 progress=not sft.disable_tqdm,
             )
+
+        ranks.first_alone(ask)
         return LessonsOnDisk(folder, places)
 
     def _teacher(self, model: PeftModel | None) -> Teacher:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
+from pat import ranks
 from pat.checkpoint.staging import make_readable, sync
 from pat.loading import TokenSetup
 from pat.training.distill import DistillingTrainer
@@ -104,6 +105,10 @@ class SaveTokens(TrainerCallback):
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write tokenizer and generation config, and have the whole checkpoint on the disk before training goes on."""
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        ranks.wait()  # each process writes its random state
+        ranks.first_alone(lambda: self._complete(folder))
+
+    def _complete(self, folder: Path) -> None:
         self.tokens.save(folder)
         make_readable(folder)
         sync(folder)

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
-from peft import prepare_model_for_kbit_training
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback, set_seed
-from trl import get_quantization_config
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
+from pat import ranks
 from pat.checkpoint.card import Cut, shown_name
 from pat.checkpoint.staging import discard, remove_unfinished, staged_folder, write_whole
 from pat.checkpoint.verify import Parity
 from pat.checkpoint.write import examine, quiet_transformers, save_checkpoint
 from pat.errors import PatError, one_line
-from pat.loading import TokenSetup, empty_model, load_base, load_config, quantization_of, stored_dtype
+from pat.loading import TokenSetup, empty_model, load_config, stored_dtype
 from pat.loading.tokenizer import load_plain_tokenizer
 from pat.method.schedule import milestone_step
 from pat.report.progress import bars_of_datasets
 from pat.report.records import collected_warnings, to_json
 from pat.training.arguments import TuneArguments, build_arguments
+from pat.training.base import load, load_again
 from pat.training.check import announce, check, check_run
 from pat.training.folder import CHECKPOINTS, MODEL, NAMES, RESULTS, clear, find_finished, find_start, run_folder
 from pat.training.prepare import Prepared, prepare
@@ -53,67 +55,113 @@ def tune(**flags: Any) -> TuneResult:
 
 def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()) -> TuneResult:
     """Run `pat tune` from parsed arguments, with further callbacks for the trainers of both stages; see `tune`."""
-    shown, folder = not arguments.sft.disable_tqdm, arguments.output_dir
+    shown = not arguments.sft.disable_tqdm
     with (
-        run_folder(folder),
+        _together(arguments),
         collected_warnings() as warnings,
         bars_of_datasets(shown=shown),
         quiet_transformers(not shown),
     ):
         # Everything that can be wrong is found before the weights are loaded, and before anything is written.
-        checked, asked = check(arguments), arguments
+        checked, asked = ranks.first_then_others(lambda: check(arguments)), arguments
         arguments = checked.arguments
-        data = prepare(arguments, checked.base_config)
-        run = check_run(asked, checked, data)
-        if (record := find_finished(arguments, checked.checkpoint)) is not None:
-            repository = None if "pushed" in run.finished else open_repository(arguments)
-            return _end(arguments, run, TuneResult(folder, record, was_finished=True), repository)
+        data = ranks.first_then_others(lambda: prepare(arguments, checked.base_config))
+        run = ranks.first_then_others(lambda: check_run(asked, checked, data))
+        if (record := ranks.first(lambda: find_finished(arguments, checked.checkpoint))) is not None:
+            return ranks.first(partial(_end_again, arguments, run, record))
         num_steps = rehearse(arguments, data, data.vocabulary.config_of(checked.base_config), checked.family)
-        repository = open_repository(arguments)
-        start = find_start(arguments, checked.checkpoint, num_steps)
+        repository = ranks.first(lambda: open_repository(arguments))
+        start = ranks.first(lambda: find_start(arguments, checked.checkpoint, num_steps))
 
-        base = _load(arguments, data)
+        base = load(arguments, data)
         announce(arguments, checked, data, base, num_steps)
-        clear(arguments, start)
+        ranks.first_alone(lambda: clear(arguments, start))
         # Training may load float32 for speed or stability; what is written keeps the dtype of the base's checkpoint.
         dtype, device = base.dtype, base.device
         stored = stored_dtype(checked.base_config, revision=arguments.model.model_revision) or dtype
         size = Size.of(checked.base_config, stored)
-        figures = {"base": measure(base, data, "base", size, progress=shown)}
+        figures = {"base": ranks.first(partial(measure, base, data, "base", size, progress=shown))}
         data.vocabulary.fit(base)
-        answers = greedy_answers(base, data)
+        answers = ranks.first(partial(greedy_answers, base, data))
         tokens = _tokens(arguments, data, base, data.vocabulary.config_of(checked.base_config))
-        stages = Stages(arguments, data, tokens, start.phases(run), num_steps, base, callbacks)
-        del base  # nobody else may hold it, or it stays in memory beside the small model
-        trained = stages.run(start)
-        inner = cast(PreTrainedModel, trained.model.get_base_model())
-        size = (size if trained.compaction is None else Size.of(inner.config, stored)).with_adapter(trained.model)
-        figures["tuned"] = measure(inner, data, "tuned", size, progress=shown)
-
-        found = _examine(arguments, data, trained, stored) if start.is_trained else None
-        parity, cut = found or _write(arguments, data, tokens, trained, figures, stored)
-        run = trained.run.after("model")
-        run.write(folder)
-        dense: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=dtype)
-        size = Size(cut.num_parameters, cut.num_parameters * stored.itemsize)
-        figures["dense"] = measure(dense.to(device), data, "dense", size, progress=shown)
-        samples = paired(answers, greedy_answers(dense, data))
-        warn_of_losses(figures, dense.config.get_text_config().vocab_size)
-
-        record = _record(
+        stages = Stages(
             arguments,
             data,
-            trained,
-            device=str(device),
-            dtype=str(dtype).removeprefix("torch."),
-            cut=cut,
-            figures=figures,
-            parity=parity,
-            samples=samples,
-            warnings=warnings,
+            tokens,
+            start.phases(run),
+            num_steps,
+            base,
+            partial(load_again, arguments, data),
+            callbacks,
         )
-        write_whole(folder / RESULTS, to_json(record))
-        return _end(arguments, run, TuneResult(folder, record), repository)
+        del base  # nobody else may hold it, or it stays in memory beside the small model
+        trained = stages.run(start)
+
+        def finish() -> TuneResult:
+            record = _finish(
+                arguments,
+                data,
+                tokens,
+                trained,
+                figures,
+                is_trained=start.is_trained,
+                size=size,
+                stored=stored,
+                answers=answers,
+                warnings=warnings,
+                device=str(device),
+                dtype=str(dtype).removeprefix("torch."),
+            )
+            return _end(arguments, trained.run.after("model"), TuneResult(arguments.output_dir, record), repository)
+
+        return ranks.first(finish)
+
+
+@contextmanager
+def _together(arguments: TuneArguments) -> Iterator[None]:
+    """Hold the run's folder, in the first process; the others know whether that worked, and are silent."""
+    _ = arguments.sft.device  # connects the processes
+    ranks.meet()
+    with ExitStack() as stack:
+        stack.enter_context(ranks.only_first_speaks())
+        ranks.first_alone(lambda: stack.enter_context(run_folder(arguments.output_dir)))
+        yield
+
+
+def _finish(
+    arguments: TuneArguments,
+    data: Prepared,
+    tokens: TokenSetup,
+    trained: Trained,
+    figures: dict[str, ModelFigures],
+    *,
+    is_trained: bool,
+    size: Size,
+    stored: torch.dtype,
+    answers: list[tuple[str, str]],
+    **found: Any,
+) -> TuneRecord:
+    """Merge, write, verify and measure what has been trained, and write the record of the run."""
+    shown, folder = not arguments.sft.disable_tqdm, arguments.output_dir
+    inner = cast(PreTrainedModel, trained.model.get_base_model())
+    size = (size if trained.compaction is None else Size.of(inner.config, stored)).with_adapter(trained.model)
+    figures["tuned"] = measure(inner, data, "tuned", size, progress=shown)
+    examined = _examine(arguments, data, trained, stored) if is_trained else None
+    parity, cut = examined or _write(arguments, data, tokens, trained, figures, stored)
+    trained.run.after("model").write(folder)
+    dense: Any = AutoModelForCausalLM.from_pretrained(folder / MODEL, dtype=inner.dtype)
+    size = Size(cut.num_parameters, cut.num_parameters * stored.itemsize)
+    figures["dense"] = measure(dense.to(inner.device), data, "dense", size, progress=shown)
+    samples = paired(answers, greedy_answers(dense, data))
+    warn_of_losses(figures, dense.config.get_text_config().vocab_size)
+    record = _record(arguments, data, trained, cut=cut, figures=figures, parity=parity, samples=samples, **found)
+    write_whole(folder / RESULTS, to_json(record))
+    return record
+
+
+def _end_again(arguments: TuneArguments, run: RunFile, record: TuneRecord) -> TuneResult:
+    repository = None if "pushed" in run.finished else open_repository(arguments)
+    return _end(arguments, run, TuneResult(arguments.output_dir, record, was_finished=True), repository)
 
 
 def _end(arguments: TuneArguments, run: RunFile, result: TuneResult, repository: str | None) -> TuneResult:
@@ -169,28 +217,6 @@ def _facts(arguments: TuneArguments, data: Prepared, trained: Trained) -> dict[s
         "prompt_format": formats.get(data.record.template or "", "none, texts as they are"),
         "learning_rates": rates,
     }
-
-
-def _load(arguments: TuneArguments, data: Prepared) -> PreTrainedModel:
-    """Load the base onto the trainer's device, quantised if asked for, with embeddings for tokens that were added."""
-    options, sft = arguments.model, arguments.sft
-    quantization = get_quantization_config(options)
-    set_seed(sft.seed)
-    base = load_base(
-        arguments.run.model_name_or_path,
-        revision=options.model_revision,
-        dtype=options.dtype,
-        attn_implementation=options.attn_implementation,
-        quantization_config=quantization,
-    )
-    if quantization_of(base.config) is None:  # neither by a flag nor in the checkpoint
-        base = cast(PreTrainedModel, base.to(sft.device))  # type: ignore[arg-type]
-    else:
-        checkpointing = bool(sft.gradient_checkpointing)
-        base = cast(PreTrainedModel, prepare_model_for_kbit_training(base, use_gradient_checkpointing=checkpointing))
-    if data.vocabulary.kept is None:  # else it is measured whole before
-        data.vocabulary.fit(base)
-    return base
 
 
 def _tokens(arguments: TuneArguments, data: Prepared, base: PreTrainedModel, base_config: Any) -> TokenSetup:

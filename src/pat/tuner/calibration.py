@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from pat.errors import Diverged, PatError
 from pat.method.basis import UnifiedMask
@@ -19,6 +19,7 @@ from pat.surgery.precision import to_float64, without_autocast
 from pat.surgery.residual import ResidualStream
 from pat.surgery.rotation import ChannelOrder, equalising_factor, gain_block, importance_order, pca_order
 from pat.tuner.config import PatConfig
+from pat.tuner.shared import own_rows, share_from_first_process, sum_over_processes, total_over_processes
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def choose_channels(
         batches: see `StreamStatistics.collect`; read until there are enough tokens.
 
     Returns:
-        The order, in a distributed run that of the first process.
+        The order, in a distributed run of what all processes have measured, as the first one rounds it.
 
     Raises:
         PatError: the batches hold no token, or too few channels can be rotated.
@@ -114,6 +115,7 @@ class StreamStatistics:
         """
         recorders = {site: partial(self.record, site) for site in self._sites()}
         self.num_tokens = watch_inputs(self.model, recorders, batches, max_tokens)
+        sum_over_processes(*self._moments.values())
         if not all(moment.isfinite().all() for moment in self._moments.values()):
             raise Diverged(NOT_FINITE)
 
@@ -167,17 +169,6 @@ class StreamStatistics:
         return sites
 
 
-def share_from_first_process(*tensors: Tensor | None) -> None:
-    """Overwrite tensors by those of the first process, in a distributed run."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return
-    # Each process has read its own share of the data (and rounds in its own way): with bases of their own they would
-    # average gradients of different functions.
-    for tensor in tensors:
-        if tensor is not None:
-            distributed.broadcast(tensor, src=0)
-
-
 @torch.no_grad()
 def watch_inputs(
     model: nn.Module,
@@ -186,6 +177,8 @@ def watch_inputs(
     max_tokens: int,
 ) -> int:
     """Run a model over batches and show what goes into some of its modules; return the number of tokens.
+
+    In a distributed run each process sees a part of the rows, see `token_batches`; the number is that of all.
 
     Args:
         model: the model, its adapters disabled.
@@ -207,13 +200,15 @@ def watch_inputs(
             watch.selected = real.flatten().nonzero().squeeze(1)
             num_tokens += len(watch.selected)
             model(**inputs, use_cache=False, logits_to_keep=1)
-    return num_tokens
+    return total_over_processes(num_tokens, model)
 
 
 def token_batches(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], max_tokens: int
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """Yield what a model is to read of each batch, on its device, and which of its tokens are real `(batch, length)`.
+
+    In a distributed run every process is given the same batches, and reads its share of the rows of each.
 
     Args:
         model: the model.
@@ -238,7 +233,9 @@ def token_batches(
         }
         real = real_tokens(model, inputs["input_ids"], inputs)
         num_tokens += int(real.sum())
-        yield inputs, real
+        inputs, has_rows = own_rows(inputs | {"real": real})
+        real = inputs.pop("real")
+        yield inputs, real if has_rows else torch.zeros_like(real)
     if num_tokens == 0:
         raise PatError("The calibration data holds no tokens; expected batches with input_ids.")
 

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from pat import ranks
 from pat.errors import Diverged
 from pat.method.gate import Gate
 from pat.nll import LOGIT_ROWS, evaluating
 from pat.surgery.layers import layers_of
 from pat.surgery.residual import ResidualStream
 from pat.surgery.rotation import importance_order
-from pat.tuner.calibration import NOT_FINITE, share_from_first_process, token_batches
+from pat.tuner.calibration import NOT_FINITE, token_batches
+from pat.tuner.shared import share_from_first_process, sum_over_processes, total_over_processes
 
 LAYER_TOKENS = 4096
 """Number of tokens on which the loss without each layer is measured, in one forward pass for each layer."""
@@ -69,13 +71,18 @@ def losses_without(
             scored = real[:, 1:] & real[:, :-1]
             if "position_ids" in inputs:  # rows that are packed begin at 0
                 scored = scored & (inputs["position_ids"].expand_as(real)[:, 1:] > 0)
-            if not scored.any():
+            if not ranks.connected() and not scored.any():
                 continue
             num_scored += int(scored.sum())
             for number, modules in enumerate(ends):
                 with _silenced(modules):
                     loss = _loss(model, inputs, scored)
                 total[number] += loss
+    # On the model's device, where the processes can sum.
+    device = next(model.parameters()).device
+    sums = total.to(device)
+    sum_over_processes(sums)
+    total, num_scored = sums.cpu(), total_over_processes(num_scored, model)
     if num_scored == 0 or not total.isfinite().any():
         raise Diverged(NOT_FINITE)
     return total / num_scored

@@ -17,8 +17,9 @@ from pat.method.inner import ExpertsGate, InnerGate
 from pat.surgery.compensate import elimination, reconstruction, shrink
 from pat.surgery.precision import to_float64, without_autocast
 from pat.surgery.rotation import importance_order
-from pat.tuner.calibration import NOT_FINITE, share_from_first_process, watch_inputs
+from pat.tuner.calibration import NOT_FINITE, watch_inputs
 from pat.tuner.experts import ExpertsWatch, tokens_per_routed
+from pat.tuner.shared import share_from_first_process, sum_over_processes, total_over_processes
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +77,12 @@ class InnerMoments:
             experts = {p: ExpertsWatch(self.model.get_submodule(p)) for p in group if _has_experts(self.gates[p])}
             watchers = {path: experts.get(path) or partial(_add, moments, path) for path in group}
             self.num_tokens = watch_inputs(self.model, watchers, shown, self.enough)
+            sum_over_processes(*(moment for path, moment in moments.items() if path not in experts))
             for path, watch in experts.items():
                 moments[path] = watch.moments
+                sum_over_processes(*watch.moments)
                 for moment, num_tokens in zip(watch.moments, watch.num_tokens, strict=True):
+                    num_tokens = total_over_processes(int(num_tokens), self.model)
                     self.num_scarce += num_tokens < len(moment)
                     shrink(moment, num_tokens)
             if not all(moment.isfinite().all() for moment in moments.values()):

@@ -12,6 +12,7 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
 from pat.errors import PatError
+from pat.method.sharded import whole
 from pat.surgery.adapted import AdaptedMatrix, merged
 
 PREFIX = "lora_"
@@ -125,16 +126,16 @@ def _dequantized(module: nn.Module) -> Tensor:
 
 
 def _factored(weight: Tensor, layer: LoraLayer, adapter_name: str) -> AdaptedMatrix:
-    a, b = (cast(nn.Linear, factor[adapter_name]).weight.detach() for factor in (layer.lora_A, layer.lora_B))
+    a, b = (whole(cast(nn.Linear, factor[adapter_name]).weight.detach()) for factor in (layer.lora_A, layer.lora_B))
     fine = torch.promote_types(b.dtype, torch.float32)
-    return AdaptedMatrix(weight.detach(), b.to(fine), a.to(fine), layer.scaling[adapter_name])
+    return AdaptedMatrix(whole(weight.detach()), b.to(fine), a.to(fine), layer.scaling[adapter_name])
 
 
 def _sum(delta: Tensor, base: Tensor) -> Tensor:
     """Add a base weight to LoRA's delta, in place."""
     dtype = torch.promote_types(torch.promote_types(base.dtype, delta.dtype), torch.float32)
-    return delta.to(dtype).add_(base.detach())
+    return whole(delta).to(dtype).add_(whole(base.detach()))
 
 
 def _upcast(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+    return whole(tensor.detach()).to(torch.promote_types(tensor.dtype, torch.float32))

@@ -17,6 +17,7 @@ from pat.training.run_file import MAY_CHANGE
 BASE: dict[str, Any] = {"model_name_or_path": "base", "dataset_name": "data.jsonl", "output_dir": "out"}
 
 USED = """
+deepspeed
 model_name_or_path model_revision dtype attn_implementation lora_r lora_alpha lora_dropout lora_target_modules
 lora_target_parameters lora_modules_to_save use_rslora use_dora load_in_8bit load_in_4bit bnb_4bit_quant_type
 use_bnb_nested_quant bnb_4bit_quant_storage output_dir push_to_hub hub_token hub_private_repo hub_model_id hub_revision
@@ -26,6 +27,8 @@ disable_tqdm
 """
 
 PASSED_ON = """
+fsdp fsdp_config average_tokens_across_devices ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
+ddp_static_graph ddp_backend ddp_timeout eval_use_gather_object
 per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps
 optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon optim_target_modules gradient_accumulation_steps
 max_grad_norm label_smoothing_factor bf16 fp16 tf32 activation_checkpointing activation_checkpointing_kwargs

@@ -1,0 +1,56 @@
+"""Loads the models of a run: its base, and the compact one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from peft import PeftModel, prepare_model_for_kbit_training
+from transformers import PreTrainedModel, set_seed
+from trl import get_quantization_config
+
+from pat.loading import load_base, quantization_of
+from pat.training.arguments import TuneArguments
+from pat.training.engine import place_for
+from pat.training.prepare import Prepared
+
+
+def load(arguments: TuneArguments, data: Prepared) -> PreTrainedModel:
+    """Load the base onto the trainer's device, quantised if asked for, with embeddings for tokens that were added."""
+    options, sft = arguments.model, arguments.sft
+    quantization = get_quantization_config(options)
+    set_seed(sft.seed)
+    base = load_base(
+        arguments.run.model_name_or_path,
+        revision=options.model_revision,
+        dtype=options.dtype,
+        attn_implementation=options.attn_implementation,
+        quantization_config=quantization,
+    )
+    if quantization_of(base.config) is None:  # neither by a flag nor in the checkpoint
+        base = cast(PreTrainedModel, base.to(place_for(base, sft)))  # type: ignore[arg-type]
+    else:
+        checkpointing = bool(sft.gradient_checkpointing)
+        base = cast(PreTrainedModel, prepare_model_for_kbit_training(base, use_gradient_checkpointing=checkpointing))
+    if data.vocabulary.kept is None:  # else it is measured whole before
+        data.vocabulary.fit(base)
+    return base
+
+
+def load_again(arguments: TuneArguments, data: Prepared) -> PreTrainedModel:
+    """Load the base as it is trained."""
+    base = load(arguments, data)
+    data.vocabulary.fit(base)
+    return base
+
+
+def load_compact(arguments: TuneArguments, folder: Path, adapter: str | Path) -> PeftModel:
+    """Load the small model of a folder with one of its adapters, to be trained on."""
+    options, sft = arguments.model, arguments.sft
+    base: Any = load_base(str(folder), dtype=options.dtype, attn_implementation=options.attn_implementation)
+    return with_adapter(base.to(place_for(base, sft)), adapter)
+
+
+def with_adapter(base: Any, adapter: str | Path) -> PeftModel:
+    """Put a stored adapter on a base, to be trained on."""
+    return PeftModel.from_pretrained(base, str(adapter), is_trainable=True)

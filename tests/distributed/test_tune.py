@@ -1,0 +1,188 @@
+"""`pat tune` in several processes: the same run as in one, and one end for all."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pat.cli import main
+
+HERE = Path(__file__).parent
+
+STEPS = 6
+
+LOSS = 1e-5
+"""Largest difference of a loss in nats: float32, sums in another order. AdamW's epsilon is raised, because with 1e-8 it
+turns gradients that are made of rounding into whole steps."""
+
+WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "big", "red", "ball", "then", "ran", "home")
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+"""What `accelerate launch --config_file configs/accelerate/fsdp2.yaml` says to its processes."""
+
+TIMEOUT = 600
+
+
+def flags(base: Path, data: Path, out: Path, batch_size: int, **more: Any) -> list[str]:
+    """Return the arguments of a short run of both stages of the default recipe."""
+    given = {
+        "model_name_or_path": base,
+        "dataset_name": data,
+        "output_dir": out,
+        "per_device_train_batch_size": batch_size,
+        "max_steps": STEPS,
+        "milestone": 0.5,
+        "axes": "mlp,hidden",
+        "held_out": "8",
+        "max_length": 64,
+        "refit_tokens": 512,
+        "calibration_tokens": 256,
+        "adam_epsilon": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": "true",
+        "use_cpu": "true",
+        "dtype": "float32",
+        "bf16": "false",
+        **more,
+    }
+    return ["tune", *(word for name, value in given.items() for word in (f"--{name}", *str(value).split(",")))]
+
+
+def start(argv: list[str], num_processes: int, *, fsdp: bool = False) -> subprocess.Popen[str]:
+    """Start a run in several processes, as torchrun does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    source = str(HERE.parents[1] / "src")
+    environment = os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    launcher = (sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes}")
+    program = [str(HERE / "fsdp_on_cpu.py")] if fsdp else ["--module", "pat"]
+    return subprocess.Popen(
+        [*launcher, f"--master-port={port}", *program, *argv],
+        env=environment | (FSDP2 if fsdp else {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(argv: list[str], num_processes: int, *, fsdp: bool = False) -> tuple[int, str]:
+    """Run it to its end; return the launcher's status and what was printed on stderr."""
+    process = start(argv, num_processes, fsdp=fsdp)
+    _, err = process.communicate(timeout=TIMEOUT)
+    return process.returncode, err
+
+
+def losses(out: Path) -> list[float]:
+    """Return the losses of both stages."""
+    record = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    return [row["loss"] for row in record["log_history"] if "loss" in row]
+
+
+def check_same(out: Path, reference: Path) -> None:
+    """Check that a run has taken the steps of another one and kept the same channels."""
+    mine, others = losses(out), losses(reference)
+    assert len(mine) == len(others) == STEPS
+    assert max(abs(one - other) for one, other in zip(mine, others, strict=True)) <= LOSS
+    kept, expected = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (out, reference))
+    gates = [name for name in expected if name.endswith(".keep")]
+    assert len(gates) > 1 and all(torch.equal(kept[name], expected[name]) for name in gates)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ninety-six short rows; no two of them are the same."""
+    generator = torch.Generator().manual_seed(0)
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+
+    def words(num: int) -> str:
+        return " ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (num,), generator=generator))
+
+    lines = ({"prompt": words(4), "completion": f" {words(4 + number % 9)}"} for number in range(96))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(stories260k_path: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process with batches of eight rows."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    assert main(flags(stories260k_path, rows, out, 8)) == 0
+    return out
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "fsdp"),
+    [
+        (2, False),
+        (2, True),
+        pytest.param(4, False, marks=pytest.mark.slow),
+        pytest.param(4, True, marks=pytest.mark.slow),
+    ],
+)
+def test_several_processes_are_one_with_their_batches_together(
+    num_processes: int, fsdp: bool, alone: Path, stories260k_path: Path, rows: Path, tmp_path: Path
+) -> None:
+    argv = flags(stories260k_path, rows, tmp_path / "out", 8 // num_processes)
+    status, err = run(argv, num_processes, fsdp=fsdp)
+    assert status == 0, err
+    check_same(tmp_path / "out", alone)
+    assert err.count("Data: ") == 1  # the first process alone speaks
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_wrong_input_ends_all_processes_with_one_line(rows: Path, tmp_path: Path) -> None:
+    began = time.monotonic()
+    status, err = run(flags(tmp_path / "nowhere", rows, tmp_path / "out", 4), 2)
+    assert status != 0 and time.monotonic() - began < TIMEOUT / 2
+    (line,) = (line for line in err.splitlines() if line.startswith("pat: "))
+    assert "nowhere" in line and "no such folder" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_a_run_whose_process_was_killed_goes_on_with_another_number_of_processes(
+    fsdp: bool, alone: Path, stories260k_path: Path, rows: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    more = {"save_strategy": "steps", "save_steps": 1}
+    process = start(flags(stories260k_path, rows, out, 4, **more), 2, fsdp=fsdp)
+    while not (out / "checkpoints" / "checkpoint-2" / "trainer_state.json").is_file():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    os.kill(rank_of(process.pid, 1), signal.SIGKILL)
+    _, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode != 0 and "SIGKILL" in err
+    assert not (out / "results.json").exists()
+    # A checkpoint of two processes is gone on from by four, by one, and by another engine.
+    assert run(flags(stories260k_path, rows, out, 2, **more), 4, fsdp=not fsdp)[0] == 0
+    check_same(out, alone)
+
+
+def rank_of(launcher: int, rank: int) -> int:
+    """Return the process id of one rank of a launcher."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text(encoding="utf-8").split()
+    for child in map(int, children):
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return child
+    raise AssertionError(f"no rank {rank} among {children}")
