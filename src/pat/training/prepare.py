@@ -6,13 +6,13 @@ import copy
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import pyarrow.compute
 from datasets import Dataset
 from torch import Tensor
@@ -23,10 +23,12 @@ from pat.errors import PatError
 from pat.nll import Example, batches_from_examples
 from pat.questions import evenly_spaced
 from pat.training.calibration_text import calibration_pieces
+from pat.training.conversion import TemplateChoice
+from pat.training.counts import Counts, count, count_tokens
 from pat.training.data import TrainingData, load_training_data
 from pat.training.data_record import DataRecord, held_out_remarks, make_record, remarks
-from pat.training.sources import TemplateChoice
-from pat.training.tokens import BATCH_SIZE, Encoder, Truncation, encode, learns
+from pat.training.tables import ROWS_AT_ONCE
+from pat.training.tokens import Encoder, Truncation, encode, learns
 from pat.training.vocabulary import Vocabulary, load_vocabulary
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ class Prepared:
     @cached_property
     def num_tokens(self) -> int:
         """Number of tokens that one epoch trains on."""
-        batches = self.train.with_format("arrow").iter(BATCH_SIZE)
+        batches = self.train.with_format("arrow").iter(ROWS_AT_ONCE)
         lengths = (pyarrow.compute.list_value_length(batch["input_ids"]) for batch in batches)
         return sum(pyarrow.compute.sum(length).as_py() for length in lengths)
 
@@ -86,6 +88,7 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
     """
     started = time.perf_counter()
     sft, run, model = arguments.sft, arguments.run, arguments.model
+    shown = not sft.disable_tqdm
     vocabulary = load_vocabulary(
         str(model.model_name_or_path),
         base_config,
@@ -103,32 +106,34 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
         held_out=run.held_out,
         seed=sft.seed,
         text_field=sft.dataset_text_field,
+        shown=shown,
     )
     _check_arguments(sft, data)
     cut = Truncation(sft.max_length, sft.truncation_mode, sft.packing, sft.packing_strategy)
     encoder = Encoder(vocabulary.tokenizer, cut, completion_only=sft.completion_only_loss is not False)
-    rows = encode(data.train_rows, encoder, sft.dataset_num_proc)
+    rows = encode(data.train_rows, encoder, sft.dataset_num_proc, key=data.key, shown=shown)
     apart: Sequence[Any] = []
     if data.held_out_rows is not None:
         apart = encode(data.held_out_rows, replace(encoder, cut=Truncation())).to_list()
     of_base: list[Example] | None = None
     if run.vocabulary_size is not None:
-        vocabulary = vocabulary.trimmed(run.vocabulary_size, _count_tokens(rows), base_config)
+        vocabulary = vocabulary.trimmed(run.vocabulary_size, count_tokens(rows), base_config)
         encoder = replace(encoder, tokenizer=vocabulary.tokenizer)
-        rows = encode(data.train_rows, encoder, sft.dataset_num_proc)
+        rows = encode(data.train_rows, encoder, sft.dataset_num_proc, key=data.key, shown=shown)
         if data.held_out_rows is not None:
             again = encode(data.held_out_rows, replace(encoder, cut=Truncation())).to_list()
             apart, of_base = _whole_in_both(again, apart, cut)
-    vocabulary.check(_largest_token(rows))
+    counts = count(rows)
+    vocabulary.check(counts.largest_token)
     vocabulary.check(max((token for row in apart for token in row["input_ids"]), default=0))
     if arguments.pat.calibration is not None:
         vocabulary.check(max(map(max, calibration_pieces(arguments.pat.calibration, vocabulary.tokenizer))))
     pieces = [list(_pieces(row, cut)) for row in apart]
     held_out = [piece for row in pieces for piece in row]
-    record = replace(make_record(data, rows, cut), num_held_out=sum(map(bool, pieces)))
-    for remark in [*remarks(record, data, rows, cut, vocabulary.tokenizer), *held_out_remarks(record, apart, cut)]:
+    record = replace(make_record(data, counts, cut), num_held_out=sum(map(bool, pieces)))
+    for remark in [*remarks(record, data, counts, cut), *held_out_remarks(record, apart, cut)]:
         logger.warning("%s", remark)
-    kept = _kept(rows, cut)
+    kept = _kept(rows, counts, cut)
     evaluation = None
     if apart and sft.eval_strategy != "no":
         fit = replace(cut, packing=sft.packing if sft.eval_packing is None else sft.eval_packing)
@@ -163,11 +168,12 @@ def prepare_examples(
     data = replace(data, train_rows=data.train_rows.select(spaced))
     cut = Truncation(max_length)
     rows = encode(data.train_rows, Encoder(vocabulary.tokenizer, cut))
-    vocabulary.check(_largest_token(rows))
-    record = make_record(data, rows, cut)
-    for remark in remarks(record, data, rows, cut, vocabulary.tokenizer):
+    counts = count(rows)
+    vocabulary.check(counts.largest_token)
+    record = make_record(data, counts, cut)
+    for remark in remarks(record, data, counts, cut):
         logger.warning("%s", remark)
-    return _kept(rows, cut).select_columns(TRAINED_ON).to_list(), record
+    return _kept(rows, counts, cut).select_columns(TRAINED_ON).to_list(), record
 
 
 def _check_arguments(sft: SFTConfig, data: TrainingData) -> None:
@@ -178,19 +184,6 @@ def _check_arguments(sft: SFTConfig, data: TrainingData) -> None:
         raise PatError("Got --completion_only_loss true with plain text; expected prompts and completions.")
     if sft.assistant_only_loss and data.source.template != "chat":
         raise PatError("Got --assistant_only_loss true, but the data is not under a chat template; leave the flag out.")
-
-
-def _largest_token(rows: Dataset) -> int:
-    return int(pyarrow.compute.max(pyarrow.compute.list_flatten(rows.data["input_ids"])).as_py())
-
-
-def _count_tokens(rows: Dataset) -> Counter[int]:
-    """Count how often each token occurs in rows of `input_ids`."""
-    counts: Counter[int] = Counter()
-    for batch in rows.with_format("arrow").iter(BATCH_SIZE):
-        tokens = pyarrow.compute.value_counts(pyarrow.compute.list_flatten(batch["input_ids"]))
-        counts.update({token["values"]: token["counts"] for token in tokens.to_pylist()})
-    return counts
 
 
 def _whole_in_both(
@@ -218,11 +211,11 @@ def _whole_in_both(
     return [own for own, _ in pairs], [base for _, base in pairs]
 
 
-def _kept(rows: Dataset, cut: Truncation) -> Dataset:
+def _kept(rows: Dataset, counts: Counts, cut: Truncation) -> Dataset:
     """Leave out, as SFTTrainer does where it truncates, what has no token to learn left."""
     if cut.max_length is None or cut.packing:
         return rows
-    indices = [index for index, left in enumerate(rows["num_left"][:]) if left]
+    indices = np.flatnonzero(counts.num_left)
     return rows if len(indices) == len(rows) else rows.select(indices)
 
 

@@ -1,0 +1,205 @@
+"""Rows of one source become a table of examples in TRL's forms, as they are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset, Features, Json, List, Value
+
+from pat.errors import PatError
+from pat.readers import Placed, Row
+from pat.report.progress import Phase, phase
+from pat.training.formats import OPTIONS, Format, NoFormat, Template, convert_row, detect_format
+from pat.training.messages import RowError
+from pat.training.tables import cached_table, write_table
+
+TemplateChoice = Literal["auto", "chat", "alpaca"]
+
+PLACE = "place"
+"""Column with where the row of an example stands; a conversation gives several examples."""
+
+ROW = "row"
+"""Column with the number of that row among those with a response, from 0."""
+
+ROWS_LOOKED_AT = 1000
+"""Rows by whose columns the format is found; it is found anew if later ones have others that make a difference."""
+
+UPDATE_EVERY = 100
+"""Rows between two counts of what has been read."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """All examples of one source in TRL's forms, with the columns `PLACE` and `ROW`."""
+
+    rows: Dataset
+    format: Format
+    template: Template | None
+    fingerprint: str
+    num_rows: int  # rows read, those without a response included
+    num_usable: int  # rows with a response
+    unread: tuple[str, ...] = ()  # columns that have no part in the format
+    key: str | None = None  # of the table in the cache, if it is there
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Options of reading rows; `chat_template` is the source of the tokenizer's template, empty if there is none."""
+
+    template: TemplateChoice = "auto"
+    chat_template: str = ""
+    text_field: str = "text"
+    shown: bool = False
+    """Whether progress is shown."""
+
+    def parts(self) -> tuple[str, ...]:
+        """Return what decides on what rows become."""
+        return self.template, self.chat_template, self.text_field
+
+
+class _OtherFormat(Exception):
+    """A row has columns by which the data has another format than was thought."""
+
+
+def convert(
+    name: str,
+    placed: Callable[[], Iterable[Placed]],
+    reading: Reading,
+    fingerprint: Callable[[], str],
+    *,
+    columns: Sequence[str] | None = None,
+    key: str | None = None,
+) -> Source:
+    """Convert the rows of a source: in memory, or with a key as a table of the cache.
+
+    Args:
+        name: of the source.
+        placed: returns the rows from the beginning, each time that it is called.
+        reading: how they are read.
+        fingerprint: returns that of the source.
+        columns: all that rows may have, if that is known.
+        key: digest of everything that the table is made of.
+
+    Raises:
+        PatError: see `pat.training.data.load_training_data`.
+    """
+    with phase(f"Reading {name}", "row", shown=reading.shown) as progress:
+
+        def run(use: Callable[[_Conversion], Any]) -> tuple[_Conversion, Any]:
+            """Convert all rows; once more if they turn out to have another format."""
+            known = dict.fromkeys(_columns(islice(placed(), ROWS_LOOKED_AT)) if columns is None else columns)
+            try:
+                conversion = _Conversion(name, placed, reading, known, progress)
+                return conversion, use(conversion)
+            except (_OtherFormat, NoFormat):
+                if columns is not None:
+                    raise
+                conversion = _Conversion(name, placed, reading, dict.fromkeys(_columns(placed())), progress)
+                return conversion, use(conversion)
+
+        if key is None:
+            conversion, examples = run(lambda conversion: list(conversion.examples()))
+            facts = conversion.facts(fingerprint())
+            return Source(Dataset.from_list(examples, conversion.features), **facts)
+
+        def make(folder: Path) -> dict[str, Any]:
+            file = folder / "rows.arrow"
+            conversion, _ = run(lambda conversion: write_table(file, conversion.features, conversion.examples()))
+            facts = conversion.facts(fingerprint())
+            return facts | {"format": asdict(facts["format"])}
+
+        rows, facts = cached_table(key, make)
+    format = Format(**facts["format"] | {"beside": tuple(facts["format"]["beside"])})
+    return Source(rows, **facts | {"format": format, "unread": tuple(facts["unread"]), "key": key})
+
+
+class _Conversion:
+    """The conversion of the rows of one source, whose columns and first row say how."""
+
+    def __init__(
+        self,
+        name: str,
+        placed: Callable[[], Iterable[Placed]],
+        reading: Reading,
+        columns: dict[str, None],
+        progress: Phase,
+    ) -> None:
+        self.name, self.placed, self.reading, self.columns, self.progress = name, placed, reading, columns, progress
+        self.num_rows = self.num_usable = 0
+        self.format = format = detect_format(columns, name, reading.text_field)
+        first = next(row for _, row in placed() if isinstance(row, dict))
+        as_it_is = format.name == "prompt-completion" and not isinstance(first.get(format.prompt), list)
+        self.template: Template | None = "chat" if reading.chat_template else "alpaca"
+        if reading.template != "auto":
+            self.template = reading.template
+        elif as_it_is or format.name == "text":
+            self.template = None
+        chat = self.template == "chat"
+        kind = List(Json()) if chat else Value("string")
+        options = [name for name in OPTIONS if chat and name in format.beside]
+        names = ["text"] if format.name == "text" else ["prompt", "completion"]
+        kinds: dict[str, Any] = dict.fromkeys(names, kind) | dict.fromkeys(options, Json())
+        self.features = Features(kinds | {PLACE: Value("string"), ROW: Value("int64")})
+
+    def examples(self) -> Iterator[dict[str, Any]]:
+        """Yield the examples of all rows as their columns hold them."""
+        for place, row in self.placed():
+            if self.num_rows % UPDATE_EVERY == 0:
+                self.progress.done = self.num_rows
+            self.num_rows += 1
+            if isinstance(row, PatError):
+                raise row
+            if not row.keys() <= self.columns.keys():
+                self.columns |= dict.fromkeys(row)
+                if detect_format(self.columns, self.name, self.reading.text_field) != self.format:
+                    raise _OtherFormat
+            if examples := self._convert(place, row):
+                beside = {PLACE: place, ROW: self.num_usable}
+                yield from ({**dict.fromkeys(self.features), **example, **beside} for example in examples)
+                self.num_usable += 1
+        if not self.num_usable:
+            raise PatError(f"{self.name}: all {self.num_rows} responses are empty; expected at least one with text.")
+
+    def facts(self, fingerprint: str) -> dict[str, Any]:
+        """Return what is known of the source when all rows are converted."""
+        return {
+            "format": self.format,
+            "template": self.template,
+            "fingerprint": fingerprint,
+            "num_rows": self.num_rows,
+            "num_usable": self.num_usable,
+            "unread": tuple(column for column in self.columns if column not in self.format.columns),
+        }
+
+    def _convert(self, place: str, row: Row) -> list[dict[str, Any]]:
+        try:
+            examples = convert_row(row, self.format, self.template, self.reading.chat_template)
+        except RowError as error:
+            raise PatError(f"{place}: {error}") from error
+        if self.template != "chat":
+            return examples
+        # In JSON, each message keeps the fields that it has, and no others.
+        return [
+            {
+                key: [json.dumps(item) for item in value] if key in ("prompt", "completion") else json.dumps(value)
+                for key, value in example.items()
+            }
+            for example in examples
+        ]
+
+
+def _columns(placed: Iterable[Placed]) -> Iterator[str]:
+    """Yield the names of columns.
+
+    Raises:
+        PatError: a row is wrong.
+    """
+    for _, row in placed:
+        if isinstance(row, PatError):
+            raise row
+        yield from row

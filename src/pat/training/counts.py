@@ -1,0 +1,78 @@
+"""What encoded examples have and lose, counted in one pass over them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow
+import pyarrow.compute as pc
+from datasets import Dataset
+
+from pat.training.conversion import ROW
+from pat.training.tables import batches_of
+
+Numbers = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Counts of encoded examples; the arrays have a number for each."""
+
+    num_tokens: Numbers
+    """Tokens before the cut."""
+    num_targets: Numbers
+    """Those of them that are to be learned."""
+    num_left: Numbers
+    """Those of them that are left after the cut."""
+    largest_token: int
+    num_unread: int
+    """Examples that say something which the chat template does not mention."""
+    unread: tuple[str, ...]
+    """Names of such things."""
+    num_glued: int
+    """Examples without anything that tells where the prompt ends and the completion begins."""
+    num_openings: int
+    """Rows whose first message is an assistant's."""
+
+
+def count(rows: Dataset) -> Counts:
+    """Count, in one pass and with a few rows in memory, what a table of tokens holds."""
+    lengths: dict[str, list[Numbers]] = {"num_tokens": [], "num_targets": [], "num_left": []}
+    unread: Counter[str] = Counter()
+    largest = num_glued = num_openings = 0
+    last_opening = -1  # a conversation may lie across two batches
+    for batch in batches_of(rows, [*lengths, "input_ids", "unread", "glued", "opens", ROW]):
+        for name, found in lengths.items():
+            found.append(batch[name].to_numpy().astype(np.int32))
+        largest = max(largest, pc.max(pc.list_flatten(batch["input_ids"])).as_py() or 0)
+        unread.update(_occurring(batch["unread"]))
+        num_glued += pc.sum(batch["glued"]).as_py() or 0
+        openings = np.unique(batch[ROW].filter(batch["opens"]).to_numpy())
+        num_openings += int((openings > last_opening).sum())
+        last_opening = int(openings[-1]) if len(openings) else last_opening
+    del unread[""]
+    names = {name for several in unread for name in several.split(", ")}
+    joined = {name: np.concatenate([np.zeros(0, np.int32), *found]) for name, found in lengths.items()}
+    return Counts(
+        **joined,
+        largest_token=largest,
+        num_unread=unread.total(),
+        unread=tuple(sorted(names)),
+        num_glued=num_glued,
+        num_openings=num_openings,
+    )
+
+
+def count_tokens(rows: Dataset) -> Counter[int]:
+    """Count how often each token occurs in a table of tokens."""
+    counts: Counter[int] = Counter()
+    for batch in batches_of(rows, ["input_ids"]):
+        counts.update(_occurring(pc.list_flatten(batch["input_ids"])))
+    return counts
+
+
+def _occurring(column: pyarrow.ChunkedArray) -> dict[object, int]:
+    return {value["values"]: value["counts"] for value in pc.value_counts(column).to_pylist()}
