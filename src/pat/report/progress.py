@@ -57,7 +57,7 @@ def phase(
 
     def show() -> None:
         with tqdm(desc=title, unit=unit, total=total, disable=not is_seen, leave=False) as bar:
-            said = -SECONDS_BETWEEN_LINES
+            said = -1.0 * SECONDS_BETWEEN_LINES
             while not over.wait(1.0):
                 bar.update(done() - bar.n)
                 if not is_seen and time.monotonic() - started - said >= SECONDS_BETWEEN_LINES:

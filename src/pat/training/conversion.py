@@ -44,6 +44,8 @@ class Source:
     num_rows: int  # rows read, those without a response included
     num_usable: int  # rows with a response
     unread: tuple[str, ...] = ()  # columns that have no part in the format
+    num_bad: int = 0  # rows that could not be used, and were skipped
+    first_bad: str = ""  # what is wrong with the first of them
     key: str | None = None  # of the table in the cache, if it is there
 
 
@@ -54,12 +56,14 @@ class Reading:
     template: TemplateChoice = "auto"
     chat_template: str = ""
     text_field: str = "text"
+    skips: bool = False
+    """Whether rows that cannot be used are left out, and counted."""
     shown: bool = False
     """Whether progress is shown."""
 
-    def parts(self) -> tuple[str, ...]:
+    def parts(self) -> tuple[Any, ...]:
         """Return what decides on what rows become."""
-        return self.template, self.chat_template, self.text_field
+        return self.template, self.chat_template, self.text_field, self.skips
 
 
 class _OtherFormat(Exception):
@@ -92,14 +96,17 @@ def convert(
 
         def run(use: Callable[[_Conversion], Any]) -> tuple[_Conversion, Any]:
             """Convert all rows; once more if they turn out to have another format."""
-            known = dict.fromkeys(_columns(islice(placed(), ROWS_LOOKED_AT)) if columns is None else columns)
+            first_rows = _columns(islice(placed(), ROWS_LOOKED_AT), reading.skips)
+            known = dict.fromkeys(first_rows if columns is None else columns)
             try:
                 conversion = _Conversion(name, placed, reading, known, progress)
                 return conversion, use(conversion)
             except (_OtherFormat, NoFormat):
                 if columns is not None:
                     raise
-                conversion = _Conversion(name, placed, reading, dict.fromkeys(_columns(placed())), progress)
+                conversion = _Conversion(
+                    name, placed, reading, dict.fromkeys(_columns(placed(), reading.skips)), progress
+                )
                 return conversion, use(conversion)
 
         if key is None:
@@ -130,9 +137,10 @@ class _Conversion:
         progress: Phase,
     ) -> None:
         self.name, self.placed, self.reading, self.columns, self.progress = name, placed, reading, columns, progress
-        self.num_rows = self.num_usable = 0
+        self.num_rows = self.num_usable = self.num_bad = 0
+        self.first_bad = ""
         self.format = format = detect_format(columns, name, reading.text_field)
-        first = next(row for _, row in placed() if isinstance(row, dict))
+        first = next((row for _, row in placed() if isinstance(row, dict)), {})
         as_it_is = format.name == "prompt-completion" and not isinstance(first.get(format.prompt), list)
         self.template: Template | None = "chat" if reading.chat_template else "alpaca"
         if reading.template != "auto":
@@ -152,18 +160,22 @@ class _Conversion:
             if self.num_rows % UPDATE_EVERY == 0:
                 self.progress.done = self.num_rows
             self.num_rows += 1
-            if isinstance(row, PatError):
-                raise row
-            if not row.keys() <= self.columns.keys():
-                self.columns |= dict.fromkeys(row)
-                if detect_format(self.columns, self.name, self.reading.text_field) != self.format:
-                    raise _OtherFormat
-            if examples := self._convert(place, row):
-                beside = {PLACE: place, ROW: self.num_usable}
-                yield from ({**dict.fromkeys(self.features), **example, **beside} for example in examples)
-                self.num_usable += 1
+            try:
+                examples = self._convert(place, row)
+            except PatError as error:
+                if not self.reading.skips:
+                    raise
+                self.first_bad = self.first_bad or str(error)
+                self.num_bad += 1
+                continue
+            beside = {PLACE: place, ROW: self.num_usable}
+            yield from ({**dict.fromkeys(self.features), **example, **beside} for example in examples)
+            self.num_usable += bool(examples)
         if not self.num_usable:
-            raise PatError(f"{self.name}: all {self.num_rows} responses are empty; expected at least one with text.")
+            wrong = f" or of rows that cannot be used, as {self.first_bad}" if self.num_bad else ""
+            raise PatError(
+                f"{self.name}: all {self.num_rows} responses are empty{wrong}; expected at least one with text."
+            )
 
     def facts(self, fingerprint: str) -> dict[str, Any]:
         """Return what is known of the source when all rows are converted."""
@@ -173,10 +185,18 @@ class _Conversion:
             "fingerprint": fingerprint,
             "num_rows": self.num_rows,
             "num_usable": self.num_usable,
+            "num_bad": self.num_bad,
+            "first_bad": self.first_bad,
             "unread": tuple(column for column in self.columns if column not in self.format.columns),
         }
 
-    def _convert(self, place: str, row: Row) -> list[dict[str, Any]]:
+    def _convert(self, place: str, row: Row | PatError) -> list[dict[str, Any]]:
+        if isinstance(row, PatError):
+            raise row
+        if not row.keys() <= self.columns.keys():
+            self.columns |= dict.fromkeys(row)
+            if detect_format(self.columns, self.name, self.reading.text_field) != self.format:
+                raise _OtherFormat
         try:
             examples = convert_row(row, self.format, self.template, self.reading.chat_template)
         except RowError as error:
@@ -193,13 +213,14 @@ class _Conversion:
         ]
 
 
-def _columns(placed: Iterable[Placed]) -> Iterator[str]:
+def _columns(placed: Iterable[Placed], skips: bool) -> Iterator[str]:
     """Yield the names of columns.
 
     Raises:
-        PatError: a row is wrong.
+        PatError: a row is wrong, and none is to be skipped.
     """
     for _, row in placed:
-        if isinstance(row, PatError):
+        if isinstance(row, dict):
+            yield from row
+        elif not skips:
             raise row
-        yield from row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +20,10 @@ Numbers = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Counts:
-    """Counts of encoded examples; the arrays have a number for each."""
+    """Counts of encoded examples; the arrays have a number for each that is there, those that were refused left out."""
 
+    indices: npt.NDArray[np.int64]
+    """Where these examples stand in the table."""
     num_tokens: Numbers
     """Tokens before the cut."""
     num_targets: Numbers
@@ -36,15 +39,26 @@ class Counts:
     """Examples without anything that tells where the prompt ends and the completion begins."""
     num_openings: int
     """Rows whose first message is an assistant's."""
+    num_refused: int
+    """Examples without tokens, since the chat template refuses them."""
+    first_refusal: str
 
 
 def count(rows: Dataset) -> Counts:
     """Count, in one pass and with a few rows in memory, what a table of tokens holds."""
     lengths: dict[str, list[Numbers]] = {"num_tokens": [], "num_targets": [], "num_left": []}
     unread: Counter[str] = Counter()
+    there: list[npt.NDArray[np.bool_]] = []
     largest = num_glued = num_openings = 0
+    first_refusal = ""
     last_opening = -1  # a conversation may lie across two batches
-    for batch in batches_of(rows, [*lengths, "input_ids", "unread", "glued", "opens", ROW]):
+    for batch in batches_of(rows, [*lengths, "input_ids", "unread", "glued", "opens", "refusal", ROW]):
+        is_there = pc.equal(batch["refusal"], "")
+        there.append(is_there.to_numpy())
+        if not there[-1].all():
+            refusals = batch["refusal"].filter(pc.invert(is_there))
+            first_refusal = first_refusal or refusals[0].as_py()
+            batch = batch.filter(is_there)
         for name, found in lengths.items():
             found.append(batch[name].to_numpy().astype(np.int32))
         largest = max(largest, pc.max(pc.list_flatten(batch["input_ids"])).as_py() or 0)
@@ -56,8 +70,12 @@ def count(rows: Dataset) -> Counts:
     del unread[""]
     names = {name for several in unread for name in several.split(", ")}
     joined = {name: np.concatenate([np.zeros(0, np.int32), *found]) for name, found in lengths.items()}
+    all_there = np.concatenate([np.zeros(0, np.bool_), *there])
     return Counts(
         **joined,
+        indices=np.flatnonzero(all_there),
+        num_refused=int((~all_there).sum()),
+        first_refusal=first_refusal,
         largest_token=largest,
         num_unread=unread.total(),
         unread=tuple(sorted(names)),
@@ -74,5 +92,5 @@ def count_tokens(rows: Dataset) -> Counter[int]:
     return counts
 
 
-def _occurring(column: pyarrow.ChunkedArray) -> dict[object, int]:
+def _occurring(column: pyarrow.ChunkedArray) -> dict[Any, int]:
     return {value["values"]: value["counts"] for value in pc.value_counts(column).to_pylist()}

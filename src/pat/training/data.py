@@ -44,6 +44,8 @@ class TrainingData:
     """Number of rows without a response, which are in neither dataset."""
     num_held_out_dropped: int
     """Number of such rows of a separate source."""
+    num_held_out_bad: int = 0
+    """Number of its rows that could not be used, and were skipped."""
 
     key: str | None = None
     """Digest of everything that `train_rows` are made of, where they are a table of the cache."""
@@ -74,6 +76,7 @@ def load_training_data(
     held_out: HeldOut = None,
     seed: int = 0,
     text_field: str = "text",
+    skips: bool = False,
     shown: bool = False,
 ) -> TrainingData:
     """Load, check and convert instruction data, and keep some of it apart.
@@ -90,6 +93,7 @@ def load_training_data(
             dataset) of its own; by default 2 %, at most 200 rows. Numbers may come as strings.
         seed: decides which rows are kept apart.
         text_field: the column of plain text; another name than "text" makes the data plain text.
+        skips: whether rows that cannot be used are left out, and counted.
         shown: whether progress is shown, of what takes longer than a second.
 
     Raises:
@@ -102,15 +106,16 @@ def load_training_data(
         raise PatError(f"Got template={template!r}; expected one of {', '.join(get_args(TemplateChoice))}.")
     if template == "chat" and not chat_template:
         raise PatError("Got template='chat', but the tokenizer has no chat template; pass 'alpaca' or 'auto'.")
-    reading = Reading(template, chat_template, text_field, shown)
+    reading = Reading(template, chat_template, text_field, skips, shown)
     source = load_source(name, reading, split=split, config_name=config_name)
     amount = _parse_held_out(held_out)
-    train, held_out_rows, num_held_out_dropped = source.rows, None, 0
+    train, held_out_rows, num_held_out_dropped, num_held_out_bad = source.rows, None, 0, 0
     key = source.key
     if isinstance(amount, str):
         separate = load_source(amount, reading)
         held_out_rows = separate.rows
-        num_held_out_dropped = separate.num_rows - separate.num_usable
+        num_held_out_dropped = separate.num_rows - separate.num_usable - separate.num_bad
+        num_held_out_bad = separate.num_bad
     elif count := _num_held_out(source.num_usable, amount, name):
         # Whole rows are kept apart: no conversation is on both sides.
         chosen = random.Random(seed).sample(range(source.num_usable), count)
@@ -125,7 +130,8 @@ def load_training_data(
         source=source,
         name=name,
         held_out_name=amount if isinstance(amount, str) else None,
-        num_dropped=source.num_rows - source.num_usable,
+        num_dropped=source.num_rows - source.num_usable - source.num_bad,
+        num_held_out_bad=num_held_out_bad,
         num_held_out_dropped=num_held_out_dropped,
         key=key,
     )

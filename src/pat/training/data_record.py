@@ -36,15 +36,17 @@ class DataRecord:
     num_cut_away: int  # examples that lose all tokens to learn
     num_unlearned_openings: int  # rows whose conversation opens with an answer, which is context alone
     num_held_out_dropped: int  # rows of a separate source without a response
+    num_skipped: int = 0  # rows, and examples that the chat template refuses, that could not be used
     num_held_out: int = 0  # examples that are measured
 
     def describe(self) -> str:
         """Say in one line what was understood."""
         template = {"chat": "chat template", "alpaca": "Alpaca wording"}.get(self.template or "", "no template")
+        skipped = f", {self.num_skipped:,} skipped" if self.num_skipped else ""
         return (
             f"Data: {self.source} ({self.format}, {template}), {self.num_rows:,} rows; {self.num_examples:,} examples "
             f"with {self.num_tokens:,} tokens to train on, {self.num_target_tokens:,} of them to learn, "
-            f"{self.num_truncated:,} truncated; {self.num_held_out:,} held out."
+            f"{self.num_truncated:,} truncated{skipped}; {self.num_held_out:,} held out."
         )
 
 
@@ -56,6 +58,8 @@ def make_record(data: TrainingData, counts: Counts, cut: Truncation) -> DataReco
     """
     tokens, targets, left = counts.num_tokens, counts.num_targets, counts.num_left
     if not left.any():
+        if counts.num_refused and not len(left):
+            raise PatError(f"All examples are refused, as {counts.first_refusal}")
         raise PatError(
             f"All {len(left)} responses are truncated away: got max_length {cut.max_length}, but even the shortest "
             f"prompt with one response token takes {(tokens - targets).min() + 1}; pass a larger --max_length."
@@ -79,12 +83,18 @@ def make_record(data: TrainingData, counts: Counts, cut: Truncation) -> DataReco
         # A prompt of its own is meant to be context alone.
         num_unlearned_openings=counts.num_openings if data.source.format.name == "messages" else 0,
         num_held_out_dropped=data.num_held_out_dropped,
+        num_skipped=data.source.num_bad + counts.num_refused,
     )
 
 
 def remarks(record: DataRecord, data: TrainingData, counts: Counts, cut: Truncation) -> Iterator[str]:
     """Yield a line for everything of the data that is left out, cut, or not as it may be meant."""
     all_examples = f"of {record.num_examples:,} examples"
+    if record.num_skipped:
+        first = data.source.first_bad or counts.first_refusal
+        yield f"{record.num_skipped:,} rows cannot be used and are skipped, as --on_bad_row says; the first is {first}"
+    if data.num_held_out_bad:
+        yield f"{data.num_held_out_bad:,} held-out rows cannot be used and are skipped, as --on_bad_row says."
     if record.num_dropped:
         yield f"{record.num_dropped:,} of {record.num_rows:,} rows have no response and are left out."
     if record.num_held_out_dropped:

@@ -12,7 +12,6 @@ from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import pyarrow.compute
 from datasets import Dataset
 from torch import Tensor
@@ -88,7 +87,7 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
     """
     started = time.perf_counter()
     sft, run, model = arguments.sft, arguments.run, arguments.model
-    shown = not sft.disable_tqdm
+    shown, skips = not sft.disable_tqdm, run.on_bad_row == "skip"
     vocabulary = load_vocabulary(
         str(model.model_name_or_path),
         base_config,
@@ -106,23 +105,25 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
         held_out=run.held_out,
         seed=sft.seed,
         text_field=sft.dataset_text_field,
+        skips=skips,
         shown=shown,
     )
     _check_arguments(sft, data)
     cut = Truncation(sft.max_length, sft.truncation_mode, sft.packing, sft.packing_strategy)
-    encoder = Encoder(vocabulary.tokenizer, cut, completion_only=sft.completion_only_loss is not False)
+    encoder = Encoder(vocabulary.tokenizer, cut, sft.completion_only_loss is not False, skips)
     rows = encode(data.train_rows, encoder, sft.dataset_num_proc, key=data.key, shown=shown)
     apart: Sequence[Any] = []
     if data.held_out_rows is not None:
-        apart = encode(data.held_out_rows, replace(encoder, cut=Truncation())).to_list()
+        apart = _whole(data.held_out_rows, encoder)
+        num_refused = len(data.held_out_rows) - len(apart)
+        data = replace(data, num_held_out_bad=data.num_held_out_bad + num_refused)
     of_base: list[Example] | None = None
     if run.vocabulary_size is not None:
         vocabulary = vocabulary.trimmed(run.vocabulary_size, count_tokens(rows), base_config)
         encoder = replace(encoder, tokenizer=vocabulary.tokenizer)
         rows = encode(data.train_rows, encoder, sft.dataset_num_proc, key=data.key, shown=shown)
         if data.held_out_rows is not None:
-            again = encode(data.held_out_rows, replace(encoder, cut=Truncation())).to_list()
-            apart, of_base = _whole_in_both(again, apart, cut)
+            apart, of_base = _whole_in_both(_whole(data.held_out_rows, encoder), apart, cut)
     counts = count(rows)
     vocabulary.check(counts.largest_token)
     vocabulary.check(max((token for row in apart for token in row["input_ids"]), default=0))
@@ -186,6 +187,11 @@ def _check_arguments(sft: SFTConfig, data: TrainingData) -> None:
         raise PatError("Got --assistant_only_loss true, but the data is not under a chat template; leave the flag out.")
 
 
+def _whole(rows: Dataset, encoder: Encoder) -> list[Any]:
+    """Return the tokens of examples, none of which is cut, nor left without tokens by the chat template."""
+    return [row for row in encode(rows, replace(encoder, cut=Truncation())).to_list() if not row["refusal"]]
+
+
 def _whole_in_both(
     rows: Sequence[Example], of_base: Sequence[Example], cut: Truncation
 ) -> tuple[list[Example], list[Example]]:
@@ -212,10 +218,10 @@ def _whole_in_both(
 
 
 def _kept(rows: Dataset, counts: Counts, cut: Truncation) -> Dataset:
-    """Leave out, as SFTTrainer does where it truncates, what has no token to learn left."""
-    if cut.max_length is None or cut.packing:
-        return rows
-    indices = np.flatnonzero(counts.num_left)
+    """Leave out what was refused and, as SFTTrainer does where it truncates, what has no token to learn left."""
+    indices = counts.indices
+    if cut.max_length is not None and not cut.packing:
+        indices = indices[counts.num_left > 0]
     return rows if len(indices) == len(rows) else rows.select(indices)
 
 

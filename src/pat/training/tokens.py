@@ -32,6 +32,7 @@ FEATURES = Features(
         "unread": Value("string"),  # fields and options that the chat template does not mention
         "opens": Value("bool"),  # whether the first message of the prompt is an assistant's
         "glued": Value("bool"),  # whether prompt and completion, strings, follow each other without a gap
+        "refusal": Value("string"),  # why there are no tokens, if the example was skipped
         ROW: Value("int64"),
     }
 )
@@ -84,6 +85,8 @@ class Encoder:
     tokenizer: PreTrainedTokenizerBase
     cut: Truncation = Truncation()
     completion_only: bool = True
+    skips: bool = False
+    """Whether an example that the chat template refuses comes out without tokens."""
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         """Encode columns of examples, one row for each, with what `FEATURES` names.
@@ -93,6 +96,7 @@ class Encoder:
         """
         unread = [""] * len(next(iter(batch.values())))
         opens, glued = [False] * len(unread), [False] * len(unread)
+        refusals = [""] * len(unread)
         prompts: list[list[int]] | None = None
         if "prompt" not in batch:
             full = self._ids([self._ended(text) for text in batch["text"]])
@@ -105,7 +109,9 @@ class Encoder:
             glued = [not (p[-1:].isspace() or c[:1].isspace() or p.endswith(ends)) for p, c in pairs]
         else:
             rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-            chats = zip(*map(self._rendered, rows), strict=True)
+            rendered = [self._rendered(row) for row in rows]
+            refusals = [refusal for _, _, refusal in rendered]
+            chats = zip(*((whole, prompt) for whole, prompt, _ in rendered), strict=True)
             full, prompts = (self._ids(texts, add_special_tokens=False) for texts in chats)
             source = chat_template_of(self.tokenizer)
             unread = [", ".join(sorted(name for name in _names(row) if not reads(source, name))) for row in rows]
@@ -123,16 +129,17 @@ class Encoder:
             "unread": unread,
             "opens": opens,
             "glued": glued,
+            "refusal": refusals,
             ROW: batch.get(ROW, [0] * len(full)),
         }
 
     def parts(self) -> tuple[Any, ...]:
         """Return what decides on the tokens of an example, so far as it can be told."""
-        tokenizer = self.tokenizer
+        tokenizer, how = self.tokenizer, (str(self.cut), self.completion_only, self.skips)
         # What a slow tokenizer does is not all in its vocabulary.
         known = cast(Any, tokenizer).backend_tokenizer.to_str() if tokenizer.is_fast else uuid.uuid4().hex
         template = chat_template_of(tokenizer)
-        return type(tokenizer).__name__, known, template, tokenizer.eos_token, str(self.cut), self.completion_only
+        return type(tokenizer).__name__, known, template, tokenizer.eos_token, *how
 
     def _ids(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         # verbose=False: a text longer than the model's window is no reason to warn, it is cut.
@@ -152,16 +159,19 @@ class Encoder:
             raise PatError("The tokenizer has no end-of-sequence token to end responses with; pass --eos_token.")
         return text if text.endswith(eos) else text + eos
 
-    def _rendered(self, row: Mapping[str, Any]) -> tuple[str, str]:
-        """Return the text of a conversation, and that of its prompt alone."""
+    def _rendered(self, row: Mapping[str, Any]) -> tuple[str, str, str]:
+        """Return the text of a conversation, that of its prompt alone, and why there is none."""
         options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {}), "tokenize": False}
         render: Any = self.tokenizer.apply_chat_template
         try:
             whole = render(row["prompt"] + row["completion"], **options)
-            return whole, render(row["prompt"], add_generation_prompt=True, **options)
+            return whole, render(row["prompt"], add_generation_prompt=True, **options), ""
         except Exception as error:  # whatever the expressions of a template raise
             where, reason = row.get(PLACE, "A row"), one_line(error)
-            raise PatError(f"{where}: the tokenizer's chat template refuses it ({reason}); fix either.") from error
+            refusal = f"{where}: the tokenizer's chat template refuses it ({reason}); fix either."
+            if not self.skips:
+                raise PatError(refusal) from error
+            return "", "", refusal
 
 
 def encode(
