@@ -15,7 +15,7 @@ from datasets import Dataset, Features, List, Value
 
 from pat.errors import PatError, one_line
 from pat.nll import IGNORED
-from pat.report.progress import phase
+from pat.report.progress import bars_of_datasets, phase
 from pat.training.conversion import PLACE, ROW
 from pat.training.data import chat_template_of
 from pat.training.messages import reads
@@ -201,7 +201,10 @@ def encode(
         with TemporaryDirectory() as folder:
             counter = Path(folder) / "rows"
             counter.touch()
-            with phase("Tokenizing", "example", total=len(dataset), shown=shown, count=lambda: counter.stat().st_size):
+            with (
+                phase("Tokenizing", "example", total=len(dataset), shown=shown, count=lambda: counter.stat().st_size),
+                bars_of_datasets(shown=False),
+            ):
                 return dataset.map(
                     partial(_counted, encoder, str(counter)),
                     batched=True,

@@ -33,7 +33,7 @@ def write(path: Path, given: list[Any]) -> Path:
 
 
 def prepared(base: Path, file: Path, **flags: Any) -> Prepared:
-    given = {"output_dir": str(file.parent / "out"), "use_cpu": True, "bf16": False, "max_length": 64} | flags
+    given = {"output_dir": str(file.parent / "out"), "use_cpu": True, "bf16": False, "max_length": 128} | flags
     arguments = build_arguments(model_name_or_path=str(base), dataset_name=str(file), report_to="none", **given)
     return prepare(arguments, AutoConfig.from_pretrained(base))
 
@@ -46,7 +46,7 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_large_data_comes_to_what_small_data_comes_to(
     num_proc: int | None, stories260k_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = write(tmp_path / "data.jsonl", rows(2500))
+    file = write(tmp_path / "data.jsonl", rows(1300))
     small = prepared(stories260k_path, file)
     large(monkeypatch)
     for _ in range(2):  # made, and found again
