@@ -63,7 +63,8 @@ def phase(
                 if not is_seen and time.monotonic() - started - said >= SECONDS_BETWEEN_LINES:
                     said = time.monotonic() - started
                     of_all = "" if total is None else f" of {total:,}"
-                    print(f"{title}: {done():,}{of_all} {unit}s", file=sys.stderr, flush=True)
+                    so_far = f": {num_done:,}{of_all} {unit}s" if (num_done := done()) else ""
+                    print(f"{title}{so_far}", file=sys.stderr, flush=True)
 
     started = time.monotonic()
     thread = threading.Thread(target=show, daemon=True)

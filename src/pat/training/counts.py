@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from pat.report.progress import Phase, phase
 from pat.training.conversion import ROW
 from pat.training.tables import batches_of
 
@@ -44,8 +45,13 @@ class Counts:
     first_refusal: str
 
 
-def count(rows: Dataset) -> Counts:
+def count(rows: Dataset, *, shown: bool = False) -> Counts:
     """Count, in one pass and with a few rows in memory, what a table of tokens holds."""
+    with phase("Counting tokens", "example", total=len(rows), shown=shown) as progress:
+        return _count(rows, progress)
+
+
+def _count(rows: Dataset, progress: Phase) -> Counts:
     lengths: dict[str, list[Numbers]] = {"num_tokens": [], "num_targets": [], "num_left": []}
     unread: Counter[str] = Counter()
     there: list[npt.NDArray[np.bool_]] = []
@@ -53,6 +59,7 @@ def count(rows: Dataset) -> Counts:
     first_refusal = ""
     last_opening = -1  # a conversation may lie across two batches
     for batch in batches_of(rows, [*lengths, "input_ids", "unread", "glued", "opens", "refusal", ROW]):
+        progress.done += len(batch)
         is_there = pc.equal(batch["refusal"], "")
         there.append(is_there.to_numpy())
         if not there[-1].all():

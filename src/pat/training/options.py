@@ -56,8 +56,8 @@ class RunOptions:
     on_bad_row: str = field(
         default="error",
         metadata={
-            "help": "What happens at a row that cannot be used: 'error' names it and ends the run, 'skip' leaves it out, "
-            "and it is counted.",
+            "help": "What happens at a row that cannot be used: 'error' names it and ends the run, 'skip' leaves it "
+            "out and counts it.",
             "choices": ON_BAD_ROW,
         },
     )

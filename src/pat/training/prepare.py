@@ -21,6 +21,7 @@ from pat.checkpoint.verification_text import verification_batches
 from pat.errors import PatError
 from pat.nll import Example, batches_from_examples
 from pat.questions import evenly_spaced
+from pat.report.progress import bars_of_datasets, phase
 from pat.training.calibration_text import calibration_pieces
 from pat.training.conversion import TemplateChoice
 from pat.training.counts import Counts, count, count_tokens
@@ -124,7 +125,7 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
         rows = encode(data.train_rows, encoder, sft.dataset_num_proc, key=data.key, shown=shown)
         if data.held_out_rows is not None:
             apart, of_base = _whole_in_both(_whole(data.held_out_rows, encoder), apart, cut)
-    counts = count(rows)
+    counts = count(rows, shown=shown)
     vocabulary.check(counts.largest_token)
     vocabulary.check(max((token for row in apart for token in row["input_ids"]), default=0))
     if arguments.pat.calibration is not None:
@@ -230,7 +231,8 @@ def _packed(rows: Dataset, sft: SFTConfig, cut: Truncation) -> Dataset:
     rows = rows.select_columns(TRAINED_ON)
     if cut.packing:
         rows = rows.shuffle(seed=sft.seed) if sft.shuffle_dataset else rows
-        rows = pack_dataset(rows, cast(int, cut.max_length), cut.packing_strategy)
+        with phase("Packing", "example", shown=not sft.disable_tqdm), bars_of_datasets(shown=False):
+            rows = pack_dataset(rows, cast(int, cut.max_length), cut.packing_strategy)
     return rows.shuffle(seed=sft.seed) if sft.shuffle_dataset else rows
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -26,6 +27,7 @@ from pat.readers import (
     iterate_local,
     without_nulls,
 )
+from pat.report.progress import phase
 from pat.training.conversion import PLACE, ROW, Reading, Source, TemplateChoice, convert
 from pat.training.formats import ALPACA, Format
 from pat.training.tables import ROWS_AT_ONCE, digest
@@ -122,7 +124,9 @@ def _load_folder(path: Path, reading: Reading, split: str, config_name: str | No
 
 def _load_hub(name: str, reading: Reading, split: str, config_name: str | None) -> Source:
     try:
-        dataset = load_dataset(name, name=config_name, split=split)
+        # On a terminal `datasets` draws bars of its own.
+        with phase(f"Loading {name}", "row", shown=reading.shown and not sys.stderr.isatty()):
+            dataset = load_dataset(name, name=config_name, split=split)
     except ConnectionError as error:
         raise PatError(
             f"{name}: no such file, and the hub could not be reached; pass an existing file ({SUFFIXES}) or go online."

@@ -22,6 +22,7 @@ from datasets import Dataset, Features, concatenate_datasets
 
 from pat import __version__
 from pat.checkpoint.staging import discard, staged_folder
+from pat.errors import RunFailed, one_line
 
 ROWS_AT_ONCE = 1000
 """Rows in memory while a table is written or looked through."""
@@ -41,13 +42,22 @@ def cached_table(key: str, make: Callable[[Path], dict[str, Any]]) -> tuple[Data
     """Return the table of a key and what is known of it, from the cache if a whole one is there.
 
     Otherwise it is made: `make` writes its Arrow files into a folder, and returns what is to be known of them.
+
+    Raises:
+        RunFailed: its files cannot be written.
     """
     folder = cache_folder() / key
     if (facts := _facts(folder)) is None:
-        with staged_folder(folder, replaces=True) as staging:
-            found = make(staging)
-            sizes = {file.name: file.stat().st_size for file in sorted(staging.glob("*.arrow"))}
-            (staging / FACTS).write_text(json.dumps({"sizes": sizes, "facts": found}), encoding="utf-8")
+        try:
+            with staged_folder(folder, replaces=True) as staging:
+                found = make(staging)
+                sizes = {file.name: file.stat().st_size for file in sorted(staging.glob("*.arrow"))}
+                (staging / FACTS).write_text(json.dumps({"sizes": sizes, "facts": found}), encoding="utf-8")
+        except OSError as error:  # those of reading the data have been put into words
+            raise RunFailed(
+                f"{folder.parent}: a table of the data could not be written ({one_line(error)}); make room there, or "
+                "set HF_DATASETS_CACHE to another folder, and give the same command again."
+            ) from error
         facts = _facts(folder)
         assert facts is not None
     (folder / FACTS).touch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pat.report.progress import bars_of_datasets, phase
 from pat.training.conversion import PLACE, ROW
 from pat.training.data import chat_template_of
 from pat.training.messages import reads
-from pat.training.tables import ROWS_AT_ONCE, cached_table, digest
+from pat.training.tables import ROWS_AT_ONCE, cache_folder, cached_table, digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -218,10 +219,18 @@ def encode(
 
     def make(folder: Path) -> dict[str, Any]:
         run(cache_file_name=str(folder / "tokens.arrow"), new_fingerprint=key)
+        made.append(folder)
         return {}
 
+    made: list[Path] = []
     try:
-        return run(keep_in_memory=True) if key is None else cached_table(digest(key, encoder.parts()), make)[0]
+        if key is None:
+            return run(keep_in_memory=True)
+        table = cached_table(digest(key, encoder.parts()), make)[0]
+        if shown:
+            where = "kept in" if made else "taken from"
+            print(f"The tokens of {len(table):,} examples are {where} {cache_folder()}.", file=sys.stderr)
+        return table
     finally:
         os.environ.pop("TOKENIZERS_PARALLELISM", None)
         if parallelism is not None:
