@@ -96,17 +96,17 @@ def convert(
 
         def run(use: Callable[[_Conversion], Any]) -> tuple[_Conversion, Any]:
             """Convert all rows; once more if they turn out to have another format."""
-            first_rows = _columns(islice(placed(), ROWS_LOOKED_AT), reading.skips)
-            known = dict.fromkeys(first_rows if columns is None else columns)
+            known, first = _look_at(islice(placed(), ROWS_LOOKED_AT), reading.skips)
+            if columns is not None:
+                known = dict.fromkeys(columns)
             try:
-                conversion = _Conversion(name, placed, reading, known, progress)
+                conversion = _Conversion(name, placed, reading, known, first, progress)
                 return conversion, use(conversion)
             except (_OtherFormat, NoFormat):
                 if columns is not None:
                     raise
-                conversion = _Conversion(
-                    name, placed, reading, dict.fromkeys(_columns(placed(), reading.skips)), progress
-                )
+                known, first = _look_at(placed(), reading.skips)
+                conversion = _Conversion(name, placed, reading, known, first, progress)
                 return conversion, use(conversion)
 
         if key is None:
@@ -134,13 +134,13 @@ class _Conversion:
         placed: Callable[[], Iterable[Placed]],
         reading: Reading,
         columns: dict[str, None],
+        first: Row,
         progress: Phase,
     ) -> None:
         self.name, self.placed, self.reading, self.columns, self.progress = name, placed, reading, columns, progress
         self.num_rows = self.num_usable = self.num_bad = 0
         self.first_bad = ""
         self.format = format = detect_format(columns, name, reading.text_field)
-        first = next((row for _, row in placed() if isinstance(row, dict)), {})
         as_it_is = format.name == "prompt-completion" and not isinstance(first.get(format.prompt), list)
         self.template: Template | None = "chat" if reading.chat_template else "alpaca"
         if reading.template != "auto":
@@ -213,14 +213,18 @@ class _Conversion:
         ]
 
 
-def _columns(placed: Iterable[Placed], skips: bool) -> Iterator[str]:
-    """Yield the names of columns.
+def _look_at(placed: Iterable[Placed], skips: bool) -> tuple[dict[str, None], Row]:
+    """Return the columns of rows, and the first of them that is one.
 
     Raises:
         PatError: a row is wrong, and none is to be skipped.
     """
+    columns: dict[str, None] = {}
+    first: Row | None = None
     for _, row in placed:
         if isinstance(row, dict):
-            yield from row
+            first = row if first is None else first
+            columns |= dict.fromkeys(row)
         elif not skips:
             raise row
+    return columns, first or {}
