@@ -8,10 +8,10 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import pyarrow.compute
 from datasets import Dataset
 from torch import Tensor
@@ -55,6 +55,8 @@ class Prepared:
     record: DataRecord
     train: Dataset
     """`input_ids` and `labels`, cut or packed as SFTTrainer would."""
+    num_tokens: int
+    """Number of tokens that one epoch trains on."""
     evaluation: Dataset | None
     """Rows in the same columns to evaluate on, where the trainer is to evaluate."""
     held_out: Sequence[Example]
@@ -64,13 +66,6 @@ class Prepared:
     verify_on: Sequence[dict[str, Tensor]]
     """Batches to compare models on."""
     seconds: float
-
-    @cached_property
-    def num_tokens(self) -> int:
-        """Number of tokens that one epoch trains on."""
-        batches = self.train.with_format("arrow").iter(ROWS_AT_ONCE)
-        lengths = (pyarrow.compute.list_value_length(batch["input_ids"]) for batch in batches)
-        return sum(pyarrow.compute.sum(length).as_py() for length in lengths)
 
     def trainer_args(self, args: SFTConfig) -> SFTConfig:
         """Return a copy of the trainer's arguments without what has been done to tokenizer and data already."""
@@ -145,10 +140,12 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
         if not fitted:
             raise PatError(f"Got eval_strategy={str(sft.eval_strategy)!r}, but no held-out response is left; raise it.")
         evaluation = _packed(Dataset.from_list(fitted), sft, fit)
+    train = _packed(kept, sft, cut)
     return Prepared(
         vocabulary=vocabulary,
         record=record,
-        train=_packed(kept, sft, cut),
+        train=train,
+        num_tokens=_num_tokens(train, counts, cut),
         evaluation=evaluation,
         held_out=held_out,
         held_out_of_base=of_base,
@@ -234,6 +231,18 @@ def _packed(rows: Dataset, sft: SFTConfig, cut: Truncation) -> Dataset:
         with phase("Packing", "example", shown=not sft.disable_tqdm), bars_of_datasets(shown=False):
             rows = pack_dataset(rows, cast(int, cut.max_length), cut.packing_strategy)
     return rows.shuffle(seed=sft.seed) if sft.shuffle_dataset else rows
+
+
+def _num_tokens(train: Dataset, counts: Counts, cut: Truncation) -> int:
+    """Return the number of tokens that are trained on: of rows that were selected, the table is not looked through."""
+    if cut.packing:
+        batches = train.with_format("arrow").iter(ROWS_AT_ONCE)
+        chunks = (pyarrow.compute.list_value_length(batch["input_ids"]) for batch in batches)
+        return sum(pyarrow.compute.sum(chunk).as_py() for chunk in chunks)
+    lengths = counts.num_tokens
+    if cut.max_length is not None:  # and room for as many, since nothing is packed
+        lengths = lengths[counts.num_left > 0].clip(max=cut.max_length)
+    return int(lengths.sum(dtype=np.int64))
 
 
 def _pieces(row: Mapping[str, list[int]], cut: Truncation) -> Iterator[Example]:

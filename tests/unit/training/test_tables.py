@@ -54,6 +54,7 @@ def test_large_data_comes_to_what_small_data_comes_to(
         assert tables.is_on_disk(again.train)
         assert again.train.to_list() == small.train.to_list()
         assert (again.record, again.held_out) == (small.record, small.held_out)
+        assert again.num_tokens == sum(map(len, small.train["input_ids"]))
         monkeypatch.setattr(tokens.Encoder, "__call__", refuse_many(tokens.Encoder.__call__))
 
 
