@@ -20,9 +20,9 @@ import datasets
 import pyarrow
 from datasets import Dataset, Features, concatenate_datasets
 
-from pat import __version__
 from pat.checkpoint.staging import discard, staged_folder
 from pat.errors import RunFailed, one_line
+from pat.report.records import installed_versions
 
 ROWS_AT_ONCE = 1000
 """Rows in memory while a table is written or looked through."""
@@ -30,12 +30,16 @@ ROWS_AT_ONCE = 1000
 CACHE_BYTES = 20 * 2**30
 """What the cache may hold: beyond it the tables go that were not used for longest."""
 
+FORM = 1
+"""Goes up when other code makes other tables of the same parts."""
+
 FACTS = "facts.json"
 
 
 def digest(*parts: Any) -> str:
-    """Return the name of a table that is made of these parts, by this version."""
-    return hashlib.sha256(json.dumps([__version__, *parts], sort_keys=True, default=str).encode()).hexdigest()[:32]
+    """Return the name of a table that is made of these parts, by these versions of the libraries."""
+    made_by = [FORM, installed_versions()]
+    return hashlib.sha256(json.dumps([made_by, *parts], sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def cached_table(key: str, make: Callable[[Path], dict[str, Any]]) -> tuple[Dataset, dict[str, Any]]:
