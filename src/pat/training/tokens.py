@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import uuid
@@ -195,8 +196,12 @@ def encode(
         num_proc = min(_num_cores(), len(dataset) // ROWS_FOR_A_PROCESS) or None
     # Several processes of several threads each would get into each other's way.
     parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
-    if num_proc is not None and num_proc > 1:
+    forks = num_proc is not None and num_proc > 1
+    if forks:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        # A collection in a process would touch, and so copy, all memory that it shares with this one.
+        gc.collect()
+        gc.freeze()
 
     def run(**options: Any) -> Dataset:
         with TemporaryDirectory() as folder:
@@ -232,6 +237,8 @@ def encode(
             print(f"The tokens of {len(table):,} examples are {where} {cache_folder()}.", file=sys.stderr)
         return table
     finally:
+        if forks:
+            gc.unfreeze()
         os.environ.pop("TOKENIZERS_PARALLELISM", None)
         if parallelism is not None:
             os.environ["TOKENIZERS_PARALLELISM"] = parallelism
