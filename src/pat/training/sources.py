@@ -91,7 +91,7 @@ def _load_file(path: Path, reading: Reading, split: str) -> Source:
         num_rows = sum(1 for _ in iterate_local(path))
         [parts] = _selected(str(path), split, {"train": num_rows}).values()
         spans = [(part.start, part.stop) for part in parts]
-    stat = path.stat() if path.is_file() else None
+    stat = path.stat() if os.path.isfile(path) else None
     is_large = stat is not None and (stat.st_size > SMALL_BYTES or path.suffix.lower() in DECOMPRESSORS)
     key = (
         digest(str(path.resolve()), str(path), stat.st_size, stat.st_mtime_ns, split, reading.parts())
