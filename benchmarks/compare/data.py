@@ -19,8 +19,8 @@ from compare.baselines import calibration_sequences
 from compare.config import CompareConfig
 from compare.tokens import tokenize_examples
 from pat.errors import PatError
+from pat.training.conversion import TemplateChoice
 from pat.training.data import load_training_data
-from pat.training.sources import TemplateChoice
 
 logger = logging.getLogger(__name__)
 

@@ -217,12 +217,12 @@ def load_rows(name: str, data_dir: str | Path | None, *, split: str | None = Non
     if data_dir is None:
         rows = _hub_rows(task, split)
     elif split in (None, "train"):
-        from pat.readers import read_local
+        from pat.readers import good_rows
 
         path = Path(data_dir) / f"{name}{'' if split is None else '.train'}.jsonl"
         if not path.is_file():
             raise PatError(f"{path}: no such file; expected the task's questions, one JSON object a line.")
-        rows = [_checked(row, place) for place, row in read_local(path)[0]]
+        rows = [_checked(row, place) for place, row in good_rows(path)]
     else:
         raise PatError(f"Got split {split!r} of files of questions; expected 'train', which is <task>.train.jsonl.")
     if not rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import csv
 import gzip
 import hashlib
@@ -13,9 +14,10 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import pyarrow.parquet
 
@@ -26,6 +28,9 @@ Row = dict[str, Any]
 CELL_LIMIT = 2**31 - 1
 """Letters of a CSV cell; by default the csv module refuses more than 131,072 of them."""
 
+ROWS_AT_ONCE = 1000
+"""Rows of a parquet file in memory."""
+
 LISTS_OF_ONE_ROW = {"messages", "conversations", "conversation", "prompt", "completion", "tools"}
 """Lists of objects under these names belong to one row; under any other name a list of objects is the data."""
 
@@ -33,12 +38,15 @@ _DAMAGED = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, pyarrow.A
 _DEEP = re.compile(r"(?:[\[{][^\[\]{}]*){99}")
 
 
-Placed = list[tuple[str, Row]]
-"""Rows, and where each stands, as in `data.jsonl, line 3`."""
+Placed = tuple[str, "Row | PatError"]
+"""Where a row stands, as in `data.jsonl, line 3`, and the row, or what is wrong with it."""
 
 
-def read_local(path: Path) -> tuple[Placed, str]:
-    """Read all rows of a data file, compressed or not, and the fingerprint of the file.
+def iterate_local(path: Path) -> Iterator[Placed]:
+    """Yield the rows of a data file, compressed or not, as they are read: no more than a few are in memory.
+
+    A JSON file that is one list is read whole. A row that is wrong by itself, so that those behind it can be read, is
+    yielded as the error that says so.
 
     Raises:
         PatError: no such file, another suffix, no rows, or not readable as what the suffix says (with the line).
@@ -48,16 +56,34 @@ def read_local(path: Path) -> tuple[Placed, str]:
     suffix = data_suffix(path)
     if suffix not in READERS:
         raise PatError(f"{path}: got suffix {suffix!r}, expected one of {SUFFIXES}; convert the file.")
+    has_rows = False
     try:
-        stored = path.read_bytes()
-        unpack = DECOMPRESSORS.get(path.suffix.lower())
-        rows = READERS[suffix](path, stored if unpack is None else unpack(stored))
+        for placed in READERS[suffix](path):
+            has_rows = True
+            yield placed
     except _DAMAGED as error:
         what = "a parquet file" if suffix == ".parquet" else "UTF-8 text"
         raise PatError(f"{path}: not readable ({' '.join(str(error).split())}); expected {what}.") from error
-    if not rows:
+    if not has_rows:
         raise PatError(f"{path} has no rows; expected at least one example.")
-    return rows, f"sha256:{hashlib.sha256(stored).hexdigest()}"
+
+
+def good_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of a data file, each of which has to be good.
+
+    Raises:
+        PatError: see `iterate_local`, or what is wrong with a row.
+    """
+    for place, row in iterate_local(path):
+        if isinstance(row, PatError):
+            raise row
+        yield place, row
+
+
+def file_fingerprint(path: Path) -> str:
+    """Return the digest of a file's bytes."""
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
 def data_suffix(path: Path) -> str:
@@ -92,39 +118,62 @@ class _RepeatedField(ValueError):
 _DECODER = json.JSONDecoder(parse_int=_integer, object_pairs_hook=_fields)
 
 
-def _read_jsonl(path: Path, content: bytes) -> Placed:
-    lines = enumerate(content.decode("utf-8-sig").split("\n"), start=1)
-    return [_checked(f"{path}, line {i}", _decode(path, line, i)) for i, line in lines if line.strip()]
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file, and have it unpacked while it is read."""
+    with path.open("rb") as stored, DECOMPRESSORS.get(path.suffix.lower(), nullcontext)(stored) as file:
+        yield cast(BinaryIO, file)
 
 
-def _read_json(path: Path, content: bytes) -> Placed:
+def _read_jsonl(path: Path) -> Iterator[Placed]:
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if line.strip():
+                yield _row_of_line(path, line, number)
+
+
+def _row_of_line(path: Path, line: bytes, number: int) -> Placed:
+    place = f"{path}, line {number}"
+    try:
+        return _checked(place, _decode(path, line.decode().removesuffix("\n"), number))
+    except UnicodeDecodeError as error:
+        return place, PatError(f"{place}: not readable ({error}); expected UTF-8 text.")
+    except PatError as error:
+        return place, error
+
+
+def _read_json(path: Path) -> Iterator[Placed]:
     """Read a list of objects, an object that holds such a list, or one object per line."""
-    text = content.decode("utf-8-sig")
-    if _is_lines(text):
-        return _read_jsonl(path, content)
-    whole = _decode(path, text)
+    if _is_lines(path):
+        yield from _read_jsonl(path)
+        return
+    with _opened(path) as file:
+        whole = _decode(path, file.read().decode("utf-8-sig"))
     if isinstance(whole, dict):
         lists = {key: value for key, value in whole.items() if isinstance(value, list) and key not in LISTS_OF_ONE_ROW}
         held = {key: value for key, value in lists.items() if value and isinstance(value[0], dict)}
         if len(held) > 1:
             raise PatError(f"{path}: got several lists of rows ({', '.join(held)}); expected one of them in a file.")
         whole = next(iter(held.values()), [whole])
-    return _listed(path, whole if isinstance(whole, list) else [whole])
+    yield from _listed(path, whole if isinstance(whole, list) else [whole])
 
 
-def _is_lines(text: str) -> bool:
+def _is_lines(path: Path) -> bool:
     """Tell whether the first of several lines is an object of its own."""
-    first, _, rest = text.strip().partition("\n")
+    with _opened(path) as file:
+        lines = (text for line in file if (text := line.removeprefix(codecs.BOM_UTF8).strip()))
+        first, second = next(lines, b""), next(lines, b"")
     try:
-        return bool(rest) and isinstance(_DECODER.decode(first), dict)
-    except json.JSONDecodeError:
+        return bool(second) and isinstance(_DECODER.decode(first.decode()), dict)
+    except (json.JSONDecodeError, UnicodeDecodeError):
         return False
     except (ValueError, RecursionError):
         return True
 
 
-def _listed(path: Path, rows: list[Any]) -> Placed:
-    return [_checked(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1)]
+def _listed(path: Path, rows: Iterable[Any]) -> Iterator[Placed]:
+    return (_checked(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _decode(path: Path, text: str, line: int | None = None) -> Any:
@@ -143,49 +192,59 @@ def _decode(path: Path, text: str, line: int | None = None) -> Any:
         raise PatError(f"{path}, line {number}: nested too deeply to be read; leave that field out.") from error
 
 
-def _checked(place: str, row: object) -> tuple[str, Row]:
+def _checked(place: str, row: object) -> Placed:
     if isinstance(row, dict):
         return place, row
     kind = {str: "string", list: "list", bool: "boolean", type(None): "null"}.get(type(row), "number")
-    raise PatError(f'{place}: got a JSON {kind}, expected an object like {{"instruction": …}}.')
+    return place, PatError(f'{place}: got a JSON {kind}, expected an object like {{"instruction": …}}.')
 
 
-def _read_csv(path: Path, content: bytes) -> Placed:
-    rows: Placed = []
+def _read_csv(path: Path) -> Iterator[Placed]:
     delimiter = "\t" if ".tsv" in path.suffixes else ","
     limit = csv.field_size_limit(CELL_LIMIT)
     try:
-        file = io.StringIO(content.decode("utf-8-sig"), newline="")
-        reader = csv.DictReader(file, strict=True, delimiter=delimiter)
-        repeated = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
-        if repeated:
-            raise PatError(f"{path}, line 1: got more than one column {repeated[0]!r}; give each a name of its own.")
-        for row in reader:
-            # DictReader files surplus fields under None and fills missing ones with None.
-            if None in row or None in row.values():
+        with _opened(path) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+            reader = csv.DictReader(text, strict=True, delimiter=delimiter)
+            repeated = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
+            if repeated:
                 raise PatError(
-                    f"{path}, line {reader.line_num}: got another number of fields than the header's "
-                    f"{len(reader.fieldnames or ())}; quote fields that contain separators or line breaks."
+                    f"{path}, line 1: got more than one column {repeated[0]!r}; give each a name of its own."
                 )
-            # Quoted fields may span lines; line_num is the row's last one.
-            line = reader.line_num - sum(value.count("\n") for value in row.values())
-            rows.append((f"{path}, line {line}", row))
+            for row in reader:
+                yield _row_of_cells(path, row, reader.line_num, len(reader.fieldnames or ()))
     except csv.Error as error:
         raise PatError(f"{path}, line {reader.line_num}: not valid CSV ({error}).") from error
     finally:
         csv.field_size_limit(limit)
-    return rows
 
 
-def _read_parquet(path: Path, content: bytes) -> Placed:
-    return _listed(path, without_nulls(pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()))
+def _row_of_cells(path: Path, row: Row, last_line: int, num_fields: int) -> Placed:
+    # DictReader files surplus fields under None and fills missing ones with None.
+    if None in row or None in row.values():
+        place = f"{path}, line {last_line}"
+        return place, PatError(
+            f"{place}: got another number of fields than the header's {num_fields}; quote fields that contain "
+            "separators or line breaks."
+        )
+    # Quoted fields may span lines.
+    return f"{path}, line {last_line - sum(value.count(chr(10)) for value in row.values())}", row
 
 
-def _unpack_zstd(stored: bytes) -> bytes:
-    return bytes(pyarrow.CompressedInputStream(pyarrow.BufferReader(stored), "zstd").read())
+def _read_parquet(path: Path) -> Iterator[Placed]:
+    with _opened(path) as file:
+        # What is packed once more cannot be jumped about in.
+        source: Any = path if path.suffix.lower() == ".parquet" else pyarrow.BufferReader(file.read())
+        with pyarrow.parquet.ParquetFile(source) as table:
+            batches = table.iter_batches(ROWS_AT_ONCE)
+            yield from _listed(path, (without_nulls(row) for batch in batches for row in batch.to_pylist()))
 
 
-READERS: dict[str, Callable[[Path, bytes], Placed]] = {
+def _unpack_zstd(stored: BinaryIO) -> BinaryIO:
+    return cast(BinaryIO, io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(stored), "zstd")))
+
+
+READERS: dict[str, Callable[[Path], Iterator[Placed]]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
@@ -193,10 +252,10 @@ READERS: dict[str, Callable[[Path, bytes], Placed]] = {
     ".csv": _read_csv,
     ".tsv": _read_csv,
 }
-DECOMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
-    ".gz": gzip.decompress,
-    ".bz2": bz2.decompress,
-    ".xz": lzma.decompress,
+DECOMPRESSORS: dict[str, Callable[[BinaryIO], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
     ".zst": _unpack_zstd,
 }
 SUFFIXES = f"{', '.join(READERS)}, or one of them compressed ({', '.join(DECOMPRESSORS)})"

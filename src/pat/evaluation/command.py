@@ -21,9 +21,9 @@ from pat.nll import NLL, Example, read_text, response_nll, text_perplexity
 from pat.report.progress import bars_of_datasets, progress_bar
 from pat.report.records import Record, collected_warnings, write_record
 from pat.report.table import Table
+from pat.training.conversion import TemplateChoice
 from pat.training.data_record import DataRecord
 from pat.training.prepare import prepare_examples
-from pat.training.sources import TemplateChoice
 from pat.training.vocabulary import Vocabulary
 from pat.tuner.model import find_tuner
 

@@ -8,10 +8,13 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
+import numpy as np
 from datasets import Dataset
 
 from pat.errors import PatError
-from pat.training.sources import PLACE, Reading, Source, TemplateChoice, load_source
+from pat.training.conversion import PLACE, ROW, Reading, Source, TemplateChoice
+from pat.training.sources import load_source
+from pat.training.tables import batches_of, digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +33,7 @@ class TrainingData:
     """
 
     train_rows: Dataset
-    """Examples to train on, with the column `PLACE`."""
+    """Examples to train on, with the columns `PLACE` and `ROW`."""
     held_out_rows: Dataset | None
     source: Source
     name: str
@@ -41,16 +44,21 @@ class TrainingData:
     """Number of rows without a response, which are in neither dataset."""
     num_held_out_dropped: int
     """Number of such rows of a separate source."""
+    num_held_out_bad: int = 0
+    """Number of its rows that could not be used, and were skipped."""
+
+    key: str | None = None
+    """Digest of everything that `train_rows` are made of, where they are a table of the cache."""
 
     @property
     def train(self) -> Dataset:
         """Examples in columns `prompt` and `completion` (strings or message lists, `tools` beside these), or `text`."""
-        return self.train_rows.remove_columns(PLACE)
+        return self.train_rows.remove_columns([PLACE, ROW])
 
     @property
     def held_out(self) -> Dataset | None:
         """Examples that are kept apart, in the same columns."""
-        return None if self.held_out_rows is None else self.held_out_rows.remove_columns(PLACE)
+        return None if self.held_out_rows is None else self.held_out_rows.remove_columns([PLACE, ROW])
 
     @property
     def num_rows(self) -> int:
@@ -68,6 +76,8 @@ def load_training_data(
     held_out: HeldOut = None,
     seed: int = 0,
     text_field: str = "text",
+    skips: bool = False,
+    shown: bool = False,
 ) -> TrainingData:
     """Load, check and convert instruction data, and keep some of it apart.
 
@@ -83,6 +93,8 @@ def load_training_data(
             dataset) of its own; by default 2 %, at most 200 rows. Numbers may come as strings.
         seed: decides which rows are kept apart.
         text_field: the column of plain text; another name than "text" makes the data plain text.
+        skips: whether rows that cannot be used are left out, and counted.
+        shown: whether progress is shown, of what takes longer than a second.
 
     Raises:
         PatError: nothing there, unreadable, malformed (with the line) or of unknown format; all responses
@@ -94,31 +106,34 @@ def load_training_data(
         raise PatError(f"Got template={template!r}; expected one of {', '.join(get_args(TemplateChoice))}.")
     if template == "chat" and not chat_template:
         raise PatError("Got template='chat', but the tokenizer has no chat template; pass 'alpaca' or 'auto'.")
-    reading = Reading(template, chat_template, text_field)
+    reading = Reading(template, chat_template, text_field, skips, shown)
     source = load_source(name, reading, split=split, config_name=config_name)
-    rows = source.rows
-    usable = list(dict.fromkeys(rows[PLACE][:]))
     amount = _parse_held_out(held_out)
-    train, held_out_rows, num_held_out_dropped = rows, None, 0
+    train, held_out_rows, num_held_out_dropped, num_held_out_bad = source.rows, None, 0, 0
+    key = source.key
     if isinstance(amount, str):
         separate = load_source(amount, reading)
         held_out_rows = separate.rows
-        num_held_out_dropped = separate.num_rows - len(set(held_out_rows[PLACE][:]))
-    elif count := _num_held_out(len(usable), amount, name):
+        num_held_out_dropped = separate.num_rows - separate.num_usable - separate.num_bad
+        num_held_out_bad = separate.num_bad
+    elif count := _num_held_out(source.num_usable, amount, name):
         # Whole rows are kept apart: no conversation is on both sides.
-        chosen = {usable[index] for index in random.Random(seed).sample(range(len(usable)), count)}
-        is_apart = [place in chosen for place in rows[PLACE][:]]
-        train, held_out_rows = (
-            rows.select([index for index, there in enumerate(is_apart) if there == side]) for side in (False, True)
-        )
+        chosen = random.Random(seed).sample(range(source.num_usable), count)
+        is_apart = np.zeros(source.num_usable, dtype=bool)
+        is_apart[chosen] = True
+        is_apart = np.concatenate([is_apart[batch[ROW].to_numpy()] for batch in batches_of(source.rows, [ROW])])
+        key = key and digest(key, count, seed)
+        train, held_out_rows = (source.rows.select(np.flatnonzero(is_apart == side)) for side in (False, True))
     return TrainingData(
         train_rows=train,
         held_out_rows=held_out_rows,
         source=source,
         name=name,
         held_out_name=amount if isinstance(amount, str) else None,
-        num_dropped=source.num_rows - len(usable),
+        num_dropped=source.num_rows - source.num_usable - source.num_bad,
+        num_held_out_bad=num_held_out_bad,
         num_held_out_dropped=num_held_out_dropped,
+        key=key,
     )
 
 

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from datasets import Dataset
 
 from pat.checkpoint.card import shown_name
 from pat.errors import PatError
+from pat.training.counts import Counts
 from pat.training.data import TrainingData
-from pat.training.sources import PLACE
 from pat.training.tokens import Truncation
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -40,28 +36,32 @@ class DataRecord:
     num_cut_away: int  # examples that lose all tokens to learn
     num_unlearned_openings: int  # rows whose conversation opens with an answer, which is context alone
     num_held_out_dropped: int  # rows of a separate source without a response
+    num_skipped: int = 0  # rows, and examples that the chat template refuses, that could not be used
     num_held_out: int = 0  # examples that are measured
 
     def describe(self) -> str:
         """Say in one line what was understood."""
         template = {"chat": "chat template", "alpaca": "Alpaca wording"}.get(self.template or "", "no template")
+        skipped = f", {self.num_skipped:,} skipped" if self.num_skipped else ""
         return (
             f"Data: {self.source} ({self.format}, {template}), {self.num_rows:,} rows; {self.num_examples:,} examples "
             f"with {self.num_tokens:,} tokens to train on, {self.num_target_tokens:,} of them to learn, "
-            f"{self.num_truncated:,} truncated; {self.num_held_out:,} held out."
+            f"{self.num_truncated:,} truncated{skipped}; {self.num_held_out:,} held out."
         )
 
 
-def make_record(data: TrainingData, rows: Dataset, cut: Truncation) -> DataRecord:
+def make_record(data: TrainingData, counts: Counts, cut: Truncation) -> DataRecord:
     """Count what encoded examples have and lose.
 
     Raises:
         PatError: nothing is left to learn.
     """
-    tokens, targets, left = (np.array(rows[name][:]) for name in ("num_tokens", "num_targets", "num_left"))
+    tokens, targets, left = counts.num_tokens, counts.num_targets, counts.num_left
     if not left.any():
+        if counts.num_refused and not len(left):
+            raise PatError(f"All examples are refused, as {counts.first_refusal}")
         raise PatError(
-            f"All {len(rows)} responses are truncated away: got max_length {cut.max_length}, but even the shortest "
+            f"All {len(left)} responses are truncated away: got max_length {cut.max_length}, but even the shortest "
             f"prompt with one response token takes {(tokens - targets).min() + 1}; pass a larger --max_length."
         )
     return DataRecord(
@@ -73,23 +73,28 @@ def make_record(data: TrainingData, rows: Dataset, cut: Truncation) -> DataRecor
         num_rows=data.num_rows,
         num_dropped=data.num_dropped,
         unused_columns=data.source.unread,
-        num_examples=len(rows),
-        num_tokens=int(tokens.sum()),
-        num_target_tokens=int(targets.sum()),
+        num_examples=len(left),
+        num_tokens=int(tokens.sum(dtype=np.int64)),
+        num_target_tokens=int(targets.sum(dtype=np.int64)),
         num_truncated=int((left < targets).sum()),
-        num_cut_tokens=0 if cut.room is None else int((tokens - cut.room).clip(0).sum()),
-        num_cut_target_tokens=int((targets - left).sum()),
+        num_cut_tokens=0 if cut.room is None else int((tokens - cut.room).clip(0).sum(dtype=np.int64)),
+        num_cut_target_tokens=int((targets - left).sum(dtype=np.int64)),
         num_cut_away=int((left == 0).sum()),
-        num_unlearned_openings=_num_openings(data, rows),
+        # A prompt of its own is meant to be context alone.
+        num_unlearned_openings=counts.num_openings if data.source.format.name == "messages" else 0,
         num_held_out_dropped=data.num_held_out_dropped,
+        num_skipped=data.source.num_bad + counts.num_refused,
     )
 
 
-def remarks(
-    record: DataRecord, data: TrainingData, rows: Dataset, cut: Truncation, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[str]:
+def remarks(record: DataRecord, data: TrainingData, counts: Counts, cut: Truncation) -> Iterator[str]:
     """Yield a line for everything of the data that is left out, cut, or not as it may be meant."""
     all_examples = f"of {record.num_examples:,} examples"
+    if record.num_skipped:
+        first = data.source.first_bad or counts.first_refusal
+        yield f"{record.num_skipped:,} rows cannot be used and are skipped, as --on_bad_row says; the first is {first}"
+    if data.num_held_out_bad:
+        yield f"{data.num_held_out_bad:,} held-out rows cannot be used and are skipped, as --on_bad_row says."
     if record.num_dropped:
         yield f"{record.num_dropped:,} of {record.num_rows:,} rows have no response and are left out."
     if record.num_held_out_dropped:
@@ -101,20 +106,20 @@ def remarks(
         )
     if record.unused_columns:
         yield f"These columns are not read: {', '.join(record.unused_columns)}."
-    unread = [names for names in rows["unread"][:] if names]
-    if unread:
-        names = sorted({name for names in unread for name in names.split(", ")})
+    if counts.num_unread:
+        names = ", ".join(counts.unread)
         yield (
-            f"The chat template does not mention {', '.join(names)}, so what {len(unread):,} {all_examples} say there "
+            f"The chat template does not mention {names}, so what {counts.num_unread:,} {all_examples} say there "
             "is left out; use a --chat_template_path that expresses it."
         )
-    if 2 * (num_glued := _num_glued(data, tokenizer)) > len(data.train_rows):
+    is_plain = data.source.template is None and data.source.format.name == "prompt-completion"
+    if is_plain and 2 * counts.num_glued > record.num_examples:
         yield (
-            f"In {num_glued:,} of {len(data.train_rows):,} examples the completion follows its prompt without a space, "
+            f"In {counts.num_glued:,} {all_examples} the completion follows its prompt without a space, "
             "a line break or a template between them; end prompts with one, or use --template chat or alpaca."
         )
     if cut.room is not None and record.num_cut_tokens:
-        text, num_longer = record.format == "text", sum(count > cut.room for count in rows["num_tokens"][:])
+        text, num_longer = record.format == "text", int((counts.num_tokens > cut.room).sum())
         yield (
             f"{num_longer:,} {all_examples} are cut at --max_length {cut.max_length}: {record.num_cut_tokens:,} of "
             f"{record.num_tokens:,} tokens are dropped, {record.num_cut_target_tokens:,} of them to learn; raise it"
@@ -137,18 +142,3 @@ def held_out_remarks(record: DataRecord, rows: Sequence[Mapping[str, Any]], cut:
             f"{num_longer:,} of {len(rows):,} held-out examples are cut likewise; {record.num_held_out:,} have a "
             "response left to be measured."
         )
-
-
-def _num_openings(data: TrainingData, rows: Dataset) -> int:
-    """Count rows whose conversation opens with an answer; a prompt of its own is meant to be context alone."""
-    opens = rows["opens"][:] if data.source.format.name == "messages" else []
-    return len({place for place, is_opening in zip(data.train_rows[PLACE][:], opens, strict=False) if is_opening})
-
-
-def _num_glued(data: TrainingData, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Count prompts and completions without anything that tells where one ends and the other begins."""
-    if data.source.template is not None or data.source.format.name != "prompt-completion":
-        return 0
-    ends = tuple(tokenizer.get_added_vocab())
-    pairs = zip(data.train_rows["prompt"][:], data.train_rows["completion"][:], strict=True)
-    return sum(not (p[-1:].isspace() or c[:1].isspace() or p.endswith(ends)) for p, c in pairs)

@@ -53,6 +53,10 @@ ACCEPTED = (
 )
 
 
+class NoFormat(PatError):
+    """Data has columns that make no format."""
+
+
 @dataclass(frozen=True)
 class Format:
     """A format found in data: its name and the columns that play its parts."""
@@ -75,12 +79,12 @@ def detect_format(columns: Collection[str], source: str, text_field: str = "text
     """Return the format of data with these columns, in capitals or not.
 
     Raises:
-        PatError: no format fits, or there is no such text column; tells what was found and what is accepted.
+        NoFormat: no format fits, or there is no such text column; tells what was found and what is accepted.
     """
     found = ", ".join(sorted(columns)) or "none"
     if text_field != "text":
         if text_field not in columns:
-            raise PatError(f"{source}: got dataset_text_field={text_field!r}, expected one of the columns {found}.")
+            raise NoFormat(f"{source}: got dataset_text_field={text_field!r}, expected one of the columns {found}.")
         return Format("text", text_field)
     known = {name.strip().lower(): name for name in columns}
 
@@ -97,7 +101,7 @@ def detect_format(columns: Collection[str], source: str, text_field: str = "text
         return Format("alpaca", prompt, response, first(CONTEXTS, prompt), beside)
     if "text" in known:
         return Format("text", known["text"])
-    raise PatError(f"{source}: got columns {found}; expected {ACCEPTED}.")
+    raise NoFormat(f"{source}: got columns {found}; expected {ACCEPTED}.")
 
 
 def convert_row(

@@ -9,6 +9,8 @@ from pat.errors import PatError
 from pat.ranges import check_ranges
 from pat.recipes import RECIPES
 
+ON_BAD_ROW = ("error", "skip")
+
 DISTILL_WEIGHTS = "(0, 1]"
 """Range of the share that the divergence from a teacher has in the loss."""
 
@@ -49,6 +51,14 @@ class RunOptions:
         default=None,
         metadata={
             "help": "Rows kept apart for the final figures: a number, a share, or a file. Default: 1 in 50, up to 200."
+        },
+    )
+    on_bad_row: str = field(
+        default="error",
+        metadata={
+            "help": "What happens at a row that cannot be used: 'error' names it and ends the run, 'skip' leaves it "
+            "out and counts it.",
+            "choices": ON_BAD_ROW,
         },
     )
     recipe: str = field(

@@ -6,13 +6,12 @@ import copy
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import pyarrow.compute
 from datasets import Dataset
 from torch import Tensor
@@ -22,11 +21,14 @@ from pat.checkpoint.verification_text import verification_batches
 from pat.errors import PatError
 from pat.nll import Example, batches_from_examples
 from pat.questions import evenly_spaced
+from pat.report.progress import bars_of_datasets, phase
 from pat.training.calibration_text import calibration_pieces
+from pat.training.conversion import TemplateChoice
+from pat.training.counts import Counts, count, count_tokens
 from pat.training.data import TrainingData, load_training_data
 from pat.training.data_record import DataRecord, held_out_remarks, make_record, remarks
-from pat.training.sources import TemplateChoice
-from pat.training.tokens import BATCH_SIZE, Encoder, Truncation, encode, learns
+from pat.training.tables import ROWS_AT_ONCE
+from pat.training.tokens import Encoder, Truncation, encode, learns
 from pat.training.vocabulary import Vocabulary, load_vocabulary
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ class Prepared:
     record: DataRecord
     train: Dataset
     """`input_ids` and `labels`, cut or packed as SFTTrainer would."""
+    num_tokens: int
+    """Number of tokens that one epoch trains on."""
     evaluation: Dataset | None
     """Rows in the same columns to evaluate on, where the trainer is to evaluate."""
     held_out: Sequence[Example]
@@ -62,13 +66,6 @@ class Prepared:
     verify_on: Sequence[dict[str, Tensor]]
     """Batches to compare models on."""
     seconds: float
-
-    @cached_property
-    def num_tokens(self) -> int:
-        """Number of tokens that one epoch trains on."""
-        batches = self.train.with_format("arrow").iter(BATCH_SIZE)
-        lengths = (pyarrow.compute.list_value_length(batch["input_ids"]) for batch in batches)
-        return sum(pyarrow.compute.sum(length).as_py() for length in lengths)
 
     def trainer_args(self, args: SFTConfig) -> SFTConfig:
         """Return a copy of the trainer's arguments without what has been done to tokenizer and data already."""
@@ -86,6 +83,7 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
     """
     started = time.perf_counter()
     sft, run, model = arguments.sft, arguments.run, arguments.model
+    shown, skips = not sft.disable_tqdm, run.on_bad_row == "skip"
     vocabulary = load_vocabulary(
         str(model.model_name_or_path),
         base_config,
@@ -103,32 +101,36 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
         held_out=run.held_out,
         seed=sft.seed,
         text_field=sft.dataset_text_field,
+        skips=skips,
+        shown=shown,
     )
     _check_arguments(sft, data)
     cut = Truncation(sft.max_length, sft.truncation_mode, sft.packing, sft.packing_strategy)
-    encoder = Encoder(vocabulary.tokenizer, cut, completion_only=sft.completion_only_loss is not False)
-    rows = encode(data.train_rows, encoder, sft.dataset_num_proc)
+    encoder = Encoder(vocabulary.tokenizer, cut, sft.completion_only_loss is not False, skips)
+    rows = encode(data.train_rows, encoder, sft.dataset_num_proc, key=data.key, shown=shown)
     apart: Sequence[Any] = []
     if data.held_out_rows is not None:
-        apart = encode(data.held_out_rows, replace(encoder, cut=Truncation())).to_list()
+        apart = _whole(data.held_out_rows, encoder)
+        num_refused = len(data.held_out_rows) - len(apart)
+        data = replace(data, num_held_out_bad=data.num_held_out_bad + num_refused)
     of_base: list[Example] | None = None
     if run.vocabulary_size is not None:
-        vocabulary = vocabulary.trimmed(run.vocabulary_size, _count_tokens(rows), base_config)
+        vocabulary = vocabulary.trimmed(run.vocabulary_size, count_tokens(rows), base_config)
         encoder = replace(encoder, tokenizer=vocabulary.tokenizer)
-        rows = encode(data.train_rows, encoder, sft.dataset_num_proc)
+        rows = encode(data.train_rows, encoder, sft.dataset_num_proc, key=data.key, shown=shown)
         if data.held_out_rows is not None:
-            again = encode(data.held_out_rows, replace(encoder, cut=Truncation())).to_list()
-            apart, of_base = _whole_in_both(again, apart, cut)
-    vocabulary.check(_largest_token(rows))
+            apart, of_base = _whole_in_both(_whole(data.held_out_rows, encoder), apart, cut)
+    counts = count(rows, shown=shown)
+    vocabulary.check(counts.largest_token)
     vocabulary.check(max((token for row in apart for token in row["input_ids"]), default=0))
     if arguments.pat.calibration is not None:
         vocabulary.check(max(map(max, calibration_pieces(arguments.pat.calibration, vocabulary.tokenizer))))
     pieces = [list(_pieces(row, cut)) for row in apart]
     held_out = [piece for row in pieces for piece in row]
-    record = replace(make_record(data, rows, cut), num_held_out=sum(map(bool, pieces)))
-    for remark in [*remarks(record, data, rows, cut, vocabulary.tokenizer), *held_out_remarks(record, apart, cut)]:
+    record = replace(make_record(data, counts, cut), num_held_out=sum(map(bool, pieces)))
+    for remark in [*remarks(record, data, counts, cut), *held_out_remarks(record, apart, cut)]:
         logger.warning("%s", remark)
-    kept = _kept(rows, cut)
+    kept = _kept(rows, counts, cut)
     evaluation = None
     if apart and sft.eval_strategy != "no":
         fit = replace(cut, packing=sft.packing if sft.eval_packing is None else sft.eval_packing)
@@ -138,10 +140,12 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
         if not fitted:
             raise PatError(f"Got eval_strategy={str(sft.eval_strategy)!r}, but no held-out response is left; raise it.")
         evaluation = _packed(Dataset.from_list(fitted), sft, fit)
+    train = _packed(kept, sft, cut)
     return Prepared(
         vocabulary=vocabulary,
         record=record,
-        train=_packed(kept, sft, cut),
+        train=train,
+        num_tokens=_num_tokens(train, counts, cut),
         evaluation=evaluation,
         held_out=held_out,
         held_out_of_base=of_base,
@@ -163,11 +167,12 @@ def prepare_examples(
     data = replace(data, train_rows=data.train_rows.select(spaced))
     cut = Truncation(max_length)
     rows = encode(data.train_rows, Encoder(vocabulary.tokenizer, cut))
-    vocabulary.check(_largest_token(rows))
-    record = make_record(data, rows, cut)
-    for remark in remarks(record, data, rows, cut, vocabulary.tokenizer):
+    counts = count(rows)
+    vocabulary.check(counts.largest_token)
+    record = make_record(data, counts, cut)
+    for remark in remarks(record, data, counts, cut):
         logger.warning("%s", remark)
-    return _kept(rows, cut).select_columns(TRAINED_ON).to_list(), record
+    return _kept(rows, counts, cut).select_columns(TRAINED_ON).to_list(), record
 
 
 def _check_arguments(sft: SFTConfig, data: TrainingData) -> None:
@@ -180,17 +185,9 @@ def _check_arguments(sft: SFTConfig, data: TrainingData) -> None:
         raise PatError("Got --assistant_only_loss true, but the data is not under a chat template; leave the flag out.")
 
 
-def _largest_token(rows: Dataset) -> int:
-    return int(pyarrow.compute.max(pyarrow.compute.list_flatten(rows.data["input_ids"])).as_py())
-
-
-def _count_tokens(rows: Dataset) -> Counter[int]:
-    """Count how often each token occurs in rows of `input_ids`."""
-    counts: Counter[int] = Counter()
-    for batch in rows.with_format("arrow").iter(BATCH_SIZE):
-        tokens = pyarrow.compute.value_counts(pyarrow.compute.list_flatten(batch["input_ids"]))
-        counts.update({token["values"]: token["counts"] for token in tokens.to_pylist()})
-    return counts
+def _whole(rows: Dataset, encoder: Encoder) -> list[Any]:
+    """Return the tokens of examples, none of which is cut, nor left without tokens by the chat template."""
+    return [row for row in encode(rows, replace(encoder, cut=Truncation())).to_list() if not row["refusal"]]
 
 
 def _whole_in_both(
@@ -218,11 +215,11 @@ def _whole_in_both(
     return [own for own, _ in pairs], [base for _, base in pairs]
 
 
-def _kept(rows: Dataset, cut: Truncation) -> Dataset:
-    """Leave out, as SFTTrainer does where it truncates, what has no token to learn left."""
-    if cut.max_length is None or cut.packing:
-        return rows
-    indices = [index for index, left in enumerate(rows["num_left"][:]) if left]
+def _kept(rows: Dataset, counts: Counts, cut: Truncation) -> Dataset:
+    """Leave out what was refused and, as SFTTrainer does where it truncates, what has no token to learn left."""
+    indices = counts.indices
+    if cut.max_length is not None and not cut.packing:
+        indices = indices[counts.num_left > 0]
     return rows if len(indices) == len(rows) else rows.select(indices)
 
 
@@ -231,8 +228,21 @@ def _packed(rows: Dataset, sft: SFTConfig, cut: Truncation) -> Dataset:
     rows = rows.select_columns(TRAINED_ON)
     if cut.packing:
         rows = rows.shuffle(seed=sft.seed) if sft.shuffle_dataset else rows
-        rows = pack_dataset(rows, cast(int, cut.max_length), cut.packing_strategy)
+        with phase("Packing", "example", shown=not sft.disable_tqdm), bars_of_datasets(shown=False):
+            rows = pack_dataset(rows, cast(int, cut.max_length), cut.packing_strategy)
     return rows.shuffle(seed=sft.seed) if sft.shuffle_dataset else rows
+
+
+def _num_tokens(train: Dataset, counts: Counts, cut: Truncation) -> int:
+    """Return the number of tokens that are trained on: of rows that were selected, the table is not looked through."""
+    if cut.packing:
+        batches = train.with_format("arrow").iter(ROWS_AT_ONCE)
+        chunks = (pyarrow.compute.list_value_length(batch["input_ids"]) for batch in batches)
+        return sum(pyarrow.compute.sum(chunk).as_py() for chunk in chunks)
+    lengths = counts.num_tokens
+    if cut.max_length is not None:  # and room for as many, since nothing is packed
+        lengths = lengths[counts.num_left > 0].clip(max=cut.max_length)
+    return int(lengths.sum(dtype=np.int64))
 
 
 def _pieces(row: Mapping[str, list[int]], cut: Truncation) -> Iterator[Example]:

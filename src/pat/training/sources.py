@@ -3,55 +3,46 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
-from datasets import Dataset, DatasetDict, Features, Json, List, ReadInstruction, Value, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 
 from pat.errors import PatError, one_line
 from pat.paths import looks_local
 from pat.questions import letter_answer, letter_instruction, load_rows, resolve_tasks
-from pat.readers import DECOMPRESSORS, READERS, SUFFIXES, Row, data_suffix, read_local, without_nulls
-from pat.training.formats import ALPACA, OPTIONS, Format, Template, convert_row, detect_format
-from pat.training.messages import RowError
-
-TemplateChoice = Literal["auto", "chat", "alpaca"]
+from pat.readers import (
+    DECOMPRESSORS,
+    READERS,
+    SUFFIXES,
+    Placed,
+    data_suffix,
+    file_fingerprint,
+    iterate_local,
+    without_nulls,
+)
+from pat.report.progress import phase
+from pat.training.conversion import PLACE, ROW, Reading, Source, TemplateChoice, convert
+from pat.training.formats import ALPACA, Format
+from pat.training.tables import ROWS_AT_ONCE, digest
 
 TASK_PREFIX = "task:"
 """Begins the name of a dataset that is made of tasks' questions."""
 
-PLACE = "place"
-"""Column with where the row of an example stands; a conversation gives several examples."""
+SMALL_BYTES = 8 * 2**20
+"""A file of so many bytes, unless it is compressed, is converted in memory."""
+
+SMALL_ROWS = 10_000
+"""Rows of a dataset that are converted in memory."""
 
 # What ends in one of these is meant as a file even where there is none: no reason to ask the hub.
 FILE_SUFFIXES = {*READERS, *DECOMPRESSORS, ".txt", ".arrow", ".xlsx", ".zip", ".yaml", ".yml"}
-
-
-@dataclass(frozen=True)
-class Source:
-    """All examples of one source in TRL's forms, with the column `PLACE`."""
-
-    rows: Dataset
-    format: Format
-    template: Template | None
-    fingerprint: str
-    num_rows: int  # rows read, those without a response included
-    unread: tuple[str, ...] = ()  # columns that have no part in the format
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Options of reading rows; `chat_template` is the source of the tokenizer's template, empty if there is none."""
-
-    template: TemplateChoice = "auto"
-    chat_template: str = ""
-    text_field: str = "text"
 
 
 def load_source(name: str, reading: Reading, *, split: str = "train", config_name: str | None = None) -> Source:
@@ -83,24 +74,37 @@ def load_task_source(name: str, split: str, template: TemplateChoice = "auto") -
     if template == "chat":
         raise PatError(f"Got template='chat' with {name}; expected 'alpaca' or 'auto': tasks are asked under Alpaca's.")
     folder, _, tasks = name.removeprefix(TASK_PREFIX).rpartition("/")
-    rows: list[dict[str, str]] = []
+    rows: list[dict[str, Any]] = []
     for task in resolve_tasks(tasks):
         for row in load_rows(task, Path(folder) if folder else None, split=split):
             prompt = ALPACA.format(instruction=letter_instruction(row))
             rows.append({"prompt": prompt, "completion": letter_answer(row)})
-    digest = hashlib.sha256(repr(rows).encode()).hexdigest()
+    known = hashlib.sha256(repr(rows).encode()).hexdigest()
     format = Format("prompt-completion", "prompt", "completion")
-    places = [f"{name}, row {number}" for number in range(1, len(rows) + 1)]
-    return Source(Dataset.from_list(rows).add_column(PLACE, places), format, "alpaca", f"sha256:{digest}", len(rows))
+    numbered = [row | {PLACE: f"{name}, row {number + 1}", ROW: number} for number, row in enumerate(rows)]
+    return Source(Dataset.from_list(numbered), format, "alpaca", f"sha256:{known}", len(rows), len(rows))
 
 
 def _load_file(path: Path, reading: Reading, split: str) -> Source:
-    rows, fingerprint = read_local(path)
-    [indices] = _selected(str(path), split, {"train": len(rows)}).values()
-    columns = list(dict.fromkeys(name for _, row in rows for name in row))
-    converter = _Converter(str(path), columns, rows[indices[0]][1], reading)
-    examples = [example for index in indices for example in converter.convert(*rows[index])]
-    return converter.source(examples, fingerprint, len(indices))
+    spans: list[tuple[int, int | None]] = [(0, None)]
+    if split != "train":
+        num_rows = sum(1 for _ in iterate_local(path))
+        [parts] = _selected(str(path), split, {"train": num_rows}).values()
+        spans = [(part.start, part.stop) for part in parts]
+    stat = path.stat() if os.path.isfile(path) else None
+    is_large = stat is not None and (stat.st_size > SMALL_BYTES or path.suffix.lower() in DECOMPRESSORS)
+    key = (
+        digest(str(path.resolve()), str(path), stat.st_size, stat.st_mtime_ns, split, reading.parts())
+        if stat and is_large
+        else None
+    )
+    return convert(
+        str(path),
+        lambda: chain.from_iterable(islice(iterate_local(path), *span) for span in spans),
+        reading,
+        lambda: file_fingerprint(path),
+        key=key,
+    )
 
 
 def _load_folder(path: Path, reading: Reading, split: str, config_name: str | None) -> Source:
@@ -108,8 +112,8 @@ def _load_folder(path: Path, reading: Reading, split: str, config_name: str | No
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         stored = load_from_disk(str(path))
         parts = dict(stored) if isinstance(stored, DatasetDict) else {"train": stored}
-        [(part, indices)] = _selected(str(path), split, {str(name): len(rows) for name, rows in parts.items()}).items()
-        return _convert(str(path), parts[part].select(indices), reading)
+        [(part, spans)] = _selected(str(path), split, {str(name): len(rows) for name, rows in parts.items()}).items()
+        return _convert(str(path), concatenate_datasets([parts[part].select(span) for span in spans]), reading)
     files = [file for file in sorted(path.iterdir()) if file.is_file() and data_suffix(file) in READERS]
     if not files:
         raise PatError(f"{path}: is a folder without a data file; expected one in it ({SUFFIXES}).")
@@ -120,7 +124,9 @@ def _load_folder(path: Path, reading: Reading, split: str, config_name: str | No
 
 def _load_hub(name: str, reading: Reading, split: str, config_name: str | None) -> Source:
     try:
-        dataset = load_dataset(name, name=config_name, split=split)
+        # On a terminal `datasets` draws bars of its own.
+        with phase(f"Loading {name}", "row", shown=reading.shown and not sys.stderr.isatty()):
+            dataset = load_dataset(name, name=config_name, split=split)
     except ConnectionError as error:
         raise PatError(
             f"{name}: no such file, and the hub could not be reached; pass an existing file ({SUFFIXES}) or go online."
@@ -139,68 +145,20 @@ def _load_hub(name: str, reading: Reading, split: str, config_name: str | None) 
 
 
 def _convert(name: str, dataset: Dataset, reading: Reading) -> Source:
-    converter = _Converter(name, dataset.column_names, without_nulls(dataset[0]), reading)
+    def placed() -> Iterator[Placed]:
+        number = 0
+        for batch in dataset.iter(ROWS_AT_ONCE):
+            columns = cast(dict[str, list[Any]], batch)
+            for values in zip(*columns.values(), strict=True):
+                number += 1
+                yield f"{name}, row {number}", without_nulls(dict(zip(columns, values, strict=True)))
 
-    # Mapped rather than read into a list: stays on disk, and the next run finds it in the cache.
-    def convert(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        rows = (without_nulls(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True))
-        places = (f"{name}, row {index + 1}" for index in indices)
-        pairs = zip(places, rows, strict=True)
-        examples = [example for place, row in pairs for example in converter.convert(place, row)]
-        return {key: [example[key] for example in examples] for key in converter.features}
-
-    rows = dataset.map(
-        convert, batched=True, with_indices=True, remove_columns=dataset.column_names, features=converter.features
-    )
-    return converter.source(rows, _hub_fingerprint(dataset), len(dataset))
+    fingerprint = _hub_fingerprint(dataset)
+    key = digest(name, dataset._fingerprint, reading.parts()) if len(dataset) > SMALL_ROWS else None
+    return convert(name, placed, reading, lambda: fingerprint, columns=dataset.column_names, key=key)
 
 
-class _Converter:
-    """Converts the rows of one source, whose columns and first row say how."""
-
-    def __init__(self, name: str, columns: Sequence[str], first: Row, reading: Reading) -> None:
-        self.name, self.reading = name, reading
-        self.format = format = detect_format(columns, name, reading.text_field)
-        self.unread = tuple(column for column in columns if column not in format.columns)
-        as_it_is = format.name == "prompt-completion" and not isinstance(first.get(format.prompt), list)
-        self.template: Template | None = "chat" if reading.chat_template else "alpaca"
-        if reading.template != "auto":
-            self.template = reading.template
-        elif as_it_is or format.name == "text":
-            self.template = None
-        chat = self.template == "chat"
-        kind = List(Json()) if chat else Value("string")
-        options = [name for name in OPTIONS if chat and name in format.beside]
-        names = ["text"] if format.name == "text" else ["prompt", "completion"]
-        kinds: dict[str, Any] = dict.fromkeys(names, kind) | dict.fromkeys(options, Json()) | {PLACE: Value("string")}
-        self.features = Features(kinds)
-
-    def convert(self, place: str, row: Row) -> list[dict[str, Any]]:
-        """Return the examples of a row as their columns hold them."""
-        try:
-            examples = convert_row(row, self.format, self.template, self.reading.chat_template)
-        except RowError as error:
-            raise PatError(f"{place}: {error}") from error
-        if self.template == "chat":  # in JSON, each message keeps the fields that it has, and no others
-            examples = [
-                {
-                    key: [json.dumps(item) for item in value] if key in ("prompt", "completion") else json.dumps(value)
-                    for key, value in example.items()
-                }
-                for example in examples
-            ]
-        return [{**dict.fromkeys(self.features), **example, PLACE: place} for example in examples]
-
-    def source(self, rows: Dataset | list[dict[str, Any]], fingerprint: str, num_rows: int) -> Source:
-        """Return the source of these examples, unless there are none."""
-        if not len(rows):
-            raise PatError(f"{self.name}: all {num_rows} responses are empty; expected at least one with text.")
-        if isinstance(rows, list):
-            rows = Dataset.from_list(rows, self.features)
-        return Source(rows, self.format, self.template, fingerprint, num_rows, self.unread)
-
-
-def _selected(name: str, split: str, lengths: dict[str, int]) -> dict[str, Sequence[int]]:
+def _selected(name: str, split: str, lengths: dict[str, int]) -> dict[str, list[range]]:
     """Return the part that a split names, and the indices that it selects.
 
     Raises:
@@ -212,8 +170,8 @@ def _selected(name: str, split: str, lengths: dict[str, int]) -> dict[str, Seque
     except ValueError as error:
         parts = ", ".join(map(repr, lengths))
         raise PatError(f"{name}: got split {split!r}; expected {parts} or a slice like 'train[:99]'.") from error
-    indices = [index for span in spans for index in range(span.from_, span.to)]
-    if not indices:
+    indices = [range(span.from_, span.to) for span in spans]
+    if not any(indices):
         raise PatError(f"{name}: split {split!r} selects none of the {lengths[part]} rows.")
     return {part: indices}
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import sys
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
 from datasets import Dataset, Features, List, Value
 
 from pat.errors import PatError, one_line
 from pat.nll import IGNORED
+from pat.report.progress import bars_of_datasets, phase
+from pat.training.conversion import PLACE, ROW
 from pat.training.data import chat_template_of
 from pat.training.messages import reads
-from pat.training.sources import PLACE
+from pat.training.tables import ROWS_AT_ONCE, cache_folder, cached_table, digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,11 +33,14 @@ FEATURES = Features(
         "num_left": Value("int64"),  # targets after it
         "unread": Value("string"),  # fields and options that the chat template does not mention
         "opens": Value("bool"),  # whether the first message of the prompt is an assistant's
+        "glued": Value("bool"),  # whether prompt and completion, strings, follow each other without a gap
+        "refusal": Value("string"),  # why there are no tokens, if the example was skipped
+        ROW: Value("int64"),
     }
 )
 
-BATCH_SIZE = 1000
-"""Examples whose texts go to the tokenizer at once, which uses every core for them."""
+ROWS_FOR_A_PROCESS = 20_000
+"""Rows for which a process more pays."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,8 @@ class Encoder:
     tokenizer: PreTrainedTokenizerBase
     cut: Truncation = Truncation()
     completion_only: bool = True
+    skips: bool = False
+    """Whether an example that the chat template refuses comes out without tokens."""
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         """Encode columns of examples, one row for each, with what `FEATURES` names.
@@ -84,7 +97,8 @@ class Encoder:
             PatError: the chat template refuses an example, or the tokenizer has no end-of-sequence token.
         """
         unread = [""] * len(next(iter(batch.values())))
-        opens = [False] * len(unread)
+        opens, glued = [False] * len(unread), [False] * len(unread)
+        refusals = [""] * len(unread)
         prompts: list[list[int]] | None = None
         if "prompt" not in batch:
             full = self._ids([self._ended(text) for text in batch["text"]])
@@ -92,9 +106,14 @@ class Encoder:
             pairs = zip(batch["prompt"], batch["completion"], strict=True)
             full = self._ids([prompt + self._ended(completion) for prompt, completion in pairs])
             prompts = self._ids(batch["prompt"])
+            ends = tuple(self.tokenizer.get_added_vocab())
+            pairs = zip(batch["prompt"], batch["completion"], strict=True)
+            glued = [not (p[-1:].isspace() or c[:1].isspace() or p.endswith(ends)) for p, c in pairs]
         else:
             rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-            chats = zip(*map(self._rendered, rows), strict=True)
+            rendered = [self._rendered(row) for row in rows]
+            refusals = [refusal for _, _, refusal in rendered]
+            chats = zip(*((whole, prompt) for whole, prompt, _ in rendered), strict=True)
             full, prompts = (self._ids(texts, add_special_tokens=False) for texts in chats)
             source = chat_template_of(self.tokenizer)
             unread = [", ".join(sorted(name for name in _names(row) if not reads(source, name))) for row in rows]
@@ -111,7 +130,18 @@ class Encoder:
             "num_left": [len(row) - row.count(IGNORED) for row in labels],
             "unread": unread,
             "opens": opens,
+            "glued": glued,
+            "refusal": refusals,
+            ROW: batch.get(ROW, [0] * len(full)),
         }
+
+    def parts(self) -> tuple[Any, ...]:
+        """Return what decides on the tokens of an example, so far as it can be told."""
+        tokenizer, how = self.tokenizer, (str(self.cut), self.completion_only, self.skips)
+        # What a slow tokenizer does is not all in its vocabulary.
+        known = cast(Any, tokenizer).backend_tokenizer.to_str() if tokenizer.is_fast else uuid.uuid4().hex
+        template = chat_template_of(tokenizer)
+        return type(tokenizer).__name__, known, template, tokenizer.eos_token, *how
 
     def _ids(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         # verbose=False: a text longer than the model's window is no reason to warn, it is cut.
@@ -131,35 +161,99 @@ class Encoder:
             raise PatError("The tokenizer has no end-of-sequence token to end responses with; pass --eos_token.")
         return text if text.endswith(eos) else text + eos
 
-    def _rendered(self, row: Mapping[str, Any]) -> tuple[str, str]:
-        """Return the text of a conversation, and that of its prompt alone."""
+    def _rendered(self, row: Mapping[str, Any]) -> tuple[str, str, str]:
+        """Return the text of a conversation, that of its prompt alone, and why there is none."""
         options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {}), "tokenize": False}
         render: Any = self.tokenizer.apply_chat_template
         try:
             whole = render(row["prompt"] + row["completion"], **options)
-            return whole, render(row["prompt"], add_generation_prompt=True, **options)
+            return whole, render(row["prompt"], add_generation_prompt=True, **options), ""
         except Exception as error:  # whatever the expressions of a template raise
             where, reason = row.get(PLACE, "A row"), one_line(error)
-            raise PatError(f"{where}: the tokenizer's chat template refuses it ({reason}); fix either.") from error
+            refusal = f"{where}: the tokenizer's chat template refuses it ({reason}); fix either."
+            if not self.skips:
+                raise PatError(refusal) from error
+            return "", "", refusal
 
 
-def encode(dataset: Dataset, encoder: Encoder, num_proc: int | None = None) -> Dataset:
+def encode(
+    dataset: Dataset, encoder: Encoder, num_proc: int | None = None, *, key: str | None = None, shown: bool = False
+) -> Dataset:
     """Return the tokens of a dataset of examples, with the columns of `FEATURES`.
 
-    A fast tokenizer uses every core by itself; `num_proc` processes serve a slow one, or a slow chat template.
+    Args:
+        dataset: of examples.
+        encoder: makes tokens of them.
+        num_proc: number of processes; by default as many as there are cores, if there are rows enough.
+        key: digest of everything that the examples are made of; with it the tokens are a table of the cache, and made
+            once. Without it they are in memory.
+        shown: whether progress is shown.
 
     Raises:
         PatError: see `Encoder`.
     """
-    return dataset.map(
-        encoder,
-        batched=True,
-        batch_size=BATCH_SIZE,
-        num_proc=num_proc,
-        remove_columns=dataset.column_names,
-        features=FEATURES,
-        desc="Tokenizing",
-    )
+    if num_proc is None:
+        num_proc = min(_num_cores(), len(dataset) // ROWS_FOR_A_PROCESS) or None
+    # Several processes of several threads each would get into each other's way.
+    parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
+    forks = num_proc is not None and num_proc > 1
+    if forks:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        # A collection in a process would touch, and so copy, all memory that it shares with this one.
+        gc.collect()
+        gc.freeze()
+
+    def run(**options: Any) -> Dataset:
+        with TemporaryDirectory() as folder:
+            counter = Path(folder) / "rows"
+            counter.touch()
+            with (
+                phase("Tokenizing", "example", total=len(dataset), shown=shown, count=lambda: counter.stat().st_size),
+                bars_of_datasets(shown=False),
+            ):
+                return dataset.map(
+                    partial(_counted, encoder, str(counter)),
+                    batched=True,
+                    batch_size=ROWS_AT_ONCE,
+                    num_proc=num_proc,
+                    remove_columns=dataset.column_names,
+                    features=FEATURES,
+                    load_from_cache_file=False,
+                    **options,
+                )
+
+    def make(folder: Path) -> dict[str, Any]:
+        run(cache_file_name=str(folder / "tokens.arrow"), new_fingerprint=key)
+        made.append(folder)
+        return {}
+
+    made: list[Path] = []
+    try:
+        if key is None:
+            return run(keep_in_memory=True)
+        table = cached_table(digest(key, encoder.parts()), make)[0]
+        if shown:
+            where = "kept in" if made else "taken from"
+            print(f"The tokens of {len(table):,} examples are {where} {cache_folder()}.", file=sys.stderr)
+        return table
+    finally:
+        if forks:
+            gc.unfreeze()
+        os.environ.pop("TOKENIZERS_PARALLELISM", None)
+        if parallelism is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = parallelism
+
+
+def _counted(encoder: Encoder, counter: str, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """Encode a batch, and let a file grow by a byte for each example of it, whichever process this is."""
+    encoded = encoder(batch)
+    with open(counter, "ab") as file:
+        file.write(bytes(len(encoded[ROW])))
+    return encoded
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def learns(labels: Sequence[int]) -> bool:

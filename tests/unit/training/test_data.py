@@ -354,6 +354,26 @@ def test_pairs_that_differ_from_row_to_row(tmp_path: Path) -> None:
     refused(write(tmp_path / "c.jsonl", two), "another system message", tokenizer=CHAT)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "num_bad", "first"),
+    [
+        ("d.jsonl", f'{GOOD}\n{{"instruction": \n[3]\n{GOOD}\n{{"instruction": "a"}}\n', 3, "line 2: not valid JSON"),
+        ("d.jsonl", b'\xff\n{"instruction": 1}\n' + GOOD.encode() + b"\n" + GOOD.encode(), 2, "line 1: not readable"),
+        ("d.json", f'[{GOOD}, 3, {GOOD}, {{"output": "b", "instruction": []}}]', 2, "row 2: got a JSON number"),
+        ("d.csv", "instruction,output\na,b\nc\nd,e,f\ng,h\n", 2, "line 3: got another number of fields"),
+    ],
+)
+def test_bad_rows_are_skipped_and_counted_if_asked_for(
+    tmp_path: Path, name: str, content: str | bytes, num_bad: int, first: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused(path, first)
+    source = load_training_data(path, held_out=0, skips=True).source
+    assert (source.num_bad, source.num_usable, source.num_rows) == (num_bad, 2, num_bad + 2)
+    assert first in source.first_bad
+
+
 def test_places_options_and_splits_that_are_not_there(tmp_path: Path) -> None:
     refused(tmp_path / "none.jsonl", "no such file")
     refused("none.jsonl", "none.jsonl: no such file")  # looks like a file: no hub involved

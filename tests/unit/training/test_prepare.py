@@ -259,6 +259,22 @@ def test_a_row_that_the_template_refuses_is_named(base: Path) -> None:
         prepared(base, rows)
 
 
+def test_rows_that_cannot_be_used_are_skipped_counted_and_said_once(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"messages": [say("user", text), say("assistant", "b")]} for text in ("a", "refuse", "b")]
+    apart = str(write(tmp_path / "apart.jsonl", [*rows, 3]))
+    data = prepared(base, [{"messages": 3}, *rows], on_bad_row="skip", held_out=apart, max_length=None)
+    record = data.record
+    assert (record.num_rows, record.num_skipped, record.num_examples, len(data.train)) == (4, 2, 2, 2)
+    assert record.num_held_out == 2 and "0 truncated, 2 skipped;" in record.describe()
+    said, of_held_out = lines_of(caplog)
+    assert "2 rows cannot be used" in said and "line 1: field 'messages' is of type int" in said
+    assert of_held_out.startswith("2 held-out rows cannot be used")
+    with pytest.raises(PatError, match=r"All examples are refused, as .*line 1: the tokenizer's chat template"):
+        prepared(base, rows[1:2], on_bad_row="skip")
+
+
 @pytest.mark.parametrize(
     ("flags", "rows", "message"),
     [

@@ -8,8 +8,9 @@ import pytest
 from pat import PatError
 from pat.evaluation.tasks.utils import letter_prompt
 from pat.questions import make_row
+from pat.training.conversion import Reading
 from pat.training.data import load_training_data
-from pat.training.sources import Reading, load_source
+from pat.training.sources import load_source
 
 
 @pytest.fixture

@@ -1,0 +1,230 @@
+"""Rows of one source become a table of examples in TRL's forms, as they are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset, Features, Json, List, Value
+
+from pat.errors import PatError
+from pat.readers import Placed, Row
+from pat.report.progress import Phase, phase
+from pat.training.formats import OPTIONS, Format, NoFormat, Template, convert_row, detect_format
+from pat.training.messages import RowError
+from pat.training.tables import cached_table, write_table
+
+TemplateChoice = Literal["auto", "chat", "alpaca"]
+
+PLACE = "place"
+"""Column with where the row of an example stands; a conversation gives several examples."""
+
+ROW = "row"
+"""Column with the number of that row among those with a response, from 0."""
+
+ROWS_LOOKED_AT = 1000
+"""Rows by whose columns the format is found; it is found anew if later ones have others that make a difference."""
+
+UPDATE_EVERY = 100
+"""Rows between two counts of what has been read."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """All examples of one source in TRL's forms, with the columns `PLACE` and `ROW`."""
+
+    rows: Dataset
+    format: Format
+    template: Template | None
+    fingerprint: str
+    num_rows: int  # rows read, those without a response included
+    num_usable: int  # rows with a response
+    unread: tuple[str, ...] = ()  # columns that have no part in the format
+    num_bad: int = 0  # rows that could not be used, and were skipped
+    first_bad: str = ""  # what is wrong with the first of them
+    key: str | None = None  # of the table in the cache, if it is there
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Options of reading rows; `chat_template` is the source of the tokenizer's template, empty if there is none."""
+
+    template: TemplateChoice = "auto"
+    chat_template: str = ""
+    text_field: str = "text"
+    skips: bool = False
+    """Whether rows that cannot be used are left out, and counted."""
+    shown: bool = False
+    """Whether progress is shown."""
+
+    def parts(self) -> tuple[Any, ...]:
+        """Return what decides on what rows become."""
+        return self.template, self.chat_template, self.text_field, self.skips
+
+
+class _OtherFormat(Exception):
+    """A row has columns by which the data has another format than was thought."""
+
+
+def convert(
+    name: str,
+    placed: Callable[[], Iterable[Placed]],
+    reading: Reading,
+    fingerprint: Callable[[], str],
+    *,
+    columns: Sequence[str] | None = None,
+    key: str | None = None,
+) -> Source:
+    """Convert the rows of a source: in memory, or with a key as a table of the cache.
+
+    Args:
+        name: of the source.
+        placed: returns the rows from the beginning, each time that it is called.
+        reading: how they are read.
+        fingerprint: returns that of the source.
+        columns: all that rows may have, if that is known.
+        key: digest of everything that the table is made of.
+
+    Raises:
+        PatError: see `pat.training.data.load_training_data`.
+    """
+    with phase(f"Reading {name}", "row", shown=reading.shown) as progress:
+
+        def run(use: Callable[[_Conversion], Any]) -> tuple[_Conversion, Any]:
+            """Convert all rows; once more if they turn out to have another format."""
+            known, first = _look_at(islice(placed(), ROWS_LOOKED_AT), reading.skips)
+            if columns is not None:
+                known = dict.fromkeys(columns)
+            try:
+                conversion = _Conversion(name, placed, reading, known, first, progress)
+                return conversion, use(conversion)
+            except (_OtherFormat, NoFormat):
+                if columns is not None:
+                    raise
+                known, first = _look_at(placed(), reading.skips)
+                conversion = _Conversion(name, placed, reading, known, first, progress)
+                return conversion, use(conversion)
+
+        if key is None:
+            conversion, examples = run(lambda conversion: list(conversion.examples()))
+            facts = conversion.facts(fingerprint())
+            return Source(Dataset.from_list(examples, conversion.features), **facts)
+
+        def make(folder: Path) -> dict[str, Any]:
+            file = folder / "rows.arrow"
+            conversion, _ = run(lambda conversion: write_table(file, conversion.features, conversion.examples()))
+            facts = conversion.facts(fingerprint())
+            return facts | {"format": asdict(facts["format"])}
+
+        rows, facts = cached_table(key, make)
+    format = Format(**facts["format"] | {"beside": tuple(facts["format"]["beside"])})
+    return Source(rows, **facts | {"format": format, "unread": tuple(facts["unread"]), "key": key})
+
+
+class _Conversion:
+    """The conversion of the rows of one source, whose columns and first row say how."""
+
+    def __init__(
+        self,
+        name: str,
+        placed: Callable[[], Iterable[Placed]],
+        reading: Reading,
+        columns: dict[str, None],
+        first: Row,
+        progress: Phase,
+    ) -> None:
+        self.name, self.placed, self.reading, self.columns, self.progress = name, placed, reading, columns, progress
+        self.num_rows = self.num_usable = self.num_bad = 0
+        self.first_bad = ""
+        self.format = format = detect_format(columns, name, reading.text_field)
+        as_it_is = format.name == "prompt-completion" and not isinstance(first.get(format.prompt), list)
+        self.template: Template | None = "chat" if reading.chat_template else "alpaca"
+        if reading.template != "auto":
+            self.template = reading.template
+        elif as_it_is or format.name == "text":
+            self.template = None
+        chat = self.template == "chat"
+        kind = List(Json()) if chat else Value("string")
+        options = [name for name in OPTIONS if chat and name in format.beside]
+        names = ["text"] if format.name == "text" else ["prompt", "completion"]
+        kinds: dict[str, Any] = dict.fromkeys(names, kind) | dict.fromkeys(options, Json())
+        self.features = Features(kinds | {PLACE: Value("string"), ROW: Value("int64")})
+
+    def examples(self) -> Iterator[dict[str, Any]]:
+        """Yield the examples of all rows as their columns hold them."""
+        for place, row in self.placed():
+            if self.num_rows % UPDATE_EVERY == 0:
+                self.progress.done = self.num_rows
+            self.num_rows += 1
+            try:
+                examples = self._convert(place, row)
+            except PatError as error:
+                if not self.reading.skips:
+                    raise
+                self.first_bad = self.first_bad or str(error)
+                self.num_bad += 1
+                continue
+            beside = {PLACE: place, ROW: self.num_usable}
+            yield from ({**dict.fromkeys(self.features), **example, **beside} for example in examples)
+            self.num_usable += bool(examples)
+        if not self.num_usable:
+            wrong = f" or of rows that cannot be used, as {self.first_bad}" if self.num_bad else ""
+            raise PatError(
+                f"{self.name}: all {self.num_rows} responses are empty{wrong}; expected at least one with text."
+            )
+
+    def facts(self, fingerprint: str) -> dict[str, Any]:
+        """Return what is known of the source when all rows are converted."""
+        return {
+            "format": self.format,
+            "template": self.template,
+            "fingerprint": fingerprint,
+            "num_rows": self.num_rows,
+            "num_usable": self.num_usable,
+            "num_bad": self.num_bad,
+            "first_bad": self.first_bad,
+            "unread": tuple(column for column in self.columns if column not in self.format.columns),
+        }
+
+    def _convert(self, place: str, row: Row | PatError) -> list[dict[str, Any]]:
+        if isinstance(row, PatError):
+            raise row
+        if not row.keys() <= self.columns.keys():
+            self.columns |= dict.fromkeys(row)
+            if detect_format(self.columns, self.name, self.reading.text_field) != self.format:
+                raise _OtherFormat
+        try:
+            examples = convert_row(row, self.format, self.template, self.reading.chat_template)
+        except RowError as error:
+            raise PatError(f"{place}: {error}") from error
+        if self.template != "chat":
+            return examples
+        # In JSON, each message keeps the fields that it has, and no others.
+        return [
+            {
+                key: [json.dumps(item) for item in value] if key in ("prompt", "completion") else json.dumps(value)
+                for key, value in example.items()
+            }
+            for example in examples
+        ]
+
+
+def _look_at(placed: Iterable[Placed], skips: bool) -> tuple[dict[str, None], Row]:
+    """Return the columns of rows, and the first of them that is one.
+
+    Raises:
+        PatError: a row is wrong, and none is to be skipped.
+    """
+    columns: dict[str, None] = {}
+    first: Row | None = None
+    for _, row in placed:
+        if isinstance(row, dict):
+            first = row if first is None else first
+            columns |= dict.fromkeys(row)
+        elif not skips:
+            raise row
+    return columns, first or {}

@@ -1,0 +1,103 @@
+"""What encoded examples have and lose, counted in one pass over them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow
+import pyarrow.compute as pc
+from datasets import Dataset
+
+from pat.report.progress import Phase, phase
+from pat.training.conversion import ROW
+from pat.training.tables import batches_of
+
+Numbers = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Counts of encoded examples; the arrays have a number for each that is there, those that were refused left out."""
+
+    indices: npt.NDArray[np.int64]
+    """Where these examples stand in the table."""
+    num_tokens: Numbers
+    """Tokens before the cut."""
+    num_targets: Numbers
+    """Those of them that are to be learned."""
+    num_left: Numbers
+    """Those of them that are left after the cut."""
+    largest_token: int
+    num_unread: int
+    """Examples that say something which the chat template does not mention."""
+    unread: tuple[str, ...]
+    """Names of such things."""
+    num_glued: int
+    """Examples without anything that tells where the prompt ends and the completion begins."""
+    num_openings: int
+    """Rows whose first message is an assistant's."""
+    num_refused: int
+    """Examples without tokens, since the chat template refuses them."""
+    first_refusal: str
+
+
+def count(rows: Dataset, *, shown: bool = False) -> Counts:
+    """Count, in one pass and with a few rows in memory, what a table of tokens holds."""
+    with phase("Counting tokens", "example", total=len(rows), shown=shown) as progress:
+        return _count(rows, progress)
+
+
+def _count(rows: Dataset, progress: Phase) -> Counts:
+    lengths: dict[str, list[Numbers]] = {"num_tokens": [], "num_targets": [], "num_left": []}
+    unread: Counter[str] = Counter()
+    there: list[npt.NDArray[np.bool_]] = []
+    largest = num_glued = num_openings = 0
+    first_refusal = ""
+    last_opening = -1  # a conversation may lie across two batches
+    for batch in batches_of(rows, [*lengths, "input_ids", "unread", "glued", "opens", "refusal", ROW]):
+        progress.done += len(batch)
+        is_there = pc.equal(batch["refusal"], "")
+        there.append(is_there.to_numpy())
+        if not there[-1].all():
+            refusals = batch["refusal"].filter(pc.invert(is_there))
+            first_refusal = first_refusal or refusals[0].as_py()
+            batch = batch.filter(is_there)
+        for name, found in lengths.items():
+            found.append(batch[name].to_numpy().astype(np.int32))
+        largest = max(largest, pc.max(pc.list_flatten(batch["input_ids"])).as_py() or 0)
+        unread.update(_occurring(batch["unread"]))
+        num_glued += pc.sum(batch["glued"]).as_py() or 0
+        openings = np.unique(batch[ROW].filter(batch["opens"]).to_numpy())
+        num_openings += int((openings > last_opening).sum())
+        last_opening = int(openings[-1]) if len(openings) else last_opening
+    del unread[""]
+    names = {name for several in unread for name in several.split(", ")}
+    joined = {name: np.concatenate([np.zeros(0, np.int32), *found]) for name, found in lengths.items()}
+    all_there = np.concatenate([np.zeros(0, np.bool_), *there])
+    return Counts(
+        **joined,
+        indices=np.flatnonzero(all_there),
+        num_refused=int((~all_there).sum()),
+        first_refusal=first_refusal,
+        largest_token=largest,
+        num_unread=unread.total(),
+        unread=tuple(sorted(names)),
+        num_glued=num_glued,
+        num_openings=num_openings,
+    )
+
+
+def count_tokens(rows: Dataset) -> Counter[int]:
+    """Count how often each token occurs in a table of tokens."""
+    counts: Counter[int] = Counter()
+    for batch in batches_of(rows, ["input_ids"]):
+        counts.update(_occurring(pc.list_flatten(batch["input_ids"])))
+    return counts
+
+
+def _occurring(column: pyarrow.ChunkedArray) -> dict[Any, int]:
+    return {value["values"]: value["counts"] for value in pc.value_counts(column).to_pylist()}
