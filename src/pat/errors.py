@@ -1,5 +1,7 @@
 """Errors raised on purpose. Every message says what was given, what was expected and what to do."""
 
+from __future__ import annotations
+
 MAX_MESSAGE = 1500
 """Letters of a message; what it repeats of a file or an option may be as long as it likes."""
 
@@ -34,8 +36,12 @@ class FailedElsewhere(PatError):
     """The first process of a run has failed, and says how; this one ends with it."""
 
     def __init__(self, message: str, exit_status: int) -> None:
-        super().__init__(message, exit_status)
+        super().__init__(message)
         self.exit_status = exit_status
+
+    def __reduce__(self) -> tuple[type[FailedElsewhere], tuple[str, int]]:
+        """Travel between processes with both arguments, of which an error keeps the first."""
+        return type(self), (str(self), self.exit_status)
 
 
 class Diverged(RunFailed):
