@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -33,7 +33,10 @@ from pat.widths import legal_widths
 logger = logging.getLogger(__name__)
 
 _OF_LORA = ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-"""Fields of its configuration that decide what LoRA computes."""
+"""Fields of its configuration that decide what LoRA computes; peft's defaults hold, not those of `PatConfig`."""
+
+_UNTOUCHED_BASE = (None, True, False, "gaussian")
+"""Initialisations of LoRA that leave the base as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +148,13 @@ def adapted(
     Raises:
         PatError: adapter and base do not fit each other.
     """
-    fields = {key: published.config[key] for key in _OF_LORA if published.config.get(key) is not None}
+    stored, plain = published.config, LoraConfig()
+    fields = {key: getattr(plain, key) if stored.get(key) is None else stored[key] for key in _OF_LORA}
+    if stored.get("init_lora_weights") not in _UNTOUCHED_BASE or stored.get("fan_in_fan_out"):
+        raise PatError(
+            f"{adapter}: has init_lora_weights={stored.get('init_lora_weights')!r} and fan_in_fan_out="
+            f"{stored.get('fan_in_fan_out')!r}; expected LoRA that leaves the base's matrices as they are."
+        )
     config = PatConfig(
         task_type="CAUSAL_LM",
         axes=["hidden"],
@@ -153,7 +162,7 @@ def adapted(
         rotation="none",
         operator_rank="dense",
         untie_word_embeddings=bool(base.config.tie_word_embeddings),
-        **({"use_rslora": False} | fields),
+        **fields,
     )
     with fitting(name, adapter):
         model = cast(PeftModel, get_peft_model(base, config))

@@ -98,7 +98,7 @@ class PublishedAdapter:
                     f"channels it keeps; expected the dimdown_dim of its training, at most {self.hidden_size}."
                 )
             return torch.arange(self.hidden_size) < num_kept
-        keep = self.mask > 0
+        keep = self.mask > 0  # 0 is cut: that code rounds a sigmoid of 0.5 to 0
         found = int(keep.sum())
         if num_kept not in (None, found):
             raise PatError(f"Got pruned_hidden_size={num_kept}, but the adapter's mask keeps {found}; leave it out.")
@@ -140,6 +140,8 @@ def _sorted(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) ->
     parts: dict[tuple[int, int], dict[str, Tensor]] = {}
     mask = None
     for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise PatError(f"{folder}: its tensor {name} holds numbers that are not finite; the training has diverged.")
         found = _PLACE.fullmatch(name.removeprefix(PREFIX))
         part = _PARTS.get(found["part"]) if found else None
         if found is None or part is None:
@@ -156,20 +158,22 @@ def _sorted(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) ->
             f"{folder}: has no dimdown tensors of an embedding, so it is not an adapter of the published code of PAT; "
             "`pat merge` takes those of this package."
         )
+    of_embedding = parts[(-1, 0)].get("up")
+    size = 0 if of_embedding is None or of_embedding.dim() == 0 else of_embedding.shape[0]
     places = {}
     for key, found_parts in parts.items():
         where = "the embedding" if key[0] < 0 else f"dimdown{key[1]} of layer {key[0]}"
         if missing := {"down", "up"} - set(found_parts):
             raise PatError(f"{folder}: lacks a matrix ({', '.join(sorted(missing))}) at {where}; it is not complete.")
         places[key] = Place(found_parts["down"], found_parts["up"], found_parts.get("scale"))
-        _check_shapes(folder, where, places[key], places[(-1, 0)] if (-1, 0) in places else places[key])
+        _check_shapes(folder, where, places[key], size)
     if mask is not None and len(mask) != len(places[(-1, 0)].up):
         raise PatError(f"{folder}: its mask has {len(mask)} channels, its matrices {len(places[(-1, 0)].up)}.")
     return PublishedAdapter(config, places, mask, lora)
 
 
-def _check_shapes(folder: Path, where: str, place: Place, first: Place) -> None:
-    size, rank = (tensor.shape[0] if tensor.dim() else 0 for tensor in (first.up, place.down))
+def _check_shapes(folder: Path, where: str, place: Place, size: int) -> None:
+    rank = place.down.shape[0] if place.down.dim() else 0
     expected = ((rank, size), (size, rank), (size,))
     given = (place.down.shape, place.up.shape, (size,) if place.scale is None else place.scale.shape)
     if tuple(map(tuple, given)) != expected:

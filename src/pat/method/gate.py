@@ -198,7 +198,7 @@ class Gate(nn.Module):
 
     def _active_loss(self, weight: Tensor) -> Tensor:
         free = ~self.pinned
-        num_pinned = int(self.pinned.sum())
+        num_pinned = int(self.pinned.view(-1, self.size)[0].sum())  # as many in each row of a stack
         logits = (self.lr_multiplier * weight + self.prior)[free].unflatten(0, (*self.keep.shape[:-1], -1))
         return active_channel_loss(logits, self.num_kept - num_pinned)
 

@@ -163,7 +163,9 @@ def _obstacles(skeleton: PreTrainedModel, stream: ResidualStream, sizes: Mapping
     if stream.family.expert_parameters and not any(branch.has_experts for branch in stream.branches):
         obstacles["mlp"] = "in this family the channels of experts can be cut, and this model has no experts"
     elif stream.family.expert_parameters and sizes[AXES["mlp"].field] <= EXPERTS_STEP:
-        obstacles["mlp"] = f"its experts have {sizes[AXES['mlp'].field]} channels, and the kernel for experts wants 8"
+        obstacles["mlp"] = (
+            f"an expert keeps a multiple of {EXPERTS_STEP} channels, and these have {sizes[AXES['mlp'].field]}"
+        )
     norms = [f"{stream.family.layers}.0.{norm}.weight" for norm in stream.family.qk_norm]
     spanning = [name for name in norms if skeleton.get_parameter(name).numel() != head_dim(skeleton)]
     if spanning:

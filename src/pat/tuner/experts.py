@@ -41,12 +41,12 @@ class ExpertsGateLayer(GateLayer):
     def _enter(self, module: nn.Module, _args: tuple[Any, ...]) -> None:
         names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.gates]
         running = ExitStack()
+        self._running.append(running)  # first, since `_leave` is called even if what follows fails
         for name in names:
             # Not checked by a first call, whose result would be cached before all gates are there.
             parametrize.register_parametrization(module, WRITER, self.gate(name), unsafe=True)
             running.callback(_remove_last, module)
         running.enter_context(parametrize.cached())  # the eager implementation reads it once for each expert
-        self._running.append(running)
 
     def _leave(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         self._running.pop().close()

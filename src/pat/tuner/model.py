@@ -161,7 +161,7 @@ class PatModel(GuardedForward):
     ) -> ChannelOrder | None:
         """Choose the rotation and the prior orders of the channels; return that of the stream, if it is cut.
 
-        In a distributed run every process has to call it, and all get what the first one measures.
+        In a distributed run every process has to call it; what all have measured together is the same in each.
 
         Args:
             dataloader: batches with `input_ids` `(batch, length)` and optionally `attention_mask`; read until

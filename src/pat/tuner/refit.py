@@ -121,13 +121,12 @@ def order_channels(moments: InnerMoments, writer: Callable[[str], Tensor]) -> No
         gate.set_prior(prior)
     if moments.num_scarce:
         logger.warning(
-            "%d experts saw fewer calibration tokens than they have channels (%d); their order and refit lean on the "
+            "%d experts saw fewer calibration tokens than they have channels; their order and refit lean on the "
             "weights instead, or on them alone. Give more text (refit_tokens=%d is the default for this model).",
             moments.num_scarce,
-            moments.size,
             TOKENS_PER_CHANNEL * moments.fewest,
         )
-    elif moments.num_tokens < moments.size:
+    if moments.num_tokens < moments.size:
         logger.warning(
             "The order of %d channels before a writer and their refit stand on %d calibration tokens, which are fewer; "
             "give more text (refit_tokens=%d is the default for this model).",

@@ -143,6 +143,10 @@ def test_what_is_not_such_an_adapter_is_refused(tmp_path: Path) -> None:
     refused("frozen", "does not say how many channels", tensors)
     refused("odd", "does not write", tensors | {"model.dimdown0.dimdown_other.weight": torch.ones(1)}, *size)
     refused("rank", "does not fit the base model", tensors, *size, r=LORA_RANK + 1)
+    refused(
+        "broken", "not finite", tensors | {"model.dimdown0.dimdown_scale.weight": torch.full((1, 48), torch.nan)}, *size
+    )
+    refused("altered base", "expected LoRA that leaves", tensors, *size, init_lora_weights="pissa")
     refused("wide", "no smaller hidden size", tensors, "--pruned_hidden_size", "47")
     fewer = {name: tensor for name, tensor in tensors.items() if "layers.2.dimdown" not in name}
     refused("fewer", "at 5 places", fewer, *size)
