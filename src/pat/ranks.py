@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -48,12 +49,11 @@ def is_first() -> bool:
 
 
 def connected() -> bool:
-    """Tell whether there are several processes that can talk to each other."""
-    if num_processes() == 1:
+    """Tell whether there are several processes that can talk to each other, whoever has started them."""
+    distributed: Any = sys.modules.get("torch.distributed")  # who has connected them has imported it
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return False
-    from torch import distributed
-
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    return bool(distributed.get_world_size() > 1)
 
 
 def meet() -> None:

@@ -210,7 +210,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a module that is not there": ({"lora_modules_to_save": "nothing"}, ["lora_modules_to_save=nothing"]),
     "targets that are not there": ({"lora_target_modules": "nothing"}, ["nothing", "not found"]),
     "a flag that does nothing here": ({"use_peft": "false"}, ["use_peft=False", "adapter in any case"]),
-    "several processes": ({"fsdp": "full_shard"}, ["fsdp='full_shard'", "one process"]),
+    "an engine for several processes": ({"fsdp": "full_shard"}, ["fsdp", "distributed training"]),
     "lora on the head": ({"lora_target_modules": "lm_head"}, ["lm_head", "target_modules"]),
     "nothing to load the text with": ({"model_name_or_path": "no-tokenizer"}, ["tokenizer", "'no-tokenizer'"]),
 }

@@ -94,6 +94,8 @@ RANGES: dict[str, str] = {
     "data_seed": "[0, 4294967295]",
     "dataloader_num_workers": "[0, 1024]",
     "dataloader_prefetch_factor": "[1, 1048576]",
+    "ddp_bucket_cap_mb": "[1, 1048576]",
+    "ddp_timeout": "[1, 2147483647]",
     "router_aux_loss_coef": "[0, inf)",
     "dataset_num_proc": "[1, 1024]",
     "max_length": "[1, 2147483647]",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -112,12 +112,14 @@ class RunFile:
         Raises:
             PatError: it may not; the message holds the differences.
         """
-        mine, other = asdict(self), asdict(given)
         pairs = {
             name: (self.configuration.get(name), given.configuration.get(name))
             for name in {**self.configuration, **given.configuration}
         }
-        pairs |= {f"fingerprint of the {name}": (mine[name][-8:], other[name][-8:]) for name in ("base", "data")}
+        pairs |= {
+            f"fingerprint of the {name}": (getattr(self, name)[-8:], getattr(given, name)[-8:])
+            for name in ("base", "data")
+        }
         differing = [f"{name}: {old} in the run, {new} given" for name, (old, new) in pairs.items() if old != new]
         if differing:
             raise PatError(

@@ -22,7 +22,8 @@ class GuardedForward(LoraModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; say once if it is trained and nobody moves its mask, as `PatCallback` does."""
-        if not self._has_warned and self.training and torch.is_grad_enabled():
+        # A compiled forward pass would be compiled anew once the flag has changed.
+        if not torch.compiler.is_compiling() and not self._has_warned and self.training and torch.is_grad_enabled():
             self._has_warned = True
             gates = [gate for name in self.active_adapters for gate in cast(Any, self).all_gates(name)]
             if any(gate.milestone_step is None and gate.num_kept < gate.size for gate in gates):
