@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All benchmarks on one GPU: what a run costs, how fast the result is, what a merge costs, whether compaction costs
 # quality, and how methods compare after nine million tokens (each of PAT's cells has its parity figures in bf16 beside
-# it). On an H100 all but the last take about eleven minutes; PARTS splits them where that is too long for one session. Needs an
+# it). On an H100 all but the last take about eleven minutes; PARTS splits them where that is too long for one run. Needs an
 # environment with pat and its dependencies, or wheels of what is missing:
 #
 #   WHEELS=wheels MODEL=models/smollm2 DATA=instruct.jsonl OUT=benchmarks/results/gpu bash benchmarks/gpu.sh

@@ -698,5 +698,5 @@ def test_a_keyword(given: dict[str, Any], work: Path) -> None:
 
 
 def test_there_are_enough_of_them() -> None:
-    tables = (PLACE_CASES, DATA, CONFIGS, WEIGHTS, ADAPTERS, CONVERTED, RECORDS, RECORDS, KEYWORDS)
+    tables = (PLACE_CASES, DATA, CONFIGS, WEIGHTS, ADAPTERS, CONVERTED, RECORDS, KEYWORDS)
     assert sum(map(len, tables)) >= 400
