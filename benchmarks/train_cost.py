@@ -54,7 +54,7 @@ MARKS = {
     "memory_stage_one_paper_to_lora": 1.06,
     "memory_stage_two_to_lora": 0.85,
 }
-"""What is held against which limit. The default's was 0.82 when it cut the hidden size; since then it reads more text before it
+"""What is held against which limit. The default's was 0.82 when it cut the hidden size; today's reads more text before it
 trains, and 0.85 is what was promised for it."""
 
 WHOLE_TOKENS = 2**20
