@@ -25,6 +25,13 @@ STORIES = Path(__file__).resolve().parents[2] / "data" / "stories260K"
 
 ODD_WINDOWS = ["full_attention", "full_attention", "sliding_attention"]
 
+USUAL: dict[str, dict[str, object]] = {
+    "gemma2": {"query_pre_attn_scalar": 20},
+    "gemma3_text": {"query_pre_attn_scalar": 20},
+    "qwen3_moe": {"mlp_only_layers": []},
+}
+"""Fields without which a tiny model of a family is one that llama.cpp does not run."""
+
 PLAIN = {"attention_bias": False, "mlp_bias": False}
 
 
@@ -110,6 +117,43 @@ def test_other_families_and_windows_that_llama_cpp_does_not_know_are_refused() -
         )
     with pytest.raises(PatError, match=r"query_pre_attn_scalar=10; .* the size of a head, 20"):
         layout_of(skeleton("gemma3_text"), [], name="x", kind=QUANTIZATIONS["F32"])
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "words"),
+    [
+        ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping=None"),
+        ("gemma2", {"final_logit_softcapping": None}, "final_logit_softcapping=None"),
+        ("gemma2", {"hidden_activation": "silu"}, "hidden_activation='silu'"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        (
+            "gemma3_text",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+                }
+            },
+            "a rotary embedding of type 'linear'",
+        ),
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob=False"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\]"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("gemma", {"hidden_act": "silu"}, "hidden_act='silu'"),
+        ("arcee", {"hidden_act": "silu"}, "hidden_act='silu'"),
+    ],
+)
+def test_what_llama_cpp_would_run_as_another_function_is_refused(
+    family: str, fields: dict[str, object], words: str
+) -> None:
+    usual = USUAL.get(family, {})
+    tied = family.startswith("gemma")
+    layout_of(skeleton(family, tied=tied, **usual), [], name="x", kind=QUANTIZATIONS["F32"])
+    with pytest.raises(PatError, match=words):
+        layout_of(skeleton(family, tied=tied, **(usual | fields)), [], name="x", kind=QUANTIZATIONS["F32"])
 
 
 def test_rows_too_odd_for_blocks_are_counted() -> None:
