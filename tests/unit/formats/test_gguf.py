@@ -9,6 +9,7 @@ import torch
 from tiny_models import build
 
 from pat.errors import PatError
+from pat.formats.file_sizes import file_sizes
 from pat.formats.gguf_families import GGUF_FAMILIES, gguf_family
 from pat.formats.gguf_file import write_gguf
 from pat.formats.gguf_layout import layout_of
@@ -33,6 +34,7 @@ USUAL: dict[str, dict[str, object]] = {
 """Fields without which a tiny model of a family is one that llama.cpp does not run."""
 
 PLAIN = {"attention_bias": False, "mlp_bias": False}
+BIAS = {"attention_bias": True}
 
 
 def skeleton(family: str = "llama", *, tied: bool = False, **fields: object) -> Skeleton:
@@ -161,3 +163,73 @@ def test_rows_too_odd_for_blocks_are_counted() -> None:
     assert set(layout.odd_rows(QUANTIZATIONS["Q4_K_M"])) == {48, 72, 80}
     even = replace(layout, tensors=tuple(replace(t, shape=(2, 256)) for t in layout.tensors if t.is_matrix))
     assert not even.odd_rows(QUANTIZATIONS["Q4_K_M"])
+
+
+def test_eight_bits_are_those_of_linear_modules_and_of_no_router_or_stack_of_experts() -> None:
+    whole = skeleton("qwen3_moe")
+    sizes, _ = file_sizes(whole, [])
+    linear = [
+        module.weight
+        for name, module in whole.model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    ]
+    assert sizes.bf16 - sizes.int8 == sum(weight.numel() - 4 * len(weight) for weight in linear)
+    # Four attention matrices a layer, and the dense MLP of layer 1.
+    assert len(linear) == 3 * 4 + 3
+
+
+def expected(family: str) -> dict[str, torch.Tensor]:
+    """Return every tensor of a file by formulas of their own."""
+    model = build(family, tied=family == "gemma", **(PLAIN | (BIAS if family == "llama" else {})))
+    state, config = model.state_dict(), model.config
+    interleave = family != "gemma"
+
+    def heads(weight: torch.Tensor, count: int) -> torch.Tensor:
+        rows, size = torch.empty_like(weight), len(weight) // count
+        for head in range(count):
+            for pair in range(size // 2):
+                rows[head * size + 2 * pair] = weight[head * size + pair]
+                rows[head * size + 2 * pair + 1] = weight[head * size + size // 2 + pair]
+        return rows if interleave else weight
+
+    offset = 1.0 if family == "gemma" else 0.0
+    found = {
+        "token_embd.weight": state["model.embed_tokens.weight"],
+        "output_norm.weight": offset + state["model.norm.weight"],
+    }
+    if family != "gemma":
+        found["output.weight"] = state["lm_head.weight"]
+    plain = {"self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate": "ffn_gate_inp"}
+    plain |= {f"mlp.{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")}
+    turned = {"self_attn.q_proj": ("attn_q", config.num_attention_heads)}
+    turned["self_attn.k_proj"] = ("attn_k", config.num_key_value_heads)
+    norms = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    for layer in range(config.num_hidden_layers):
+        ours, theirs = f"model.layers.{layer}.", f"blk.{layer}."
+        for kind in ("weight", "bias"):
+            for name, role in plain.items():
+                if f"{ours}{name}.{kind}" in state:
+                    found[f"{theirs}{role}.{kind}"] = state[f"{ours}{name}.{kind}"]
+            for name, (role, count) in turned.items():
+                if f"{ours}{name}.{kind}" in state:
+                    found[f"{theirs}{role}.{kind}"] = heads(state[f"{ours}{name}.{kind}"], count)
+        for name, role in norms.items():
+            found[f"{theirs}{role}.weight"] = offset + state[f"{ours}{name}.weight"]
+        if family == "mixtral":
+            both = state[f"{ours}mlp.experts.gate_up_proj"]
+            found[f"{theirs}ffn_gate_exps.weight"] = both[:, : config.intermediate_size]
+            found[f"{theirs}ffn_up_exps.weight"] = both[:, config.intermediate_size :]
+            found[f"{theirs}ffn_down_exps.weight"] = state[f"{ours}mlp.experts.down_proj"]
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "mixtral"])
+def test_every_tensor_of_a_file_is_that_of_the_model(family: str, tmp_path: Path) -> None:
+    whole = skeleton(family, tied=family == "gemma", **(BIAS if family == "llama" else {}))
+    layout = layout_of(whole, [], name="tiny", kind=QUANTIZATIONS["F32"])
+    write_gguf(layout, model_tensors(whole.model), tmp_path / "tiny.gguf", QUANTIZATIONS["F32"])
+    stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors}
+    wanted = expected(family)
+    assert set(stored) == set(wanted)
+    for name, weight in wanted.items():
+        np.testing.assert_array_equal(stored[name], weight.numpy(), err_msg=name)
