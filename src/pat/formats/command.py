@@ -31,10 +31,10 @@ from pat.surgery.residual import model_tensors
 logger = logging.getLogger(__name__)
 
 STORED = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-"""Kind of a GGUF file by the dtype of the weights."""
+"""Type of a GGUF file by the dtype of the weights."""
 
 DIRECT = ("F32", "F16", "BF16", "Q8_0")
-"""Kinds that the `gguf` package writes; `llama-quantize` writes the others."""
+"""Types that the `gguf` package writes; `llama-quantize` writes the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def run_export(options: ExportOptions) -> ExportRecord:
 
 
 def _kind(options: ExportOptions, config: Any) -> Quantization | None:
-    """Return the kind of a GGUF file, None of another format.
+    """Return the type of a GGUF file, None of another format.
 
     Raises:
         PatError: the model is quantised.

@@ -1,4 +1,4 @@
-"""File sizes of a model by type of numbers, from its configuration alone."""
+"""File sizes of a model by type, from its configuration alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""llama.cpp: its tool `llama-quantize` writes other types of numbers, its server reads and goes on with tokens.
+"""llama.cpp: its tool `llama-quantize` writes other types, its server reads and goes on with tokens.
 
 The tool is a program that is found on the PATH; the server is that of the package `xllamacpp`, in a process of its own,
 because a model that llama.cpp cannot make sense of ends the process.

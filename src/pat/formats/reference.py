@@ -32,7 +32,7 @@ class Reference:
     def of(cls, model: PreTrainedModel, tokenizer: Any) -> Reference:
         """Return the reference of a model, on the text that merges are verified on."""
         text = resources.files("pat.checkpoint").joinpath("verification.txt").read_text(encoding="utf-8")[:400]
-        most = model.config.max_position_embeddings - NEW_TOKENS - 1
+        most = max(model.config.max_position_embeddings - NEW_TOKENS - 1, 1)
         return cls(model.eval(), text, tuple(tokenizer(text)["input_ids"][:most]))
 
     @property

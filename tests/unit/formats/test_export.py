@@ -1,22 +1,23 @@
 """`pat export`: what is asked for, what is refused before the work, and a file that takes its place whole."""
 
-import json
 import shutil
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import build
+from transformers import AutoConfig
 
 from pat import cli
 from pat.checkpoint.staging import staged_file
 from pat.errors import PatError, RunFailed
-from pat.formats.command import ExportRecord, run_export
-from pat.formats.graph import write_onnx
+from pat.formats.command import ExportRecord, _kind, run_export
+from pat.formats.graph import INPUTS, check_graph, write_onnx
 from pat.formats.llama_cpp import Server, _address, _ended_after
 from pat.formats.options import ExportOptions
 from pat.formats.reference import Reference
@@ -66,14 +67,35 @@ def test_a_file_may_be_called_as_one_on_the_way(tmp_path: Path) -> None:
 def test_a_quantised_model_is_refused_in_every_format(
     name: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(STORIES, model)
-    config = json.loads((model / "config.json").read_text())
-    quantised = config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
-    (model / "config.json").write_text(json.dumps(quantised))
-    monkeypatch.setattr("pat.formats.options.find_spec", lambda name: True)  # refused before any package is used
+    monkeypatch.setattr("pat.formats.options.find_spec", lambda name: True)  # no package is used
+    options = ExportOptions(model=str(STORIES), format=name, output=tmp_path / f"x.{suffix}")
+    config = AutoConfig.from_pretrained(STORIES)
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     with pytest.raises(PatError, match="Got a quantised model"):
-        run_export(ExportOptions(model=str(model), format=name, output=tmp_path / f"x.{suffix}"))
+        _kind(options, config)
+
+
+def test_a_missing_tokenizer_is_told_before_weights_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    shutil.copy(STORIES / "config.json", model)
+    shutil.copy(next(STORIES.glob("*.safetensors")), model)
+    monkeypatch.setattr("pat.formats.options.find_spec", lambda name: True)
+    monkeypatch.setattr("pat.formats.command.load_base", lambda *_, **__: pytest.fail("weights were loaded"))
+    with pytest.raises(PatError, match="Could not load a tokenizer"):
+        run_export(ExportOptions(model=str(model), format="onnx", output=tmp_path / "x.onnx"))
+
+
+def test_a_graph_is_asked_rows_of_equal_length_of_a_text_that_is_too_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama", tied=True)
+    reference = Reference(model, "", (1, 2, 3))
+
+    def run(inputs: dict[str, Any]) -> Any:
+        return reference.logits(*(torch.from_numpy(inputs[name]) for name in INPUTS)).numpy()
+
+    monkeypatch.setattr("pat.formats.graph._onnx", lambda path: run)
+    monkeypatch.setattr("pat.formats.graph.version", lambda name: "0")
+    assert check_graph(Path("x.onnx"), "onnxruntime", reference).value == 0
 
 
 def test_a_graph_that_cannot_be_recorded_is_one_line(tmp_path: Path) -> None:
