@@ -95,19 +95,22 @@ def trouble(model_type: str, cut: Collection[str]) -> str | None:
     bad = [row for row in verdicts(model_type, cut).values() if row.verdict in ("fails", "silently wrong")]
     if not bad:
         return None
-    parts = [
-        f"{row.engine} {'cannot load it' if row.verdict == 'fails' else 'is silently wrong'} ({row.why})" for row in bad
-    ]
+    said = {
+        "fails": "{} cannot load a model of type {} with this cut, because {}",
+        "silently wrong": "{} reads a model of type {} with this cut wrongly and without an error, because {}",
+    }
+    parts = [said[row.verdict].format(row.engine, model_type, row.why) for row in bad]
     remedy = "" if set(cut) <= {"mlp", "layers"} else "; give --axes mlp or --axes layers instead"
-    return f"A {model_type} model cut so: {' and '.join(parts)}{remedy}."
+    return f"{', and '.join(parts)}{remedy}."
 
 
 def serving_table() -> Table:
     """Return the table for people; the first row of an engine that fits a model is the one about it."""
+    named = {row.engine for row in SERVING if row.families}
     rows = [
         [
             f"{row.engine} ({ENGINES[row.engine].tested})",
-            ", ".join(sorted(row.families)) or "all others",
+            ", ".join(sorted(row.families)) or ("all others" if row.engine in named else "all"),
             ", ".join(name for name in AXES if name in row.axes) or "any",
             row.verdict,
             row.why,

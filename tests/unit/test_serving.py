@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from pat.families import FAMILIES
+from pat.formats.gguf_families import GGUF_FAMILIES
 from pat.serving import ENGINES, SERVING, serving_table, trouble, verdicts
 from pat.shape import AXES
 
@@ -21,8 +22,16 @@ def test_rows_are_about_families_and_axes_that_there_are() -> None:
 
 def test_trouble_is_told_where_the_heads_no_longer_make_up_the_hidden_size() -> None:
     assert trouble("qwen2", ["mlp"]) is None and trouble("llama", ["hidden", "mlp"]) is None
-    assert "vLLM is silently wrong" in (trouble("qwen2", ["hidden"]) or "")
-    assert "llama.cpp cannot load it" in (trouble("olmo2", ["hidden", "layers"]) or "")
+    assert trouble("qwen2", ["hidden"]) == (
+        "vLLM reads a model of type qwen2 with this cut wrongly and without an error, because it takes hidden size / "
+        "heads for the size of a head; give --axes mlp or --axes layers instead."
+    )
+    assert "llama.cpp cannot load a model of type olmo2" in (trouble("olmo2", ["hidden", "layers"]) or "")
+
+
+def test_what_llama_cpp_ran_is_what_can_be_written_for_it() -> None:
+    ran = {name for row in SERVING if row.engine == "llama.cpp" for name in row.families}
+    assert ran == set(GGUF_FAMILIES)
 
 
 def test_the_documentation_has_the_table() -> None:

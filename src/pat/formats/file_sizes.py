@@ -1,10 +1,12 @@
-"""File sizes of a model by type of numbers, from its configuration alone."""
+"""File sizes of a model by type, from its configuration alone."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from torch import nn
 
 from pat.errors import PatError
 from pat.formats.gguf_families import GGUF_FAMILIES
@@ -25,7 +27,8 @@ class FileSizes:
     bf16: int
     """Tensors in bfloat16."""
     int8: int
-    """Linear layers in 8 bits with a float32 scale a row (bitsandbytes), all else in bfloat16."""
+    """Linear modules in 8 bits with a float32 scale a row (bitsandbytes); all else in bfloat16: embeddings, head,
+    norms, routers and experts that are stacked in one parameter."""
     gguf: dict[str, int]
     """Sizes of GGUF files by kind, see `QUANTIZATIONS`; empty where the family cannot be written so."""
     odd_rows: dict[str, dict[str, float]]
@@ -49,7 +52,7 @@ def file_sizes(skeleton: Skeleton, vocabulary: Sequence[Entry]) -> tuple[FileSiz
     """
     shapes = skeleton.shapes()
     half = sum(math.prod(shape) for shape in shapes.values()) * TYPES["BF16"].num_bytes
-    linear = [shapes[linear.weight] for linear in skeleton.linears()]
+    linear = [shapes[name] for name in _quantised(skeleton)]
     int8 = half - sum(math.prod(shape) for shape in linear) + sum(4 * math.prod(shape[:-1]) for shape in linear)
     sizes: dict[str, int] = {}
     odd: dict[str, dict[str, float]] = {}
@@ -65,6 +68,12 @@ def file_sizes(skeleton: Skeleton, vocabulary: Sequence[Entry]) -> tuple[FileSiz
         except PatError as error:
             sizes, odd, reason = {}, {}, str(error)
     return FileSizes(bf16=half, int8=int8, gguf=sizes, odd_rows=odd), reason
+
+
+def _quantised(skeleton: Skeleton) -> list[str]:
+    """Return the weights that bitsandbytes replaces: those of `nn.Linear` modules, hence of no router or stack."""
+    modules = dict(skeleton.model.named_modules())
+    return [linear.weight for linear in skeleton.linears() if isinstance(modules.get(linear.path), nn.Linear)]
 
 
 _NAME = "a model"

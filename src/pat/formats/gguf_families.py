@@ -1,13 +1,15 @@
 """THE one place for what llama.cpp makes of a model family: its architecture there, and where the two part.
 
 What a family's tensors are is said in `pat.families`; a record here adds how a GGUF file names the architecture and
-what of a configuration it carries. Every record was run: tokens of llama.cpp beside those of transformers, for the base
-and for each axis that can be cut (`pat.serving`).
+what of a configuration it carries. Every record was run on a tiny model, whole and with its hidden size cut: tokens of
+llama.cpp beside those of transformers (`pat.serving` has the verdicts, also on the heads that llama.cpp cannot load).
+Cuts of other axes were not run for each family.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from pat.errors import PatError
 from pat.families import FAMILIES
@@ -38,8 +40,28 @@ class GgufFamily:
     """Whether llama.cpp knows no head that is not the embedding."""
     scale_of_head: bool = False
     """Whether llama.cpp takes 1 / sqrt(head size) for the factor of the attention, whatever the configuration says."""
+    activation: tuple[str, ...] = ("silu", "swish")
+    """transformers' names of the activation that llama.cpp has in this architecture."""
+    activation_field: str = "hidden_act"
+    """Field of the configuration that names the activation."""
+    expects: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Values that llama.cpp takes fields of the configuration to have, without reading them."""
+    present: tuple[str, ...] = ()
+    """Fields that must not be None, because llama.cpp has a value of its own for a number that is not in the file."""
+
+    def unlike(self, config: Any) -> tuple[str, Any, str] | None:
+        """Return a field that llama.cpp would take otherwise than it is, its value, and what is expected instead."""
+        allowed = {"use_bidirectional_attention": (None, False), self.activation_field: self.activation} | self.expects
+        for name, values in allowed.items():
+            if (given := getattr(config, name, None)) not in values:
+                return name, given, " or ".join(repr(value) for value in values)
+        for name in self.present:
+            if getattr(config, name, None) is None:
+                return name, None, "a number"
+        return None
 
 
+_GELU = ("gelu_pytorch_tanh",)
 _SOFTCAPS = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
@@ -59,10 +81,33 @@ _RECORDS = (
     GgufFamily("mixtral", "llama", interleaved=True),
     GgufFamily("qwen2", "qwen2", derives_head_size=True, stand_in="llama"),
     GgufFamily("qwen3", "qwen3"),
-    GgufFamily("qwen3_moe", "qwen3moe", fields={"expert_feed_forward_length": "moe_intermediate_size"}),
-    GgufFamily("gemma", "gemma", tied_only=True, scale_of_head=True),
-    GgufFamily("gemma2", "gemma2", fields=_SOFTCAPS, windows=2, tied_only=True, scale_of_head=True),
-    GgufFamily("gemma3_text", "gemma3", windows=6, scale_of_head=True),
+    GgufFamily(
+        "qwen3_moe",
+        "qwen3moe",
+        fields={"expert_feed_forward_length": "moe_intermediate_size"},
+        expects={"norm_topk_prob": (True,), "mlp_only_layers": ([], None), "decoder_sparse_step": (1,)},
+    ),
+    GgufFamily("gemma", "gemma", tied_only=True, scale_of_head=True, activation=_GELU),
+    GgufFamily(
+        "gemma2",
+        "gemma2",
+        fields=_SOFTCAPS,
+        windows=2,
+        tied_only=True,
+        scale_of_head=True,
+        activation=_GELU,
+        activation_field="hidden_activation",
+        present=tuple(_SOFTCAPS),
+    ),
+    GgufFamily(
+        "gemma3_text",
+        "gemma3",
+        windows=6,
+        scale_of_head=True,
+        activation=_GELU,
+        activation_field="hidden_activation",
+        expects=dict.fromkeys(_SOFTCAPS, (None,)),
+    ),
     GgufFamily("phi3", "phi3", derives_head_size=True),
     GgufFamily("glm4", "glm4"),
     GgufFamily("olmo2", "olmo2", derives_head_size=True),
@@ -70,7 +115,7 @@ _RECORDS = (
     GgufFamily("smollm3", "smollm3", interleaved=True, unrotated=4),
     GgufFamily("granite", "granite", interleaved=True, fields=_MULTIPLIERS),
     GgufFamily("granitemoe", "granitemoe", interleaved=True, fields=_MULTIPLIERS),
-    GgufFamily("arcee", "arcee", interleaved=True),
+    GgufFamily("arcee", "arcee", interleaved=True, activation=("relu2",)),
     GgufFamily("ernie4_5", "ernie4_5"),
     GgufFamily("seed_oss", "seed_oss", ffn_norm="post_attention_norm"),
 )

@@ -152,8 +152,14 @@ def _check(family: GgufFamily, config: Any, head_size: int) -> None:
         and [bool(n) for n in rotated] != [(index + 1) % family.unrotated != 0 for index in range(len(rotated))]
     ):
         raise PatError(f"{kind} in which not every {family.unrotated}th layer is without a rotary embedding.")
-    for rope in _ropes(config):
-        if rope.get("rope_type", "default") not in ("default", "llama3", "linear"):
+    if (unlike := family.unlike(config)) is not None:
+        name, given, expected = unlike
+        raise PatError(
+            f"{kind} with {name}={given!r}; llama.cpp runs every such model as with {expected}. Use --format onnx."
+        )
+    for index, rope in enumerate(_ropes(config)):
+        # The file has no place for a scaling of the layers that see a window.
+        if rope.get("rope_type", "default") not in (("default",) if index else ("default", "llama3", "linear")):
             raise PatError(f"{kind} with a rotary embedding of type {rope['rope_type']!r}; use --format onnx.")
 
 

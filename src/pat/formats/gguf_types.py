@@ -19,7 +19,7 @@ _WIDTHS = {"u32": 4, "f32": 4, "i32": 4, "bool": 1}
 
 @dataclass(frozen=True)
 class TensorType:
-    """A type of numbers in a GGUF file."""
+    """A type of a tensor in a GGUF file."""
 
     name: str
     block: int
@@ -54,7 +54,7 @@ FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 @dataclass(frozen=True)
 class Quantization:
-    """A kind of GGUF file: the type of most matrices, and of those that get more bits."""
+    """A type of GGUF file: the type of most matrices, and of those that get more bits."""
 
     name: str
     file_type: int

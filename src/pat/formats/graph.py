@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pat.errors import PatError, RunFailed, one_line
 from pat.formats.reference import Check, Reference, require
 
 INPUTS, OUTPUT = ("input_ids", "attention_mask"), "logits"
@@ -42,11 +46,19 @@ class _Logits(nn.Module):
 
 
 def write_onnx(model: PreTrainedModel, path: Path) -> None:
-    """Write the graph; a large model's weights lie beside it in `NAME.onnx.data`."""
+    """Write the graph; a large model's weights lie beside it in `NAME.onnx.data`.
+
+    Raises:
+        RunFailed: the exporter cannot.
+    """
     tokens = torch.ones(EXAMPLE_SHAPE, dtype=torch.int64)
     mask = tokens.clone()  # the exporter takes one tensor given twice for one input
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
-    with warnings.catch_warnings(), torch.no_grad():
+    with (
+        _told(f"A {model.config.model_type} model cannot be written as ONNX"),
+        warnings.catch_warnings(),
+        torch.no_grad(),
+    ):
         warnings.simplefilter("ignore")  # of the exporter, about its own code
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         torch.onnx.export(
@@ -63,25 +75,33 @@ def write_onnx(model: PreTrainedModel, path: Path) -> None:
 
 
 def write_openvino(graph: Path, path: Path) -> None:
-    """Write OpenVINO's form of an ONNX graph: `NAME.xml`, and the weights beside it in `NAME.bin`."""
+    """Write OpenVINO's form of an ONNX graph: `NAME.xml`, and the weights beside it in `NAME.bin`.
+
+    Raises:
+        RunFailed: OpenVINO cannot.
+    """
     import openvino  # an extra
 
-    openvino.save_model(openvino.convert_model(graph), path, compress_to_fp16=False)
+    with _told("The graph cannot be written as OpenVINO"):
+        openvino.save_model(openvino.convert_model(graph), path, compress_to_fp16=False)
 
 
 def check_graph(path: Path, engine: str, reference: Reference) -> Check:
     """Run a file at several lengths beside transformers.
 
     Raises:
-        RunFailed: a logit differs by more than rounding.
+        RunFailed: a logit differs by more than rounding, or the engine cannot run the file.
     """
-    run = _onnx(path) if engine == "onnxruntime" else _openvino(path)
+    with _told(f"{engine} cannot load the file"):
+        run = _onnx(path) if engine == "onnxruntime" else _openvino(path)
     errors = []
+    stream = cycle(reference.tokens)  # a text may be shorter than what is asked for
     for batch, length in CHECKED_LENGTHS:
-        tokens = torch.tensor([reference.tokens[row : row + length] for row in range(batch)])
+        tokens = torch.tensor([[next(stream) for _ in range(length)] for _ in range(batch)])
         mask = torch.ones_like(tokens)
         mask[1:, :2] = 0  # rows after the first are padded on the left
-        found = torch.from_numpy(run({INPUTS[0]: tokens.numpy(), INPUTS[1]: mask.numpy()}))
+        with _told(f"{engine} cannot run the file"):
+            found = torch.from_numpy(run({INPUTS[0]: tokens.numpy(), INPUTS[1]: mask.numpy()}))
         errors.append(float((found - reference.logits(tokens, mask))[mask == 1].abs().max()))
     bound = MAX_ERRORS[engine]
     require(max(errors) <= bound, f"{engine}'s logits differ by up to {max(errors):.2g}, and may by {bound:g}")
@@ -101,3 +121,14 @@ def _openvino(path: Path) -> Any:
 
     compiled = openvino.Core().compile_model(path, "CPU", FLOAT32)
     return lambda inputs: compiled(inputs)[0]
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Turn any error of a library, whose kinds are its own, into one line."""
+    try:
+        yield
+    except PatError:
+        raise
+    except Exception as error:
+        raise RunFailed(f"{what} ({one_line(error) or type(error).__name__}); nothing was written.") from error

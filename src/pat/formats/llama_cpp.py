@@ -1,4 +1,4 @@
-"""llama.cpp: its tool `llama-quantize` writes other types of numbers, its server reads and goes on with tokens.
+"""llama.cpp: its tool `llama-quantize` writes other types, its server reads and goes on with tokens.
 
 The tool is a program that is found on the PATH; the server is that of the package `xllamacpp`, in a process of its own,
 because a model that llama.cpp cannot make sense of ends the process.
@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,10 @@ from pat.errors import PatError, RunFailed, one_line
 QUANTIZE, SERVER = "llama-quantize", "xllamacpp"
 
 PATIENCE = 600
-"""Seconds in which the server has to answer."""
+"""Seconds in which the server has to load a model, and to answer."""
+
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Opens addresses of this machine itself, which no proxy reaches, whatever the environment says."""
 
 
 def require_quantizer(kind: str) -> None:
@@ -65,7 +69,7 @@ class Server:
 
     def read(self, text: str) -> list[int]:
         """Return the tokens that a text is read as."""
-        return list(self._ask("tokenize", {"content": text, "add_special": True, "parse_special": False})["tokens"])
+        return self._ask("tokenize", {"content": text, "add_special": True, "parse_special": False})
 
     def go_on(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
         """Return the likeliest tokens behind a prompt, one after the other, beyond those that end a text."""
@@ -73,20 +77,28 @@ class Server:
         request = {"samplers": ["top_k"], "top_k": 1, "return_tokens": True, "cache_prompt": False}
         while len(found) < num_tokens:
             asked = {"prompt": [*prompt, *found], "n_predict": num_tokens - len(found)}
-            new = self._ask("completion", request | asked)["tokens"]
+            new = self._ask("completion", request | asked)
             if not new:
                 raise RunFailed("it added no token to a prompt")
             found += new
         return found[:num_tokens]
 
-    def _ask(self, place: str, request: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, place: str, request: dict[str, Any]) -> list[int]:
+        """Return the tokens of an answer.
+
+        Raises:
+            OSError: there is no answer.
+            RunFailed: the answer has no tokens.
+        """
         body = json.dumps(request).encode()
         headers = {"Content-Type": "application/json"}
-        with urllib.request.urlopen(
-            urllib.request.Request(f"{self._url}/{place}", body, headers), timeout=PATIENCE
-        ) as got:
-            answer: dict[str, Any] = json.load(got)
-        return answer
+        asked = urllib.request.Request(f"{self._url}/{place}", body, headers)
+        with _DIRECT.open(asked, timeout=PATIENCE) as got:
+            answer = got.read()
+        try:
+            return [int(token) for token in json.loads(answer)["tokens"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunFailed(f"it answered without tokens: {answer[:100]!r}") from error
 
 
 @contextmanager
@@ -103,7 +115,9 @@ def serve(path: Path, context: int) -> Iterator[Server]:
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
-            yield Server(_address(process.stdout))
+            with _ended_after(process, PATIENCE):
+                address = _address(process.stdout)
+            yield Server(address)
         except (OSError, RunFailed) as error:  # such as a connection that the server's end has closed
             process.kill()
             process.wait()
@@ -116,13 +130,24 @@ def serve(path: Path, context: int) -> Iterator[Server]:
             process.communicate()
 
 
+@contextmanager
+def _ended_after(process: subprocess.Popen[str], seconds: float) -> Iterator[None]:
+    """End a process if the block takes longer, so that what waits for its output goes on."""
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _address(output: IO[str] | None) -> str:
     """Return where a server listens, which is the last word of the line that it prints."""
     assert output is not None, "a pipe was asked for"
     for line in output:
         if line.startswith(_LISTENS):
             return line.removeprefix(_LISTENS).strip()
-    raise RunFailed("it ended")
+    raise RunFailed(f"its server ended, or did not load the model in {PATIENCE} seconds")
 
 
 _LISTENS = "pat: listens at "

@@ -26,7 +26,7 @@ class ExportOptions:
     """The model to export, and the file to write.
 
     Raises:
-        PatError: no such format or kind of numbers, a package that is missing, or an output that exists.
+        PatError: no such format or type, a package that is missing, or an output that exists.
     """
 
     MAIN_FLAGS: ClassVar = ("model", "format", "output")

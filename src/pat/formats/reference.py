@@ -26,13 +26,13 @@ class Reference:
     model: PreTrainedModel
     text: str
     tokens: tuple[int, ...]
-    """The text, as the tokenizer reads it; random ones where there is no tokenizer."""
+    """The text, as the tokenizer reads it."""
 
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: Any) -> Reference:
         """Return the reference of a model, on the text that merges are verified on."""
         text = resources.files("pat.checkpoint").joinpath("verification.txt").read_text(encoding="utf-8")[:400]
-        most = model.config.max_position_embeddings - NEW_TOKENS - 1
+        most = max(model.config.max_position_embeddings - NEW_TOKENS - 1, 1)
         return cls(model.eval(), text, tuple(tokenizer(text)["input_ids"][:most]))
 
     @property
@@ -47,17 +47,19 @@ class Reference:
         return logits.float()
 
     @torch.no_grad()
-    def compare(self, found: Sequence[int]) -> tuple[int, bool]:
+    def compare(self, found: Sequence[int]) -> tuple[int, int]:
         """Hold another engine's likeliest tokens behind the prompt against the model's own.
 
+        Each token is held against what the model takes behind the engine's tokens before it.
+
         Returns:
-            The number of tokens that are the model's own, and whether those behind them differ by a tie.
+            How many tokens are the model's own, and how many are others that are as likely, a tie.
         """
         rows = self.logits(torch.tensor([[*self.prompt, *found]]))[0, len(self.prompt) - 1 : -1]
-        for index, token in enumerate(found):
-            if int(rows[index].argmax()) != token:
-                return index, bool(rows[index].max() - rows[index, token] < TIE)
-        return len(found), False
+        taken = torch.tensor(list(found))
+        own = rows.argmax(-1) == taken
+        near = rows.amax(-1) - rows.gather(-1, taken[:, None])[:, 0] < TIE
+        return int(own.sum()), int((near & ~own).sum())
 
 
 @dataclass(frozen=True, kw_only=True)

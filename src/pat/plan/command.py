@@ -99,6 +99,11 @@ def run_plan(options: PlanOptions) -> PlanRecord:
     vocabulary, uncounted = vocabulary_entries(options.model_name_or_path, base_config.vocab_size)
     base_files, _ = file_sizes(skeleton, vocabulary)
     file_notes = [uncounted] if uncounted and base_files.gguf else []
+    if vocabulary and base_files.gguf and options.vocabulary_size is not None:
+        file_notes.append(
+            "GGUF sizes of the cut model are without a vocabulary, since which tokens stay is not known yet; those of "
+            f"the base are with one, of {sum(entry.num_bytes for entry in vocabulary):,} bytes."
+        )
     candidates = []
     for ratio in options.pruning_ratio or (None,):
         config = PatConfig(

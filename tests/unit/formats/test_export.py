@@ -1,14 +1,26 @@
 """`pat export`: what is asked for, what is refused before the work, and a file that takes its place whole."""
 
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from tiny_models import build
+from transformers import AutoConfig
 
 from pat import cli
 from pat.checkpoint.staging import staged_file
-from pat.errors import PatError
-from pat.formats.command import ExportRecord, run_export
+from pat.errors import PatError, RunFailed
+from pat.formats.command import ExportRecord, _kind, run_export
+from pat.formats.graph import INPUTS, check_graph, write_onnx
+from pat.formats.llama_cpp import Server, _address, _ended_after
 from pat.formats.options import ExportOptions
+from pat.formats.reference import Reference
 
 pytest.importorskip("gguf")
 
@@ -44,6 +56,94 @@ def test_a_wrong_request_is_one_line_and_writes_nothing(
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
     assert not any(tmp_path.iterdir())
+
+
+def test_a_file_may_be_called_as_one_on_the_way(tmp_path: Path) -> None:
+    export(tmp_path / "float32.gguf", quantize="F16")
+    assert [path.name for path in tmp_path.iterdir()] == ["float32.gguf"]
+
+
+@pytest.mark.parametrize(("name", "suffix"), [("gguf", "gguf"), ("onnx", "onnx"), ("openvino", "xml")])
+def test_a_quantised_model_is_refused_in_every_format(
+    name: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pat.formats.options.find_spec", lambda name: True)  # no package is used
+    options = ExportOptions(model=str(STORIES), format=name, output=tmp_path / f"x.{suffix}")
+    config = AutoConfig.from_pretrained(STORIES)
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    with pytest.raises(PatError, match="Got a quantised model"):
+        _kind(options, config)
+
+
+def test_a_missing_tokenizer_is_told_before_weights_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    shutil.copy(STORIES / "config.json", model)
+    shutil.copy(next(STORIES.glob("*.safetensors")), model)
+    monkeypatch.setattr("pat.formats.options.find_spec", lambda name: True)
+    monkeypatch.setattr("pat.formats.command.load_base", lambda *_, **__: pytest.fail("weights were loaded"))
+    with pytest.raises(PatError, match="Could not load a tokenizer"):
+        run_export(ExportOptions(model=str(model), format="onnx", output=tmp_path / "x.onnx"))
+
+
+def test_a_graph_is_asked_rows_of_equal_length_of_a_text_that_is_too_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama", tied=True)
+    reference = Reference(model, "", (1, 2, 3))
+
+    def run(inputs: dict[str, Any]) -> Any:
+        return reference.logits(*(torch.from_numpy(inputs[name]) for name in INPUTS)).numpy()
+
+    monkeypatch.setattr("pat.formats.graph._onnx", lambda path: run)
+    monkeypatch.setattr("pat.formats.graph.version", lambda name: "0")
+    assert check_graph(Path("x.onnx"), "onnxruntime", reference).value == 0
+
+
+def test_a_graph_that_cannot_be_recorded_is_one_line(tmp_path: Path) -> None:
+    model = build("llama", tied=True)
+    model.forward = None  # type: ignore[method-assign]
+    with pytest.raises(RunFailed, match="A llama model cannot be written as ONNX"):
+        write_onnx(model, tmp_path / "x.onnx")
+
+
+def test_every_token_is_held_against_the_model_and_a_tie_excuses_no_other() -> None:
+    model = build("llama", tied=False)
+    reference = Reference(model, "", (1, 2, 3))
+    found: list[int] = []
+    for _ in range(6):
+        found.append(int(reference.logits(torch.tensor([[1, 2, 3, *found]]))[0, -1].argmax()))
+    assert reference.compare(found) == (6, 0)
+    wrong = [(found[0] + 1) % 128, *found[1:]]
+    assert sum(reference.compare(wrong)) < 6
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # every token ties with every other
+    assert reference.compare([5, 0, 7]) == (1, 2)
+
+
+@pytest.mark.parametrize("answer", [b"no JSON", b"{}", b'{"tokens": 3}'])
+def test_an_answer_without_tokens_is_one_line_and_no_proxy_is_asked(
+    answer: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        with pytest.raises(RunFailed, match="answered without tokens"):
+            Server(f"http://127.0.0.1:{server.server_port}").read("a")
+
+
+def test_a_server_that_says_nothing_is_ended() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1, stdout=-1, text=True)
+    with pytest.raises(RunFailed, match="did not load"), _ended_after(process, 0.2):
+        _address(process.stdout)
+    process.communicate()
 
 
 def test_an_existing_file_is_left_alone(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from tiny_models import build
 
 from pat.errors import PatError
+from pat.formats.file_sizes import file_sizes
 from pat.formats.gguf_families import GGUF_FAMILIES, gguf_family
 from pat.formats.gguf_file import write_gguf
 from pat.formats.gguf_layout import layout_of
@@ -25,7 +26,16 @@ STORIES = Path(__file__).resolve().parents[2] / "data" / "stories260K"
 
 ODD_WINDOWS = ["full_attention", "full_attention", "sliding_attention"]
 
+USUAL: dict[str, dict[str, object]] = {
+    "gemma2": {"query_pre_attn_scalar": 20},
+    "gemma3_text": {"query_pre_attn_scalar": 20},
+    "qwen3_moe": {"mlp_only_layers": []},
+    "smollm3": {"no_rope_layers": [1, 1, 1]},
+}
+"""Fields without which a tiny model of a family is one that llama.cpp does not run."""
+
 PLAIN = {"attention_bias": False, "mlp_bias": False}
+BIAS = {"attention_bias": True}
 
 
 def skeleton(family: str = "llama", *, tied: bool = False, **fields: object) -> Skeleton:
@@ -50,18 +60,21 @@ def test_a_file_has_the_size_and_the_values_that_its_layout_says(tmp_path: Path,
     np.testing.assert_allclose(down, weights["model.layers.1.mlp.down_proj.weight"].detach().numpy(), atol=0.02)
 
 
-def test_names_are_those_of_the_gguf_package() -> None:
-    for family, record in GGUF_FAMILIES.items():
-        if "moe" in family or family in ("mixtral", "phi3", "glm4", "granitemoe"):  # experts and fused matrices
-            continue
-        model = build(family, tied=False)
-        arch = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == record.architecture)
-        known = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
-        sources = {n.removesuffix(".weight").removesuffix(".bias") for n in model_tensors(model)}
-        stream = map_of(model)
-        assert known.get_name(stream.embedding) == "token_embd" and known.get_name(stream.final_norm) == "output_norm"
-        ours = {f"blk.0.{role}" for role in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down")}
-        assert ours <= {known.get_name(name) for name in sources}, family
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
+def test_names_are_those_of_the_gguf_package(family: str) -> None:
+    whole = skeleton(family, tied=family in ("gemma", "gemma2"), **USUAL.get(family, {}))
+    layout = layout_of(whole, [], name="x", kind=QUANTIZATIONS["F32"])
+    arch = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == layout.architecture)
+    known = gguf.get_tensor_name_map(arch, layout.num_layers)
+    allowed = {
+        gguf.TENSOR_NAMES[kind].format(bid=layer)
+        for kind in gguf.MODEL_TENSORS[arch]
+        for layer in range(layout.num_layers)
+    }
+    for tensor in layout.tensors:
+        assert tensor.name.rpartition(".")[0] in allowed
+        if not any(part in tensor.source for part in ("experts", "router")):  # which the package knows by older names
+            assert known.get_name(tensor.source, (".weight", ".bias")) == tensor.name
 
 
 @pytest.mark.parametrize(
@@ -112,8 +125,115 @@ def test_other_families_and_windows_that_llama_cpp_does_not_know_are_refused() -
         layout_of(skeleton("gemma3_text"), [], name="x", kind=QUANTIZATIONS["F32"])
 
 
+@pytest.mark.parametrize(
+    ("family", "fields", "words"),
+    [
+        ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping=None"),
+        ("gemma2", {"final_logit_softcapping": None}, "final_logit_softcapping=None"),
+        ("gemma2", {"hidden_activation": "silu"}, "hidden_activation='silu'"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        (
+            "gemma3_text",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+                }
+            },
+            "a rotary embedding of type 'linear'",
+        ),
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob=False"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\]"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("gemma", {"hidden_act": "silu"}, "hidden_act='silu'"),
+        ("arcee", {"hidden_act": "silu"}, "hidden_act='silu'"),
+    ],
+)
+def test_what_llama_cpp_would_run_as_another_function_is_refused(
+    family: str, fields: dict[str, object], words: str
+) -> None:
+    usual = USUAL.get(family, {})
+    tied = family.startswith("gemma")
+    layout_of(skeleton(family, tied=tied, **usual), [], name="x", kind=QUANTIZATIONS["F32"])
+    with pytest.raises(PatError, match=words):
+        layout_of(skeleton(family, tied=tied, **(usual | fields)), [], name="x", kind=QUANTIZATIONS["F32"])
+
+
 def test_rows_too_odd_for_blocks_are_counted() -> None:
     layout = layout_of(skeleton(), [], name="x", kind=QUANTIZATIONS["Q4_K_M"])
     assert set(layout.odd_rows(QUANTIZATIONS["Q4_K_M"])) == {48, 72, 80}
     even = replace(layout, tensors=tuple(replace(t, shape=(2, 256)) for t in layout.tensors if t.is_matrix))
     assert not even.odd_rows(QUANTIZATIONS["Q4_K_M"])
+
+
+def test_eight_bits_are_those_of_linear_modules_and_of_no_router_or_stack_of_experts() -> None:
+    whole = skeleton("qwen3_moe")
+    sizes, _ = file_sizes(whole, [])
+    linear = [
+        module.weight
+        for name, module in whole.model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    ]
+    assert sizes.bf16 - sizes.int8 == sum(weight.numel() - 4 * len(weight) for weight in linear)
+    # Four attention matrices a layer, and the dense MLP of layer 1.
+    assert len(linear) == 3 * 4 + 3
+
+
+def expected(family: str) -> dict[str, torch.Tensor]:
+    """Return every tensor of a file by formulas of their own."""
+    model = build(family, tied=family == "gemma", **(PLAIN | (BIAS if family == "llama" else {})))
+    state, config = model.state_dict(), model.config
+    interleave = family != "gemma"
+
+    def heads(weight: torch.Tensor, count: int) -> torch.Tensor:
+        rows, size = torch.empty_like(weight), len(weight) // count
+        for head in range(count):
+            for pair in range(size // 2):
+                rows[head * size + 2 * pair] = weight[head * size + pair]
+                rows[head * size + 2 * pair + 1] = weight[head * size + size // 2 + pair]
+        return rows if interleave else weight
+
+    offset = 1.0 if family == "gemma" else 0.0
+    found = {
+        "token_embd.weight": state["model.embed_tokens.weight"],
+        "output_norm.weight": offset + state["model.norm.weight"],
+    }
+    if family != "gemma":
+        found["output.weight"] = state["lm_head.weight"]
+    plain = {"self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate": "ffn_gate_inp"}
+    plain |= {f"mlp.{name}_proj": f"ffn_{name}" for name in ("gate", "up", "down")}
+    turned = {"self_attn.q_proj": ("attn_q", config.num_attention_heads)}
+    turned["self_attn.k_proj"] = ("attn_k", config.num_key_value_heads)
+    norms = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    for layer in range(config.num_hidden_layers):
+        ours, theirs = f"model.layers.{layer}.", f"blk.{layer}."
+        for kind in ("weight", "bias"):
+            for name, role in plain.items():
+                if f"{ours}{name}.{kind}" in state:
+                    found[f"{theirs}{role}.{kind}"] = state[f"{ours}{name}.{kind}"]
+            for name, (role, count) in turned.items():
+                if f"{ours}{name}.{kind}" in state:
+                    found[f"{theirs}{role}.{kind}"] = heads(state[f"{ours}{name}.{kind}"], count)
+        for name, role in norms.items():
+            found[f"{theirs}{role}.weight"] = offset + state[f"{ours}{name}.weight"]
+        if family == "mixtral":
+            both = state[f"{ours}mlp.experts.gate_up_proj"]
+            found[f"{theirs}ffn_gate_exps.weight"] = both[:, : config.intermediate_size]
+            found[f"{theirs}ffn_up_exps.weight"] = both[:, config.intermediate_size :]
+            found[f"{theirs}ffn_down_exps.weight"] = state[f"{ours}mlp.experts.down_proj"]
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "mixtral"])
+def test_every_tensor_of_a_file_is_that_of_the_model(family: str, tmp_path: Path) -> None:
+    whole = skeleton(family, tied=family == "gemma", **(BIAS if family == "llama" else {}))
+    layout = layout_of(whole, [], name="tiny", kind=QUANTIZATIONS["F32"])
+    write_gguf(layout, model_tensors(whole.model), tmp_path / "tiny.gguf", QUANTIZATIONS["F32"])
+    stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors}
+    wanted = expected(family)
+    assert set(stored) == set(wanted)
+    for name, weight in wanted.items():
+        np.testing.assert_array_equal(stored[name], weight.numpy(), err_msg=name)

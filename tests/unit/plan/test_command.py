@@ -105,6 +105,14 @@ def test_notes_say_what_was_assumed(tmp_path: Path) -> None:
     assert f"{record.candidates[0].cost.groups['head'].num_parameters:,}" in notes
 
 
+def test_a_trimmed_vocabulary_is_said_to_be_missing_from_the_sizes() -> None:
+    stories = str(Path(__file__).resolve().parents[2] / "data" / "stories260K")
+    trimmed = run_plan(PlanOptions(model_name_or_path=stories, pruning_ratio=[0.25], vocabulary_size=256))
+    whole = run_plan(PlanOptions(model_name_or_path=stories, pruning_ratio=[0.25]))
+    said = [note for note in trimmed.notes if "without a vocabulary" in note]
+    assert len(said) == 1 and not any("without a vocabulary" in note for note in whole.notes)
+
+
 def test_a_mixture_of_experts_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = plan(tmp_path, "mixtral")
     print_plan(record)
