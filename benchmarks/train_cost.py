@@ -54,8 +54,8 @@ MARKS = {
     "memory_stage_one_paper_to_lora": 1.06,
     "memory_stage_two_to_lora": 0.85,
 }
-"""What is held against which limit. The default's was 0.82 when it cut the hidden size; today's reads more text before it
-trains, and 0.85 is what was promised for it."""
+"""What is held against which limit. The default's was 0.82 when it cut the hidden size; today's reads more text before
+it trains, and 0.85 is what was promised for it."""
 
 WHOLE_TOKENS = 2**20
 """Tokens of the computed run: a fifth of the instruction data, once."""
