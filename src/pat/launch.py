@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -56,6 +57,8 @@ def launch(argv: Sequence[str]) -> int:
         name = signal.Signals(-failure.exitcode).name
         print(f"pat: process {rank} was ended by {name}; the same command goes on.", file=sys.stderr)
         return 128 - int(failure.exitcode)
+    except subprocess.CalledProcessError as error:  # of a single process, which has said itself what went wrong
+        return error.returncode if error.returncode >= 0 else 128 - error.returncode
     except SignalException as error:
         return 128 + int(error.sigval)
     except ValueError as error:  # of flags that do not go together
