@@ -1,5 +1,6 @@
 """The process of one model: what it measures, and that memory errors leave it alive."""
 
+import gc
 from multiprocessing import Pipe
 from pathlib import Path
 from threading import Thread
@@ -28,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_what_is_measured_is_what_was_predicted(model: str) -> None:
-    gc.collect()  # what other tests have left would be given back in between, and a peak lie below what was there before
+    gc.collect()  # what other tests have left would be given back in between, and a peak lie below the beginning
     host, predictor = Host(model, **LOAD), Predictor(model, dtype=None, new_tokens=3)
     read = host.prefill(batch_size=2, context=8, seed=0, keep=True)
     generated = host.decode(new_tokens=3)
