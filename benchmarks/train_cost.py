@@ -54,8 +54,8 @@ MARKS = {
     "memory_stage_one_paper_to_lora": 1.06,
     "memory_stage_two_to_lora": 0.85,
 }
-"""What is held against which limit. The default's was 0.82 when it cut the hidden size; today's reads more text before
-it trains, and 0.85 is what was promised for it."""
+"""Largest ratio that each measurement may come to. The default recipe's run had 0.82 when it cut the hidden size; today's
+reads more text before it trains, and 0.85 was promised for it."""
 
 WHOLE_TOKENS = 2**20
 """Tokens of the computed run: a fifth of the instruction data, once."""
@@ -250,9 +250,8 @@ def time_steps(args: argparse.Namespace) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(3, SHAPE["vocab_size"], (args.batch_size, args.max_length), generator=generator).to(args.device)
     batch = {"input_ids": ids, "labels": ids}
-    hard = pat(
-        args, ranks["default"], refit=False
-    )  # which would change what is in the matrices, not how long they take
+    # A refit would change what is in the matrices, not how long they take.
+    hard = pat(args, ranks["default"], refit=False)
     cast(PatModel, find_tuner(hard)).set_step(1, 1)
     compact = cast(PatModel, find_tuner(hard)).compact().attach().model
     del hard

@@ -24,6 +24,7 @@ def choose_fsdp(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **k
         PartialState._shared_state["distributed_type"] = self.distributed_type
 
 
+# No public switch has accelerate enter FSDP without a GPU; everything after this choice is its own code.
 AcceleratorState.__init__ = choose_fsdp  # type: ignore[method-assign]
 
 if __name__ == "__main__":

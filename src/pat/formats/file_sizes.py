@@ -16,8 +16,11 @@ from pat.formats.gguf_vocabulary import vocabulary_of
 from pat.loading.tokenizer import load_plain_tokenizer
 from pat.surgery.costs import Skeleton
 
-GGUF_KINDS = ("Q8_0", "Q4_K_M")
-"""Kinds of GGUF files that a plan shows."""
+GGUF_TYPES = ("Q8_0", "Q4_K_M")
+"""Types of GGUF files that a plan shows."""
+
+NAME = "a model"
+"""Name of the model in a file whose size is predicted; another one changes the size by its length."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,9 @@ class FileSizes:
     """Linear modules in 8 bits with a float32 scale a row (bitsandbytes); all else in bfloat16: embeddings, head,
     norms, routers and experts that are stacked in one parameter."""
     gguf: dict[str, int]
-    """Sizes of GGUF files by kind, see `QUANTIZATIONS`; empty where the family cannot be written so."""
+    """Sizes of GGUF files by type, see `QUANTIZATIONS`; empty where the family cannot be written so."""
     odd_rows: dict[str, dict[str, float]]
-    """By kind, the share of all parameters in rows that fall back to a larger type, by the length of the rows."""
+    """Share of all parameters in rows that fall back to a larger type, by the type of the file and the rows' length."""
 
 
 def vocabulary_entries(name_or_path: str, vocab_size: int) -> tuple[list[Entry], str | None]:
@@ -60,8 +63,8 @@ def file_sizes(skeleton: Skeleton, vocabulary: Sequence[Entry]) -> tuple[FileSiz
     if skeleton.model.config.model_type in GGUF_FAMILIES:
         total = sum(math.prod(shape) for shape in shapes.values())
         try:
-            for name in GGUF_KINDS:
-                layout = layout_of(skeleton, vocabulary, name=_NAME, kind=QUANTIZATIONS[name])
+            for name in GGUF_TYPES:
+                layout = layout_of(skeleton, vocabulary, name=NAME, kind=QUANTIZATIONS[name])
                 sizes[name] = layout.num_bytes(QUANTIZATIONS[name])
                 rows = layout.odd_rows(QUANTIZATIONS[name])
                 odd[name] = {str(row): count / total for row, count in rows.items()}
@@ -74,7 +77,3 @@ def _quantised(skeleton: Skeleton) -> list[str]:
     """Return the weights that bitsandbytes replaces: those of `nn.Linear` modules, hence of no router or stack."""
     modules = dict(skeleton.model.named_modules())
     return [linear.weight for linear in skeleton.linears() if isinstance(modules.get(linear.path), nn.Linear)]
-
-
-_NAME = "a model"
-"""Name of the model in its file; another one changes the size by its length."""

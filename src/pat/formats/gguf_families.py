@@ -1,4 +1,4 @@
-"""THE one place for what llama.cpp makes of a model family: its architecture there, and where the two part.
+"""The one place for what llama.cpp makes of a model family: its architecture there, and where the two part.
 
 What a family's tensors are is said in `pat.families`; a record here adds how a GGUF file names the architecture and
 what of a configuration it carries. Every record was run on a tiny model, whole and with its hidden size cut: tokens of
@@ -17,7 +17,7 @@ from pat.families import FAMILIES
 
 @dataclass(frozen=True)
 class GgufFamily:
-    """What a GGUF file says of one `model_type` of transformers."""
+    """Record of how a GGUF file describes one `model_type` of transformers."""
 
     model_type: str
     architecture: str
@@ -32,6 +32,10 @@ class GgufFamily:
     """Numbers of the configuration that it reads, by their key there; those that are None are left out."""
     windows: int | None = None
     """One layer in so many sees everything, the others a window; None where llama.cpp knows no window."""
+    writes_windows: bool = True
+    """Whether the file says which layers see a window; if not, llama.cpp goes by `windows`."""
+    other_scale_at: int | None = None
+    """Number of layers of the one model whose attention llama.cpp scales by hidden size / heads instead."""
     unrotated: int | None = None
     """One layer in so many has no rotary embedding."""
     ffn_norm: str = "ffn_norm"
@@ -93,6 +97,8 @@ _RECORDS = (
         "gemma2",
         fields=_SOFTCAPS,
         windows=2,
+        writes_windows=False,
+        other_scale_at=46,
         tied_only=True,
         scale_of_head=True,
         activation=_GELU,
@@ -103,6 +109,7 @@ _RECORDS = (
         "gemma3_text",
         "gemma3",
         windows=6,
+        other_scale_at=62,
         scale_of_head=True,
         activation=_GELU,
         activation_field="hidden_activation",

@@ -1,4 +1,4 @@
-"""What stands in a GGUF file, byte by byte, before any weight is read: metadata, tensors and their types."""
+"""The layout of a GGUF file, byte by byte, before any weight is read: metadata, tensors and their types."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class GgufTensor(Placed):
     num_heads: int | None = None
     """Number of heads whose channels are reordered, see `GgufFamily.interleaved`."""
     offset: float = 0.0
-    """What is added: norms multiply by their weight alone."""
+    """Number that is added to each value: norms of llama.cpp multiply by their weight alone."""
     values: tuple[float, ...] | None = None
     """Values of a tensor that no model stores."""
 
@@ -59,7 +59,7 @@ class GgufLayout:
     tied: bool
 
     def type_of(self, tensor: Placed, kind: Quantization) -> TensorType:
-        """Return the type that a tensor has in a kind of file."""
+        """Return the type that a tensor has in a type of file."""
         return type_of(tensor, kind, num_layers=self.num_layers, num_experts=self.num_experts, tied=self.tied)
 
     def num_bytes(self, kind: Quantization) -> int:
@@ -136,11 +136,11 @@ def _check(family: GgufFamily, config: Any, head_size: int) -> None:
     if "sliding_attention" in types and config.sliding_window is not None:
         if family.windows is None:
             raise PatError(f"{kind} some of whose layers see a window; llama.cpp knows none in this family.")
-        if family.architecture == "gemma2" and types != _every(family.windows, len(types)):
+        if not family.writes_windows and types != _every(family.windows, len(types)):
             raise PatError(f"{kind} whose windows do not alternate; llama.cpp takes every other layer to have one.")
     scalar = getattr(config, "query_pre_attn_scalar", None)
-    large = {"gemma2": 46, "gemma3": 62}.get(family.architecture)
-    if family.scale_of_head and scalar is not None and (scalar != head_size or config.num_hidden_layers == large):
+    is_other = config.num_hidden_layers == family.other_scale_at
+    if family.scale_of_head and scalar is not None and (scalar != head_size or is_other):
         raise PatError(
             f"{kind} with query_pre_attn_scalar={scalar:g}; llama.cpp takes the size of a head, {head_size} (of the "
             "largest models hidden size / heads). Use --format onnx."
@@ -200,7 +200,7 @@ def _numbers(family: GgufFamily, config: Any, head_size: int, experts: int) -> l
         numbers += [("rope.scaling.type", "str", "linear"), ("rope.scaling.factor", "f32", float(ropes[0]["factor"]))]
     if family.windows is not None and window is not None and "sliding_attention" in types:
         numbers.append(("attention.sliding_window", "u32", window))
-        if family.architecture != "gemma2":
+        if family.writes_windows:
             pattern = [kind == "sliding_attention" for kind in types]
             numbers.append(("attention.sliding_window_pattern", "[bool]", pattern))
         if len(ropes) > 1:

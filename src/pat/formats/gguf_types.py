@@ -116,7 +116,7 @@ class Placed:
 
     name: str
     shape: tuple[int, ...]
-    """As torch has it; the last dimension is the row."""
+    """Shape as in torch, whose last dimension is a row of the file."""
     role: str
     """Its name without layer and suffix, such as `attn_v`."""
     layer: int | None = None
@@ -128,11 +128,11 @@ class Placed:
 
 
 def type_of(tensor: Placed, kind: Quantization, *, num_layers: int, num_experts: int = 0, tied: bool) -> TensorType:
-    """Return the type that a tensor has in a kind of file.
+    """Return the type that a tensor has in a type of file.
 
     Args:
         tensor: the tensor.
-        kind: the kind of file.
+        kind: the type of the file.
         num_layers: number of layers of the model.
         num_experts: number of its experts, 0 if there are none.
         tied: whether its embedding is the head as well, which is kept in more bits.

@@ -125,10 +125,10 @@ def _openvino(path: Path) -> Any:
 
 @contextmanager
 def _told(what: str) -> Iterator[None]:
-    """Turn any error of a library, whose kinds are its own, into one line."""
+    """Turn any error of a library into one line."""
     try:
         yield
     except PatError:
         raise
-    except Exception as error:
+    except Exception as error:  # the exporters and engines have errors of their own, without a common root
         raise RunFailed(f"{what} ({one_line(error) or type(error).__name__}); nothing was written.") from error

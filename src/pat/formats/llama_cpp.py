@@ -31,9 +31,11 @@ PATIENCE = 600
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Opens addresses of this machine itself, which no proxy reaches, whatever the environment says."""
 
+_LISTENS = "pat: listens at "
+
 
 def require_quantizer(kind: str) -> None:
-    """Refuse a kind of file that `llama-quantize` alone can write, if it is not there.
+    """Refuse a type of file that `llama-quantize` alone can write, if it is not there.
 
     Raises:
         PatError: it is not.
@@ -51,7 +53,7 @@ def engine_version() -> str | None:
 
 
 def quantize(source: Path, target: Path, kind: str) -> None:
-    """Write a GGUF file in another kind, such as Q4_K_M.
+    """Write a GGUF file in another type, such as Q4_K_M.
 
     Raises:
         RunFailed: llama.cpp cannot.
@@ -148,9 +150,6 @@ def _address(output: IO[str] | None) -> str:
         if line.startswith(_LISTENS):
             return line.removeprefix(_LISTENS).strip()
     raise RunFailed(f"its server ended, or did not load the model in {PATIENCE} seconds")
-
-
-_LISTENS = "pat: listens at "
 
 
 def _run_server(path: str, context: int, threads: int) -> None:

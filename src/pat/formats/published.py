@@ -44,7 +44,7 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class Place:
-    """What the published code does to one summand of the residual stream."""
+    """Tensors by which the published code changes one summand of the residual stream."""
 
     down: Tensor
     """L0 `(r, d)`."""

@@ -1,4 +1,4 @@
-"""What transformers makes of a model: the measure of every exported file."""
+"""The answers of transformers, against which every exported file is checked."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pat.families import FAMILIES
-from pat.formats.file_sizes import GGUF_KINDS
+from pat.formats.file_sizes import GGUF_TYPES
 from pat.plan.command import PlanRecord
 from pat.plan.curves import Measured, Point
 from pat.plan.sharding import ShardedMemory
@@ -76,7 +76,7 @@ def _files(record: PlanRecord) -> Table:
         return [f"  in rows too odd for {kind}", *(f"{share:.0%}" if share else "" for share in shares)]
 
     rows = [row("bfloat16", [f.bf16 for f in files]), row("int8, linear layers", [f.int8 for f in files])]
-    for kind in GGUF_KINDS:
+    for kind in GGUF_TYPES:
         rows += [row(f"GGUF {kind}", [f.gguf.get(kind) for f in files]), odd(kind)]
     return Table("File sizes", ["numbers", *_headings(record)], [row for row in rows if any(row[1:])])
 

@@ -28,7 +28,7 @@ def load(arguments: TuneArguments, data: Prepared) -> PreTrainedModel:
         quantization_config=quantization,
     )
     if quantization_of(base.config) is None:  # neither by a flag nor in the checkpoint
-        base = cast(PreTrainedModel, base.to(place_for(base, sft)))  # type: ignore[arg-type]
+        base = cast(PreTrainedModel, cast(Any, base).to(place_for(base, sft)))
     else:
         checkpointing = bool(sft.gradient_checkpointing)
         base = cast(PreTrainedModel, prepare_model_for_kbit_training(base, use_gradient_checkpointing=checkpointing))
