@@ -54,8 +54,8 @@ MARKS = {
     "memory_stage_one_paper_to_lora": 1.06,
     "memory_stage_two_to_lora": 0.85,
 }
-"""Largest ratio that each measurement may come to. The default recipe's run had 0.82 when it cut the hidden size; today's
-reads more text before it trains, and 0.85 was promised for it."""
+"""Largest ratio that each measurement may come to. The default recipe's run had 0.82 when it cut the hidden size;
+today's reads more text before it trains, and 0.85 was promised for it."""
 
 WHOLE_TOKENS = 2**20
 """Tokens of the computed run: a fifth of the instruction data, once."""
