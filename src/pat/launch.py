@@ -55,7 +55,7 @@ def launch(argv: Sequence[str]) -> int:
         if failure.exitcode >= 0:
             return int(failure.exitcode)
         name = signal.Signals(-failure.exitcode).name
-        print(f"pat: process {rank} was ended by {name}; the same command goes on.", file=sys.stderr)
+        print(f"pat: process {rank} was ended by {name}; give the same command again to go on.", file=sys.stderr)
         return 128 - int(failure.exitcode)
     except subprocess.CalledProcessError as error:  # of a single process, which has said itself what went wrong
         return error.returncode if error.returncode >= 0 else 128 - error.returncode

@@ -28,7 +28,7 @@ SECONDS_BEFORE_SPEAKING = 10.0
 """How long a process other than the first keeps an error to itself: the first one has most likely met the same, says
 it, and its end ends the others."""
 
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL", "ProcessGroup")
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 _control: Any = None
 
@@ -57,8 +57,17 @@ def connected() -> bool:
 
 
 def meet() -> None:
-    """Open a channel of words between the processes, which are connected; all have to come."""
+    """Open a channel of words between the processes, which are connected; all have to come.
+
+    Raises:
+        PatError: there are several processes by name that are not connected, each of which would be a run of its own.
+    """
     global _control
+    if num_processes() > 1 and not connected():
+        raise PatError(
+            f"Got WORLD_SIZE={num_processes()}, but the processes are not connected; expected a launcher that sets "
+            "LOCAL_RANK as well: `pat launch`, `accelerate launch` or torchrun."
+        )
     if _control is None and connected():
         from torch import distributed
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 
+from pat import ranks
 from pat.errors import PatError
 from pat.families import Family
 from pat.loading import empty_model, load_config
@@ -78,11 +79,11 @@ def check(arguments: TuneArguments) -> Checked:
     Raises:
         PatError: the output folder is in use, there is no such checkpoint or model, or the width is impossible.
     """
-    check_engine(arguments)
     checkpoint = check_folder(arguments)
     _warn_of_idle_flags(arguments)
     pat_config = arguments.pat_config()
     base_config, family = load_config(arguments.run.model_name_or_path, revision=arguments.model.model_revision)
+    check_engine(arguments, base_config)
     trimmed_config = base_config
     if (size := arguments.run.vocabulary_size) is not None:
         trimmed_config, rest = trimmed_budget(pat_config, base_config, size)
@@ -118,7 +119,14 @@ def check_run(arguments: TuneArguments, checked: Checked, data: Prepared) -> Run
         return run
     if (own := RunFile.read(arguments.output_dir)) is not None:
         own.check(run, arguments.output_dir)
-        return own
+        if own.rows_per_step not in (None, run.rows_per_step):
+            logger.warning(
+                "A step takes %s rows from here on, after %s; steps are counted on, so that the run follows "
+                "another schedule than it began with.",
+                run.rows_per_step,
+                own.rows_per_step,
+            )
+        return replace(own, rows_per_step=run.rows_per_step)
     if checked.checkpoint is None:
         return run
     folders = [arguments.output_dir.resolve(), *Path(checked.checkpoint).resolve().parents]
@@ -190,6 +198,10 @@ def _warn_of_idle_flags(arguments: TuneArguments) -> None:
     for name, needed in NEEDED.items():
         if values[name] != given[name].default and values[needed] in (False, "no"):
             logger.warning("%s=%s has no effect without --%s.", name, values[name], needed)
+    if ranks.num_processes() == 1:
+        of_many = [n for n in given if n.startswith("ddp_") or n == "eval_use_gather_object"]
+        for name in (name for name in of_many if values[name] != given[name].default):
+            logger.warning("%s=%s has no effect in one process.", name, values[name])
     if arguments.run.dataset_config is not None and os.path.isfile(Path(arguments.run.dataset_name)):
         logger.warning("dataset_config=%s has no effect on a local file.", arguments.run.dataset_config)
 

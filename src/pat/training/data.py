@@ -46,6 +46,8 @@ class TrainingData:
     """Number of such rows of a separate source."""
     num_held_out_bad: int = 0
     """Number of its rows that could not be used, and were skipped."""
+    first_held_out_bad: str = ""
+    """What is wrong with the first of them."""
 
     key: str | None = None
     """Digest of everything that `train_rows` are made of, where they are a table of the cache."""
@@ -110,12 +112,13 @@ def load_training_data(
     source = load_source(name, reading, split=split, config_name=config_name)
     amount = _parse_held_out(held_out)
     train, held_out_rows, num_held_out_dropped, num_held_out_bad = source.rows, None, 0, 0
+    first_held_out_bad = ""
     key = source.key
     if isinstance(amount, str):
         separate = load_source(amount, reading)
         held_out_rows = separate.rows
         num_held_out_dropped = separate.num_rows - separate.num_usable - separate.num_bad
-        num_held_out_bad = separate.num_bad
+        num_held_out_bad, first_held_out_bad = separate.num_bad, separate.first_bad
     elif count := _num_held_out(source.num_usable, amount, name):
         # Whole rows are kept apart: no conversation is on both sides.
         chosen = random.Random(seed).sample(range(source.num_usable), count)
@@ -132,6 +135,7 @@ def load_training_data(
         held_out_name=amount if isinstance(amount, str) else None,
         num_dropped=source.num_rows - source.num_usable - source.num_bad,
         num_held_out_bad=num_held_out_bad,
+        first_held_out_bad=first_held_out_bad,
         num_held_out_dropped=num_held_out_dropped,
         key=key,
     )

@@ -94,7 +94,8 @@ def remarks(record: DataRecord, data: TrainingData, counts: Counts, cut: Truncat
         first = data.source.first_bad or counts.first_refusal
         yield f"{record.num_skipped:,} rows cannot be used and are skipped, as --on_bad_row says; the first is {first}"
     if data.num_held_out_bad:
-        yield f"{data.num_held_out_bad:,} held-out rows cannot be used and are skipped, as --on_bad_row says."
+        first = f"; the first is {data.first_held_out_bad}" if data.first_held_out_bad else "."
+        yield f"{data.num_held_out_bad:,} held-out rows cannot be used and are skipped, as --on_bad_row says{first}"
     if record.num_dropped:
         yield f"{record.num_dropped:,} of {record.num_rows:,} rows have no response and are left out."
     if record.num_held_out_dropped:

@@ -9,6 +9,7 @@ import torch
 
 from pat import ranks
 from pat.errors import PatError
+from pat.loading import quantization_of
 
 if TYPE_CHECKING:
     from pat.training.arguments import TuneArguments
@@ -17,8 +18,18 @@ ROOM = 1.2
 """How much larger than a model the free memory of a device has to be for a forward pass on it."""
 
 
-def check_engine(arguments: TuneArguments) -> None:
+def quantises(arguments: TuneArguments, base_config: Any) -> bool:
+    """Tell whether a run's base is quantised, by a flag or in its checkpoint."""
+    model = arguments.model
+    return bool(model.load_in_4bit or model.load_in_8bit) or quantization_of(base_config) is not None
+
+
+def check_engine(arguments: TuneArguments, base_config: Any) -> None:
     """Check that a run can be trained by the engine that it is started under.
+
+    Args:
+        arguments: of the run.
+        base_config: configuration of the base.
 
     Raises:
         PatError: it cannot; the message says what can.
@@ -46,7 +57,7 @@ def check_engine(arguments: TuneArguments) -> None:
         (sft.torch_compile, "--torch_compile", "leave it out"),
         (arguments.distill.distill, "--distill", "leave it out: a sharded student cannot be looked into"),
         (
-            arguments.model.load_in_4bit or arguments.model.load_in_8bit,
+            quantises(arguments, base_config),
             "a quantised base",
             "load it in 16 bits, or use DDP",
         ),

@@ -214,7 +214,9 @@ def _writing_failed(error: Exception, folder: Path) -> RunFailed | None:
     if not isinstance(path, str):
         files = [file for file in folder.rglob("*") if file.is_file()]
         path = max(files, key=lambda file: file.stat().st_mtime_ns, default=folder)
-    return RunFailed(f"{path}: could not be written ({reason}); when that is put right, the same command goes on.")
+    return RunFailed(
+        f"{path}: could not be written ({reason}); put that right, and give the same command again to go on."
+    )
 
 
 def _named(arguments: TuneArguments) -> str | bool | None:

@@ -7,6 +7,7 @@ A checkpoint is made to suit the engine that goes on from it, so that a run may 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +22,7 @@ from transformers.trainer import FSDP_MODEL_NAME, OPTIMIZER_NAME, OPTIMIZER_NAME
 from pat import ranks
 from pat.checkpoint.compact import save_adapter
 from pat.checkpoint.staging import staged_folder
+from pat.errors import PatError
 from pat.loading import TokenSetup
 
 States = dict[str, dict[str, Any]]
@@ -73,8 +75,27 @@ def unsharded(trainer: Trainer, load: Callable[[], PeftModel]) -> PeftModel:
     return loaded[0] if loaded else cast(PeftModel, trainer.model)
 
 
-def suit(checkpoint: Path, trainer: Trainer) -> None:
-    """Give a checkpoint the files that a trainer's engine goes on from; the trainer has not begun yet."""
+def suited(checkpoint: Path, trainer: Trainer) -> Path:
+    """Return a checkpoint with the files that a trainer's engine goes on from; the trainer has not begun yet.
+
+    One of the trainer's own run is changed, of another one a copy is made in the run's folder.
+    """
+    has = {name for name in (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SHARDED_MODEL) if (checkpoint / name).is_file()}
+    wanted = {OPTIMIZER_NAME_BIN, SHARDED_MODEL} if is_sharded(trainer) else {OPTIMIZER_NAME}
+    if wanted <= has and (is_sharded(trainer) or SHARDED_MODEL not in has):
+        return checkpoint
+    if not is_sharded(trainer) and not has & {OPTIMIZER_NAME_BIN, SHARDED_MODEL}:
+        return checkpoint  # without a state of the optimizer, which one process does without
+    own = Path(cast(str, trainer.args.output_dir))
+    if own.resolve() not in checkpoint.resolve().parents:
+        with staged_folder(own / checkpoint.name, replaces=True) as staging:
+            shutil.copytree(checkpoint, staging, dirs_exist_ok=True)
+        checkpoint = own / checkpoint.name
+    _suit(checkpoint, trainer)
+    return checkpoint
+
+
+def _suit(checkpoint: Path, trainer: Trainer) -> None:
     if is_sharded(trainer):
         if not (checkpoint / SHARDED_MODEL).is_file():
             model = cast(PeftModel, trainer.model)
@@ -95,7 +116,15 @@ def read_states(checkpoint: Path, trainer: Trainer) -> tuple[States, list[dict[s
     Args:
         checkpoint: folder of it.
         trainer: that has written it, or one of the same model.
+
+    Raises:
+        PatError: there is none.
     """
+    if not any((checkpoint / name).is_file() for name in (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN)):
+        raise PatError(
+            f"{checkpoint}: has no state of the optimizer, which FSDP does not go on without; name another checkpoint, "
+            "or go on in one process or with DDP."
+        )
     if (checkpoint / OPTIMIZER_NAME).is_file():
         stored = torch.load(checkpoint / OPTIMIZER_NAME, weights_only=True, map_location="cpu")
         names = [name for group in _names(trainer) for name in group]
@@ -127,6 +156,15 @@ def write_states(folder: Path, trainer: Trainer, states: States, groups: list[di
     # Every parameter needs a state there. One of zeros is what an optimizer begins with.
     parameters = dict(cast(torch.nn.Module, trainer.model).named_parameters())
     example = next(iter(states.values()), {})
+    if any(
+        isinstance(v, Tensor) and v.dim() > 0 and v.shape != parameters[n].shape
+        for n, state in states.items()
+        for v in state.values()
+    ):
+        raise PatError(
+            "Got an optimizer whose states have other shapes than the parameters, with FSDP; use one without, such as "
+            "--optim adamw_torch."
+        )
     result["state"] = {
         name: states[name]
         if name in states
@@ -165,7 +203,7 @@ def _names(trainer: Trainer) -> list[list[str]]:
 
 def _zeros(value: Any, parameter: Tensor) -> Any:
     if not isinstance(value, Tensor):
-        return value
+        return type(value)() if isinstance(value, int | float) else value
     return torch.zeros_like(value) if value.dim() == 0 else torch.zeros(parameter.shape, dtype=value.dtype)
 
 

@@ -105,11 +105,11 @@ class Regularisers:
                 assert isinstance(module, nn.Module)
                 for name, loss in module.regularized().items():
                     key = id(module), name
-                    term = known.pop(key, None) or _Term(kind, module, name, loss)
                     if getattr(module, name).requires_grad:
+                        term = known.pop(key) if key in known else _Term(kind, module, name, loss)
                         self.terms[key] = term
                         term.weight, term.is_due = loss_scale * weights[kind], True
-        for term in known.values():  # of gates that are hard by now
+        for term in known.values():  # of gates that are hard by now, and of parameters that are no longer trained
             term.release()
         for term in self.terms.values():
             if not isinstance(term.parameter, DTensor):

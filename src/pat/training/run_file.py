@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from pat import ranks
 from pat.checkpoint.card import shown_name
 from pat.checkpoint.staging import write_whole
 from pat.errors import PatError, one_line
@@ -55,6 +56,8 @@ class RunFile:
     """Phases that are done: `stage_one`, `compaction`, `stage_two`, `model`, `results`, `pushed`."""
     bf16: bool | None = None
     """Whether it began in bf16; unless a flag says otherwise it goes on so, whatever a new measurement would choose."""
+    rows_per_step: int | None = None
+    """Number of rows that a step takes, over all processes."""
 
     @classmethod
     def of(cls, arguments: TuneArguments, base_config: Any, data: str) -> RunFile:
@@ -73,7 +76,9 @@ class RunFile:
             shown["teacher"] = f"{shown_name(teacher)} {fingerprint(teacher, config)}"
         shown |= {name: _content(configuration[name]) for name in ("held_out", "calibration", "chat_template_path")}
         base = fingerprint(arguments.run.model_name_or_path, base_config)
-        return cls(configuration | shown, base, data, bf16=bool(arguments.sft.bf16))
+        sft = arguments.sft
+        rows = sft.per_device_train_batch_size * sft.gradient_accumulation_steps * ranks.num_processes()
+        return cls(configuration | shown, base, data, bf16=bool(sft.bf16), rows_per_step=rows)
 
     @classmethod
     def read(cls, folder: Path) -> RunFile | None:

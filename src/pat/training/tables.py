@@ -14,7 +14,7 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
 
 import datasets
 import pyarrow
@@ -24,16 +24,24 @@ from pat.checkpoint.staging import discard, staged_folder
 from pat.errors import RunFailed, one_line
 from pat.report.records import installed_versions
 
+try:
+    import fcntl
+except ImportError:  # on Windows, where an open file cannot be removed anyway
+    fcntl = None  # type: ignore[assignment]
+
 ROWS_AT_ONCE = 1000
 """Rows in memory while a table is written or looked through."""
 
 CACHE_BYTES = 20 * 2**30
 """What the cache may hold: beyond it the tables go that were not used for longest."""
 
-FORM = 1
+FORM = 2
 """Goes up when other code makes other tables of the same parts."""
 
 FACTS = "facts.json"
+
+_held: dict[Path, IO[str]] = {}
+"""Tables that this process has opened: their facts, under a lock that others share, until the process ends."""
 
 
 def digest(*parts: Any) -> str:
@@ -64,8 +72,8 @@ def cached_table(key: str, make: Callable[[Path], dict[str, Any]]) -> tuple[Data
             ) from error
         facts = _facts(folder)
         assert facts is not None
-    (folder / FACTS).touch()
-    _remove_oldest(keep=folder)
+    _hold(folder)
+    _remove_oldest(folder.parent)
     files = sorted(facts["sizes"])
     return concatenate_datasets([Dataset.from_file(str(folder / name)) for name in files]), facts["facts"]
 
@@ -126,15 +134,37 @@ def _facts(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _remove_oldest(keep: Path) -> None:
-    """Remove the tables that were not used for longest, until the others have room."""
+def _hold(folder: Path) -> None:
+    """Keep a table from being removed while this process lives, and note that it is used."""
+    with suppress(OSError):  # gone a moment ago, or on a file system without locks: what is mapped stays readable
+        (folder / FACTS).touch()
+        held = (folder / FACTS).open(encoding="utf-8")
+        _held[folder] = held
+        if fcntl is not None:
+            fcntl.flock(held, fcntl.LOCK_SH)
+
+
+def _is_in_use(folder: Path) -> bool:
+    """Tell whether a process, this one included, has opened a table."""
+    if folder in _held or fcntl is None:
+        return folder in _held
+    try:
+        with (folder / FACTS).open(encoding="utf-8") as facts:
+            fcntl.flock(facts, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    return False
+
+
+def _remove_oldest(cache: Path) -> None:
+    """Remove the tables that were not used for longest and are not in use, until the others have room."""
     used: dict[Path, float] = {}
-    for folder in keep.parent.iterdir():
+    for folder in cache.iterdir():
         with suppress(OSError):
             used[folder] = (folder / FACTS).stat().st_mtime
     left = CACHE_BYTES
-    for folder in sorted(used, key=lambda path: (path == keep, used[path]), reverse=True):
+    for folder in sorted(used, key=lambda path: (path in _held, used[path]), reverse=True):
         with suppress(OSError):
             left -= sum(file.stat().st_size for file in folder.iterdir())
-            if left < 0 and folder != keep:
+            if left < 0 and not _is_in_use(folder):
                 discard(folder)

@@ -25,6 +25,7 @@ from pat.loading.tokenizer import load_plain_tokenizer
 from pat.nll import Example
 from pat.training.arguments import TuneArguments
 from pat.training.distill import DistillingTrainer, Lessons, Teacher
+from pat.training.engine import quantises
 from pat.training.lessons import LessonsOnDisk, Places, write_lessons
 from pat.training.prepare import Prepared
 from pat.training.run_file import fingerprint
@@ -69,10 +70,13 @@ def check_distillation(arguments: TuneArguments, base_config: Any) -> None:
     options, sft = arguments.distill, arguments.sft
     if not options.distill:
         return
-    quantized = arguments.model.load_in_4bit or arguments.model.load_in_8bit or quantization_of(base_config) is not None
     for given, obstacle, remedy in (
         (arguments.run.no_compact, "--no_compact", "leave one of them out: it is the small model that learns from it"),
-        (quantized, "a quantised base", "expected one of 16 or 32 bits: a quantised one is not made small"),
+        (
+            quantises(arguments, base_config),
+            "a quantised base",
+            "expected one of 16 or 32 bits: a quantised one is not made small",
+        ),
         (sft.torch_compile, "--torch_compile", "leave one of them out: a compiled model cannot be looked into"),
     ):
         if given:

@@ -8,6 +8,7 @@ import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -141,7 +142,10 @@ class Encoder:
         # What a slow tokenizer does is not all in its vocabulary.
         known = cast(Any, tokenizer).backend_tokenizer.to_str() if tokenizer.is_fast else uuid.uuid4().hex
         template = chat_template_of(tokenizer)
-        return type(tokenizer).__name__, known, template, tokenizer.eos_token, *how
+        today = date.today().isoformat() if "strftime_now" in (template or "") else ""
+        # A template may mention any special token.
+        specials = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+        return type(tokenizer).__name__, known, template, today, specials, *how
 
     def _ids(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         # verbose=False: a text longer than the model's window is no reason to warn, it is cut.

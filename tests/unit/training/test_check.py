@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tiny_models import build
 
+from pat.loading import load_config
 from pat.training.arguments import build_arguments
-from pat.training.check import NEEDED, check
+from pat.training.check import NEEDED, check, check_run
+from pat.training.run_file import RunFile
 
 
 def checked(folder: Path, **flags: Any) -> None:
@@ -29,6 +32,7 @@ def checked(folder: Path, **flags: Any) -> None:
         ({"distill_weight": 0.7}, "distill_weight=0.7 has no effect without --distill."),
         ({"distill_top_k": 4}, "distill_top_k=4 has no effect without --distill."),
         ({"distill_top_k": 4, "teacher": "other"}, None),
+        ({"ddp_timeout": 60}, "ddp_timeout=60 has no effect in one process."),
         ({"dataset_config": "main"}, "dataset_config=main has no effect on a local file."),
         ({"pruned_hidden_size": 20}, "more than has been shown to work"),
         ({}, None),
@@ -45,3 +49,25 @@ def test_what_needs_another_flag_is_known() -> None:
     arguments = build_arguments(model_name_or_path="base", dataset_name="d", output_dir="o")
     names = {**vars(arguments.model), **vars(arguments.sft), **vars(arguments.run), **vars(arguments.distill)}
     assert {*NEEDED, *NEEDED.values()} <= set(names)
+
+
+def test_going_on_with_other_rows_per_step_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    build("llama", tied=True).save_pretrained(tmp_path / "base")
+    config, _ = load_config(str(tmp_path / "base"))
+    prepared: Any = SimpleNamespace(vocabulary=None, record=SimpleNamespace(fingerprint="d"))
+    before, after = (
+        build_arguments(
+            model_name_or_path=tmp_path / "base",
+            dataset_name="rows.jsonl",
+            output_dir=tmp_path / "out",
+            per_device_train_batch_size=size,
+        )
+        for size in (2, 6)
+    )
+    (tmp_path / "out").mkdir()
+    RunFile.of(before, config, "d").write(tmp_path / "out")
+    on: Any = SimpleNamespace(base_config=config, checkpoint=None)
+    assert check_run(before, on, prepared).rows_per_step == 2 and not caplog.messages
+    assert check_run(after, on, prepared).rows_per_step == 6
+    [message] = caplog.messages
+    assert "A step takes 6 rows from here on, after 2" in message

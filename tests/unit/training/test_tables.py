@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset, Features, Value
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from pat.errors import PatError
 from pat.training import conversion, sources, tables, tokens
@@ -114,6 +114,33 @@ def test_the_cache_is_bounded_and_what_is_used_stays(tmp_path: Path, monkeypatch
     for number, key in enumerate(("first", "second", "first", "third")):
         tables.cached_table(key, make)
         os.utime(tmp_path / "cache" / key / "facts.json", (number, number))
+        if key != "second":
+            tables._held.clear()  # as if the process had ended
     found, _ = tables.cached_table("fourth", make)
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {"fourth", "third"}
     assert isinstance(found, Dataset) and found[0] == {"a": "x" * 1000}
+
+
+def test_a_table_that_is_open_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "CACHE_BYTES", 0)
+    monkeypatch.setattr(tables, "_held", {})
+
+    def make(folder: Path) -> dict[str, Any]:
+        tables.write_table(folder / "rows.arrow", Features({"a": Value("string")}), [{"a": "x"}])
+        return {}
+
+    tables.cached_table("first", make)
+    elsewhere = tables._held.pop(tmp_path / "cache" / "first")  # the lock of another process is no other
+    tables.cached_table("second", make)
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"first", "second"}
+    elsewhere.close()
+    tables.cached_table("third", make)
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"second", "third"}
+
+
+def test_another_special_token_makes_other_tokens(stories260k_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(stories260k_path)
+    before = tokens.Encoder(tokenizer, tokens.Truncation()).parts()
+    assert tokens.Encoder(tokenizer, tokens.Truncation()).parts() == before
+    tokenizer.pad_token = "<s>"
+    assert tokens.Encoder(tokenizer, tokens.Truncation()).parts() != before
