@@ -28,8 +28,6 @@ def test_a_checkpoint_of_another_run_is_copied_before_it_is_changed(tmp_path: Pa
     states = {"bias": {"step": torch.tensor(2.0), "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}}
     groups = [{"params": ["weight", "bias"], "lr": 0.25}]
     torch.save({"state": states, "param_groups": groups}, theirs / "optimizer.bin")
-        {"state": states, "param_groups": [{"params": ["weight", "bias"], "lr": 0.25}]}, theirs / "optimizer.bin"
-    )
     (theirs / "pytorch_model_fsdp.bin").write_bytes(b"sharded")
     before = {path.name: path.read_bytes() for path in theirs.iterdir()}
     goes_on = trainer(tmp_path / "ours")
