@@ -75,7 +75,7 @@ METHODS: dict[str, Method] = {
     "pat_hidden": Method("PAT, hidden size alone", "PAT", {"axes": ["hidden"]}),
     "pat_vocabulary": Method("PAT, half the vocabulary", "PAT", trims_vocabulary=True),
     "pat_no_refit": Method("PAT, without refit", "PAT", {"refit": False}),
-    "pat_milestone_zero": Method("PAT, cut before training", "PAT", {"milestone": 0.0}),
+    "pat_milestone_fiftieth": Method("PAT, milestone 0.02", "PAT", {"milestone": 0.02}),
     "pat_milestone_tenth": Method("PAT, milestone 0.1", "PAT", {"milestone": 0.1}),
     "pat_milestone_third": Method("PAT, milestone 1/3", "PAT", {"milestone": 1 / 3}),
     "pat_dora": Method("PAT + DoRA", "PAT", {"use_dora": True}),

@@ -47,7 +47,7 @@ STYLES: dict[str, Style] = {
     "pat_hidden": Style("#3b4cc0", "o"),
     "pat_vocabulary": Style("#00b3a4", "o"),
     "pat_no_refit": Style("#8da0e8", "o"),
-    "pat_milestone_zero": Style("#525252", "o"),
+    "pat_milestone_fiftieth": Style("#525252", "o"),
     "pat_milestone_tenth": Style("#858585", "o"),
     "pat_milestone_third": Style("#b0b0b0", "o"),
     "pat_dora": Style("#1b5e8c", "o"),

@@ -79,13 +79,14 @@ class PatCallback(TrainerCallback):
         tuner = self._tuner(kwargs["model"])
         self._adapter = tuner.adapter
         config = tuner.pat_config(self._adapter)
-        self._milestone_step = milestone_step(config.milestone, state.max_steps)
-        if config.milestone > 0 and self._milestone_step == 0:
+        milestone = config.soft_share
+        self._milestone_step = milestone_step(milestone, state.max_steps)
+        if milestone > 0 and self._milestone_step == 0:
             logger.warning(
                 "A milestone of %g of %d optimizer steps rounds to step 0: the mask is hard from the start, its "
                 "channels chosen by the calibration alone. Train longer or raise the milestone (--milestone) to train "
                 "the mask.",
-                config.milestone,
+                milestone,
                 state.max_steps,
             )
         kind = _learns_from(args, kwargs.get("train_dataloader"))

@@ -33,10 +33,13 @@ from pat.tuner.config import PatConfig
 from pat.tuner.depth import LAYER_TOKENS
 from pat.tuner.experts import tokens_per_routed
 from pat.tuner.model import PatModel
+from pat.tuner.options import PatOptions
 from pat.tuner.prepare import check_config
 from pat.tuner.refit import TOKENS_PER_CHANNEL
 
 logger = logging.getLogger(__name__)
+
+OF_A_SOFT_MASK = ("mask", "mask_lr_multiplier", "active_loss_weight")
 
 NEEDED = {
     "bnb_4bit_quant_type": "load_in_4bit",
@@ -90,6 +93,12 @@ def check(arguments: TuneArguments) -> Checked:
         arguments = replace(arguments, pat=replace(arguments.pat, pruning_ratio=rest))
         pat_config = arguments.pat_config()
     shape = check_config(trimmed_config, family, pat_config)
+    if arguments.pat.milestone_share(cuts_hidden=shape.cuts("hidden")) == 0:
+        for name in OF_A_SOFT_MASK:
+            if (value := getattr(arguments.pat, name)) != getattr(PatOptions, name):
+                logger.warning(
+                    "%s=%s has no effect on a mask that is hard from the start; raise --milestone.", name, value
+                )
     asked = pat_config.pruning_ratio or DEFAULT_PRUNING_RATIO
     names_a_size = asked_sizes(pat_config) or any(getattr(pat_config, name) for name in TARGETS)
     if not names_a_size and abs(shape.pruning_ratio - asked) > RATIO_SLACK:
@@ -140,7 +149,8 @@ def check_run(arguments: TuneArguments, checked: Checked, data: Prepared) -> Run
 
 def announce(arguments: TuneArguments, checked: Checked, data: Prepared, model: Any, num_steps: int) -> None:
     """Say in one line on stderr what was understood."""
-    soft = min(num_steps, milestone_step(arguments.pat.milestone, num_steps))
+    milestone = arguments.pat.milestone_share(cuts_hidden=checked.shape.cuts("hidden"))
+    soft = min(num_steps, milestone_step(milestone, num_steps))
     rest = "on the small model" if compacts(arguments.run.no_compact, arguments.pat_config()) else "at full width"
     shape, config = checked.shape, checked.base_config
     widths = {"mlp": shape.size("mlp")}

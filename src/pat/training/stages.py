@@ -127,7 +127,8 @@ class Stages:
         if tuner.needs_calibration():
             self._say("Measuring the base model on text, to choose what is cut.")
         if not (goes_small and resume_from is not None and load_hard(trainer, tuner, resume_from)):
-            if goes_small and resume_from is None and milestone_step(pat_config.milestone, self.num_steps) == 0:
+            num_soft = milestone_step(tuner.pat_config().soft_share, self.num_steps)
+            if goes_small and resume_from is None and num_soft == 0:
                 self._skip(trainer, callback)
             else:
                 self._train(trainer, "stage_one", resume_from)

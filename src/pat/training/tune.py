@@ -201,11 +201,12 @@ def _record(arguments: TuneArguments, data: Prepared, trained: Trained, **found:
 def _facts(arguments: TuneArguments, data: Prepared, trained: Trained) -> dict[str, Any]:
     """Return what record and card both say of a training."""
     rate, pat = float(arguments.sft.learning_rate), arguments.pat
-    rates, has_soft_steps = {"LoRA": rate}, milestone_step(pat.milestone, trained.num_steps) > 0
-    if has_soft_steps and pat.mask == "trainable":
-        rates["mask"] = rate * pat.mask_lr_multiplier
     sizes, base = trained.pat_config["resolved_width"], trained.pat_config["base_shape"]
     cuts_hidden = sizes["hidden_size"] < base["hidden_size"]  # else there are no operators
+    milestone = pat.milestone_share(cuts_hidden=cuts_hidden)
+    rates, has_soft_steps = {"LoRA": rate}, milestone_step(milestone, trained.num_steps) > 0
+    if has_soft_steps and pat.mask == "trainable":
+        rates["mask"] = rate * pat.mask_lr_multiplier
     if cuts_hidden and (has_soft_steps or trained.compaction is None):
         rates["operators"] = rate * pat.operator_lr_multiplier
     formats = {"chat": "the chat template of the tokenizer", "alpaca": "the Alpaca template"}

@@ -135,6 +135,12 @@ class PatConfig(PatOptions, LoraConfig):
         return saved | {"calibration": self.calibration and PurePath(self.calibration).name}
 
     @property
+    def soft_share(self) -> float:
+        """Share of the optimizer steps with a soft mask, once the sizes are chosen."""
+        sizes, base = self.resolved_width or {}, self.base_shape or {}
+        return self.milestone_share(cuts_hidden=sizes["hidden_size"] < base["hidden_size"])
+
+    @property
     def is_resolved(self) -> bool:
         """Whether the filled-in fields were chosen by the options as they are now, as in an adapter that is made."""
         return self.resolved_from == self.asked()

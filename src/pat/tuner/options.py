@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 
 from pat.shape import ShapeOptions
 
+SOFT_SHARE = 0.02
+"""Default milestone where the hidden size is cut. On the other axes every step of a soft mask was one that the small
+model lacked (docs/experiments.md)."""
+
 
 @dataclass
 class PatOptions(ShapeOptions):
@@ -23,10 +27,11 @@ class PatOptions(ShapeOptions):
             "help": "'auto' rotates into the PCA basis where that is exact, 'pca' insists on it, 'none' does not."
         },
     )
-    milestone: float = field(
-        default=0.02,
+    milestone: float | None = field(
+        default=None,
         metadata={
-            "help": "Share of the optimizer steps after which the mask is 0/1 (the paper: 1/3).",
+            "help": "Share of the optimizer steps after which the mask is 0/1 (the paper: 1/3). Default: 0.02 where "
+            "the hidden size is cut; else 0, which trains the small model from the first step.",
             "range": "[0, 1]",
         },
     )
@@ -69,3 +74,13 @@ class PatOptions(ShapeOptions):
             "range": "[0, inf)",
         },
     )
+
+    def milestone_share(self, *, cuts_hidden: bool) -> float:
+        """Return the share of the optimizer steps with a soft mask, in [0, 1].
+
+        Args:
+            cuts_hidden: whether the hidden size is cut, on which the default depends.
+        """
+        if self.milestone is None:
+            return SOFT_SHARE if cuts_hidden else 0.0
+        return self.milestone

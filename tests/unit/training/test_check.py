@@ -32,6 +32,12 @@ def checked(folder: Path, **flags: Any) -> None:
         ({"distill_weight": 0.7}, "distill_weight=0.7 has no effect without --distill."),
         ({"distill_top_k": 4}, "distill_top_k=4 has no effect without --distill."),
         ({"distill_top_k": 4, "teacher": "other"}, None),
+        (
+            {"mask": "frozen", "pruned_intermediate_size": 40},
+            "mask=frozen has no effect on a mask that is hard from the start; raise --milestone.",
+        ),
+        ({"mask": "frozen", "pruned_intermediate_size": 40, "milestone": 0.3}, None),
+        ({"mask": "frozen", "axes": "hidden"}, None),
         ({"ddp_timeout": 60}, "ddp_timeout=60 has no effect in one process."),
         ({"dataset_config": "main"}, "dataset_config=main has no effect on a local file."),
         ({"pruned_hidden_size": 20}, "more than has been shown to work"),

@@ -20,12 +20,9 @@ def test_it_is_a_lora_config_with_fields_of_its_own() -> None:
     assert isinstance(config, LoraConfig)
     assert (config.r, config.lora_alpha, config.use_dora, config.use_rslora) == (20, 40, True, True)
     assert config.pruning_ratio is None and config.pruned_hidden_size is None  # the default ratio
-    assert (
-        config.milestone == 0.02
-        and config.operator_lr_multiplier == 30
-        and config.mask == "trainable"
-        and config.rotation == "auto"
-    )
+    assert config.operator_lr_multiplier == 30 and config.mask == "trainable" and config.rotation == "auto"
+    assert [config.milestone_share(cuts_hidden=cuts) for cuts in (True, False)] == [0.02, 0.0]
+    assert dataclasses.replace(config, milestone=0.3).milestone_share(cuts_hidden=False) == 0.3
     assert dataclasses.replace(config, pruned_hidden_size=36).pruned_hidden_size == 36
 
 
