@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import multiprocessing
 import os
 import signal
@@ -137,6 +138,7 @@ def _child(argv: list[str], folder: str, moment: int, fault: Fault, signals: int
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for number in (1, 2):
         os.dup2(descriptor, number)
+    gc.freeze()  # or each collection goes through everything that was imported
     torch.set_num_threads(1)
     if signals:
         _send_at_first_step(signals)

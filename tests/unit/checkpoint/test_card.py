@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from tiny_models import build, tiny_tokenizer
 
 from pat.checkpoint.card import Cut, base_license, render_card, shown_name
 from pat.checkpoint.verify import Parity
+from pat.training.formats import ALPACA
 
 CUT = Cut(
     hidden_size=576,
@@ -86,6 +88,18 @@ def test_what_is_not_known_is_not_mentioned() -> None:
     text = card()
     for absent in ("recipe", "data:", "seed", "Held-out", "None", "prompt", "longer", "learning", "±"):
         assert absent not in text, absent
+
+
+@pytest.mark.parametrize("prompts", ["the Alpaca template", "the chat template of the tokenizer"])
+def test_the_prompt_is_that_of_the_training(prompts: str, tmp_path: Path) -> None:
+    blocks = card(prompt_format=prompts).split("```python\n")[1:]
+    code = "".join(block.partition("```")[0] for block in blocks)
+    build("llama", tied=True).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    known: dict[str, Any] = {}
+    exec(code.replace("path/to/this/folder", str(tmp_path)), known)
+    if "Alpaca" in prompts:
+        assert known["prompt"] == ALPACA.format(instruction="…")
 
 
 def test_the_three_lines_are_python() -> None:
