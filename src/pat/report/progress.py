@@ -45,22 +45,29 @@ class Phase:
     ) -> None:
         self.title, self.unit, self.total, self.done = title, unit, total, 0
         self._count, self._started = count, time.monotonic()
+        self._known = (0, 0.0)
+        """How many were done when that last changed, and the seconds that had passed."""
 
     def text(self) -> str:
         """Return what it is, how far it is, and the time that is left or, if that is not known, has passed."""
         passed = time.monotonic() - self._started
         done = self.done if self._count is None else self._count()
+        if done != self._known[0]:
+            self._known = done, passed
         so_far = f"{self.title}: {done:,}" if self.unit else self.title
         if self.total is not None:
             so_far += f" of {self.total:,}"
         so_far += f" {self.unit}" if self.unit else ""
         if self.total and done:
-            return f"{so_far}, {clock(passed * max(0, self.total - done) / done)} left"
+            then = self._known[1]
+            return f"{so_far}, {clock(max(0.0, then * (self.total - done) / done - (passed - then)))} left"
         return f"{so_far}, {clock(passed)}"
 
     def over(self, parts: Iterable[T]) -> Iterator[T]:
-        """Yield parts, counting those that are done."""
-        for part in parts:
+        """Yield parts, counting those that are done; time counts from the first, before which others may be at work."""
+        for number, part in enumerate(parts):
+            if number == 0:
+                self._started = time.monotonic()
             yield part
             self.done += 1
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+import time
+from typing import Any, cast
 
 import torch
 
 from pat import ranks
 from pat.loading import empty_model
 from pat.method.schedule import milestone_step
+from pat.nll import batches_from_examples, evaluating
+from pat.report.progress import phase
 from pat.shape import AXES
 from pat.surgery.costs import build_skeleton
 from pat.surgery.describe import head_dim
@@ -25,12 +28,10 @@ from pat.tuner.refit import TOKENS_PER_CHANNEL
 
 PASSES = 3.0
 """Time of a training step in forward passes over as many tokens: one there, one back through the frozen weights, and as
-much again for the adapter and the optimizer. SmolLM2-135M on two cores, see docs/results.md."""
+much again for the adapter and the optimizer."""
 
 
-def announce(
-    arguments: TuneArguments, checked: Checked, data: Prepared, model: Any, num_steps: int, speed: float | None
-) -> None:
+def announce(arguments: TuneArguments, checked: Checked, data: Prepared, model: Any, num_steps: int) -> None:
     """Say in one line on stderr what was understood, and what it will take.
 
     Args:
@@ -39,7 +40,6 @@ def announce(
         data: what was found out about its data.
         model: the base.
         num_steps: optimizer steps of both stages.
-        speed: tokens that the base has been seen to read in a second; None if it has read none.
     """
     soft = min(num_steps, milestone_step(arguments.pat.milestone, num_steps))
     goes_small = compacts(arguments.run.no_compact, arguments.pat_config())
@@ -51,14 +51,15 @@ def announce(
     kept = data.vocabulary.kept
     trimmed = "" if kept is None else f"vocabulary {data.vocabulary.num_untrimmed:,} to {len(kept):,} tokens, "
     costs = []
-    if speed is not None:
+    if ranks.is_first() and not shards(arguments.sft):
         small = 1.0 - shape.pruning_ratio if goes_small else 1.0
         passes = PASSES + 1 if arguments.sft.gradient_checkpointing else PASSES
         trained = num_tokens_of_step(arguments, data) * (soft + (num_steps - soft) * small)
-        costs.append(about((num_read + passes * trained) / speed))
+        costs.append(about((num_read + passes * trained) * _seconds_per_token(arguments, data, model)))
     if not quantises(arguments, checked.base_config) and not shards(arguments.sft):
         num_bytes = _memory(arguments, checked, data, model)
-        costs.append(f"{num_bytes / 1e9:,.1f} GB of memory at the longest rows")
+        size = f"{num_bytes / 1e9:,.1f} GB" if num_bytes > 1e9 else f"{num_bytes / 1e6:,.0f} MB"
+        costs.append(f"{size} for weights and activations")
     expected = f" Expected: {' and '.join(costs)}." if costs else ""
     print(
         f"{data.record.describe()} Model: {checked.family.model_type}, {trimmed}{shape.describe()}, "
@@ -96,6 +97,24 @@ def _reading(arguments: TuneArguments, checked: Checked) -> tuple[str, int]:
         text += f" {LAYER_TOKENS:,} tokens are read {shape.size('layers')} times, to choose the layers."
         num_read += LAYER_TOKENS * shape.size("layers")
     return text, num_read // ranks.num_processes()
+
+
+@torch.no_grad()
+def _seconds_per_token(arguments: TuneArguments, data: Prepared, model: Any) -> float:
+    """Return the time that the base takes to read a token, in a batch of the training and its arithmetic."""
+    sft, device = arguments.sft, model.device
+    rows = [data.train[index] for index in range(min(sft.per_device_train_batch_size, len(data.train)))]
+    padding = cast(int, data.vocabulary.tokenizer.pad_token_id)
+    batch = next(iter(batches_from_examples(rows, batch_size=len(rows), pad_token_id=padding)))
+    inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+    autocast = torch.autocast(device.type, torch.float16 if sft.fp16 else torch.bfloat16, enabled=sft.fp16 or sft.bf16)
+    with phase("Timing the base model"), evaluating(model), autocast:
+        for _ in range(2):  # the first one allocates
+            started = time.perf_counter()
+            logits = model(**inputs, use_cache=False).logits
+            float(logits[0, -1, 0])  # waits for the device
+            seconds = time.perf_counter() - started
+    return seconds / sum(len(row["input_ids"]) for row in rows)
 
 
 def _memory(arguments: TuneArguments, checked: Checked, data: Prepared, model: Any) -> int:
