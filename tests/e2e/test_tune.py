@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ import torch
 from terminal import Terminal
 from tiny_models import build, tiny_tokenizer
 from tiny_runs import STEPS, tune_flags
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 import pat
 from pat.checkpoint.merge import merge
 from pat.cli import main
 from pat.demo import command as demo
+from pat.training.arguments import build_arguments
+from pat.training.tune import run_tune
 
 SCHEMAS = Path(__file__).resolve().parents[2] / "docs" / "schemas"
 
@@ -330,12 +333,21 @@ def test_a_4_bit_base_is_tuned_and_merged(data: Path, tmp_path: Path) -> None:
     assert result.parity.max_abs_logit_diff < 1e-4
 
 
+class Slowly(TrainerCallback):
+    """Leaves a person the time to read."""
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        time.sleep(0.3)
+
+    on_train_end = on_step_begin
+
+
 def test_a_terminal_sees_one_line_before_training_and_one_while_it_runs(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = flags(base, data, tmp_path / "out", disable_tqdm=False, eval_strategy="steps", eval_steps=4, axes="mlp")
     with Terminal(monkeypatch) as terminal:
-        pat.tune(**values)
+        run_tune(build_arguments(**values), [Slowly()])
     seen = terminal.screen()
     assert seen[0].startswith("Data: rows.jsonl") and "Expected: less than a minute and " in seen[0]
     assert not [line for line in seen if re.search(r"\||train_runtime|'loss'|Milestone|step \d", line)]

@@ -107,7 +107,8 @@ def _seconds_per_token(arguments: TuneArguments, data: Prepared, model: Any) -> 
     padding = cast(int, data.vocabulary.tokenizer.pad_token_id)
     batch = next(iter(batches_from_examples(rows, batch_size=len(rows), pad_token_id=padding)))
     inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
-    autocast = torch.autocast(device.type, torch.float16 if sft.fp16 else torch.bfloat16, enabled=sft.fp16 or sft.bf16)
+    dtype = torch.float16 if sft.fp16 else torch.bfloat16
+    autocast = torch.autocast(device.type, dtype, enabled=bool(sft.fp16 or sft.bf16))
     with phase("Timing the base model"), evaluating(model), autocast:
         for _ in range(2):  # the first one allocates
             started = time.perf_counter()
