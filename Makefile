@@ -4,6 +4,8 @@
 #   make lint   ruff and mypy
 #   make compare CONFIG=tiny  methods x ratios x seeds under one budget; CONFIG= one of benchmarks/compare/configs or a file,
 #                             ARGS= further flags (--help lists them)
+#   make docs   the pages of docs/ as a site in build/site; a link that leads nowhere is an error
+#   make package  wheel and sdist in dist/, built and checked
 #   make audit  known vulnerabilities of the packages in .venv, by pip-audit, and how many packages were skipped
 #   make mutants  do the tests of method/ and surgery/ notice a fault? 300 mutants, about 12 minutes (ARGS= goes to the run)
 
@@ -23,7 +25,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Instruction data that may lie beside the checkout; without it `pat demo` finds its own.
 DEMO_DATA := $(wildcard ../shared/data/instruct/instruct_21k.jsonl)
 
-.PHONY: help install demo test lint compare audit mutants clean
+.PHONY: help install demo test lint docs package compare audit mutants clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -52,6 +54,20 @@ READY_MADE := $(wildcard benchmarks/compare/configs/$(CONFIG).yaml)
 compare: export PYTHONPATH := benchmarks
 compare: $(INSTALLED)
 	@$(VENV)/bin/python -m compare --config $(or $(READY_MADE),$(CONFIG)) $(ARGS)
+
+docs package: $(VENV)/.docs
+$(VENV)/.docs: $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs:
+	$(VENV)/bin/mkdocs build --strict --quiet
+
+package:
+	rm -rf dist
+	$(VENV)/bin/python -m build --outdir dist . > /dev/null
+	$(VENV)/bin/twine check --strict dist/*
 
 audit: $(INSTALLED)
 	$(VENV)/bin/python -m pip install --quiet --editable '.[audit]'

@@ -7,20 +7,24 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import torch
+from terminal import Terminal
 from tiny_models import build, tiny_tokenizer
 from tiny_runs import STEPS, tune_flags
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 import pat
 from pat.checkpoint.merge import merge
 from pat.cli import main
 from pat.demo import command as demo
+from pat.training.arguments import build_arguments
+from pat.training.tune import run_tune
 
 SCHEMAS = Path(__file__).resolve().parents[2] / "docs" / "schemas"
 
@@ -327,3 +331,42 @@ def test_a_4_bit_base_is_tuned_and_merged(data: Path, tmp_path: Path) -> None:
     # TRL casts the adapters of quantised models to bfloat16; left so, the live model is off by about 5e-3.
     assert result.parity.dtype == "float32"
     assert result.parity.max_abs_logit_diff < 1e-4
+
+
+class Slowly(TrainerCallback):
+    """Leaves a person the time to read."""
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        time.sleep(0.3)
+
+    on_train_end = on_step_begin
+
+
+def test_a_terminal_sees_one_line_before_training_and_one_while_it_runs(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = flags(base, data, tmp_path / "out", disable_tqdm=False, eval_strategy="steps", eval_steps=4, axes="mlp")
+    with Terminal(monkeypatch) as terminal:
+        run_tune(build_arguments(**values), [Slowly()])
+    seen = terminal.screen()
+    assert seen[0].startswith("Data: rows.jsonl") and "Expected: less than a minute and " in seen[0]
+    assert not [line for line in seen if re.search(r"\||train_runtime|'loss'|Milestone|step \d", line)]
+    training = [state for state in terminal.states if state.startswith("Training")]
+    assert any(re.search(r": step 1 of 6, loss [\d.]+, \d+ MLP channels active, \d:\d\d left", s) for s in training)
+    assert any(
+        re.search(r"small model: step 6 of 6, loss [\d.]+, held-out loss [\d.]+, 0:00 left", s) for s in training
+    )
+
+
+def test_elsewhere_a_run_prints_plain_lines(
+    base: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pat.tune(**flags(base, data, tmp_path / "out", disable_tqdm=False, logging_steps=2))
+    out, err = capfd.readouterr()
+    assert out == "" and not re.search(r"[\r\x1b|{]", err)
+    steps = re.findall(r"^(Training.*): step (\d) of 6, loss [\d.]+, .*left$", err, flags=re.MULTILINE)
+    assert [(name, int(step)) for name, step in steps] == [
+        ("Training", 2),
+        ("Training the small model", 4),
+        ("Training the small model", 6),
+    ]

@@ -35,5 +35,5 @@ def test_what_llama_cpp_ran_is_what_can_be_written_for_it() -> None:
 
 
 def test_the_documentation_has_the_table() -> None:
-    commands = Path(__file__).resolve().parents[2] / "docs" / "commands.md"
+    commands = Path(__file__).resolve().parents[2] / "docs" / "export.md"
     assert serving_table().to_markdown() in commands.read_text(encoding="utf-8")

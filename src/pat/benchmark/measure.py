@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
-from tqdm import tqdm
-
 from pat.benchmark.host import OutOfMemory, Timing
 from pat.benchmark.options import FEWEST_REPETITIONS, BenchmarkOptions
 from pat.benchmark.prediction import Phase, Predictor
 from pat.benchmark.worker import Worker
+from pat.report import progress
 
 ROLES = ("baseline", "model")
 
@@ -143,15 +142,16 @@ def measure(
     limits = {role: _Limits(predictors[role].max_positions) for role in ROLES}
     settings = [(context, size) for context in options.contexts for size in options.batch_sizes]
     rows: list[Row] = []
-    for context, batch_size in tqdm(settings, "Settings", unit="setting", disable=None, leave=False):
-        of_setting = {}
-        for phase in PHASES if options.new_tokens else PHASES[:1]:
-            baseline, model = (predictors[role].count(phase, batch_size, context) for role in ROLES)
-            heavy, light = (predictors[role].memory_bytes(batch_size, context) for role in ROLES)
-            sides = Measurement(baseline), Measurement(model)
-            of_setting[phase] = Row(phase, batch_size, context, *sides, baseline / model, heavy / light)
-        _measure_setting(workers, options, limits, of_setting)
-        rows += of_setting.values()
+    with progress.phase("Measuring", "settings", total=len(settings)) as shown:
+        for context, batch_size in shown.over(settings):
+            of_setting = {}
+            for phase in PHASES if options.new_tokens else PHASES[:1]:
+                baseline, model = (predictors[role].count(phase, batch_size, context) for role in ROLES)
+                heavy, light = (predictors[role].memory_bytes(batch_size, context) for role in ROLES)
+                sides = Measurement(baseline), Measurement(model)
+                of_setting[phase] = Row(phase, batch_size, context, *sides, baseline / model, heavy / light)
+            _measure_setting(workers, options, limits, of_setting)
+            rows += of_setting.values()
     return rows
 
 

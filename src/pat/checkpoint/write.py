@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import huggingface_hub
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 from transformers.utils import logging as transformers_logging
@@ -29,6 +30,7 @@ from pat.errors import PatError, RunFailed
 from pat.loading import TokenSetup, empty_model
 from pat.loading.stored import stored_tensors
 from pat.loading.tokenizer import savable_generation_config
+from pat.report.progress import phase
 from pat.serving import trouble
 from pat.shape import AXES
 from pat.surgery.adapted import AdaptedMatrix, merged
@@ -94,8 +96,11 @@ def save_checkpoint(
     form = _dense_form(model, base, tuner, stored, dtype, precision)
     dense = empty_model(form.config, dtype)
     limit = max_shard_size or (stored and stored.shard_bytes) or MAX_SHARD_SIZE
-    with ShardWriter(folder, dense, dtype, max_shard_size=limit) as writer:
-        for name, tensor in tqdm(form.weights, "Folding", form.num_weights, unit="tensor", disable=not progress):
+    with (
+        ShardWriter(folder, dense, dtype, max_shard_size=limit) as writer,
+        phase("Folding", "tensors", total=form.num_weights, shown=progress) as folding,
+    ):
+        for name, tensor in folding.over(form.weights):
             writer.write(name, rounded(name, tensor, dtype))
             del tensor  # or it would be there while the next one is folded
     timings["fold_seconds"] = time.perf_counter() - started
@@ -202,11 +207,15 @@ def pruning_of(tuner: PatModel) -> Pruning:
 
 @contextmanager
 def quiet_transformers(quiet: bool) -> Iterator[None]:
-    """Keep transformers from showing its progress bars, if so wanted, and leave its setting as it was."""
+    """Keep transformers from drawing bars, if so wanted, and leave its setting as it was; downloads go on to draw."""
     shown: Any = transformers_logging
+    hub: Any = huggingface_hub.utils
     before = shown.is_progress_bar_enabled()
     if quiet:
+        downloads_shown = not hub.are_progress_bars_disabled()
         shown.disable_progress_bar()
+        if downloads_shown and sys.stderr.isatty():
+            hub.enable_progress_bars()
     try:
         yield
     finally:

@@ -101,7 +101,7 @@ def _evaluate(options: EvaluateOptions, warnings: list[str]) -> EvaluationRecord
     text = responses = scores = None
     if content is not None:
         max_tokens = None if options.limit is None else options.limit * TOKENS_PER_LIMIT
-        with progress_bar("Text", "batch") as progress:
+        with progress_bar("Scoring the text", "batches") as progress:
             text = text_perplexity(
                 network,
                 tokenizer,
@@ -113,7 +113,7 @@ def _evaluate(options: EvaluateOptions, warnings: list[str]) -> EvaluationRecord
             )
     if examples:
         pad = cast(int, tokenizer.pad_token_id)
-        with progress_bar("Responses", "batch") as progress:
+        with progress_bar("Scoring responses", "batches") as progress:
             responses = response_nll(
                 network, examples, batch_size=options.batch_size, pad_token_id=pad, progress=progress
             )

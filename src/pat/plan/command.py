@@ -16,7 +16,6 @@ from pat.loading import load_config, stored_dtype
 from pat.plan.curves import Measured
 from pat.plan.options import PlanOptions
 from pat.plan.sharding import ShardedMemory, sharded_memory
-from pat.plan.training import TrainingMemory, training_memory
 from pat.recipes import recipe_defaults
 from pat.report.records import Record
 from pat.serving import trouble
@@ -24,6 +23,7 @@ from pat.shape import AXES, LARGE_RATIO, TARGETS, Shape
 from pat.surgery.costs import ModelCost, build_skeleton, cost_of, pruned_config
 from pat.training.vocabulary import trimmed_budget
 from pat.tuner.config import PatConfig
+from pat.tuner.memory import TrainingMemory, training_memory
 from pat.tuner.prepare import check_config
 from pat.widths import legal_widths
 

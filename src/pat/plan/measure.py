@@ -78,13 +78,13 @@ def measure_shapes(
         PatError: the data cannot be used, or no axis can be cut as far as the budget asks.
     """
     bench = _Bench(name, dataset, base_config, family)
-    with progress_bar("Measuring shapes", "shape", shown=shown) as bar:
+    with progress_bar("Measuring shapes", "shapes", shown=shown) as bar:
         measured = bench.run(pruning_ratio, dataset, bar)
     if not num_steps:
         return measured
     del bench  # its model is not needed beside those that are tuned
     tuned = []
-    with progress_bar("Tuning shapes", "shape", shown=shown) as bar:
+    with progress_bar("Tuning shapes", "shapes", shown=shown) as bar:
         for done, point in enumerate(measured.candidates, start=1):
             tuned.append(replace(point, tuned_nll=tuned_nll(name, dataset, point.sizes, num_steps)))
             bar(done, len(measured.candidates))

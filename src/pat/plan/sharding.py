@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pat.plan.training import ADAM_BYTES, GRADIENT_BYTES, TrainingMemory
+from pat.tuner.memory import ADAM_BYTES, GRADIENT_BYTES, TrainingMemory
 
 WEIGHT_BYTES = 4
 """Bytes per trainable parameter: adapters are float32 whatever the base is."""

@@ -1,81 +1,207 @@
-"""Progress bars: our own, and those of `datasets`."""
+"""How far a command is: one live line on a terminal, plain lines now and then where there is none.
+
+Whatever takes longer than a moment is a phase. Phases may lie within each other; the one that began last is what the
+live line tells of. It is drawn by rich, above which everything else that is printed meanwhile appears; at the end
+of the outermost phase it leaves nothing behind.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
-from tqdm import tqdm
+T = TypeVar("T")
 
 Progress = Callable[[int, int], None]
 """Called after every part with (parts done, parts in all)."""
 
 SECONDS_BETWEEN_LINES = 5
-"""Of progress, where there is no terminal to draw a bar on."""
+"""Of progress, where there is no terminal to draw a line on."""
 
+REFRESHES_PER_SECOND = 4
 
-@contextmanager
-def progress_bar(title: str, unit: str, *, shown: bool = True) -> Iterator[Progress]:
-    """Yield a function that moves a bar on stderr; it is drawn if a person is looking."""
-    with tqdm(desc=title, unit=unit, disable=None if shown else True, leave=False) as bar:
+LOGGERS = (None, "transformers", "datasets", "huggingface_hub")
+"""Loggers that may have handlers of their own, which remember the terminal as it was before there was a live line."""
 
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield advance
+_hidden: ContextVar[bool] = ContextVar("hidden", default=False)
+_lock = threading.RLock()
+_open: list[Phase] = []
+_live: list[Callable[[], None]] = []
+"""What takes the live line away, if there is one."""
 
 
 class Phase:
-    """Work whose end is not known by the one who does it: how much of it is done."""
+    """Work that takes time, and how much of it is done."""
 
-    def __init__(self) -> None:
-        self.done = 0
+    def __init__(
+        self, title: str, unit: str = "", total: int | None = None, count: Callable[[], int] | None = None
+    ) -> None:
+        self.title, self.unit, self.total, self.done = title, unit, total, 0
+        self._count, self._started = count, time.monotonic()
+        self._known = (0, 0.0)
+        """How many were done when that last changed, and the seconds that had passed."""
+
+    def text(self) -> str:
+        """Return what it is, how far it is, and the time that is left or, if that is not known, has passed."""
+        passed = time.monotonic() - self._started
+        done = self.done if self._count is None else self._count()
+        if done != self._known[0]:
+            self._known = done, passed
+        so_far = f"{self.title}: {done:,}" if self.unit else self.title
+        if self.total is not None:
+            so_far += f" of {self.total:,}"
+        so_far += f" {self.unit}" if self.unit else ""
+        if self.total and done:
+            then = self._known[1]
+            return f"{so_far}, {clock(max(0.0, then * (self.total - done) / done - (passed - then)))} left"
+        return f"{so_far}, {clock(passed)}"
+
+    def over(self, parts: Iterable[T]) -> Iterator[T]:
+        """Yield parts, counting those that are done; time counts from the first, before which others may be at work."""
+        for number, part in enumerate(parts):
+            if number == 0:
+                self._started = time.monotonic()
+            yield part
+            self.done += 1
+
+    def line(self) -> str:
+        """Return what is said of it where there is no live line."""
+        return self.text()
 
 
 @contextmanager
 def phase(
-    title: str, unit: str, *, total: int | None = None, shown: bool = True, count: Callable[[], int] | None = None
+    title: str, unit: str = "", *, total: int | None = None, shown: bool = True, count: Callable[[], int] | None = None
 ) -> Iterator[Phase]:
-    """Show every second how much is done, from another thread: a bar on a terminal, else a line now and then.
-
-    A phase that is over within a second is not spoken of, but on a terminal.
+    """Show how much is done: live on a terminal, else by a line every few seconds if it takes longer than one.
 
     Args:
         title: what is done, as in `Reading data.jsonl`.
-        unit: what is counted.
+        unit: what is counted, in the plural; empty if nothing is.
         total: how many there are, if that is known.
         shown: whether anything is to be shown.
         count: returns how many are done, if not the one who does it says so in `Phase.done`.
     """
-    state, over = Phase(), threading.Event()
-    done = count or (lambda: state.done)
-    is_seen = sys.stderr.isatty()
+    state = Phase(title, unit, total, count)
+    with during(state, shown=shown, says_lines=True):
+        yield state
 
-    def show() -> None:
-        with tqdm(desc=title, unit=unit, total=total, disable=not is_seen, leave=False) as bar:
-            said = -1.0 * SECONDS_BETWEEN_LINES
-            while not over.wait(1.0):
-                bar.update(done() - bar.n)
-                if not is_seen and time.monotonic() - started - said >= SECONDS_BETWEEN_LINES:
-                    said = time.monotonic() - started
-                    of_all = "" if total is None else f" of {total:,}"
-                    so_far = f": {num_done:,}{of_all} {unit}s" if (num_done := done()) else ""
-                    print(f"{title}{so_far}", file=sys.stderr, flush=True)
 
-    started = time.monotonic()
-    thread = threading.Thread(target=show, daemon=True)
-    if shown:
+@contextmanager
+def during(state: Phase, *, shown: bool = True, says_lines: bool = False) -> Iterator[None]:
+    """Have the live line tell of a phase; where there is none, print its line now and then if that is wanted."""
+    if not shown or _hidden.get():
+        yield
+        return
+    over, thread = threading.Event(), None
+    with _lock:
+        _open.append(state)
+        if not _live and is_live():
+            _live.append(_draw())
+    if says_lines and not is_live():
+        thread = threading.Thread(target=_say, args=(state, over), daemon=True)
         thread.start()
     try:
-        yield state
+        yield
     finally:
         over.set()
-        if shown:
+        if thread is not None:
             thread.join()
+        with _lock:
+            _open.remove(state)
+            if not _open:
+                while _live:
+                    _live.pop()()
+
+
+@contextmanager
+def progress_bar(title: str, unit: str, *, shown: bool = True) -> Iterator[Progress]:
+    """Yield a function that is told how many parts are done, and of how many."""
+    with phase(title, unit, shown=shown) as state:
+
+        def advance(done: int, total: int) -> None:
+            state.done, state.total = done, total
+
+        yield advance
+
+
+@contextmanager
+def hidden(hide: bool = True) -> Iterator[None]:
+    """Show no phase that begins meanwhile, if so wanted."""
+    token = _hidden.set(hide or _hidden.get())
+    try:
+        yield
+    finally:
+        _hidden.reset(token)
+
+
+def say(line: str) -> None:
+    """Print a line on stderr where there is no live line, and where phases are shown."""
+    if not _hidden.get() and not is_live():
+        print(line, file=sys.stderr, flush=True)
+
+
+def current() -> str:
+    """Return what the live line says, or would say; empty between phases."""
+    with _lock:
+        return _open[-1].text() if _open else ""
+
+
+def is_live() -> bool:
+    """Tell whether a person is looking at a terminal that can redraw a line."""
+    return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as `1:02` minutes and seconds, or `1:02:03` hours."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _say(state: Phase, over: threading.Event) -> None:
+    wait = 1.0
+    while not over.wait(wait):
+        wait = SECONDS_BETWEEN_LINES
+        with _lock:
+            is_innermost = _open[-1] is state
+        if is_innermost:
+            print(state.line(), file=sys.stderr, flush=True)
+
+
+def _draw() -> Callable[[], None]:
+    """Draw the live line until what is returned is called."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    live = Live(
+        get_renderable=lambda: Text(current(), no_wrap=True, overflow="ellipsis"),
+        console=Console(stderr=True, force_jupyter=False),
+        refresh_per_second=REFRESHES_PER_SECOND,
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),
+    )
+    terminal, moved = sys.stderr, list[Any]()
+    live.start(refresh=True)
+    for handler in (handler for name in LOGGERS for handler in logging.getLogger(name).handlers):
+        if isinstance(handler, logging.StreamHandler) and handler.stream is terminal:
+            handler.setStream(sys.stderr)
+            moved.append(handler)
+
+    def stop() -> None:
+        live.stop()
+        for handler in moved:
+            handler.setStream(terminal)
+
+    return stop
 
 
 @contextmanager

@@ -9,11 +9,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pat.errors import PatError, RunFailed, one_line
 from pat.families import Family
+from pat.report.progress import phase
 from pat.shape import AXES
 from pat.surgery.layers import cut_layer_fields
 from pat.surgery.rope import legacy_rope
@@ -133,8 +133,9 @@ def build_dense(
     """
     pairs = weights.items() if isinstance(weights, Mapping) else weights
     state: dict[str, Tensor] = {}
-    for name, tensor in tqdm(pairs, total=num_weights, desc="Folding", unit="tensor", disable=num_weights is None):
-        state[name] = rounded(name, tensor, dtype, check_finite=check_finite)
+    with phase("Folding", "tensors", total=num_weights, shown=num_weights is not None) as progress:
+        for name, tensor in progress.over(pairs):
+            state[name] = rounded(name, tensor, dtype, check_finite=check_finite)
     loaded = type(base).from_pretrained(
         None,
         config=config,

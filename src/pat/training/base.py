@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel, set_seed
 from trl import get_quantization_config
 
 from pat.loading import load_base, quantization_of
+from pat.report.progress import is_live, phase
 from pat.training.arguments import TuneArguments
 from pat.training.engine import place_for
 from pat.training.prepare import Prepared
@@ -20,13 +22,16 @@ def load(arguments: TuneArguments, data: Prepared) -> PreTrainedModel:
     options, sft = arguments.model, arguments.sft
     quantization = get_quantization_config(options)
     set_seed(sft.seed)
-    base = load_base(
-        arguments.run.model_name_or_path,
-        revision=options.model_revision,
-        dtype=options.dtype,
-        attn_implementation=options.attn_implementation,
-        quantization_config=quantization,
-    )
+    name = arguments.run.model_name_or_path
+    # A download draws bars of its own, which the live line would garble.
+    with phase(f"Loading {name}", shown=os.path.isdir(name) or not is_live()):
+        base = load_base(
+            name,
+            revision=options.model_revision,
+            dtype=options.dtype,
+            attn_implementation=options.attn_implementation,
+            quantization_config=quantization,
+        )
     if quantization_of(base.config) is None:  # neither by a flag nor in the checkpoint
         base = cast(PreTrainedModel, cast(Any, base).to(place_for(base, sft)))
     else:

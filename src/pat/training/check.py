@@ -1,41 +1,33 @@
-"""Check a run before anything is loaded or written, and announce what was understood."""
+"""Check a run before anything is loaded or written."""
 
 from __future__ import annotations
 
 import logging
 import os
-import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
 from pat import ranks
 from pat.errors import PatError
 from pat.families import Family
-from pat.loading import empty_model, load_config
-from pat.method.schedule import milestone_step
+from pat.loading import load_config
 from pat.serving import trouble
 from pat.shape import AXES, DEFAULT_PRUNING_RATIO, LARGE_RATIO, TARGETS, Shape, asked_sizes
-from pat.surgery.describe import head_dim
 from pat.surgery.residual import ResidualStream
 from pat.training.arguments import TuneArguments
 from pat.training.calibration_text import read_calibration
-from pat.training.engine import check_engine, describe
+from pat.training.engine import check_engine
 from pat.training.folder import check_folder
 from pat.training.prepare import Prepared
 from pat.training.run_file import RUN_FILE, RunFile
-from pat.training.teacher import announce_teacher, check_distillation, check_teacher
+from pat.training.teacher import check_distillation, check_teacher
 from pat.training.vocabulary import trimmed_budget
 from pat.tuner.compaction import check_compactable
 from pat.tuner.config import PatConfig
-from pat.tuner.depth import LAYER_TOKENS
-from pat.tuner.experts import tokens_per_routed
 from pat.tuner.model import PatModel
 from pat.tuner.options import PatOptions
 from pat.tuner.prepare import check_config
-from pat.tuner.refit import TOKENS_PER_CHANNEL
 
 logger = logging.getLogger(__name__)
 
@@ -145,35 +137,6 @@ def check_run(arguments: TuneArguments, checked: Checked, data: Prepared) -> Run
             return run
     logger.warning("%s: has no %s, so its configuration is not known.", checked.checkpoint, RUN_FILE)
     return run
-
-
-def announce(arguments: TuneArguments, checked: Checked, data: Prepared, model: Any, num_steps: int) -> None:
-    """Say in one line on stderr what was understood."""
-    milestone = arguments.pat.milestone_share(cuts_hidden=checked.shape.cuts("hidden"))
-    soft = min(num_steps, milestone_step(milestone, num_steps))
-    rest = "on the small model" if compacts(arguments.run.no_compact, arguments.pat_config()) else "at full width"
-    shape, config = checked.shape, checked.base_config
-    widths = {"mlp": shape.size("mlp")}
-    widths["heads"] = head_dim(empty_model(config)) * config.num_attention_heads
-    read = [name for name in widths if shape.cuts(name)]
-    reading = ""
-    if read:
-        widths["mlp"] *= tokens_per_routed(config)
-        tokens = arguments.pat.refit_tokens or TOKENS_PER_CHANNEL * max(widths[name] for name in read)
-        what = " and ".join(AXES[name].label for name in read)
-        reading = f" Up to {tokens:,} tokens are read first, to choose the {what}."
-    if shape.cuts("layers"):
-        reading += f" {LAYER_TOKENS:,} tokens are read {shape.size('layers')} times, to choose the layers."
-    autocast = " under bf16 autocast" if arguments.sft.bf16 and model.dtype == torch.float32 else ""
-    taught = announce_teacher(arguments, data, model, soft, num_steps)
-    kept = data.vocabulary.kept
-    trimmed = "" if kept is None else f"vocabulary {data.vocabulary.num_untrimmed:,} to {len(kept):,} tokens, "
-    print(
-        f"{data.record.describe()} Model: {checked.family.model_type}, {trimmed}{shape.describe()}, "
-        f"{str(model.dtype).removeprefix('torch.')}{autocast} on {describe(str(model.device))}; {num_steps:,} steps, "
-        f"{soft:,} with a soft mask and {num_steps - soft:,} {rest}.{reading}{taught}",
-        file=sys.stderr,
-    )
 
 
 def compacts(no_compact: bool, config: PatConfig, *, warns: bool = False) -> bool:

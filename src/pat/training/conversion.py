@@ -92,7 +92,7 @@ def convert(
     Raises:
         PatError: see `pat.training.data.load_training_data`.
     """
-    with phase(f"Reading {name}", "row", shown=reading.shown) as progress:
+    with phase(f"Reading {name}", "rows", shown=reading.shown) as progress:
 
         def run(use: Callable[[_Conversion], Any]) -> tuple[_Conversion, Any]:
             """Convert all rows; once more if they turn out to have another format."""

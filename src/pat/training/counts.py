@@ -47,7 +47,7 @@ class Counts:
 
 def count(rows: Dataset, *, shown: bool = False) -> Counts:
     """Count, in one pass and with a few rows in memory, what a table of tokens holds."""
-    with phase("Counting tokens", "example", total=len(rows), shown=shown) as progress:
+    with phase("Counting tokens", "examples", total=len(rows), shown=shown) as progress:
         return _count(rows, progress)
 
 

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from pat import ranks
 from pat.errors import Interrupted
+from pat.report.progress import is_live
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -69,7 +70,8 @@ class StopOnSignal(TrainerCallback):
         self.received = signal.Signals(number)
         if not ranks.is_first():
             return
-        line = f"{self.received.name}: stopping after this step, with a checkpoint; a second one stops at once.\n"
+        line = "\n" if is_live() else ""  # behind what the live line says
+        line += f"{self.received.name}: stopping after this step, with a checkpoint; a second one stops at once.\n"
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, line.encode())  # a handler may not enter `print`
 
     def _restore(self, number: int) -> None:

@@ -114,7 +114,7 @@ def write_lessons(
 ) -> None:
     """Ask a teacher for its `num` likeliest tokens over all rows; the folder appears complete or not at all."""
     num_batches = -(-len(rows) // batch_size)
-    with staged_folder(folder) as staging, progress_bar("Asking the teacher", "batch", shown=progress) as bar:
+    with staged_folder(folder) as staging, progress_bar("Asking the teacher", "batches", shown=progress) as bar:
         tokens = open_memmap(staging / TOKENS, mode="w+", dtype=np.int32, shape=(places.num_positions, num))
         shape = (places.num_positions, num + 1)
         log_probs = open_memmap(staging / LOG_PROBS, mode="w+", dtype=np.float32, shape=shape)

@@ -57,6 +57,8 @@ class Prepared:
     """`input_ids` and `labels`, cut or packed as SFTTrainer would."""
     num_tokens: int
     """Number of tokens that one epoch trains on."""
+    longest: int
+    """Number of tokens of the longest row that is trained on."""
     evaluation: Dataset | None
     """Rows in the same columns to evaluate on, where the trainer is to evaluate."""
     held_out: Sequence[Example]
@@ -146,6 +148,7 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
         record=record,
         train=train,
         num_tokens=_num_tokens(train, counts, cut),
+        longest=cut.max_length if cut.packing and cut.max_length else _longest(counts, cut),
         evaluation=evaluation,
         held_out=held_out,
         held_out_of_base=of_base,
@@ -228,7 +231,7 @@ def _packed(rows: Dataset, sft: SFTConfig, cut: Truncation) -> Dataset:
     rows = rows.select_columns(TRAINED_ON)
     if cut.packing:
         rows = rows.shuffle(seed=sft.seed) if sft.shuffle_dataset else rows
-        with phase("Packing", "example", shown=not sft.disable_tqdm), bars_of_datasets(shown=False):
+        with phase("Packing", shown=not sft.disable_tqdm), bars_of_datasets(shown=False):
             rows = pack_dataset(rows, cast(int, cut.max_length), cut.packing_strategy)
     return rows.shuffle(seed=sft.seed) if sft.shuffle_dataset else rows
 
@@ -243,6 +246,11 @@ def _num_tokens(train: Dataset, counts: Counts, cut: Truncation) -> int:
     if cut.max_length is not None:  # and room for as many, since nothing is packed
         lengths = lengths[counts.num_left > 0].clip(max=cut.max_length)
     return int(lengths.sum(dtype=np.int64))
+
+
+def _longest(counts: Counts, cut: Truncation) -> int:
+    longest = int(counts.num_tokens.max(initial=0))
+    return longest if cut.max_length is None else min(longest, cut.max_length)
 
 
 def _pieces(row: Mapping[str, list[int]], cut: Truncation) -> Iterator[Example]:

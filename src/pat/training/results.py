@@ -150,7 +150,7 @@ class TuneResult:
         return self.record.parity
 
 
-def measure(model: nn.Module, data: Prepared, stage: str, size: Size, *, progress: bool = True) -> ModelFigures:
+def measure(model: nn.Module, data: Prepared, stage: str, size: Size) -> ModelFigures:
     """Time a model's held-out likelihood, on its own device and in its own dtype, and put its size beside it.
 
     The size is given, because quantised storage holds several weights in one element.
@@ -161,7 +161,7 @@ def measure(model: nn.Module, data: Prepared, stage: str, size: Size, *, progres
     if of_base is not None and stage == "base":
         examples = of_base
     pad_token_id = 0 if examples is of_base else cast(int, data.vocabulary.tokenizer.pad_token_id)  # padding is masked
-    with progress_bar(f"Scoring {stage}", "batch", shown=progress) as bar:
+    with progress_bar(f"Scoring held-out rows with the {stage} model", "batches") as bar:
         start = time.perf_counter()
         nll = response_nll(model, examples, batch_size=EVAL_BATCH_SIZE, pad_token_id=pad_token_id, progress=bar)
         speed = sum(len(example["input_ids"]) for example in examples) / (time.perf_counter() - start)

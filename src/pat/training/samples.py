@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from pat.errors import one_line
 from pat.nll import IGNORED, Example, evaluating
+from pat.report.progress import phase
 from pat.training.prepare import Prepared
 
 logger = logging.getLogger(__name__)
@@ -37,10 +38,11 @@ def greedy_answers(model: PreTrainedModel, data: Prepared) -> list[tuple[str, st
     """
     tokenizer = data.vocabulary.tokenizer
     try:
-        return [
-            (cast(str, tokenizer.decode(prompt)), _answer(model, tokenizer, prompt))
-            for prompt in _prompts(data.held_out)
-        ]
+        with phase("Answering held-out prompts"):
+            return [
+                (cast(str, tokenizer.decode(prompt)), _answer(model, tokenizer, prompt))
+                for prompt in _prompts(data.held_out)
+            ]
     except Exception as error:  # whatever a family's own generation raises; training and merge do not need it
         logger.warning("No sample answers were taken (%s: %s).", type(error).__name__, one_line(error))
         return []

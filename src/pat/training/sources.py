@@ -125,7 +125,7 @@ def _load_folder(path: Path, reading: Reading, split: str, config_name: str | No
 def _load_hub(name: str, reading: Reading, split: str, config_name: str | None) -> Source:
     try:
         # On a terminal `datasets` draws bars of its own.
-        with phase(f"Loading {name}", "row", shown=reading.shown and not sys.stderr.isatty()):
+        with phase(f"Loading {name}", shown=reading.shown and not sys.stderr.isatty()):
             dataset = load_dataset(name, name=config_name, split=split)
     except ConnectionError as error:
         raise PatError(

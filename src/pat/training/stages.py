@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from pat.checkpoint.staging import discard
 from pat.errors import Diverged, PatError, RunFailed
 from pat.loading import TokenSetup
 from pat.method.schedule import milestone_step
+from pat.report.progress import phase, say
 from pat.training.arguments import TuneArguments
 from pat.training.base import load_compact, with_adapter
 from pat.training.callback import PatCallback
@@ -50,11 +50,15 @@ from pat.training.trainer import (
     restore_router_settings,
     router_settings,
 )
+from pat.training.watch import Watch, silence
 from pat.tuner.compaction import CompactModel
 from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel, find_tuner
 
 logger = logging.getLogger(__name__)
+
+TITLES = {"stage_one": "Training", "stage_two": "Training the small model"}
+"""What is shown of a stage while it runs."""
 
 
 @dataclass
@@ -80,7 +84,7 @@ class Stages:
 
     def __post_init__(self) -> None:
         self.seconds["preparation"] = self.data.seconds
-        self.teaching = Teaching(self.arguments, self.data, self.run_file.base, self._say)
+        self.teaching = Teaching(self.arguments, self.data, self.run_file.base, say)
 
     @property
     def checkpoints(self) -> Path:
@@ -124,8 +128,6 @@ class Stages:
             # Its last checkpoint has to hold everything, and the best one is picked among those of stage two.
             args.save_only_model, args.load_best_model_at_end = False, False
         trainer = self._trainer(model, args, self.checkpoints, callback, *([StopAtMilestone()] if goes_small else []))
-        if tuner.needs_calibration():
-            self._say("Measuring the base model on text, to choose what is cut.")
         if not (goes_small and resume_from is not None and load_hard(trainer, tuner, resume_from)):
             num_soft = milestone_step(tuner.pat_config().soft_share, self.num_steps)
             if goes_small and resume_from is None and num_soft == 0:
@@ -171,7 +173,10 @@ class Stages:
         self.router_settings = router_settings(model.config)
         weight = self.teaching.weight if folder.name == STAGE_TWO else None
         callbacks = (*callbacks, FiniteGuard(), SaveTokens(self.tokens))
-        return make_trainer(model, args, self.data, folder, callbacks=callbacks, distill_weight=weight)
+        args.disable_tqdm = True  # `Watch` shows the training
+        trainer = make_trainer(model, args, self.data, folder, callbacks=callbacks, distill_weight=weight)
+        silence(trainer)
+        return trainer
 
     def _skip(self, trainer: SFTTrainer, callback: PatCallback) -> None:
         """Have the channels chosen, and the mask hard, without a step of stage one."""
@@ -187,12 +192,12 @@ class Stages:
             )
 
     def _train(self, trainer: SFTTrainer, part: str, resume_from: str | None) -> None:
-        stop = StopOnSignal()
+        stop, watch = StopOnSignal(), Watch(TITLES[part])
         for callback in (*self.callbacks, stop):
             trainer.add_callback(callback)
         started = time.perf_counter()
         try:
-            with self._begun(), stop.listening(trainer):
+            with self._begun(), stop.listening(trainer), watch.watching(trainer):
                 if resume_from is None or not load_finished(trainer, resume_from, self.num_steps):
                     if resume_from is not None:
                         resume_from = str(ranks.first(partial(suited, Path(resume_from), trainer)))
@@ -207,11 +212,6 @@ class Stages:
     def _finished(self, part: str) -> None:
         self.run_file = self.run_file.after(part)
         ranks.first_alone(lambda: self.run_file.write(self.arguments.output_dir))
-
-    def _say(self, line: str) -> None:
-        """Say on stderr what takes long now, unless bars are not wanted."""
-        if not self.arguments.sft.disable_tqdm:
-            print(line, file=sys.stderr)
 
     @contextmanager
     def _begun(self) -> Iterator[None]:
@@ -246,7 +246,7 @@ class Stages:
         # The first process goes on with what it has made, the others with what it has written.
         record = ranks.first(lambda: written[0][2])
         small = written[0][1].model if written else self._load_compact(self.compact_dir / ADAPTER)
-        self._say(f"Milestone: {record.describe()}; training goes on as LoRA on the small model.")
+        say(f"Milestone: {record.describe()}; training goes on as LoRA on the small model.")
         args = self.data.trainer_args(self.arguments.sft)
         stage_two = self._trainer(small, args, self.checkpoints / STAGE_TWO)
         start = None
@@ -264,16 +264,16 @@ class Stages:
         # Of an earlier run: its stage two belongs to other channels, and must not be what a resumed run finds.
         for folder in (self.checkpoints / STAGE_TWO, self.compact_dir):
             discard(folder)
-        self._say("Writing the small model, and comparing it with the masked one.")
         masked = with_adapter(self.load_again(), adapter) if is_sharded(trainer) else cast(PeftModel, trainer.model)
-        compact, record = write_compact(
-            masked,
-            cast(PatModel, find_tuner(masked)),
-            self.compact_dir,
-            tokens=self.tokens,
-            batches=self.data.verify_on,
-            seed=self.arguments.sft.seed,
-        )
+        with phase("Writing the small model, and comparing it with the masked one"):
+            compact, record = write_compact(
+                masked,
+                cast(PatModel, find_tuner(masked)),
+                self.compact_dir,
+                tokens=self.tokens,
+                batches=self.data.verify_on,
+                seed=self.arguments.sft.seed,
+            )
         return masked, compact, record
 
     def _trained(self, trainer: SFTTrainer, record: Compaction | None, config: Any) -> Trained:

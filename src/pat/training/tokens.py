@@ -212,7 +212,7 @@ def encode(
             counter = Path(folder) / "rows"
             counter.touch()
             with (
-                phase("Tokenizing", "example", total=len(dataset), shown=shown, count=lambda: counter.stat().st_size),
+                phase("Tokenizing", "examples", total=len(dataset), shown=shown, count=lambda: counter.stat().st_size),
                 bars_of_datasets(shown=False),
             ):
                 return dataset.map(

@@ -21,11 +21,12 @@ from pat.errors import PatError, one_line
 from pat.loading import TokenSetup, empty_model, load_config, stored_dtype
 from pat.loading.tokenizer import load_plain_tokenizer
 from pat.method.schedule import milestone_step
-from pat.report.progress import bars_of_datasets
+from pat.report.progress import bars_of_datasets, hidden, phase
 from pat.report.records import collected_warnings, to_json
+from pat.training.announce import announce
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.base import load, load_again
-from pat.training.check import announce, check, check_run
+from pat.training.check import check, check_run
 from pat.training.folder import CHECKPOINTS, MODEL, NAMES, RESULTS, clear, find_finished, find_start, run_folder
 from pat.training.prepare import Prepared, prepare
 from pat.training.push import open_repository, push
@@ -59,8 +60,9 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
     with (
         _together(arguments),
         collected_warnings() as warnings,
+        hidden(not shown),
         bars_of_datasets(shown=shown),
-        quiet_transformers(not shown),
+        quiet_transformers(True),
     ):
         # Everything that can be wrong is found before the weights are loaded, and before anything is written.
         checked, asked = ranks.first_then_others(lambda: check(arguments)), arguments
@@ -69,18 +71,19 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
         run = ranks.first_then_others(lambda: check_run(asked, checked, data))
         if (record := ranks.first(lambda: find_finished(arguments, checked.checkpoint))) is not None:
             return ranks.first(partial(_end_again, arguments, run, record))
-        num_steps = rehearse(arguments, data, data.vocabulary.config_of(checked.base_config), checked.family)
+        with phase("Rehearsing a step on a tiny model"):
+            num_steps = rehearse(arguments, data, data.vocabulary.config_of(checked.base_config), checked.family)
         repository = ranks.first(lambda: open_repository(arguments))
         start = ranks.first(lambda: find_start(arguments, checked.checkpoint, num_steps))
 
         base = load(arguments, data)
-        announce(arguments, checked, data, base, num_steps)
         ranks.first_alone(lambda: clear(arguments, start))
         # Training may load float32 for speed or stability; what is written keeps the dtype of the base's checkpoint.
         dtype, device = base.dtype, base.device
         stored = stored_dtype(checked.base_config, revision=arguments.model.model_revision) or dtype
         size = Size.of(checked.base_config, stored)
-        figures = {"base": ranks.first(partial(measure, base, data, "base", size, progress=shown))}
+        figures = {"base": ranks.first(partial(measure, base, data, "base", size))}
+        announce(arguments, checked, data, base, num_steps)
         data.vocabulary.fit(base)
         answers = ranks.first(partial(greedy_answers, base, data))
         tokens = _tokens(arguments, data, base, data.vocabulary.config_of(checked.base_config))
@@ -142,16 +145,17 @@ def _finish(
     **found: Any,
 ) -> TuneRecord:
     """Merge, write, verify and measure what has been trained, and write the record of the run."""
-    shown, folder = not arguments.sft.disable_tqdm, arguments.output_dir
+    folder = arguments.output_dir
     inner = cast(PreTrainedModel, trained.model.get_base_model())
     size = (size if trained.compaction is None else Size.of(inner.config, stored)).with_adapter(trained.model)
-    figures["tuned"] = measure(inner, data, "tuned", size, progress=shown)
-    examined = _examine(arguments, data, trained, stored) if is_trained else None
-    parity, cut = examined or _write(arguments, data, tokens, trained, figures, stored)
+    figures["tuned"] = measure(inner, data, "tuned", size)
+    with phase("Writing the model, and comparing it with the tuned one"):
+        examined = _examine(arguments, data, trained, stored) if is_trained else None
+        parity, cut = examined or _write(arguments, data, tokens, trained, figures, stored)
     trained.run.after("model").write(folder)
     dense: Any = AutoModelForCausalLM.from_pretrained(folder / MODEL, dtype=inner.dtype)
     size = Size(cut.num_parameters, cut.num_parameters * stored.itemsize)
-    figures["dense"] = measure(dense.to(inner.device), data, "dense", size, progress=shown)
+    figures["dense"] = measure(dense.to(inner.device), data, "dense", size)
     samples = paired(answers, greedy_answers(dense, data))
     warn_of_losses(figures, dense.config.get_text_config().vocab_size)
     record = _record(arguments, data, trained, cut=cut, figures=figures, parity=parity, samples=samples, **found)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pat.errors import Diverged, PatError
 from pat.method.basis import UnifiedMask
 from pat.nll import evaluating
+from pat.report.progress import phase
 from pat.surgery.precision import to_float64, without_autocast
 from pat.surgery.residual import ResidualStream
 from pat.surgery.rotation import ChannelOrder, equalising_factor, gain_block, importance_order, pca_order
@@ -114,7 +115,7 @@ class StreamStatistics:
             Diverged: the model's activations are not finite.
         """
         recorders = {site: partial(self.record, site) for site in self._sites()}
-        self.num_tokens = watch_inputs(self.model, recorders, batches, max_tokens)
+        self.num_tokens = watch_inputs(self.model, recorders, batches, max_tokens, "Measuring the residual stream")
         sum_over_processes(*self._moments.values())
         if not all(moment.isfinite().all() for moment in self._moments.values()):
             raise Diverged(NOT_FINITE)
@@ -175,6 +176,7 @@ def watch_inputs(
     watchers: Mapping[str, Callable[..., None]],
     batches: Iterable[Mapping[str, Any]],
     max_tokens: int,
+    title: str = "Measuring the model",
 ) -> int:
     """Run a model over batches and show what goes into some of its modules; return the number of tokens.
 
@@ -186,6 +188,7 @@ def watch_inputs(
             float32 where it holds no whole numbers, paddings left out.
         batches: mappings with `input_ids` `(batch, length)`, and `attention_mask` or `position_ids` where there is one.
         max_tokens: number of tokens after which no further batch is read.
+        title: what is shown of it while it runs.
 
     Raises:
         PatError: the batches hold no token, or no `input_ids`.
@@ -193,6 +196,7 @@ def watch_inputs(
     watch, num_tokens = _Watch(), 0
     with ExitStack() as restore:
         restore.enter_context(evaluating(model))
+        progress = restore.enter_context(phase(title, "tokens", total=max_tokens))
         for path, watcher in watchers.items():
             handle = model.get_submodule(path).register_forward_pre_hook(partial(watch, watcher))
             restore.callback(handle.remove)
@@ -200,6 +204,7 @@ def watch_inputs(
             watch.selected = real.flatten().nonzero().squeeze(1)
             num_tokens += len(watch.selected)
             model(**inputs, use_cache=False, logits_to_keep=1)
+            progress.done = num_tokens
     return total_over_processes(num_tokens, model)
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from pat import ranks
 from pat.errors import Diverged
 from pat.method.gate import Gate
 from pat.nll import LOGIT_ROWS, evaluating
+from pat.report.progress import phase
 from pat.surgery.layers import layers_of
 from pat.surgery.residual import ResidualStream
 from pat.surgery.rotation import importance_order
@@ -64,20 +64,21 @@ def losses_without(
         max_tokens: number of tokens after which no further batch is read.
     """
     ends = branch_ends(model, stream)
-    total, num_scored = torch.zeros(len(ends), dtype=torch.float64), 0
-    shown = tqdm(batches, desc="Measuring the layers", unit="batch", leave=False, disable=None)
-    with evaluating(model):
-        for inputs, real in token_batches(model, shown, max_tokens):
+    total, num_scored, num_read = torch.zeros(len(ends), dtype=torch.float64), 0, 0
+    with evaluating(model), phase("Measuring the layers", "tokens", total=max_tokens) as progress:
+        for inputs, real in token_batches(model, batches, max_tokens):
             scored = real[:, 1:] & real[:, :-1]
             if "position_ids" in inputs:  # rows that are packed begin at 0
                 scored = scored & (inputs["position_ids"].expand_as(real)[:, 1:] > 0)
             if not ranks.connected() and not scored.any():
                 continue
-            num_scored += int(scored.sum())
+            num_scored, num_real = num_scored + int(scored.sum()), int(real.sum())
             for number, modules in enumerate(ends):
                 with _silenced(modules):
                     loss = _loss(model, inputs, scored)
                 total[number] += loss
+                progress.done = num_read + num_real * (number + 1) // len(ends)
+            num_read += num_real
     # On the model's device, where the processes can sum.
     device = next(model.parameters()).device
     sums = total.to(device)

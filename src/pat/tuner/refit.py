@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pat.errors import Diverged
 from pat.method.inner import ExpertsGate, InnerGate
+from pat.report.progress import phase
 from pat.surgery.compensate import elimination, reconstruction, shrink
 from pat.surgery.precision import to_float64, without_autocast
 from pat.surgery.rotation import importance_order
@@ -73,10 +73,9 @@ class InnerMoments:
         self.num_scarce = 0
         while group := list(islice(paths, num_at_once)):
             moments: dict[str, Tensor] = {}
-            shown = tqdm(self.text(), desc="Measuring the branches", unit="batch", leave=False, disable=None)
             experts = {p: ExpertsWatch(self.model.get_submodule(p)) for p in group if _has_experts(self.gates[p])}
             watchers = {path: experts.get(path) or partial(_add, moments, path) for path in group}
-            self.num_tokens = watch_inputs(self.model, watchers, shown, self.enough)
+            self.num_tokens = watch_inputs(self.model, watchers, self.text(), self.enough, "Measuring the branches")
             sum_over_processes(*(moment for path, moment in moments.items() if path not in experts))
             for path, watch in experts.items():
                 moments[path] = watch.moments
@@ -112,13 +111,14 @@ def order_channels(moments: InnerMoments, writer: Callable[[str], Tensor]) -> No
     """
     if not moments.gates:
         return
-    for path, moment in moments:
-        gate = moments.gates[path]
-        with without_autocast(moment):
-            priors = [_prior(gate, *each) for each in zip(_stacked(moment), _stacked(writer(path)), strict=True)]
-        prior = torch.stack(priors).view_as(gate.prior)
-        share_from_first_process(prior)
-        gate.set_prior(prior)
+    with phase("Ordering channels", "branches", total=len(moments.gates)) as progress:
+        for path, moment in progress.over(moments):
+            gate = moments.gates[path]
+            with without_autocast(moment):
+                priors = [_prior(gate, *each) for each in zip(_stacked(moment), _stacked(writer(path)), strict=True)]
+            prior = torch.stack(priors).view_as(gate.prior)
+            share_from_first_process(prior)
+            gate.set_prior(prior)
     if moments.num_scarce:
         logger.warning(
             "%d experts saw fewer calibration tokens than they have channels; their order and refit lean on the "
@@ -138,16 +138,18 @@ def order_channels(moments: InnerMoments, writer: Callable[[str], Tensor]) -> No
 
 def refit(gates: Mapping[str, InnerGate], moments: Iterable[tuple[str, Tensor]]) -> None:
     """Fit the reconstruction of hard gates, given the second moments of what goes into them (and maybe into others)."""
-    for path, moment in moments:
-        if (gate := gates.get(path)) is not None:
-            assert gate.reconstruction is not None, "it awaits a refit"
-            with without_autocast(moment):
-                fits = [
-                    reconstruction(*each)
-                    for each in zip(_stacked(moment), _stacked(gate.kept_channels, 1), strict=True)
-                ]
-            gate.set_reconstruction(torch.stack(fits).view_as(gate.reconstruction))
-            share_from_first_process(gate.reconstruction)
+    with phase("Fitting what stays", "branches", total=len(gates)) as progress:
+        for path, moment in moments:
+            if (gate := gates.get(path)) is not None:
+                assert gate.reconstruction is not None, "it awaits a refit"
+                with without_autocast(moment):
+                    fits = [
+                        reconstruction(*each)
+                        for each in zip(_stacked(moment), _stacked(gate.kept_channels, 1), strict=True)
+                    ]
+                gate.set_reconstruction(torch.stack(fits).view_as(gate.reconstruction))
+                share_from_first_process(gate.reconstruction)
+                progress.done += 1
 
 
 def _prior(gate: InnerGate, moment: Tensor, weight: Tensor) -> Tensor:

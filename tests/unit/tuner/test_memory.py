@@ -10,9 +10,9 @@ from tiny_training import attach, tuner_of
 from torch import nn
 from transformers import PreTrainedModel
 
-from pat.plan.training import TrainingMemory, training_memory
 from pat.surgery.costs import build_skeleton
 from pat.tuner import PatConfig
+from pat.tuner.memory import TrainingMemory, training_memory
 
 TOLERANCE = {torch.float32: 0.15, torch.bfloat16: 0.25}
 """What the estimate's docstring claims."""

@@ -1,0 +1,105 @@
+"""What is seen of a training while it runs: the step, the loss, what the gates have left, and the time to go."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
+
+from pat.report.progress import Phase, clock, during, is_live
+from pat.shape import AXES
+from pat.training.callback import LOGGED
+
+
+class Watch(TrainerCallback):
+    """Shows one training on the live line or, where there is none, in a line for each of the trainer's logs.
+
+    It takes the place of the trainer's own bar and printer, and has to come after `PatCallback`, which puts the number
+    of active channels into the logs.
+    """
+
+    def __init__(self, title: str) -> None:
+        self._seen = _Training(title)
+
+    @contextmanager
+    def watching(self, trainer: Trainer) -> Iterator[None]:
+        """Show the training meanwhile."""
+        trainer.add_callback(self)
+        with during(self._seen):
+            yield
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Take the time from the first step on: what was measured before it is none."""
+        self._seen.begin(state)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Count the step."""
+        self._seen.end(state)
+
+    def on_prediction_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Tell that rows are scored now."""
+        self._seen.num_scored += 1
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Note the figures, and print them where there is no live line."""
+        logs = kwargs.get("logs") or {}
+        self._seen.note(logs)
+        if ("loss" in logs or "eval_loss" in logs) and state.is_world_process_zero and not is_live():
+            print(self._seen.text(), file=sys.stderr, flush=True)
+
+
+def silence(trainer: Trainer) -> None:
+    """Take the trainer's own printer away, which it has where its arguments disable the bar."""
+    trainer.remove_callback(PrinterCallback)
+
+
+class _Training(Phase):
+    """A training, in words."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__(title)
+        self.step = self.num_scored = self._first = self._last = 0
+        self._began: float | None = None
+        self._left: tuple[float, float] | None = None
+        """Seconds that were left at a time."""
+        self._figures: dict[str, str] = {}
+
+    def begin(self, state: TrainerState) -> None:
+        """Begin a step."""
+        self.num_scored = 0
+        self._last = state.max_steps
+        if self._began is None:
+            self._began, self.step, self._first = time.monotonic(), state.global_step, state.global_step
+
+    def end(self, state: TrainerState) -> None:
+        """End a step."""
+        self.step, now = state.global_step, time.monotonic()
+        if self._began is not None and self.step > self._first:
+            self._left = now, (now - self._began) / (self.step - self._first) * (self._last - self.step)
+
+    def note(self, logs: dict[str, Any]) -> None:
+        """Note what is shown of a trainer's logs."""
+        self.num_scored = 0
+        if "loss" in logs:
+            self._figures["loss"] = f"loss {float(logs['loss']):.3f}"
+        if "eval_loss" in logs:
+            self._figures["eval_loss"] = f"held-out loss {float(logs['eval_loss']):.3f}"
+        for axis, name in LOGGED.items():
+            if name in logs:
+                self._figures[name] = f"{logs[name]:,} {AXES[axis].label} active"
+
+    def text(self) -> str:
+        """Return the training's state in one line."""
+        if self._began is None:
+            return super().text()
+        parts = [f"{self.title}: step {self.step:,} of {self._last:,}", *self._figures.values()]
+        if self.num_scored:
+            parts.append(f"scoring held-out rows ({self.num_scored:,} batches)")
+        if self._left is not None:
+            then, seconds = self._left
+            parts.append(f"{clock(max(0.0, seconds - (time.monotonic() - then)))} left")
+        return ", ".join(parts)

@@ -1,0 +1,65 @@
+"""What is seen while something takes time: one live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+
+import pytest
+from terminal import Terminal
+
+from pat.report import progress
+
+
+def test_a_terminal_has_one_live_line_that_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Terminal(monkeypatch) as terminal:
+        handler = logging.StreamHandler()  # remembers the terminal, as that of transformers does
+        logging.getLogger("transformers").addHandler(handler)
+        try:
+            with progress.phase("Outer", "parts", total=3) as outer:
+                for _ in outer.over(range(3)):
+                    with progress.phase("Inner " + 20 * "long "):
+                        time.sleep(0.3)
+                        logging.getLogger("transformers").error("a warning")
+                        print("printed", file=sys.stderr)
+                    time.sleep(0.3)
+            assert progress.current() == ""
+            print("end", file=sys.stderr)
+            assert handler.stream is sys.stderr
+        finally:
+            logging.getLogger("transformers").removeHandler(handler)
+    assert terminal.screen() == [*["a warning", "printed"] * 3, "end"]
+    assert any(state.startswith("Inner long") for state in terminal.states)
+    assert any(state.startswith("Outer: 2 of 3 parts, 0:0") and state.endswith(" left") for state in terminal.states)
+    assert max(map(len, terminal.states)) <= Terminal.columns
+
+
+def test_an_error_ends_the_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Terminal(monkeypatch) as terminal:
+        with pytest.raises(ValueError, match="wrong"), progress.phase("Work"), progress.phase("Part"):
+            raise ValueError("wrong")
+        print("pat: wrong", file=sys.stderr)
+    assert terminal.screen() == ["pat: wrong"]
+
+
+def test_elsewhere_there_are_plain_lines_of_what_takes_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.3)
+    with progress.phase("Short"):
+        pass
+    with progress.phase("Outer"), progress.progress_bar("Rows", "rows") as advance:
+        advance(1_000, 4_000)
+        time.sleep(1.5)
+    with progress.hidden(), progress.phase("Hidden"):
+        time.sleep(1.2)
+    lines = capsys.readouterr().err
+    assert "\r" not in lines and "\x1b" not in lines
+    assert lines.splitlines()[0].startswith("Rows: 1,000 of 4,000 rows, 0:0")
+    assert len(lines.splitlines()) >= 2 and all(line.startswith("Rows") for line in lines.splitlines())
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (62, "1:02"), (3_723, "1:02:03")])
+def test_durations(seconds: float, text: str) -> None:
+    assert progress.clock(seconds) == text
