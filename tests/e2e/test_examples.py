@@ -1,4 +1,4 @@
-"""The examples run as they stand, on small models and with fewer steps; `own_trainer.py` is run by tests/distributed."""
+"""The examples run as they stand, with fewer steps and small models; tests/distributed runs `own_trainer.py`."""
 
 from __future__ import annotations
 
