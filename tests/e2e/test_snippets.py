@@ -1,0 +1,92 @@
+"""What README and docs show runs as it stands, on a small model and with fewer steps."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from snippets import Snippet, snippets
+
+from pat.cli import main
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SNIPPETS = {page.name: snippets(page) for page in PAGES}
+NUM_NOT_RUN = 3
+
+FEWER = {
+    "tune": ["--max_steps", "2", "--held_out", "2", "--use_cpu", "true", "--bf16", "false", "--dtype", "float32"],
+    "benchmark": [
+        "--contexts",
+        "16",
+        "--batch_sizes",
+        "1",
+        "--new_tokens",
+        "4",
+        "--repetitions",
+        "1",
+        "--max_seconds",
+        "5",
+    ],
+}
+"""Flags that are added to a command."""
+
+FEWER_STEPS = ('SFTConfig("checkpoints"', 'SFTConfig("checkpoints", max_steps=4, use_cpu=True, bf16=False')
+"""The same in a script of one's own."""
+
+
+def furnish(place: Path, base: Path) -> None:
+    """Put what the pages name into a working folder: the base, and data."""
+    for name in ("BASE", "meta-llama/Llama-3.2-1B", "path/to/base"):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).symlink_to(base)
+    rows = [{"prompt": f"say {i} ", "completion": f"it is {i * i}"} for i in range(24)]
+    (place / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (place / "text.txt").write_text("Once upon a time there was a small cat. " * 20, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def tuned(stories260k_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run."""
+    place = tmp_path_factory.mktemp("tuned")
+    furnish(place, stories260k_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        (command,) = (argv for snippet in SNIPPETS["index.md"] for argv in snippet.commands())
+        assert main([*command, *FEWER["tune"]]) == 0
+    return place / "out"
+
+
+@pytest.mark.parametrize("name", [name for name, found in SNIPPETS.items() if any(s.reason is None for s in found)])
+def test_a_page_runs(
+    name: str, tuned: Path, stories260k_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    furnish(tmp_path, stories260k_path)
+    monkeypatch.chdir(tmp_path)
+    to_run = [snippet for snippet in SNIPPETS[name] if snippet.reason is None]
+    if not any(argv[0] == "tune" for snippet in to_run for argv in snippet.commands()):
+        shutil.copytree(tuned, tmp_path / "out")
+    for snippet in to_run:
+        run(snippet)
+    if name == "README.md":
+        assert (tmp_path / "out" / "report.html").is_file() and (tmp_path / "small" / "model.safetensors").is_file()
+
+
+def run(snippet: Snippet) -> None:
+    if snippet.language == "python":
+        exec(snippet.text.replace(*FEWER_STEPS), {"__name__": "page"})  # our own page
+        return
+    for argv in snippet.commands():
+        assert main([*argv, *FEWER.get(argv[0], [])]) == 0, argv
+
+
+def test_what_is_not_run_is_marked_and_counted() -> None:
+    marked = [snippet for found in SNIPPETS.values() for snippet in found if snippet.reason is not None]
+    assert len(marked) == NUM_NOT_RUN and all(len(str(snippet.reason)) > 20 for snippet in marked)
+    shown = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert len(re.findall(r"<!-- not run", shown)) == NUM_NOT_RUN, "a mark stands in the line before its block"
+    lines = [line for found in SNIPPETS.values() for s in found if not s.reason for line in s.shell_lines()]
+    assert {line.split()[0] for line in lines} <= {"pat", "make", "pip"}, "no test runs another program"
