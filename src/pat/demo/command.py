@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 from transformers import pipeline
 
+from pat.checkpoint.write import quiet_transformers
 from pat.demo.data import SAMPLE_PROMPTS, demo_data_path
 from pat.demo.model import prepare_smollm2
 from pat.demo.options import DemoOptions
+from pat.report.progress import phase
 from pat.report.records import Record
 from pat.report.table import Table
 from pat.training.arguments import build_arguments
@@ -44,10 +46,10 @@ class DemoRecord(Record):
     samples: list[Sample]
 
 
-def run_demo(options: DemoOptions) -> DemoRecord:
+def run_demo(options: DemoOptions) -> DemoRecord | None:
     """Prepare the demo model, tune and prune it, and have base and small model answer the same prompts.
 
-    The output folder is that of `pat tune`, plus `samples.md`.
+    The output folder is that of `pat tune`, plus `samples.md`. With `ui` a page is served instead, and nothing returned.
 
     Raises:
         PatError: the data cannot be read, or the base model cannot be prepared.
@@ -57,6 +59,12 @@ def run_demo(options: DemoOptions) -> DemoRecord:
     # What is wrong with the data is to be said before the download of the base.
     load_training_data(data, split=RECIPE["dataset_train_split"], held_out=RECIPE["held_out"])
     base = prepare_smollm2(options.cache_dir, progress=print)
+    if options.ui:
+        from pat.demo.ui import Session, serve
+
+        session = Session(base, options.output_dir, RECIPE | {"dataset_name": data})
+        serve(session, ratio=options.pruning_ratio, num_steps=options.max_steps, port=options.port)
+        return None
     print(f"Tuning {base.name} on {Path(data).name}: {options.max_steps} steps, cutting {options.pruning_ratio:.1%}")
     result = run_tune(
         build_arguments(
@@ -76,14 +84,17 @@ def run_demo(options: DemoOptions) -> DemoRecord:
 
 def _answers(checkpoint: Path) -> list[str]:
     """Answer the sample prompts greedily."""
-    answer: Any = pipeline("text-generation", model=str(checkpoint))
-    chats = [[{"role": "user", "content": prompt}] for prompt in SAMPLE_PROMPTS]
-    outputs = answer(chats, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, return_full_text=False)
+    with phase(f"Answering prompts with {checkpoint.name}"), quiet_transformers(True):
+        answer: Any = pipeline("text-generation", model=str(checkpoint))
+        chats = [[{"role": "user", "content": prompt}] for prompt in SAMPLE_PROMPTS]
+        outputs = answer(chats, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, return_full_text=False)
     return [" ".join(output["generated_text"].split()) for (output,) in outputs]
 
 
-def print_demo(record: DemoRecord) -> None:
+def print_demo(record: DemoRecord | None) -> None:
     """Print the figures of the run, and both models' answers."""
+    if record is None:
+        return
     print_summary(TuneResult(record.output_dir, record.run))
     rows = [(sample.prompt, sample.base, sample.small) for sample in record.samples]
     Table("Greedy answers", ("prompt", "base", "small"), rows, num_text_columns=3).print()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from pat.checkpoint.staging import check_output_folder
+from pat.errors import PatError
 from pat.paths import check_writable, expand_options
 from pat.ranges import check_ranges
 
@@ -29,16 +31,27 @@ class DemoOptions:
     max_steps: int = field(
         default=150, metadata={"help": "Optimizer steps; more give a better model.", "range": "[1, inf)"}
     )
+    ui: bool = field(
+        default=False,
+        metadata={"help": "Serve a page on this machine instead: choose, run, and talk to both models (extra `ui`)."},
+    )
+    port: int | None = field(
+        default=None, metadata={"help": "Port of that page; by default the first free one.", "range": "[1, 65535]"}
+    )
 
     def __post_init__(self) -> None:
         """Refuse what would fail after the download.
 
         Raises:
-            PatError: a ratio or number of steps that cannot be, or an output folder that is not empty, or
+            PatError: a page without gradio, a ratio or number of steps that cannot be, or an output folder that is not empty, or
                 places that cannot be written.
         """
         expand_options(self)
         check_ranges(self)
+        if self.ui and find_spec("gradio") is None:
+            raise PatError("--ui needs gradio, which is not installed; install the extra: pip install 'pat-llm[ui]'.")
+        if self.port is not None and not self.ui:
+            raise PatError(f"Got port={self.port}, which is of the page; expected --ui true beside it.")
         if self.cache_dir is not None:
             check_writable(self.cache_dir / "demo")
         check_writable(self.output_dir)  # names too long to be looked for come to light here
