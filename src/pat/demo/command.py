@@ -49,7 +49,7 @@ class DemoRecord(Record):
 def run_demo(options: DemoOptions) -> DemoRecord | None:
     """Prepare the demo model, tune and prune it, and have base and small model answer the same prompts.
 
-    The output folder is that of `pat tune`, plus `samples.md`. With `ui` a page is served instead, and nothing returned.
+    The output folder is that of `pat tune`, plus `samples.md`. With `ui` a page is served instead.
 
     Raises:
         PatError: the data cannot be read, or the base model cannot be prepared.

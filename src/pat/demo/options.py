@@ -43,8 +43,8 @@ class DemoOptions:
         """Refuse what would fail after the download.
 
         Raises:
-            PatError: a page without gradio, a ratio or number of steps that cannot be, or an output folder that is not empty, or
-                places that cannot be written.
+            PatError: a ratio or number of steps that cannot be, an output folder that is not empty, places that cannot
+                be written, or a page without gradio.
         """
         expand_options(self)
         check_ranges(self)

@@ -1,0 +1,79 @@
+"""The page of the demo: what it shows, and that it is refused without gradio and reaches nobody."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+
+from pat import cli
+from pat.demo import options
+from pat.demo.ui import Session, serve
+
+CHROMIUM = shutil.which("chromium")
+
+
+@pytest.fixture
+def session(stories260k_path: Path, tmp_path: Path) -> Session:
+    rows = [{"prompt": f"say {i} ", "completion": f"it is {i * i}"} for i in range(24)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    flags: dict[str, Any] = {"dataset_name": str(tmp_path / "data.jsonl"), "use_cpu": True, "bf16": False}
+    return Session(stories260k_path, tmp_path / "out", flags | {"save_strategy": "no", "held_out": 4})
+
+
+def test_choose_run_and_compare(session: Session) -> None:
+    assert "| parameters |" in session.plan(0.25)
+    assert "Run first" in session.answers("Once upon a time")[1]
+    *states, summary = session.run(0.25, 2)
+    assert any(states) and "| held-out loss |" in summary and "ratio-0.25-steps-2" in summary
+    base, small = session.answers("Once upon a time")
+    assert base and small and "Run first" not in small
+    assert session.answers("  ") == ("", "")
+
+
+def test_what_goes_wrong_is_shown(session: Session) -> None:
+    session.flags["dataset_name"] = "nowhere.jsonl"
+    *_, last = session.run(0.25, 2)
+    assert last.startswith("The run has failed:") and "nowhere.jsonl" in last
+    assert session.result is None
+
+
+def test_without_gradio_it_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(options, "find_spec", lambda name: None)
+    assert cli.main(["demo", "--ui", "--output_dir", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pip install 'pat-llm[ui]'" in line
+    assert cli.main(["demo", "--port", "7861", "--output_dir", str(tmp_path / "out")]) == 2
+    assert "expected --ui" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(find_spec("gradio") is None, reason="gradio, the extra `ui`, is not installed")
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_the_page_in_a_browser(session: Session, tmp_path: Path) -> None:
+    blocks = serve(session, ratio=0.25, num_steps=2, block=False)
+    try:
+        assert blocks.local_url.startswith("http://127.0.0.1:") and blocks.share_url is None
+        with urlopen(blocks.local_url) as answer:
+            assert "default-src 'self'" in answer.headers["content-security-policy"]
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+        flags += ["--virtual-time-budget=30000", "--window-size=1280,900", f"--screenshot={tmp_path / 'page.png'}"]
+        done = subprocess.run(
+            [str(CHROMIUM), *flags, "--dump-dom", blocks.local_url],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=True,
+        )
+        for words in ("Share of all parameters to cut", "Nothing has run yet", "Ask both models", "parameters"):
+            assert words in done.stdout
+    finally:
+        blocks.close()
