@@ -38,7 +38,9 @@ class StreamedSource:
 
     def conversion(self) -> Conversion:
         """Return a conversion of all rows."""
-        return Conversion(self.name, self.placed, self.reading, dict(self.columns), self.first, Phase(), goes_on=True)
+        return Conversion(
+            self.name, self.placed, self.reading, dict(self.columns), self.first, Phase("Reading", "rows"), goes_on=True
+        )
 
     def examples(self, conversion: Conversion) -> Iterator[dict[str, Any]]:
         """Yield the examples to train on that a conversion of this source makes."""
