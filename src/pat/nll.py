@@ -52,9 +52,7 @@ def batches_from_examples(
     Labels are -100 on padding. With `sort_by_length` the longest rows
     come first: little padding, and what does not fit in memory fails at once.
     """
-    order = list(range(len(examples)))
-    if sort_by_length:
-        order.sort(key=lambda index: -len(examples[index]["input_ids"]))
+    order = _by_length(examples) if sort_by_length else list(range(len(examples)))
     for start in range(0, len(order), batch_size):
         rows = [examples[index] for index in order[start : start + batch_size]]
         ids, labels = ([torch.tensor(row[name]) for row in rows] for name in ("input_ids", "labels"))
@@ -63,6 +61,11 @@ def batches_from_examples(
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
         }
+
+
+def _by_length(examples: Sequence[Example]) -> list[int]:
+    """Return the indices of examples, those of the longest first."""
+    return sorted(range(len(examples)), key=lambda index: -len(examples[index]["input_ids"]))
 
 
 def response_nll(
@@ -81,6 +84,33 @@ def response_nll(
     Raises:
         PatError: there is no token to score.
     """
+    return _scored(model, examples, batch_size, pad_token_id, progress)[0]
+
+
+def response_nll_by_group(
+    model: nn.Module,
+    examples: Sequence[Example],
+    groups: Sequence[int],
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    progress: Progress | None = None,
+) -> tuple[NLL, list[float]]:
+    """As `response_nll`, with the sum in nats over the examples of each group, which are numbered from 0.
+
+    Raises:
+        PatError: there is no token to score.
+    """
+    nll, rows_M2 = _scored(model, examples, batch_size, pad_token_id, progress)
+    group_M = torch.tensor([groups[index] for index in _by_length(examples)])
+    sums_G = torch.zeros(max(groups) + 1, dtype=torch.float64).index_add_(0, group_M, rows_M2[:, 0])
+    return nll, sums_G.tolist()
+
+
+def _scored(
+    model: nn.Module, examples: Sequence[Example], batch_size: int, pad_token_id: int, progress: Progress | None
+) -> tuple[NLL, Tensor]:
+    """Return the NLL, and of each example, the longest first, the sum of its losses and its tokens."""
     device = next(model.parameters()).device
     num_batches = math.ceil(len(examples) / batch_size)
     total, num_tokens = 0.0, 0
@@ -111,7 +141,8 @@ def response_nll(
         raise PatError(f"Got {len(examples)} examples without a response token to score; pass rows with responses.")
     nll = total / num_tokens
     perplexity = torch.tensor(nll, dtype=torch.float64).exp().item()
-    return NLL(nll, num_tokens, _standard_error(nll, torch.cat(rows)), perplexity)
+    rows_M2 = torch.cat(rows)
+    return NLL(nll, num_tokens, _standard_error(nll, rows_M2), perplexity), rows_M2
 
 
 def _standard_error(nll: float, rows_M2: Tensor) -> float | None:

@@ -16,11 +16,14 @@ def expand(name: str) -> str:
 
 
 def expand_options(options: Any) -> None:
-    """Expand `~` in every option of a dataclass that is a text or a path."""
+    """Expand `~` in every option of a dataclass that is a text or a path, or a list of them."""
     for field in fields(options):
         value = getattr(options, field.name)
         if isinstance(value, str | Path):
             object.__setattr__(options, field.name, type(value)(expand(str(value))))  # some are frozen
+        elif isinstance(value, list):
+            expanded = [expand(item) if isinstance(item, str) else item for item in value]
+            object.__setattr__(options, field.name, expanded)
 
 
 def check_writable(path: Path) -> None:

@@ -150,6 +150,17 @@ def test_several_processes_are_one_with_their_batches_together(
     assert not list((tmp_path / "out").glob(".*"))
 
 
+def test_a_stream_is_divided_like_rows(stories260k_path: Path, rows: Path, tmp_path: Path) -> None:
+    """Fifty-two rows of eighty-eight; each process reads all, and trains on its own."""
+    reference = flags(stories260k_path, rows, tmp_path / "alone", 8, streaming="true")
+    assert main(reference) == 0
+    status, err = run(flags(stories260k_path, rows, tmp_path / "out", 4, streaming="true"), 2)
+    assert status == 0, err
+    check_same(tmp_path / "out", tmp_path / "alone")
+    found = [json.loads((out / "results.json").read_text())["data"] for out in (tmp_path / "out", tmp_path / "alone")]
+    assert found[0] == found[1]
+
+
 def test_a_wrong_input_ends_all_processes_with_one_line(rows: Path, tmp_path: Path) -> None:
     began = time.monotonic()
     status, err = run(flags(tmp_path / "nowhere", rows, tmp_path / "out", 4), 2)

@@ -244,6 +244,19 @@ def test_a_fault_at_some_operations(share: float, fault: Fault, places: Path, wh
     survives(places, out, int(share * len(operations)) + len(fault), fault)
 
 
+def test_a_streamed_run_goes_on_where_it_was_in_the_data(places: Path) -> None:
+    """Seven steps of two rows, of a source of ten, which begins again; killed in the second stage."""
+    streams = {"streaming": "true", "max_steps": 7, "milestone": 0.3}
+    out = places / "streamed"
+    outcome = faults.run(argv(places, out, **streams), out)
+    assert outcome.status == 0, outcome.said
+    record = json.loads((out / "results.json").read_text())["data"]
+    assert (record["is_streamed"], record["num_rows"], record["num_examples"]) == (True, 12, 10)
+    saved = [number for number, line in enumerate(outcome.operations) if "checkpoint-5" in line]
+    for moment in (saved[0] + 1, len(outcome.operations) - 5):
+        survives(places, out, moment, "kill", **streams)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["kill", "tear", "refuse"])
 def test_a_fault_at_every_operation(fault: Fault, places: Path, whole: tuple[Path, list[str]]) -> None:

@@ -19,6 +19,7 @@ from pat.recipes import recipe_defaults
 from pat.shape import check_request
 from pat.training.options import DistillOptions, RunOptions
 from pat.training.precision import bf16_pays_on_cpu
+from pat.training.streaming import check_streaming
 from pat.tuner.config import PatConfig
 from pat.tuner.options import PatOptions
 
@@ -182,6 +183,8 @@ file, --debug shows tracebacks.\
             raise PatError(
                 "Got activation_offloading on a machine without an accelerator to offload from; leave it out."
             )
+        if self.run.streaming:
+            check_streaming(self.run, self.sft, self.distill)
         # The trainer writes its checkpoints below the run's folder, whose other names are the product's.
         self.sft.output_dir = str(self.output_dir / "checkpoints")
         self.sft.push_to_hub = False  # the trainers would push their checkpoints

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any, cast
 
+import datasets
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset, Subset
@@ -63,13 +65,18 @@ def calibration_batches(config: PatConfig, dataloader: Any, tokenizer: Any) -> I
         return batches_from_text_file(config.calibration, tokenizer)
     if dataloader is None:
         raise PatError(f"The calibration needs data, but the trainer has no training data; {REMEDY}")
-    dataset = getattr(dataloader, "dataset", None)
+    dataset: Any = getattr(dataloader, "dataset", None)
     loader: Iterable[Any] = dataloader
     num_processes = ranks.num_processes()
-    if dataset is not None and not isinstance(dataset, IterableDataset):
+    if isinstance(dataset, IterableDatasetShard):  # which gives a process its own rows alone
+        dataset = dataset.dataset
+    is_streamed = isinstance(dataset, datasets.IterableDataset)
+    if is_streamed or (dataset is not None and not isinstance(dataset, IterableDataset)):
         # A loader of its own, since iterating the trainer's would move its sampler on; of a seeded sample, since files
-        # are often sorted.
-        dataset = Subset(dataset, torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist())
+        # are often sorted. A stream begins anew in each loader.
+        if not is_streamed:
+            order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
+            dataset = Subset(dataset, order)
         # Every process is given the rows of all of them, and reads its share. accelerate's loaders have no batch size.
         batch_size = getattr(dataloader, "batch_size", None)
         batch_size = max(ROWS_AT_ONCE, num_processes) if batch_size is None else batch_size * num_processes

@@ -175,7 +175,7 @@ def _warn_of_idle_flags(arguments: TuneArguments) -> None:
         of_many = [n for n in given if n.startswith("ddp_") or n == "eval_use_gather_object"]
         for name in (name for name in of_many if values[name] != given[name].default):
             logger.warning("%s=%s has no effect in one process.", name, values[name])
-    if arguments.run.dataset_config is not None and os.path.isfile(Path(arguments.run.dataset_name)):
+    if arguments.run.dataset_config is not None and all(map(os.path.isfile, arguments.run.dataset_names)):
         logger.warning("dataset_config=%s has no effect on a local file.", arguments.run.dataset_config)
 
 

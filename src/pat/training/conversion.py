@@ -48,6 +48,11 @@ class Source:
     first_bad: str = ""  # what is wrong with the first of them
     key: str | None = None  # of the table in the cache, if it is there
 
+    @property
+    def num_dropped(self) -> int:
+        """Number of rows without a response."""
+        return self.num_rows - self.num_usable - self.num_bad
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -94,29 +99,29 @@ def convert(
     """
     with phase(f"Reading {name}", "rows", shown=reading.shown) as progress:
 
-        def run(use: Callable[[_Conversion], Any]) -> tuple[_Conversion, Any]:
+        def run(use: Callable[[Conversion], Any]) -> tuple[Conversion, Any]:
             """Convert all rows; once more if they turn out to have another format."""
-            known, first = _look_at(islice(placed(), ROWS_LOOKED_AT), reading.skips)
+            known, first = look_at(islice(placed(), ROWS_LOOKED_AT), reading.skips)
             if columns is not None:
                 known = dict.fromkeys(columns)
             try:
-                conversion = _Conversion(name, placed, reading, known, first, progress)
+                conversion = Conversion(name, placed, reading, known, first, progress)
                 return conversion, use(conversion)
             except (_OtherFormat, NoFormat):
                 if columns is not None:
                     raise
-                known, first = _look_at(placed(), reading.skips)
-                conversion = _Conversion(name, placed, reading, known, first, progress)
+                known, first = look_at(placed(), reading.skips)
+                conversion = Conversion(name, placed, reading, known, first, progress)
                 return conversion, use(conversion)
 
         if key is None:
-            conversion, examples = run(lambda conversion: list(conversion.examples()))
+            conversion, examples = run(lambda conversion: list(conversion.stored()))
             facts = conversion.facts(fingerprint())
             return Source(Dataset.from_list(examples, conversion.features), **facts)
 
         def make(folder: Path) -> dict[str, Any]:
             file = folder / "rows.arrow"
-            conversion, _ = run(lambda conversion: write_table(file, conversion.features, conversion.examples()))
+            conversion, _ = run(lambda conversion: write_table(file, conversion.features, conversion.stored()))
             facts = conversion.facts(fingerprint())
             return facts | {"format": asdict(facts["format"])}
 
@@ -125,7 +130,7 @@ def convert(
     return Source(rows, **facts | {"format": format, "unread": tuple(facts["unread"]), "key": key})
 
 
-class _Conversion:
+class Conversion:
     """The conversion of the rows of one source, whose columns and first row say how."""
 
     def __init__(
@@ -136,7 +141,11 @@ class _Conversion:
         columns: dict[str, None],
         first: Row,
         progress: Phase,
+        *,
+        goes_on: bool = False,
     ) -> None:
+        """Choose format and template; one that goes on takes a row of another format as one that is wrong."""
+        self.goes_on = goes_on
         self.name, self.placed, self.reading, self.columns, self.progress = name, placed, reading, columns, progress
         self.num_rows = self.num_usable = self.num_bad = 0
         self.first_bad = ""
@@ -154,8 +163,17 @@ class _Conversion:
         kinds: dict[str, Any] = dict.fromkeys(names, kind) | dict.fromkeys(options, Json())
         self.features = Features(kinds | {PLACE: Value("string"), ROW: Value("int64")})
 
+    def stored(self) -> Iterator[dict[str, Any]]:
+        """Yield the examples of all rows as the columns of a table hold them."""
+        if self.template != "chat":
+            yield from self.examples()
+            return
+        # In JSON, each message keeps the fields that it has, and no others.
+        for example in self.examples():
+            yield {name: _as_json(name, value) for name, value in example.items()}
+
     def examples(self) -> Iterator[dict[str, Any]]:
-        """Yield the examples of all rows as their columns hold them."""
+        """Yield the examples of all rows."""
         for place, row in self.placed():
             if self.num_rows % UPDATE_EVERY == 0:
                 self.progress.done = self.num_rows
@@ -169,8 +187,8 @@ class _Conversion:
                 self.num_bad += 1
                 continue
             beside = {PLACE: place, ROW: self.num_usable}
-            yield from ({**dict.fromkeys(self.features), **example, **beside} for example in examples)
             self.num_usable += bool(examples)
+            yield from ({**dict.fromkeys(self.features), **example, **beside} for example in examples)
         if not self.num_usable:
             wrong = f" or of rows that cannot be used, as {self.first_bad}" if self.num_bad else ""
             raise PatError(
@@ -194,26 +212,28 @@ class _Conversion:
         if isinstance(row, PatError):
             raise row
         if not row.keys() <= self.columns.keys():
-            self.columns |= dict.fromkeys(row)
-            if detect_format(self.columns, self.name, self.reading.text_field) != self.format:
+            columns = self.columns | dict.fromkeys(row)
+            if detect_format(columns, self.name, self.reading.text_field) != self.format:
+                if self.goes_on:
+                    raise PatError(
+                        f"{place}: has columns by which the data has another format than {self.format.name}, which the "
+                        f"first {ROWS_LOOKED_AT:,} rows have; leave --streaming out, or the row."
+                    )
                 raise _OtherFormat
+            self.columns = columns
         try:
-            examples = convert_row(row, self.format, self.template, self.reading.chat_template)
+            return convert_row(row, self.format, self.template, self.reading.chat_template)
         except RowError as error:
             raise PatError(f"{place}: {error}") from error
-        if self.template != "chat":
-            return examples
-        # In JSON, each message keeps the fields that it has, and no others.
-        return [
-            {
-                key: [json.dumps(item) for item in value] if key in ("prompt", "completion") else json.dumps(value)
-                for key, value in example.items()
-            }
-            for example in examples
-        ]
 
 
-def _look_at(placed: Iterable[Placed], skips: bool) -> tuple[dict[str, None], Row]:
+def _as_json(name: str, value: Any) -> Any:
+    if value is None or name in (PLACE, ROW):
+        return value
+    return [json.dumps(item) for item in value] if name in ("prompt", "completion") else json.dumps(value)
+
+
+def look_at(placed: Iterable[Placed], skips: bool) -> tuple[dict[str, None], Row]:
     """Return the columns of rows, and the first of them that is one.
 
     Raises:

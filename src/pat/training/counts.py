@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +89,28 @@ def _count(rows: Dataset, progress: Phase) -> Counts:
         unread=tuple(sorted(names)),
         num_glued=num_glued,
         num_openings=num_openings,
+    )
+
+
+def counts_of_batch(encoded: Mapping[str, Sequence[Any]], is_first: Sequence[bool]) -> Counts:
+    """Count a batch of examples as an encoder returns it, in which some are the first of their rows."""
+    indices = [place for place, refusal in enumerate(encoded["refusal"]) if not refusal]
+    names = Counter(encoded["unread"][place] for place in indices)
+    del names[""]
+    arrays = {
+        name: np.array([encoded[name][place] for place in indices], np.int32)
+        for name in ("num_tokens", "num_targets", "num_left")
+    }
+    return Counts(
+        **arrays,
+        indices=np.array(indices, np.int64),
+        largest_token=max((max(encoded["input_ids"][place], default=0) for place in indices), default=0),
+        num_unread=names.total(),
+        unread=tuple(sorted({name for several in names for name in several.split(", ")})),
+        num_glued=sum(encoded["glued"]),
+        num_openings=sum(encoded["opens"][place] and is_first[place] for place in indices),
+        num_refused=len(encoded["refusal"]) - len(indices),
+        first_refusal=next(filter(None, encoded["refusal"]), ""),
     )
 
 

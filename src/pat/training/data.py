@@ -76,6 +76,7 @@ def load_training_data(
     config_name: str | None = None,
     template: TemplateChoice = "auto",
     held_out: HeldOut = None,
+    most_held_out: int = DEFAULT_HELD_OUT_ROWS,
     seed: int = 0,
     text_field: str = "text",
     skips: bool = False,
@@ -92,7 +93,8 @@ def load_training_data(
         template: how instructions become prompts; "auto": chat if the tokenizer has a chat template, else
             alpaca, and prompt and completion strings as they are.
         held_out: what to keep apart: a number of rows, a share below 1, 0 for nothing, or a file (or hub
-            dataset) of its own; by default 2 %, at most 200 rows. Numbers may come as strings.
+            dataset) of its own; by default 2 %, but at most `most_held_out` rows. Numbers may come as strings.
+        most_held_out: see there.
         seed: decides which rows are kept apart.
         text_field: the column of plain text; another name than "text" makes the data plain text.
         skips: whether rows that cannot be used are left out, and counted.
@@ -103,23 +105,18 @@ def load_training_data(
             empty; a held-out number that leaves nothing to train on.
     """
     name = os.fspath(name_or_path)
-    chat_template = chat_template_of(tokenizer)
-    if template not in get_args(TemplateChoice):
-        raise PatError(f"Got template={template!r}; expected one of {', '.join(get_args(TemplateChoice))}.")
-    if template == "chat" and not chat_template:
-        raise PatError("Got template='chat', but the tokenizer has no chat template; pass 'alpaca' or 'auto'.")
-    reading = Reading(template, chat_template, text_field, skips, shown)
+    reading = reading_with(tokenizer, template, text_field, skips=skips, shown=shown)
     source = load_source(name, reading, split=split, config_name=config_name)
-    amount = _parse_held_out(held_out)
+    amount = parse_held_out(held_out)
     train, held_out_rows, num_held_out_dropped, num_held_out_bad = source.rows, None, 0, 0
     first_held_out_bad = ""
     key = source.key
     if isinstance(amount, str):
         separate = load_source(amount, reading)
         held_out_rows = separate.rows
-        num_held_out_dropped = separate.num_rows - separate.num_usable - separate.num_bad
+        num_held_out_dropped = separate.num_dropped
         num_held_out_bad, first_held_out_bad = separate.num_bad, separate.first_bad
-    elif count := _num_held_out(source.num_usable, amount, name):
+    elif count := _num_held_out(source.num_usable, amount, name, most_held_out):
         # Whole rows are kept apart: no conversation is on both sides.
         chosen = random.Random(seed).sample(range(source.num_usable), count)
         is_apart = np.zeros(source.num_usable, dtype=bool)
@@ -133,12 +130,28 @@ def load_training_data(
         source=source,
         name=name,
         held_out_name=amount if isinstance(amount, str) else None,
-        num_dropped=source.num_rows - source.num_usable - source.num_bad,
+        num_dropped=source.num_dropped,
         num_held_out_bad=num_held_out_bad,
         first_held_out_bad=first_held_out_bad,
         num_held_out_dropped=num_held_out_dropped,
         key=key,
     )
+
+
+def reading_with(
+    tokenizer: PreTrainedTokenizerBase | None, template: TemplateChoice, text_field: str, *, skips: bool, shown: bool
+) -> Reading:
+    """Return how rows are read; see `load_training_data`.
+
+    Raises:
+        PatError: there is no such template.
+    """
+    chat_template = chat_template_of(tokenizer)
+    if template not in get_args(TemplateChoice):
+        raise PatError(f"Got template={template!r}; expected one of {', '.join(get_args(TemplateChoice))}.")
+    if template == "chat" and not chat_template:
+        raise PatError("Got template='chat', but the tokenizer has no chat template; pass 'alpaca' or 'auto'.")
+    return Reading(template, chat_template, text_field, skips, shown)
 
 
 def chat_template_of(tokenizer: PreTrainedTokenizerBase | None) -> str:
@@ -147,8 +160,8 @@ def chat_template_of(tokenizer: PreTrainedTokenizerBase | None) -> str:
     return "\n".join(template.values()) if isinstance(template, dict) else template or ""
 
 
-def _parse_held_out(held_out: HeldOut) -> int | float | str | None:
-    """Numbers given as strings become numbers, anything else given as a string or path stays a name."""
+def parse_held_out(held_out: HeldOut) -> int | float | str | None:
+    """Return what is to be held out: numbers given as strings become numbers, any other string or path is a name."""
     if held_out is None or isinstance(held_out, int | float):
         return held_out
     name = os.fspath(held_out)
@@ -160,10 +173,10 @@ def _parse_held_out(held_out: HeldOut) -> int | float | str | None:
     return name
 
 
-def _num_held_out(num_rows: int, amount: int | float | None, name: str) -> int:
+def _num_held_out(num_rows: int, amount: int | float | None, name: str, most: int) -> int:
     if amount is None:
         # A single row cannot be shared; every other source keeps at least one apart.
-        return min(DEFAULT_HELD_OUT_ROWS, max(1, round(DEFAULT_HELD_OUT_SHARE * num_rows)), num_rows - 1)
+        return min(most, max(1, round(DEFAULT_HELD_OUT_SHARE * num_rows)), num_rows - 1)
     count = math.ceil(amount * num_rows) if isinstance(amount, float) and 0 <= amount < 1 else amount
     if not isinstance(count, int) or not 0 <= count < num_rows:
         raise PatError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,40 @@ from pat.errors import PatError
 from pat.training.counts import Counts
 from pat.training.data import TrainingData
 from pat.training.tokens import Truncation
+
+
+def _describe_template(template: str | None) -> str:
+    return {"chat": "chat template", "alpaca": "Alpaca wording"}.get(template or "", "no template")
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """One of several sources that are mixed, for `results.json`."""
+
+    source: str
+    share: float  # of it in the examples that are trained on
+    times: float | None  # how often each of its examples comes in an epoch, in the mean; of a stream it is not known
+    format: str
+    template: str | None
+    fingerprint: str
+    num_rows: int
+    num_dropped: int  # rows without a response
+    num_skipped: int  # rows, and examples that the chat template refuses, that could not be used
+    unused_columns: tuple[str, ...]
+    num_examples: int  # not held out
+    num_tokens: int  # of these examples, before the cut
+    num_target_tokens: int  # of these tokens, to be learned
+    num_held_out: int  # examples that are measured
+
+    def describe(self) -> str:
+        """Say in a few words what was understood, and how often its examples come."""
+        left_out = f", {self.num_skipped:,} skipped" if self.num_skipped else ""
+        of_all = f"{self.share:.1%} of what is trained on".replace("%", " %")
+        times = "" if self.times is None else f", {f'{self.times:.2f}'.rstrip('0').rstrip('.')} times each"
+        return (
+            f"{self.source} ({self.format}, {_describe_template(self.template)}): {self.num_examples:,} examples"
+            f"{left_out}, {of_all}{times}"
+        )
 
 
 @dataclass(frozen=True)
@@ -38,15 +73,35 @@ class DataRecord:
     num_held_out_dropped: int  # rows of a separate source without a response
     num_skipped: int = 0  # rows, and examples that the chat template refuses, that could not be used
     num_held_out: int = 0  # examples that are measured
+    sources: tuple[SourceRecord, ...] = ()  # of several that are mixed; the counts above are sums over them
+    is_streamed: bool = False  # the counts are of what was read until the end of training, each row counted once
+
+    def describe_read(self) -> str:
+        """Say in one line what was read of a stream."""
+        return (
+            f"Read of {self.source}: {self.num_rows:,} rows, {self.num_dropped:,} of them without a response, "
+            f"{self.num_skipped:,} skipped; {self.num_truncated:,} of {self.num_examples:,} examples truncated."
+        )
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> DataRecord:
+        """Return a record as it was stored."""
+        return cls(**{**facts, "sources": tuple(SourceRecord(**source) for source in facts.get("sources", ()))})
 
     def describe(self) -> str:
         """Say in one line what was understood."""
-        template = {"chat": "chat template", "alpaca": "Alpaca wording"}.get(self.template or "", "no template")
+        template = _describe_template(self.template)
         skipped = f", {self.num_skipped:,} skipped" if self.num_skipped else ""
+        what = f"{self.source} ({self.format}, {template})"
+        if self.sources:
+            what = f"{'; '.join(source.describe() for source in self.sources)}; together"
+        rows, apart = f", {self.num_rows:,} rows; ", ""
+        if self.is_streamed:
+            rows, apart = f", read while training goes on; in its first {self.num_rows:,} rows ", ", the first"
         return (
-            f"Data: {self.source} ({self.format}, {template}), {self.num_rows:,} rows; {self.num_examples:,} examples "
+            f"Data: {what}{rows}{self.num_examples:,} examples "
             f"with {self.num_tokens:,} tokens to train on, {self.num_target_tokens:,} of them to learn, "
-            f"{self.num_truncated:,} truncated{skipped}; {self.num_held_out:,} held out."
+            f"{self.num_truncated:,} truncated{skipped}; {self.num_held_out:,} held out{apart}."
         )
 
 
@@ -73,17 +128,60 @@ def make_record(data: TrainingData, counts: Counts, cut: Truncation) -> DataReco
         num_rows=data.num_rows,
         num_dropped=data.num_dropped,
         unused_columns=data.source.unread,
-        num_examples=len(left),
-        num_tokens=int(tokens.sum(dtype=np.int64)),
-        num_target_tokens=int(targets.sum(dtype=np.int64)),
-        num_truncated=int((left < targets).sum()),
-        num_cut_tokens=0 if cut.room is None else int((tokens - cut.room).clip(0).sum(dtype=np.int64)),
-        num_cut_target_tokens=int((targets - left).sum(dtype=np.int64)),
-        num_cut_away=int((left == 0).sum()),
-        # A prompt of its own is meant to be context alone.
-        num_unlearned_openings=counts.num_openings if data.source.format.name == "messages" else 0,
+        **sums(counts, cut, data.source.format.name),
         num_held_out_dropped=data.num_held_out_dropped,
         num_skipped=data.source.num_bad + counts.num_refused,
+    )
+
+
+def sums(counts: Counts, cut: Truncation, format: str) -> dict[str, Any]:
+    """Return what counts of examples in a format come to, by the names of the record's fields."""
+    tokens, targets, left = counts.num_tokens, counts.num_targets, counts.num_left
+    return {
+        "num_examples": len(left),
+        "num_tokens": int(tokens.sum(dtype=np.int64)),
+        "num_target_tokens": int(targets.sum(dtype=np.int64)),
+        "num_truncated": int((left < targets).sum()),
+        "num_cut_tokens": 0 if cut.room is None else int((tokens - cut.room).clip(0).sum(dtype=np.int64)),
+        "num_cut_target_tokens": int((targets - left).sum(dtype=np.int64)),
+        "num_cut_away": int((left == 0).sum()),
+        # A prompt of its own is meant to be context alone.
+        "num_unlearned_openings": counts.num_openings if format == "messages" else 0,
+    }
+
+
+def combined(records: Sequence[DataRecord], shares: Sequence[float], times: Sequence[float | None]) -> DataRecord:
+    """Return the record of several sources together.
+
+    Args:
+        records: of each of them.
+        shares: of each in the examples that are trained on.
+        times: how often each example of a source comes in an epoch, in the mean.
+    """
+    first = records[0]
+    sources = tuple(
+        SourceRecord(
+            share=share,
+            times=num,
+            **{name.name: getattr(record, name.name) for name in fields(SourceRecord) if hasattr(record, name.name)},
+        )
+        for record, share, num in zip(records, shares, times, strict=True)
+    )
+    names = [f.name for f in fields(DataRecord) if f.type == "int"]
+    totals: dict[str, Any] = {name: sum(getattr(record, name) for record in records) for name in names}
+    templates = list(dict.fromkeys(record.template for record in records))
+    known = hashlib.sha256(" ".join(record.fingerprint for record in records).encode()).hexdigest()
+    columns = dict.fromkeys(column for record in records for column in record.unused_columns)
+    return DataRecord(
+        **totals,
+        source=", ".join(record.source for record in records),
+        held_out_source=first.held_out_source,
+        format=", ".join(dict.fromkeys(record.format for record in records)),
+        template=templates[0] if len(templates) == 1 else ", ".join(template or "none" for template in templates),
+        fingerprint=f"sha256:{known}",
+        unused_columns=tuple(columns),
+        sources=sources,
+        is_streamed=first.is_streamed,
     )
 
 
@@ -124,7 +222,11 @@ def remarks(record: DataRecord, data: TrainingData, counts: Counts, cut: Truncat
         yield (
             f"{num_longer:,} {all_examples} are cut at --max_length {cut.max_length}: {record.num_cut_tokens:,} of "
             f"{record.num_tokens:,} tokens are dropped, {record.num_cut_target_tokens:,} of them to learn; raise it"
-            + (", or drop none by --packing true --packing_strategy wrapped." if text else ".")
+            + (
+                ", or drop none by --packing true --packing_strategy wrapped."
+                if text and not record.is_streamed
+                else "."
+            )
         )
     if record.num_truncated and record.format != "text" and not cut.keeps_end:
         yield f"{record.num_truncated:,} {all_examples} lose the end of their response, so that it never stops."

@@ -256,13 +256,13 @@ def _check_overwritten(arguments: TuneArguments, run: RunFile | None) -> None:
             f"{folder}: got --overwrite true, but {foreign[0]} is not from `pat tune`; move it away, or choose another "
             "output folder."
         )
-    read = {
-        "model_name_or_path": arguments.run.model_name_or_path,
-        "dataset_name": arguments.run.dataset_name,
-        "teacher": arguments.distill.teacher,
-        "resume_from_checkpoint": arguments.sft.resume_from_checkpoint,
-    }
-    for name, value in read.items():
+    read = [
+        ("model_name_or_path", arguments.run.model_name_or_path),
+        *(("dataset_name", name) for name in arguments.run.dataset_names),
+        ("teacher", arguments.distill.teacher),
+        ("resume_from_checkpoint", arguments.sft.resume_from_checkpoint),
+    ]
+    for name, value in read:
         if isinstance(value, str) and Path(value).exists() and _is_inside(value, folder):
             raise PatError(f"Got --overwrite true and {name}={value}, which it would remove; move it away first.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,10 +21,10 @@ class RunOptions:
     """Model, data and housekeeping of one run."""
 
     model_name_or_path: str = field(metadata={"help": "Base model: a folder or a hub id."})
-    dataset_name: str = field(
+    dataset_name: str | list[str] = field(
         metadata={
             "help": "Training data: a hub id, a local .json, .jsonl, .parquet, .csv or .tsv file (also compressed as "
-            ".gz, .bz2, .xz or .zst), or a folder of such files; its format is detected. "
+            ".gz, .bz2, .xz or .zst), or a folder of such files; its format is detected. Several are mixed. "
             "task:arc_easy,piqa (task:FOLDER/arc_easy,piqa for <task>.train.jsonl files) is the train split of tasks."
         }
     )
@@ -33,8 +34,23 @@ class RunOptions:
             "of the same command before, which goes on."
         }
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split of a hub dataset to train on."})
+    dataset_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Share of each of several datasets in the examples that are trained on, as in 7 3; the rows of one "
+            "that is too short for its share come more often. Default: every row once.",
+            "range": "[0.000001, 1000000]",
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the data while training goes on, instead of all of it before; needs --max_steps. The first "
+            "rows are held out."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of hub datasets."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of each dataset to train on."})
     template: str = field(
         default="auto",
         metadata={"help": "How instructions become prompts: 'chat', 'alpaca', or 'auto' (chat if the tokenizer can)."},
@@ -94,6 +110,23 @@ class RunOptions:
     def __post_init__(self) -> None:
         if isinstance(self.held_out, bool):
             raise PatError(f"Got held_out={self.held_out}; expected a number of rows, a share below 1, or a file.")
+        check_ranges(self)
+        names, weights = self.dataset_names, self.dataset_weights
+        if not names:
+            raise PatError("Got no dataset_name; expected a hub id, a file or a folder.")
+        if weights is not None and (len(weights) != len(names) or len(names) == 1):
+            raise PatError(
+                f"Got {len(weights)} dataset_weights for {len(names)} dataset_name; expected one weight for each of "
+                "several datasets."
+            )
+        places = [os.path.realpath(name) if os.path.exists(name) else name for name in names]
+        if again := [name for number, name in enumerate(names) if places[number] in places[:number]]:
+            raise PatError(f"Got dataset_name={again[0]} twice; give it once, with the weight that it is to have.")
+
+    @property
+    def dataset_names(self) -> list[str]:
+        """Names of all datasets."""
+        return [self.dataset_name] if isinstance(self.dataset_name, str) else [str(name) for name in self.dataset_name]
 
 
 @dataclass

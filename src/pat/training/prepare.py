@@ -6,14 +6,14 @@ import copy
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import pyarrow.compute
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from trl import SFTConfig, pack_dataset
 
@@ -26,7 +26,19 @@ from pat.training.calibration_text import calibration_pieces
 from pat.training.conversion import TemplateChoice
 from pat.training.counts import Counts, count, count_tokens
 from pat.training.data import TrainingData, load_training_data
-from pat.training.data_record import DataRecord, held_out_remarks, make_record, remarks
+from pat.training.data_record import DataRecord, make_record, remarks
+from pat.training.parts import (
+    SOURCE,
+    apart_of,
+    encoded,
+    epoch_of,
+    kept_of,
+    lengths_of,
+    load_parts,
+    open_parts,
+    records_of,
+)
+from pat.training.stream import Stream
 from pat.training.tables import ROWS_AT_ONCE
 from pat.training.tokens import Encoder, Truncation, encode, learns
 from pat.training.vocabulary import Vocabulary, load_vocabulary
@@ -54,20 +66,30 @@ class Prepared:
     vocabulary: Vocabulary
     record: DataRecord
     train: Dataset
-    """`input_ids` and `labels`, cut or packed as SFTTrainer would."""
+    """`input_ids` and `labels`, cut or packed as SFTTrainer would; of a stream the first of them."""
+    stream: Stream | None
+    """All of them, where they are made while training goes on."""
     num_tokens: int
-    """Number of tokens that one epoch trains on."""
+    """Number of tokens of `train`, which is one epoch unless there is a stream."""
     longest: int
-    """Number of tokens of the longest row that is trained on."""
+    """Number of tokens of the longest row of it."""
     evaluation: Dataset | None
     """Rows in the same columns to evaluate on, where the trainer is to evaluate."""
     held_out: Sequence[Example]
     """Examples to measure on, cut like those that are trained on."""
+    held_out_groups: Sequence[int]
+    """Number of the source of each of them; none if there is only one source."""
     held_out_of_base: Sequence[Example] | None
     """The same examples in the base's tokens, where the vocabulary was trimmed."""
     verify_on: Sequence[dict[str, Tensor]]
     """Batches to compare models on."""
     seconds: float
+
+    def read(self, num_examples: int, epoch: float) -> tuple[DataRecord, int]:
+        """Return the record of the data when so many examples were trained on, and the number of tokens of these."""
+        if self.stream is not None:
+            return self.stream.read(num_examples)
+        return self.record, round(epoch * self.num_tokens)
 
     def trainer_args(self, args: SFTConfig) -> SFTConfig:
         """Return a copy of the trainer's arguments without what has been done to tokenizer and data already."""
@@ -94,45 +116,36 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
         eos_token=sft.eos_token,
         pad_token=sft.pad_token,
     )
-    data = load_training_data(
-        str(run.dataset_name),
-        tokenizer=vocabulary.tokenizer,
-        split=run.dataset_train_split,
-        config_name=run.dataset_config,
-        template=cast(TemplateChoice, run.template),
-        held_out=run.held_out,
-        seed=sft.seed,
-        text_field=sft.dataset_text_field,
-        skips=skips,
-        shown=shown,
-    )
-    _check_arguments(sft, data)
+    opened = open_parts(arguments, vocabulary.tokenizer) if run.streaming else []
+    sources = [data for data, _ in opened] if opened else load_parts(arguments, vocabulary.tokenizer)
+    for data in sources:
+        _check_arguments(sft, data)
     cut = Truncation(sft.max_length, sft.truncation_mode, sft.packing, sft.packing_strategy)
     encoder = Encoder(vocabulary.tokenizer, cut, sft.completion_only_loss is not False, skips)
-    rows = encode(data.train_rows, encoder, sft.dataset_num_proc, key=data.key, shown=shown)
-    apart: Sequence[Any] = []
-    if data.held_out_rows is not None:
-        apart = _whole(data.held_out_rows, encoder)
-        num_refused = len(data.held_out_rows) - len(apart)
-        data = replace(data, num_held_out_bad=data.num_held_out_bad + num_refused)
+    parts = [encoded(data, encoder, sft.dataset_num_proc, shown=shown) for data in sources]
     of_base: list[Example] | None = None
+    apart = apart_of(parts)
     if run.vocabulary_size is not None:
-        vocabulary = vocabulary.trimmed(run.vocabulary_size, count_tokens(rows), base_config)
+        counted = sum((count_tokens(part.rows) for part in parts), Counter[int]())
+        vocabulary = vocabulary.trimmed(run.vocabulary_size, counted, base_config)
         encoder = replace(encoder, tokenizer=vocabulary.tokenizer)
-        rows = encode(data.train_rows, encoder, sft.dataset_num_proc, key=data.key, shown=shown)
-        if data.held_out_rows is not None:
-            apart, of_base = _whole_in_both(_whole(data.held_out_rows, encoder), apart, cut)
-    counts = count(rows, shown=shown)
-    vocabulary.check(counts.largest_token)
+        parts = [encoded(data, encoder, sft.dataset_num_proc, shown=shown) for data in sources]
+        if apart:
+            apart, of_base = _whole_in_both(apart_of(parts), apart, cut)
+    counts = [count(part.rows, shown=shown) for part in parts]
+    vocabulary.check(max(found.largest_token for found in counts))
     vocabulary.check(max((token for row in apart for token in row["input_ids"]), default=0))
     if arguments.pat.calibration is not None:
         vocabulary.check(max(map(max, calibration_pieces(arguments.pat.calibration, vocabulary.tokenizer))))
     pieces = [list(_pieces(row, cut)) for row in apart]
-    held_out = [piece for row in pieces for piece in row]
-    record = replace(make_record(data, counts, cut), num_held_out=sum(map(bool, pieces)))
-    for remark in [*remarks(record, data, counts, cut), *held_out_remarks(record, apart, cut)]:
-        logger.warning("%s", remark)
-    kept = _kept(rows, counts, cut)
+    records = records_of(parts, counts, apart, pieces, cut, is_streamed=bool(opened))
+    stream: Stream | None = None
+    if opened:
+        stream = Stream.of(arguments, [source for _, source in opened], encoder, vocabulary, records)
+        record, num_tokens = stream.record, sum(int(lengths_of(found, cut).sum()) for found in counts)
+        kept = concatenate_datasets([kept_of(part.rows, found, cut) for part, found in zip(parts, counts, strict=True)])
+    else:
+        record, kept, num_tokens = epoch_of(parts, counts, records, cut, weights=run.dataset_weights, seed=sft.seed)
     evaluation = None
     if apart and sft.eval_strategy != "no":
         fit = replace(cut, packing=sft.packing if sft.eval_packing is None else sft.eval_packing)
@@ -142,15 +155,19 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
         if not fitted:
             raise PatError(f"Got eval_strategy={str(sft.eval_strategy)!r}, but no held-out response is left; raise it.")
         evaluation = _packed(Dataset.from_list(fitted), sft, fit)
-    train = _packed(kept, sft, cut)
+    train = _packed(kept, sft, cut) if stream is None else kept.select_columns(TRAINED_ON)
+    held_out = [piece for row in pieces for piece in row]
+    of_many = [row[SOURCE] for row, own in zip(apart, pieces, strict=True) for _ in own] if record.sources else []
     return Prepared(
         vocabulary=vocabulary,
         record=record,
         train=train,
-        num_tokens=_num_tokens(train, counts, cut),
-        longest=cut.max_length if cut.packing and cut.max_length else _longest(counts, cut),
+        stream=stream,
+        num_tokens=_num_packed_tokens(train) if cut.packing else num_tokens,
+        longest=cut.max_length if cut.packing and cut.max_length else max(_longest(found, cut) for found in counts),
         evaluation=evaluation,
         held_out=held_out,
+        held_out_groups=of_many,
         held_out_of_base=of_base,
         verify_on=_verification(held_out or kept, vocabulary, base_config),
         seconds=time.perf_counter() - started,
@@ -175,7 +192,7 @@ def prepare_examples(
     record = make_record(data, counts, cut)
     for remark in remarks(record, data, counts, cut):
         logger.warning("%s", remark)
-    return _kept(rows, counts, cut).select_columns(TRAINED_ON).to_list(), record
+    return kept_of(rows, counts, cut).select_columns(TRAINED_ON).to_list(), record
 
 
 def _check_arguments(sft: SFTConfig, data: TrainingData) -> None:
@@ -186,11 +203,6 @@ def _check_arguments(sft: SFTConfig, data: TrainingData) -> None:
         raise PatError("Got --completion_only_loss true with plain text; expected prompts and completions.")
     if sft.assistant_only_loss and data.source.template != "chat":
         raise PatError("Got --assistant_only_loss true, but the data is not under a chat template; leave the flag out.")
-
-
-def _whole(rows: Dataset, encoder: Encoder) -> list[Any]:
-    """Return the tokens of examples, none of which is cut, nor left without tokens by the chat template."""
-    return [row for row in encode(rows, replace(encoder, cut=Truncation())).to_list() if not row["refusal"]]
 
 
 def _whole_in_both(
@@ -218,14 +230,6 @@ def _whole_in_both(
     return [own for own, _ in pairs], [base for _, base in pairs]
 
 
-def _kept(rows: Dataset, counts: Counts, cut: Truncation) -> Dataset:
-    """Leave out what was refused and, as SFTTrainer does where it truncates, what has no token to learn left."""
-    indices = counts.indices
-    if cut.max_length is not None and not cut.packing:
-        indices = indices[counts.num_left > 0]
-    return rows if len(indices) == len(rows) else rows.select(indices)
-
-
 def _packed(rows: Dataset, sft: SFTConfig, cut: Truncation) -> Dataset:
     """Pack and shuffle as SFTTrainer does."""
     rows = rows.select_columns(TRAINED_ON)
@@ -236,16 +240,11 @@ def _packed(rows: Dataset, sft: SFTConfig, cut: Truncation) -> Dataset:
     return rows.shuffle(seed=sft.seed) if sft.shuffle_dataset else rows
 
 
-def _num_tokens(train: Dataset, counts: Counts, cut: Truncation) -> int:
-    """Return the number of tokens that are trained on: of rows that were selected, the table is not looked through."""
-    if cut.packing:
-        batches = train.with_format("arrow").iter(ROWS_AT_ONCE)
-        chunks = (pyarrow.compute.list_value_length(batch["input_ids"]) for batch in batches)
-        return sum(pyarrow.compute.sum(chunk).as_py() for chunk in chunks)
-    lengths = counts.num_tokens
-    if cut.max_length is not None:  # and room for as many, since nothing is packed
-        lengths = lengths[counts.num_left > 0].clip(max=cut.max_length)
-    return int(lengths.sum(dtype=np.int64))
+def _num_packed_tokens(train: Dataset) -> int:
+    """Return the number of tokens of packed rows."""
+    batches = train.with_format("arrow").iter(ROWS_AT_ONCE)
+    chunks = (pyarrow.compute.list_value_length(batch["input_ids"]) for batch in batches)
+    return sum(pyarrow.compute.sum(chunk).as_py() for chunk in chunks)
 
 
 def _longest(counts: Counts, cut: Truncation) -> int:

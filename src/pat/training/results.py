@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from pat.checkpoint.card import Compaction, Cut
 from pat.checkpoint.verify import Parity
-from pat.nll import IGNORED, Example, response_nll
+from pat.nll import IGNORED, Example, response_nll_by_group
 from pat.report.progress import progress_bar
 from pat.report.records import Machine, Record
 from pat.surgery.describe import count_parameters
@@ -62,6 +62,9 @@ class ModelFigures(Size):
     held_out_standard_error: float | None = None
     """Standard error of that mean over rows; see `NLL`."""
     num_held_out_tokens: int = 0
+    held_out_nll_by_source: list[float | None] | None = None
+    """The same loss on the held-out rows of each of several sources, in the order of `data.sources`; None for one that
+    has none."""
     tokens_per_second: float | None = None
     """Number of held-out tokens, without padding, that a forward pass takes in a second."""
 
@@ -106,7 +109,6 @@ class TuneRecord(Record):
         parts: dict[str, Any] = {
             "machine": Machine,
             "cut": Cut,
-            "data": DataRecord,
             "parity": Parity,
             "compaction": Compaction,
             "teacher": TeacherRecord,
@@ -114,6 +116,7 @@ class TuneRecord(Record):
         try:
             facts = json.loads(path.read_text(encoding="utf-8"))
             facts |= {name: kind(**facts[name]) for name, kind in parts.items() if facts[name] is not None}
+            facts["data"] = DataRecord.of(facts["data"])
             figures = {name: ModelFigures(**values) for name, values in facts["figures"].items()}
             return cls(**(facts | {"figures": figures}))
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -163,16 +166,32 @@ def measure(model: nn.Module, data: Prepared, stage: str, size: Size) -> ModelFi
     pad_token_id = 0 if examples is of_base else cast(int, data.vocabulary.tokenizer.pad_token_id)  # padding is masked
     with progress_bar(f"Scoring held-out rows with the {stage} model", "batches") as bar:
         start = time.perf_counter()
-        nll = response_nll(model, examples, batch_size=EVAL_BATCH_SIZE, pad_token_id=pad_token_id, progress=bar)
+        # Without groups all examples are of one.
+        nll, sums = response_nll_by_group(
+            model,
+            examples,
+            data.held_out_groups or [0] * len(examples),
+            batch_size=EVAL_BATCH_SIZE,
+            pad_token_id=pad_token_id,
+            progress=bar,
+        )
         speed = sum(len(example["input_ids"]) for example in examples) / (time.perf_counter() - start)
     # One unit for all models of a run: other tokens of the same text are so many of the base's.
     num_tokens = nll.num_tokens if of_base is None else sum(map(_num_scored, of_base))
     per_token = nll.num_tokens / num_tokens
+    by_source: list[float | None] | None = None
+    if data.held_out_groups:
+        counted = [0] * len(data.record.sources)
+        for group, example in zip(data.held_out_groups, of_base or data.held_out, strict=True):
+            counted[group] += _num_scored(example)
+        totals = [*sums, *[0.0] * len(counted)]
+        by_source = [total / num if num else None for total, num in zip(totals, counted, strict=False)]
     return ModelFigures(
         **asdict(size),
         held_out_nll=nll.nll * per_token,
         held_out_standard_error=None if nll.standard_error is None else nll.standard_error * per_token,
         num_held_out_tokens=num_tokens,
+        held_out_nll_by_source=by_source,
         tokens_per_second=speed,
     )
 

@@ -20,6 +20,7 @@ from pat.kinds import misfits
 from pat.loading.fingerprint import base_fingerprint
 from pat.report.records import plain, to_json
 from pat.training.arguments import REFUSED, TuneArguments
+from pat.training.mixture import shares
 
 RUN_FILE = "run.json"
 
@@ -27,7 +28,7 @@ _MAY_CHANGE = """
 max_steps num_train_epochs *batch_size* gradient_accumulation_steps torch_empty_cache_steps
 output_dir overwrite keep_checkpoints save_* log_* logging_* eval_* prediction_loss_only load_best_model_at_end
 metric_for_best_model greater_is_better include_num_input_tokens_seen report_to run_name project trackio_*
-push_to_hub hub_* disable_tqdm debug skip_memory_metrics
+push_to_hub hub_* on_bad_row disable_tqdm debug skip_memory_metrics
 resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint no_compact
 dataloader_* dataset_num_proc use_cpu dtype bf16* fp16* tf32 attn_implementation gradient_checkpointing*
 fsdp* deepspeed ddp_* average_tokens_across_devices eval_use_gather_object
@@ -68,9 +69,13 @@ class RunFile:
             for option in fields(part)
             if option.name not in REFUSED and not any(fnmatchcase(option.name, name) for name in MAY_CHANGE)
         }
+        names = [shown_name(name) for name in arguments.run.dataset_names]
         shown: dict[str, Any] = {
-            name: shown_name(str(configuration[name])) for name in ("model_name_or_path", "dataset_name")
+            "model_name_or_path": shown_name(str(configuration["model_name_or_path"])),
+            "dataset_name": names[0] if len(names) == 1 else names,
         }
+        if (weights := arguments.run.dataset_weights) is not None:
+            shown["dataset_weights"] = [round(share, 12) for share in shares(weights)]
         if (teacher := arguments.distill.teacher) is not None:  # checked, so that its configuration can be read
             config = AutoConfig.from_pretrained(teacher, trust_remote_code=False)
             shown["teacher"] = f"{shown_name(teacher)} {fingerprint(teacher, config)}"

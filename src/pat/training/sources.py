@@ -61,6 +61,18 @@ def load_source(name: str, reading: Reading, *, split: str = "train", config_nam
     return _load_hub(name, reading, split, config_name)
 
 
+def check_exists(name: str) -> None:
+    """Check that a local file or folder is there, before others are read.
+
+    Raises:
+        PatError: it is not.
+    """
+    path = Path(name).expanduser()
+    is_meant = looks_local(name) or path.suffix.lower() in FILE_SUFFIXES
+    if is_meant and not name.startswith(TASK_PREFIX) and not os.path.exists(path):
+        next(iterate_local(path))  # says so
+
+
 def load_task_source(name: str, split: str, template: TemplateChoice = "auto") -> Source:
     """Turn the train splits of tasks into instructions under the Alpaca template, as the paper's protocol asks them.
 
@@ -123,10 +135,22 @@ def _load_folder(path: Path, reading: Reading, split: str, config_name: str | No
 
 
 def _load_hub(name: str, reading: Reading, split: str, config_name: str | None) -> Source:
+    dataset = load_from_hub(name, reading, split, config_name)
+    if not len(dataset):
+        raise PatError(f"{name}: split {split!r} has no rows; expected at least one example.")
+    return _convert(name, dataset, reading)
+
+
+def load_from_hub(name: str, reading: Reading, split: str, config_name: str | None, *, streaming: bool = False) -> Any:
+    """Load what `datasets` loads, or have it streamed.
+
+    Raises:
+        PatError: there is no such thing, or it cannot be loaded.
+    """
     try:
         # On a terminal `datasets` draws bars of its own.
         with phase(f"Loading {name}", shown=reading.shown and not sys.stderr.isatty()):
-            dataset = load_dataset(name, name=config_name, split=split)
+            return load_dataset(name, name=config_name, split=split, streaming=streaming)
     except ConnectionError as error:
         raise PatError(
             f"{name}: no such file, and the hub could not be reached; pass an existing file ({SUFFIXES}) or go online."
@@ -139,9 +163,6 @@ def _load_hub(name: str, reading: Reading, split: str, config_name: str | None) 
     except Exception as error:  # whatever its parsers, file systems and HTTP client raise
         reason = one_line(error)
         raise PatError(f"{name}: this dataset could not be loaded, split {split!r} ({reason}).") from error
-    if not len(dataset):
-        raise PatError(f"{name}: split {split!r} has no rows; expected at least one example.")
-    return _convert(name, dataset, reading)
 
 
 def _convert(name: str, dataset: Dataset, reading: Reading) -> Source:

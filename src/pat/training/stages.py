@@ -288,6 +288,7 @@ class Stages:
             self.seconds,
             config.to_dict(),
             self.run_file,
+            *self.data.read(state.global_step * (self.run_file.rows_per_step or 0), state.epoch or 0.0),
             record,
             self.teaching.record(trainer),
         )

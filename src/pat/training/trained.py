@@ -14,6 +14,7 @@ from peft.utils import CONFIG_NAME
 from pat.checkpoint.card import Compaction, shown_name
 from pat.checkpoint.compact import ADAPTER, RECORD, read_compaction
 from pat.report.records import to_json
+from pat.training.data_record import DataRecord
 from pat.training.run_file import RunFile
 from pat.training.teacher import TeacherRecord
 
@@ -34,6 +35,9 @@ class Trained:
     """Seconds that each part took: `preparation` (of the rows), `stage_one`, `compaction`, `stage_two`."""
     pat_config: dict[str, Any]
     run: RunFile
+    data: DataRecord
+    """What was trained on; of a stream until the end of training."""
+    num_tokens_seen: int
     compaction: Compaction | None = None
     teacher: TeacherRecord | None = None
 
@@ -47,6 +51,7 @@ class Trained:
         facts = {name: getattr(self, name) for name in ("num_steps", "epoch", "log_history", "seconds", "pat_config")}
         paths = {name: self.pat_config.get(name) for name in ("base_model_name_or_path", "calibration")}
         facts["pat_config"] = self.pat_config | {name: path and shown_name(str(path)) for name, path in paths.items()}
+        facts |= {"data": asdict(self.data), "num_tokens_seen": self.num_tokens_seen}
         facts |= {"asked_steps": asked_steps, "teacher": None if self.teacher is None else asdict(self.teacher)}
         (folder / TRAINING).write_text(to_json(facts), encoding="utf-8")
 
@@ -66,6 +71,8 @@ class Trained:
             facts["seconds"],
             facts["pat_config"],
             run,
+            DataRecord.of(facts["data"]),
+            facts["num_tokens_seen"],
             read_compaction(output_dir / "compact") if _is_compact(output_dir) else None,
             None if teacher is None else TeacherRecord(**teacher),
         )
@@ -84,7 +91,8 @@ def training_facts(output_dir: Path, num_steps: int, *, no_compact: bool = False
         facts = json.loads((last_adapter(output_dir) / TRAINING).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return facts if isinstance(facts, dict) and facts.get("asked_steps") == num_steps else None
+    is_over = isinstance(facts, dict) and facts.get("asked_steps") == num_steps and "data" in facts
+    return facts if is_over else None
 
 
 def _is_compact(output_dir: Path) -> bool:

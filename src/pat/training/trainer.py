@@ -49,7 +49,7 @@ def make_trainer(
     parts: dict[str, Any] = {
         "model": model,
         "args": args,
-        "train_dataset": data.train,
+        "train_dataset": data.train if data.stream is None else data.stream.dataset(),
         "eval_dataset": evaluation,
         "processing_class": tokenizer or data.vocabulary.tokenizer,
         "callbacks": [*callbacks],

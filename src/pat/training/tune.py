@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -146,6 +147,8 @@ def _finish(
 ) -> TuneRecord:
     """Merge, write, verify and measure what has been trained, and write the record of the run."""
     folder = arguments.output_dir
+    if trained.data.is_streamed and not arguments.sft.disable_tqdm:
+        print(trained.data.describe_read(), file=sys.stderr)
     inner = cast(PreTrainedModel, trained.model.get_base_model())
     size = (size if trained.compaction is None else Size.of(inner.config, stored)).with_adapter(trained.model)
     figures["tuned"] = measure(inner, data, "tuned", size)
@@ -189,10 +192,10 @@ def _record(arguments: TuneArguments, data: Prepared, trained: Trained, **found:
     name, training_arguments = shown_name(arguments.run.model_name_or_path), arguments.sft.to_sanitized_dict()
     return TuneRecord(
         model_name_or_path=name,
-        dataset=data.record.source,
+        dataset=trained.data.source,
         pat_config=trained.pat_config | {"base_model_name_or_path": name},
         training_arguments=training_arguments | {"output_dir": arguments.output_dir.name, "logging_dir": None},
-        data=data.record,
+        data=trained.data,
         compaction=trained.compaction,
         teacher=trained.teacher,
         timings=trained.timings(),
@@ -214,12 +217,13 @@ def _facts(arguments: TuneArguments, data: Prepared, trained: Trained) -> dict[s
     if cuts_hidden and (has_soft_steps or trained.compaction is None):
         rates["operators"] = rate * pat.operator_lr_multiplier
     formats = {"chat": "the chat template of the tokenizer", "alpaca": "the Alpaca template"}
+    templates = (trained.data.template or "").split(", ")
     return {
         "recipe": arguments.run.recipe,
         "seed": arguments.sft.seed,
         "num_steps": trained.num_steps,
-        "num_tokens_seen": round(trained.epoch * data.num_tokens),
-        "prompt_format": formats.get(data.record.template or "", "none, texts as they are"),
+        "num_tokens_seen": trained.num_tokens_seen,
+        "prompt_format": " or ".join(formats.get(template, "none, texts as they are") for template in templates),
         "learning_rates": rates,
     }
 
@@ -260,7 +264,7 @@ def _write(
     errors = {stage: found.held_out_standard_error for stage, found in scored.items()}
     provenance = _facts(arguments, data, trained) | {
         "model_name_or_path": arguments.run.model_name_or_path,
-        "dataset": arguments.run.dataset_name,
+        "dataset": ", ".join(map(shown_name, arguments.run.dataset_names)),
         "max_length": arguments.sft.max_length,
         "teacher": trained.teacher.describe() if trained.teacher else None,
         "held_out_nll": {stage: found.held_out_nll for stage, found in scored.items()},
