@@ -10,6 +10,7 @@ import typing
 from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter
@@ -36,6 +37,7 @@ def schemas() -> dict[str, dict[str, Any]]:
     for name, command in COMMANDS.items():
         module, _, function = command.run.partition(":")
         record = typing.get_type_hints(getattr(import_module(module), function))["return"]
+        record = next(kind for kind in typing.get_args(record) or (record,) if kind is not NoneType)
         record = typing.get_type_hints(record).get("record", record)  # some return it beside where things are
         assert is_dataclass(record)
         # Documented for plain dataclasses, and passed on to those inside; here the descriptions come from.
