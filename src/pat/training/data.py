@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 DEFAULT_HELD_OUT_SHARE = 0.02
 DEFAULT_HELD_OUT_ROWS = 200
+FEWEST_HELD_OUT_ROWS = 20
+"""Below it a mean says little, so that of few rows up to a tenth is held out."""
 
 HeldOut = int | float | str | os.PathLike[str] | None
 
@@ -93,7 +95,8 @@ def load_training_data(
         template: how instructions become prompts; "auto": chat if the tokenizer has a chat template, else
             alpaca, and prompt and completion strings as they are.
         held_out: what to keep apart: a number of rows, a share below 1, 0 for nothing, or a file (or hub
-            dataset) of its own; by default 2 %, but at most `most_held_out` rows. Numbers may come as strings.
+            dataset) of its own; by default 2 %, of few rows up to a tenth until there are 20, and at most
+            `most_held_out` rows. Numbers may come as strings.
         most_held_out: see there.
         seed: decides which rows are kept apart.
         text_field: the column of plain text; another name than "text" makes the data plain text.
@@ -176,7 +179,8 @@ def parse_held_out(held_out: HeldOut) -> int | float | str | None:
 def _num_held_out(num_rows: int, amount: int | float | None, name: str, most: int) -> int:
     if amount is None:
         # A single row cannot be shared; every other source keeps at least one apart.
-        return min(most, max(1, round(DEFAULT_HELD_OUT_SHARE * num_rows)), num_rows - 1)
+        of_few = min(FEWEST_HELD_OUT_ROWS, num_rows // 10)
+        return min(most, max(1, round(DEFAULT_HELD_OUT_SHARE * num_rows), of_few), num_rows - 1)
     count = math.ceil(amount * num_rows) if isinstance(amount, float) and 0 <= amount < 1 else amount
     if not isinstance(count, int) or not 0 <= count < num_rows:
         raise PatError(

@@ -393,7 +393,16 @@ def test_places_options_and_splits_that_are_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("num_rows", "held_out", "expected"),
-    [(1, None, 0), (2, None, 1), (100, None, 2), (12_000, None, 200), (10, "3", 3), (10, 0.25, 3), (9, "0", 0)],
+    [
+        (1, None, 0),
+        (2, None, 1),
+        (100, None, 10),
+        (700, None, 20),
+        (12_000, None, 200),
+        (10, "3", 3),
+        (10, 0.25, 3),
+        (9, "0", 0),
+    ],
 )
 def test_held_out_size(tmp_path: Path, num_rows: int, held_out: Any, expected: int) -> None:
     data = load_training_data(write(tmp_path / "data.jsonl", alpaca_rows(num_rows)), held_out=held_out)
@@ -440,7 +449,7 @@ def test_hub_dataset_is_converted_and_checked_like_a_file(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(sources, "load_dataset", load_dataset)
     data = load_training_data("owner/name", config_name="en", split="train[:4]", held_out=1)
-    assert calls == [("owner/name", {"name": "en", "split": "train[:4]"})]
+    assert calls == [("owner/name", {"name": "en", "split": "train[:4]", "streaming": False})]
     assert data.held_out is not None and (len(data.train), len(data.held_out)) == (2, 1)
     assert (data.num_rows, data.num_dropped, data.name) == (4, 1, "owner/name")
     assert data.source.fingerprint == f"datasets:{hub._fingerprint}"

@@ -167,7 +167,7 @@ def learned(data: Prepared) -> list[int]:
 
 
 def lines_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    found = [record.getMessage() for record in caplog.records if record.name == "pat.training.prepare"]
+    found = [record.getMessage() for record in caplog.records if record.name == "pat.training.parts"]
     caplog.clear()
     return found
 
