@@ -66,7 +66,8 @@ class RunOptions:
     held_out: str | None = field(
         default=None,
         metadata={
-            "help": "Rows kept apart for the final figures: a number, a share, or a file. Default: 1 in 50, up to 200."
+            "help": "Rows kept apart for the final figures: a number, a share, or a file. Default: 1 in 50, up to 200, "
+            "and of fewer than 1,000 rows up to a tenth until there are 20."
         },
     )
     on_bad_row: str = field(
