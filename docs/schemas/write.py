@@ -10,7 +10,6 @@ import typing
 from dataclasses import is_dataclass
 from importlib import import_module
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter
@@ -36,8 +35,8 @@ def schemas() -> dict[str, dict[str, Any]]:
     found = {}
     for name, command in COMMANDS.items():
         module, _, function = command.run.partition(":")
-        record = typing.get_type_hints(getattr(import_module(module), function))["return"]
-        record = next(kind for kind in typing.get_args(record) or (record,) if kind is not NoneType)
+        result = typing.get_type_hints(getattr(import_module(module), function))["return"]
+        record = (typing.get_args(result) or (result,))[0]  # `pat demo --ui` leaves none
         record = typing.get_type_hints(record).get("record", record)  # some return it beside where things are
         assert is_dataclass(record)
         # Documented for plain dataclasses, and passed on to those inside; here the descriptions come from.
