@@ -136,11 +136,12 @@ def _tiny_cells(family: str, cuts: list[str], folder: Path) -> tuple[dict[str, A
 
     from pat.checkpoint.merge import merge
     from pat.errors import PatError
+    from pat.surgery.residual import model_tensors
 
     base = build(family, tied=family in TIED, **(SIZES | REAL.get(family, {})))
-    for name, parameter in base.named_parameters():
+    for name, tensor in model_tensors(base).items():
         if ".act_fn." in name:  # constants that vLLM has in bfloat16, as every checkpoint of Apertus
-            parameter.data.copy_(parameter.data.bfloat16())
+            tensor.data.copy_(tensor.data.bfloat16())
     base.save_pretrained(folder / "base")
     tiny_tokenizer(folder / "base")
     (folder / "text").write_text("Verified on little text. " * 4)
