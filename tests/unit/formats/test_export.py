@@ -7,6 +7,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from pat import cli
 from pat.checkpoint.staging import staged_file
 from pat.errors import PatError, RunFailed
 from pat.formats.command import ExportRecord, _kind, run_export
-from pat.formats.graph import INPUTS, check_graph, write_onnx
+from pat.formats.graph import CHECKED_LENGTHS, INPUTS, check_graph, write_onnx
 from pat.formats.llama_cpp import Server, _address, _ended_after
 from pat.formats.options import ExportOptions
 from pat.formats.reference import Reference
@@ -113,6 +114,30 @@ def test_a_graph_is_asked_rows_of_equal_length_of_a_text_that_is_too_short(monke
     monkeypatch.setattr("pat.formats.graph._onnx", lambda path: run)
     monkeypatch.setattr("pat.formats.graph.version", lambda name: "0")
     assert check_graph(Path("x.onnx"), "onnxruntime", reference).value == 0
+
+
+@pytest.mark.parametrize(("floor", "passes"), [(2e-4, True), (5e-5, False)])
+def test_a_graph_may_miss_the_bound_by_what_rounding_does_to_its_model_alone(
+    floor: float, passes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("llama", tied=True)
+    reference = Reference(model, "", (5, 6, 7))
+
+    def run(inputs: dict[str, Any]) -> Any:
+        return reference.logits(*(torch.from_numpy(inputs[name]) for name in INPUTS)).numpy() + 5e-4
+
+    def permutation_floor(model: Any, batches: Any) -> Any:
+        assert [tuple(batch["input_ids"].shape) for batch in batches] == list(CHECKED_LENGTHS)
+        return SimpleNamespace(max_abs_logit_diff=floor)
+
+    monkeypatch.setattr("pat.formats.graph._onnx", lambda path: run)
+    monkeypatch.setattr("pat.formats.graph.version", lambda name: "0")
+    monkeypatch.setattr("pat.formats.graph.permutation_floor", permutation_floor)
+    if passes:
+        assert check_graph(Path("x.onnx"), "onnxruntime", reference).bound == pytest.approx(5 * floor)
+    else:
+        with pytest.raises(RunFailed, match=r"differ by up to 0\.0005, and may by 0\.00025"):
+            check_graph(Path("x.onnx"), "onnxruntime", reference)
 
 
 def test_a_graph_that_cannot_be_recorded_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
