@@ -29,7 +29,7 @@ ENGINES = {
     engine.name: engine
     for engine in (
         Engine("transformers", "5.23.0, the contract suite"),
-        Engine("vLLM", "not run here; what is known was reported of earlier runs"),
+        Engine("vLLM", "0.32.0 on a CPU, with transformers 5.19.0"),
         Engine("llama.cpp", "xllamacpp 2026.10.11549"),
         Engine("ONNX Runtime", "1.32.0"),
         Engine("OpenVINO", "2026.4.1"),
@@ -48,6 +48,8 @@ class Row:
     axes: frozenset[str] = frozenset()
     """It is about models in which one of them is cut; empty for all."""
     why: str = ""
+    remedy: str = ""
+    """What to do instead, where the engine does not run it."""
 
     def fits(self, model_type: str, cut: Collection[str]) -> bool:
         """Tell whether the row is about a model of a family in which some axes are cut."""
@@ -59,6 +61,11 @@ _HEADS = frozenset({"hidden", "heads"})
 
 _DERIVED = "it takes hidden size / heads for the size of a head"
 
+_OTHER_AXES = "give --axes mlp or --axes layers instead"
+
+_BY_VLLM = "start it with --model-impl transformers"
+"""What has vLLM run transformers' own model, which knows the size of a head."""
+
 _RAN = (
     "arcee ernie4_5 gemma gemma2 gemma3_text glm4 granite granitemoe internlm3 iquestcoder llama mistral "
     "mixtral olmo2 olmo3 phi3 qwen3 qwen3_moe seed_oss smollm3"
@@ -67,10 +74,29 @@ _RAN = (
 
 SERVING: tuple[Row, ...] = (
     Row("transformers", "runs"),
-    Row("vLLM", "silently wrong", frozenset({"qwen2"}), _HEADS, _DERIVED),
-    Row("vLLM", "not run here"),
+    Row(
+        "vLLM", "silently wrong", frozenset({"qwen2"}), frozenset({"hidden"}), _DERIVED, f"{_BY_VLLM}, or {_OTHER_AXES}"
+    ),
+    Row("vLLM", "fails", frozenset({"qwen2"}), frozenset({"heads"}), _DERIVED, f"{_BY_VLLM}, or {_OTHER_AXES}"),
+    Row("vLLM", "silently wrong", frozenset({"granitemoe"}), frozenset({"hidden"}), _DERIVED, _OTHER_AXES),
+    Row("vLLM", "fails", frozenset({"granitemoe"}), frozenset({"heads"}), _DERIVED, _OTHER_AXES),
+    Row(
+        "vLLM",
+        "fails",
+        frozenset({"internlm3", "iquestcoder"}),
+        why="its version of transformers does not know the type",
+    ),
+    Row("vLLM", "fails", frozenset({"mellum"}), why="it takes num_nextn_predict_layers for a number, which is null"),
+    Row("vLLM", "not run here", frozenset({"minimax_m2"}), why="its routing needs a GPU there"),
+    Row(
+        "vLLM",
+        "runs",
+        frozenset({"ministral3"}),
+        why="as far as the base was trained; it leaves out llama_4_scaling_beta, which counts beyond",
+    ),
+    Row("vLLM", "runs", why="log-probabilities of tiny models, whole and with each axis cut"),
     Row("llama.cpp", "runs", frozenset({"qwen2"}), why="a cut hidden size is written as the architecture llama"),
-    Row("llama.cpp", "fails", frozenset({"phi3", "olmo2", "olmo3"}), _HEADS, _DERIVED),
+    Row("llama.cpp", "fails", frozenset({"phi3", "olmo2", "olmo3"}), _HEADS, _DERIVED, _OTHER_AXES),
     Row(
         "llama.cpp",
         "runs",
@@ -78,9 +104,9 @@ SERVING: tuple[Row, ...] = (
         why="30 greedy tokens of tiny models, whole and with hidden size cut",
     ),
     Row("llama.cpp", "not run here", why="`pat export` has no record of it"),
-    Row("ONNX Runtime", "runs", frozenset({"llama"})),
+    Row("ONNX Runtime", "runs", frozenset({"llama"}), why="logits of stories260K and SmolLM2 with fewer MLP channels"),
     Row("ONNX Runtime", "not run here"),
-    Row("OpenVINO", "runs", frozenset({"llama"})),
+    Row("OpenVINO", "runs", frozenset({"llama"}), why="logits of stories260K and SmolLM2 with fewer MLP channels"),
     Row("OpenVINO", "not run here"),
 )
 
@@ -93,15 +119,16 @@ def verdicts(model_type: str, cut: Collection[str]) -> dict[str, Row]:
 def trouble(model_type: str, cut: Collection[str]) -> str | None:
     """Return one sentence on the engines that a pruned model does not run in, or wrongly; None if none is known."""
     bad = [row for row in verdicts(model_type, cut).values() if row.verdict in ("fails", "silently wrong")]
-    if not bad:
-        return None
     said = {
-        "fails": "{} cannot load a model of type {} with this cut, because {}",
-        "silently wrong": "{} reads a model of type {} with this cut wrongly and without an error, because {}",
+        "fails": "{} cannot load a model of type {}{}, because {}",
+        "silently wrong": "{} reads a model of type {}{} wrongly and without an error, because {}",
     }
-    parts = [said[row.verdict].format(row.engine, model_type, row.why) for row in bad]
-    remedy = "" if set(cut) <= {"mlp", "layers"} else "; give --axes mlp or --axes layers instead"
-    return f"{', and '.join(parts)}{remedy}."
+    parts = [
+        said[row.verdict].format(row.engine, model_type, " with this cut" if row.axes else "", row.why)
+        + (f"; {row.remedy}" if row.remedy else "")
+        for row in bad
+    ]
+    return f"{', and '.join(parts)}." if parts else None
 
 
 def serving_table() -> Table:
@@ -113,7 +140,7 @@ def serving_table() -> Table:
             ", ".join(sorted(row.families)) or ("all others" if row.engine in named else "all"),
             ", ".join(name for name in AXES if name in row.axes) or "any",
             row.verdict,
-            row.why,
+            "; ".join(part for part in (row.why, row.remedy) if part),
         ]
         for row in SERVING
     ]

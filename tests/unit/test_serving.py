@@ -1,11 +1,14 @@
 """The table of engines: one row for each model, and a sentence where one does not run it."""
 
+import json
 from pathlib import Path
 
 from pat.families import FAMILIES
 from pat.formats.gguf_families import GGUF_FAMILIES
 from pat.serving import ENGINES, SERVING, serving_table, trouble, verdicts
 from pat.shape import AXES
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_model_has_a_verdict_of_every_engine() -> None:
@@ -24,9 +27,27 @@ def test_trouble_is_told_where_the_heads_no_longer_make_up_the_hidden_size() -> 
     assert trouble("qwen2", ["mlp"]) is None and trouble("llama", ["hidden", "mlp"]) is None
     assert trouble("qwen2", ["hidden"]) == (
         "vLLM reads a model of type qwen2 with this cut wrongly and without an error, because it takes hidden size / "
-        "heads for the size of a head; give --axes mlp or --axes layers instead."
+        "heads for the size of a head; start it with --model-impl transformers, or give --axes mlp or --axes layers "
+        "instead."
     )
+    assert "vLLM cannot load a model of type qwen2 with this cut" in (trouble("qwen2", ["heads", "mlp"]) or "")
     assert "llama.cpp cannot load a model of type olmo2" in (trouble("olmo2", ["hidden", "layers"]) or "")
+
+
+def test_a_type_that_an_engine_does_not_know_is_told_whatever_is_cut() -> None:
+    assert trouble("internlm3", ["mlp"]) == (
+        "vLLM cannot load a model of type internlm3, because its version of transformers does not know the type."
+    )
+
+
+def test_what_vllm_came_to_is_what_the_record_says() -> None:
+    cells = json.loads((ROOT / "benchmarks" / "results" / "serving_vllm.json").read_text(encoding="utf-8"))["cells"]
+    for family in FAMILIES:
+        for cut in ("default", *AXES):
+            cell = cells.get(f"{family}, {cut}", {"verdict": "refused by pat"})
+            said = verdicts(family, ["mlp" if cut == "default" else cut])["vLLM"].verdict
+            if said != "not run here" and cell["verdict"] != "refused by pat" and cut != "mlp":
+                assert said == cell["verdict"], (family, cut)
 
 
 def test_what_llama_cpp_ran_is_what_can_be_written_for_it() -> None:
@@ -35,5 +56,5 @@ def test_what_llama_cpp_ran_is_what_can_be_written_for_it() -> None:
 
 
 def test_the_documentation_has_the_table() -> None:
-    commands = Path(__file__).resolve().parents[2] / "docs" / "export.md"
-    assert serving_table().to_markdown() in commands.read_text(encoding="utf-8")
+    page = ROOT / "docs" / "export.md"
+    assert serving_table().to_markdown() in page.read_text(encoding="utf-8")

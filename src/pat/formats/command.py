@@ -19,6 +19,7 @@ from pat.formats.gguf_file import write_gguf
 from pat.formats.gguf_layout import GgufLayout, layout_of
 from pat.formats.gguf_types import QUANTIZATIONS, Entry, Quantization
 from pat.formats.gguf_vocabulary import vocabulary_of
+from pat.formats.loss import LossCheck, QuantizedLoss
 from pat.formats.options import ExportOptions
 from pat.formats.reference import NEW_TOKENS, Check, Reference, require
 from pat.loading import load_base, load_config, stored_dtype
@@ -50,6 +51,8 @@ class ExportRecord(Record):
     """Sizes in bytes of the files written, by name."""
     predicted_bytes: int | None
     """Size of a GGUF file as `pat plan` predicts it."""
+    loss: QuantizedLoss | None
+    """Loss on data with the weights as they are, and with those of a GGUF file; None where no data was given."""
     checks: tuple[Check, ...]
     """Comparisons with transformers that were made."""
     not_checked: tuple[str, ...] = field(default=())
@@ -60,6 +63,10 @@ def print_export(record: ExportRecord) -> None:
     """Print what was written, and how far it was checked."""
     sizes = ", ".join(f"{name} ({size:,} bytes)" for name, size in record.files.items())
     print(f"Wrote {sizes}.")
+    if (loss := record.loss) is not None:
+        tokens = f"{loss.before.num_tokens:,} response tokens of {loss.dataset_name}"
+        after = f"{loss.after.nll:.4f} with the weights of {record.quantization}"
+        print(f"- NLL on {tokens}: {loss.before.nll:.4f} before, {after} ({loss.after.nll - loss.before.nll:+.4f})")
     for check in record.checks:
         bound = "" if check.bound is None else f" (bound {check.bound:g})"
         print(f"- {check.engine} {check.version}, {check.what}: {check.value:.4g}{bound}")
@@ -87,7 +94,13 @@ def run_export(options: ExportOptions) -> ExportRecord:
             vocabulary = vocabulary_of(tokenizer, config.vocab_size)
             skeleton = build_skeleton(config, torch.float32)
             layout = layout_of(skeleton, vocabulary, name=shown_name(options.model), kind=kind)
+        measured = None
+        if options.dataset_name is not None:  # read before the weights: a wrong column should not take minutes
+            measured = LossCheck(
+                options.model, config, options.dataset_name, max_length=options.max_length, limit=options.limit
+            )
         model = load_base(options.model, dtype=torch.float32)
+        loss: QuantizedLoss | None = None
         checks: list[Check] = []
         skipped: list[str] = []
         with staged_file(options.output) as path:
@@ -97,6 +110,8 @@ def run_export(options: ExportOptions) -> ExportRecord:
             if kind is not None:
                 assert layout is not None
                 _write_gguf(model, layout, vocabulary, path, kind, reference, checks, skipped)
+                if measured is not None:
+                    loss = measured.measure(model, layout, path)
             else:
                 _write_graph(model, path, options.format, reference, checks)
             files = {file.name: file.stat().st_size for file in sorted(path.parent.iterdir())}
@@ -106,6 +121,7 @@ def run_export(options: ExportOptions) -> ExportRecord:
             quantization=None if kind is None else kind.name,
             files=files,
             predicted_bytes=None if layout is None or kind is None else layout.num_bytes(kind),
+            loss=loss,
             checks=tuple(checks),
             not_checked=tuple(skipped),
             warnings=warnings,

@@ -13,6 +13,7 @@ from pat.formats.gguf_families import GGUF_FAMILIES
 from pat.formats.gguf_layout import layout_of
 from pat.formats.gguf_types import QUANTIZATIONS, TYPES, Entry
 from pat.formats.gguf_vocabulary import vocabulary_of
+from pat.formats.int4_size import Int4Size, int4_size
 from pat.loading.tokenizer import load_plain_tokenizer
 from pat.surgery.costs import Skeleton
 
@@ -32,6 +33,8 @@ class FileSizes:
     int8: int
     """Linear modules in 8 bits with a float32 scale a row (bitsandbytes); all else in bfloat16: embeddings, head,
     norms, routers and experts that are stacked in one parameter."""
+    int4: Int4Size
+    """Linear modules and experts in 4 bits (AWQ, GPTQ) for vLLM's Marlin kernels."""
     gguf: dict[str, int]
     """Sizes of GGUF files by type, see `QUANTIZATIONS`; empty where the family cannot be written so."""
     odd_rows: dict[str, dict[str, float]]
@@ -70,7 +73,7 @@ def file_sizes(skeleton: Skeleton, vocabulary: Sequence[Entry]) -> tuple[FileSiz
                 odd[name] = {str(row): count / total for row, count in rows.items()}
         except PatError as error:
             sizes, odd, reason = {}, {}, str(error)
-    return FileSizes(bf16=half, int8=int8, gguf=sizes, odd_rows=odd), reason
+    return FileSizes(bf16=half, int8=int8, int4=int4_size(skeleton), gguf=sizes, odd_rows=odd), reason
 
 
 def _quantised(skeleton: Skeleton) -> list[str]:

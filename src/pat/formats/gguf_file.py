@@ -1,4 +1,4 @@
-"""Write a model's weights as a GGUF file."""
+"""Write a model's weights as a GGUF file, and read them back."""
 
 from __future__ import annotations
 
@@ -43,6 +43,31 @@ def write_gguf(layout: GgufLayout, weights: Mapping[str, Tensor], path: Path, ki
     for tensor in layout.tensors:
         writer.write_tensor_data(gguf.quants.quantize(_values(tensor, weights), types[tensor.name]))
     writer.close()
+
+
+@torch.no_grad()
+def read_gguf(layout: GgufLayout, path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Put the numbers that the blocks of a file stand for in place of a model's weights.
+
+    Args:
+        layout: what the file holds, see `layout_of`.
+        path: the file.
+        weights: the model's tensors by name, see `model_tensors`; they are written over.
+    """
+    import gguf  # an extra
+
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    for tensor in layout.tensors:
+        if tensor.values is not None:
+            continue
+        found = stored[tensor.name]
+        values = torch.from_numpy(gguf.quants.dequantize(found.data, found.tensor_type).copy()).reshape(tensor.shape)
+        if tensor.num_heads is not None:
+            pairs = values.reshape(tensor.num_heads, -1, 2, *values.shape[1:])
+            values = pairs.transpose(1, 2).reshape(tensor.shape)
+        weight = weights[tensor.source]
+        place = weight if tensor.half is None else weight.chunk(2, dim=1)[tensor.half]
+        place.copy_(values - tensor.offset)
 
 
 @torch.no_grad()

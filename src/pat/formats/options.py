@@ -10,6 +10,7 @@ from typing import ClassVar
 from pat.errors import PatError
 from pat.formats.gguf_types import QUANTIZATIONS
 from pat.paths import check_writable, expand_options
+from pat.ranges import check_ranges
 
 PACKAGES = {
     "gguf": ("gguf",),
@@ -49,6 +50,18 @@ class ExportOptions:
             "choices": tuple(QUANTIZATIONS),
         },
     )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "With gguf, instruction data that was not trained on; the mean NLL of its responses is measured "
+            "with the weights as they are, and with those of the file."
+        },
+    )
+    limit: int | None = field(
+        default=None,
+        metadata={"help": "Largest number of rows of the data, taken evenly spaced.", "range": "[1, inf)"},
+    )
+    max_length: int = field(default=512, metadata={"help": "Longest row of the data in tokens.", "range": "[1, inf)"})
     check: bool = field(
         default=True,
         metadata={"help": "Run the file in its engine, where that is at hand, beside transformers."},
@@ -64,6 +77,11 @@ class ExportOptions:
                 raise PatError(f"Got {name}={given!r}; expected one of {known}.")
         if self.quantize is not None and self.format != "gguf":
             raise PatError(f"Got quantize={self.quantize!r} with format={self.format!r}; it is for gguf alone.")
+        if self.dataset_name is not None and self.format != "gguf":
+            raise PatError(f"Got dataset_name={self.dataset_name!r} with format={self.format!r}; it is for gguf alone.")
+        if self.dataset_name is None and self.limit is not None:
+            raise PatError(f"Got limit={self.limit} without dataset_name; it is the number of rows of that data.")
+        check_ranges(self)
         object.__setattr__(self, "output", Path(self.output))
         if self.output.suffix != SUFFIXES[self.format]:
             raise PatError(

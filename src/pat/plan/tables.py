@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from pat.families import FAMILIES
 from pat.formats.file_sizes import GGUF_TYPES
 from pat.plan.command import PlanRecord
@@ -71,13 +73,23 @@ def _files(record: PlanRecord) -> Table:
         shown = ["-" if size is None else _scaled(size, "B") for size in sizes]
         return [label, *(size + change for size, change in zip(shown, ["", *changes], strict=True))]
 
-    def odd(kind: str) -> list[str]:
-        shares = (sum(f.odd_rows.get(kind, {}).values()) for f in files)
-        return [f"  in rows too odd for {kind}", *(f"{share:.0%}" if share else "" for share in shares)]
+    def shares(label: str, found: Iterable[float]) -> list[str]:
+        return [f"  {label}", *(f"{share:.0%}" if share else "" for share in found)]
 
-    rows = [row("bfloat16", [f.bf16 for f in files]), row("int8, linear layers", [f.int8 for f in files])]
+    def odd(kind: str, found: Iterable[dict[str, float]]) -> list[str]:
+        return shares(f"in rows too odd for {kind}", (sum(rows.values()) for rows in found))
+
+    rows = [
+        row("bfloat16", [f.bf16 for f in files]),
+        row("int8, linear layers", [f.int8 for f in files]),
+        row("int4, linear layers (AWQ, GPTQ)", [f.int4.num_bytes for f in files]),
+        ["  inputs that share a scale", *(str(f.int4.group_size) for f in files)],
+        odd("int4", (f.int4.odd_rows for f in files)),
+        shares("off the tiles of vLLM's Marlin", (f.int4.off_tiles for f in files)),
+    ]
     for kind in GGUF_TYPES:
-        rows += [row(f"GGUF {kind}", [f.gguf.get(kind) for f in files]), odd(kind)]
+        rows += [row(f"GGUF {kind}", [f.gguf.get(kind) for f in files])]
+        rows += [odd(kind, (f.odd_rows.get(kind, {}) for f in files))]
     return Table("File sizes", ["numbers", *_headings(record)], [row for row in rows if any(row[1:])])
 
 

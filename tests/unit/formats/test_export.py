@@ -1,11 +1,13 @@
 """`pat export`: what is asked for, what is refused before the work, and a file that takes its place whole."""
 
+import json
 import shutil
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from pat import cli
 from pat.checkpoint.staging import staged_file
 from pat.errors import PatError, RunFailed
 from pat.formats.command import ExportRecord, _kind, run_export
-from pat.formats.graph import INPUTS, check_graph, write_onnx
+from pat.formats.graph import CHECKED_LENGTHS, INPUTS, check_graph, write_onnx
 from pat.formats.llama_cpp import Server, _address, _ended_after
 from pat.formats.options import ExportOptions
 from pat.formats.reference import Reference
@@ -44,6 +46,9 @@ def test_a_model_becomes_a_file_of_the_predicted_size(tmp_path: Path) -> None:
         (["--format", "pickle"], "expected one of gguf, onnx, openvino"),
         (["--format", "gguf", "--quantize", "Q3"], "expected one of F32"),
         (["--format", "onnx", "--quantize", "Q8_0"], "it is for gguf alone"),
+        (["--format", "onnx", "--dataset_name", "rows.jsonl"], "it is for gguf alone"),
+        (["--format", "gguf", "--limit", "3"], "without dataset_name"),
+        (["--format", "gguf", "--dataset_name", "no.jsonl"], "no.jsonl"),
         (["--format", "onnx"], "expected a name that ends in .onnx"),
         (["--format", "gguf", "--quantize", "Q4_K_M"], "there is no llama-quantize on the PATH"),
     ],
@@ -56,6 +61,19 @@ def test_a_wrong_request_is_one_line_and_writes_nothing(
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
     assert not any(tmp_path.iterdir())
+
+
+def test_the_loss_is_measured_with_the_weights_of_the_file(tmp_path: Path) -> None:
+    rows = [{"prompt": "Once upon a time", "completion": f" there was a girl with {n} cats."} for n in range(4)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    losses = {}
+    for kind in ("F32", "Q8_0"):
+        record = export(tmp_path / f"{kind}.gguf", quantize=kind, dataset_name=str(data), limit=3, check=False)
+        losses[kind] = record.loss
+        assert record.loss is not None and record.loss.dataset_name == "rows.jsonl"
+    assert losses["F32"].after == losses["F32"].before == losses["Q8_0"].before
+    assert 0 < abs(losses["Q8_0"].after.nll - losses["Q8_0"].before.nll) < 0.05
 
 
 def test_a_file_may_be_called_as_one_on_the_way(tmp_path: Path) -> None:
@@ -96,6 +114,30 @@ def test_a_graph_is_asked_rows_of_equal_length_of_a_text_that_is_too_short(monke
     monkeypatch.setattr("pat.formats.graph._onnx", lambda path: run)
     monkeypatch.setattr("pat.formats.graph.version", lambda name: "0")
     assert check_graph(Path("x.onnx"), "onnxruntime", reference).value == 0
+
+
+@pytest.mark.parametrize(("floor", "passes"), [(2e-4, True), (5e-5, False)])
+def test_a_graph_may_miss_the_bound_by_what_rounding_does_to_its_model_alone(
+    floor: float, passes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("llama", tied=True)
+    reference = Reference(model, "", (5, 6, 7))
+
+    def run(inputs: dict[str, Any]) -> Any:
+        return reference.logits(*(torch.from_numpy(inputs[name]) for name in INPUTS)).numpy() + 5e-4
+
+    def permutation_floor(model: Any, batches: Any) -> Any:
+        assert [tuple(batch["input_ids"].shape) for batch in batches] == list(CHECKED_LENGTHS)
+        return SimpleNamespace(max_abs_logit_diff=floor)
+
+    monkeypatch.setattr("pat.formats.graph._onnx", lambda path: run)
+    monkeypatch.setattr("pat.formats.graph.version", lambda name: "0")
+    monkeypatch.setattr("pat.formats.graph.permutation_floor", permutation_floor)
+    if passes:
+        assert check_graph(Path("x.onnx"), "onnxruntime", reference).bound == pytest.approx(5 * floor)
+    else:
+        with pytest.raises(RunFailed, match=r"differ by up to 0\.0005, and may by 0\.00025"):
+            check_graph(Path("x.onnx"), "onnxruntime", reference)
 
 
 def test_a_graph_that_cannot_be_recorded_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

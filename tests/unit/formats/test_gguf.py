@@ -1,7 +1,9 @@
 """What a GGUF file holds: sizes byte by byte, types as llama.cpp gives them, and what is refused."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +13,11 @@ from tiny_models import build
 from pat.errors import PatError
 from pat.formats.file_sizes import file_sizes
 from pat.formats.gguf_families import GGUF_FAMILIES, gguf_family
-from pat.formats.gguf_file import write_gguf
+from pat.formats.gguf_file import read_gguf, write_gguf
 from pat.formats.gguf_layout import layout_of
 from pat.formats.gguf_types import QUANTIZATIONS, Placed, type_of
 from pat.formats.gguf_vocabulary import vocabulary_of
+from pat.formats.int4_size import Int4Size, int4_size
 from pat.loading.tokenizer import load_plain_tokenizer
 from pat.surgery.costs import Skeleton
 from pat.surgery.describe import map_of
@@ -237,3 +240,56 @@ def test_every_tensor_of_a_file_is_that_of_the_model(family: str, tmp_path: Path
     assert set(stored) == set(wanted)
     for name, weight in wanted.items():
         np.testing.assert_array_equal(stored[name], weight.numpy(), err_msg=name)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "mixtral"])
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_what_is_read_back_is_what_was_written(family: str, kind: str, tmp_path: Path) -> None:
+    fields = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96} | (BIAS if family == "llama" else {})
+    whole, chosen = skeleton(family, tied=family == "gemma", **fields), QUANTIZATIONS[kind]
+    layout = layout_of(whole, [], name="tiny", kind=chosen)
+    write_gguf(layout, model_tensors(whole.model), tmp_path / "tiny.gguf", chosen)
+    other = build(family, tied=family == "gemma", seed=1, **(PLAIN | fields))
+    read_gguf(layout, tmp_path / "tiny.gguf", model_tensors(other))
+    for name, weight in model_tensors(whole.model).items():
+        # 127 steps on either side of zero, of the largest number in each block; a norm's 1 + weight is rounded once.
+        step = weight.detach().abs().max() / 127 if kind == "Q8_0" else 1e-6
+        np.testing.assert_allclose(model_tensors(other)[name].detach(), weight.detach(), atol=float(step), err_msg=name)
+
+
+def test_four_bits_are_counted_by_the_group_that_fits_most_and_what_is_left_is_said() -> None:
+    fields: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 128, "head_dim": 32}
+    square = 128 * 128 + 2 * 64 * 128 + 128 * 128  # query, key and value, output
+    outside = 2 * 128 * 128 + 3 * 128  # embedding, head, norms
+
+    def size(**more: Any) -> Int4Size:
+        return int4_size(skeleton(**(fields | more)))
+
+    even = size(intermediate_size=256)
+    # A scale of 16 bits and a zero of 4 for each group of inputs and output.
+    assert even == Int4Size((square + 3 * 128 * 256) * (4 + 20 / 128) / 8 + 2 * outside, 128, {}, 0.0)
+    fine = size(intermediate_size=224)
+    assert (fine.group_size, fine.odd_rows) == (32, {})
+    assert fine.num_bytes == (square + 3 * 128 * 224) * (4 + 20 / 32) / 8 + 2 * outside
+    total = square + 3 * 128 * 224 + outside
+    assert fine.off_tiles == pytest.approx(
+        224 * 128 / total
+    )  # gate and up are 448 outputs at once, down has 224 inputs
+    odd = size(intermediate_size=300)
+    total = square + 3 * 128 * 300 + outside
+    assert odd.group_size == 128 and odd.odd_rows == pytest.approx(
+        {"128": 2 * 300 * 128 / total, "300": 300 * 128 / total}
+    )
+    assert odd.num_bytes == square * (4 + 20 / 128) / 8 + 2 * (outside + 3 * 128 * 300)
+
+
+def test_experts_have_four_bits_and_routers_have_not() -> None:
+    fields: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 128, "head_dim": 32, "intermediate_size": 64}
+    whole = skeleton("mixtral", **fields)
+    total = sum(math.prod(shape) for shape in whole.shapes().values())
+    outside = 2 * 128 * 128 + 3 * 128 + 4 * 128
+    found = int4_size(whole)
+    assert found.num_bytes == (total - outside) * (4 + 20 / 64) / 8 + 2 * outside and found.group_size == 64
+    assert found.off_tiles == 0
+    narrow = int4_size(skeleton("mixtral", **(fields | {"hidden_size": 192})))
+    assert narrow.off_tiles > 0.3  # Marlin takes no experts at such a hidden size
