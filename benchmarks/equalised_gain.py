@@ -39,11 +39,13 @@ def main() -> None:
     sample = tokenize_examples(tokenizer, data.train.shuffle(seed=0).select(range(200)), args.max_length)
     pad = cast(int, tokenizer.pad_token_id)
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32), PatConfig(task_type="CAUSAL_LM")
+        AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
+        PatConfig(task_type="CAUSAL_LM", axes=["hidden"]),
     )
     tuner = cast(PatModel, find_tuner(model))
     before = response_nll(model, held_out, batch_size=8, pad_token_id=pad)
     order = tuner.calibrate(batches_from_examples(sample, batch_size=4, pad_token_id=pad))
+    assert order is not None, "a hidden size that is cut has an order"
     after = response_nll(model, held_out, batch_size=8, pad_token_id=pad)
     record = {
         **environment(),

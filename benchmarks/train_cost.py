@@ -67,7 +67,7 @@ SOFT: dict[str, dict[str, Any]] = {
 }
 """Stages one that are measured, and the fields of `PatConfig` by which they differ from the default's."""
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 1024,
     "num_hidden_layers": 8,
     "num_attention_heads": 16,
@@ -360,7 +360,15 @@ def train_pat(
     base = load_model(args)
     tokens = TokenSetup.of(base.config, base.generation_config, data.vocabulary.tokenizer)
     run = RunFile.of(arguments, base.config, data.record.fingerprint)
-    stages = Stages(arguments, replace(data, verify_on=[{"input_ids": ids}]), tokens, run, args.steps, base)
+    stages = Stages(
+        arguments,
+        replace(data, verify_on=[{"input_ids": ids}]),
+        tokens,
+        run,
+        args.steps,
+        base,
+        lambda: load_model(args),
+    )
     del base  # or it would be there beside the small model
     started = time.perf_counter()
     trained = stages.run(Start())

@@ -131,9 +131,9 @@ def _prune(
         )
         return Pruned(sliced, num_parameters(sliced), description)
     if method == "magnitude":
-        keep, how = keep_largest(magnitude_scores(model), pruned_hidden_size), "of largest magnitude"
+        chosen, how = keep_largest(magnitude_scores(model), pruned_hidden_size), "of largest magnitude"
     else:
-        keep = keep_random(hidden_size, pruned_hidden_size, seed=seed)
+        chosen = keep_random(hidden_size, pruned_hidden_size, seed=seed)
         how = f"drawn at random (seed {seed})"
-    dense = cut_channels(model, keep)
+    dense = cut_channels(model, chosen)
     return Pruned(dense, num_parameters(dense), f"{pruned_hidden_size} of {hidden_size} hidden channels, {how}.")

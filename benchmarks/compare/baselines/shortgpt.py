@@ -44,7 +44,7 @@ def shortgpt(
         PatError: there is no calibration text, or transformers refuses so few layers.
     """
     influence = block_influence(model, calibration)
-    goes = influence.argsort(stable=True).tolist()
+    goes: list[int] = influence.argsort(stable=True).tolist()
     sizes = [num_parameters(layer) for layer in _layers(model)]
     total = num_parameters(model)
 
