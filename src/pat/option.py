@@ -79,6 +79,8 @@ class Option:
         items = list(value) if isinstance(value, list | tuple | set) else [value]
         if not {str, Path, object} & set(self.kinds):  # numbers may also stand with commas between, as in 1,8,16
             items = [part for item in items for part in (item.split(",") if isinstance(item, str) else [item])]
+        if not self.takes_single and bool not in self.kinds and any(isinstance(item, bool) for item in items):
+            raise ValueError(f"{self._expected()}, or several of them")
         read = [self._read_one(item) for item in items]
         return read[0] if self.takes_single and len(read) == 1 else read
 
@@ -100,8 +102,10 @@ class Option:
                 return _as(kind, value)
             except ValueError:
                 continue
-        expected = " or ".join(_EXPECTED.get(kind, "a text") for kind in self.kinds)
-        raise ValueError(f"{expected}, or several of them" if self.takes_list else expected)
+        raise ValueError(f"{self._expected()}, or several of them" if self.takes_list else self._expected())
+
+    def _expected(self) -> str:
+        return " or ".join(_EXPECTED.get(kind, "a text") for kind in self.kinds)
 
     def add_to(self, group: argparse._ArgumentGroup, default: Any, *, hidden: bool = False) -> None:
         """Declare the flag; argparse leaves its words as they are."""

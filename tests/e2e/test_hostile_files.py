@@ -490,7 +490,13 @@ def of_adapter(change: Callable[[dict[str, torch.Tensor]], Any]) -> Spoil:
     return weights("out/adapter", change, LAST)
 
 
+def numbers(dtype: torch.dtype, leaf: str = "lora_A.weight") -> Spoil:
+    return of_adapter(lambda t: t.update({name: t[name].to(dtype) for name in list(t) if name.endswith(leaf)}))
+
+
 ADAPTERS: dict[str, Spoil] = {
+    **{f"LoRA of {dtype}": numbers(dtype) for dtype in (torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn)},
+    "kept channels as numbers": numbers(torch.float32, ".keep"),
     "empty": content(PAT, b""),
     "a list": content(PAT, b"[]"),
     "null": content(PAT, b"null"),
@@ -584,6 +590,7 @@ CONVERTED: dict[str, Spoil] = {
     "another shape": one(f"{FIRST}.1.weight", torch.ones(7, 2)),
     "NaN": one(f"{FIRST}.1.weight", torch.full((48, 2), torch.nan)),
     "whole numbers": one(f"{FIRST}.1.weight", torch.ones(48, 2, dtype=torch.int8)),
+    "numbers of 8 bits": one(f"{FIRST}.1.weight", torch.ones(48, 2, dtype=torch.float8_e4m3fn)),
     "a mask of NaN": one(MASK, torch.full((1, 1, 48), torch.nan)),
     "a mask of nothing": one(MASK, torch.full((1, 1, 48), -0.5)),
     "a mask of all": one(MASK, torch.full((1, 1, 48), 0.5)),

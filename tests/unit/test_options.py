@@ -30,6 +30,7 @@ class Other:
     on: bool | None = True
     kind: Literal["a", "b"] = "a"
     folder: Path | None = None
+    marks: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,7 @@ def test_keywords_are_values_or_words() -> None:
         ({"name": "n", "learning_rate": "fast"}, "Got learning_rate='fast'; expected a number"),
         ({"name": "n", "rank": 2.5, "flag": 3}, "Got flag=3; expected true or false"),
         ({"name": "n", "learning_rate": True}, "Got learning_rate=True; expected a number"),
+        ({"name": "n", "marks": True}, "Got marks=True; expected a text, or several of them"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(given: Any, line: str) -> None:

@@ -19,6 +19,7 @@ from pat.errors import PatError
 from pat.families import FAMILIES
 from pat.kinds import misfits
 from pat.loading import base_fingerprint
+from pat.loading.stored import DTYPES
 from pat.tuner import PatConfig
 from pat.tuner.model import find_tuner
 from pat.tuner.weights import PREFIX
@@ -29,6 +30,9 @@ _PEFTS_OWN = {"auto_mapping", "peft_version", "runtime_config"}
 """Keys that peft writes without a field, and those that say nothing about the function."""
 
 _ENDS = {path.rpartition(".")[2] for family in FAMILIES.values() for path in (family.embedding, family.head)}
+
+_COUNTS = {"keep": ("BOOL",), "pinned": ("BOOL",), "progress": ("I64",)}
+"""Dtypes, as headers name them, of a gate's buffers that are no real numbers."""
 
 _WAYS_TO_HOLD = ("base_layer", "original_module", "token_adapter")
 """Modules of peft's that hold an embedding of the base inside an adapted one."""
@@ -89,10 +93,11 @@ def check_tensors(model: PeftModel, adapter: str | os.PathLike[str]) -> None:
     peft leaves a tensor that is missing at its initial value, and passes over one that has no place.
 
     Raises:
-        PatError: tensors are missing or left over, or a gate keeps another number of channels than it should.
+        PatError: tensors are missing, left over or of another kind of number, or a gate keeps another number of
+            channels than it should.
     """
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    stored = _names(adapter)
+    expected, dtypes = set(get_peft_model_state_dict(model, save_embedding_layers=False)), _dtypes(adapter)
+    stored = set(dtypes)
     if missing := expected - stored:
         raise PatError(
             f"{adapter}: lacks {len(missing)} of {len(expected)} tensors, such as {min(missing)}; the adapter is not "
@@ -103,6 +108,10 @@ def check_tensors(model: PeftModel, adapter: str | os.PathLike[str]) -> None:
             f"{adapter}: has {len(left_over)} tensors that its configuration has no place for, such as "
             f"{min(left_over)}; expected {len(expected)}: one of the two was changed after the adapter was made."
         )
+    for name, dtype in dtypes.items():
+        wanted = _COUNTS.get(name.rpartition(".")[2], DTYPES)
+        if dtype not in wanted:
+            raise PatError(f"{adapter}: its tensor {name} holds {dtype}; expected {' or '.join(wanted)}.")
     tuner = find_tuner(model)
     for gate in () if tuner is None else tuner.all_gates():
         num_kept = gate.keep.sum(-1)  # of each expert, where there are some
@@ -115,12 +124,13 @@ def check_tensors(model: PeftModel, adapter: str | os.PathLike[str]) -> None:
 
 def carries_base_weights(adapter: str | os.PathLike[str]) -> bool:
     """Tell whether an adapter brings weights of the base, which peft saves where LoRA is on the embedding."""
-    return any(".base_layer." in name and PREFIX not in name for name in _names(adapter))
+    return any(".base_layer." in name and PREFIX not in name for name in _dtypes(adapter))
 
 
-def _names(adapter: str | os.PathLike[str]) -> set[str]:
+def _dtypes(adapter: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the dtypes of an adapter's tensors by their names, as the header of its file has them."""
     with safe_open(Path(adapter) / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
-        return set(file.keys())
+        return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  no mapping
 
 
 def _is_of_the_base(name: str, config: LoraConfig) -> bool:

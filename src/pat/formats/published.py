@@ -29,6 +29,7 @@ from torch import Tensor
 
 from pat.errors import PatError, one_line
 from pat.kinds import misfits
+from pat.loading.stored import DTYPES
 
 PREFIX = "base_model.model."
 
@@ -140,6 +141,8 @@ def _sorted(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) ->
     parts: dict[tuple[int, int], dict[str, Tensor]] = {}
     mask = None
     for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype not in DTYPES.values():
+            raise PatError(f"{folder}: its tensor {name} holds {tensor.dtype}; expected numbers of 16 bits or more.")
         if not tensor.isfinite().all():
             raise PatError(f"{folder}: its tensor {name} holds numbers that are not finite; the training has diverged.")
         found = _PLACE.fullmatch(name.removeprefix(PREFIX))

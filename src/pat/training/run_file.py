@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
+from trl import ModelConfig, SFTConfig
 
 from pat import ranks
 from pat.checkpoint.card import shown_name
@@ -21,6 +22,8 @@ from pat.loading.fingerprint import base_fingerprint
 from pat.report.records import plain, to_json
 from pat.training.arguments import REFUSED, TuneArguments
 from pat.training.mixture import shares
+from pat.training.options import DistillOptions, RunOptions
+from pat.tuner.options import PatOptions
 
 RUN_FILE = "run.json"
 
@@ -122,8 +125,10 @@ class RunFile:
         Raises:
             PatError: it may not; the message holds the differences.
         """
+        # A run that is older than an option had its default.
+        known = _defaults() | self.configuration
         pairs = {
-            name: (self.configuration.get(name), given.configuration.get(name))
+            name: (known.get(name), given.configuration.get(name))
             for name in {**self.configuration, **given.configuration}
         }
         pairs |= {
@@ -136,6 +141,16 @@ class RunFile:
                 f"{folder}: the run there has another configuration ({'; '.join(differing)}); go on with its own, "
                 "choose another output folder, or start anew with --overwrite true."
             )
+
+
+def _defaults() -> dict[str, Any]:
+    parts = (ModelConfig, SFTConfig, PatOptions, DistillOptions, RunOptions)
+    given = {option.name: option for part in parts for option in fields(part)}
+    return {
+        name: plain(option.default if option.default_factory is MISSING else option.default_factory())
+        for name, option in given.items()
+        if option.default is not MISSING or option.default_factory is not MISSING
+    }
 
 
 def _content(value: Any) -> str | None:

@@ -97,3 +97,12 @@ def test_another_base_of_the_same_name_is_refused(base: Path, tmp_path: Path) ->
     build("llama", tied=True, num_hidden_layers=1).save_pretrained(other)
     with pytest.raises(PatError, match=r"fingerprint of the base: .* in the run"):
         described(base).check(described(other), tmp_path)
+
+
+def test_a_run_that_is_older_than_an_option_had_its_default(base: Path, tmp_path: Path) -> None:
+    run = described(base)
+    for name in ("streaming", "dataset_weights", "packing"):
+        del run.configuration[name]
+    run.check(described(base), tmp_path)
+    with pytest.raises(PatError, match="packing: False in the run, True given"):
+        run.check(described(base, packing=True), tmp_path)
