@@ -18,6 +18,10 @@ class PatError(Exception):
         super().__init__(_shown(message))
 
 
+class UnusableRow(PatError):
+    """A row of the data cannot be used; a reading that skips such rows would go on."""
+
+
 class RunFailed(PatError):
     """The input was fine, but the run could not be completed (non-finite loss, parity out of tolerance)."""
 

@@ -121,6 +121,11 @@ def check_run(arguments: TuneArguments, checked: Checked, data: Prepared) -> Run
     if (own := RunFile.read(arguments.output_dir)) is not None:
         own.check(run, arguments.output_dir)
         if own.rows_per_step not in (None, run.rows_per_step):
+            if arguments.run.streaming:
+                raise PatError(
+                    f"Got {run.rows_per_step} rows a step for the run in {arguments.output_dir}, which has had "
+                    f"{own.rows_per_step}; expected as many: a stream goes on after the rows of all steps."
+                )
             logger.warning(
                 "A step takes %s rows from here on, after %s; steps are counted on, so that the run follows "
                 "another schedule than it began with.",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from datasets import Dataset, Features, Json, List, Value
 
-from pat.errors import PatError
+from pat.errors import PatError, UnusableRow
 from pat.readers import Placed, Row
 from pat.report.progress import Phase, phase
 from pat.training.formats import OPTIONS, Format, NoFormat, Template, convert_row, detect_format
@@ -182,7 +182,7 @@ class Conversion:
                 examples = self._convert(place, row)
             except PatError as error:
                 if not self.reading.skips:
-                    raise
+                    raise UnusableRow(str(error)) from error
                 self.first_bad = self.first_bad or str(error)
                 self.num_bad += 1
                 continue

@@ -178,7 +178,7 @@ def parse_held_out(held_out: HeldOut) -> int | float | str | None:
 
 def _num_held_out(num_rows: int, amount: int | float | None, name: str, most: int) -> int:
     if amount is None:
-        # A single row cannot be shared; every other source keeps at least one apart.
+        # A single row cannot be shared; of more at least one is apart, unless a weight leaves none to this source.
         of_few = min(FEWEST_HELD_OUT_ROWS, num_rows // 10)
         return min(most, max(1, round(DEFAULT_HELD_OUT_SHARE * num_rows), of_few), num_rows - 1)
     count = math.ceil(amount * num_rows) if isinstance(amount, float) and 0 <= amount < 1 else amount

@@ -43,7 +43,10 @@ class SourceRecord:
         """Say in a few words what was understood, and how often its examples come."""
         left_out = f", {self.num_skipped:,} skipped" if self.num_skipped else ""
         of_all = f"{self.share:.1%} of what is trained on".replace("%", " %")
-        times = "" if self.times is None else f", {f'{self.times:.2f}'.rstrip('0').rstrip('.')} times each"
+        times = ""
+        if self.times is not None:
+            often = f"{self.times:.2f}".rstrip("0").rstrip(".")
+            times = ", once each" if often == "1" else f", {often} times each"
         return (
             f"{self.source} ({self.format}, {_describe_template(self.template)}): {self.num_examples:,} examples"
             f"{left_out}, {of_all}{times}"
@@ -159,11 +162,12 @@ def combined(records: Sequence[DataRecord], shares: Sequence[float], times: Sequ
         times: how often each example of a source comes in an epoch, in the mean.
     """
     first = records[0]
+    apart = {} if first.held_out_source is None else {"num_held_out": 0}  # of a file, which is of none of them
     sources = tuple(
         SourceRecord(
             share=share,
             times=num,
-            **{name.name: getattr(record, name.name) for name in fields(SourceRecord) if hasattr(record, name.name)},
+            **{f.name: getattr(record, f.name) for f in fields(SourceRecord) if hasattr(record, f.name)} | apart,
         )
         for record, share, num in zip(records, shares, times, strict=True)
     )

@@ -13,6 +13,9 @@ from pat.errors import PatError
 MAX_TIMES = 1000
 """How often an example may come in one epoch; beyond it a weight is a mistake."""
 
+MAX_EXAMPLES = 50_000_000
+"""Examples of one epoch, whose order takes some 24 bytes each."""
+
 Indices = npt.NDArray[np.int64]
 
 
@@ -44,7 +47,7 @@ def quotas(names: Sequence[str], lengths: Sequence[int], weights: Sequence[float
         weights: of the sources.
 
     Raises:
-        PatError: an example would come more than `MAX_TIMES` times.
+        PatError: an example would come more than `MAX_TIMES` times, or an epoch have more than `MAX_EXAMPLES`.
     """
     if weights is None:
         return list(lengths)
@@ -57,6 +60,11 @@ def quotas(names: Sequence[str], lengths: Sequence[int], weights: Sequence[float
                 f"Got dataset_weights by which each of the {length:,} examples of {name} comes {num // length:,} times "
                 f"in an epoch; expected at most {MAX_TIMES:,}: give it a smaller weight, or more rows."
             )
+    if sum(counts) > max(MAX_EXAMPLES, sum(lengths)):
+        raise PatError(
+            f"Got dataset_weights by which an epoch has {sum(counts):,} examples, of {sum(lengths):,} that there are; "
+            f"expected at most {MAX_EXAMPLES:,}: choose weights nearer to the numbers of rows, or use --streaming true."
+        )
     return counts
 
 

@@ -157,7 +157,9 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
         evaluation = _packed(Dataset.from_list(fitted), sft, fit)
     train = _packed(kept, sft, cut) if stream is None else kept.select_columns(TRAINED_ON)
     held_out = [piece for row in pieces for piece in row]
-    of_many = [row[SOURCE] for row, own in zip(apart, pieces, strict=True) for _ in own] if record.sources else []
+    of_many = [row[SOURCE] for row, own in zip(apart, pieces, strict=True) for _ in own]
+    if not record.sources or record.held_out_source is not None:  # a file is of none of the sources
+        of_many = []
     return Prepared(
         vocabulary=vocabulary,
         record=record,

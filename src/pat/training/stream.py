@@ -6,13 +6,13 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
 from datasets import Features, IterableDataset
 
-from pat.errors import PatError, RunFailed
+from pat.errors import PatError, RunFailed, UnusableRow
 from pat.training.conversion import ROW, Conversion
 from pat.training.counts import counts_of_batch
 from pat.training.data_record import DataRecord, combined, sums
@@ -31,6 +31,8 @@ SHUFFLED_ROWS = 1000
 
 BATCH = 100
 """Examples of which tokens are made at once: the first step waits for no more."""
+
+COUNTED = [f.name for f in fields(DataRecord) if f.type == "int" and "held_out" not in f.name]
 
 TRAINED_ON = ("input_ids", "labels")
 
@@ -117,11 +119,13 @@ class Stream:
                 example = next(given[number])
             except RunFailed:
                 raise
-            except PatError as error:
+            except UnusableRow as error:
                 raise RunFailed(
                     f"{error} The rows before were fine: with --on_bad_row skip, the same command goes on from its "
                     "last checkpoint, and leaves such rows out."
                 ) from error
+            except PatError as error:
+                raise RunFailed(str(error)) from error
             tally.drawn[number] += 1
             tally.num_tokens += len(example["input_ids"])
             yield example
@@ -144,7 +148,7 @@ class Stream:
         counts: list[Any] = tally.counts
         records = [replace(record, **found) for record, found in zip(self.known, counts, strict=True)]
         seen = round(tally.num_tokens * num_examples / max(1, tally.num_drawn))
-        return self._together(records, [max(1, num) for num in tally.drawn]), seen
+        return self._together(records, tally.drawn if tally.num_drawn else self.weights), seen
 
     @staticmethod
     def _together(records: Sequence[DataRecord], weights: Sequence[float]) -> DataRecord:
@@ -152,7 +156,7 @@ class Stream:
 
     def _new_tally(self) -> Tally:
         num = len(self.sources)
-        return Tally([Counter() for _ in range(num)], [0] * num, [0] * num)
+        return Tally([Counter(dict.fromkeys(COUNTED, 0)) for _ in range(num)], [0] * num, [0] * num)
 
     def _of_source(self, number: int, tally: Tally) -> Iterator[dict[str, list[int]]]:
         source = self.sources[number]

@@ -16,7 +16,7 @@ from pat.errors import PatError, RunFailed, one_line
 from pat.paths import looks_local
 from pat.readers import READERS, SUFFIXES, Placed, Row, data_suffix, iterate_local, without_nulls
 from pat.report.progress import Phase
-from pat.training.conversion import ROW, ROWS_LOOKED_AT, Conversion, Reading, Source, look_at
+from pat.training.conversion import PLACE, ROW, ROWS_LOOKED_AT, Conversion, Reading, Source, look_at
 from pat.training.sources import FILE_SUFFIXES, load_from_hub
 
 END_BYTES = 2**20
@@ -89,10 +89,10 @@ def _open(
     if os.path.isdir(path):
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             stored: Any = load_from_disk(str(path))
-            if isinstance(stored, DatasetDict):
-                if split not in stored:
-                    raise PatError(f"{name}: got split {split!r}; expected one of {', '.join(stored)}.")
-                stored = stored[split]
+            parts = dict(stored) if isinstance(stored, DatasetDict) else {"train": stored}
+            if split not in parts:
+                raise PatError(f"{name}: got split {split!r}; expected one of {', '.join(map(str, parts))}.")
+            stored = parts[split]
             return lambda: _rows(name, stored), lambda _: f"datasets:{stored._fingerprint}"
         files = [file for file in sorted(path.iterdir()) if file.is_file() and data_suffix(file) in READERS]
         if not files:
@@ -104,7 +104,13 @@ def _open(
             raise PatError(f"{name}: got split {split!r}; a file is one split, 'train'.")
         return lambda: iterate_local(path), lambda _: _ends(path)
     dataset = load_from_hub(name, reading, split, config_name, streaming=True)
-    return lambda: _rows(name, dataset), lambda first: f"first:{hashlib.sha256(repr(first).encode()).hexdigest()}"
+    return lambda: _rows(name, dataset), _of_first
+
+
+def _of_first(examples: list[Any]) -> str:
+    """Return a digest of what examples say, wherever they lie."""
+    told = [{key: value for key, value in example.items() if key not in (PLACE, ROW)} for example in examples]
+    return f"first:{hashlib.sha256(repr(told).encode()).hexdigest()}"
 
 
 def _rows(name: str, dataset: Iterable[Any]) -> Iterator[Placed]:
@@ -115,7 +121,7 @@ def _rows(name: str, dataset: Iterable[Any]) -> Iterator[Placed]:
             yield f"{name}, row {number}", without_nulls(row)
     except Exception as error:  # whatever its parsers, file systems and HTTP client raise
         kind = RunFailed if number else PatError
-        raise kind(f"{name}: could not be read behind row {number:,} ({one_line(error)}).") from error
+        raise kind(f"{name}: could not be read after row {number:,} ({one_line(error)}).") from error
     if not number:
         raise PatError(f"{name} has no rows; expected at least one example.")
 

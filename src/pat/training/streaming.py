@@ -25,6 +25,8 @@ def check_streaming(run: RunOptions, sft: SFTConfig, distill: DistillOptions) ->
     dispatches = accelerates.dispatch_batches or accelerates.split_batches
     sampling = str(getattr(sft.train_sampling_strategy, "value", sft.train_sampling_strategy))
     refused = {
+        "shuffle_dataset": (sft.shuffle_dataset, "the next example is drawn among those that wait"),
+        "dataset_num_proc": (sft.dataset_num_proc, "tokens are made by the process that trains"),
         "packing": (sft.packing, "it takes all rows at once"),
         "vocabulary_size": (run.vocabulary_size, "the tokens that the data needs are not known before"),
         "distill_top_k": (distill.distill_top_k, "the teacher is asked about all rows at once"),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from tiny_models import build
 
+from pat.errors import PatError
 from pat.loading import load_config
 from pat.training.arguments import build_arguments
 from pat.training.check import NEEDED, check, check_run
@@ -77,3 +78,8 @@ def test_going_on_with_other_rows_per_step_is_said(tmp_path: Path, caplog: pytes
     assert check_run(after, on, prepared).rows_per_step == 6
     [message] = caplog.messages
     assert "A step takes 6 rows from here on, after 2" in message
+    after.run.streaming = True
+    RunFile.of(after, config, "d").write(tmp_path / "out")
+    before.run.streaming = True
+    with pytest.raises(PatError, match="Got 2 rows a step for the run in .*, which has had 6"):
+        check_run(before, on, prepared)

@@ -68,12 +68,21 @@ def test_without_weights_every_row_comes_once(stories260k_path: Path, files: lis
     assert len(data.train) == len(set(texts(stories260k_path, data.train))) == 70 - 7
 
 
+def test_a_held_out_file_is_of_none_of_the_sources(stories260k_path: Path, files: list[Path], tmp_path: Path) -> None:
+    apart = write(tmp_path / "apart.jsonl", [{"instruction": "ask", "output": "answer"}] * 7)
+    data = prepared(stories260k_path, files, held_out=str(apart))
+    assert data.record.num_held_out == len(data.held_out) == 7 and not data.held_out_groups
+    assert [source.num_held_out for source in data.record.sources] == [0, 0]
+
+
 def test_a_part_of_a_pass_is_of_different_examples() -> None:
     times = Counter(drawn(10, 27, np.random.default_rng(0)).tolist())
     assert sorted(times.values()) == [2] * 3 + [3] * 7
     assert quotas(["a", "b"], [100, 10], [0.5, 0.5]) == [100, 100]
     assert quotas(["a", "b"], [100, 10], [10, 0.1]) == [1000, 10]
     assert apportioned(10, [1, 1, 1]) == [4, 3, 3]
+    with pytest.raises(PatError, match="an epoch has 100,000,000 examples, of 200,000"):
+        quotas(["a", "b"], [100_000, 100_000], [1, 999])
 
 
 def test_a_run_knows_all_its_sources_and_their_shares(stories260k_path: Path, files: list[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import random
@@ -186,6 +187,45 @@ def test_a_wrong_row_ends_the_run_or_is_counted(
     assert Counter(int(text.split()[0]) for text in found) == Counter(set(range(200, 1500)) - {1400})
     assert data.read(1299, 1.0)[0].num_skipped == 1
     assert caplog.text.count("line 1401") == 1
+
+
+def test_what_no_skipping_mends_is_not_promised_to_be_skipped(base: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"{random.Random(i).random()} b"} for i in range(4000)]
+    data = gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+    (tmp_path / "torn.jsonl.gz").write_bytes(data[: len(data) * 2 // 3])
+    stream = stream_of(prepared(base, tmp_path / "torn.jsonl.gz", held_out="0"))
+    with pytest.raises(RunFailed) as error:
+        list(islice(stream.examples(), 4000))
+    assert "torn.jsonl.gz" in str(error.value) and "on_bad_row" not in str(error.value)
+
+
+def test_a_source_that_gave_nothing_has_no_counts(base: Path, tmp_path: Path) -> None:
+    file, rare = (write(tmp_path / f"{name}.jsonl", ROWS["alpaca"]) for name in ("a", "b"))
+    data = prepared(base, file, rare, held_out="0", dataset_weights=[1, 1e-6])
+    list(islice(stream_of(data).examples(), 20))
+    record, _ = data.read(20, 1.0)
+    assert [(source.share, source.num_rows, source.num_examples) for source in record.sources] == [
+        (1.0, 20, 20),
+        (0.0, 0, 0),
+    ]
+
+
+def test_a_saved_dataset_is_known_wherever_it_lies_and_has_one_split(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Dataset.from_list(ROWS["alpaca"]).save_to_disk(tmp_path / "saved")
+    monkeypatch.chdir(tmp_path)
+    known = {
+        prepared(base, Path(name), held_out="0").record.fingerprint for name in ("saved", "./saved", tmp_path / "saved")
+    }
+    assert len(known) == 1
+    with pytest.raises(PatError, match=r"got split 'test'; expected one of train"):
+        prepared(base, tmp_path / "saved", dataset_train_split="test")
+    for part in ("a", "b"):
+        (tmp_path / "parts").mkdir(exist_ok=True)
+        write(tmp_path / "parts" / f"{part}.jsonl", ROWS["alpaca"])
+    known = {prepared(base, Path(name), held_out="0").record.fingerprint for name in ("parts", tmp_path / "parts")}
+    assert len(known) == 1
 
 
 def test_what_the_template_refuses_is_left_out(base: Path, tmp_path: Path) -> None:
