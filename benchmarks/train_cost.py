@@ -433,8 +433,9 @@ def time_runs(args: argparse.Namespace) -> dict[str, Any]:
 def compose(steps: dict[str, Any], runs: dict[str, Any]) -> dict[str, Any]:
     """Compute the time of long runs as a share of LoRA's: steps of both stages, and what does not grow with the run.
 
-    What a trainer takes beside the steps (its start, reading rows, logging) is not told apart from the calibration: all
-    of stage one beyond its steps counts as fixed. Of LoRA's run only the steps count, so the ratios err against PAT.
+    What a run takes beside stage two and the steps of stage one counts as fixed: calibration, compaction, and what a
+    trainer takes for its start, reading rows and logging. Of LoRA's run only the steps count, so the ratios err against
+    PAT.
     """
     seconds = {name: values["median"] for name, values in steps["seconds"].items()}
     num_steps = WHOLE_TOKENS // (steps["batch_size"] * steps["max_length"])
@@ -442,7 +443,8 @@ def compose(steps: dict[str, Any], runs: dict[str, Any]) -> dict[str, Any]:
     for kind in ("default", "paper"):
         milestone, step_one = recipe_defaults(kind).get("milestone", 0.0), seconds["stage_one_paper"]
         short = round(milestone * runs["steps"]) * step_one * runs["batch_size"] / steps["batch_size"]
-        parts = [row.get("stage_one", 0.0) - short + row["compaction"] for row in runs["parts"][kind]]
+        rows = zip(runs["wall"][kind], runs["parts"][kind], strict=True)
+        parts = [wall - row["stage_two"] - short for wall, row in rows]
         fixed = result["fixed_seconds"][kind] = max(0.0, statistics.median(parts))
         soft = round(milestone * num_steps)
         total = fixed + soft * step_one + (num_steps - soft) * seconds["stage_two"]

@@ -129,8 +129,7 @@ class Stages:
             args.save_only_model, args.load_best_model_at_end = False, False
         trainer = self._trainer(model, args, self.checkpoints, callback, *([StopAtMilestone()] if goes_small else []))
         if not (goes_small and resume_from is not None and load_hard(trainer, tuner, resume_from)):
-            num_soft = milestone_step(tuner.pat_config().soft_share, self.num_steps)
-            if goes_small and resume_from is None and num_soft == 0:
+            if goes_small and resume_from is None and not milestone_step(tuner.pat_config().soft_share, self.num_steps):
                 self._skip(trainer, callback)
             else:
                 self._train(trainer, "stage_one", resume_from)
@@ -181,6 +180,7 @@ class Stages:
     def _skip(self, trainer: SFTTrainer, callback: PatCallback) -> None:
         """Have the channels chosen, and the mask hard, without a step of stage one."""
         trainer.state.max_steps = self.num_steps
+        started = time.perf_counter()
         with self._begun():
             callback.on_train_begin(
                 trainer.args,
@@ -190,6 +190,7 @@ class Stages:
                 train_dataloader=trainer.get_train_dataloader(),
                 processing_class=self.data.vocabulary.tokenizer,
             )
+        self.seconds["calibration"] = time.perf_counter() - started
 
     def _train(self, trainer: SFTTrainer, part: str, resume_from: str | None) -> None:
         stop, watch = StopOnSignal(), Watch(TITLES[part])

@@ -32,7 +32,8 @@ class Trained:
     epoch: float
     log_history: list[dict[str, Any]]
     seconds: dict[str, float]
-    """Seconds that each part took: `preparation` (of the rows), `stage_one`, `compaction`, `stage_two`."""
+    """Seconds that each part took: `preparation` (of the rows), `calibration` (if there is no stage
+    one, which includes it), `stage_one`, `compaction`, `stage_two`."""
     pat_config: dict[str, Any]
     run: RunFile
     data: DataRecord

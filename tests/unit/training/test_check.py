@@ -81,5 +81,5 @@ def test_going_on_with_other_rows_per_step_is_said(tmp_path: Path, caplog: pytes
     after.run.streaming = True
     RunFile.of(after, config, "d").write(tmp_path / "out")
     before.run.streaming = True
-    with pytest.raises(PatError, match="Got 2 rows a step for the run in .*, which has had 6"):
+    with pytest.raises(PatError, match=r"Got 2 rows a step for the run in .*, which has had 6"):
         check_run(before, on, prepared)
