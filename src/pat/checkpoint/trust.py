@@ -31,7 +31,7 @@ _PEFTS_OWN = {"auto_mapping", "peft_version", "runtime_config"}
 
 _ENDS = {path.rpartition(".")[2] for family in FAMILIES.values() for path in (family.embedding, family.head)}
 
-_COUNTS = {"keep": ("BOOL",), "pinned": ("BOOL",), "progress": ("I64",)}
+_COUNTS = {"keep": ("BOOL",), "pinned": ("BOOL",), "fitted": ("BOOL",), "progress": ("I64",)}
 """Dtypes, as headers name them, of a gate's buffers that are no real numbers."""
 
 _WAYS_TO_HOLD = ("base_layer", "original_module", "token_adapter")
