@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +12,12 @@ from pat.checkpoint.staging import check_output_folder
 from pat.errors import PatError
 from pat.paths import check_writable, expand_options
 from pat.ranges import check_ranges
+
+ADDRESS = "127.0.0.1"
+"""Where the page is served: to this machine alone."""
+
+RATIO = "ratio-"
+"""Begins the names of the folders of the page's runs."""
 
 
 @dataclass
@@ -51,9 +58,32 @@ class DemoOptions:
         if self.ui and find_spec("gradio") is None:
             raise PatError("--ui needs gradio, which is not installed; install the extra: pip install 'pat-llm[ui]'.")
         if self.port is not None and not self.ui:
-            raise PatError(f"Got port={self.port}, which is of the page; expected --ui true beside it.")
+            raise PatError(f"Got port={self.port} without --ui; it is the port of the page.")
         if self.cache_dir is not None:
             check_writable(self.cache_dir / "demo")
         check_writable(self.output_dir)  # names too long to be looked for come to light here
+        if self.ui and self.port is not None:
+            _check_free(self.port)
+        if self.ui and os.path.isdir(self.output_dir) and all(map(_is_of_the_page, self.output_dir.iterdir())):
+            return
         if not os.path.isfile(self.output_dir / "run.json"):  # else the run says whether it goes on
             self.output_dir = check_output_folder(self.output_dir)
+
+
+def _is_of_the_page(path: Path) -> bool:
+    """Tell whether a folder is that of a run which the page has begun."""
+    return path.is_dir() and path.name.startswith(RATIO)
+
+
+def _check_free(port: int) -> None:
+    """Check that the page can be served at a port.
+
+    Raises:
+        PatError: it cannot.
+    """
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind((ADDRESS, port))
+        except OSError as error:
+            raise PatError(f"Got port={port}, which cannot be used ({error.strerror}); choose another one.") from error

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pat.demo.options import ADDRESS, RATIO
 from pat.errors import PatError, one_line
 from pat.plan.command import run_plan
 from pat.plan.options import PlanOptions
@@ -24,8 +25,6 @@ from pat.report.table import Table
 from pat.training.arguments import build_arguments
 from pat.training.results import TuneResult
 from pat.training.tune import run_tune
-
-ADDRESS = "127.0.0.1"
 
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -47,6 +46,8 @@ class Session:
     """Flags of `pat tune` for every run."""
     result: TuneResult | None = None
     _models: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    _running: threading.Lock = field(default_factory=threading.Lock)
+    """Held by the thread of a run, whether or not a page still looks at it."""
 
     def plan(self, ratio: float) -> str:
         """Return the table of a ratio, or the reason why there is none."""
@@ -64,9 +65,15 @@ class Session:
         ]
         return f"{small.shape.describe()}\n\n" + Table("", ("", "base", "small"), rows).to_markdown()
 
-    def run(self, ratio: float, num_steps: float) -> Iterator[str]:
+    def run(self, ratio: float, num_steps: float | None) -> Iterator[str]:
         """Tune and prune; yield what is done now, and in the end what came of it."""
-        folder = self.output_dir / f"ratio-{ratio:g}-steps-{num_steps:g}"
+        if not num_steps or num_steps < 1:
+            yield f"Got {num_steps or 'no'} steps; expected at least 1."
+            return
+        if not self._running.acquire(blocking=False):
+            yield "A run is going on already; wait for its end."
+            return
+        folder = self.output_dir / f"{RATIO}{ratio:g}-steps-{num_steps:g}"
         outcome: list[TuneResult | Exception] = []
 
         def work() -> None:
@@ -76,6 +83,8 @@ class Session:
                 outcome.append(run_tune(build_arguments(**given)))
             except Exception as error:  # shown on the page, which goes on
                 outcome.append(error)
+            finally:
+                self._running.release()
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()

@@ -19,7 +19,7 @@ from pat.formats.gguf_file import write_gguf
 from pat.formats.gguf_layout import GgufLayout, layout_of
 from pat.formats.gguf_types import QUANTIZATIONS, Entry, Quantization
 from pat.formats.gguf_vocabulary import vocabulary_of
-from pat.formats.loss import LossCheck, QuantizedLoss
+from pat.formats.loss import MAX_LENGTH, LossCheck, QuantizedLoss
 from pat.formats.options import ExportOptions
 from pat.formats.reference import NEW_TOKENS, Check, Reference, require
 from pat.loading import load_base, load_config, stored_dtype
@@ -97,7 +97,11 @@ def run_export(options: ExportOptions) -> ExportRecord:
         measured = None
         if options.dataset_name is not None:  # read before the weights: a wrong column should not take minutes
             measured = LossCheck(
-                options.model, config, options.dataset_name, max_length=options.max_length, limit=options.limit
+                options.model,
+                config,
+                options.dataset_name,
+                max_length=options.max_length or MAX_LENGTH,
+                limit=options.limit,
             )
         model = load_base(options.model, dtype=torch.float32)
         loss: QuantizedLoss | None = None

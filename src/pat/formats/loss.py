@@ -16,6 +16,9 @@ from pat.nll import NLL, Example, response_nll
 from pat.report.progress import progress_bar
 from pat.surgery.residual import model_tensors
 
+MAX_LENGTH = 512
+"""Longest row in tokens, unless it is said."""
+
 BATCH_SIZE = 8
 """Rows in a forward pass."""
 
@@ -61,5 +64,5 @@ class LossCheck:
         return QuantizedLoss(self._source, before, self._nll(model, "Loss after"))
 
     def _nll(self, model: PreTrainedModel, title: str) -> NLL:
-        with progress_bar(title, "batch") as progress:
+        with progress_bar(title, "batches") as progress:
             return response_nll(model, self._examples, batch_size=BATCH_SIZE, pad_token_id=self._pad, progress=progress)

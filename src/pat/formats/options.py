@@ -61,7 +61,9 @@ class ExportOptions:
         default=None,
         metadata={"help": "Largest number of rows of the data, taken evenly spaced.", "range": "[1, inf)"},
     )
-    max_length: int = field(default=512, metadata={"help": "Longest row of the data in tokens.", "range": "[1, inf)"})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest row of the data in tokens. Default: 512.", "range": "[1, inf)"}
+    )
     check: bool = field(
         default=True,
         metadata={"help": "Run the file in its engine, where that is at hand, beside transformers."},
@@ -79,8 +81,9 @@ class ExportOptions:
             raise PatError(f"Got quantize={self.quantize!r} with format={self.format!r}; it is for gguf alone.")
         if self.dataset_name is not None and self.format != "gguf":
             raise PatError(f"Got dataset_name={self.dataset_name!r} with format={self.format!r}; it is for gguf alone.")
-        if self.dataset_name is None and self.limit is not None:
-            raise PatError(f"Got limit={self.limit} without dataset_name; it is the number of rows of that data.")
+        for name in ("limit", "max_length"):
+            if self.dataset_name is None and (given := getattr(self, name)) is not None:
+                raise PatError(f"Got {name}={given} without dataset_name, of which it is an option.")
         check_ranges(self)
         object.__setattr__(self, "output", Path(self.output))
         if self.output.suffix != SUFFIXES[self.format]:

@@ -159,6 +159,11 @@ def is_live() -> bool:
     return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
+def is_drawn() -> bool:
+    """Tell whether a live line tells of what is done now."""
+    return bool(_live)
+
+
 def clock(seconds: float) -> str:
     """Return a duration as `1:02` minutes and seconds, or `1:02:03` hours."""
     minutes, rest = divmod(round(seconds), 60)

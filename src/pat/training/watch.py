@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
-from pat.report.progress import Phase, clock, during, is_live
+from pat.report.progress import Phase, clock, during, is_drawn
 from pat.shape import AXES
 from pat.training.callback import LOGGED
 
@@ -48,7 +48,7 @@ class Watch(TrainerCallback):
         """Note the figures, and print them where there is no live line."""
         logs = kwargs.get("logs") or {}
         self._seen.note(logs)
-        if ("loss" in logs or "eval_loss" in logs) and state.is_world_process_zero and not is_live():
+        if ("loss" in logs or "eval_loss" in logs) and state.is_world_process_zero and not is_drawn():
             print(self._seen.text(), file=sys.stderr, flush=True)
 
 

@@ -9,7 +9,7 @@ from tiny_models import build, tiny_tokenizer
 
 from pat.checkpoint.card import Cut, base_license, render_card, shown_name
 from pat.checkpoint.verify import Parity
-from pat.training.formats import ALPACA
+from pat.training.formats import ALPACA, ALPACA_WITH_INPUT
 
 CUT = Cut(
     hidden_size=576,
@@ -100,6 +100,7 @@ def test_the_prompt_is_that_of_the_training(prompts: str, tmp_path: Path) -> Non
     exec(code.replace("path/to/this/folder", str(tmp_path)), known)
     if "Alpaca" in prompts:
         assert known["prompt"] == ALPACA.format(instruction="…")
+        assert known["prompt_with_input"] == ALPACA_WITH_INPUT.format(instruction="…", input="…")
 
 
 def test_the_three_lines_are_python() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from pat import cli
 from pat.demo import options
 from pat.demo.ui import Session, serve
+from pat.errors import PatError
 
 CHROMIUM = shutil.which("chromium")
 
@@ -52,8 +54,30 @@ def test_without_gradio_it_is_refused(
     (line,) = capsys.readouterr().err.splitlines()
     assert "pip install 'pat-llm[ui]'" in line
     assert cli.main(["demo", "--port", "7861", "--output_dir", str(tmp_path / "out")]) == 2
-    assert "expected --ui" in capsys.readouterr().err
+    assert "Got port=7861 without --ui" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_page_begins_again_beside_its_runs_at_a_port_that_is_free(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(options, "find_spec", lambda name: True)
+    (tmp_path / "out" / f"{options.RATIO}0.25-steps-2").mkdir(parents=True)
+    options.DemoOptions(output_dir=tmp_path / "out", ui=True)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(PatError, match="the output folder is not empty"):
+        options.DemoOptions(output_dir=tmp_path / "out", ui=True)
+    with socket.socket() as taken:
+        taken.bind((options.ADDRESS, 0))
+        taken.listen()
+        with pytest.raises(PatError, match="which cannot be used"):
+            options.DemoOptions(output_dir=tmp_path / "new", ui=True, port=taken.getsockname()[1])
+
+
+def test_one_run_at_a_time_and_with_steps(session: Session) -> None:
+    assert list(session.run(0.25, None)) == ["Got no steps; expected at least 1."]
+    session._running.acquire()
+    assert list(session.run(0.25, 2)) == ["A run is going on already; wait for its end."]
 
 
 @pytest.mark.skipif(find_spec("gradio") is None, reason="gradio, the extra `ui`, is not installed")
