@@ -31,7 +31,9 @@ PASSES = 3.0
 much again for the adapter and the optimizer."""
 
 
-def announce(arguments: TuneArguments, checked: Checked, data: Prepared, model: Any, num_steps: int) -> None:
+def announce(
+    arguments: TuneArguments, checked: Checked, data: Prepared, model: Any, num_steps: int, *, is_new: bool = True
+) -> None:
     """Say in one line on stderr what was understood, and what it will take.
 
     Args:
@@ -40,6 +42,7 @@ def announce(arguments: TuneArguments, checked: Checked, data: Prepared, model: 
         data: what was found out about its data.
         model: the base.
         num_steps: optimizer steps of both stages.
+        is_new: nothing is trained yet; else the time that is left is not that of all steps, and is not said.
     """
     shape = checked.shape
     milestone = arguments.pat.milestone_share(cuts_hidden=shape.cuts("hidden"))
@@ -52,7 +55,7 @@ def announce(arguments: TuneArguments, checked: Checked, data: Prepared, model: 
     kept = data.vocabulary.kept
     trimmed = "" if kept is None else f"vocabulary {data.vocabulary.num_untrimmed:,} to {len(kept):,} tokens, "
     costs = []
-    if ranks.is_first() and not shards(arguments.sft):
+    if is_new and ranks.is_first() and not shards(arguments.sft):
         small = 1.0 - shape.pruning_ratio if goes_small else 1.0
         passes = PASSES + 1 if arguments.sft.gradient_checkpointing else PASSES
         trained = num_tokens_of_step(arguments, data) * (soft + (num_steps - soft) * small)
@@ -60,7 +63,9 @@ def announce(arguments: TuneArguments, checked: Checked, data: Prepared, model: 
     if not quantises(arguments, checked.base_config) and not shards(arguments.sft):
         num_bytes = _memory(arguments, checked, data, model)
         size = f"{num_bytes / 1e9:,.1f} GB" if num_bytes > 1e9 else f"{num_bytes / 1e6:,.0f} MB"
-        costs.append(f"{size} for weights and activations")
+        # Without a soft mask only the calibration runs at the base's width.
+        most = "at most " if goes_small and not soft else ""
+        costs.append(f"{most}{size} for weights and activations")
     expected = f" Expected: {' and '.join(costs)}." if costs else ""
     print(
         f"{data.record.describe()} Model: {checked.family.model_type}, {trimmed}{shape.describe()}, "

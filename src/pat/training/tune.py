@@ -84,7 +84,8 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
         stored = stored_dtype(checked.base_config, revision=arguments.model.model_revision) or dtype
         size = Size.of(checked.base_config, stored)
         figures = {"base": ranks.first(partial(measure, base, data, "base", size))}
-        announce(arguments, checked, data, base, num_steps)
+        is_new = start.checkpoint is None and not start.is_trained
+        announce(arguments, checked, data, base, num_steps, is_new=is_new)
         data.vocabulary.fit(base)
         answers = ranks.first(partial(greedy_answers, base, data))
         tokens = _tokens(arguments, data, base, data.vocabulary.config_of(checked.base_config))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pat import ranks
 from pat.errors import Diverged, PatError
 from pat.method.basis import UnifiedMask
 from pat.nll import evaluating
@@ -196,7 +197,7 @@ def watch_inputs(
     watch, num_tokens = _Watch(), 0
     with ExitStack() as restore:
         restore.enter_context(evaluating(model))
-        progress = restore.enter_context(phase(title, "tokens", total=max_tokens))
+        progress = restore.enter_context(phase(title, "tokens", total=max_tokens // ranks.num_processes()))
         for path, watcher in watchers.items():
             handle = model.get_submodule(path).register_forward_pre_hook(partial(watch, watcher))
             restore.callback(handle.remove)

@@ -65,7 +65,8 @@ def losses_without(
     """
     ends = branch_ends(model, stream)
     total, num_scored, num_read = torch.zeros(len(ends), dtype=torch.float64), 0, 0
-    with evaluating(model), phase("Measuring the layers", "tokens", total=max_tokens) as progress:
+    own = max_tokens // ranks.num_processes()
+    with evaluating(model), phase("Measuring the layers", "tokens", total=own) as progress:
         for inputs, real in token_batches(model, batches, max_tokens):
             scored = real[:, 1:] & real[:, :-1]
             if "position_ids" in inputs:  # rows that are packed begin at 0
