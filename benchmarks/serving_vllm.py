@@ -233,10 +233,13 @@ def _record(output: Path, cells: dict[str, Any]) -> None:
 
 def _answer(request: dict[str, Any]) -> None:
     """Answer for every cell, each in a process of its own, since an assertion of vLLM's may end it."""
+    from importlib.metadata import version
+
     import vllm
     import vllm.v1.worker.cpu_worker  # what every process would import again
     from vllm import LLM, SamplingParams
 
+    versions = f"{vllm.__version__}, with transformers {version('transformers')}"
     gc.freeze()  # what is there now, no process needs to look through again
     for number, (name, cell) in enumerate(request["cells"].items()):
         target = Path(request["folder"]) / f"{number}.json"
@@ -247,11 +250,11 @@ def _answer(request: dict[str, Any]) -> None:
                 traceback.print_exc()
                 lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
                 answer = {"error": f"{type(error).__name__}: {' '.join(lines)}"[:300]}
-            target.write_text(json.dumps(answer | {"vllm": vllm.__version__}))
+            target.write_text(json.dumps(answer | {"vllm": versions}))
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if not target.exists():
-            target.write_text(json.dumps({"error": f"its process ended with {status}", "vllm": vllm.__version__}))
+            target.write_text(json.dumps({"error": f"its process ended with {status}", "vllm": versions}))
         print(f"{ANSWERED}{name}", flush=True)
 
 

@@ -43,11 +43,11 @@ def test_a_type_that_an_engine_does_not_know_is_told_whatever_is_cut() -> None:
 def test_what_vllm_came_to_is_what_the_record_says() -> None:
     cells = json.loads((ROOT / "benchmarks" / "results" / "serving_vllm.json").read_text(encoding="utf-8"))["cells"]
     for family in FAMILIES:
-        for cut in ("default", *AXES):
-            cell = cells.get(f"{family}, {cut}", {"verdict": "refused by pat"})
+        for cut in ("default", *(axis for axis in AXES if axis != "mlp")):  # the default cuts MLPs
+            came_to = cells[f"{family}, {cut}"]["verdict"]
             said = verdicts(family, ["mlp" if cut == "default" else cut])["vLLM"].verdict
-            if said != "not run here" and cell["verdict"] != "refused by pat" and cut != "mlp":
-                assert said == cell["verdict"], (family, cut)
+            assert said == came_to or "not run here" == said or "refused by pat" == came_to, (family, cut)
+    assert sum(cell["verdict"] == "runs" for cell in cells.values()) > 100
 
 
 def test_what_llama_cpp_ran_is_what_can_be_written_for_it() -> None:
