@@ -136,7 +136,10 @@ class DistillOptions:
 
     distill: bool = field(
         default=False,
-        metadata={"help": "Have the small model learn from a teacher, too: the base with the LoRA of stage one."},
+        metadata={
+            "help": "Have the small model learn from a teacher, too: the base with the LoRA of stage one, if "
+            "--milestone leaves one."
+        },
     )
     teacher: str | None = field(
         default=None,
