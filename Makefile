@@ -22,9 +22,6 @@ INSTALLED := $(VENV)/.installed
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# Instruction data that may lie beside the checkout; without it `pat demo` finds its own.
-DEMO_DATA := $(wildcard ../shared/data/instruct/instruct_21k.jsonl)
-
 .PHONY: help install demo test lint docs package compare audit mutants clean
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -37,7 +34,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)
-	$(VENV)/bin/pat demo --output_dir $(OUT) $(if $(DEMO_DATA),--dataset_name $(DEMO_DATA))
+	$(VENV)/bin/pat demo --output_dir $(OUT)
 
 # One thread a process: two workers share two cores, and sums keep their order from run to run.
 test: export OMP_NUM_THREADS := 1
