@@ -38,7 +38,7 @@ CUTS: dict[str, dict[str, Any] | None] = {
     "heads": {"axes": ["heads"], "pruned_num_key_value_heads": 1},
     "layers": {"axes": ["layers"], "pruned_num_hidden_layers": 2},
 }
-"""What is cut, by the name of the cell."""
+"""Options by which `PatConfig` makes the cut of each cell, by the name of the cell."""
 
 SIZES = {"hidden_size": 384, "intermediate_size": 576, "head_dim": 64}
 
@@ -84,7 +84,7 @@ ENVIRONMENT = {
 }
 
 ANSWERED = "answered: "
-"""What a line of vLLM's process begins with that names a cell."""
+"""A line of vLLM's process that names a cell begins with this."""
 
 MAX_ERROR = 1e-3
 """Largest difference of a log-probability: float32 in another order of summation, over a tiny model's three layers."""

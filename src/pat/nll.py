@@ -96,7 +96,7 @@ def response_nll_by_group(
     pad_token_id: int,
     progress: Progress | None = None,
 ) -> tuple[NLL, list[float]]:
-    """As `response_nll`, with the sum in nats over the examples of each group, which are numbered from 0.
+    """Return what `response_nll` returns, and the sum in nats over the examples of each group, numbered from 0.
 
     Raises:
         PatError: there is no token to score.

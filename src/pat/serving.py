@@ -49,7 +49,7 @@ class Row:
     """It is about models in which one of them is cut; empty for all."""
     why: str = ""
     remedy: str = ""
-    """What to do instead, where the engine does not run it."""
+    """Advice for whom the engine does not run the cut; empty if there is none."""
 
     def fits(self, model_type: str, cut: Collection[str]) -> bool:
         """Tell whether the row is about a model of a family in which some axes are cut."""

@@ -23,7 +23,7 @@ TILES = ((64, 128), (128, 64))
 """Numbers of outputs and inputs of which a layer's are multiples, in one way or the other."""
 
 EXPERT_HIDDEN_SIZE = 128
-"""What the hidden size of stacked experts has to be a multiple of; it is not padded."""
+"""The hidden size of stacked experts has to be a multiple of this; it is not padded."""
 
 
 @dataclass(frozen=True)

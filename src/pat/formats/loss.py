@@ -1,4 +1,4 @@
-"""What a type of file costs in quality: the loss of a model on data, before and after its weights are quantised."""
+"""The loss of a model on data before and after its weights are quantised, which tells what a type of file costs."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ Progress = Callable[[int, int], None]
 """Called after every part with (parts done, parts in all)."""
 
 SECONDS_BETWEEN_LINES = 5
-"""Of progress, where there is no terminal to draw a line on."""
+"""Seconds between two lines of progress, where there is no terminal to draw a live line on."""
 
 REFRESHES_PER_SECOND = 4
 
@@ -34,7 +34,7 @@ _hidden: ContextVar[bool] = ContextVar("hidden", default=False)
 _lock = threading.RLock()
 _open: list[Phase] = []
 _live: list[Callable[[], None]] = []
-"""What takes the live line away, if there is one."""
+"""The function that takes the live line away; empty while there is none."""
 
 
 class Phase:

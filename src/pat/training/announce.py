@@ -27,8 +27,8 @@ from pat.tuner.memory import training_memory
 from pat.tuner.refit import TOKENS_PER_CHANNEL
 
 PASSES = 3.0
-"""Time of a training step in forward passes over as many tokens: one there, one back through the frozen weights, and as
-much again for the adapter and the optimizer."""
+"""A training step takes about as long as this many forward passes over its tokens: one there, one back through the
+frozen weights, and as much again for the adapter and the optimizer."""
 
 
 def announce(

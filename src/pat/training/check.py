@@ -32,6 +32,7 @@ from pat.tuner.prepare import check_config
 logger = logging.getLogger(__name__)
 
 OF_A_SOFT_MASK = ("mask", "mask_lr_multiplier", "active_loss_weight")
+"""Options that act only while the mask is soft."""
 
 NEEDED = {
     "bnb_4bit_quant_type": "load_in_4bit",

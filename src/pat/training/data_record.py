@@ -82,7 +82,7 @@ class DataRecord:
     def describe_read(self) -> str:
         """Say in one line what was read of a stream."""
         return (
-            f"Read of {self.source}: {self.num_rows:,} rows, {self.num_dropped:,} of them without a response, "
+            f"{self.source}: {self.num_rows:,} rows were read, {self.num_dropped:,} of them without a response, "
             f"{self.num_skipped:,} skipped; {self.num_truncated:,} of {self.num_examples:,} examples truncated."
         )
 

@@ -75,7 +75,7 @@ def unsharded(trainer: Trainer, load: Callable[[], PeftModel]) -> PeftModel:
     return loaded[0] if loaded else cast(PeftModel, trainer.model)
 
 
-def suited(checkpoint: Path, trainer: Trainer) -> Path:
+def checkpoint_for(checkpoint: Path, trainer: Trainer) -> Path:
     """Return a checkpoint with the files that a trainer's engine goes on from; the trainer has not begun yet.
 
     One of the trainer's own run is changed, of another one a copy is made in the run's folder.

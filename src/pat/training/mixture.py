@@ -51,9 +51,9 @@ def quotas(names: Sequence[str], lengths: Sequence[int], weights: Sequence[float
     """
     if weights is None:
         return list(lengths)
-    parts = shares(weights)
-    total = max(length / share for length, share in zip(lengths, parts, strict=True))
-    counts = [max(length, round(share * total)) for length, share in zip(lengths, parts, strict=True)]
+    wanted = shares(weights)
+    total = max(length / share for length, share in zip(lengths, wanted, strict=True))
+    counts = [max(length, round(share * total)) for length, share in zip(lengths, wanted, strict=True)]
     for name, length, num in zip(names, lengths, counts, strict=True):
         if num > MAX_TIMES * length:
             raise PatError(

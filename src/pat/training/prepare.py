@@ -40,7 +40,7 @@ from pat.training.parts import (
 )
 from pat.training.stream import Stream
 from pat.training.tables import ROWS_AT_ONCE
-from pat.training.tokens import Encoder, Truncation, encode, learns
+from pat.training.tokens import TRAINED_ON, Encoder, Truncation, encode, learns
 from pat.training.vocabulary import Vocabulary, load_vocabulary
 
 if TYPE_CHECKING:
@@ -55,8 +55,6 @@ MIN_VERIFY_TOKENS = 256
 """With fewer in those examples, the text that comes with the package is compared on as well."""
 
 VERIFY_BATCH_SIZE = 4
-
-TRAINED_ON = ["input_ids", "labels"]
 
 
 @dataclass(frozen=True)

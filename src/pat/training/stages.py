@@ -36,7 +36,7 @@ from pat.training.check import compacts, warn_without_rotation
 from pat.training.checkpoints import STAGE_TWO, continue_from, is_compact, load_finished, load_hard
 from pat.training.folder import Start
 from pat.training.guard import FiniteGuard
-from pat.training.handover import is_sharded, suited, unsharded, write_adapter
+from pat.training.handover import checkpoint_for, is_sharded, unsharded, write_adapter
 from pat.training.interrupt import StopOnSignal
 from pat.training.prepare import Prepared
 from pat.training.run_file import RUN_FILE, RunFile
@@ -201,7 +201,7 @@ class Stages:
             with self._begun(), stop.listening(trainer), watch.watching(trainer):
                 if resume_from is None or not load_finished(trainer, resume_from, self.num_steps):
                     if resume_from is not None:
-                        resume_from = str(ranks.first(partial(suited, Path(resume_from), trainer)))
+                        resume_from = str(ranks.first(partial(checkpoint_for, Path(resume_from), trainer)))
                     trainer.train(resume_from_checkpoint=resume_from)
         except Diverged as error:
             last = Path(cast(str, trainer.args.output_dir)) / "last-finite"

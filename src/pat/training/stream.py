@@ -18,7 +18,7 @@ from pat.training.counts import counts_of_batch
 from pat.training.data_record import DataRecord, combined, sums
 from pat.training.mixture import shares
 from pat.training.streamed import StreamedSource
-from pat.training.tokens import FEATURES, Encoder
+from pat.training.tokens import FEATURES, TRAINED_ON, Encoder
 from pat.training.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ BATCH = 100
 """Examples of which tokens are made at once: the first step waits for no more."""
 
 COUNTED = [f.name for f in fields(DataRecord) if f.type == "int" and "held_out" not in f.name]
-
-TRAINED_ON = ("input_ids", "labels")
 
 IS_FIRST = "is_first"
 """Key of an example with whether it is the first of its row."""
@@ -110,10 +108,10 @@ class Stream:
             RunFailed: a row cannot be used, or a source has nothing to train on.
         """
         tally = self.tally = self._new_tally()
-        parts = shares(self.weights)
-        given = [self._of_source(number, tally) for number in range(len(parts))]
+        wanted = shares(self.weights)
+        given = [self._of_source(number, tally) for number in range(len(wanted))]
         while True:
-            behind = [share * (tally.num_drawn + 1) - num for share, num in zip(parts, tally.drawn, strict=True)]
+            behind = [share * (tally.num_drawn + 1) - num for share, num in zip(wanted, tally.drawn, strict=True)]
             number = behind.index(max(behind))
             try:
                 example = next(given[number])

@@ -27,9 +27,12 @@ from pat.training.tables import ROWS_AT_ONCE, cache_folder, cached_table, digest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TRAINED_ON = ["input_ids", "labels"]
+"""Columns of `FEATURES` that a trainer takes."""
+
 FEATURES = Features(
     {
-        **dict.fromkeys(("input_ids", "labels"), List(Value("int32"))),  # after the cut
+        **dict.fromkeys(TRAINED_ON, List(Value("int32"))),  # after the cut
         **dict.fromkeys(("num_tokens", "num_targets"), Value("int64")),  # before it; targets are what is learned
         "num_left": Value("int64"),  # targets after it
         "unread": Value("string"),  # fields and options that the chat template does not mention

@@ -27,13 +27,13 @@ class Watch(TrainerCallback):
 
     @contextmanager
     def watching(self, trainer: Trainer) -> Iterator[None]:
-        """Show the training meanwhile."""
+        """Show the training while the context is open."""
         trainer.add_callback(self)
         with during(self._seen):
             yield
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Take the time from the first step on: what was measured before it is none."""
+        """Start the clock at the first step; what is measured before it belongs to no step."""
         self._seen.begin(state)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pat.errors import PatError
-from pat.training.handover import read_states, suited
+from pat.training.handover import checkpoint_for, read_states
 
 
 def trainer(output_dir: Path, *, sharded: bool = False) -> Any:
@@ -31,13 +31,13 @@ def test_a_checkpoint_of_another_run_is_copied_before_it_is_changed(tmp_path: Pa
     (theirs / "pytorch_model_fsdp.bin").write_bytes(b"sharded")
     before = {path.name: path.read_bytes() for path in theirs.iterdir()}
     goes_on = trainer(tmp_path / "ours")
-    suited_one = suited(theirs, goes_on)
+    suited_one = checkpoint_for(theirs, goes_on)
     assert suited_one == tmp_path / "ours" / "checkpoint-2"
     assert {path.name: path.read_bytes() for path in theirs.iterdir()} == before
     assert not (suited_one / "pytorch_model_fsdp.bin").exists()
     read, [group] = read_states(suited_one, goes_on)
     assert list(read) == ["bias"] and torch.equal(read["bias"]["exp_avg"], torch.ones(2)) and group["lr"] == 0.25
-    assert suited(suited_one, goes_on) == suited_one
+    assert checkpoint_for(suited_one, goes_on) == suited_one
 
 
 def test_fsdp_does_not_go_on_without_a_state_of_the_optimizer(tmp_path: Path) -> None:
