@@ -23,6 +23,7 @@ import pat
 from pat.checkpoint.merge import merge
 from pat.cli import main
 from pat.demo import command as demo
+from pat.report import progress
 from pat.training.arguments import build_arguments
 from pat.training.tune import run_tune
 
@@ -333,11 +334,17 @@ def test_a_4_bit_base_is_tuned_and_merged(data: Path, tmp_path: Path) -> None:
     assert result.parity.max_abs_logit_diff < 1e-4
 
 
-class Slowly(TrainerCallback):
-    """Leaves a person the time to read."""
+class Reading(TrainerCallback):
+    """Goes on to the next step when a person at the terminal has seen the line of the one before."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal = terminal
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        time.sleep(0.3)
+        line = progress.current().rpartition(", ")[0]
+        give_up = time.monotonic() + 30
+        while line.encode() not in self._terminal.raw and time.monotonic() < give_up:
+            time.sleep(0.05)
 
     on_train_end = on_step_begin
 
@@ -347,7 +354,7 @@ def test_a_terminal_sees_one_line_before_training_and_one_while_it_runs(
 ) -> None:
     values = flags(base, data, tmp_path / "out", disable_tqdm=False, eval_strategy="steps", eval_steps=4, axes="mlp")
     with Terminal(monkeypatch) as terminal:
-        run_tune(build_arguments(**values), [Slowly()])
+        run_tune(build_arguments(**values), [Reading(terminal)])
     seen = terminal.screen()
     assert seen[0].startswith("Data: rows.jsonl") and "Expected: less than a minute and " in seen[0]
     assert not [line for line in seen if re.search(r"\||train_runtime|'loss'|Milestone|step \d", line)]
