@@ -26,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from pat.checkpoint.hollow import StoredWeights, hollow_model
 from pat.checkpoint.shards import ShardWriter
+from pat.general_text import general_text
 from pat.loading.stored import stored_tensors
 from pat.method.operator import default_rank
 from pat.report.records import environment, write_record
@@ -99,7 +99,7 @@ def make_base(folder: Path, config: LlamaConfig, device: str = "cpu") -> None:
     model.config.dtype = "bfloat16"
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    text = resources.files("pat.checkpoint").joinpath("verification.txt").read_text(encoding="utf-8")
+    text = general_text()
     words = ["<s>", *dict.fromkeys(text.split())]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

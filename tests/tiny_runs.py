@@ -22,5 +22,6 @@ def tune_flags(base: Path, data: Path, out: Path, **more: Any) -> dict[str, Any]
         "save_strategy": "no",
         "gain_tolerance": 0.4,
         "axes": "hidden",
+        "general_text": "none",
         **more,
     }

@@ -30,6 +30,7 @@ def cell_arguments(config: CompareConfig, cell: Cell, *, source: str, train: Pat
         "model_name_or_path": source,
         "dataset_name": str(train),
         "held_out": "0",
+        "general_text": "none",
         "output_dir": str(folder),
         "seed": cell.seed,
         "learning_rate": cell.learning_rate if method.trains else 1e-4,  # trainers refuse 0

@@ -20,7 +20,7 @@ from pat.errors import PatError
 from pat.report.progress import Progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 Example = Mapping[str, Sequence[int]]
 """One tokenised row: `input_ids`, and as many `labels` (-100: not scored)."""
@@ -42,6 +42,12 @@ class NLL:
     one row."""
     perplexity: float
     """The exponential of `nll`; infinite where that overflows."""
+
+    def per(self, num_tokens: int) -> "NLL":
+        """Return the same sum per token of another vocabulary, in which the same text is so many tokens."""
+        factor = self.num_tokens / num_tokens
+        error = None if self.standard_error is None else self.standard_error * factor
+        return NLL(self.nll * factor, num_tokens, error, _exponential(self.nll * factor))
 
 
 def batches_from_examples(
@@ -140,9 +146,12 @@ def _scored(
     if num_tokens == 0:
         raise PatError(f"Got {len(examples)} examples without a response token to score; pass rows with responses.")
     nll = total / num_tokens
-    perplexity = torch.tensor(nll, dtype=torch.float64).exp().item()
     rows_M2 = torch.cat(rows)
-    return NLL(nll, num_tokens, _standard_error(nll, rows_M2), perplexity), rows_M2
+    return NLL(nll, num_tokens, _standard_error(nll, rows_M2), _exponential(nll)), rows_M2
+
+
+def _exponential(nll: float) -> float:
+    return torch.tensor(nll, dtype=torch.float64).exp().item()
 
 
 def _standard_error(nll: float, rows_M2: Tensor) -> float | None:
@@ -177,16 +186,27 @@ def text_perplexity(
     Raises:
         PatError: fewer than two tokens; a context without room for two.
     """
+    room = min(context, max_positions(getattr(model, "config", None)) or context)
+    windows = text_windows(tokenizer, text, room, max_tokens=max_tokens)
+    # Any id serves as padding: it is masked, and with a single length per text there is hardly any.
+    return response_nll(model, windows, batch_size=batch_size, pad_token_id=0, progress=progress)
+
+
+def text_windows(
+    tokenizer: "PreTrainedTokenizerBase", text: str, context: int, *, max_tokens: int | None = None
+) -> list[Example]:
+    """Return a text, or its first tokens, in windows of at most `context` tokens, each token to be scored once.
+
+    Raises:
+        PatError: fewer than two tokens; a context without room for two.
+    """
     prefix, body = _tokens(tokenizer, text)
     body = body[:max_tokens]
     if len(body) < 2:
         raise PatError(f"Got a text of {len(body)} tokens, perplexity needs at least 2; pass a longer text.")
-    room = min(context, _max_positions(model) or context) - len(prefix)
-    if room < 2:
-        raise PatError(f"Got a context of {room + len(prefix)} tokens, expected {2 + len(prefix)} or more.")
-    windows = _windows(body, room=room, prefix=prefix)
-    # Any id serves as padding: it is masked, and with a single length per text there is hardly any.
-    return response_nll(model, windows, batch_size=batch_size, pad_token_id=0, progress=progress)
+    if context - len(prefix) < 2:
+        raise PatError(f"Got a context of {context} tokens, expected {2 + len(prefix)} or more.")
+    return _windows(body, room=context - len(prefix), prefix=prefix)
 
 
 def _windows(body: list[int], *, room: int, prefix: list[int]) -> list[Example]:
@@ -238,8 +258,8 @@ def read_text(path: Path) -> str:
     return text
 
 
-def _max_positions(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
+def max_positions(config: "PretrainedConfig | None") -> int | None:
+    """Return the number of positions that a model has; None if it sets no limit."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
     return limit if isinstance(limit, int) else None
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import pat
 from pat.checkpoint.merge import merge
 from pat.errors import PatError
-from pat.nll import response_nll
+from pat.nll import response_nll, text_perplexity
 from pat.surgery.describe import count_parameters
 from pat.training.prepare import prepare_examples
 from pat.training.tune import TuneResult
@@ -44,23 +44,28 @@ def test_the_vocabulary_counts_towards_the_budget(run: TuneResult) -> None:
 
 
 def test_losses_are_those_of_the_text_in_the_bases_tokens(run: TuneResult) -> None:
-    """Recomputed with the written files alone: total nats of the responses over the base's count of their tokens."""
+    """Recomputed with the written files alone: total nats of a text over the base's count of its tokens."""
     held_out = run.output_dir.parent / "held_out.jsonl"
     rows = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()[:8]]
     held_out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    again = pat.tune(**flags(run.output_dir.parent / "again", held_out=str(held_out)))
-    totals = {}
+    again = pat.tune(**flags(run.output_dir.parent / "again", held_out=str(held_out), general_text=str(DATA)))
+    totals, of_text = {}, {}
     for name in (STORIES, again.model_dir):
         model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
         vocabulary = Vocabulary(tokenizer, model.config.vocab_size)
         examples, _ = prepare_examples(str(held_out), vocabulary, template="auto", max_length=None)
         totals[name] = response_nll(model, examples, batch_size=8, pad_token_id=0)
+        of_text[name] = text_perplexity(model, tokenizer, DATA.read_text(encoding="utf-8")[:20_000], context=256)
     base, dense = totals[STORIES], totals[again.model_dir]
     assert dense.num_tokens > base.num_tokens
     found = again.figures["dense"]
     assert found.num_held_out_tokens == base.num_tokens
     assert found.held_out_nll == pytest.approx(dense.nll * dense.num_tokens / base.num_tokens, abs=1e-5)
     assert again.figures["base"].held_out_nll == pytest.approx(base.nll, abs=1e-5)
+    base, dense = of_text[STORIES], of_text[again.model_dir]
+    assert dense.num_tokens > base.num_tokens == found.num_general_tokens
+    assert found.general_nll == pytest.approx(dense.nll * dense.num_tokens / base.num_tokens, abs=1e-5)
+    assert again.figures["base"].general_nll == pytest.approx(base.nll, abs=1e-5)
 
 
 @pytest.mark.parametrize("adapter", ["adapter", "compact/adapter"])

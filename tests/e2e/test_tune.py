@@ -365,6 +365,25 @@ def test_a_terminal_sees_one_line_before_training_and_one_while_it_runs(
     )
 
 
+def test_general_text_shows_what_was_forgotten(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("It rains. " * 2001, encoding="utf-8")
+    assert main(["tune", *as_argv(flags(base, data, out, general_text=f"{text}.gz"))]) == 2 and not out.exists()
+    assert main(["tune", *as_argv(flags(base, data, out, general_text=str(text)))]) == 0
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    before, now = (f"{results['figures'][stage]['general_nll']:.3f}" for stage in ("base", "dense"))
+    assert results["general_text"] == "text.txt"
+    assert any("text.txt: the first 20,000 of its 20,010 characters are used" in line for line in results["warnings"])
+    assert f"forgotten: {before} before, {now}" in capsys.readouterr().out
+    card, report = ((out / name).read_text(encoding="utf-8") for name in ("model/README.md", "report.html"))
+    assert f"The loss on general text is {results['figures']['tuned']['general_nll']:.3f} nats per token" in card
+    assert "Loss on general text" in report and "General text is text.txt (" in report and now in report
+    built_in = pat.tune(**flags(base, data, tmp_path / "built_in", general_text=None))
+    assert built_in.record.general_text == "general.txt" and built_in.figures["dense"].general_nll is not None
+
+
 def test_elsewhere_a_run_prints_plain_lines(
     base: Path, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,8 +17,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
         "pat.errors pat.paths pat.families pat.widths pat.ranges pat.shape pat.budget pat.config_file pat.kinds "
-        "pat.option pat.options pat.loading pat.nll pat.report pat.recipes pat.questions pat.ranks pat.readers "
-        "pat.serving",
+        "pat.option pat.options pat.loading pat.nll pat.general_text pat.report pat.recipes pat.questions pat.ranks "
+        "pat.readers pat.serving",
         "pat.method",
         "pat.surgery",
         "pat.tuner",

@@ -210,17 +210,17 @@ def _facts(results: Mapping[str, Any], *, is_last: bool) -> dict[str, Any]:
     names = ["dataset", "prompt_format", "recipe", "seed", "learning_rates"]
     names += ["num_steps", "num_tokens_seen"] if is_last else []
     found = {name: results[name] for name in names if name in results}
-    figures = {
-        stage: figure
-        for stage, figure in (results.get("figures") or {}).items()
-        if stage in (("base", "tuned") if is_last else ("base",)) and figure.get("held_out_nll") is not None
-    }
+    of_models = ("base", "tuned") if is_last else ("base",)
+    all_figures = {stage: figure for stage, figure in (results.get("figures") or {}).items() if stage in of_models}
+    figures = {stage: figure for stage, figure in all_figures.items() if figure.get("held_out_nll") is not None}
+    general = {stage: figure.get("general_nll") for stage, figure in all_figures.items()}
     errors = {stage: figure.get("held_out_standard_error") for stage, figure in figures.items()}
     return found | {
         "max_length": (results.get("training_arguments") or {}).get("max_length"),
         "held_out_nll": {stage: figure["held_out_nll"] for stage, figure in figures.items()},
         "held_out_standard_error": {stage: error for stage, error in errors.items() if error is not None},
         "num_held_out_tokens": next((figure.get("num_held_out_tokens") for figure in figures.values()), None),
+        "general_nll": {stage: nll for stage, nll in general.items() if nll is not None},
     }
 
 

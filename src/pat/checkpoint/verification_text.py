@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from pat.nll import batches_from_examples, read_text, split_text
+from pat.general_text import general_text
+from pat.nll import batches_from_examples, split_text
 
 CONTEXT = 256
 MAX_TOKENS = 1024
@@ -25,16 +24,14 @@ def verification_batches(
 ) -> list[dict[str, Tensor]]:
     """Return batches of one sequence each, at most 256 tokens long, of the first tokens of a text.
 
-    Where the tokenizer starts texts with a beginning-of-sequence token, every sequence does. By default the text is a
-    few hundred words of prose, code, tables and figures.
+    Where the tokenizer starts texts with a beginning-of-sequence token, every sequence does. By default the text is
+    the package's own.
 
     Raises:
         PatError: file missing, not UTF-8 or empty.
     """
-    builtin = resources.files("pat.checkpoint").joinpath("verification.txt")
-    text = builtin.read_text(encoding="utf-8") if text_file is None else read_text(Path(text_file))
     length = min(CONTEXT, max_positions or CONTEXT)
-    rows = split_text(tokenizer, text, length, max_tokens)
+    rows = split_text(tokenizer, general_text(text_file), length, max_tokens)
     examples = [{"input_ids": row, "labels": row} for row in rows]
     # One row a batch: no padding, and a batch of logits over a large vocabulary stays small.
     batches = batches_from_examples(examples, batch_size=1, pad_token_id=0)

@@ -178,5 +178,6 @@ def _summary(result: TuneResult) -> str:
     rows = [
         ("parameters", numbers.count(base.num_parameters), numbers.count(small.num_parameters)),
         ("held-out loss", numbers.loss(base.held_out_nll), numbers.loss(small.held_out_nll)),
+        ("loss on general text", numbers.loss(base.general_nll), numbers.loss(small.general_nll)),
     ]
     return Table("", ("", "base", "small"), rows).to_markdown() + f"\n\nThe model is in `{result.model_dir}`."

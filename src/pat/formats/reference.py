@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pat.errors import RunFailed
+from pat.general_text import general_text
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 30
 
@@ -31,7 +31,7 @@ class Reference:
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: Any) -> Reference:
         """Return the reference of a model, on the text that merges are verified on."""
-        text = resources.files("pat.checkpoint").joinpath("verification.txt").read_text(encoding="utf-8")[:400]
+        text = general_text()[:400]
         most = max(model.config.max_position_embeddings - NEW_TOKENS - 1, 1)
         return cls(model.eval(), text, tuple(tokenizer(text)["input_ids"][:most]))
 

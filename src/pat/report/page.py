@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from pat.general_text import BUILT_IN
 from pat.report import numbers
 from pat.report.facts import Facts, as_number
 from pat.report.pictures import axes_cut, energy_picture, figure_pictures, gate_pictures, training_pictures
@@ -63,6 +64,7 @@ def render_report(record: Mapping[str, Any], changed: Sequence[Changed] | None) 
         figures=_figures(facts),
         figure_pictures=figure_pictures(facts, STAGES),
         num_held_out_tokens=numbers.count(facts.number("figures", "dense", "num_held_out_tokens")),
+        general=_general(facts),
         axes=axes_cut(facts),
         training=_training(facts),
         training_pictures=training_pictures(facts),
@@ -119,14 +121,27 @@ def _headline(facts: Facts) -> str:
 
 
 def _figures(facts: Facts) -> list[tuple[str, ...]]:
-    """Return the rows of the table of models, as on the terminal."""
+    """Return the rows of the table of models."""
     rows: list[tuple[str, ...]] = []
     for stage, label in STAGES.items():
         model = Facts(facts.mapping("figures", stage))
         nll = numbers.loss(model.number("held_out_nll"), model.number("held_out_standard_error"))
         sizes = numbers.count(model.number("num_parameters")), numbers.size(model.number("num_bytes"))
-        rows.append((label, *sizes, nll, numbers.count(model.number("tokens_per_second"))))
+        general = numbers.loss(model.number("general_nll"), model.number("general_standard_error"))
+        rows.append((label, *sizes, nll, general, numbers.count(model.number("tokens_per_second"))))
     return rows if facts.mapping("figures") else []
+
+
+def _general(facts: Facts) -> str | None:
+    """Say on which text the models were measured besides, and what that shows."""
+    name, num_tokens = facts.text("general_text"), facts.number("figures", "dense", "num_general_tokens")
+    if name is None or not num_tokens:
+        return None
+    text = "four pages that come with PAT" if name == BUILT_IN else name
+    return (
+        f"General text is {text} ({numbers.count(num_tokens)} tokens), which has nothing to do with the training data: "
+        "a loss above the base's is what the small model has forgotten"
+    )
 
 
 def _training(facts: Facts) -> list[tuple[str, str]]:

@@ -24,6 +24,7 @@ _FIGURES = (
     ("num_parameters", "Parameters", numbers.count),
     ("num_bytes", "Bytes of the weights", numbers.size),
     ("held_out_nll", "Held-out loss, nats per token", numbers.loss),
+    ("general_nll", "Loss on general text, nats per token", numbers.loss),
     ("tokens_per_second", "Tokens per second of a forward pass", numbers.count),
 )
 
@@ -55,7 +56,7 @@ def figure_pictures(facts: Facts, stages: Mapping[str, str]) -> list[Picture]:
         for stage, label in stages.items():
             value = facts.number("figures", stage, key)
             if value is not None:
-                error = facts.number("figures", stage, "held_out_standard_error") if key == "held_out_nll" else None
+                error = facts.number("figures", stage, key.replace("_nll", "_standard_error")) if "nll" in key else None
                 text = show(value) if error is None else numbers.loss(value, error)
                 rows.append(Bar(label, value, text, stage, error))
         if rows:

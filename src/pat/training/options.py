@@ -70,6 +70,13 @@ class RunOptions:
             "and of fewer than 1,000 rows up to a tenth until there are 20."
         },
     )
+    general_text: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text file on which base and small model are measured as well, which shows what they forget. "
+            "Default: four pages of the package's own; 'none' for none."
+        },
+    )
     on_bad_row: str = field(
         default="error",
         metadata={

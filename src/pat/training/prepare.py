@@ -27,6 +27,7 @@ from pat.training.conversion import TemplateChoice
 from pat.training.counts import Counts, count, count_tokens
 from pat.training.data import TrainingData, load_training_data
 from pat.training.data_record import DataRecord, make_record, remarks
+from pat.training.general import General
 from pat.training.parts import (
     SOURCE,
     apart_of,
@@ -79,6 +80,8 @@ class Prepared:
     """Number of the source of each of them; none if there is only one source."""
     held_out_of_base: Sequence[Example] | None
     """The same examples in the base's tokens, where the vocabulary was trimmed."""
+    general: General | None
+    """Text of another kind to measure on."""
     verify_on: Sequence[dict[str, Tensor]]
     """Batches to compare models on."""
     seconds: float
@@ -114,6 +117,7 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
         eos_token=sft.eos_token,
         pad_token=sft.pad_token,
     )
+    untrimmed = vocabulary
     opened = open_parts(arguments, vocabulary.tokenizer) if run.streaming else []
     sources = [data for data, _ in opened] if opened else load_parts(arguments, vocabulary.tokenizer)
     for data in sources:
@@ -169,6 +173,7 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
         held_out=held_out,
         held_out_groups=of_many,
         held_out_of_base=of_base,
+        general=General.of(run.general_text, vocabulary, untrimmed, base_config),
         verify_on=_verification(held_out or kept, vocabulary, base_config),
         seconds=time.perf_counter() - started,
     )

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from pat.checkpoint.card import Compaction, Cut
 from pat.checkpoint.verify import Parity
-from pat.nll import IGNORED, Example, response_nll_by_group
+from pat.nll import IGNORED, Example, response_nll, response_nll_by_group
 from pat.report.progress import progress_bar
 from pat.report.records import Machine, Record
 from pat.surgery.describe import count_parameters
@@ -55,7 +55,7 @@ class Size:
 
 @dataclass(frozen=True)
 class ModelFigures(Size):
-    """Size (of the weights as they are stored in a checkpoint) and held-out likelihood of one model of a run."""
+    """Size (of the weights as they are stored in a checkpoint) and likelihoods of one model of a run."""
 
     held_out_nll: float | None = None
     """Mean loss of a response token of the base's own vocabulary, in nats; None without held-out data."""
@@ -67,6 +67,11 @@ class ModelFigures(Size):
     has none."""
     tokens_per_second: float | None = None
     """Number of held-out tokens, without padding, that a forward pass takes in a second."""
+    general_nll: float | None = None
+    """Mean loss of a token of the general text, in nats per token of the base's own vocabulary; None without one."""
+    general_standard_error: float | None = None
+    """Standard error of that mean over windows of 256 tokens."""
+    num_general_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +96,8 @@ class TuneRecord(Record):
     pat_config: dict[str, Any]
     training_arguments: dict[str, Any]
     data: DataRecord
+    general_text: str | None = None
+    """Name of the text that shows what was forgotten; `general.txt` is the package's own."""
     figures: dict[str, ModelFigures]
     """Figures of the models `base`, `tuned` (masked or compact, with its adapter) and `dense`."""
     parity: Parity
@@ -154,13 +161,17 @@ class TuneResult:
 
 
 def measure(model: nn.Module, data: Prepared, stage: str, size: Size) -> ModelFigures:
-    """Time a model's held-out likelihood, on its own device and in its own dtype, and put its size beside it.
+    """Measure a model on the held-out rows and on general text, on its own device and in its own dtype.
 
     The size is given, because quantised storage holds several weights in one element.
     """
+    return ModelFigures(**asdict(size), **_on_held_out(model, data, stage), **_on_general_text(model, data, stage))
+
+
+def _on_held_out(model: nn.Module, data: Prepared, stage: str) -> dict[str, Any]:
     examples, of_base = data.held_out, data.held_out_of_base
     if not examples:
-        return ModelFigures(**asdict(size))
+        return {}
     if of_base is not None and stage == "base":
         examples = of_base
     pad_token_id = 0 if examples is of_base else cast(int, data.vocabulary.tokenizer.pad_token_id)  # padding is masked
@@ -178,7 +189,6 @@ def measure(model: nn.Module, data: Prepared, stage: str, size: Size) -> ModelFi
         speed = sum(len(example["input_ids"]) for example in examples) / (time.perf_counter() - start)
     # One unit for all models of a run: other tokens of the same text are so many of the base's.
     num_tokens = nll.num_tokens if of_base is None else sum(map(_num_scored, of_base))
-    per_token = nll.num_tokens / num_tokens
     by_source: list[float | None] | None = None
     if data.held_out_groups:
         counted = [0] * len(data.record.sources)
@@ -186,14 +196,27 @@ def measure(model: nn.Module, data: Prepared, stage: str, size: Size) -> ModelFi
             counted[group] += _num_scored(example)
         totals = [*sums, *[0.0] * len(counted)]
         by_source = [total / num if num else None for total, num in zip(totals, counted, strict=False)]
-    return ModelFigures(
-        **asdict(size),
-        held_out_nll=nll.nll * per_token,
-        held_out_standard_error=None if nll.standard_error is None else nll.standard_error * per_token,
-        num_held_out_tokens=num_tokens,
-        held_out_nll_by_source=by_source,
-        tokens_per_second=speed,
-    )
+    return {
+        "held_out_nll": nll.per(num_tokens).nll,
+        "held_out_standard_error": nll.per(num_tokens).standard_error,
+        "num_held_out_tokens": num_tokens,
+        "held_out_nll_by_source": by_source,
+        "tokens_per_second": speed,
+    }
+
+
+def _on_general_text(model: nn.Module, data: Prepared, stage: str) -> dict[str, Any]:
+    if (text := data.general) is None:
+        return {}
+    windows = text.windows_of_base if stage == "base" else text.windows
+    with progress_bar(f"Scoring general text with the {stage} model", "batches") as bar:
+        nll = response_nll(model, windows, batch_size=EVAL_BATCH_SIZE, pad_token_id=0, progress=bar)  # it is masked
+    num_tokens = sum(map(_num_scored, text.windows_of_base))
+    return {
+        "general_nll": nll.per(num_tokens).nll,
+        "general_standard_error": nll.per(num_tokens).standard_error,
+        "num_general_tokens": num_tokens,
+    }
 
 
 def _num_scored(example: Example) -> int:

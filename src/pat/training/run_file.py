@@ -42,6 +42,9 @@ MAY_CHANGE = tuple(_MAY_CHANGE.split())
 """Options, or patterns of them, that a run may be gone on with otherwise than it began: how long, how much at once,
 what is written, shown and measured on the way, how it goes on, and where and how it is computed."""
 
+_FILES = ("held_out", "general_text", "calibration", "chat_template_path")
+"""Options that may name a file."""
+
 _NOT_THE_MODELS = ("_name_or_path", "transformers_version")
 """Keys of a configuration that say how it was loaded."""
 
@@ -82,7 +85,7 @@ class RunFile:
         if (teacher := arguments.distill.teacher) is not None:  # checked, so that its configuration can be read
             config = AutoConfig.from_pretrained(teacher, trust_remote_code=False)
             shown["teacher"] = f"{shown_name(teacher)} {fingerprint(teacher, config)}"
-        shown |= {name: _content(configuration[name]) for name in ("held_out", "calibration", "chat_template_path")}
+        shown |= {name: _content(configuration[name]) for name in _FILES}
         base = fingerprint(arguments.run.model_name_or_path, base_config)
         sft = arguments.sft
         rows = sft.per_device_train_batch_size * sft.gradient_accumulation_steps * ranks.num_processes()

@@ -25,6 +25,12 @@ def print_summary(result: TuneResult) -> None:
         rows=[(name, *_cells(result.figures[stage])) for stage, name in STAGES.items()],
     ).print()
     base, dense = result.figures["base"], result.figures["dense"]
+    if base.general_nll is not None:
+        print(
+            f"General text, which shows what was forgotten: {numbers.loss(base.general_nll)} before, "
+            f"{numbers.loss(dense.general_nll, dense.general_standard_error)} now (nats per token over "
+            f"{base.num_general_tokens:,} tokens)."
+        )
     print(f"{1 - dense.num_parameters / base.num_parameters:.1%} fewer parameters. {result.parity.describe()}")
     print(f"Model: {result.model_dir}\nAdapter: {result.adapter_dir}\nFigures: {result.output_dir / 'results.json'}")
     if (result.output_dir / REPORT).is_file():

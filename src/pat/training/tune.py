@@ -197,6 +197,7 @@ def _record(arguments: TuneArguments, data: Prepared, trained: Trained, **found:
         pat_config=trained.pat_config | {"base_model_name_or_path": name},
         training_arguments=training_arguments | {"output_dir": arguments.output_dir.name, "logging_dir": None},
         data=trained.data,
+        general_text=None if data.general is None else data.general.name,
         compaction=trained.compaction,
         teacher=trained.teacher,
         timings=trained.timings(),
@@ -271,6 +272,7 @@ def _write(
         "held_out_nll": {stage: found.held_out_nll for stage, found in scored.items()},
         "held_out_standard_error": {stage: error for stage, error in errors.items() if error is not None},
         "num_held_out_tokens": figures["base"].num_held_out_tokens,
+        "general_nll": {name: found.general_nll for name, found in figures.items() if found.general_nll is not None},
     }
     # One that is there already is not that of the adapter, see `_examine`.
     with staged_folder(arguments.output_dir / MODEL, replaces=True) as staging:

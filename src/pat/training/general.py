@@ -1,0 +1,48 @@
+"""General text, on which a run measures its models beside its own data, so that what they forget shows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pat.checkpoint.card import shown_name
+from pat.general_text import BUILT_IN, general_text
+from pat.nll import Example, max_positions, text_windows
+
+if TYPE_CHECKING:
+    from pat.training.vocabulary import Vocabulary
+
+NONE = "none"
+CONTEXT = 256
+"""Tokens of a window: enough to understand, and windows enough for a standard error."""
+MAX_CHARACTERS = 20_000
+"""About 5,000 tokens, which a model of 7B reads in minutes on a CPU."""
+
+
+@dataclass(frozen=True)
+class General:
+    """A text to measure on, as windows of tokens of which each is scored once."""
+
+    name: str
+    windows: Sequence[Example]
+    windows_of_base: Sequence[Example]
+    """The same text in the base's tokens, where the vocabulary was trimmed."""
+
+    @classmethod
+    def of(cls, file: str | None, vocabulary: Vocabulary, untrimmed: Vocabulary, base_config: Any) -> General | None:
+        """Read and tokenise a text file, the package's own text if there is none; None if it is called `none`.
+
+        Raises:
+            PatError: the file cannot be used, or the model has no embedding for a token of it.
+        """
+        if file == NONE:
+            return None
+        text = general_text(None if file is None else os.path.expanduser(file), max_characters=MAX_CHARACTERS)
+        context = min(CONTEXT, max_positions(base_config) or CONTEXT)
+        of_base = windows = text_windows(untrimmed.tokenizer, text, context)
+        untrimmed.check(max(max(window["input_ids"]) for window in of_base))
+        if vocabulary is not untrimmed:
+            windows = text_windows(vocabulary.tokenizer, text, context)
+        return cls(BUILT_IN if file is None else shown_name(file), windows, of_base)
