@@ -65,6 +65,7 @@ def render_report(record: Mapping[str, Any], changed: Sequence[Changed] | None) 
         figure_pictures=figure_pictures(facts, STAGES),
         num_held_out_tokens=numbers.count(facts.number("figures", "dense", "num_held_out_tokens")),
         general=_general(facts),
+        makes_small_first=facts.number("cut", "milestone_step") == 0 and bool(facts.mapping("compaction")),
         axes=axes_cut(facts),
         training=_training(facts),
         training_pictures=training_pictures(facts),

@@ -163,7 +163,7 @@ def energy_picture(facts: Facts) -> Picture | None:
 
 def _milestone(facts: Facts) -> tuple[float, str] | None:
     step = facts.number("cut", "milestone_step")
-    return None if step is None or step < 0 else (step, f"milestone, step {numbers.count(step)}")
+    return None if step is None or step <= 0 else (step, f"milestone, step {numbers.count(step)}")
 
 
 def _short(number: float) -> str:

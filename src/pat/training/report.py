@@ -127,6 +127,8 @@ def _differing(recipe: str, given: Mapping[str, Any]) -> Iterator[Changed]:
             # Sets and enumerations are written as JSON has them, and the trainer's arguments as text.
             value = getattr(part, option.name)
             default = plain(asdict(value) if is_dataclass(value) and not isinstance(value, type) else value)
+            if isinstance(default, dict):
+                default.pop("use_configured_state", None)  # which the trainer takes out of its `accelerator_config`
             if option.name not in given or option.name in _NOT_SHOWN:
                 continue
             found = given[option.name]

@@ -169,3 +169,12 @@ def test_drawings_say_in_words_what_they_show() -> None:
     drawings = re.findall(r'<svg [^>]*role="img" aria-label="([^"]+)"><title>', page)
     assert len(drawings) == page.count("<svg") == 9
     assert any("base: 1,234,567; tuned: 1,300,000; written: 987,654" in said for said in drawings)
+
+
+def test_a_model_that_is_made_small_before_its_first_step_has_no_gates() -> None:
+    cut = record()["cut"] | {"milestone_step": 0}
+    log = [row for row in record()["log_history"] if "pat/active_channels" not in row]
+    page = render_report(record(cut=cut, compaction={"parity": None}, log_history=log), None)
+    assert "made small before its first step" in page and "milestone, step" not in page
+    at_full_width = render_report(record(cut=cut, compaction=None, log_history=log), None)
+    assert "made small before its first step" not in at_full_width
