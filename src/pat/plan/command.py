@@ -14,6 +14,7 @@ from pat.families import Family
 from pat.formats.file_sizes import FileSizes, file_sizes, vocabulary_entries
 from pat.loading import load_config, stored_dtype
 from pat.plan.curves import Measured
+from pat.plan.guide import MEASURED_CUTS, MODEL_FLOPS_UTILISATION, MeasuredCut, TrainingTime, training_times
 from pat.plan.options import PlanOptions
 from pat.plan.sharding import ShardedMemory, sharded_memory
 from pat.recipes import recipe_defaults
@@ -78,6 +79,10 @@ class PlanRecord(Record):
     """The same on several GPUs, with FSDP2; None where their number was not given."""
     vocabulary_size: int | None
     """Tokens of the trimmed vocabulary; None where it is whole."""
+    training_times: tuple[TrainingTime, ...]
+    """What a million tokens of training take on GPUs, computed from their data sheets."""
+    guide: tuple[MeasuredCut, ...]
+    """What cuts have cost on models where that was measured."""
     measured: Measured | None
     """Curves and shapes measured on data; None where none was given."""
     notes: tuple[str, ...]
@@ -147,6 +152,8 @@ def run_plan(options: PlanOptions) -> PlanRecord:
         training=training,
         sharded=_shard(options, training, trimmed_base, cost, base_config),
         vocabulary_size=options.vocabulary_size,
+        training_times=training_times(base, tuple(candidate.cost for candidate in candidates), training),
+        guide=MEASURED_CUTS,
         measured=_measure(options, base_config, family, candidates[0].pruning_ratio),
         notes=(*_notes(base_config, config, base, candidates, context), *file_notes),
     )
@@ -242,6 +249,10 @@ def _notes(
         f"Training: rank {pat_config.r} on every linear layer; adapter, gradients and Adam take 16 bytes per trainable "
         "parameter; the basis of a rotation and what fills in for MLP channels come on top. Activations are an "
         "estimate; logits (computed in chunks) and the framework itself come on top.",
+        f"Times: FLOPs at {MODEL_FLOPS_UTILISATION:.0%} of the peak in the data sheet, which models below a billion "
+        "parameters do not reach; choosing and cutting, minutes, come on top. Computed, not measured.",
+        "What cuts have cost: a quarter of a small model after little training is the hardest case that was measured; "
+        "other models and more tokens have not been. --calibrate DATA measures yours before training.",
     ]
     if stored_dtype(base_config) is None:
         notes.append("The configuration does not name the weights' dtype; bytes are for float32.")

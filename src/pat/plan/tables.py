@@ -9,6 +9,7 @@ from pat.formats.file_sizes import GGUF_TYPES
 from pat.plan.command import PlanRecord
 from pat.plan.curves import Measured, Point
 from pat.plan.sharding import ShardedMemory
+from pat.report.progress import clock
 from pat.report.table import Table
 from pat.shape import AXES, Shape
 from pat.surgery.costs import GROUPS, ModelCost
@@ -35,10 +36,11 @@ def print_plan(record: PlanRecord) -> None:
     if record.candidates[-1].shape.cuts("hidden"):
         print(f"Rotation: {_ROTATIONS[record.rotation]}.")
     print()
-    for table in (_sizes(record), _files(record), _running(record), _training(record)):
+    for table in (_sizes(record), _files(record), _running(record), _training(record), _times(record)):
         table.print()
     if record.sharded is not None:
         _sharding(record.sharded).print()
+    _guide(record).print()
     if record.measured is not None:
         _measured(record.measured).print()
         best, num_steps = record.measured.candidates[0], record.measured.num_steps
@@ -153,6 +155,35 @@ def _training(record: PlanRecord) -> Table:
         rows.append([label, *(_scaled(size, "B") for size in sizes)])
     title = f"Memory for training, batches of {memory.batch_size} x {memory.length} tokens"
     return Table(title, ("purpose", "plain", "with gradient checkpointing"), rows, num_totals=1)
+
+
+def _times(record: PlanRecord) -> Table:
+    rows = []
+    for time in record.training_times:
+        how = "with gradient checkpointing" if time.gradient_checkpointing else "yes"
+        seconds = [time.base_seconds, *time.small_seconds]
+        shown = [clock(each) if time.fits else "" for each in seconds]
+        rows.append([time.hardware.name, how if time.fits else "no", *shown])
+    title = "Time of LoRA for a million tokens on one GPU, computed (minutes:seconds)"
+    return Table(title, ["GPU", "fits", *_headings(record)], rows)
+
+
+def _guide(record: PlanRecord) -> Table:
+    rows = [
+        [
+            cut.model,
+            f"{cut.pruning_ratio:.1%}",
+            f"{cut.num_tokens:,}",
+            "" if cut.above_lora is None else f"{cut.above_lora:+.3f}",
+            f"{cut.above_base:+.3f}",
+            str(cut.num_seeds),
+        ]
+        for cut in record.guide
+    ]
+    columns = ("model", "parameters cut", "tokens", "above LoRA's loss", "above the untuned base's", "seeds")
+    return Table(
+        "What cutting MLP channels has cost where it was measured (held-out loss, nats per token)", columns, rows
+    )
 
 
 def _sharding(memory: ShardedMemory) -> Table:

@@ -1,0 +1,101 @@
+"""What cuts have cost where it was measured, and how long training takes on GPUs by their data sheets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pat.surgery.costs import ModelCost
+from pat.tuner.memory import TrainingMemory
+
+MODEL_FLOPS_UTILISATION = 0.35
+"""Share of a GPU's peak that training is taken to reach; well-fed LoRA runs lie between 0.3 and 0.5."""
+
+MILLION = 1_000_000
+
+
+@dataclass(frozen=True)
+class MeasuredCut:
+    """A cut by the default recipe, as `docs/experiments.md` has it. Losses in nats per token."""
+
+    model: str
+    pruning_ratio: float
+    """Share of all parameters that was cut, all of them in the MLPs."""
+    num_tokens: int
+    """Number of tokens of training, prompts included."""
+    num_seeds: int
+    above_lora: float | None
+    """Held-out loss above that of LoRA on the whole model, with as many trainable parameters and tokens."""
+    above_base: float
+    """Held-out loss above that of the base, which was not tuned at all; negative if it is below."""
+
+
+MEASURED_CUTS = (
+    MeasuredCut("stories260K", 0.125, 245_226, 3, 0.091, -1.765),
+    MeasuredCut("stories260K", 0.25, 245_226, 3, 0.187, -1.669),
+    MeasuredCut("stories260K", 0.375, 245_226, 3, 0.299, -1.556),
+    MeasuredCut("SmolLM2-135M-Instruct", 0.25, 107_624, 2, 0.640, 0.487),
+)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A GPU by its data sheet."""
+
+    name: str
+    tflops: float
+    """Dense arithmetic in bfloat16 (T4: float16) with sums in float32, in 10^12 FLOP a second."""
+    num_bytes: int
+    """Memory."""
+
+
+HARDWARE = (
+    Hardware("T4", 65, 16 * 10**9),
+    Hardware("RTX 3090", 71, 24 * 10**9),
+    Hardware("L4", 121, 24 * 10**9),
+    Hardware("RTX 4090", 165, 24 * 10**9),
+    Hardware("A100 80GB", 312, 80 * 10**9),
+    Hardware("H100", 989, 80 * 10**9),
+)
+
+
+@dataclass(frozen=True)
+class TrainingTime:
+    """What a million tokens of training take on one GPU, computed and never measured."""
+
+    hardware: Hardware
+    fits: bool
+    """Whether base, adapter, optimizer and activations fit beside each other, one way or the other."""
+    gradient_checkpointing: bool
+    """Whether they do with gradient checkpointing only."""
+    base_seconds: float
+    """LoRA on the whole base."""
+    small_seconds: tuple[float, ...]
+    """LoRA on each of the candidates, as after the cut."""
+
+
+def training_times(base: ModelCost, small: tuple[ModelCost, ...], memory: TrainingMemory) -> tuple[TrainingTime, ...]:
+    """Compute the time for a million tokens on each GPU: twice a forward pass's FLOPs for LoRA's backward pass.
+
+    No gradients are taken of frozen weights, so that a backward pass is one product of matrices for each of the forward
+    pass's, where full tuning has two; gradient checkpointing adds another forward pass.
+    """
+    return tuple(_time(hardware, base, small, memory) for hardware in HARDWARE)
+
+
+def _time(hardware: Hardware, base: ModelCost, small: tuple[ModelCost, ...], memory: TrainingMemory) -> TrainingTime:
+    plain = memory.total_bytes <= hardware.num_bytes
+    passes = 2 if plain else 3
+    per_flop = MILLION * passes / (hardware.tflops * 1e12 * MODEL_FLOPS_UTILISATION)
+    return TrainingTime(
+        hardware,
+        fits=memory.checkpointed_total_bytes <= hardware.num_bytes,
+        gradient_checkpointing=not plain,
+        base_seconds=_forward_flops(base) * per_flop,
+        small_seconds=tuple(_forward_flops(cost) * per_flop for cost in small),
+    )
+
+
+def _forward_flops(cost: ModelCost) -> float:
+    """Return the FLOPs of a forward pass per token, with logits for every token."""
+    head = cost.groups["embedding" if cost.tied else "head"]
+    return cost.prefill_flops_per_token + 2 * head.num_parameters
