@@ -18,13 +18,13 @@ COMPARISONS = Path(__file__).resolve().parents[3] / "docs" / "comparisons"
 
 
 def recorded() -> dict[tuple[str, str, float], dict[int, dict[str, Any]]]:
-    """The last cell of each method, model and ratio by seed; those of `axes` are older, and once more with other ranks."""
+    """The last cell of each method, model and ratio, by seed."""
     found: dict[tuple[str, str, float], dict[int, dict[str, Any]]] = defaultdict(dict)
     for name in ("axes", "milestone", "smollm2-axes"):
         for line in (COMPARISONS / name / "results.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             cell = row["cell"]
-            if not cell["search"] and (name, cell["model"]) != ("axes", "smollm2") or cell["method"] == "base":
+            if (not cell["search"] and (name, cell["model"]) != ("axes", "smollm2")) or cell["method"] == "base":
                 found[cell["method"], cell["model"], cell["ratio"]][cell["seed"]] = row
     return found
 
