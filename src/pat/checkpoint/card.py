@@ -44,7 +44,7 @@ class Pruning:
 
     def describe(self) -> str:
         """Say what was cut."""
-        return ", ".join(f"{name} {before} becomes {after}" for name, before, after in self.sizes)
+        return ", ".join(f"{name} {before} to {after}" for name, before, after in self.sizes)
 
     @property
     def sizes(self) -> list[tuple[str, int, int]]:
