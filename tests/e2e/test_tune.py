@@ -365,6 +365,17 @@ def test_a_terminal_sees_one_line_before_training_and_one_while_it_runs(
     )
 
 
+@pytest.mark.parametrize(
+    "target", [{"target_num_parameters": 14_000}, {"target_bytes": "28kB"}, {"target_latency": 0.8}]
+)
+def test_a_target_is_what_the_model_has_at_most(target: dict[str, Any], base: Path, data: Path, tmp_path: Path) -> None:
+    result = pat.tune(**flags(base, data, tmp_path / "out", axes="auto", max_steps=2, **target))
+    before, after = result.figures["base"], result.figures["dense"]
+    assert after.num_parameters < before.num_parameters
+    assert after.num_parameters <= target.get("target_num_parameters", before.num_parameters)
+    assert after.num_bytes <= (28_000 if "target_bytes" in target else before.num_bytes)
+
+
 def test_general_text_shows_what_was_forgotten(
     base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,7 +27,7 @@ from trl import SFTConfig, get_quantization_config
 
 from pat.errors import PatError, one_line
 from pat.families import Family
-from pat.shape import AXES, Shape
+from pat.shape import AXES, TARGETS, Shape
 from pat.surgery.dense import shrink_config
 from pat.surgery.describe import head_dim
 from pat.training.arguments import TuneArguments
@@ -96,6 +96,7 @@ def _attached(arguments: TuneArguments, data: Prepared, config: Any, shape: Shap
             pat_config = dataclasses.replace(
                 pat_config,
                 pruning_ratio=None,
+                **dict.fromkeys(TARGETS),
                 **_tiny_cut(config, shape),
                 multiple_of=None,
                 operator_rank=1,

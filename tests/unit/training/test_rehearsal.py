@@ -1,6 +1,7 @@
 """The rehearsal: what can be trained passes in every family, and what a trainer would refuse is refused before."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from tiny_models import FAMILIES, build, tiny_tokenizer
 
 from pat.errors import PatError
 from pat.loading import load_config
+from pat.shape import ShapeOptions
 from pat.training.arguments import build_arguments
 from pat.training.prepare import prepare
 from pat.training.rehearsal import rehearse
@@ -55,6 +57,26 @@ def test_what_can_be_trained_passes_and_its_steps_are_known(
     assert steps == num_steps or (num_steps is None and 1 <= steps < 5)
     assert torch.is_grad_enabled() == before
     assert not capfd.readouterr().out
+
+
+ASKED = {
+    "pruning_ratio": 0.3,
+    "axes": ["mlp"],
+    "pruned_hidden_size": 36,
+    "pruned_intermediate_size": 16,
+    "pruned_num_key_value_heads": 1,
+    "pruned_num_hidden_layers": 2,
+    "target_num_parameters": 16_000,
+    "target_bytes": "60kB",
+    "target_latency": 0.8,
+    "multiple_of": 4,
+    "untie_word_embeddings": True,
+}
+
+
+@pytest.mark.parametrize("name", [option.name for option in fields(ShapeOptions)])
+def test_each_way_to_ask_for_a_smaller_model_passes(name: str, tmp_path: Path) -> None:
+    assert rehearsed(tmp_path, max_steps=1, **{name: ASKED[name]}) == 1
 
 
 @pytest.mark.slow
