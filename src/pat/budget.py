@@ -138,10 +138,12 @@ class _Budget:
         least = MOST_OF_THE_MLP * sizes[MLP]
         if self.channels_at(sizes) < least:
             heads = self.base.num_attention_heads(sizes)
-            legal = reversed(legal_widths(sizes[HIDDEN], heads, multiple_of=self.multiple_of))
-            fitting = (width for width in legal if self.channels_at(sizes | {HIDDEN: width}) >= least)
+            legal = legal_widths(sizes[HIDDEN], heads, multiple_of=self.multiple_of)
+            fitting = (width for width in reversed(legal) if self.channels_at(sizes | {HIDDEN: width}) >= least)
             if (found := next(fitting, None)) is None:
-                return self.shared(["hidden"])
+                smallest = {HIDDEN: legal[0], MLP: math.ceil(least)}
+                why = f" (a hidden size of {legal[0]} and {smallest[MLP]} MLP channels)"
+                raise self._too_much(self.base.count(sizes | smallest), why)
             sizes[HIDDEN] = found
         return self.mlp(sizes)
 
@@ -168,6 +170,9 @@ class _Budget:
         if share <= 0:
             return sizes, f"nothing is left to be cut of the hidden size{beside}"
         heads = self.base.num_attention_heads(sizes)
+        legal = legal_widths(sizes[HIDDEN], heads, multiple_of=self.multiple_of)
+        if sizes[HIDDEN] * (1 - share) < (1 - ALIGNMENT_SLACK) * legal[0]:
+            raise self._too_much(self.base.count(sizes | {HIDDEN: legal[0]}), f" (a hidden size of {legal[0]})")
         found = choose_width(sizes[HIDDEN], heads, pruning_ratio=share, multiple_of=self.multiple_of)
         reason = f"{found.reason};{beside}" if beside else found.reason
         return sizes | {HIDDEN: found.pruned_hidden_size}, reason
@@ -185,7 +190,7 @@ class _Budget:
         why = f"cutting {self.ratio:.4g} of {self.total:,} parameters leaves {asked:.0f} of {sizes[MLP]} MLP channels"
         why += self.beside(sizes, "mlp")
         aligned = f", {channels} is the best aligned at most {ALIGNMENT_SLACK:.0%} below"
-        aligned += f" (a multiple of {alignment(channels)})"
+        aligned += f" (a multiple of {alignment(channels)})" if alignment(channels) > 1 else ""
         return sizes | {MLP: channels}, why + aligned
 
     def channels_at(self, sizes: Sizes) -> float:
@@ -205,14 +210,17 @@ class _Budget:
         }
         least = min(options.values(), default=self.total)
         if is_last and least > goal:
-            raise PatError(
-                f"Got pruning_ratio={self.ratio:g} with axes={self.axes}, which can give {1 - least / self.total:.1%} "
-                f"of the parameters at most{self.why(name)}; add another of {', '.join(AXES)}, or ask for less."
-            )
+            raise self._too_much(least, self.why(name))
         options[whole] = self.base.count(sizes)
         chosen = min(options, key=lambda n: (abs(options[n] - goal), n))
         why = f"{chosen} of {whole} {axis.label} come nearest to cutting {share:.4g} of {self.total:,} parameters"
         return sizes | {axis.field: chosen}, why + self.beside(sizes, name)
+
+    def _too_much(self, least: int, why: str) -> PatError:
+        return PatError(
+            f"Got pruning_ratio={self.ratio:g} with axes={self.axes}, which can give {1 - least / self.total:.1%} "
+            f"of the parameters at most{why}; add another of {', '.join(AXES)}, or ask for less."
+        )
 
     def legal(self, name: str, hidden_size: int | None) -> list[int]:
         """List the sizes below the base's of a coarse axis, ascending; those that go with a width, if it stays."""

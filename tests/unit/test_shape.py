@@ -121,8 +121,12 @@ def test_of_the_heads_that_are_left_the_hidden_size_is_a_multiple() -> None:
         choose_shape(base, axes=["auto"], asked={"heads": 3})
 
 
-@pytest.mark.parametrize("request_", [{"axes": ["heads"]}, {"axes": ["layers"], "pruning_ratio": 0.9}], ids=str)
-def test_more_than_heads_or_layers_can_give_is_refused(request_: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "request_",
+    [{"axes": ["heads"]}, *({"axes": [name], "pruning_ratio": 0.99} for name in ("layers", "hidden", "auto"))],
+    ids=str,
+)
+def test_more_than_an_axis_can_give_is_refused(request_: dict[str, Any]) -> None:
     with pytest.raises(PatError, match=r"can give \d+\.\d% of the parameters at most.*; add another of"):
         shape(**request_)
 

@@ -96,7 +96,7 @@ def _attached(arguments: TuneArguments, data: Prepared, config: Any, shape: Shap
             pat_config = dataclasses.replace(
                 pat_config,
                 pruning_ratio=None,
-                **dict.fromkeys(TARGETS),
+                **cast(dict[str, Any], dict.fromkeys(TARGETS)),
                 **_tiny_cut(config, shape),
                 multiple_of=None,
                 operator_rank=1,

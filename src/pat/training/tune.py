@@ -28,6 +28,7 @@ from pat.training.announce import announce
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.base import load, load_again
 from pat.training.check import check, check_run
+from pat.training.end_token import warn_of_end_token
 from pat.training.folder import CHECKPOINTS, MODEL, NAMES, RESULTS, clear, find_finished, find_start, run_folder
 from pat.training.prepare import Prepared, prepare
 from pat.training.push import open_repository, push
@@ -87,6 +88,7 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
         is_new = start.checkpoint is None and not start.is_trained
         announce(arguments, checked, data, base, num_steps, is_new=is_new)
         data.vocabulary.fit(base)
+        warn_of_end_token(data.vocabulary, base)
         answers = ranks.first(partial(greedy_answers, base, data))
         tokens = _tokens(arguments, data, base, data.vocabulary.config_of(checked.base_config))
         stages = Stages(
