@@ -139,7 +139,8 @@ def _run(name: str, argv: Sequence[str]) -> int:
                 first: OptionsParser[Any] = OptionsParser(f"pat {name}", _load(command.first))
                 first.require(first.read(argv, others=True))
             options = OptionsParser(f"pat {name}", _load(command.options), command.summary).parse(argv)
-            record = _load(command.run)(options)
+            with _load("pat.report.progress:quiet_transformers")():
+                record = _load(command.run)(options)
             if not ranks.is_first():
                 pass  # the first process shows what they came to together
             elif getattr(options, "json", False):  # a command that has the flag

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pat.checkpoint.write import quiet_transformers
 from pat.errors import PatError
 from pat.families import get_family
+from pat.report.progress import quiet_transformers
 
 from .budget import num_parameters
 from .calibration import describe

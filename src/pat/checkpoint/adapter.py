@@ -21,7 +21,6 @@ from pat.checkpoint.compact import MODEL, RECORD, read_compaction
 from pat.checkpoint.hollow import StoredWeights, hollow_model
 from pat.checkpoint.layout import UnknownLayoutError
 from pat.checkpoint.trust import carries_base_weights, check_base, check_keys, check_tensors
-from pat.checkpoint.write import quiet_transformers
 from pat.errors import PatError, one_line
 from pat.loading import (
     TokenSetup,
@@ -36,6 +35,7 @@ from pat.loading.stored import dtype_of, stored_tensors
 from pat.loading.tokenizer import load_plain_tokenizer
 from pat.loading.trimming import kept_tokens, renumber_specials, trim_embedding
 from pat.paths import expand, looks_local
+from pat.report.progress import quiet_transformers
 from pat.tuner import PatConfig
 from pat.tuner.config import PatType
 from pat.tuner.prepare import check_config
@@ -215,7 +215,7 @@ def load_hollow(
         return None
     # peft rounds an adapter to the dtype of the layer it is loaded beside.
     fine = torch.promote_types(dtype, torch.float32)
-    with quiet_transformers(True), fitting(name, adapter), stored.as_dtype(fine):
+    with quiet_transformers(), fitting(name, adapter), stored.as_dtype(fine):
         folder = str(Path(adapter))
         model = PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True, torch_device=str(device))
         check_tensors(model, adapter)

@@ -16,10 +16,11 @@ from torch import Tensor
 from pat.checkpoint.card import Compaction, shown_name
 from pat.checkpoint.staging import make_readable, staged_folder
 from pat.checkpoint.verify import check, compare, permutation_floor
-from pat.checkpoint.write import pruning_of, quiet_transformers, write_config
+from pat.checkpoint.write import pruning_of, write_config
 from pat.errors import PatError, one_line
 from pat.kinds import misfits
 from pat.loading import TokenSetup
+from pat.report.progress import quiet_transformers
 from pat.tuner.compaction import CompactModel
 from pat.tuner.model import PatModel
 
@@ -50,7 +51,7 @@ def write_compact(
         RunFailed: the compact model is not the masked one; nothing is written.
     """
     batches = list(batches)
-    with staged_folder(folder) as staging, quiet_transformers(True):
+    with staged_folder(folder) as staging, quiet_transformers():
         parts = tuner.compact()
         tokens.describe(parts.base.config)
         parts.base.generation_config = copy.deepcopy(tokens.generation_config)  # trainers change it

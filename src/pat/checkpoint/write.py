@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import huggingface_hub
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
-from transformers.utils import logging as transformers_logging
 
 from pat.checkpoint.card import Compaction, Cut, Pruning, render_card
 from pat.checkpoint.hollow import StoredWeights, hollow_model
@@ -30,7 +26,7 @@ from pat.errors import PatError, RunFailed
 from pat.loading import TokenSetup, empty_model
 from pat.loading.stored import stored_tensors
 from pat.loading.tokenizer import savable_generation_config
-from pat.report.progress import phase
+from pat.report.progress import phase, quiet_transformers
 from pat.serving import trouble
 from pat.shape import AXES
 from pat.surgery.adapted import AdaptedMatrix, merged
@@ -203,24 +199,6 @@ def pruning_of(tuner: PatModel) -> Pruning:
         mask=config.mask,
         milestone_step=mask.milestone_step,
     )
-
-
-@contextmanager
-def quiet_transformers(quiet: bool) -> Iterator[None]:
-    """Keep transformers from drawing bars, if so wanted, and leave its setting as it was; downloads go on to draw."""
-    shown: Any = transformers_logging
-    hub: Any = huggingface_hub.utils
-    before = shown.is_progress_bar_enabled()
-    if quiet:
-        downloads_shown = not hub.are_progress_bars_disabled()
-        shown.disable_progress_bar()
-        if downloads_shown and sys.stderr.isatty():
-            hub.enable_progress_bars()
-    try:
-        yield
-    finally:
-        if before:
-            shown.enable_progress_bar()
 
 
 def _dense_form(

@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 from transformers import pipeline
 
-from pat.checkpoint.write import quiet_transformers
 from pat.demo.data import SAMPLE_PROMPTS, demo_data_path
 from pat.demo.model import prepare_smollm2
 from pat.demo.options import DemoOptions
-from pat.report.progress import phase
+from pat.report.progress import phase, quiet_transformers
 from pat.report.records import Record
 from pat.report.table import Table
 from pat.training.arguments import build_arguments
@@ -84,7 +83,7 @@ def run_demo(options: DemoOptions) -> DemoRecord | None:
 
 def _answers(checkpoint: Path) -> list[str]:
     """Answer the sample prompts greedily."""
-    with phase(f"Answering prompts with {checkpoint.name}"), quiet_transformers(True):
+    with phase(f"Answering prompts with {checkpoint.name}"), quiet_transformers():
         answer: Any = pipeline("text-generation", model=str(checkpoint))
         chats = [[{"role": "user", "content": prompt}] for prompt in SAMPLE_PROMPTS]
         outputs = answer(chats, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, return_full_text=False)

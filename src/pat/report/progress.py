@@ -222,3 +222,24 @@ def bars_of_datasets(*, shown: bool = True) -> Iterator[None]:
     finally:
         if hide:
             datasets.enable_progress_bars()
+
+
+@contextmanager
+def quiet_transformers(quiet: bool = True) -> Iterator[None]:
+    """Keep transformers from drawing bars, if so wanted, and leave its setting as it was; downloads go on to draw."""
+    import huggingface_hub.utils
+    import transformers.utils.logging
+
+    shown: Any = transformers.utils.logging
+    hub: Any = huggingface_hub.utils
+    before = shown.is_progress_bar_enabled()
+    if quiet:
+        downloads_shown = not hub.are_progress_bars_disabled()
+        shown.disable_progress_bar()
+        if downloads_shown and sys.stderr.isatty():
+            hub.enable_progress_bars()
+    try:
+        yield
+    finally:
+        if before:
+            shown.enable_progress_bar()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
@@ -82,6 +83,15 @@ class PatCallback(TrainerCallback):
         milestone = config.soft_share
         self._milestone_step = milestone_step(milestone, state.max_steps)
         if milestone > 0 and self._milestone_step == 0:
+            open_gates = [
+                gate for gate in tuner.all_gates(self._adapter) if not gate.hardened and gate.num_kept < gate.size
+            ]
+            if not tuner.needs_calibration(self._adapter) and not all(gate.has_prior for gate in open_gates):
+                raise PatError(
+                    f"Got a milestone of {milestone:g} of {state.max_steps} optimizer steps, which rounds to step 0, "
+                    "where nothing is known by which to choose channels; train for "
+                    f"{math.floor(0.5 / milestone) + 1} steps or more (more data or epochs, smaller batches)."
+                )
             logger.warning(
                 "A milestone of %g of %d optimizer steps rounds to step 0: the mask is hard from the start, its "
                 "channels chosen by the calibration alone. Train longer or raise the milestone (--milestone) to train "

@@ -17,12 +17,12 @@ from pat import ranks
 from pat.checkpoint.card import Cut, shown_name
 from pat.checkpoint.staging import discard, remove_unfinished, staged_folder, write_whole
 from pat.checkpoint.verify import Parity
-from pat.checkpoint.write import examine, quiet_transformers, save_checkpoint
+from pat.checkpoint.write import examine, save_checkpoint
 from pat.errors import PatError, one_line
 from pat.loading import TokenSetup, empty_model, load_config, stored_dtype
 from pat.loading.tokenizer import load_plain_tokenizer
 from pat.method.schedule import milestone_step
-from pat.report.progress import bars_of_datasets, hidden, phase
+from pat.report.progress import bars_of_datasets, hidden, phase, quiet_transformers
 from pat.report.records import collected_warnings, to_json
 from pat.training.announce import announce
 from pat.training.arguments import TuneArguments, build_arguments
@@ -64,7 +64,7 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
         collected_warnings() as warnings,
         hidden(not shown),
         bars_of_datasets(shown=shown),
-        quiet_transformers(True),
+        quiet_transformers(),
     ):
         # Everything that can be wrong is found before the weights are loaded, and before anything is written.
         checked, asked = ranks.first_then_others(lambda: check(arguments)), arguments

@@ -86,6 +86,12 @@ def test_a_milestone_that_rounds_to_step_zero_is_warned_about(
     assert any("0.1 of 3 optimizer steps rounds to step 0" in message for message in messages) == warned
 
 
+def test_a_milestone_at_step_zero_with_nothing_to_choose_by_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(PatError, match=r"0\.1 of 3 optimizer steps.*train for 6 steps or more"):
+        train(llama(rotation="none", milestone=0.1), max_steps=3)
+    assert not [message for message in caplog.messages if "rounds to step 0" in message]
+
+
 @pytest.mark.parametrize("rotation", ["none", "pca"])
 @pytest.mark.parametrize("fields", [{"learning_rate": 1e-6}, {"learning_rate": 1e-2}, {"weight_decay": 0.5}], ids=str)
 def test_hardening_depends_on_no_learning_rate_and_the_mask_never_changes_again(
