@@ -44,4 +44,6 @@ def main(base: str, text: str, out: str, **more: Any) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
+    main(*sys.argv[1:])

@@ -6,6 +6,7 @@ Errors are one line on stderr; `--debug` shows the traceback.
 
 from __future__ import annotations
 
+import difflib
 import gc
 import os
 import sys
@@ -129,7 +130,10 @@ def _run(name: str, argv: Sequence[str]) -> int:
             f"Got {ranks.num_processes()} processes for `pat {name}`, which runs in one; start it by itself."
         )
     if name not in COMMANDS:
-        raise PatError(f"Got the command {name!r}; expected one of {', '.join(COMMANDS)} (see `pat --help`).")
+        known = [*COMMANDS, "launch"]
+        near = difflib.get_close_matches(name, known, n=1)
+        guess = f"did you mean {near[0]}? E" if near else "e"
+        raise PatError(f"Got the command {name!r}; {guess}xpected one of {', '.join(known)} (see `pat --help`).")
     command = COMMANDS[name]
     try:
         with warnings.catch_warnings():

@@ -156,11 +156,21 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
     def _refuse_unknown(self, names: Iterable[str], place: str, prefix: str) -> None:
         unknown = [name for name in names if name not in self.options]
         if unknown:
-            near = [match for name in unknown for match in difflib.get_close_matches(name, self.options, n=1)]
+            near = [match for name in unknown for match in self._like(name)]
             guess = f"; did you mean {' or '.join(prefix + match for match in near)}?" if near else ""
             named = _shortened(", ".join(prefix + name for name in unknown))
             flags = f"unknown flag{'s' * (len(unknown) > 1)} {named}"
             self.error(f"{place}: got the {flags}{guess}" if place else f"Got the {flags}{guess}")
+
+    def _like(self, name: str) -> list[str]:
+        """Return the option that a name likely means: a main one whose part or initials it is, or one alike."""
+        main = [option for option in getattr(self._class, "MAIN_FLAGS", ()) if option in self.options]
+        likely = [
+            option
+            for option in main
+            if (len(name) > 2 and name in option) or name == "".join(word[:1] for word in option.split("_"))
+        ]
+        return (likely or difflib.get_close_matches(name, [*main, *self.options], n=1))[:1]
 
     def _make(self, given: Mapping[str, Any]) -> T:
         self.require(given)

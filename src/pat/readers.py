@@ -214,7 +214,7 @@ def _read_csv(path: Path) -> Iterator[Placed]:
             for row in reader:
                 yield _row_of_cells(path, row, reader.line_num, len(reader.fieldnames or ()))
     except csv.Error as error:
-        raise PatError(f"{path}, line {reader.line_num}: not valid CSV ({error}).") from error
+        raise PatError(f"{path}, the row from line {reader.line_num + 1} on: not valid CSV ({error}).") from error
     finally:
         csv.field_size_limit(limit)
 

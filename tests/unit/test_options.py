@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 
@@ -35,6 +35,8 @@ class Other:
 
 @dataclass(frozen=True)
 class Options:
+    MAIN_FLAGS: ClassVar = ("learning_rate", "report_to")
+
     inner: Inner = field(metadata={"section": "first"})
     other: Other = field(metadata={"section": "second"})
 
@@ -130,6 +132,8 @@ def test_keywords_are_values_or_words() -> None:
     ("given", "line"),
     [
         (["--naem", "n"], "Got the unknown flag --naem; did you mean --name?"),
+        (["--lr", "1"], "Got the unknown flag --lr; did you mean --learning_rate?"),
+        (["--report", "a"], "Got the unknown flag --report; did you mean --report_to?"),
         (["stray"], "Got 'stray' without a flag before it"),
         (["--learning_rate", "fast"], "Got --learning_rate 'fast'; expected a number"),
         (["--sizes", "1", "2.5"], "Got --sizes '1 2.5'; expected a whole number, or several of them"),

@@ -15,6 +15,13 @@ def size(num_bytes: float | None) -> str:
     return MISSING if num_bytes is None else f"{num_bytes / 1e6:,.1f} MB"
 
 
+def flops(number: float | None) -> str:
+    """Return a number of floating-point operations in millions or billions."""
+    if number is None:
+        return MISSING
+    return f"{number / 1e9:,.1f} G" if number >= 1e9 else f"{number / 1e6:,.1f} M"
+
+
 def loss(nll: float | None, standard_error: float | None = None) -> str:
     """Return a loss in nats per token, with its standard error if there is one."""
     text = MISSING if nll is None else f"{nll:.3f}"

@@ -129,7 +129,7 @@ def _figures(facts: Facts) -> list[tuple[str, ...]]:
         nll = numbers.loss(model.number("held_out_nll"), model.number("held_out_standard_error"))
         sizes = numbers.count(model.number("num_parameters")), numbers.size(model.number("num_bytes"))
         general = numbers.loss(model.number("general_nll"), model.number("general_standard_error"))
-        rows.append((label, *sizes, nll, general, numbers.count(model.number("tokens_per_second"))))
+        rows.append((label, *sizes, nll, general, numbers.flops(model.number("flops_per_token"))))
     return rows if facts.mapping("figures") else []
 
 

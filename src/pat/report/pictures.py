@@ -25,7 +25,7 @@ _FIGURES = (
     ("num_bytes", "Bytes of the weights", numbers.size),
     ("held_out_nll", "Held-out loss, nats per token", numbers.loss),
     ("general_nll", "Loss on general text, nats per token", numbers.loss),
-    ("tokens_per_second", "Tokens per second of a forward pass", numbers.count),
+    ("flops_per_token", "FLOPs to read a token", numbers.flops),
 )
 
 

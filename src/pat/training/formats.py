@@ -101,7 +101,10 @@ def detect_format(columns: Collection[str], source: str, text_field: str = "text
         return Format("alpaca", prompt, response, first(CONTEXTS, prompt), beside)
     if "text" in known:
         return Format("text", known["text"])
-    raise NoFormat(f"{source}: got columns {found}; expected {ACCEPTED}.")
+    one = "".join(columns) if len(columns) == 1 else ""
+    separator = next((sign for sign in (";", "\t", "|") if sign in one), None)
+    hint = "rename them" if separator is None else f"separate the columns by commas, not by {separator!r}"
+    raise NoFormat(f"{source}: got columns {found}; expected {ACCEPTED}; {hint}.")
 
 
 def convert_row(

@@ -17,9 +17,10 @@ from transformers import PretrainedConfig
 
 from pat.checkpoint.card import Compaction, Cut
 from pat.checkpoint.verify import Parity
-from pat.nll import IGNORED, Example, response_nll, response_nll_by_group
+from pat.nll import IGNORED, Example, max_positions, response_nll, response_nll_by_group
 from pat.report.progress import progress_bar
 from pat.report.records import Machine, Record
+from pat.surgery.costs import build_skeleton, cost_of
 from pat.surgery.describe import count_parameters
 from pat.training.data_record import DataRecord
 from pat.training.prepare import Prepared
@@ -29,6 +30,9 @@ from pat.training.teacher import TeacherRecord
 logger = logging.getLogger(__name__)
 
 EVAL_BATCH_SIZE = 8
+
+CONTEXT = 512
+"""Number of tokens that FLOPs are for."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,10 @@ class ModelFigures(Size):
     """The same loss on the held-out rows of each of several sources, in the order of `data.sources`; None for one that
     has none."""
     tokens_per_second: float | None = None
-    """Number of held-out tokens, without padding, that a forward pass takes in a second."""
+    """Number of held-out tokens, without padding, that a forward pass took in a second. The machine may have done other
+    things meanwhile, so that no two models are compared by it."""
+    flops_per_token: float | None = None
+    """FLOPs of a forward pass for each token of a text of 512, or of what the model can read; None with an adapter."""
     general_nll: float | None = None
     """Mean loss of a token of the general text, in nats per token of the base's own vocabulary; None without one."""
     general_standard_error: float | None = None
@@ -165,7 +172,13 @@ def measure(model: nn.Module, data: Prepared, stage: str, size: Size) -> ModelFi
 
     The size is given, because quantised storage holds several weights in one element.
     """
-    return ModelFigures(**asdict(size), **_on_held_out(model, data, stage), **_on_general_text(model, data, stage))
+    found = asdict(size) | _on_held_out(model, data, stage) | _on_general_text(model, data, stage)
+    return ModelFigures(**found, flops_per_token=None if stage == "tuned" else _flops(cast(Any, model).config))
+
+
+def _flops(config: PretrainedConfig) -> float:
+    context = min(CONTEXT, max_positions(config) or CONTEXT)
+    return cost_of(build_skeleton(config, torch.bfloat16), context).prefill_flops_per_token
 
 
 def _on_held_out(model: nn.Module, data: Prepared, stage: str) -> dict[str, Any]:

@@ -54,13 +54,14 @@ def paired(base: Sequence[tuple[str, str]], small: Sequence[tuple[str, str]]) ->
 
 
 def _prompts(examples: Sequence[Example]) -> Iterator[list[int]]:
-    """Yield the tokens before the first that is to be learned, of the first examples that have some."""
-    num_left = NUM_PROMPTS
+    """Yield the tokens before the first that is to be learned, of the first examples in which they differ."""
+    seen: list[list[int]] = []
     for example in examples:
         learned = [place for place, label in enumerate(example["labels"]) if label != IGNORED]
-        if num_left and learned and learned[0] > 1:
-            num_left -= 1
-            yield list(example["input_ids"][: learned[0]])
+        prompt = list(example["input_ids"][: learned[0]]) if learned else []
+        if len(seen) < NUM_PROMPTS and len(prompt) > 1 and prompt not in seen:
+            seen.append(prompt)
+            yield prompt
 
 
 @torch.no_grad()

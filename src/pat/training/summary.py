@@ -21,7 +21,7 @@ def print_summary(result: TuneResult) -> None:
     tokens = f"{result.figures['dense'].num_held_out_tokens:,}"
     Table(
         title=f"Base, tuned and written model (held-out NLL: nats per token over {tokens} tokens, ± standard error)",
-        columns=("", "parameters", "size", "held-out NLL", "tokens/s"),
+        columns=("", "parameters", "size", "held-out NLL"),
         rows=[(name, *_cells(result.figures[stage])) for stage, name in STAGES.items()],
     ).print()
     base, dense = result.figures["base"], result.figures["dense"]
@@ -31,7 +31,10 @@ def print_summary(result: TuneResult) -> None:
             f"{numbers.loss(dense.general_nll, dense.general_standard_error)} now (nats per token over "
             f"{base.num_general_tokens:,} tokens)."
         )
-    print(f"{1 - dense.num_parameters / base.num_parameters:.1%} fewer parameters. {result.parity.describe()}")
+    fewer = f"{1 - dense.num_parameters / base.num_parameters:.1%} fewer parameters"
+    if base.flops_per_token and dense.flops_per_token:
+        fewer += f", {1 - dense.flops_per_token / base.flops_per_token:.1%} fewer FLOPs to read a token"
+    print(f"{fewer}. {result.parity.describe()}")
     print(f"Model: {result.model_dir}\nAdapter: {result.adapter_dir}\nFigures: {result.output_dir / 'results.json'}")
     if (result.output_dir / REPORT).is_file():
         print(f"Report: {result.output_dir / REPORT}")
@@ -42,5 +45,4 @@ def _cells(figures: ModelFigures) -> tuple[str, ...]:
         numbers.count(figures.num_parameters),
         numbers.size(figures.num_bytes),
         numbers.loss(figures.held_out_nll, figures.held_out_standard_error),
-        numbers.count(figures.tokens_per_second),
     )

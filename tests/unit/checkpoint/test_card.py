@@ -1,5 +1,6 @@
 """The model card: valid front matter, the figures, and no trace of this machine."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,11 @@ def test_sizes_method_and_parity_are_told() -> None:
         "AAAI 2025",
     ):
         assert fact in text, fact
+
+
+def test_a_model_that_is_cut_before_its_first_step_has_had_no_mask() -> None:
+    text = render_card(replace(CUT, milestone_step=0), PARITY, {})
+    assert "milestone: what goes is cut before the first step" in text and "- mask:" not in text
 
 
 def test_the_run_is_told_where_it_is_known() -> None:

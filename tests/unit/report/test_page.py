@@ -53,7 +53,7 @@ def record(**more: Any) -> dict[str, Any]:
 
 def model(num_parameters: int, nll: float, error: float) -> dict[str, Any]:
     """Return the figures of one model."""
-    sizes = {"num_parameters": num_parameters, "num_bytes": 2 * num_parameters, "tokens_per_second": 1234.5}
+    sizes = {"num_parameters": num_parameters, "num_bytes": 2 * num_parameters, "flops_per_token": 2.5e9}
     return sizes | {"held_out_nll": nll, "held_out_standard_error": error, "num_held_out_tokens": 777}
 
 

@@ -300,7 +300,9 @@ BAD_FILES: list[tuple[str, str | bytes, list[str]]] = [
     ("data.csv", "instruction,output\na,b\nc,d,e\n", ["data.csv, line 3", "fields"]),
     ("data.csv", 'messages\n"a\nb"\n', ["line 2: field 'messages' is of type str"]),
     ("data.parquet", "no parquet", ["not readable", "expected a parquet file"]),
-    ("data.jsonl", '{"frage": "a", "antwort": "b"}', ["columns antwort, frage", "instruction", "messages"]),
+    ("data.jsonl", '{"frage": "a", "antwort": "b"}', ["columns antwort, frage", "instruction", "messages", "rename"]),
+    ("data.csv", "question;answer\na;b\n", ["columns question;answer", "by commas, not by ';'"]),
+    ("data.csv", 'question,answer\na,b\nc,"d\ne,f\n', ["the row from line 3 on: not valid CSV"]),
 ]
 
 
