@@ -1,5 +1,8 @@
 """Runs a command in a process of its own that is hit at the n-th file operation in a folder: killed, torn or refused.
 
+What a killed or torn process leaves behind can also be had of one run that nothing hits, which copies the folder before
+each operation: a kill at all of them then costs only the runs that go on.
+
 The processes are forked from one that has imported everything and computed nothing, so that each costs its run alone.
 Operations are counted by Python's audit events; files that libraries write by themselves are caught where they are
 called. A module of its own, because a process that is forked by a server imports what it runs.
@@ -10,10 +13,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import hashlib
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
@@ -50,6 +56,9 @@ class Operations:
     unsynced: dict[str, None] = field(default_factory=dict)
     """Files that were written and are not known to be on the disk."""
     busy: bool = False
+    kept: str = ""
+    """The folder that takes what a process killed, or torn, at each operation would leave, once if it is the same."""
+    _digests: set[str] = field(default_factory=set)
 
     def watch(self) -> None:
         """Watch from now on; it cannot be undone."""
@@ -91,6 +100,10 @@ class Operations:
             return
         self.count += 1
         self.names.append(f"{name} {path.removeprefix(self.folder)}")
+        if self.kept:
+            self.busy = True
+            self._keep()
+            self.busy = False
         if self.count != self.moment:
             return
         self.busy = True
@@ -101,12 +114,34 @@ class Operations:
             if name == "safetensors":
                 raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
-        if self.fault == "tear":
-            for torn in reversed(self.unsynced):
-                if os.path.isfile(torn) and os.path.getsize(torn):
-                    os.truncate(torn, os.path.getsize(torn) // 2)
-                    break
+        if self.fault == "tear" and (torn := self._torn()):
+            os.truncate(torn, os.path.getsize(torn) // 2)
         os._exit(KILLED)
+
+    def _torn(self) -> str | None:
+        """Return the file that was written last and may not be on the disk."""
+        return next((path for path in reversed(self.unsynced) if os.path.isfile(path) and os.path.getsize(path)), None)
+
+    def _keep(self) -> None:
+        for fault in ("kill", "tear"):
+            torn = self._torn() if fault == "tear" else None
+            if not os.path.isdir(self.folder) or (fault == "tear" and torn is None):
+                continue
+            copy = Path(self.kept, f"{self.count}-{fault}")
+            shutil.copytree(self.folder, copy, symlinks=True)
+            if torn is not None:
+                os.truncate(copy / os.path.relpath(torn, self.folder), os.path.getsize(torn) // 2)
+            if (digest := _digest(copy)) in self._digests:
+                shutil.rmtree(copy)
+            self._digests.add(digest)
+
+
+def _digest(folder: Path) -> str:
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        found.update(f"{path.relative_to(folder)}\0{path.stat().st_mode}\0".encode())
+        found.update(path.read_bytes() if path.is_file() else b"")
+    return found.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -117,24 +152,53 @@ class Outcome:
     said: str
     """What it wrote to stdout and stderr."""
     operations: list[str]
+    seconds: float
+    """How long it took; NaN if it did not come to its end."""
 
 
-def run(argv: list[str], folder: Path, moment: int = 0, fault: Fault = "kill", signals: int = 0) -> Outcome:
-    """Run a command, hit at a moment, counted from 1; 0 is never. It is sent so many SIGTERMs after its first step."""
+def run(
+    argv: list[str],
+    folder: Path,
+    moment: int = 0,
+    fault: Fault = "kill",
+    *,
+    signals: int = 0,
+    kept: Path | None = None,
+    seconds: float = 600,
+) -> Outcome:
+    """Run a command.
+
+    Args:
+        argv: the command and its flags.
+        folder: the folder whose file operations are watched.
+        moment: the operation that is hit, counted from 1; 0 is none.
+        fault: what happens there.
+        signals: number of SIGTERMs that it is sent after its first step.
+        kept: takes a copy of the folder as a kill or a tear at each operation would leave it, named by the
+            operation's number and the fault; one that is the same as an earlier one is left out.
+        seconds: after which it is killed.
+    """
     with pytest.MonkeyPatch.context() as patch:  # where the server finds this module, or each process imports it anew
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         forkserver.ensure_running()
     log = folder.with_name(f"{folder.name}.log")
-    process = _context.Process(target=_child, args=(argv, str(folder), moment, fault, signals, str(log)))
+    log.touch()
+    process = _context.Process(
+        target=_child, args=(argv, str(folder), moment, fault, signals, str(kept or ""), str(log))
+    )
     process.start()
-    process.join(600)
-    assert process.exitcode is not None, "the command hangs"
-    said, _, operations = log.read_text(encoding="utf-8").partition("\0")
+    process.join(seconds)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        assert seconds < 600, "the command hangs"
+    said, _, ended = log.read_text(encoding="utf-8").partition("\0")
+    seconds_taken, *operations = ended.splitlines() or ["nan"]
     log.unlink()
-    return Outcome(process.exitcode, said, operations.splitlines())
+    return Outcome(process.exitcode, said, operations, float(seconds_taken))
 
 
-def _child(argv: list[str], folder: str, moment: int, fault: Fault, signals: int, log: str) -> None:
+def _child(argv: list[str], folder: str, moment: int, fault: Fault, signals: int, kept: str, log: str) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for number in (1, 2):
         os.dup2(descriptor, number)
@@ -142,12 +206,13 @@ def _child(argv: list[str], folder: str, moment: int, fault: Fault, signals: int
     torch.set_num_threads(1)
     if signals:
         _send_at_first_step(signals)
-    operations = Operations(os.path.realpath(folder), moment, fault)
+    operations = Operations(os.path.realpath(folder), moment, fault, kept=kept)
     operations.watch()
+    began = time.monotonic()
     status = main(argv)
     sys.stdout.flush()
     with contextlib.suppress(OSError):
-        os.write(descriptor, b"\0" + "\n".join(operations.names).encode())
+        os.write(descriptor, "\n".join([f"\0{time.monotonic() - began}", *operations.names]).encode())
     os._exit(status)
 
 

@@ -159,12 +159,18 @@ def find_start(arguments: TuneArguments, named: str | None, num_steps: int) -> S
     return Start(own or named)
 
 
+def sweep(folder: Path) -> None:
+    """Remove what was left half-written in a run's folder, by whomever: a process that was killed, or a full disk."""
+    checkpoints = folder / CHECKPOINTS
+    for place in (folder, folder / COMPACT, checkpoints, checkpoints / STAGE_TWO):
+        remove_unfinished(place, NAMES if place == folder else None)
+
+
 def clear(arguments: TuneArguments, start: Start) -> None:
     """Say where a run begins, if the folder holds a part of it, and remove from there what is not taken over."""
     folder, checkpoints = arguments.output_dir, arguments.output_dir / CHECKPOINTS
     is_known = RunFile.read(folder) is not None
-    for place in (folder, folder / COMPACT, checkpoints, checkpoints / STAGE_TWO):
-        remove_unfinished(place, NAMES if place == folder else None)
+    sweep(folder)
     if start.is_trained:
         _say(f"{folder}: the model is trained; going on with what is missing of the merge and the figures.")
         return

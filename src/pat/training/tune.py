@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from pat import ranks
 from pat.checkpoint.card import Cut, shown_name
-from pat.checkpoint.staging import discard, remove_unfinished, staged_folder, write_whole
+from pat.checkpoint.staging import discard, staged_folder, write_whole
 from pat.checkpoint.verify import Parity
 from pat.checkpoint.write import examine, save_checkpoint
 from pat.errors import PatError, one_line
@@ -29,7 +29,7 @@ from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.base import load, load_again
 from pat.training.check import check, check_run
 from pat.training.end_token import warn_of_end_token
-from pat.training.folder import CHECKPOINTS, MODEL, NAMES, RESULTS, clear, find_finished, find_start, run_folder
+from pat.training.folder import CHECKPOINTS, MODEL, RESULTS, clear, find_finished, find_start, run_folder, sweep
 from pat.training.prepare import Prepared, prepare
 from pat.training.push import open_repository, push
 from pat.training.rehearsal import rehearse
@@ -184,7 +184,7 @@ def _end(arguments: TuneArguments, run: RunFile, result: TuneResult, repository:
         report_of_run(folder)
     if not arguments.run.keep_checkpoints:
         discard(folder / CHECKPOINTS)
-    remove_unfinished(folder, NAMES)
+    sweep(folder)
     if repository is not None:
         push(arguments, repository, result.model_dir)
         run.after("pushed").write(folder)
