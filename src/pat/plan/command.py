@@ -256,6 +256,8 @@ def _notes(
     ]
     if stored_dtype(base_config) is None:
         notes.append("The configuration does not name the weights' dtype; bytes are for float32.")
+    elif pat_config.target_bytes is not None and stored_dtype(base_config) == torch.float32:
+        notes.append("target_bytes is for float32, as the base is stored; in bfloat16 the model takes half of that.")
     if getattr(base_config, "quantization_config", None) is not None:
         notes.append("The base is quantised; sizes are those of the dequantised weights, which the merge writes.")
     if any(candidate.pruning_ratio > LARGE_RATIO for candidate in candidates):

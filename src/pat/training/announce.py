@@ -59,7 +59,9 @@ def announce(
         small = 1.0 - shape.pruning_ratio if goes_small else 1.0
         passes = PASSES + 1 if arguments.sft.gradient_checkpointing else PASSES
         trained = num_tokens_of_step(arguments, data) * (soft + (num_steps - soft) * small)
-        costs.append(about((num_read + passes * trained) * _seconds_per_token(arguments, data, model)))
+        examples = [*data.held_out, *(() if data.general is None else data.general.windows)]
+        scored = 2 * sum(len(example["input_ids"]) for example in examples)  # by the tuned model and the written one
+        costs.append(about((num_read + passes * trained + scored) * _seconds_per_token(arguments, data, model)))
     if not quantises(arguments, checked.base_config) and not shards(arguments.sft):
         num_bytes = _memory(arguments, checked, data, model)
         size = f"{num_bytes / 1e9:,.1f} GB" if num_bytes > 1e9 else f"{num_bytes / 1e6:,.0f} MB"
