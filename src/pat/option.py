@@ -97,6 +97,8 @@ class Option:
         word = value.value if isinstance(value, enum.Enum) else value
         if self.choices and str(word) not in self.choices:
             raise ValueError(f"one of {', '.join(self.choices)}")
+        if dict in self.kinds and isinstance(value, bool):  # which libraries would open as a file: that of its number
+            raise ValueError(self._expected())
         for kind in self.kinds:
             try:
                 return _as(kind, value)

@@ -151,6 +151,7 @@ def test_keywords_are_values_or_words() -> None:
         ({"name": "n", "learning_rate": "fast"}, "Got learning_rate='fast'; expected a number"),
         ({"name": "n", "rank": 2.5, "flag": 3}, "Got flag=3; expected true or false"),
         ({"name": "n", "learning_rate": True}, "Got learning_rate=True; expected a number"),
+        ({"name": "n", "kwargs": True}, "Got kwargs=True; expected a mapping in JSON or a text"),
         ({"name": "n", "marks": True}, "Got marks=True; expected a text, or several of them"),
     ],
 )
