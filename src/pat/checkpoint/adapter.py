@@ -72,8 +72,6 @@ def read_adapter_config(adapter: str | os.PathLike[str]) -> LoraConfig:
         raise PatError(f"{adapter}: has no {SAFETENSORS_WEIGHTS_NAME}; the adapter was not saved completely.")
     try:
         return cast(LoraConfig, config_class.from_pretrained(str(folder)))
-    except PatError:
-        raise
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise PatError(f"{folder / CONFIG_NAME}: not a usable configuration ({one_line(error)}).") from error
 
