@@ -60,6 +60,8 @@ def read_config(path: Path) -> list[tuple[str, Any, int]]:
             if name in found:
                 raise PatError(f"{path}, line {line}: got {name} a second time (line {found[name][2]}); give it once.")
             found[name] = (name, _plain(value, loader), line)
+    except PatError:
+        raise
     except (yaml.YAMLError, ValueError) as error:  # the latter of dates and numbers that there are none of
         where = getattr(error, "problem_mark", None)
         place = f"{path}, line {where.line + 1}" if where is not None else str(path)

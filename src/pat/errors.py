@@ -6,10 +6,11 @@ MAX_MESSAGE = 1500
 """Letters of a message; what it repeats of a file or an option may be as long as it likes."""
 
 
-class PatError(Exception):
+class PatError(ValueError):
     """Root of every error PAT raises on purpose; by itself it means that the user's input is wrong.
 
-    Its message is one line without control characters, whatever names and values it repeats.
+    It is a ValueError because that is what peft and transformers promise in their methods that PAT overrides
+    (docs/adr/0027). Its message is one line without control characters, whatever names and values it repeats.
     """
 
     exit_status = 2

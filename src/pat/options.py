@@ -189,6 +189,8 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
                     for _, owner, _ in self._sections
                 ]
             return parts[0] if self._sections[0][1] is self._class else self._class(*parts)
+        except PatError:
+            raise
         except (ValueError, TypeError, OSError, ImportError) as error:  # what the libraries' own checks raise
             self.error(" ".join(str(error).split()).rstrip("."))
 

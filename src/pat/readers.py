@@ -61,6 +61,8 @@ def iterate_local(path: Path) -> Iterator[Placed]:
         for placed in READERS[suffix](path):
             has_rows = True
             yield placed
+    except PatError:
+        raise
     except _DAMAGED as error:
         what = "a parquet file" if suffix == ".parquet" else "UTF-8 text"
         raise PatError(f"{path}: not readable ({' '.join(str(error).split())}); expected {what}.") from error

@@ -178,3 +178,17 @@ def test_what_is_wrong_with_a_file_is_said_with_its_line(tmp_path: Path, text: s
     with pytest.raises(PatError) as error:
         parser().parse(["--config", str(file)])
     assert str(error.value).removeprefix(f"{tmp_path}/").startswith(line)
+
+
+@dataclass
+class Refusing:
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        raise PatError(f"Got name={self.name!r}; expected another.")
+
+
+def test_what_options_refuse_themselves_is_said_as_they_say_it() -> None:
+    with pytest.raises(PatError) as error:
+        OptionsParser("pat test", Refusing).build({"name": "n"})
+    assert str(error.value) == "Got name='n'; expected another."

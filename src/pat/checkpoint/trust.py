@@ -114,12 +114,7 @@ def check_tensors(model: PeftModel, adapter: str | os.PathLike[str]) -> None:
             raise PatError(f"{adapter}: its tensor {name} holds {dtype}; expected {' or '.join(wanted)}.")
     tuner = find_tuner(model)
     for gate in () if tuner is None else tuner.all_gates():
-        num_kept = gate.keep.sum(-1)  # of each expert, where there are some
-        if gate.hardened and bool((num_kept != gate.num_kept).any()):
-            raise PatError(
-                f"{adapter}: keeps {num_kept.tolist()} entries where its configuration says {gate.num_kept}; one of "
-                "the two was changed after the adapter was made."
-            )
+        gate.check_kept(f"{adapter}:")
 
 
 def carries_base_weights(adapter: str | os.PathLike[str]) -> bool:

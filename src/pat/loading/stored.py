@@ -110,6 +110,8 @@ def _files(name_or_path: str, revision: str | None, download: bool) -> list[Path
             return []
         _check_index(name_or_path, Path(index))
         files, _ = get_checkpoint_shard_files(name_or_path, index, revision=revision, local_files_only=not download)
+    except PatError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         if not download and not os.path.isdir(name_or_path):
             return []  # a model of the hub, of which not all is here

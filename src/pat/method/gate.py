@@ -108,6 +108,22 @@ class Gate(nn.Module):
                 "does when training begins), or use a milestone after the first step."
             )
 
+    def check_kept(self, adapter: str) -> None:
+        """Check that a hard gate keeps as many entries as it should, which another adapter's configuration contradicts.
+
+        Args:
+            adapter: the words for it that the message begins with.
+
+        Raises:
+            PatError: it keeps more or fewer.
+        """
+        num_kept = self.keep.sum(-1)
+        if self.hardened and bool((num_kept != self.num_kept).any()):
+            raise PatError(
+                f"{adapter} keeps {num_kept.tolist()} entries where its configuration says {self.num_kept}; one of the "
+                "two was changed after the adapter was made, or it was loaded with another configuration than its own."
+            )
+
     def set_prior(self, prior: Tensor, *, pinned: Tensor | None = None) -> None:
         """Install the outcome of a calibration, before the gate is hard.
 

@@ -25,6 +25,10 @@ class PatType(enum.StrEnum):
 
     PAT = "PAT"
 
+    def __str__(self) -> str:
+        """Return what an enumeration of peft's would, whose status takes the name from behind the point."""
+        return f"{type(self).__name__}.{self.name}"
+
 
 _DECISIVE = (
     "pruning_ratio",
@@ -35,6 +39,12 @@ _DECISIVE = (
     "gain_tolerance",
     "untie_word_embeddings",
 )
+
+_WITHOUT_MERGED_FORM = {
+    "layer_replication": "replicated layers share their weights",
+    "alora_invocation_tokens": "an adapter that acts on some tokens alone cannot be merged into weights",
+    "arrow_config": "adapters that a router chooses for each token cannot be merged into weights",
+}
 
 _CHOICES = {
     "mask": ("trainable", "frozen"),
@@ -117,8 +127,9 @@ class PatConfig(PatOptions, LoraConfig):
             if not self.operator_rank.isdigit():
                 raise PatError(f"Got operator_rank={self.operator_rank!r}; expected a number of ranks or 'dense'.")
             self.operator_rank = int(self.operator_rank)
-        if self.layer_replication:
-            raise PatError("Got layer_replication, which PAT does not support: replicated layers share their weights.")
+        for name, reason in _WITHOUT_MERGED_FORM.items():
+            if getattr(self, name):
+                raise PatError(f"Got {name}, which PAT does not support: {reason}; leave it out.")
         if self.resolved_rotation is not None and self.resolved_from is None:  # of an adapter that lacks this record
             self.resolved_from = self.asked()
 

@@ -139,11 +139,13 @@ class MaskedModel:
 
 
 def check_hard(gates: Sequence[Gate], purpose: str) -> None:
-    """Check that a mask and its gates are 0/1 and have been refitted, as `purpose` needs it.
+    """Check that a mask and its gates are 0/1, as many as chosen, and have been refitted, as `purpose` needs it.
 
     Raises:
-        PatError: one of them is soft, or awaits its refit.
+        PatError: one of them is soft, keeps another number than it should, or awaits its refit.
     """
+    for gate in gates:
+        gate.check_kept(f"Got {purpose} of an adapter that")
     mask = next((gate for gate in gates if not gate.hardened), None)
     if mask is None:
         if any(isinstance(gate, InnerGate) and gate.awaits_refit for gate in gates):

@@ -51,6 +51,8 @@ class PatModel(GuardedForward):
 
     # peft's switches then reach mask, gates and operators as well as LoRA's layers.
     tuner_layer_cls = BaseTunerLayer  # type: ignore[assignment]
+    # peft then refuses to inject layers without the tuner, which alone moves masks and knows what belongs to them.
+    uses_shared_state = True
 
     residual_stream: ResidualStream | None = None
     _moments: dict[str, InnerMoments] | None = None  # by adapter, from the calibration until the refit
@@ -210,14 +212,14 @@ class PatModel(GuardedForward):
         Args:
             progressbar: show progress over the parameters.
             safe_merge: check every folded weight for non-finite values.
-            adapter_names: at most one name; by default the active adapter.
+            adapter_names: the name of one adapter; by default the active one.
             dtype: of the dense model, by default the base's (quantised bases: the dtype they compute in).
 
         Raises:
-            PatError: the mask is not 0/1 yet, several adapters are named, or (`safe_merge`) a weight is not finite.
+            PatError: the mask is not 0/1 yet, not one adapter is named, or (`safe_merge`) a weight is not finite.
         """
-        if adapter_names is not None and len(adapter_names) != 1:
-            raise PatError(f"Got adapter_names={adapter_names}; PAT merges exactly one adapter.")
+        if adapter_names is not None and (len(adapter_names) != 1 or adapter_names[0] not in self.peft_config):
+            raise PatError(f"Got adapter_names={adapter_names}; expected exactly one of {list(self.peft_config)}.")
         masked = self.masked_model(adapter_names[0] if adapter_names else self.adapter, "a merge")
         dtype = dtype or masked.base.dtype
         form = masked.dense_form(dtype)

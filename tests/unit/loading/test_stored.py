@@ -90,3 +90,11 @@ def test_an_index_that_is_broken(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text("{broken")
     with pytest.raises(PatError, match="Could not load the model"):
         stored_tensors(str(tmp_path))
+
+
+def test_an_index_of_files_elsewhere_is_refused_in_its_own_words(tmp_path: Path) -> None:
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "../other.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(PatError, match="does not lie in the model's own folder") as error:
+        stored_tensors(str(tmp_path))
+    assert str(error.value).count("Could not load") == 1

@@ -271,6 +271,7 @@ def refused(path: Path | str, *parts: str, **options: Any) -> None:
         load_training_data(path, **options)
     message = str(caught.value)
     assert "\n" not in message and caught.value.exit_status == 2
+    assert message.count(str(path)) <= 1  # said once, not again in other words
     for part in parts:
         assert part in message, f"{part!r} not in {message!r}"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import LoraConfig, PeftConfig, get_peft_config
+from peft import ArrowConfig, LoraConfig, PeftConfig, get_peft_config
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from pat.errors import PatError
@@ -44,6 +44,8 @@ def test_it_is_a_lora_config_with_fields_of_its_own() -> None:
         ({"mask_lr_multiplier": -1.0}, r"mask_lr_multiplier"),
         ({"gain_tolerance": -0.1}, r"gain_tolerance"),
         ({"layer_replication": [(0, 1)]}, r"layer_replication.*does not support"),
+        ({"alora_invocation_tokens": [5]}, r"alora_invocation_tokens.*some tokens alone"),
+        ({"arrow_config": ArrowConfig()}, r"arrow_config.*router"),
     ],
 )
 def test_impossible_values_are_refused_in_one_line(fields: dict[str, Any], message: str) -> None:

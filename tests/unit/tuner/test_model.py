@@ -338,15 +338,6 @@ def test_merging_before_the_milestone_is_refused(soft: PeftModel) -> None:
     assert not tuner_of(soft).mask().hardened
 
 
-def test_merging_in_place_is_refused(soft: PeftModel) -> None:
-    with pytest.raises(PatError, match="merge_and_unload"):
-        soft.merge_adapter()
-    with pytest.raises(PatError, match="cannot be combined"):
-        soft.add_weighted_adapter(["default"], [1.0], "sum")
-    with pytest.raises(PatError, match="exactly one adapter"):
-        soft.merge_and_unload(adapter_names=["default", "other"])
-
-
 def test_non_finite_weights_are_refused_on_request() -> None:
     model = hard_model(rotation="none")
     with torch.no_grad():
