@@ -155,14 +155,14 @@ class _Budget:
             if name == "mlp":
                 sizes, reason = self.mlp(sizes)
             elif name == "hidden":
-                sizes, reason = self.width(sizes, share)
+                sizes, reason = self.width(sizes, share, is_last=name == named[-1])
             else:
                 sizes, reason = self.nearest(
                     name, sizes, share, free_width="hidden" in named, is_last=name == named[-1]
                 )
         return sizes, reason
 
-    def width(self, sizes: dict[str, int], share: float) -> tuple[dict[str, int], str]:
+    def width(self, sizes: dict[str, int], share: float, *, is_last: bool) -> tuple[dict[str, int], str]:
         """Choose the hidden size that brings the cut to a share of all parameters."""
         count, beside = self.base.count(sizes), self.beside(sizes, "hidden")
         if count < self.total:  # a cut of the hidden size by a share takes that share off what is left
@@ -171,7 +171,7 @@ class _Budget:
             return sizes, f"nothing is left to be cut of the hidden size{beside}"
         heads = self.base.num_attention_heads(sizes)
         legal = legal_widths(sizes[HIDDEN], heads, multiple_of=self.multiple_of)
-        if sizes[HIDDEN] * (1 - share) < (1 - ALIGNMENT_SLACK) * legal[0]:
+        if is_last and sizes[HIDDEN] * (1 - share) < (1 - ALIGNMENT_SLACK) * legal[0]:
             raise self._too_much(self.base.count(sizes | {HIDDEN: legal[0]}), f" (a hidden size of {legal[0]})")
         found = choose_width(sizes[HIDDEN], heads, pruning_ratio=share, multiple_of=self.multiple_of)
         reason = f"{found.reason};{beside}" if beside else found.reason
@@ -217,9 +217,11 @@ class _Budget:
         return sizes | {axis.field: chosen}, why + self.beside(sizes, name)
 
     def _too_much(self, least: int, why: str) -> PatError:
+        left = [] if self.axes == ["auto"] else [name for name in AXES if name not in self.axes]
+        others = f"add {' or '.join(left)}, or " if left else ""
         return PatError(
             f"Got pruning_ratio={self.ratio:g} with axes={self.axes}, which can give {1 - least / self.total:.1%} "
-            f"of the parameters at most{why}; add another of {', '.join(AXES)}, or ask for less."
+            f"of the parameters at most{why}; {others}ask for less."
         )
 
     def legal(self, name: str, hidden_size: int | None) -> list[int]:

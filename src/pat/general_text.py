@@ -11,21 +11,19 @@ from pat.nll import read_text
 
 logger = logging.getLogger(__name__)
 
-BUILT_IN = "general.txt"
+_FILE = "general.txt"
 """The package's own: prose, talk, a recipe, code, tables and figures, with a line in four other languages."""
 
 
 def general_text(file: str | os.PathLike[str] | None = None, *, max_characters: int | None = None) -> str:
-    """Return the text of a file, or the package's own, as far as a number of characters; what is left out is logged.
+    """Return the package's own text, or that of a file as far as a number of characters; what is left out is logged.
 
     Raises:
         PatError: file missing, not UTF-8 or empty.
     """
-    text = _built_in() if file is None else read_text(Path(file))
+    if file is None:
+        return resources.files("pat").joinpath(_FILE).read_text(encoding="utf-8")
+    text = read_text(Path(file))
     if max_characters is not None and len(text) > max_characters:
         logger.warning("%s: the first %s of its %s characters are used.", file, f"{max_characters:,}", f"{len(text):,}")
     return text[:max_characters]
-
-
-def _built_in() -> str:
-    return resources.files("pat").joinpath(BUILT_IN).read_text(encoding="utf-8")

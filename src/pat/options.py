@@ -168,7 +168,9 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
         likely = [
             option
             for option in main
-            if (len(name) > 2 and name in option) or name == "".join(word[:1] for word in option.split("_"))
+            if option.startswith(name)
+            or option.endswith(f"_{name}")
+            or name == "".join(word[:1] for word in option.split("_"))
         ]
         return (likely or difflib.get_close_matches(name, [*main, *self.options], n=1))[:1]
 

@@ -17,15 +17,17 @@ import torch
 from terminal import Terminal
 from tiny_models import build, tiny_tokenizer
 from tiny_runs import STEPS, tune_flags
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 import pat
 from pat.checkpoint.merge import merge
 from pat.cli import main
 from pat.demo import command as demo
 from pat.report import progress
+from pat.surgery.costs import build_skeleton, cost_of
 from pat.training.arguments import build_arguments
 from pat.training.tune import run_tune
+from pat.tuner.target import CONTEXT
 
 SCHEMAS = Path(__file__).resolve().parents[2] / "docs" / "schemas"
 
@@ -374,6 +376,9 @@ def test_a_target_is_what_the_model_has_at_most(target: dict[str, Any], base: Pa
     assert after.num_parameters < before.num_parameters
     assert after.num_parameters <= target.get("target_num_parameters", before.num_parameters)
     assert after.num_bytes <= (28_000 if "target_bytes" in target else before.num_bytes)
+    configs = [AutoConfig.from_pretrained(folder) for folder in (base, result.model_dir)]
+    whole, small = (cost_of(build_skeleton(config, torch.bfloat16), CONTEXT) for config in configs)
+    assert small.prefill_flops_per_token <= target.get("target_latency", 1.0) * whole.prefill_flops_per_token
 
 
 def test_general_text_shows_what_was_forgotten(
@@ -392,7 +397,7 @@ def test_general_text_shows_what_was_forgotten(
     assert f"The loss on general text is {results['figures']['tuned']['general_nll']:.3f} nats per token" in card
     assert "Loss on general text" in report and "General text is text.txt (" in report and now in report
     built_in = pat.tune(**flags(base, data, tmp_path / "built_in", general_text=None))
-    assert built_in.record.general_text == "general.txt" and built_in.figures["dense"].general_nll is not None
+    assert built_in.record.general_text == "pat/general.txt" and built_in.figures["dense"].general_nll is not None
 
 
 def test_elsewhere_a_run_prints_plain_lines(

@@ -127,7 +127,7 @@ def test_of_the_heads_that_are_left_the_hidden_size_is_a_multiple() -> None:
     ids=str,
 )
 def test_more_than_an_axis_can_give_is_refused(request_: dict[str, Any]) -> None:
-    with pytest.raises(PatError, match=r"can give \d+\.\d% of the parameters at most.*; add another of"):
+    with pytest.raises(PatError, match=r"can give \d+\.\d% of the parameters at most.*; (add .*, or )?ask for less"):
         shape(**request_)
 
 
@@ -194,3 +194,14 @@ def test_one_axis_may_be_given_by_its_name_alone() -> None:
 def test_an_unknown_axis_is_refused(axes: list[str]) -> None:
     with pytest.raises(PatError, match="expected 'auto', or some of hidden, mlp, heads, layers"):
         check_request(ShapeOptions(axes=axes))
+
+
+def test_what_the_hidden_size_cannot_give_falls_to_the_mlps() -> None:
+    sizes = {HIDDEN: 128, MLP: 2048, HEADS: 1, LAYERS: 2}
+    wide = Prunable(sizes, lambda s: s[LAYERS] * (3 * s[MLP] * s[HIDDEN] + 4 * s[HIDDEN] ** 2) + s[HIDDEN])
+    request: dict[str, Any] = {"pruning_ratio": 0.95, "multiple_of": 64}
+    found = choose_shape(wide, axes=["layers", "hidden", "mlp"], **request)
+    assert found.pruned("hidden") == 64
+    assert found.pruning_ratio == pytest.approx(0.95, abs=0.005)  # as near as multiples of 64 MLP channels come
+    with pytest.raises(PatError, match=r"a hidden size of 64\); add mlp or heads, or ask for less"):
+        choose_shape(wide, axes=["layers", "hidden"], **request)

@@ -125,8 +125,8 @@ def render_card(cut: Cut, parity: Parity, provenance: Mapping[str, Any]) -> str:
         provenance: what is known beyond that, all of it optional: `model_name_or_path` and its `revision`, `dataset`
             (only the last component of a path is shown), `prompt_format` in words, `recipe`, `seed`, `num_steps`,
             `num_tokens_seen`, `max_length`, `learning_rates` by group of parameters, `teacher`, `held_out_nll` and
-            `held_out_standard_error` by model, `num_held_out_tokens`, `general_nll` by model, and a sentence on
-            `engines` that do not run it.
+            `held_out_standard_error` by model, `num_held_out_tokens`, `general_nll` by model, `is_compacted` (the small
+            model was trained on), and a sentence on `engines` that do not run it.
     """
     base_model = str(provenance.get("model_name_or_path") or "unknown")
     license_fields: dict[str, Any] = base_license(base_model, provenance.get("revision"))

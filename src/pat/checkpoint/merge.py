@@ -216,6 +216,7 @@ def _facts(results: Mapping[str, Any], *, is_last: bool) -> dict[str, Any]:
     general = {stage: figure.get("general_nll") for stage, figure in all_figures.items()}
     errors = {stage: figure.get("held_out_standard_error") for stage, figure in figures.items()}
     return found | {
+        "is_compacted": results.get("compaction") is not None,
         "max_length": (results.get("training_arguments") or {}).get("max_length"),
         "held_out_nll": {stage: figure["held_out_nll"] for stage, figure in figures.items()},
         "held_out_standard_error": {stage: error for stage, error in errors.items() if error is not None},

@@ -100,7 +100,9 @@ def run_plan(options: PlanOptions) -> PlanRecord:
     context = _resolve_context(options.context, base_config)
     dtype = stored_dtype(base_config) or torch.float32
     skeleton = build_skeleton(base_config, dtype)
-    base = cost_of(skeleton, context)
+    recipe = recipe_defaults(RECIPE)
+    length = recipe["max_length"]
+    base, base_in_training = cost_of(skeleton, context), cost_of(skeleton, length)
     vocabulary, uncounted = vocabulary_entries(options.model_name_or_path, base_config.vocab_size)
     base_files, _ = file_sizes(skeleton, vocabulary)
     file_notes = [uncounted] if uncounted and base_files.gguf else []
@@ -109,7 +111,7 @@ def run_plan(options: PlanOptions) -> PlanRecord:
             "GGUF sizes of the cut model are without a vocabulary, since which tokens stay is not known yet; those of "
             f"the base are with one, of {sum(entry.num_bytes for entry in vocabulary):,} bytes."
         )
-    candidates = []
+    candidates, in_training = [], []
     for ratio in options.pruning_ratio or (None,):
         config = PatConfig(
             task_type="CAUSAL_LM",
@@ -128,16 +130,14 @@ def run_plan(options: PlanOptions) -> PlanRecord:
         small_config = pruned_config(trimmed, shape, tied=base.tied and not options.untie_word_embeddings)
         small = build_skeleton(small_config, dtype)
         cost = cost_of(small, context)
+        in_training.append(cost_of(small, length))
         files, unwritable = file_sizes(small, vocabulary if options.vocabulary_size is None else ())
         spoken = (unwritable, trouble(family.model_type, [name for name in AXES if shape.cuts(name)]))
         file_notes += [note for note in spoken if note and note not in file_notes]
         heads = small_config.num_attention_heads
         candidates.append(_candidate(shape, heads, options.multiple_of, base, cost, files))
     trimmed_base = cost_of(trimmed, context)
-    recipe = recipe_defaults(RECIPE)
-    training = training_memory(
-        trimmed, config, batch_size=recipe["per_device_train_batch_size"], length=recipe["max_length"]
-    )
+    training = training_memory(trimmed, config, batch_size=recipe["per_device_train_batch_size"], length=length)
     attached: PatConfig = cast(Any, trimmed.model).peft_config["default"]  # the memory was counted on it
     rotation: Rotation = "none" if attached.resolved_rotation == "none" else "pca"
     return PlanRecord(
@@ -152,7 +152,7 @@ def run_plan(options: PlanOptions) -> PlanRecord:
         training=training,
         sharded=_shard(options, training, trimmed_base, cost, base_config),
         vocabulary_size=options.vocabulary_size,
-        training_times=training_times(base, tuple(candidate.cost for candidate in candidates), training),
+        training_times=training_times(base_in_training, tuple(in_training), training),
         guide=MEASURED_CUTS,
         measured=_measure(options, base_config, family, candidates[0].pruning_ratio),
         notes=(*_notes(base_config, config, base, candidates, context), *file_notes),

@@ -15,7 +15,10 @@ MILLION = 1_000_000
 
 @dataclass(frozen=True)
 class MeasuredCut:
-    """A cut by the default recipe, as `docs/experiments.md` has it. Losses in nats per token."""
+    """A cut of MLP channels with a milestone of 0.02, as `docs/experiments.md` has it. Losses in nats per token.
+
+    Today's default, a milestone of 0, has come out 0.01 lower on stories260K at a quarter, and the same on SmolLM2.
+    """
 
     model: str
     pruning_ratio: float
@@ -31,7 +34,7 @@ class MeasuredCut:
 
 MEASURED_CUTS = (
     MeasuredCut("stories260K", 0.125, 245_226, 3, 0.091, -1.765),
-    MeasuredCut("stories260K", 0.25, 245_226, 3, 0.187, -1.669),
+    MeasuredCut("stories260K", 0.25, 245_226, 3, 0.197, -1.659),
     MeasuredCut("stories260K", 0.375, 245_226, 3, 0.299, -1.556),
     MeasuredCut("SmolLM2-135M-Instruct", 0.25, 107_624, 2, 0.640, 0.487),
 )
@@ -74,8 +77,9 @@ class TrainingTime:
 
 
 def training_times(base: ModelCost, small: tuple[ModelCost, ...], memory: TrainingMemory) -> tuple[TrainingTime, ...]:
-    """Compute the time for a million tokens on each GPU: twice a forward pass's FLOPs for LoRA's backward pass.
+    """Compute the time for a million tokens on each GPU: as much for LoRA's backward pass as for the forward pass.
 
+    The costs are those of texts as long as the memory is for.
     No gradients are taken of frozen weights, so that a backward pass is one product of matrices for each of the forward
     pass's, where full tuning has two; gradient checkpointing adds another forward pass.
     """

@@ -164,7 +164,9 @@ def _times(record: PlanRecord) -> Table:
         seconds = [time.base_seconds, *time.small_seconds]
         shown = [clock(each) if time.fits else "" for each in seconds]
         rows.append([time.hardware.name, how if time.fits else "no", *shown])
-    title = "Time of LoRA for a million tokens on one GPU, computed (minutes:seconds)"
+    title = (
+        f"Time of LoRA for a million tokens in texts of {record.training.length} on one GPU, computed (minutes:seconds)"
+    )
     return Table(title, ["GPU", "fits", *_headings(record)], rows)
 
 

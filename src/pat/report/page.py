@@ -10,7 +10,6 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from pat.general_text import BUILT_IN
 from pat.report import numbers
 from pat.report.facts import Facts, as_number
 from pat.report.pictures import axes_cut, energy_picture, figure_pictures, gate_pictures, training_pictures
@@ -138,7 +137,7 @@ def _general(facts: Facts) -> str | None:
     name, num_tokens = facts.text("general_text"), facts.number("figures", "dense", "num_general_tokens")
     if name is None or not num_tokens:
         return None
-    text = "four pages that come with PAT" if name == BUILT_IN else name
+    text = "four pages that come with PAT" if "/" in name else name  # of a file the last component is known alone
     return (
         f"General text is {text} ({numbers.count(num_tokens)} tokens), which has nothing to do with the training data: "
         "a loss above the base's is what the small model has forgotten"

@@ -104,7 +104,7 @@ class TuneRecord(Record):
     training_arguments: dict[str, Any]
     data: DataRecord
     general_text: str | None = None
-    """Name of the text that shows what was forgotten; `general.txt` is the package's own."""
+    """Name of the text that shows what was forgotten; `pat/general.txt` is the package's own."""
     figures: dict[str, ModelFigures]
     """Figures of the models `base`, `tuned` (masked or compact, with its adapter) and `dense`."""
     parity: Parity

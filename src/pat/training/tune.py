@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -28,7 +29,7 @@ from pat.training.announce import announce
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.base import load, load_again
 from pat.training.check import check, check_run
-from pat.training.end_token import warn_of_end_token
+from pat.training.end_token import end_of, warn_of_end_token
 from pat.training.folder import CHECKPOINTS, MODEL, RESULTS, clear, find_finished, find_start, run_folder, sweep
 from pat.training.prepare import Prepared, prepare
 from pat.training.push import open_repository, push
@@ -41,6 +42,9 @@ from pat.training.stages import Stages
 from pat.training.trained import Trained
 
 logger = logging.getLogger(__name__)
+
+NUM_ROWS_FOR_END = 64
+"""Number of examples that are looked at to see how answers end."""
 
 
 def tune(**flags: Any) -> TuneResult:
@@ -88,7 +92,8 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
         is_new = start.checkpoint is None and not start.is_trained
         announce(arguments, checked, data, base, num_steps, is_new=is_new)
         data.vocabulary.fit(base)
-        warn_of_end_token(data.vocabulary, base)
+        end = None if arguments.sft.packing else end_of(islice(data.train, NUM_ROWS_FOR_END))
+        warn_of_end_token(data.vocabulary, base, end, arguments.model.lora_modules_to_save or ())
         answers = ranks.first(partial(greedy_answers, base, data))
         tokens = _tokens(arguments, data, base, data.vocabulary.config_of(checked.base_config))
         stages = Stages(
@@ -270,6 +275,7 @@ def _write(
         "model_name_or_path": arguments.run.model_name_or_path,
         "dataset": ", ".join(map(shown_name, arguments.run.dataset_names)),
         "max_length": arguments.sft.max_length,
+        "is_compacted": trained.compaction is not None,
         "teacher": trained.teacher.describe() if trained.teacher else None,
         "held_out_nll": {stage: found.held_out_nll for stage, found in scored.items()},
         "held_out_standard_error": {stage: error for stage, error in errors.items() if error is not None},

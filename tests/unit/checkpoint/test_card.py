@@ -63,8 +63,10 @@ def test_sizes_method_and_parity_are_told() -> None:
 
 
 def test_a_model_that_is_cut_before_its_first_step_has_had_no_mask() -> None:
-    text = render_card(replace(CUT, milestone_step=0), PARITY, {})
+    cut = replace(CUT, milestone_step=0)
+    text = render_card(cut, PARITY, {"is_compacted": True})
     assert "milestone: what goes is cut before the first step" in text and "- mask:" not in text
+    assert "milestone: the mask is 0/1 from step 0 on" in render_card(cut, PARITY, {"is_compacted": False})
 
 
 def test_the_run_is_told_where_it_is_known() -> None:
