@@ -54,6 +54,9 @@ def announce(
     taught = announce_teacher(arguments, data, model, soft, num_steps)
     kept = data.vocabulary.kept
     trimmed = "" if kept is None else f"vocabulary {data.vocabulary.num_untrimmed:,} to {len(kept):,} tokens, "
+    worded = ""
+    if data.record.is_alpaca and data.vocabulary.writes_alpaca:
+        worded = " The chat template that is written asks in these words."
     costs = []
     if is_new and ranks.is_first() and not shards(arguments.sft):
         small = 1.0 - shape.pruning_ratio if goes_small else 1.0
@@ -70,7 +73,7 @@ def announce(
         costs.append(f"{most}{size} for weights and activations")
     expected = f" Expected: {' and '.join(costs)}." if costs else ""
     print(
-        f"{data.record.describe()} Model: {checked.family.model_type}, {trimmed}{shape.describe()}, "
+        f"{data.record.describe()}{worded} Model: {checked.family.model_type}, {trimmed}{shape.describe()}, "
         f"{str(model.dtype).removeprefix('torch.')}{autocast} on {describe(str(model.device))}; {num_steps:,} steps, "
         f"{soft:,} with a soft mask and {num_steps - soft:,} {rest}.{reading}{taught}{expected}",
         file=sys.stderr,

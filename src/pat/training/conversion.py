@@ -14,6 +14,7 @@ from datasets import Dataset, Features, Json, List, Value
 from pat.errors import PatError, UnusableRow
 from pat.readers import Placed, Row
 from pat.report.progress import Phase, phase
+from pat.training.alpaca_chat import is_alpaca_chat
 from pat.training.formats import OPTIONS, Format, NoFormat, Template, convert_row, detect_format
 from pat.training.messages import RowError
 from pat.training.tables import cached_table, write_table
@@ -151,7 +152,9 @@ class Conversion:
         self.first_bad = ""
         self.format = format = detect_format(columns, name, reading.text_field)
         as_it_is = format.name == "prompt-completion" and not isinstance(first.get(format.prompt), list)
-        self.template: Template | None = "chat" if reading.chat_template else "alpaca"
+        # Instructions have Alpaca's own words also where a chat template has them: those with an input among them.
+        is_worded = format.name == "alpaca" and is_alpaca_chat(reading.chat_template)
+        self.template: Template | None = "chat" if reading.chat_template and not is_worded else "alpaca"
         if reading.template != "auto":
             self.template = reading.template
         elif as_it_is or format.name == "text":

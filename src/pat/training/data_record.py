@@ -79,6 +79,11 @@ class DataRecord:
     sources: tuple[SourceRecord, ...] = ()  # of several that are mixed; the counts above are sums over them
     is_streamed: bool = False  # the counts are of what was read until the end of training, each row counted once
 
+    @property
+    def is_alpaca(self) -> bool:
+        """Whether all that is trained on was put into Alpaca's words; plain text is not, whatever template is named."""
+        return all(part.template == "alpaca" and part.format != "text" for part in self.sources or (self,))
+
     def describe_read(self) -> str:
         """Say in one line what was read of a stream."""
         return (

@@ -163,7 +163,7 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
     if not record.sources or record.held_out_source is not None:  # a file is of none of the sources
         of_many = []
     return Prepared(
-        vocabulary=vocabulary,
+        vocabulary=vocabulary.asked_as_alpaca() if record.is_alpaca else vocabulary,
         record=record,
         train=train,
         stream=stream,

@@ -226,6 +226,8 @@ def _facts(arguments: TuneArguments, data: Prepared, trained: Trained) -> dict[s
     if cuts_hidden and (has_soft_steps or trained.compaction is None):
         rates["operators"] = rate * pat.operator_lr_multiplier
     formats = {"chat": "the chat template of the tokenizer", "alpaca": "the Alpaca template"}
+    if data.vocabulary.writes_alpaca:
+        formats["alpaca"] += ", written as the chat template"
     templates = (trained.data.template or "").split(", ")
     return {
         "recipe": arguments.run.recipe,

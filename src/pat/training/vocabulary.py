@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,11 +16,15 @@ from pat.loading.tokenizer import load_plain_tokenizer
 from pat.loading.trimming import choose_tokens, renumber_specials, special_ids, trim_embedding, trim_tokenizer
 from pat.shape import DEFAULT_PRUNING_RATIO, ShapeOptions, asked_sizes
 from pat.surgery.describe import count_parameters
+from pat.training.alpaca_chat import alpaca_chat, is_alpaca_chat
+from pat.training.data import chat_template_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from pat.tuner.config import PatConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,8 @@ class Vocabulary:
     added: Sequence[int] = ()
     """Tokens that another tokenizer brought along with its chat template."""
     written: PreTrainedTokenizerBase | None = None
-    """The tokenizer as it is to be written, without a padding token that was only needed here."""
+    """The tokenizer as it is to be written, without a padding token that was only needed here, and maybe with a chat
+    template that it had not."""
     kept: Sequence[int] | None = None
     """Ids, in the base, of the tokens of a trimmed vocabulary; None where it is whole."""
     num_untrimmed: int | None = None
@@ -67,6 +73,30 @@ class Vocabulary:
             kept=kept,
             num_untrimmed=base_config.get_text_config().vocab_size,
         )
+
+    def asked_as_alpaca(self) -> Vocabulary:
+        """Return it with Alpaca's words as the chat template that is written, where the tokenizer has none of its own.
+
+        The tokenizer that reads the data stays without: its rows have these words already.
+        """
+        written = self.written or self.tokenizer
+        if chat_template_of(written):
+            return self
+        template = alpaca_chat(written)
+        if template is None:
+            logger.warning(
+                "No chat template makes the tokens of Alpaca's words with this tokenizer, so that none is written: ask "
+                "the model for completions of the prompts that its card shows."
+            )
+            return self
+        written = copy.deepcopy(written)
+        written.chat_template = template
+        return replace(self, written=written)
+
+    @property
+    def writes_alpaca(self) -> bool:
+        """Whether the chat template that is written beside the model has Alpaca's words."""
+        return is_alpaca_chat(chat_template_of(self.written or self.tokenizer))
 
     def config_of(self, base_config: PretrainedConfig) -> PretrainedConfig:
         """Return the base's configuration as it is with this vocabulary."""

@@ -98,7 +98,14 @@ def test_what_is_not_known_is_not_mentioned() -> None:
         assert absent not in text, absent
 
 
-@pytest.mark.parametrize("prompts", ["the Alpaca template", "the chat template of the tokenizer"])
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        "the Alpaca template",
+        "the Alpaca template, written as the chat template",
+        "the chat template of the tokenizer",
+    ],
+)
 def test_the_prompt_is_that_of_the_training(prompts: str, tmp_path: Path) -> None:
     blocks = card(prompt_format=prompts).split("```python\n")[1:]
     code = "".join(block.partition("```")[0] for block in blocks)
@@ -106,6 +113,7 @@ def test_the_prompt_is_that_of_the_training(prompts: str, tmp_path: Path) -> Non
     tiny_tokenizer().save_pretrained(tmp_path)
     known: dict[str, Any] = {}
     exec(code.replace("path/to/this/folder", str(tmp_path)), known)
+    assert ("messages" in known) == ("chat template" in prompts)
     if "Alpaca" in prompts:
         assert known["prompt"] == ALPACA.format(instruction="…")
         assert known["prompt_with_input"] == ALPACA_WITH_INPUT.format(instruction="…", input="…")

@@ -16,11 +16,14 @@ import datasets
 import pyarrow
 import pytest
 from datasets import Dataset, DatasetDict
+from transformers import AutoTokenizer
 
 from pat.errors import PatError
 from pat.training import sources
+from pat.training.alpaca_chat import alpaca_chat
 from pat.training.data import load_training_data
 
+STORIES = Path(__file__).resolve().parents[2] / "data" / "stories260K"
 CHAT: Any = SimpleNamespace(chat_template="{{ messages }}")  # a tokenizer is asked for nothing else
 TOOLS: Any = SimpleNamespace(chat_template="{{ messages }} tool_calls tools developer thinking")
 NO_CHAT: Any = SimpleNamespace(chat_template=None)
@@ -170,6 +173,17 @@ def test_without_a_chat_template_instructions_are_worded_as_alpaca_does(tmp_path
     assert converted(tmp_path, rows[1:], template="alpaca") == [without]
     conversation = [{"messages": [user("Hi,\nyou"), answer("\nhi")]}]
     assert converted(tmp_path, conversation, NO_CHAT) == [without]
+
+
+def test_a_chat_template_of_alpacas_words_changes_no_instructions(tmp_path: Path) -> None:
+    made = SimpleNamespace(chat_template=alpaca_chat(AutoTokenizer.from_pretrained(STORIES)))
+    rows = [{"instruction": "Add", "input": "1 2", "output": "3"}, {"instruction": "Hi", "output": "hi"}]
+    assert converted(tmp_path, rows, made) == converted(tmp_path, rows, NO_CHAT)
+    asked = converted(tmp_path, rows[:1], made, template="chat")
+    assert asked == [chat(user("Add\n\n1 2"), answer("3"))]
+    turns = [user("a"), answer("b"), user("c"), answer("d")]
+    assert converted(tmp_path, [{"messages": turns}], made) == [chat(*turns[:2]), chat(*turns)]
+    refused(write(tmp_path / "of.jsonl", [rows[1] | {"system": "s"}]), "'system' has no place", tokenizer=made)
 
 
 def test_strings_stay_as_they_are_unless_a_template_is_asked_for(tmp_path: Path) -> None:
