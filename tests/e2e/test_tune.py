@@ -17,15 +17,19 @@ import torch
 from terminal import Terminal
 from tiny_models import build, tiny_tokenizer
 from tiny_runs import STEPS, tune_flags
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import pat
 from pat.checkpoint.merge import merge
 from pat.cli import main
 from pat.demo import command as demo
+from pat.evaluation.command import run_evaluate
+from pat.evaluation.options import EvaluateOptions
 from pat.report import progress
 from pat.surgery.costs import build_skeleton, cost_of
+from pat.training.alpaca_chat import is_alpaca_chat
 from pat.training.arguments import build_arguments
+from pat.training.formats import ALPACA
 from pat.training.tune import run_tune
 from pat.tuner.target import CONTEXT
 
@@ -412,3 +416,42 @@ def test_elsewhere_a_run_prints_plain_lines(
         ("Training the small model", 4),
         ("Training the small model", 6),
     ]
+
+
+def test_a_model_tuned_on_alpacas_words_is_asked_in_them(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    stories, out, data = tmp_path / "base", tmp_path / "out", tmp_path / "rows.jsonl"
+    shutil.copytree(SCHEMAS.parents[1] / "tests" / "data" / "stories260K", stories)
+    rows = [{"instruction": f"say {i}", "input": "a\nb" if i % 2 else "", "output": f"it is {i}"} for i in range(40)]
+    data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    few = {"max_steps": 2, "max_length": 256, "held_out": str(data), "axes": "mlp"}
+    few |= {"save_strategy": "steps", "save_steps": 1, "keep_checkpoints": True}
+    run = pat.tune(**flags(stories, data, out, **few)).record
+    assert "(alpaca, Alpaca wording)" in (said := capfd.readouterr().err)
+    assert said.count("The chat template that is written asks in these words.") == 1
+    assert AutoTokenizer.from_pretrained(stories).chat_template is None
+    merge(out / "adapter", tmp_path / "merged")
+    card = "the Alpaca template, written as the chat template"
+    chat = [{"role": "user", "content": "say 7"}]
+    for folder in (out / "model", out / "adapter", tmp_path / "merged"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        made = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert made == tokenizer(ALPACA.format(instruction="say 7"))["input_ids"]
+        if folder.name != "adapter":
+            assert card in (folder / "README.md").read_text(encoding="utf-8")
+    found = {}
+    for template in ("auto", "alpaca", "chat"):
+        options = EvaluateOptions(str(out / "model"), dataset_name=str(data), template=template, max_length=256)
+        measured = run_evaluate(options)
+        assert measured.responses is not None and measured.data is not None
+        found[template] = (measured.responses.nll, measured.data.template)
+    assert found["auto"] == found["alpaca"] == (pytest.approx(run.figures["dense"].held_out_nll), "alpaca")
+    assert found["chat"][0] != found["auto"][0]  # an input has other words there
+    again = pat.tune(**flags(out / "model", data, tmp_path / "again", **few)).record
+    assert again.data.template == "alpaca" and again.data.num_tokens == run.data.num_tokens
+    # A run that is cut off goes on, though its adapter has a template that the base has not.
+    shutil.rmtree(out / "model")
+    (out / "results.json").unlink()
+    described = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    (out / "run.json").write_text(json.dumps(described | {"finished": []}), encoding="utf-8")
+    pat.tune(**flags(stories, data, out, **few))
+    assert is_alpaca_chat(str(AutoTokenizer.from_pretrained(out / "model").chat_template))
