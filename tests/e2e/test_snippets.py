@@ -16,7 +16,7 @@ from pat.training.formats import ALPACA
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SNIPPETS = {page.name: snippets(page) for page in PAGES}
-NUM_NOT_RUN = 3
+NUM_NOT_RUN = 4
 
 FEWER = {
     "tune": ["--max_steps", "2", "--held_out", "2", "--use_cpu", "true", "--bf16", "false", "--dtype", "float32"],
@@ -39,12 +39,12 @@ FEWER_STEPS = ('SFTConfig("checkpoints"', 'SFTConfig("checkpoints", max_steps=4,
 """The same in a script of one's own."""
 
 
-def furnish(place: Path, base: Path) -> None:
-    """Put what the pages name into a working folder: the base, and data."""
+def furnish(place: Path, base: Path, prompt: str = "prompt", response: str = "completion") -> None:
+    """Put what the pages name into a working folder: the base, and data with these columns."""
     for name in ("BASE", "meta-llama/Llama-3.2-1B", "path/to/base"):
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).symlink_to(base)
-    rows = [{"prompt": f"say {i} ", "completion": f"it is {i * i}"} for i in range(24)]
+    rows = [{prompt: f"say {i} ", response: f"it is {i * i}"} for i in range(24)]
     (place / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     (place / "text.txt").write_text("Once upon a time there was a small cat. " * 20, encoding="utf-8")
 
@@ -53,7 +53,7 @@ def furnish(place: Path, base: Path) -> None:
 def tuned(stories260k_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run."""
     place = tmp_path_factory.mktemp("tuned")
-    furnish(place, stories260k_path)
+    furnish(place, stories260k_path, "instruction", "output")  # a model that can be asked through a chat template
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         (command,) = (argv for snippet in SNIPPETS["index.md"] for argv in snippet.commands())

@@ -20,7 +20,7 @@ _TURNS = f"""\
 {{%- set ns = namespace(system='') -%}}
 {{%- for message in messages -%}}
 {{%- if message['role'] in ['system', 'developer'] -%}}
-{{%- set ns.system = ns.system + message['content'] + '\\n\\n' -%}}
+{{%- set ns.system = ns.system + (message['content'] + '\\n\\n' if message['content'] else '') -%}}
 {{%- elif message['role'] == 'user' -%}}
 {{{{- {json.dumps(_BEFORE)} + ns.system + message['content'] + {json.dumps(_GAP)} -}}}}
 {{%- set ns.system = '' -%}}

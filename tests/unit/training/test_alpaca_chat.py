@@ -91,7 +91,7 @@ def test_the_bos_token_is_written_only_where_the_tokenizer_sets_it() -> None:
 def test_turns_follow_each_other_and_a_system_message_is_part_of_the_next_instruction() -> None:
     tokenizer = with_bos()
     tokenizer.chat_template = alpaca_chat(tokenizer)
-    turns = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Yes?"), ("user", "Bye")]
+    turns = [("system", "Be brief."), ("system", ""), ("user", "Hi"), ("assistant", "Yes?"), ("user", "Bye")]
     messages = [{"role": role, "content": content} for role, content in turns]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     first, second = ALPACA.format(instruction="Be brief.\n\nHi"), ALPACA.format(instruction="Bye")
