@@ -26,7 +26,10 @@ NAME = "a model"
 
 @dataclass(frozen=True)
 class FileSizes:
-    """Sizes of a model's files in bytes; those of GGUF files are exact, metadata and vocabulary included."""
+    """Sizes of a model's files in bytes; those of GGUF files are exact, metadata and vocabulary included.
+
+    A chat template that `pat tune` adds is not among them, a kilobyte.
+    """
 
     bf16: int
     """Tensors in bfloat16."""
