@@ -44,6 +44,8 @@ def load_plain_tokenizer(name_or_path: str, *, revision: str | None = None) -> P
         # Without the last, transformers would ask at the terminal whether to run code that the tokenizer brings.
         loaded = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
         loaded("a text")  # what a tokenizer's configuration sets is looked at only when it is used
+        for name in _SPECIAL:  # an unknown token that is no token is looked for without end
+            getattr(loaded, f"{name}_id")
         return cast(PreTrainedTokenizerBase, loaded)
     except Exception as error:  # of any kind: files, packages that are missing, and the tokenizers' own code
         detail = str(error).strip().split("\n")[0][:300] or type(error).__name__

@@ -111,3 +111,11 @@ def test_saved_tokens_are_the_same_tokens(tmp_path: Path) -> None:
     assert loaded.chat_template == tokenizer.chat_template
     assert loaded("a<more>b<|user|>é").input_ids == tokenizer("a<more>b<|user|>é").input_ids
     assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == 2
+
+
+def test_an_unknown_token_that_is_no_token_is_refused(tmp_path: Path) -> None:
+    tiny_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"unk_token": ""}))
+    with pytest.raises(PatError, match="Could not load a tokenizer"):
+        load_tokenizer(str(tmp_path))
