@@ -10,41 +10,47 @@ from typing import Any, cast
 
 import pytest
 
-from pat.plan.guide import HARDWARE, MEASURED_CUTS, training_times
+from pat.plan.guide import HARDWARE, MEASURED_CUTS, MeasuredCut, training_times
 from pat.surgery.costs import GroupSize, ModelCost
 from pat.tuner.memory import TrainingMemory
 
 COMPARISONS = Path(__file__).resolve().parents[3] / "docs" / "comparisons"
 
 
-def recorded() -> dict[tuple[str, str, float], dict[int, dict[str, Any]]]:
-    """The last cell of each method, model and ratio, by seed."""
-    found: dict[tuple[str, str, float], dict[int, dict[str, Any]]] = defaultdict(dict)
-    for name in ("axes", "milestone", "smollm2-axes"):
+def recorded(*folders: str) -> dict[tuple[str, float], dict[int, dict[str, Any]]]:
+    """The last cell of each method and ratio, by seed."""
+    found: dict[tuple[str, float], dict[int, dict[str, Any]]] = defaultdict(dict)
+    for name in folders:
         for line in (COMPARISONS / name / "results.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             cell = row["cell"]
-            is_todays = name == "milestone" and cell["method"] == "pat"  # at 0; the guide has those at 0.02
-            is_short = (name, cell["model"]) == ("axes", "smollm2") and cell["method"] != "base"
-            if not (cell["search"] or is_todays or is_short):
-                found[cell["method"], cell["model"], cell["ratio"]][cell["seed"]] = row
+            if not cell["search"] and (name != "axes" or cell["model"] == "stories260K"):
+                found[cell["method"], cell["ratio"]][cell["seed"]] = row
     return found
 
 
-@pytest.mark.parametrize("cut", MEASURED_CUTS, ids=lambda cut: f"{cut.model}-{cut.pruning_ratio}")
-def test_what_a_cut_has_cost_is_on_record(cut: Any) -> None:
-    cells, model = recorded(), "stories260K" if cut.model == "stories260K" else "smollm2"
-    small, lora = cells["pat", model, cut.pruning_ratio], cells["lora", model, 0.0]
-    (base,) = cells["base", model, 0.0].values()
-    loss = mean(row["held_out_nll"] for row in small.values())
-    assert len(small) == cut.num_seeds and small.keys() <= lora.keys()
-    assert cut.above_lora == pytest.approx(loss - mean(lora[seed]["held_out_nll"] for seed in small), abs=6e-4)
-    assert cut.above_base == pytest.approx(loss - base["held_out_nll"], abs=6e-4)
-    # The older cells do not say; these have the same rows and steps.
-    same = "pat_milestone_fiftieth" if model == "stories260K" else "pat"
-    assert cut.num_tokens == pytest.approx(
-        mean(row["train_tokens"] for row in cells[same, model, 0.25].values()), abs=1
-    )
+def loss(cells: dict[int, dict[str, Any]]) -> float:
+    return mean(row["held_out_nll"] for row in cells.values())
+
+
+@pytest.mark.parametrize("cut", MEASURED_CUTS, ids=lambda cut: f"{cut.model}-{cut.pruning_ratio}-{cut.num_tokens}")
+def test_what_a_cut_has_cost_is_on_record(cut: MeasuredCut) -> None:
+    base = 2.1011  # the untuned SmolLM2, of which `axes` has the cell
+    if cut.model == "stories260K":
+        cells = recorded("axes")
+        base = loss(cells["base", 0.0])
+        # The cells do not say how many tokens they are of; these have the same rows and steps.
+        counted = recorded("milestone")["pat_milestone_fiftieth", 0.25]
+    else:
+        cells = recorded("smollm2-axes" if cut.above_lora is not None else "smollm2-300k")
+        counted = cells["pat", 0.25]
+    small = cells["pat", cut.pruning_ratio]
+    assert len(small) == cut.num_seeds
+    assert cut.above_base == pytest.approx(loss(small) - base, abs=6e-4)
+    assert cut.num_tokens == pytest.approx(mean(row["train_tokens"] for row in counted.values()), abs=1)
+    if cut.above_lora is not None:
+        assert small.keys() == cells["lora", 0.0].keys()
+        assert cut.above_lora == pytest.approx(loss(small) - loss(cells["lora", 0.0]), abs=6e-4)
 
 
 def test_times_follow_from_flops_and_memory() -> None:
