@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from terminal import Terminal
 from tiny_models import build, tiny_tokenizer
 from tiny_runs import STEPS, tune_flags
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import pat
 from pat.checkpoint.merge import merge
@@ -25,12 +24,9 @@ from pat.cli import main
 from pat.demo import command as demo
 from pat.evaluation.command import run_evaluate
 from pat.evaluation.options import EvaluateOptions
-from pat.report import progress
 from pat.surgery.costs import build_skeleton, cost_of
 from pat.training.alpaca_chat import is_alpaca_chat
-from pat.training.arguments import build_arguments
 from pat.training.formats import ALPACA
-from pat.training.tune import run_tune
 from pat.tuner.target import CONTEXT
 
 SCHEMAS = Path(__file__).resolve().parents[2] / "docs" / "schemas"
@@ -340,32 +336,38 @@ def test_a_4_bit_base_is_tuned_and_merged(data: Path, tmp_path: Path) -> None:
     assert result.parity.max_abs_logit_diff < 1e-4
 
 
-class Reading(TrainerCallback):
-    """Goes on to the next step when a person at the terminal has seen the line of the one before."""
+SLOWLY = """
+import json
+import sys
+import time
+from transformers import TrainerCallback
+from pat.training.arguments import build_arguments
+from pat.training.tune import run_tune
 
-    def __init__(self, terminal: Terminal) -> None:
-        self._terminal = terminal
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        line = progress.current().rpartition(", ")[0]
-        give_up = time.monotonic() + 30
-        while line.encode() not in self._terminal.raw and time.monotonic() < give_up:
-            time.sleep(0.05)
+class Slowly(TrainerCallback):
+    def on_step_begin(self, *args, **kwargs):
+        time.sleep(1)  # a person has the time to read
 
     on_train_end = on_step_begin
+
+run_tune(build_arguments(**json.loads(sys.argv[1])), [Slowly()])
+"""
 
 
 def test_a_terminal_sees_one_line_before_training_and_one_while_it_runs(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = flags(base, data, tmp_path / "out", disable_tqdm=False, eval_strategy="steps", eval_steps=4, axes="mlp")
-    with Terminal(monkeypatch) as terminal:
-        run_tune(build_arguments(**values), [Reading(terminal)])
+    with Terminal(monkeypatch) as terminal:  # of a process of its own, in which nothing was shown before
+        argv = [sys.executable, "-c", SLOWLY, json.dumps({name: str(value) for name, value in values.items()})]
+        subprocess.run(argv, stdout=subprocess.PIPE, stderr=sys.stderr, check=True)
     seen = terminal.screen()
-    assert seen[0].startswith("Data: rows.jsonl") and "Expected: less than a minute and " in seen[0]
+    (said,) = (line for line in seen if line.startswith("Data: rows.jsonl"))
+    assert "Expected: less than a minute and " in said
     assert not [line for line in seen if re.search(r"\||train_runtime|'loss'|Milestone|step \d", line)]
     training = [state for state in terminal.states if state.startswith("Training")]
     assert any(re.search(r": step 1 of 6, loss [\d.]+, \d+ MLP channels active, \d:\d\d left", s) for s in training)
+    print(*training, sep="\n")  # what pytest shows if the line below fails
     assert any(
         re.search(r"small model: step [456] of 6, loss [\d.]+, held-out loss [\d.]+, \d:\d\d left", s) for s in training
     )
