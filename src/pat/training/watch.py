@@ -96,10 +96,11 @@ class _Training(Phase):
         """Return the training's state in one line."""
         if self._began is None:
             return super().text()
-        parts = [f"{self.title}: step {self.step:,} of {self._last:,}", *self._figures.values()]
-        if self.num_scored:
-            parts.append(f"scoring held-out rows ({self.num_scored:,} batches)")
-        if self._left is not None:
+        parts = [f"{self.title}: step {self.step:,} of {self._last:,}"]
+        if self._left is not None:  # first, since a narrow terminal cuts off what stands at the end
             then, seconds = self._left
             parts.append(f"{clock(max(0.0, seconds - (time.monotonic() - then)))} left")
+        parts += self._figures.values()
+        if self.num_scored:
+            parts.append(f"scoring held-out rows ({self.num_scored:,} batches)")
         return ", ".join(parts)
