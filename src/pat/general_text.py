@@ -12,7 +12,7 @@ from pat.nll import read_text
 logger = logging.getLogger(__name__)
 
 _FILE = "general.txt"
-"""The package's own: prose, talk, a recipe, code, tables and figures, with a line in four other languages."""
+"""File of the package's own text: prose, talk, a recipe, code, tables, figures, and a line in four other languages."""
 
 
 def general_text(file: str | os.PathLike[str] | None = None, *, max_characters: int | None = None) -> str:

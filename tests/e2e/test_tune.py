@@ -368,7 +368,6 @@ def test_a_terminal_sees_one_line_before_training_and_one_while_it_runs(
     assert not [line for line in seen if re.search(r"\||train_runtime|'loss'|Milestone|step \d", line)]
     training = [state for state in terminal.states if state.startswith("Training")]
     assert any(re.search(r": step 1 of 6, \d:\d\d left, loss [\d.]+, \d+ MLP channels active", s) for s in training)
-    print(*training, sep="\n")  # what pytest shows if the line below fails
     assert any(
         re.search(r"small model: step [456] of 6, \d:\d\d left, loss [\d.]+, held-out loss [\d.]+", s) for s in training
     )

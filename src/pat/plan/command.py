@@ -80,9 +80,9 @@ class PlanRecord(Record):
     vocabulary_size: int | None
     """Tokens of the trimmed vocabulary; None where it is whole."""
     training_times: tuple[TrainingTime, ...]
-    """What a million tokens of training take on GPUs, computed from their data sheets."""
+    """Time of a million tokens of training on each of several GPUs, computed from their data sheets."""
     guide: tuple[MeasuredCut, ...]
-    """What cuts have cost on models where that was measured."""
+    """Losses after cuts of other models, which were measured."""
     measured: Measured | None
     """Curves and shapes measured on data; None where none was given."""
     notes: tuple[str, ...]
@@ -251,8 +251,8 @@ def _notes(
         "estimate; logits (computed in chunks) and the framework itself come on top.",
         f"Times: FLOPs at {MODEL_FLOPS_UTILISATION:.0%} of the peak in the data sheet, which models below a billion "
         "parameters do not reach; choosing and cutting, minutes, come on top. Computed, not measured.",
-        "What cuts have cost: a quarter of a small model after little training is the hardest case that was measured; "
-        "other models and more tokens have not been. --calibrate DATA measures yours before training.",
+        "What cuts have cost was measured on two small models after little training, and on no others. "
+        "--calibrate DATA measures yours before training.",
     ]
     if stored_dtype(base_config) is None:
         notes.append("The configuration does not name the weights' dtype; bytes are for float32.")

@@ -1,4 +1,4 @@
-"""What cuts have cost where it was measured, and how long training takes on GPUs by their data sheets."""
+"""A guide to the cost of a cut: losses that were measured on other models, and training times on GPUs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pat.surgery.costs import ModelCost
 from pat.tuner.memory import TrainingMemory
 
 MODEL_FLOPS_UTILISATION = 0.35
-"""Share of a GPU's peak that training is taken to reach; well-fed LoRA runs lie between 0.3 and 0.5."""
+"""Share of a GPU's peak that training is assumed to reach. It was not measured."""
 
 MILLION = 1_000_000
 
@@ -50,7 +50,7 @@ class Hardware:
     tflops: float
     """Dense arithmetic in bfloat16 (T4: float16) with sums in float32, in 10^12 FLOP a second."""
     num_bytes: int
-    """Memory."""
+    """Bytes of its memory."""
 
 
 HARDWARE = (
@@ -65,25 +65,25 @@ HARDWARE = (
 
 @dataclass(frozen=True)
 class TrainingTime:
-    """What a million tokens of training take on one GPU, computed and never measured."""
+    """Time of a million tokens of training on one GPU, computed and never measured."""
 
     hardware: Hardware
     fits: bool
     """Whether base, adapter, optimizer and activations fit beside each other, one way or the other."""
     gradient_checkpointing: bool
-    """Whether they do with gradient checkpointing only."""
+    """Whether they do not fit without gradient checkpointing."""
     base_seconds: float
-    """LoRA on the whole base."""
+    """Seconds of LoRA on the whole base."""
     small_seconds: tuple[float, ...]
-    """LoRA on each of the candidates, as after the cut."""
+    """Seconds of LoRA on each of the candidates, as after the cut."""
 
 
 def training_times(base: ModelCost, small: tuple[ModelCost, ...], memory: TrainingMemory) -> tuple[TrainingTime, ...]:
     """Compute the time for a million tokens on each GPU: as much for LoRA's backward pass as for the forward pass.
 
-    The costs are those of texts as long as the memory is for.
-    No gradients are taken of frozen weights, so that a backward pass is one product of matrices for each of the forward
-    pass's, where full tuning has two; gradient checkpointing adds another forward pass.
+    The costs are those of texts of the length that the memory was counted for. No gradients are taken of frozen
+    weights, so that a backward pass is one product of matrices for each of the forward pass's, where full tuning has
+    two; gradient checkpointing adds another forward pass.
     """
     return tuple(_time(hardware, base, small, memory) for hardware in HARDWARE)
 

@@ -9,13 +9,12 @@ from pat.formats.file_sizes import GGUF_TYPES
 from pat.plan.command import PlanRecord
 from pat.plan.curves import Measured, Point
 from pat.plan.sharding import ShardedMemory
+from pat.report import numbers
 from pat.report.progress import clock
 from pat.report.table import Table
 from pat.shape import AXES, Shape
 from pat.surgery.costs import GROUPS, ModelCost
 from pat.widths import alignment
-
-_UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 _ROTATIONS = {
     "pca": "PCA, exact in this family",
@@ -61,7 +60,7 @@ def _sizes(record: PlanRecord) -> Table:
     rows += [
         ["total", *(f"{total:,}" for total in totals)],
         ["change", "", *(f"{total / totals[0] - 1:+.1%}" for total in totals[1:])],
-        ["bytes", *(_scaled(cost.total.num_bytes, "B") for cost in costs)],
+        ["bytes", *(numbers.scaled(cost.total.num_bytes, "B") for cost in costs)],
     ]
     return Table("Parameters", ["part", *_headings(record)], rows, num_totals=3)
 
@@ -72,7 +71,7 @@ def _files(record: PlanRecord) -> Table:
     def row(label: str, sizes: list[int | None]) -> list[str]:
         first = sizes[0]
         changes = ["" if size is None or first is None else f" ({size / first - 1:+.1%})" for size in sizes[1:]]
-        shown = ["-" if size is None else _scaled(size, "B") for size in sizes]
+        shown = ["-" if size is None else numbers.scaled(size, "B") for size in sizes]
         return [label, *(size + change for size, change in zip(shown, ["", *changes], strict=True))]
 
     def shares(label: str, found: Iterable[float]) -> list[str]:
@@ -127,7 +126,7 @@ def _label(group: str, record: PlanRecord) -> str:
 
 def _running(record: PlanRecord) -> Table:
     def row(label: str, field: str, unit: str) -> list[str]:
-        return [label, *(_scaled(getattr(cost, field), unit) for cost in _costs(record))]
+        return [label, *(numbers.scaled(getattr(cost, field), unit) for cost in _costs(record))]
 
     rows = [
         row("prefill, per token", "prefill_flops_per_token", "FLOP"),
@@ -147,12 +146,12 @@ def _training(record: PlanRecord) -> Table:
         (f"adapter, {memory.num_trainable_parameters:,} parameters, and refit", memory.adapter_bytes),
         ("gradients and optimizer", memory.optimizer_bytes),
     )
-    rows = [[label, *[_scaled(size, "B")] * 2] for label, size in exact]
+    rows = [[label, *[numbers.scaled(size, "B")] * 2] for label, size in exact]
     for label, sizes in (
         ("activations, estimate", (memory.activation_bytes, memory.checkpointed_activation_bytes)),
         ("total", (memory.total_bytes, memory.checkpointed_total_bytes)),
     ):
-        rows.append([label, *(_scaled(size, "B") for size in sizes)])
+        rows.append([label, *(numbers.scaled(size, "B") for size in sizes)])
     title = f"Memory for training, batches of {memory.batch_size} x {memory.length} tokens"
     return Table(title, ("purpose", "plain", "with gradient checkpointing"), rows, num_totals=1)
 
@@ -191,14 +190,14 @@ def _guide(record: PlanRecord) -> Table:
 def _sharding(memory: ShardedMemory) -> Table:
     num = memory.num_nodes * memory.gpus_per_node
     rows = [
-        [f"base, frozen, 1/{num} of it", _scaled(memory.base_share_bytes, "B")],
-        [f"adapter, gradients and optimizer, 1/{num} of them", _scaled(memory.adapter_share_bytes, "B")],
-        ["rotation, orders and refit, whole", _scaled(memory.replicated_bytes, "B")],
-        ["layers gathered at a time, embeddings and head", _scaled(memory.gathered_bytes, "B")],
-        ["activations with gradient checkpointing, estimate", _scaled(memory.activation_bytes, "B")],
-        ["each GPU, at its peak in a backward pass of stage one", _scaled(memory.gpu_bytes, "B")],
-        ["memory of each machine, while the base is loaded", _scaled(memory.host_load_bytes, "B")],
-        ["memory of the first machine, at the milestone", _scaled(memory.host_cut_bytes, "B")],
+        [f"base, frozen, 1/{num} of it", numbers.scaled(memory.base_share_bytes, "B")],
+        [f"adapter, gradients and optimizer, 1/{num} of them", numbers.scaled(memory.adapter_share_bytes, "B")],
+        ["rotation, orders and refit, whole", numbers.scaled(memory.replicated_bytes, "B")],
+        ["layers gathered at a time, embeddings and head", numbers.scaled(memory.gathered_bytes, "B")],
+        ["activations with gradient checkpointing, estimate", numbers.scaled(memory.activation_bytes, "B")],
+        ["each GPU, at its peak in a backward pass of stage one", numbers.scaled(memory.gpu_bytes, "B")],
+        ["memory of each machine, while the base is loaded", numbers.scaled(memory.host_load_bytes, "B")],
+        ["memory of the first machine, at the milestone", numbers.scaled(memory.host_cut_bytes, "B")],
     ]
     machines = "1 machine" if memory.num_nodes == 1 else f"{memory.num_nodes} machines"
     return Table(f"Sharded over {num} GPUs of {machines} (FSDP2)", ("purpose", "bytes"), rows, num_totals=3)
@@ -223,11 +222,3 @@ def _sizes_of(shape: Shape) -> str:
 def _describe_width(width: int) -> str:
     best = alignment(width)
     return f"{width} (multiple of {best})" if best > 1 else str(width)
-
-
-def _scaled(amount: float, unit: str) -> str:
-    for size, prefix in _UNITS:
-        if amount >= size:
-            scaled = amount / size
-            return f"{scaled:.1f} {prefix}{unit}" if scaled >= 100 else f"{scaled:.2f} {prefix}{unit}"
-    return f"{amount:,.0f} {unit}"

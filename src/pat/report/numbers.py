@@ -4,6 +4,8 @@ from __future__ import annotations
 
 MISSING = "–"
 
+_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
 
 def count(number: float | None) -> str:
     """Return a whole number with a comma between thousands."""
@@ -16,10 +18,17 @@ def size(num_bytes: float | None) -> str:
 
 
 def flops(number: float | None) -> str:
-    """Return a number of floating-point operations in millions or billions."""
-    if number is None:
-        return MISSING
-    return f"{number / 1e9:,.1f} G" if number >= 1e9 else f"{number / 1e6:,.1f} M"
+    """Return a number of floating-point operations with a prefix of its unit, as in `2.50 GFLOP`."""
+    return MISSING if number is None else scaled(number, "FLOP")
+
+
+def scaled(amount: float, unit: str) -> str:
+    """Return an amount with three digits or more and a prefix of its unit, as in `12.34 GB`."""
+    for factor, prefix in _PREFIXES:
+        if amount >= factor:
+            shown = amount / factor
+            return f"{shown:.1f} {prefix}{unit}" if shown >= 100 else f"{shown:.2f} {prefix}{unit}"
+    return f"{amount:,.0f} {unit}"
 
 
 def loss(nll: float | None, standard_error: float | None = None) -> str:

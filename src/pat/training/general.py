@@ -22,14 +22,14 @@ NONE = "none"
 BUILT_IN = "pat/general.txt"
 """Name of the package's own text in records, which keep the last component alone of any other."""
 CONTEXT = 256
-"""Tokens of a window: enough to understand, and windows enough for a standard error."""
+"""Number of tokens in a window. So short, a text has windows enough for a standard error."""
 MAX_CHARACTERS = 20_000
-"""About 5,000 tokens, which a model of 7B reads in minutes on a CPU."""
+"""Number of characters that are read of a file: about 5,000 tokens, which each model of a run has to read."""
 
 
 @dataclass(frozen=True)
 class General:
-    """A text to measure on, as windows of tokens of which each is scored once."""
+    """A text to measure on, in windows; each of its tokens is scored once."""
 
     name: str
     windows: Sequence[Example]
@@ -54,7 +54,7 @@ class General:
             untrimmed.check(max(max(window["input_ids"]) for window in of_base))
             if vocabulary is not untrimmed:
                 windows = text_windows(vocabulary.tokenizer, text, context)
-        except Exception as error:  # whatever a tokenizer raises that does not know a letter
+        except Exception as error:  # tokenizers raise bare exceptions where they do not know a letter
             if file is not None:
                 raise PatError(f"Got general_text={file}, which cannot be measured on: {one_line(error)}") from error
             logger.warning(

@@ -92,6 +92,7 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
         is_new = start.checkpoint is None and not start.is_trained
         announce(arguments, checked, data, base, num_steps, is_new=is_new)
         data.vocabulary.fit(base)
+        # A packed row ends anywhere, so that nothing is known of how answers end.
         end = None if arguments.sft.packing else end_of(islice(data.train, NUM_ROWS_FOR_END))
         warn_of_end_token(data.vocabulary, base, end, arguments.model.lora_modules_to_save or ())
         answers = ranks.first(partial(greedy_answers, base, data))

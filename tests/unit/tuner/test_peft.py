@@ -1,4 +1,4 @@
-"""What docs/python.md says of peft's own methods with a PAT adapter is so."""
+"""peft's own methods do with a PAT adapter what docs/python.md says of them."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_a_configuration_is_copied_so_that_it_can_be_used_again() -> None:
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("cut", ["hidden", "mlp"])
 def test_gradients_reach_all_of_the_adapter_and_nothing_else(cut: str, use_reentrant: bool) -> None:
-    """With gradient checkpointing as without; names of what is PAT's own do not begin with peft's prefix."""
+    """Gradients are the same with and without gradient checkpointing, and PAT's own parameters lack peft's prefix."""
     model = attach(shallow("gemma3_text", tied=True), axes=[cut]).train()
     tuner_of(model).set_step(0, 2)
     plain = gradients(model)
