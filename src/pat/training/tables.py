@@ -21,7 +21,7 @@ import pyarrow
 from datasets import Dataset, Features, concatenate_datasets
 
 from pat.checkpoint.staging import discard, staged_folder
-from pat.errors import RunFailed, one_line
+from pat.errors import PatError, RunFailed, one_line
 from pat.report.records import installed_versions
 
 try:
@@ -60,22 +60,33 @@ def cached_table(key: str, make: Callable[[Path], dict[str, Any]]) -> tuple[Data
     """
     folder = cache_folder() / key
     if (facts := _facts(folder)) is None:
-        try:
-            with staged_folder(folder, replaces=True) as staging:
-                found = make(staging)
-                sizes = {file.name: file.stat().st_size for file in sorted(staging.glob("*.arrow"))}
-                (staging / FACTS).write_text(json.dumps({"sizes": sizes, "facts": found}), encoding="utf-8")
-        except OSError as error:  # those of reading the data have been put into words
-            raise RunFailed(
-                f"{folder.parent}: a table of the data could not be written ({one_line(error)}); make room there, or "
-                "set HF_DATASETS_CACHE to another folder, and give the same command again."
-            ) from error
-        facts = _facts(folder)
-        assert facts is not None
+        facts = _made(folder, make)
     _hold(folder)
     _remove_oldest(folder.parent)
     files = sorted(facts["sizes"])
     return concatenate_datasets([Dataset.from_file(str(folder / name)) for name in files]), facts["facts"]
+
+
+def _made(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Make a table and return its facts; if another process is faster with the same one, take that, which it uses."""
+    try:
+        discard(folder)  # not whole
+        with staged_folder(folder) as staging:
+            found = make(staging)
+            sizes = {file.name: file.stat().st_size for file in sorted(staging.glob("*.arrow"))}
+            (staging / FACTS).write_text(json.dumps({"sizes": sizes, "facts": found}), encoding="utf-8")
+    except (OSError, PatError) as error:
+        if (facts := _facts(folder)) is not None:  # a folder that is not empty is not replaced
+            return facts
+        if isinstance(error, PatError):  # errors of reading the data have been put into words
+            raise
+        raise RunFailed(
+            f"{folder.parent}: a table of the data could not be written ({one_line(error)}); make room there, or "
+            "set HF_DATASETS_CACHE to another folder, and give the same command again."
+        ) from error
+    facts = _facts(folder)
+    assert facts is not None
+    return facts
 
 
 @cache

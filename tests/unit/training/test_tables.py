@@ -121,6 +121,27 @@ def test_the_cache_is_bounded_and_what_is_used_stays(tmp_path: Path, monkeypatch
     assert isinstance(found, Dataset) and found[0] == {"a": "x" * 1000}
 
 
+@pytest.mark.parametrize("is_torn", [False, True])
+def test_of_two_that_make_the_same_table_the_faster_ones_stays(tmp_path: Path, is_torn: bool) -> None:
+    def make(folder: Path) -> dict[str, Any]:
+        tables.write_table(folder / "rows.arrow", Features({"a": Value("string")}), [{"a": "x"}])
+        return {"by": "the faster one"}
+
+    def make_slowly(folder: Path) -> dict[str, Any]:
+        tables.cached_table("same", make)
+        files.update(file.stat().st_ino for file in (tmp_path / "cache" / "same").iterdir())
+        return make(folder) | {"by": "the slower one"}
+
+    files = set[int]()
+    if is_torn:
+        (tmp_path / "cache" / "same").mkdir(parents=True)
+        (tmp_path / "cache" / "same" / "rows.arrow").touch()
+    found, facts = tables.cached_table("same", make_slowly)
+    assert facts == {"by": "the faster one"} and found[0] == {"a": "x"}
+    assert files == {file.stat().st_ino for file in (tmp_path / "cache" / "same").iterdir()}, "they are in use"
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["same"]
+
+
 def test_a_table_that_is_open_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "CACHE_BYTES", 0)
     monkeypatch.setattr(tables, "_held", {})
