@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from pat import __version__, ranks
 from pat.errors import PatError
 from pat.options import OptionsParser
+from pat.report.progress import Phase, during, quiet_transformers
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,13 @@ def _run(name: str, argv: Sequence[str]) -> int:
             if command.first and not {"-h", "--help"} & set(argv):
                 first: OptionsParser[Any] = OptionsParser(f"pat {name}", _load(command.first))
                 first.require(first.read(argv, others=True))
-            options = OptionsParser(f"pat {name}", _load(command.options), command.summary).parse(argv)
-            with _load("pat.report.progress:quiet_transformers")():
-                record = _load(command.run)(options)
+            with _loading():
+                declared = _load(command.options)
+            options = OptionsParser(f"pat {name}", declared, command.summary).parse(argv)
+            with _loading():  # only now: the options of most commands are checked without torch
+                run = _load(command.run)
+            with quiet_transformers():
+                record = run(options)
             if not ranks.is_first():
                 pass  # the first process shows what they came to together
             elif getattr(options, "json", False):  # a command that has the flag
@@ -156,6 +162,10 @@ def _run(name: str, argv: Sequence[str]) -> int:
             raise
     sys.stdout.flush()
     return 0
+
+
+def _loading() -> AbstractContextManager[None]:
+    return during(Phase("Loading PyTorch and transformers"), shown=ranks.is_first())
 
 
 def _load(name: str) -> Any:

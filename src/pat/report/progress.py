@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 T = TypeVar("T")
 
@@ -194,19 +194,22 @@ def _draw() -> Callable[[], None]:
         transient=True,
         redirect_stdout=sys.stdout.isatty(),
     )
-    terminal, moved = sys.stderr, list[Any]()
+    terminal = sys.stderr
     live.start(refresh=True)
-    for handler in (handler for name in LOGGERS for handler in logging.getLogger(name).handlers):
-        if isinstance(handler, logging.StreamHandler) and handler.stream is terminal:
-            handler.setStream(sys.stderr)
-            moved.append(handler)
+    redirected = sys.stderr
+    _redirect(terminal, redirected)
 
     def stop() -> None:
         live.stop()
-        for handler in moved:
-            handler.setStream(terminal)
+        _redirect(redirected, terminal)  # handlers of libraries that were imported meanwhile, too
 
     return stop
+
+
+def _redirect(before: TextIO, after: TextIO) -> None:
+    for handler in (handler for name in LOGGERS for handler in logging.getLogger(name).handlers):
+        if isinstance(handler, logging.StreamHandler) and handler.stream is before:
+            handler.setStream(after)
 
 
 @contextmanager

@@ -14,21 +14,25 @@ from pat.report import progress
 
 def test_a_terminal_has_one_live_line_that_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     with Terminal(monkeypatch) as terminal:
-        handler = logging.StreamHandler()  # remembers the terminal, as that of transformers does
-        logging.getLogger("transformers").addHandler(handler)
+        logger, handler = logging.getLogger("transformers"), logging.StreamHandler()  # remembers the terminal
+        logger.addHandler(handler)
         try:
             with progress.phase("Outer", "parts", total=3) as outer:
                 for _ in outer.over(range(3)):
                     with progress.phase("Inner " + 20 * "long "):
                         time.sleep(0.3)
-                        logging.getLogger("transformers").error("a warning")
+                        logger.error("a warning")
                         print("printed", file=sys.stderr)
                     time.sleep(0.3)
             assert progress.current() == ""
             print("end", file=sys.stderr)
             assert handler.stream is sys.stderr
+            logger.removeHandler(handler)
+            with progress.phase("Loading"):
+                logger.addHandler(handler := logging.StreamHandler())  # a library that is imported meanwhile
+            assert handler.stream is sys.stderr
         finally:
-            logging.getLogger("transformers").removeHandler(handler)
+            logger.removeHandler(handler)
     assert terminal.screen() == [*["a warning", "printed"] * 3, "end"]
     assert any(state.startswith("Inner long") for state in terminal.states)
     assert any(state.startswith("Outer: 2 of 3 parts, 0:0") and state.endswith(" left") for state in terminal.states)
