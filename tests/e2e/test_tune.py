@@ -90,6 +90,7 @@ def test_what_a_run_leaves(run: Path) -> None:
     figures = results["figures"]
     assert figures["dense"]["num_parameters"] < figures["base"]["num_parameters"] < figures["tuned"]["num_parameters"]
     assert figures["dense"]["held_out_nll"] == pytest.approx(figures["tuned"]["held_out_nll"], abs=0.05)  # bf16 weights
+    assert figures["dense"]["gguf_bytes"] is None  # llama.cpp has no tokenizer like this one
     assert set(results["learning_rates"]) == {"LoRA", "mask", "operators"}
     revisions = {
         folder: json.loads((run / folder / "adapter_config.json").read_text())["revision"]

@@ -21,6 +21,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "pat.readers pat.serving",
         "pat.method",
         "pat.surgery",
+        "pat.file_sizes",
         "pat.tuner",
         "pat.checkpoint",
         "pat.training",

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from pat.families import FAMILIES
-from pat.formats.gguf_families import GGUF_FAMILIES
+from pat.file_sizes.gguf_families import GGUF_FAMILIES
 from pat.serving import ENGINES, SERVING, serving_table, trouble, verdicts
 from pat.shape import AXES
 

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from pat.checkpoint.card import shown_name
 from pat.checkpoint.staging import staged_file
 from pat.errors import PatError
+from pat.file_sizes.gguf_layout import GgufLayout, layout_of
+from pat.file_sizes.gguf_types import QUANTIZATIONS, Entry, Quantization
+from pat.file_sizes.gguf_vocabulary import vocabulary_of
 from pat.formats import llama_cpp
 from pat.formats.gguf_file import write_gguf
-from pat.formats.gguf_layout import GgufLayout, layout_of
-from pat.formats.gguf_types import QUANTIZATIONS, Entry, Quantization
-from pat.formats.gguf_vocabulary import vocabulary_of
 from pat.formats.loss import MAX_LENGTH, LossCheck, QuantizedLoss
 from pat.formats.options import ExportOptions
 from pat.formats.reference import NEW_TOKENS, Check, Reference, require

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pat.formats.gguf_layout import GgufLayout, GgufTensor
-from pat.formats.gguf_types import Quantization
+from pat.file_sizes.gguf_layout import GgufLayout, GgufTensor
+from pat.file_sizes.gguf_types import Quantization
 
 
 def write_gguf(layout: GgufLayout, weights: Mapping[str, Tensor], path: Path, kind: Quantization) -> None:

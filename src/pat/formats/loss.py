@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from pat.file_sizes.gguf_layout import GgufLayout
 from pat.formats.gguf_file import read_gguf
-from pat.formats.gguf_layout import GgufLayout
 from pat.loading import load_tokenizer
 from pat.nll import NLL, Example, response_nll
 from pat.report.progress import progress_bar

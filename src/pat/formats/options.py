@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from pat.errors import PatError
-from pat.formats.gguf_types import QUANTIZATIONS
+from pat.file_sizes.gguf_types import QUANTIZATIONS
 from pat.paths import check_writable, expand_options
 from pat.ranges import check_ranges
 

@@ -11,7 +11,7 @@ import torch
 from pat.checkpoint.card import shown_name
 from pat.errors import PatError
 from pat.families import Family
-from pat.formats.file_sizes import FileSizes, file_sizes, vocabulary_entries
+from pat.file_sizes.predict import FileSizes, file_sizes, vocabulary_entries
 from pat.loading import load_config, stored_dtype
 from pat.plan.curves import Measured
 from pat.plan.guide import MEASURED_CUTS, MODEL_FLOPS_UTILISATION, MeasuredCut, TrainingTime, training_times

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from pat.families import FAMILIES
-from pat.formats.file_sizes import GGUF_TYPES
+from pat.file_sizes.predict import GGUF_TYPES
 from pat.plan.command import PlanRecord
 from pat.plan.curves import Measured, Point
 from pat.plan.sharding import ShardedMemory

@@ -21,11 +21,13 @@ _ACTIVE = {
 """Names under which `PatCallback` logs the active entries."""
 
 _FIGURES = (
-    ("num_parameters", "Parameters", numbers.count),
-    ("num_bytes", "Bytes of the weights", numbers.size),
-    ("held_out_nll", "Held-out loss, nats per token", numbers.loss),
-    ("general_nll", "Loss on general text, nats per token", numbers.loss),
-    ("flops_per_token", "FLOPs to read a token", numbers.flops),
+    (("num_parameters",), "Parameters", numbers.count),
+    (("num_bytes",), "Bytes of the weights", numbers.size),
+    (("gguf_bytes", "Q8_0"), "Quantised file for llama.cpp, Q8_0 (predicted)", numbers.size),
+    (("gguf_bytes", "Q4_K_M"), "Quantised file for llama.cpp, Q4_K_M (predicted)", numbers.size),
+    (("held_out_nll",), "Held-out loss, nats per token", numbers.loss),
+    (("general_nll",), "Loss on general text, nats per token", numbers.loss),
+    (("flops_per_token",), "FLOPs to read a token", numbers.flops),
 )
 
 
@@ -51,12 +53,13 @@ class Size:
 def figure_pictures(facts: Facts, stages: Mapping[str, str]) -> list[Picture]:
     """Draw the models of a run side by side, one drawing for each figure."""
     pictures = []
-    for key, title, show in _FIGURES:
+    for keys, title, show in _FIGURES:
         rows = []
         for stage, label in stages.items():
-            value = facts.number("figures", stage, key)
+            value = facts.number("figures", stage, *keys)
             if value is not None:
-                error = facts.number("figures", stage, key.replace("_nll", "_standard_error")) if "nll" in key else None
+                of_loss = keys[0].replace("_nll", "_standard_error")
+                error = facts.number("figures", stage, of_loss) if of_loss != keys[0] else None
                 text = show(value) if error is None else numbers.loss(value, error)
                 rows.append(Bar(label, value, text, stage, error))
         if rows:

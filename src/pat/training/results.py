@@ -17,10 +17,12 @@ from transformers import PretrainedConfig
 
 from pat.checkpoint.card import Compaction, Cut
 from pat.checkpoint.verify import Parity
+from pat.errors import one_line
+from pat.file_sizes.predict import file_sizes, vocabulary_entries
 from pat.nll import IGNORED, Example, max_positions, response_nll, response_nll_by_group
 from pat.report.progress import progress_bar
 from pat.report.records import Machine, Record
-from pat.surgery.costs import build_skeleton, cost_of
+from pat.surgery.costs import Skeleton, build_skeleton, cost_of
 from pat.surgery.describe import count_parameters
 from pat.training.data_record import DataRecord
 from pat.training.prepare import Prepared
@@ -74,6 +76,8 @@ class ModelFigures(Size):
     things meanwhile, so that no two models are compared by it."""
     flops_per_token: float | None = None
     """FLOPs of a forward pass for each token of a text of 512, or of what the model can read; None with an adapter."""
+    gguf_bytes: dict[str, int] | None = None
+    """Sizes that files for llama.cpp will have, by type; None with an adapter, and where there can be no such file."""
     general_nll: float | None = None
     """Mean loss of a token of the general text, in nats per token of the base's own vocabulary; None without one."""
     general_standard_error: float | None = None
@@ -173,12 +177,23 @@ def measure(model: nn.Module, data: Prepared, stage: str, size: Size) -> ModelFi
     The size is given, because quantised storage holds several weights in one element.
     """
     found = asdict(size) | _on_held_out(model, data, stage) | _on_general_text(model, data, stage)
-    return ModelFigures(**found, flops_per_token=None if stage == "tuned" else _flops(cast(Any, model).config))
+    if stage != "tuned":
+        config = cast(Any, model).config
+        skeleton = build_skeleton(config, torch.bfloat16)
+        context = min(CONTEXT, max_positions(config) or CONTEXT)
+        found["flops_per_token"] = cost_of(skeleton, context).prefill_flops_per_token
+        found["gguf_bytes"] = _gguf_bytes(skeleton)
+    return ModelFigures(**found)
 
 
-def _flops(config: PretrainedConfig) -> float:
-    context = min(CONTEXT, max_positions(config) or CONTEXT)
-    return cost_of(build_skeleton(config, torch.bfloat16), context).prefill_flops_per_token
+def _gguf_bytes(skeleton: Skeleton) -> dict[str, int] | None:
+    config = skeleton.model.config
+    try:
+        vocabulary, uncounted = vocabulary_entries(str(config.name_or_path), config.get_text_config().vocab_size)
+        return None if uncounted else file_sizes(skeleton, vocabulary)[0].gguf or None
+    except Exception as error:  # whatever an odd tokenizer raises: no run ends for the lack of this figure
+        logger.warning("The size of files for llama.cpp is not known (%s).", one_line(error))
+        return None
 
 
 def _on_held_out(model: nn.Module, data: Prepared, stage: str) -> dict[str, Any]:

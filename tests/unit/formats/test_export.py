@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import build
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pat import cli
 from pat.checkpoint.staging import staged_file
@@ -23,6 +23,7 @@ from pat.formats.graph import CHECKED_LENGTHS, INPUTS, check_graph, write_onnx
 from pat.formats.llama_cpp import Server, _address, _ended_after
 from pat.formats.options import ExportOptions
 from pat.formats.reference import Reference
+from pat.training.results import Size, measure
 
 pytest.importorskip("gguf")
 
@@ -37,6 +38,12 @@ def test_a_model_becomes_a_file_of_the_predicted_size(tmp_path: Path) -> None:
     record = export(tmp_path / "stories.gguf", quantize="Q8_0")
     assert [path.name for path in tmp_path.iterdir()] == ["stories.gguf"]
     assert record.files == {"stories.gguf": record.predicted_bytes}
+    stories = AutoModelForCausalLM.from_pretrained(STORIES)
+    unmeasured: Any = SimpleNamespace(held_out=[], held_out_of_base=None, general=None)
+    figures = measure(stories, unmeasured, "base", Size.of(stories.config, torch.float32))
+    assert figures.gguf_bytes is not None and set(figures.gguf_bytes) == {"Q8_0", "Q4_K_M"}
+    # Each file carries the name of its model.
+    assert figures.gguf_bytes["Q8_0"] == pytest.approx(record.predicted_bytes, abs=64)
     assert record.checks or any("xllamacpp is not installed" in sentence for sentence in record.not_checked)
 
 

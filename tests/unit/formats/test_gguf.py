@@ -11,13 +11,13 @@ import torch
 from tiny_models import build
 
 from pat.errors import PatError
-from pat.formats.file_sizes import file_sizes
-from pat.formats.gguf_families import GGUF_FAMILIES, gguf_family
+from pat.file_sizes.gguf_families import GGUF_FAMILIES, gguf_family
+from pat.file_sizes.gguf_layout import layout_of
+from pat.file_sizes.gguf_types import QUANTIZATIONS, Placed, type_of
+from pat.file_sizes.gguf_vocabulary import vocabulary_of
+from pat.file_sizes.int4_size import Int4Size, int4_size
+from pat.file_sizes.predict import file_sizes
 from pat.formats.gguf_file import read_gguf, write_gguf
-from pat.formats.gguf_layout import layout_of
-from pat.formats.gguf_types import QUANTIZATIONS, Placed, type_of
-from pat.formats.gguf_vocabulary import vocabulary_of
-from pat.formats.int4_size import Int4Size, int4_size
 from pat.loading.tokenizer import load_plain_tokenizer
 from pat.surgery.costs import Skeleton
 from pat.surgery.describe import map_of

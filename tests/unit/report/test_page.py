@@ -54,6 +54,7 @@ def record(**more: Any) -> dict[str, Any]:
 def model(num_parameters: int, nll: float, error: float) -> dict[str, Any]:
     """Return the figures of one model."""
     sizes = {"num_parameters": num_parameters, "num_bytes": 2 * num_parameters, "flops_per_token": 2.5e9}
+    sizes["gguf_bytes"] = {"Q8_0": num_parameters, "Q4_K_M": num_parameters // 2}
     return sizes | {"held_out_nll": nll, "held_out_standard_error": error, "num_held_out_tokens": 777}
 
 
@@ -167,7 +168,7 @@ def test_ticks_are_round_numbers_within_the_axis() -> None:
 def test_drawings_say_in_words_what_they_show() -> None:
     page = render_report(record(), None)
     drawings = re.findall(r'<svg [^>]*role="img" aria-label="([^"]+)"><title>', page)
-    assert len(drawings) == page.count("<svg") == 9
+    assert len(drawings) == page.count("<svg") == 11
     assert any("base: 1,234,567; tuned: 1,300,000; written: 987,654" in said for said in drawings)
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from pat.errors import PatError
-from pat.formats.gguf_families import GGUF_FAMILIES
-from pat.formats.gguf_layout import layout_of
-from pat.formats.gguf_types import QUANTIZATIONS, TYPES, Entry
-from pat.formats.gguf_vocabulary import vocabulary_of
-from pat.formats.int4_size import Int4Size, int4_size
+from pat.file_sizes.gguf_families import GGUF_FAMILIES
+from pat.file_sizes.gguf_layout import layout_of
+from pat.file_sizes.gguf_types import QUANTIZATIONS, TYPES, Entry
+from pat.file_sizes.gguf_vocabulary import vocabulary_of
+from pat.file_sizes.int4_size import Int4Size, int4_size
 from pat.loading.tokenizer import load_plain_tokenizer
 from pat.surgery.costs import Skeleton
 

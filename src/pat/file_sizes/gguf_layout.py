@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from pat.errors import PatError
-from pat.formats.gguf_families import GgufFamily, gguf_family
-from pat.formats.gguf_types import Entry, Kind, Placed, Quantization, TensorType, type_of
+from pat.file_sizes.gguf_families import GgufFamily, gguf_family
+from pat.file_sizes.gguf_types import Entry, Kind, Placed, Quantization, TensorType, type_of
 from pat.surgery.costs import Skeleton
 from pat.surgery.residual import Linear
 

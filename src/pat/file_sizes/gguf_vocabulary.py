@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pat.errors import PatError
-from pat.formats.gguf_types import Entry
+from pat.file_sizes.gguf_types import Entry
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of tokens in llama.cpp."""
