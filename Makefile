@@ -1,6 +1,7 @@
 # A fresh machine needs make and Python >= 3.11 with the venv module, nothing else.
 #   make demo   the main job on a small model: install, tune, prune, compare (OUT= chooses another folder)
 #   make test   the same set-up, then every test (ARGS= goes to pytest)
+#   make newest  every test with the newest transformers, trl and peft, beyond the ranges of pyproject.toml, in .venv-newest
 #   make lint   ruff and mypy
 #   make compare CONFIG=tiny  methods x ratios x seeds under one budget; CONFIG= one of benchmarks/compare/configs or a file,
 #                             ARGS= further flags (--help lists them)
@@ -22,7 +23,7 @@ INSTALLED := $(VENV)/.installed
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test lint docs package compare audit mutants clean
+.PHONY: help install demo test newest lint docs package compare audit mutants clean
 help:
 	@sed -n 's/^#   //p' Makefile
 
@@ -41,6 +42,16 @@ test: export OMP_NUM_THREADS := 1
 test: export HF_HUB_OFFLINE := 1
 test: $(INSTALLED)
 	@$(VENV)/bin/python -m pytest -m "" --numprocesses $(JOBS) --dist worksteal $(ARGS)
+
+newest: export OMP_NUM_THREADS := 1
+newest: export HF_HUB_OFFLINE := 1
+newest: export PIP_CONSTRAINT :=
+newest:
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" --editable '.[dev]'
+	.venv-newest/bin/python -m pip install --quiet --upgrade --no-deps transformers trl peft
+	@.venv-newest/bin/python -m pip list | grep -E '^(transformers|trl|peft) '
+	@.venv-newest/bin/python -m pytest -m "" --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -75,4 +86,4 @@ mutants: $(INSTALLED)
 	$(VENV)/bin/python benchmarks/mutation.py --workers $(JOBS) $(ARGS)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) .venv-newest .mypy_cache .pytest_cache .ruff_cache build dist
