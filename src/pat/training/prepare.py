@@ -135,10 +135,7 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
         if apart:
             apart, of_base = _whole_in_both(apart_of(parts), apart, cut)
     counts = [count(part.rows, shown=shown) for part in parts]
-    vocabulary.check(max(found.largest_token for found in counts))
-    vocabulary.check(max((token for row in apart for token in row["input_ids"]), default=0))
-    if arguments.pat.calibration is not None:
-        vocabulary.check(max(map(max, calibration_pieces(arguments.pat.calibration, vocabulary.tokenizer))))
+    _check_tokens(vocabulary, counts, apart, arguments.pat.calibration)
     pieces = [list(_pieces(row, cut)) for row in apart]
     records = records_of(parts, counts, apart, pieces, cut, is_streamed=bool(opened))
     stream: Stream | None = None
@@ -148,15 +145,6 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
         kept = concatenate_datasets([kept_of(part.rows, found, cut) for part, found in zip(parts, counts, strict=True)])
     else:
         record, kept, num_tokens = epoch_of(parts, counts, records, cut, weights=run.dataset_weights, seed=sft.seed)
-    evaluation = None
-    if apart and sft.eval_strategy != "no":
-        fit = replace(cut, packing=sft.packing if sft.eval_packing is None else sft.eval_packing)
-        fitted = [{name: fit(row[name]) for name in TRAINED_ON} for row in apart]
-        if fit.max_length is not None and not fit.packing:
-            fitted = [row for row in fitted if learns(row["labels"])]
-        if not fitted:
-            raise PatError(f"Got eval_strategy={str(sft.eval_strategy)!r}, but no held-out response is left; raise it.")
-        evaluation = _packed(Dataset.from_list(fitted), sft, fit)
     train = _packed(kept, sft, cut) if stream is None else kept.select_columns(TRAINED_ON)
     held_out = [piece for row in pieces for piece in row]
     of_many = [row[SOURCE] for row, own in zip(apart, pieces, strict=True) for _ in own]
@@ -169,7 +157,7 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
         stream=stream,
         num_tokens=_num_packed_tokens(train) if cut.packing else num_tokens,
         longest=cut.max_length if cut.packing and cut.max_length else max(_longest(found, cut) for found in counts),
-        evaluation=evaluation,
+        evaluation=_evaluation(apart, sft, cut),
         held_out=held_out,
         held_out_groups=of_many,
         held_out_of_base=of_base,
@@ -177,6 +165,32 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
         verify_on=_verification(held_out or kept, vocabulary, base_config),
         seconds=time.perf_counter() - started,
     )
+
+
+def _check_tokens(
+    vocabulary: Vocabulary, counts: Sequence[Counts], apart: Sequence[Example], calibration: str | None
+) -> None:
+    """Refuse tokens that the model has no embedding for, wherever they are."""
+    vocabulary.check(max(found.largest_token for found in counts))
+    vocabulary.check(max((token for row in apart for token in row["input_ids"]), default=0))
+    if calibration is not None:
+        vocabulary.check(max(map(max, calibration_pieces(calibration, vocabulary.tokenizer))))
+
+
+def _evaluation(apart: Sequence[Example], sft: SFTConfig, cut: Truncation) -> Dataset | None:
+    """Return the rows that the trainer evaluates on now and then, as it would cut or pack them; None if it does not."""
+    if not apart or sft.eval_strategy == "no":
+        return None
+    fit = replace(cut, packing=sft.packing if sft.eval_packing is None else sft.eval_packing)
+    fitted = [{name: fit(list(row[name])) for name in TRAINED_ON} for row in apart]
+    if fit.max_length is not None and not fit.packing:
+        fitted = [row for row in fitted if learns(row["labels"])]
+    if not fitted:
+        raise PatError(
+            f"Got eval_strategy={str(sft.eval_strategy)!r}, but no response of the {len(apart)} held-out rows is left "
+            f"within --max_length {fit.max_length}; raise it."
+        )
+    return _packed(Dataset.from_list(fitted), sft, fit)
 
 
 def prepare_examples(
