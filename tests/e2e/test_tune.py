@@ -16,7 +16,7 @@ import torch
 from terminal import Terminal
 from tiny_models import build, tiny_tokenizer
 from tiny_runs import STEPS, tune_flags
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import pat
 from pat.checkpoint.merge import merge
@@ -335,6 +335,25 @@ def test_a_4_bit_base_is_tuned_and_merged(data: Path, tmp_path: Path) -> None:
     # TRL casts the adapters of quantised models to bfloat16; left so, the live model is off by about 5e-3.
     assert result.parity.dtype == "float32"
     assert result.parity.max_abs_logit_diff < 1e-4
+
+
+def test_the_figures_of_a_base_that_is_stored_in_4_bits_are_those_of_its_file(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="4-bit bases need bitsandbytes")
+    plain, base = tmp_path / "plain", tmp_path / "base"
+    build("llama", tied=True, hidden_size=64).save_pretrained(plain)
+    bits = BitsAndBytesConfig(load_in_4bit=True)
+    AutoModelForCausalLM.from_pretrained(plain, quantization_config=bits).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    result = pat.tune(**flags(base, data, tmp_path / "out"))
+    figures = result.figures["base"]
+    assert figures.num_bytes == (base / "model.safetensors").stat().st_size < 3 * figures.num_parameters
+    assert any("stored quantised" in line for line in result.record.warnings)
+    for model, stage in ((base, "base"), (tmp_path / "out" / "adapter", "tuned")):
+        (tmp_path / "text.txt").write_text("A text. " * 20)
+        assert main(["evaluate", "--model", str(model), "--text_file", str(tmp_path / "text.txt")]) == 0
+        assert f"({result.figures[stage].num_parameters:,} parameters" in capsys.readouterr().out
 
 
 SLOWLY = """

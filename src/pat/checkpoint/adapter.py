@@ -202,7 +202,7 @@ def load_hollow(
     if changes or quantised or config.init_lora_weights not in _INITIALISATIONS:
         return None
     with fitting(name, adapter):
-        if carries_base_weights(adapter):
+        if carries_base_weights(adapter, config):
             return None
     tensors = stored_tensors(name, revision=revision, download=True)
     if tensors is None:

@@ -146,12 +146,10 @@ class StoredWeights:
 
     @contextmanager
     def as_dtype(self, dtype: torch.dtype) -> Iterator[None]:
-        """Let the hollow parameters seem to be of another dtype."""
+        """Let the hollow parameters seem to be of another dtype; after an error the model is not to be used."""
         self._swap_hollows(dtype)
-        try:
-            yield
-        finally:
-            self._swap_hollows(self.dtype)
+        yield
+        self._swap_hollows(self.dtype)
 
     def _opened(self, name: str) -> Iterator[tuple[Piece, Any]]:
         """Yield the pieces of a parameter in order, each with the open file that it lies in."""

@@ -117,9 +117,14 @@ def check_tensors(model: PeftModel, adapter: str | os.PathLike[str]) -> None:
         gate.check_kept(f"{adapter}:")
 
 
-def carries_base_weights(adapter: str | os.PathLike[str]) -> bool:
-    """Tell whether an adapter brings weights of the base, which peft saves where LoRA is on the embedding."""
-    return any(".base_layer." in name and PREFIX not in name for name in _dtypes(adapter))
+def carries_base_weights(adapter: str | os.PathLike[str], config: LoraConfig) -> bool:
+    """Tell whether an adapter brings weights of the base.
+
+    peft saves them where LoRA is on the embedding, where that was resized, and where it is asked to.
+    """
+    return any(
+        (".base_layer." in name and PREFIX not in name) or _is_written_along(name, config) for name in _dtypes(adapter)
+    )
 
 
 def _dtypes(adapter: str | os.PathLike[str]) -> dict[str, str]:
@@ -128,9 +133,20 @@ def _dtypes(adapter: str | os.PathLike[str]) -> dict[str, str]:
         return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  no mapping
 
 
+def _is_written_along(name: str, config: LoraConfig) -> bool:
+    """Tell whether a tensor is an embedding or a head as it is, which the adapter does not train."""
+    *_, module, leaf = ("", *name.split("."))
+    trained = _ENDS & set(config.modules_to_save or ())
+    if trained and config.ensure_weight_tying:
+        trained = _ENDS
+    return leaf == "weight" and module in _ENDS - trained
+
+
 def _is_of_the_base(name: str, config: LoraConfig) -> bool:
     """Tell whether peft has written a tensor because it writes all of an embedding that LoRA or new tokens are on."""
     *owners, leaf = name.split(".")
+    if _is_written_along(name, config):
+        return True
     if config.trainable_token_indices is not None and _ENDS & set(owners):
         return True  # all that there is below, once more
     outer = [owner for owner in owners if owner not in _WAYS_TO_HOLD]

@@ -166,15 +166,19 @@ def load_written(folder: Path, dtype: torch.dtype, device: torch.device | str = 
 def write_config(config: PretrainedConfig, folder: Path) -> None:
     """Write `config.json`, in the words of transformers 4 as well.
 
-    Some configurations of transformers 5 would take the old words for `rope_parameters` itself. They go without, since
+    Some configurations of transformers 5 would take the old words for something else. They go without these, since
     transformers 4 has none of their families.
     """
     config.save_pretrained(folder)
     path = folder / CONFIG_NAME
-    fields = json.loads(path.read_text(encoding="utf-8")) | legacy_rope(config)
-    again = type(config).from_dict(copy.deepcopy(fields))
-    if getattr(again, "rope_parameters", None) == getattr(config, "rope_parameters", None):
-        path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    plain = json.loads(path.read_text(encoding="utf-8"))
+    read = type(config).from_dict(copy.deepcopy(plain)).to_dict()
+    renamed = {old: plain[new] for old, new in config.attribute_map.items() if new in plain and old not in plain}
+    fields = plain
+    for more in (legacy_rope(config), renamed):
+        if type(config).from_dict(copy.deepcopy(fields | more)).to_dict() == read:
+            fields = fields | more
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def weight_bytes(folder: Path) -> int:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from torch import nn
+from transformers import PreTrainedModel
 
 from pat.checkpoint.adapter import adapter_tokens, base_config_for, base_of, load_adapted, read_adapter_config
 from pat.checkpoint.card import shown_name
@@ -133,7 +135,7 @@ def _evaluate(options: EvaluateOptions, warnings: list[str]) -> EvaluationRecord
         model_digest=options.model_digest,
         base_model=None if adapter is None else shown_name(name),
         mask=_describe_mask(network),
-        num_parameters=sum(parameter.numel() for parameter in network.parameters()),
+        num_parameters=_num_parameters(network),
         dtype=str(next(network.parameters()).dtype).removeprefix("torch."),
         max_length=options.max_length,
         text_file=None if options.text_file is None else options.text_file.name,
@@ -143,6 +145,13 @@ def _evaluate(options: EvaluateOptions, warnings: list[str]) -> EvaluationRecord
         responses=responses,
         tasks=scores,
     )
+
+
+def _num_parameters(network: nn.Module) -> int:
+    """Count parameters by the libraries' own functions, which know what a quantised weight stands for."""
+    if isinstance(network, PeftModel):
+        return network.get_nb_trainable_parameters()[1]
+    return cast(PreTrainedModel, network).num_parameters()
 
 
 def print_evaluation(record: EvaluationRecord) -> None:

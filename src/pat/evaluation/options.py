@@ -93,6 +93,10 @@ class EvaluateOptions:
             resolve_tasks(self.tasks)
         elif self.data_dir is not None or self.log_samples or self.output_dir is not None:
             raise PatError("Got --data_dir, --log_samples or --output_dir without --tasks; expected --tasks with them.")
+        elif set(self.protocol) != set(PROTOCOLS):
+            raise PatError("Got --protocol without --tasks, which alone are asked so; expected --tasks with it.")
+        if self.template != "auto" and self.dataset_name is None:
+            raise PatError("Got --template without --dataset_name, whose rows alone it shapes; leave it out.")
         if self.log_samples and self.output_dir is None:
             raise PatError("Got --log_samples without --output_dir; expected a folder for the answers.")
         if self.output is not None:

@@ -167,6 +167,8 @@ def _check_values(name: str, config: Any) -> None:
     num_heads, num_kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if num_kv_heads is not None and num_heads % num_kv_heads:
         raise refuse("num_key_value_heads", f"expected a divisor of num_attention_heads={num_heads}")
+    if config.return_dict is False:
+        raise refuse("return_dict", "expected true, without which no model of transformers runs")
     if config.dtype is not None and config.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise refuse("dtype", "expected float32, bfloat16 or float16")
     for field in TOKEN_IDS:

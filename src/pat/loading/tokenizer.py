@@ -137,10 +137,14 @@ class TokenSetup:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a tokenizer in words that transformers 4 understands as well; transformers 5 reads them alike."""
+    """Write a tokenizer in words that transformers 4 understands as well; transformers 5 reads them alike.
+
+    Python files that came with it were never loaded, and are not named.
+    """
     tokenizer.save_pretrained(folder)
     path = folder / TOKENIZER_CONFIG_FILE
     fields = json.loads(path.read_text(encoding="utf-8"))
+    fields.pop("auto_map", None)
     if fields.get("tokenizer_class") == "TokenizersBackend":
         fields["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(fields.get("extra_special_tokens"), list):

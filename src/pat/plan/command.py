@@ -22,7 +22,7 @@ from pat.report.records import Record
 from pat.serving import trouble
 from pat.shape import AXES, LARGE_RATIO, TARGETS, Shape
 from pat.surgery.costs import ModelCost, build_skeleton, cost_of, pruned_config
-from pat.training.vocabulary import trimmed_budget
+from pat.training.vocabulary import check_vocabulary_size, trimmed_budget
 from pat.tuner.config import PatConfig
 from pat.tuner.memory import TrainingMemory, training_memory
 from pat.tuner.prepare import check_config
@@ -111,6 +111,8 @@ def run_plan(options: PlanOptions) -> PlanRecord:
             "GGUF sizes of the cut model are without a vocabulary, since which tokens stay is not known yet; those of "
             f"the base are with one, of {sum(entry.num_bytes for entry in vocabulary):,} bytes."
         )
+    if options.vocabulary_size is not None:
+        check_vocabulary_size(options.model_name_or_path, base_config, options.vocabulary_size)
     candidates, in_training = [], []
     for ratio in options.pruning_ratio or (None,):
         config = PatConfig(

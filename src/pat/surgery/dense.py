@@ -29,6 +29,10 @@ class DenseForm:
     num_weights: int
 
 
+CUSTOM_CODE = ("auto_map", "custom_pipelines")
+"""Fields that name Python files beside a base. What is written is a class of transformers, and has no such files."""
+
+
 def shrink_config(
     config: PretrainedConfig,
     family: Family,
@@ -69,8 +73,10 @@ def shrink_config(
     small.head_dim = head_dim
     small.tie_word_embeddings = tied
     small.use_cache = True  # trainers switch it off, for training alone
-    if hasattr(small, "quantization_config"):
-        del small.quantization_config
+    small.output_attentions = small.output_hidden_states = False  # what a call returns, which is no part of a model
+    for name in ("quantization_config", *CUSTOM_CODE):
+        if hasattr(small, name):
+            delattr(small, name)
     for name, value in legacy_rope(small).items():
         if name != "rope_scaling":  # another name for `rope_parameters` here; see `pat.checkpoint.write.write_config`
             setattr(small, name, value)

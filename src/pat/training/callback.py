@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.state import AcceleratorState, is_initialized
+from peft.utils.other import TrainableTokensWrapper
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -67,6 +68,7 @@ class PatCallback(TrainerCallback):
             )
         _restore_float32(tuner)
         _complete_copies(tuner)
+        complete_head(kwargs["model"])
         _leave_sharded_dtypes()
 
     def on_train_begin(
@@ -247,6 +249,13 @@ def _leave_sharded_dtypes() -> None:
 
 def _is_quantised(tuner: PatModel) -> bool:
     return any(getattr(tuner.model, name, False) for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"))
+
+
+def complete_head(model: Any) -> None:
+    """Give a head that peft has wrapped, so that it trains single tokens, the bias that TRL asks it for: none."""
+    head = model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        head.register_parameter("bias", None)
 
 
 def _complete_copies(tuner: PatModel) -> None:

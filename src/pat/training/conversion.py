@@ -151,6 +151,10 @@ class Conversion:
         self.num_rows = self.num_usable = self.num_bad = 0
         self.first_bad = ""
         self.format = format = detect_format(columns, name, reading.text_field)
+        if format.name == "text" and reading.template != "auto":
+            raise PatError(
+                f"{name}: got template={reading.template} with plain text, which has no prompts; leave it out."
+            )
         as_it_is = format.name == "prompt-completion" and not isinstance(first.get(format.prompt), list)
         # Instructions have Alpaca's own words also where a chat template has them: those with an input among them.
         is_worded = format.name == "alpaca" and is_alpaca_chat(reading.chat_template)

@@ -19,6 +19,8 @@ from pat.checkpoint.card import Compaction, Cut
 from pat.checkpoint.verify import Parity
 from pat.errors import one_line
 from pat.file_sizes.predict import file_sizes, vocabulary_entries
+from pat.loading import quantization_of
+from pat.loading.stored import stored_tensors
 from pat.nll import IGNORED, Example, max_positions, response_nll, response_nll_by_group
 from pat.report.progress import progress_bar
 from pat.report.records import Machine, Record
@@ -49,6 +51,20 @@ class Size:
         """Return the size of the model that a configuration describes, stored in a dtype."""
         num_parameters = count_parameters(config)
         return cls(num_parameters, num_parameters * dtype.itemsize)
+
+    @classmethod
+    def of_base(cls, name: str, config: PretrainedConfig, dtype: torch.dtype, *, revision: str | None) -> Size:
+        """Return the size of a base; of one that is stored quantised that of its files."""
+        size = cls.of(config, dtype)
+        if quantization_of(config) is None:
+            return size
+        files = {tensor.file for tensor in (stored_tensors(name, revision=revision) or {}).values()}
+        logger.warning(
+            "The base is stored quantised; the model that is written has plain weights in %s, %d bytes for each.",
+            str(dtype).removeprefix("torch."),
+            dtype.itemsize,
+        )
+        return cls(size.num_parameters, sum(file.stat().st_size for file in files) or size.num_bytes)
 
     def with_adapter(self, model: nn.Module) -> Size:
         """Add what is trainable in an adapted model."""

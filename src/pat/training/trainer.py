@@ -8,7 +8,6 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
-from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
@@ -16,6 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from pat import ranks
 from pat.checkpoint.staging import make_readable, sync
 from pat.loading import TokenSetup
+from pat.training.callback import complete_head
 from pat.training.distill import DistillingTrainer
 from pat.training.prepare import Prepared
 from pat.tuner.model import find_tuner
@@ -38,9 +38,7 @@ def make_trainer(
     It changes the tokenizer, which is that of the data unless another one is given. With a weight it is one that learns
     from a teacher as well, which is to be set.
     """
-    head: Any = model.get_output_embeddings()
-    if isinstance(head, TrainableTokensWrapper):
-        head.register_parameter("bias", None)  # TRL asks the head for it; peft's wrapper only passes on the weight
+    complete_head(model)
     config: Any = model.config
     if hasattr(config, "num_local_experts") and not hasattr(config, "num_experts"):
         config.num_experts = config.num_local_experts  # TRL's router loss asks every mixture of experts by this name

@@ -87,7 +87,8 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
         # Training may load float32 for speed or stability; what is written keeps the dtype of the base's checkpoint.
         dtype, device = base.dtype, base.device
         stored = stored_dtype(checked.base_config, revision=arguments.model.model_revision) or dtype
-        size = Size.of(checked.base_config, stored)
+        model = arguments.model
+        size = Size.of_base(str(model.model_name_or_path), checked.base_config, stored, revision=model.model_revision)
         figures = {"base": ranks.first(partial(measure, base, data, "base", size))}
         is_new = start.checkpoint is None and not start.is_trained
         announce(arguments, checked, data, base, num_steps, is_new=is_new)

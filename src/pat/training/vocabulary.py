@@ -13,7 +13,7 @@ from pat.errors import PatError
 from pat.families import get_family
 from pat.loading import check_special_ids, grow_embedding, grown_rows, padded
 from pat.loading.tokenizer import load_plain_tokenizer
-from pat.loading.trimming import choose_tokens, renumber_specials, special_ids, trim_embedding, trim_tokenizer
+from pat.loading.trimming import MULTIPLE, choose_tokens, renumber_specials, special_ids, trim_embedding, trim_tokenizer
 from pat.shape import DEFAULT_PRUNING_RATIO, ShapeOptions, asked_sizes
 from pat.surgery.describe import count_parameters
 from pat.training.alpaca_chat import alpaca_chat, is_alpaca_chat
@@ -147,6 +147,19 @@ class Vocabulary:
         return config
 
 
+def check_vocabulary_size(name: str, base_config: PretrainedConfig, size: int) -> None:
+    """Check, before there is data, that the tokenizer of a model can be trimmed; without one nothing is checked.
+
+    Raises:
+        PatError: it cannot be trimmed to that size.
+    """
+    try:
+        tokenizer = load_plain_tokenizer(name)
+    except PatError:  # a plan needs a configuration alone
+        return
+    choose_tokens(tokenizer, {}, size, needed=special_ids(base_config.get_text_config()))
+
+
 def trimmed_budget(
     options: ShapeOptions, base_config: PretrainedConfig, size: int
 ) -> tuple[PretrainedConfig, float | None]:
@@ -164,9 +177,9 @@ def trimmed_budget(
     Raises:
         PatError: the vocabulary is not made smaller, or alone saves as much as the budget asks.
     """
-    if not 0 < size < base_config.vocab_size:
+    if not 0 < size < base_config.vocab_size or size % MULTIPLE:
         raise PatError(
-            f"Got vocabulary_size={size}; expected a number of tokens below the base's {base_config.vocab_size}."
+            f"Got vocabulary_size={size}; expected a multiple of {MULTIPLE} below the base's {base_config.vocab_size}."
         )
     if options.target_latency is not None:
         raise PatError("Got vocabulary_size beside target_latency; give a ratio, a number of parameters or of bytes.")

@@ -189,9 +189,11 @@ def _check_base_shape(config: PatConfig, shape: dict[str, Any]) -> None:
     if differing:
         got = ", ".join(f"{name}={shape[name]}" for name in differing)
         expected = ", ".join(f"{name}={made_for.get(name)}" for name in differing)
+        resized = differing == ["vocab_size"]
         raise PatError(
-            f"The adapter does not fit this base model: got {got}; the adapter was made for {expected}. A new adapter "
-            "needs a PatConfig of its own, not that of a made one."
+            f"The adapter does not fit this base model: got {got}; the adapter was made for {expected}. "
+            + ("If the embedding was resized, save the resized base and take that. " if resized else "")
+            + "A new adapter needs a PatConfig of its own, not that of a made one."
         )
 
 

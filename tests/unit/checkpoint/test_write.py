@@ -74,6 +74,23 @@ def test_the_folder_is_a_stock_checkpoint(tmp_path: Path, caplog: pytest.LogCapt
     assert tokenizer("Hello, world").input_ids == tiny_tokenizer()("Hello, world").input_ids
 
 
+def test_files_of_code_that_are_not_written_are_not_named(tmp_path: Path) -> None:
+    model, tokenizer = tuned(), tiny_tokenizer()
+    model.config.auto_map = {"AutoModelForCausalLM": "modeling_x.X"}
+    tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ["tokenization_x.X", None]}
+    tokens = TokenSetup.of(model.config, None, tokenizer)
+    _, folder = export(model, tmp_path / "out", tokens=tokens)
+    for name in ("config.json", "tokenizer_config.json"):
+        assert "auto_map" not in json.loads((folder / name).read_text())
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_the_number_of_experts_has_the_names_of_both_transformers(family: str, tmp_path: Path) -> None:
+    _, folder = export(tuned(family=family), tmp_path / "out")
+    fields = json.loads((folder / "config.json").read_text())
+    assert fields["num_experts"] == fields["num_local_experts"] == build(family, tied=True).config.num_local_experts
+
+
 def test_the_masked_model_stays_as_it_was(tmp_path: Path) -> None:
     model = tuned(tied=False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

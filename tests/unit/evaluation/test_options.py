@@ -20,6 +20,8 @@ from pat.evaluation.options import EvaluateOptions
         ({"tasks": ["copa"], "log_samples": True}, ["--output_dir"]),
         ({"tasks": ["copa"], "output_dir": Path(__file__)}, ["which is a file"]),
         ({"text_file": Path("a"), "output_dir": Path("out")}, ["--tasks"]),
+        ({"text_file": Path("a"), "protocol": ["letter"]}, ["--protocol", "--tasks"]),
+        ({"text_file": Path("a"), "template": "alpaca"}, ["--template", "--dataset_name"]),
         ({"text_file": Path("a"), "max_length": 0}, ["max_length=0"]),
         ({"text_file": Path("a"), "limit": -1}, ["limit=-1"]),
         ({"text_file": Path("a"), "batch_size": 0}, ["batch_size=0"]),

@@ -67,6 +67,7 @@ def refused(folder: Path) -> str:
         ({"dtype": "float8_e4m3fn"}, ["dtype=torch.float8_e4m3fn"]),
         ({"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1e4}}, ["rope_parameters=", "'nonsense'"]),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, ["rope_parameters", "factor"]),
+        ({"return_dict": False}, ["return_dict=False", "true"]),
         ({"rope_parameters": ..., "rope_theta": "abc"}, ["rope_theta='abc'"]),
         ({"pad_token_id": 999}, ["pad_token_id=999", "vocab_size=128"]),
         ({"eos_token_id": [2, 999]}, ["eos_token_id=[2, 999]", "vocab_size=128"]),

@@ -107,10 +107,17 @@ def test_notes_say_what_was_assumed(tmp_path: Path) -> None:
 
 def test_a_trimmed_vocabulary_is_said_to_be_missing_from_the_sizes() -> None:
     stories = str(Path(__file__).resolve().parents[2] / "data" / "stories260K")
-    trimmed = run_plan(PlanOptions(model_name_or_path=stories, pruning_ratio=[0.25], vocabulary_size=256))
+    trimmed = run_plan(PlanOptions(model_name_or_path=stories, pruning_ratio=[0.25], vocabulary_size=320))
     whole = run_plan(PlanOptions(model_name_or_path=stories, pruning_ratio=[0.25]))
     said = [note for note in trimmed.notes if "without a vocabulary" in note]
     assert len(said) == 1 and not any("without a vocabulary" in note for note in whole.notes)
+
+
+@pytest.mark.parametrize(("size", "words"), [(500, "a multiple of 64"), (1024, "below the"), (64, "single bytes")])
+def test_a_vocabulary_that_a_run_would_refuse_is_not_planned(size: int, words: str) -> None:
+    stories = str(Path(__file__).resolve().parents[2] / "data" / "stories260K")
+    with pytest.raises(PatError, match=words):
+        run_plan(PlanOptions(model_name_or_path=stories, vocabulary_size=size))
 
 
 def test_a_mixture_of_experts_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

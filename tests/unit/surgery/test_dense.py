@@ -38,11 +38,15 @@ def test_a_width_that_transformers_refuses_is_named_before_any_work(family: str)
         shrink_config(config, get_family(family), {"hidden_size": 37}, head_dim=20, tied=True)
 
 
-def test_a_quantised_base_leaves_no_trace_in_the_config() -> None:
+def test_what_is_no_part_of_the_model_leaves_no_trace_in_the_config() -> None:
     config = build("llama", tied=True).config
     config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config.auto_map, config.custom_pipelines = {"AutoConfig": "configuration_x.XConfig"}, {"x": {}}
+    config._attn_implementation = "eager"  # which alone can, and is not what the small model is built with
+    config.output_attentions = True
     small = shrink_config(config, get_family("llama"), {"hidden_size": 36}, head_dim=20, tied=True)
-    assert not hasattr(small, "quantization_config")
+    assert not {"quantization_config", "auto_map", "custom_pipelines"} & vars(small).keys()
+    assert not small.output_attentions
 
 
 def small_llama(**changes: Tensor | None) -> tuple:

@@ -280,6 +280,8 @@ def test_rows_that_cannot_be_used_are_skipped_counted_and_said_once(
     [
         ({"packing": True, "max_length": None}, [PAIR], "packing without a max_length"),
         ({"completion_only_loss": True}, [{"text": "a"}], "--completion_only_loss true with plain text"),
+        ({"template": "chat"}, [{"text": "a"}], "template=chat with plain text"),
+        ({"template": "alpaca"}, [{"text": "a"}], "template=alpaca with plain text"),
         ({"assistant_only_loss": True}, [PAIR], "--assistant_only_loss true"),
         ({"eos_token": "<none>"}, [PAIR], "'<none>', which the tokenizer does not know"),
         ({"chat_template_path": "none.jinja"}, [PAIR], r"none\.jinja, which is not readable .* expected a Jinja file"),
