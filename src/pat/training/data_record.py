@@ -13,6 +13,7 @@ from pat.checkpoint.card import shown_name
 from pat.errors import PatError
 from pat.training.counts import Counts
 from pat.training.data import TrainingData
+from pat.training.formats import listed
 from pat.training.tokens import Truncation
 
 
@@ -213,7 +214,7 @@ def remarks(record: DataRecord, data: TrainingData, counts: Counts, cut: Truncat
             "read and not learned, as nothing comes before it."
         )
     if record.unused_columns:
-        yield f"These columns are not read: {', '.join(record.unused_columns)}."
+        yield f"These columns are not read: {listed(record.unused_columns)}."
     if counts.num_unread:
         names = ", ".join(counts.unread)
         yield (

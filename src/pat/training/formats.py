@@ -6,7 +6,7 @@ of rows with `text`. So whatever has a response ends as prompts and completions,
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -81,12 +81,12 @@ def detect_format(columns: Collection[str], source: str, text_field: str = "text
     Raises:
         NoFormat: no format fits, or there is no such text column; tells what was found and what is accepted.
     """
-    found = ", ".join(sorted(columns)) or "none"
+    found = listed(sorted(columns))
     if text_field != "text":
-        if text_field not in columns:
+        if not text_field.strip() or text_field not in columns:
             raise NoFormat(f"{source}: got dataset_text_field={text_field!r}, expected one of the columns {found}.")
         return Format("text", text_field)
-    known = {name.strip().lower(): name for name in columns}
+    known = {name.strip().lower(): name for name in columns if name.strip()}
 
     def first(names: Sequence[str], *taken: str) -> str:
         return next((known[name] for name in names if name in known and known[name] not in taken), "")
@@ -105,6 +105,11 @@ def detect_format(columns: Collection[str], source: str, text_field: str = "text
     separator = next((sign for sign in (";", "\t", "|") if sign in one), None)
     hint = "rename them" if separator is None else f"separate the columns by commas, not by {separator!r}"
     raise NoFormat(f"{source}: got columns {found}; expected {ACCEPTED}; {hint}.")
+
+
+def listed(columns: Iterable[str]) -> str:
+    """Return the names of columns as a message shows them; a table that pandas writes has one without a name."""
+    return ", ".join(name if name.strip() else f"{name!r} (unnamed)" for name in columns) or "none"
 
 
 def convert_row(
@@ -151,7 +156,7 @@ def convert_row(
     else:
         response = text_of(_present(row, format.response), f"field {format.response!r}", empty=True)
         question = text_of(_present(row, format.prompt), f"field {format.prompt!r}")
-        context = text_of(row.get(format.input), f"field {format.input!r}", empty=True)
+        context = text_of(row.get(format.input), f"field {format.input!r}", empty=True) if format.input else ""
         if not response.strip():
             return []
         if template != "chat":
@@ -193,5 +198,5 @@ def _single_turn(messages: list[Message]) -> dict[str, Any]:
 
 def _present(row: Mapping[str, Any], field: str) -> Any:
     if field not in row:
-        raise RowError(f"field {field!r} is missing (found {', '.join(row) or 'none'}); expected a string.")
+        raise RowError(f"field {field!r} is missing (found {listed(row)}); expected a string.")
     return row[field]

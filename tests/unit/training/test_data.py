@@ -22,6 +22,7 @@ from pat.errors import PatError
 from pat.training import sources
 from pat.training.alpaca_chat import alpaca_chat
 from pat.training.data import load_training_data
+from pat.training.formats import listed
 
 STORIES = Path(__file__).resolve().parents[2] / "data" / "stories260K"
 CHAT: Any = SimpleNamespace(chat_template="{{ messages }}")  # a tokenizer is asked for nothing else
@@ -202,6 +203,15 @@ def test_rows_without_a_response_are_dropped_and_counted(tmp_path: Path) -> None
     assert (data.num_rows, data.num_dropped, len(data.train), data.source.unread) == (4, 2, 2, ("id",))
     with pytest.raises(PatError, match="all 2 responses are empty"):
         load_training_data(write(tmp_path / "empty.jsonl", rows[2:]))
+
+
+def test_a_column_without_a_name_is_never_read(tmp_path: Path) -> None:
+    """As pandas writes a table with its index."""
+    (tmp_path / "d.csv").write_text(",instruction,output\n7,ask,answer\n8,ask,answer\n", encoding="utf-8")
+    data = load_training_data(tmp_path / "d.csv", tokenizer=CHAT, held_out=0)
+    assert data.train[0] == chat(user("ask"), answer("answer"))
+    assert data.source.unread == ("",) and listed(data.source.unread) == "'' (unnamed)"
+    refused(tmp_path / "d.csv", "got dataset_text_field=''", "'' (unnamed), instruction, output", text_field="")
 
 
 # -- containers ------------------------------------------------------------------------------------------------------
