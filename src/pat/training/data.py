@@ -88,9 +88,9 @@ def load_training_data(
 
     Args:
         name_or_path: a local file (JSON, JSON lines, Parquet, CSV or TSV, compressed or not), a folder that `datasets`
-            has saved or that holds data files, or a hub dataset id.
+            has saved or that holds data files, also in subfolders, or a hub dataset id.
         tokenizer: asked only for its chat template.
-        split: the split of a hub dataset, or a slice such as `train[:1000]`; a file is one split, `train`.
+        split: the split of a hub dataset or a folder, or a slice such as `train[:1000]`; a file is one split, `train`.
         config_name: the configuration of a hub dataset.
         template: how instructions become prompts; "auto": chat if the tokenizer has a chat template, else
             alpaca, and prompt and completion strings as they are.

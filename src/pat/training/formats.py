@@ -139,7 +139,9 @@ def convert_row(
             "--template chat and a tokenizer with a chat template, or rows without that field."
         )
     if format.name == "messages":
-        turns = parse_messages(row.get(format.prompt), f"field {format.prompt!r}", chat_template)
+        turns = parse_messages(
+            _present(row, format.prompt, "a list of messages"), f"field {format.prompt!r}", chat_template
+        )
         first = 0 if any(name in beside for name in SYSTEMS) else 1  # an answer needs something before it
         pairs = [(turns[:i], turns[i : i + 1]) for i, turn in enumerate(turns) if i >= first and is_answer(*turn)]
     elif format.name == "prompt-completion" and isinstance(row.get(format.prompt), list):
@@ -196,7 +198,7 @@ def _single_turn(messages: list[Message]) -> dict[str, Any]:
     return _worded(messages[0]["content"], "", messages[1]["content"], "alpaca")
 
 
-def _present(row: Mapping[str, Any], field: str) -> Any:
+def _present(row: Mapping[str, Any], field: str, expected: str = "a string") -> Any:
     if field not in row:
-        raise RowError(f"field {field!r} is missing (found {listed(row)}); expected a string.")
+        raise RowError(f"field {field!r} is missing (found {listed(row)}); expected {expected}.")
     return row[field]

@@ -22,13 +22,13 @@ from pat.readers import (
     READERS,
     SUFFIXES,
     Placed,
-    data_suffix,
     file_fingerprint,
     iterate_local,
     without_nulls,
 )
 from pat.report.progress import phase
 from pat.training.conversion import PLACE, ROW, Reading, Source, TemplateChoice, convert
+from pat.training.data_files import data_files, fingerprint_of, has_own_loading, say_unread
 from pat.training.formats import ALPACA, Format
 from pat.training.tables import ROWS_AT_ONCE, digest
 
@@ -57,7 +57,7 @@ def load_source(name: str, reading: Reading, *, split: str = "train", config_nam
     if os.path.isdir(path):
         return _load_folder(path, reading, split, config_name)
     if os.path.exists(path) or looks_local(name) or path.suffix.lower() in FILE_SUFFIXES:
-        return _load_file(path, reading, split)
+        return _load_files(path, {"train": [path]}, reading, split)
     return _load_hub(name, reading, split, config_name)
 
 
@@ -97,41 +97,52 @@ def load_task_source(name: str, split: str, template: TemplateChoice = "auto") -
     return Source(Dataset.from_list(numbered), format, "alpaca", f"sha256:{known}", len(rows), len(rows))
 
 
-def _load_file(path: Path, reading: Reading, split: str) -> Source:
-    spans: list[tuple[int, int | None]] = [(0, None)]
-    if split != "train":
-        num_rows = sum(1 for _ in iterate_local(path))
-        [parts] = _selected(str(path), split, {"train": num_rows}).values()
-        spans = [(part.start, part.stop) for part in parts]
-    stat = path.stat() if os.path.isfile(path) else None
-    is_large = stat is not None and (stat.st_size > SMALL_BYTES or path.suffix.lower() in DECOMPRESSORS)
-    key = (
-        digest(str(path.resolve()), str(path), stat.st_size, stat.st_mtime_ns, split, reading.parts())
-        if stat and is_large
-        else None
-    )
+def _load_files(path: Path, splits: dict[str, list[Path]], reading: Reading, split: str) -> Source:
+    """Read a file, or those of a folder one after the other."""
+    parts: list[tuple[str, int, int | None]] = [(split, 0, None)]
+    if split not in splits:
+        named = [part.partition("[")[0].strip() for part in split.split("+")]
+        lengths = {part: _num_rows(files) if part in named else 0 for part, files in splits.items()}
+        parts = [(part, span.start, span.stop) for part, span in _spans(str(path), split, lengths)]
+    files = list(dict.fromkeys(file for part, *_ in parts for file in splits[part]))
+    if os.path.isdir(path):
+        say_unread(path, files)
+    stats = [file.stat() for file in files if os.path.isfile(file)]
+    is_packed = any(file.suffix.lower() in DECOMPRESSORS for file in files)
+    key = None
+    if stats and (is_packed or sum(stat.st_size for stat in stats) > SMALL_BYTES):
+        known = [(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats, strict=True)]
+        key = digest(str(path), known, split, reading.parts())
     return convert(
         str(path),
-        lambda: chain.from_iterable(islice(iterate_local(path), *span) for span in spans),
+        lambda: chain.from_iterable(islice(_rows_of(splits[part]), *span) for part, *span in parts),
         reading,
-        lambda: file_fingerprint(path),
+        lambda: fingerprint_of(files, file_fingerprint),
         key=key,
     )
 
 
+def _rows_of(files: list[Path]) -> Iterator[Placed]:
+    return chain.from_iterable(map(iterate_local, files))
+
+
+def _num_rows(files: list[Path]) -> int:
+    return sum(1 for _ in _rows_of(files))
+
+
 def _load_folder(path: Path, reading: Reading, split: str, config_name: str | None) -> Source:
-    """Read what `save_to_disk` has left, the one data file of a folder, or several as one dataset."""
+    """Read what `save_to_disk` has left, what says itself how it is read, or the data files of a folder."""
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         stored = load_from_disk(str(path))
         parts = dict(stored) if isinstance(stored, DatasetDict) else {"train": stored}
-        [(part, spans)] = _selected(str(path), split, {str(name): len(rows) for name, rows in parts.items()}).items()
-        return _convert(str(path), concatenate_datasets([parts[part].select(span) for span in spans]), reading)
-    files = [file for file in sorted(path.iterdir()) if file.is_file() and data_suffix(file) in READERS]
-    if not files:
-        raise PatError(f"{path}: is a folder without a data file; expected one in it ({SUFFIXES}).")
-    return (
-        _load_file(files[0], reading, split) if len(files) == 1 else _load_hub(str(path), reading, split, config_name)
-    )
+        spans = _spans(str(path), split, {str(name): len(rows) for name, rows in parts.items()})
+        if len({part for part, _ in spans}) > 1:
+            raise PatError(f"{path}: got split {split!r}; expected one of {', '.join(map(repr, parts))}, or a slice.")
+        return _convert(str(path), concatenate_datasets([parts[part].select(span) for part, span in spans]), reading)
+    files, splits = data_files(path)
+    if len(files) > 1 and (config_name is not None or has_own_loading(path)):
+        return _load_hub(str(path), reading, split, config_name)
+    return _load_files(path, splits, reading, split)
 
 
 def _load_hub(name: str, reading: Reading, split: str, config_name: str | None) -> Source:
@@ -179,22 +190,22 @@ def _convert(name: str, dataset: Dataset, reading: Reading) -> Source:
     return convert(name, placed, reading, lambda: fingerprint, columns=dataset.column_names, key=key)
 
 
-def _selected(name: str, split: str, lengths: dict[str, int]) -> dict[str, list[range]]:
-    """Return the part that a split names, and the indices that it selects.
+def _spans(name: str, split: str, lengths: dict[str, int]) -> list[tuple[str, range]]:
+    """Return the parts that a split names, and the indices that it selects of each.
 
     Raises:
-        PatError: no such part, a sum of parts, or no row.
+        PatError: no such part, or no row.
     """
     try:
         spans = ReadInstruction.from_spec(split).to_absolute(lengths)
-        [part] = {span.splitname for span in spans}
     except ValueError as error:
         parts = ", ".join(map(repr, lengths))
         raise PatError(f"{name}: got split {split!r}; expected {parts} or a slice like 'train[:99]'.") from error
-    indices = [range(span.from_, span.to) for span in spans]
-    if not any(indices):
-        raise PatError(f"{name}: split {split!r} selects none of the {lengths[part]} rows.")
-    return {part: indices}
+    found = [(str(span.splitname), range(span.from_, span.to)) for span in spans]
+    if not any(span for _, span in found):
+        of_all = sum(lengths[part] for part in {part for part, _ in found})
+        raise PatError(f"{name}: split {split!r} selects none of the {of_all} rows.")
+    return found
 
 
 def _hub_fingerprint(dataset: Dataset) -> str:

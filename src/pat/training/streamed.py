@@ -14,9 +14,10 @@ from datasets import Dataset, DatasetDict, load_from_disk
 
 from pat.errors import PatError, RunFailed, one_line
 from pat.paths import looks_local
-from pat.readers import READERS, SUFFIXES, Placed, Row, data_suffix, iterate_local, without_nulls
+from pat.readers import Placed, Row, iterate_local, without_nulls
 from pat.report.progress import Phase
 from pat.training.conversion import PLACE, ROW, ROWS_LOOKED_AT, Conversion, Reading, Source, look_at
+from pat.training.data_files import data_files, fingerprint_of, has_own_loading, say_unread
 from pat.training.sources import FILE_SUFFIXES, load_from_hub
 
 END_BYTES = 2**20
@@ -90,21 +91,25 @@ def _open(
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             stored: Any = load_from_disk(str(path))
             parts = dict(stored) if isinstance(stored, DatasetDict) else {"train": stored}
-            if split not in parts:
-                raise PatError(f"{name}: got split {split!r}; expected one of {', '.join(map(str, parts))}.")
-            stored = parts[split]
+            stored = _part(name, parts, split)
             return lambda: _rows(name, stored), lambda _: f"datasets:{stored._fingerprint}"
-        files = [file for file in sorted(path.iterdir()) if file.is_file() and data_suffix(file) in READERS]
-        if not files:
-            raise PatError(f"{path}: is a folder without a data file; expected one in it ({SUFFIXES}).")
-        if len(files) == 1:
-            path = files[0]
-    if not os.path.isdir(path) and (os.path.exists(path) or looks_local(name) or path.suffix.lower() in FILE_SUFFIXES):
+        files, splits = data_files(path)
+        if len(files) == 1 or (config_name is None and not has_own_loading(path)):
+            read = _part(name, splits, split)
+            say_unread(path, read)
+            return lambda: chain.from_iterable(map(iterate_local, read)), lambda _: fingerprint_of(read, _ends)
+    elif os.path.exists(path) or looks_local(name) or path.suffix.lower() in FILE_SUFFIXES:
         if split != "train":
             raise PatError(f"{name}: got split {split!r}; a file is one split, 'train'.")
         return lambda: iterate_local(path), lambda _: _ends(path)
     dataset = load_from_hub(name, reading, split, config_name, streaming=True)
     return lambda: _rows(name, dataset), _of_first
+
+
+def _part(name: str, parts: dict[str, Any], split: str) -> Any:
+    if split not in parts:
+        raise PatError(f"{name}: got split {split!r}; expected one of {', '.join(map(str, parts))}.")
+    return parts[split]
 
 
 def _of_first(examples: list[Any]) -> str:

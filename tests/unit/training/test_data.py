@@ -271,6 +271,80 @@ def test_every_container_gives_the_same_rows(name: str, tmp_path: Path) -> None:
         assert data.source.fingerprint == "sha256:" + hashlib.sha256(content).hexdigest()
 
 
+def folder_of(folder: Path, files: dict[str, str]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
+    return folder
+
+
+def one(instruction: str) -> str:
+    return json.dumps({"instruction": instruction, "output": instruction}) + "\n"
+
+
+def test_the_files_of_a_folder_are_read_as_each_by_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = {
+        "b.csv": "instruction,output\n007,NA\n",
+        "a.jsonl": one("a") + json.dumps({"instruction": "-", "output": None}),
+        "train/c.json": f"[{one('c')}]",
+        "train.tsv": "instruction\toutput\n1.50\t1e5\n",
+        "more/test_1.csv": "instruction,output\nheld,back\n",
+        "Eval/d.jsonl": one("held back"),
+        "notes.txt": "no data",
+        "config.json": "{}",
+        ".hidden.jsonl": one("hidden"),
+        ".git/e.jsonl": one("hidden"),
+    }
+    folder = folder_of(tmp_path / "data", files)
+    (folder / "more" / "back").symlink_to(folder)
+    data = load_training_data(folder, tokenizer=CHAT, held_out=0)
+    pairs = [(row["prompt"][0]["content"], row["completion"][0]["content"]) for row in data.train.to_list()]
+    assert pairs == [("a", "a"), ("007", "NA"), ("c", "c"), ("1.50", "1e5")]
+    assert (data.num_rows, data.num_dropped) == (5, 1)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{folder}: 5 files are not read: .hidden.jsonl, Eval/d.jsonl (split 'test'), config.json, "
+        "more/test_1.csv (split 'test'), notes.txt."
+    ]
+    known = load_training_data(folder.rename(tmp_path / "moved"), tokenizer=CHAT, held_out=0).source.fingerprint
+    assert known == data.source.fingerprint
+    (tmp_path / "moved" / "b.csv").write_text("instruction,output\n7,NA\n", encoding="utf-8")
+    assert load_training_data(tmp_path / "moved", tokenizer=CHAT, held_out=0).source.fingerprint != known
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [("train", "abc"), ("train[1:]", "bc"), ("test", "x"), ("train[:1]+test", "ax"), ("train[:1]+train[2:]", "ac")],
+)
+def test_a_folder_has_the_splits_that_its_files_name(tmp_path: Path, split: str, expected: str) -> None:
+    files = {"train.jsonl": one("b") + one("c"), "extra.jsonl": one("a"), "test.jsonl": one("x"), "dev/t.jsonl": "{"}
+    folder = folder_of(tmp_path / "data", files)
+    data = load_training_data(folder, held_out=0, split=split)
+    assert "".join(data.train["completion"][:]) == expected
+    refused(folder, "split 'other'", "'validation', 'train', 'test'", split="other")
+
+
+def test_what_a_sole_file_is_called_does_not_matter(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "data", {"sub/test.jsonl": one("a")})
+    assert load_training_data(folder, held_out=0).num_rows == 1
+
+
+def test_a_folder_that_says_how_it_is_read_is_left_to_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = "---\nconfigs:\n- config_name: default\n  data_files: b.jsonl\n---\n"
+    folder = folder_of(tmp_path / "data", {"README.md": card, "a.jsonl": one("a"), "b.jsonl": one("b")})
+    monkeypatch.setattr(sources, "load_dataset", lambda path, **_: Dataset.from_list([{"text": path}]))
+    assert load_training_data(folder, held_out=0).train.to_list() == [{"text": str(folder)}]
+    folder_of(folder, {"README.md": "---\nlicense: mit\n---\n"})
+    assert load_training_data(folder, held_out=0).train["completion"][:] == ["a", "b"]
+    folder_of(folder, {"README.md": "---\na: [\n---\n"})
+    refused(folder, "README.md: not readable")
+
+
+def test_files_of_other_forms_are_named_by_what_is_missing(tmp_path: Path) -> None:
+    files = {"a.jsonl": one("a"), "b.jsonl": json.dumps({"messages": [user("a"), answer("b")]})}
+    place = "a.jsonl, line 1: field 'messages' is missing (found instruction, output); expected a list of messages"
+    refused(folder_of(tmp_path / "data", files), place, tokenizer=CHAT)
+
+
 def test_rows_of_tables_have_no_fields_of_others(tmp_path: Path) -> None:
     """In Arrow every message has the fields of all; those that are null belong to other rows."""
     rows = [{"messages": [user("a"), answer("b", tool_calls=CALL)]}, {"messages": [user("c"), answer("d")]}]

@@ -147,8 +147,10 @@ def test_no_more_rows_are_read_than_the_first_example_takes(
 def test_folders_are_streamed(base: Path, tmp_path: Path) -> None:
     parts = tmp_path / "parts"
     parts.mkdir()
-    for name, span in (("a.jsonl", range(10)), ("b.jsonl", range(10, 30))):
-        write(parts / name, [{"text": f"{i} b"} for i in span])
+    (parts / "b").mkdir()
+    write(parts / "a.jsonl", [{"text": f"{i} b"} for i in range(10)])
+    (parts / "b" / "train.csv").write_text("\n".join(["text", *(f"{i} b" for i in range(10, 30))]), encoding="utf-8")
+    write(parts / "test.jsonl", [{"text": "99 b"}])
     Dataset.from_list([{"text": f"{i} b"} for i in range(30)]).save_to_disk(tmp_path / "saved")
     for folder in (parts, tmp_path / "saved"):
         data = prepared(base, folder, held_out="2", train_sampling_strategy="sequential")
