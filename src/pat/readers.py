@@ -93,11 +93,15 @@ def data_suffix(path: Path) -> str:
     return Path(path.stem if path.suffix.lower() in DECOMPRESSORS else path.name).suffix.lower()
 
 
-def without_nulls(value: Any) -> Any:
-    """Leave out what is null in nested objects: a table of objects gives each the fields of all."""
+def row_of_table(row: Row) -> Row:
+    """Leave out what is null in objects within a row: a table gives each object the fields of all. A cell stays null."""
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _integer(digits: str) -> int | str:
@@ -208,17 +212,19 @@ def _read_csv(path: Path) -> Iterator[Placed]:
         with _opened(path) as file:
             text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
             reader = csv.DictReader(text, strict=True, delimiter=delimiter)
-            repeated = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
-            if repeated:
-                raise PatError(
-                    f"{path}, line 1: got more than one column {repeated[0]!r}; give each a name of its own."
-                )
+            _refuse_repeated(reader.fieldnames or (), f"{path}, line 1")
             for row in reader:
                 yield _row_of_cells(path, row, reader.line_num, len(reader.fieldnames or ()))
     except csv.Error as error:
         raise PatError(f"{path}, the row from line {reader.line_num + 1} on: not valid CSV ({error}).") from error
     finally:
         csv.field_size_limit(limit)
+
+
+def _refuse_repeated(columns: Iterable[str], place: str) -> None:
+    name, count = next(iter(Counter(columns).most_common(1)), ("", 0))
+    if count > 1:  # the last one would win silently
+        raise PatError(f"{place}: got more than one column {name!r}; give each a name of its own.")
 
 
 def _row_of_cells(path: Path, row: Row, last_line: int, num_fields: int) -> Placed:
@@ -238,8 +244,9 @@ def _read_parquet(path: Path) -> Iterator[Placed]:
         # What is packed once more cannot be jumped about in.
         source: Any = path if path.suffix.lower() == ".parquet" else pyarrow.BufferReader(file.read())
         with pyarrow.parquet.ParquetFile(source) as table:
+            _refuse_repeated(table.schema_arrow.names, str(path))
             batches = table.iter_batches(ROWS_AT_ONCE)
-            yield from _listed(path, (without_nulls(row) for batch in batches for row in batch.to_pylist()))
+            yield from _listed(path, (row_of_table(row) for batch in batches for row in batch.to_pylist()))
 
 
 def _unpack_zstd(stored: BinaryIO) -> BinaryIO:

@@ -24,7 +24,7 @@ from pat.readers import (
     Placed,
     file_fingerprint,
     iterate_local,
-    without_nulls,
+    row_of_table,
 )
 from pat.report.progress import phase
 from pat.training.conversion import PLACE, ROW, Reading, Source, TemplateChoice, convert
@@ -183,7 +183,7 @@ def _convert(name: str, dataset: Dataset, reading: Reading) -> Source:
             columns = cast(dict[str, list[Any]], batch)
             for values in zip(*columns.values(), strict=True):
                 number += 1
-                yield f"{name}, row {number}", without_nulls(dict(zip(columns, values, strict=True)))
+                yield f"{name}, row {number}", row_of_table(dict(zip(columns, values, strict=True)))
 
     fingerprint = _hub_fingerprint(dataset)
     key = digest(name, dataset._fingerprint, reading.parts()) if len(dataset) > SMALL_ROWS else None

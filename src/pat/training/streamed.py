@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, load_from_disk
 
 from pat.errors import PatError, RunFailed, one_line
 from pat.paths import looks_local
-from pat.readers import Placed, Row, iterate_local, without_nulls
+from pat.readers import Placed, Row, iterate_local, row_of_table
 from pat.report.progress import Phase
 from pat.training.conversion import PLACE, ROW, ROWS_LOOKED_AT, Conversion, Reading, Source, look_at
 from pat.training.data_files import data_files, fingerprint_of, has_own_loading, say_unread
@@ -123,7 +123,7 @@ def _rows(name: str, dataset: Iterable[Any]) -> Iterator[Placed]:
     number = 0
     try:
         for number, row in enumerate(dataset, start=1):
-            yield f"{name}, row {number}", without_nulls(row)
+            yield f"{name}, row {number}", row_of_table(row)
     except Exception as error:  # whatever its parsers, file systems and HTTP client raise
         kind = RunFailed if number else PatError
         raise kind(f"{name}: could not be read after row {number:,} ({one_line(error)}).") from error

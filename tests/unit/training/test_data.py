@@ -353,6 +353,26 @@ def test_rows_of_tables_have_no_fields_of_others(tmp_path: Path) -> None:
     assert data.train.to_list() == [chat(user("a"), answer("b", tool_calls=CALL)), chat(user("c"), answer("d"))]
 
 
+@pytest.mark.parametrize("name", ["d.jsonl", "d.parquet", "saved"])
+@pytest.mark.parametrize("completion", ["x", [answer("x")]])
+def test_a_null_answer_is_dropped_and_counted_in_every_container(tmp_path: Path, name: str, completion: Any) -> None:
+    prompt = "q" if completion == "x" else [user("q")]
+    rows = [{"prompt": prompt, "completion": completion, "system": None}, {"prompt": prompt, "completion": None}]
+    if name == "saved":
+        Dataset.from_list(rows).save_to_disk(str(tmp_path / name))
+    else:
+        (tmp_path / name).write_bytes(parquet(rows)) if name == "d.parquet" else write(tmp_path / name, rows)
+    data = load_training_data(tmp_path / name, tokenizer=CHAT, held_out=0)
+    assert (data.num_rows, data.num_dropped) == (2, 1)
+    assert data.train.to_list() == [{"prompt": prompt, "completion": completion}]
+
+
+def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    table = pyarrow.table([["a"], ["b"], ["c"]], names=["instruction", "output", "output"])
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    refused(tmp_path / "d.parquet", "d.parquet: got more than one column 'output'")
+
+
 def test_long_cells_and_long_numbers_are_read(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_text(f"instruction,output\n{'x' * 200_000},y\n", encoding="utf-8")
     assert len(load_training_data(tmp_path / "d.csv", held_out=0).train[0]["prompt"]) > 200_000
