@@ -62,6 +62,14 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
+def reason_of(error: BaseException) -> str:
+    """Return on one line what an error says that first went wrong; a wrapper often says no more than that it did."""
+    reason = one_line(error)
+    while (cause := error.__cause__) is not None:
+        error, reason = cause, one_line(cause) or reason
+    return reason
+
+
 def _shown(message: str) -> str:
     """Return a message that a terminal shows as it is: what it would obey, or cannot show, is written as an escape."""
     letters = (

@@ -94,7 +94,7 @@ def data_suffix(path: Path) -> str:
 
 
 def row_of_table(row: Row) -> Row:
-    """Leave out what is null in objects within a row: a table gives each object the fields of all. A cell stays null."""
+    """Leave out what is null in objects within a row, as a table gives each the fields of all; a cell stays null."""
     return {name: _without_nulls(value) for name, value in row.items()}
 
 
@@ -157,12 +157,24 @@ def _read_json(path: Path) -> Iterator[Placed]:
     with _opened(path) as file:
         whole = _decode(path, file.read().decode("utf-8-sig"))
     if isinstance(whole, dict):
+        if len(whole) > 1 and all(map(_is_column, whole.values())):
+            raise PatError(
+                f"{path}: got a list or an object for each column ({', '.join(whole)}); expected one object for each "
+                "row (pandas: to_json(orient='records', lines=True))."
+            )
         lists = {key: value for key, value in whole.items() if isinstance(value, list) and key not in LISTS_OF_ONE_ROW}
         held = {key: value for key, value in lists.items() if value and isinstance(value[0], dict)}
         if len(held) > 1:
             raise PatError(f"{path}: got several lists of rows ({', '.join(held)}); expected one of them in a file.")
         whole = next(iter(held.values()), [whole])
     yield from _listed(path, whole if isinstance(whole, list) else [whole])
+
+
+def _is_column(value: Any) -> bool:
+    """Tell whether a value holds the cells of a column, as a list or, as pandas writes it, by number of the row."""
+    if isinstance(value, dict):
+        return bool(value) and all(key.isdecimal() for key in value)
+    return isinstance(value, list) and bool(value) and not any(isinstance(cell, dict | list) for cell in value)
 
 
 def _is_lines(path: Path) -> bool:

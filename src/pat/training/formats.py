@@ -163,7 +163,7 @@ def convert_row(
             return []
         if template != "chat":
             return [_worded(question, context, response, template)]
-        asked = f"{question}\n\n{context}" if context.strip() else question
+        asked = "\n\n".join(part for part in (question, context) if part.strip()) or question
         pairs = [([({"role": "user", "content": asked}, True)], [({"role": "assistant", "content": response}, True)])]
     if template != "chat":
         return [_single_turn([message for message, _ in turns])] if pairs else []

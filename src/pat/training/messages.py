@@ -24,8 +24,11 @@ CALLS = ("function_call", "tool_call")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names that templates give the thoughts before an answer."""
 
-FLAGS = ("weight", "train", "training", "loss")
+FLAGS = ("weight", "train", "training", "loss", "train_on_turn", "trainable")
 """Fields that say whether a message is to be learned: 0 or false makes an answer part of the context only."""
+
+MASKS = ("mask", "masked", "loss_mask", "train_detail", "training_detail")
+"""Fields by which other tools say that in ways of their own, which do not agree."""
 
 
 class RowError(ValueError):
@@ -61,6 +64,11 @@ def parse_history(value: Any) -> list[Message]:
 
 def parse_messages(value: Any, what: str, chat_template: str) -> list[tuple[Message, bool]]:
     """Return the messages of a conversation, and whether each is to be learned if it is an answer."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise RowError(f"{what} is not valid JSON ({error}); write lists into cells by json.dumps.") from error
     if not isinstance(value, list) or not value:
         raise RowError(f"{what} is {_kind(value)}, expected a list of messages (role, content).")
     return [parse_message(item, f"message {i} of {what}", chat_template) for i, item in enumerate(value, start=1)]
@@ -70,10 +78,15 @@ def parse_message(item: Any, what: str, chat_template: str = "") -> tuple[Messag
     """Return a message with the role, the text and the further fields that a chat template knows; and its flag."""
     if not isinstance(item, Mapping):
         raise RowError(f"{what} is {_kind(item)}, expected an object with role and content.")
-    name, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
+    name, content = (
+        next((item[key] for key in keys if item.get(key) is not None), None)
+        for keys in (("role", "from"), ("content", "value"))
+    )
     if not isinstance(name, str) or name not in ROLES:
         raise RowError(f"{what} has role {name!r}, expected one of {', '.join(ROLES)}.")
     role = name if name == "developer" and reads(chat_template, name) else ROLES[name]
+    if mask := next((key for key in MASKS if item.get(key) is not None), None):
+        raise RowError(f"{what} has the field {mask!r}; expected weight 0 for what is not to be learned, or 1.")
     own = {"role", "from", "content", "value", *FLAGS}
     more = {key: value for key, value in item.items() if value is not None and key not in own}
     if "function_call" in more:  # OpenAI's older form
@@ -146,7 +159,9 @@ def text_of(value: Any, what: str, *, empty: bool = False) -> str:
 
 def _part(part: Any, what: str) -> str:
     """Return the text of one of OpenAI's content parts."""
-    kind = part.get("type", "text") if isinstance(part, Mapping) else _kind(part)
+    if not isinstance(part, Mapping):
+        raise RowError(f"{what} is a list with a part {_kind(part)}, expected a string; of several texts choose one.")
+    kind = part.get("type", "text")
     if kind not in ("text", "input_text", "output_text"):
         raise RowError(f"{what} has a part of type {kind!r}; expected text alone, images and sounds are not learned.")
     return text_of(part.get("text"), f"a part of {what}")

@@ -14,7 +14,7 @@ from typing import Any, cast
 from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 
-from pat.errors import PatError, one_line
+from pat.errors import PatError, reason_of
 from pat.paths import looks_local
 from pat.questions import letter_answer, letter_instruction, load_rows, resolve_tasks
 from pat.readers import (
@@ -172,7 +172,7 @@ def load_from_hub(name: str, reading: Reading, split: str, config_name: str | No
             "check the name, or log in for a gated dataset."
         ) from error
     except Exception as error:  # whatever its parsers, file systems and HTTP client raise
-        reason = one_line(error)
+        reason = reason_of(error)
         raise PatError(f"{name}: this dataset could not be loaded, split {split!r} ({reason}).") from error
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, load_from_disk
 
-from pat.errors import PatError, RunFailed, one_line
+from pat.errors import PatError, RunFailed, reason_of
 from pat.paths import looks_local
 from pat.readers import Placed, Row, iterate_local, row_of_table
 from pat.report.progress import Phase
@@ -126,7 +126,7 @@ def _rows(name: str, dataset: Iterable[Any]) -> Iterator[Placed]:
             yield f"{name}, row {number}", row_of_table(row)
     except Exception as error:  # whatever its parsers, file systems and HTTP client raise
         kind = RunFailed if number else PatError
-        raise kind(f"{name}: could not be read after row {number:,} ({one_line(error)}).") from error
+        raise kind(f"{name}: could not be read after row {number:,} ({reason_of(error)}).") from error
     if not number:
         raise PatError(f"{name} has no rows; expected at least one example.")
 

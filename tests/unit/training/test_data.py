@@ -143,6 +143,35 @@ CONVERSATIONS: dict[str, tuple[dict[str, Any], Rows]] = {
         {"prompt": [user("a")], "completion": [answer("b"), TOOL, answer("c")]},
         [{"prompt": [user("a")], "completion": [answer("b"), TOOL, answer("c")]}],
     ),
+    "flags of other tools": (
+        {
+            "messages": [
+                user("a"),
+                answer("b", train_on_turn=False),
+                answer("c", trainable=False),
+                user("d"),
+                answer("e"),
+            ]
+        },
+        [chat(user("a"), answer("b"), answer("c"), user("d"), answer("e"))],
+    ),
+    "nulls beside the names that are used": (
+        {
+            "conversations": [
+                {"role": None, "content": None, "from": "human", "value": "a"},
+                {"role": "assistant", "content": "b", "from": None, "value": None},
+            ]
+        },
+        [chat(user("a"), answer("b"))],
+    ),
+    "messages as JSON text": (
+        {"messages": json.dumps([user("a"), answer("b")])},
+        [chat(user("a"), answer("b"))],
+    ),
+    "an input without an instruction": (
+        {"instruction": " ", "input": "i", "output": "a"},
+        [chat(user("i"), answer("a"))],
+    ),
     "instruction with context": (
         {"Question": "q", "context": "c", "answer": "a"},
         [chat(user("q\n\nc"), answer("a"))],
@@ -417,6 +446,9 @@ BAD_FILES: list[tuple[str, str | bytes, list[str]]] = [
     ("data.csv", "instruction,output,output\na,b,c\n", ["line 1", "more than one column 'output'"]),
     ("data.csv", "instruction,output\na,b\nc\n", ["data.csv, line 3", "fields"]),
     ("data.csv", "instruction,output\na,b\nc,d,e\n", ["data.csv, line 3", "fields"]),
+    ("data.json", '{"instruction": ["a"], "output": ["b"]}', ["for each column (instruction, output)", "each row"]),
+    ("data.json", '{"instruction": {"0": "a"}, "output": {"0": "b"}}', ["for each column (instruction, output)"]),
+    ("data.csv", "messages\n[{'role': 'user'}]\n", ["line 2: field 'messages' is not valid JSON", "json.dumps"]),
     ("data.csv", 'messages\n"a\nb"\n', ["line 2: field 'messages' is of type str"]),
     ("data.parquet", "no parquet", ["not readable", "expected a parquet file"]),
     ("data.jsonl", '{"frage": "a", "antwort": "b"}', ["columns antwort, frage", "instruction", "messages", "rename"]),
@@ -438,6 +470,7 @@ BAD_ROWS: list[tuple[dict[str, Any], Any, str]] = [
     ({"instruction": None, "output": "b"}, CHAT, "'instruction' is missing or null"),
     ({"instruction": "a", "output": True}, CHAT, "'output' is of type bool"),
     ({"instruction": "a", "output": {"x": 1}}, CHAT, "'output' is of type dict"),
+    ({"instruction": "a", "output": ["b", "c"]}, CHAT, "'output' is a list with a part of type str, expected a string"),
     ({"instruction": "\ud800", "output": "b"}, CHAT, "not valid Unicode"),
     ({"instruction": "a", "output": "b", "system": "s"}, NO_CHAT, "'system' has no place in the Alpaca wording"),
     ({"instruction": "a", "output": "b", "history": [["c"]]}, CHAT, "[question, answer] pairs"),
@@ -447,6 +480,12 @@ BAD_CONVERSATIONS: list[tuple[Any, Any, str]] = [
     ("hi", CHAT, "'messages' is of type str"),
     ([], CHAT, "'messages' is an empty list"),
     ([3], CHAT, "message 1 of field 'messages' is of type int"),
+    (["hi", "yo"], CHAT, "message 1 of field 'messages' is of type str, expected an object with role and content"),
+    (
+        [user("a"), answer("b", mask=False)],
+        CHAT,
+        "message 2 of field 'messages' has the field 'mask'; expected weight 0",
+    ),
     ([{"role": "boss", "content": "x"}], CHAT, "role 'boss'"),
     ([user("a"), answer(None)], CHAT, "content of message 2 of field 'messages' is missing or null"),
     ([user(IMAGE), answer("b")], CHAT, "a part of type 'image_url'"),
@@ -579,9 +618,16 @@ def test_hub_dataset_is_converted_and_checked_like_a_file(monkeypatch: pytest.Mo
     refused("owner/name", "owner/name, row 2: field 'instruction' is missing")
 
 
+def wrapped() -> Exception:
+    error = RuntimeError("An error occurred while generating the dataset")
+    error.__cause__ = ValueError("line 3 is torn")
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "part"),
     [
+        (wrapped(), "could not be loaded, split 'train' (line 3 is torn)"),
         (ConnectionError("Couldn't reach the Hub"), "owner/name: no such file, and the hub could not be reached"),
         (ValueError("Config name is missing.\nPick one of a, b"), "Config name is missing. Pick one of a, b"),
     ],
