@@ -29,7 +29,7 @@ NO_DATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_di
 MOST_NAMED = 10
 """Names of files in one line."""
 
-_SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5,}-of-\d{5,}\.")
+_SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^.]*\.")
 
 
 def has_own_loading(folder: Path) -> bool:
@@ -76,7 +76,8 @@ def fingerprint_of(files: Sequence[Path], of_one: Callable[[Path], str]) -> str:
 
 def say_unread(folder: Path, read: list[Path]) -> None:
     """Warn in one line of the files of a folder that are not read."""
-    others = [(path, path.relative_to(folder)) for path in _files_of(folder) if path not in read]
+    known = set(read)
+    others = [(path, path.relative_to(folder)) for path in _files_of(folder) if path not in known]
     if others:
         shown = [
             f"{own} (split {split_of(own)!r})" if _is_data(path) else str(own) for path, own in others[:MOST_NAMED]

@@ -86,7 +86,9 @@ def parse_message(item: Any, what: str, chat_template: str = "") -> tuple[Messag
         raise RowError(f"{what} has role {name!r}, expected one of {', '.join(ROLES)}.")
     role = name if name == "developer" and reads(chat_template, name) else ROLES[name]
     if mask := next((key for key in MASKS if item.get(key) is not None), None):
-        raise RowError(f"{what} has the field {mask!r}; expected weight 0 for what is not to be learned, or 1.")
+        raise RowError(
+            f"{what} has {mask!r}, which tools mean in different ways; give it weight 0 if it is not learned, else 1."
+        )
     own = {"role", "from", "content", "value", *FLAGS}
     more = {key: value for key, value in item.items() if value is not None and key not in own}
     if "function_call" in more:  # OpenAI's older form

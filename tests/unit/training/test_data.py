@@ -22,6 +22,7 @@ from pat.errors import PatError
 from pat.training import sources
 from pat.training.alpaca_chat import alpaca_chat
 from pat.training.data import load_training_data
+from pat.training.data_files import split_of
 from pat.training.formats import listed
 
 STORIES = Path(__file__).resolve().parents[2] / "data" / "stories260K"
@@ -352,6 +353,32 @@ def test_a_folder_has_the_splits_that_its_files_name(tmp_path: Path, split: str,
     refused(folder, "split 'other'", "'validation', 'train', 'test'", split="other")
 
 
+def test_a_table_of_a_folder_is_made_anew_when_one_of_its_files_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "SMALL_BYTES", 1)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = folder_of(tmp_path / "data", {"a.jsonl": one("a"), "b.jsonl": one("b")})
+    first, again = (load_training_data(folder, held_out=0).source for _ in range(2))
+    assert first.key is not None and again.key == first.key
+    folder_of(folder, {"b.jsonl": one("b") + one("c")})
+    assert load_training_data(folder, held_out=0).train["completion"][:] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [
+        ("data/train_sft-00000-of-00002-1a2b.parquet", "train_sft"),
+        ("latest.jsonl", "train"),
+        ("train/test.jsonl", "train"),
+        ("dev-2/a.csv", "validation"),
+        ("my_Test2.json", "test"),
+    ],
+)
+def test_a_path_names_its_split(path: str, split: str) -> None:
+    assert split_of(Path(path)) == split
+
+
 def test_what_a_sole_file_is_called_does_not_matter(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "data", {"sub/test.jsonl": one("a")})
     assert load_training_data(folder, held_out=0).num_rows == 1
@@ -484,7 +511,7 @@ BAD_CONVERSATIONS: list[tuple[Any, Any, str]] = [
     (
         [user("a"), answer("b", mask=False)],
         CHAT,
-        "message 2 of field 'messages' has the field 'mask'; expected weight 0",
+        "message 2 of field 'messages' has 'mask', which tools mean in different ways; give it weight 0",
     ),
     ([{"role": "boss", "content": "x"}], CHAT, "role 'boss'"),
     ([user("a"), answer(None)], CHAT, "content of message 2 of field 'messages' is missing or null"),
