@@ -11,6 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import metadata_load
 
+from pat.checkpoint.card import shown_name
 from pat.errors import PatError, one_line
 from pat.readers import READERS, SUFFIXES, data_suffix
 
@@ -84,7 +85,7 @@ def say_unread(folder: Path, read: list[Path]) -> None:
         ]
         more = f" and {len(others) - MOST_NAMED:,} more" if len(others) > MOST_NAMED else ""
         what = "1 file is" if len(others) == 1 else f"{len(others):,} files are"
-        logger.warning("%s: %s not read: %s%s.", folder, what, ", ".join(shown), more)
+        logger.warning("%s: %s not read: %s%s.", shown_name(str(folder)), what, ", ".join(shown), more)
 
 
 def split_of(path: Path) -> str:

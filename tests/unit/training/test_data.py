@@ -332,7 +332,7 @@ def test_the_files_of_a_folder_are_read_as_each_by_itself(tmp_path: Path, caplog
     assert pairs == [("a", "a"), ("007", "NA"), ("c", "c"), ("1.50", "1e5")]
     assert (data.num_rows, data.num_dropped) == (5, 1)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{folder}: 5 files are not read: .hidden.jsonl, Eval/d.jsonl (split 'test'), config.json, "
+        "data: 5 files are not read: .hidden.jsonl, Eval/d.jsonl (split 'test'), config.json, "
         "more/test_1.csv (split 'test'), notes.txt."
     ]
     known = load_training_data(folder.rename(tmp_path / "moved"), tokenizer=CHAT, held_out=0).source.fingerprint
