@@ -27,6 +27,9 @@ KEYWORDS = {
 NO_DATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 """Files with the suffix of data that tell of data, or of a model."""
 
+ABOUT = {"README.md", "LICENSE"}
+"""Files that nobody takes for data, so that nothing is said of them."""
+
 MOST_NAMED = 10
 """Names of files in one line."""
 
@@ -78,7 +81,9 @@ def fingerprint_of(files: Sequence[Path], of_one: Callable[[Path], str]) -> str:
 def say_unread(folder: Path, read: list[Path]) -> None:
     """Warn in one line of the files of a folder that are not read."""
     known = set(read)
-    others = [(path, path.relative_to(folder)) for path in _files_of(folder) if path not in known]
+    others = [
+        (path, path.relative_to(folder)) for path in _files_of(folder) if path not in known and path.name not in ABOUT
+    ]
     if others:
         shown = [
             f"{own} (split {split_of(own)!r})" if _is_data(path) else str(own) for path, own in others[:MOST_NAMED]
