@@ -94,8 +94,11 @@ def _least_ratio(asked: str, choose: Callable[[float], Shape], is_met: Callable[
                 return high
         except PatError as error:
             obstacle = error
-    detail = "" if obstacle is None else f" ({obstacle})"
-    raise PatError(f"Got {asked}, which these axes cannot come to{detail}; add axes, or ask for less.") from obstacle
+    try:
+        furthest = f"; the furthest that they go is {choose(low).describe()}"
+    except PatError:  # not even the least ratio has a shape
+        furthest = "" if obstacle is None else f" ({obstacle})"
+    raise PatError(f"Got {asked}, which these axes cannot come to{furthest}. Add axes, or give a larger target.")
 
 
 def _is_fast_enough(share: float, base_config: Any) -> Callable[[Shape], bool]:
