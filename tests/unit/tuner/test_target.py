@@ -71,7 +71,7 @@ def test_the_predicted_time_is_met_and_hardly_undercut(config: PretrainedConfig,
         ({"target_latency": 1.5}, r"target_latency=1.5; expected a finite number that is above 0 and below 1"),
         (
             {"target_latency": 0.01},
-            "target_latency=0.01, which these axes cannot come to; the furthest that they go is hidden size",
+            "target_latency=0.01, which these axes cannot come to; the furthest that they go is MLP channels 512 to 1",
         ),
         ({"target_bytes": "1MB", "untie_word_embeddings": True}, "target_bytes=1MB with untie_word_embeddings"),
         ({"target_latency": 0.5, "pruning_ratio": 0.2}, "both pruning_ratio=0.2 and target_latency=0.5"),
