@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -124,6 +125,18 @@ class TokenSetup:
         generation.eos_token_id = _with_first(tokenizer.eos_token_id, listed)
         generation.bos_token_id = ids["bos_token_id"]
         return cls(tokenizer, generation, ids)
+
+    @property
+    def ends(self) -> list[int]:
+        """Tokens with which generation stops."""
+        known = self.generation_config.eos_token_id
+        return list(known) if isinstance(known, list) else [] if known is None else [cast(int, known)]
+
+    def ending_with(self, more: Sequence[int]) -> TokenSetup:
+        """Return a copy with which generation stops at further tokens, too."""
+        generation = copy.deepcopy(self.generation_config)
+        generation.eos_token_id = list(dict.fromkeys([*self.ends, *more]))
+        return replace(self, generation_config=generation)
 
     def describe(self, config: PretrainedConfig) -> None:
         """Set the special tokens of a configuration that is about to be written."""

@@ -33,6 +33,8 @@ class Counts:
     num_left: Numbers
     """Those of them that are left after the cut."""
     largest_token: int
+    ends: Counter[int]
+    """How often each token ends what is to be learned, before the cut; see `EndFinder`."""
     num_unread: int
     """Examples that say something which the chat template does not mention."""
     unread: tuple[str, ...]
@@ -55,11 +57,12 @@ def count(rows: Dataset, *, shown: bool = False) -> Counts:
 def _count(rows: Dataset, progress: Phase) -> Counts:
     lengths: dict[str, list[Numbers]] = {"num_tokens": [], "num_targets": [], "num_left": []}
     unread: Counter[str] = Counter()
+    ends: Counter[Any] = Counter()
     there: list[npt.NDArray[np.bool_]] = []
     largest = num_glued = num_openings = 0
     first_refusal = ""
     last_opening = -1  # a conversation may lie across two batches
-    for batch in batches_of(rows, [*lengths, "input_ids", "unread", "glued", "opens", "refusal", ROW]):
+    for batch in batches_of(rows, [*lengths, "input_ids", "unread", "glued", "opens", "refusal", "end", ROW]):
         progress.done += len(batch)
         is_there = pc.equal(batch["refusal"], "")
         there.append(is_there.to_numpy())
@@ -71,11 +74,12 @@ def _count(rows: Dataset, progress: Phase) -> Counts:
             found.append(batch[name].to_numpy().astype(np.int32))
         largest = max(largest, pc.max(pc.list_flatten(batch["input_ids"])).as_py() or 0)
         unread.update(_occurring(batch["unread"]))
+        ends.update(_occurring(batch["end"]))
         num_glued += pc.sum(batch["glued"]).as_py() or 0
         openings = np.unique(batch[ROW].filter(batch["opens"]).to_numpy())
         num_openings += int((openings > last_opening).sum())
         last_opening = int(openings[-1]) if len(openings) else last_opening
-    del unread[""]
+    del unread[""], ends[None]
     names = {name for several in unread for name in several.split(", ")}
     joined = {name: np.concatenate([np.zeros(0, np.int32), *found]) for name, found in lengths.items()}
     all_there = np.concatenate([np.zeros(0, np.bool_), *there])
@@ -85,6 +89,7 @@ def _count(rows: Dataset, progress: Phase) -> Counts:
         num_refused=int((~all_there).sum()),
         first_refusal=first_refusal,
         largest_token=largest,
+        ends=ends,
         num_unread=unread.total(),
         unread=tuple(sorted(names)),
         num_glued=num_glued,
@@ -105,6 +110,7 @@ def counts_of_batch(encoded: Mapping[str, Sequence[Any]], is_first: Sequence[boo
         **arrays,
         indices=np.array(indices, np.int64),
         largest_token=max((max(encoded["input_ids"][place], default=0) for place in indices), default=0),
+        ends=Counter(end for place in indices if (end := encoded["end"][place]) is not None),
         num_unread=names.total(),
         unread=tuple(sorted({name for several in names for name in several.split(", ")})),
         num_glued=sum(encoded["glued"]),

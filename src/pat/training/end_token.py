@@ -1,18 +1,21 @@
-"""Whether a model can learn to end its answers with the token that ends them in the data."""
+"""The tokens with which answers end in the data, and whether a model can learn to stop there."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from pat.nll import IGNORED, Example
-from pat.training.vocabulary import Vocabulary
+from pat.loading import TokenSetup
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from pat.training.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -22,15 +25,59 @@ SAME = 0.01
 ROWS_AT_ONCE = 8192
 
 
-def end_of(examples: Iterable[Example]) -> int | None:
-    """Return the token with which most of some examples end what is to be learned; None if there is nothing."""
-    ends = Counter(example["labels"][-1] for example in examples if len(example["labels"]))
-    ends.pop(IGNORED, None)
-    return ends.most_common(1)[0][0] if ends else None
+NO_END = -1
+"""Stands for the end of an answer after which no special token comes."""
+
+SHARE_OF_ENDS = 0.1
+"""A token ends answers if it does so in this share of a source: calls of tools may end otherwise than texts."""
+
+
+class EndFinder:
+    """Finds the special or added token that ends what is learned; blank tokens may follow it, as in ChatML."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.marks = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
+        self.blank: dict[int, bool] = {}
+
+    def __call__(self, learned: Sequence[int]) -> int | None:
+        """Return the token, `NO_END` if there is none, and None if nothing is learned."""
+        for token in reversed(learned):
+            if token in self.marks:
+                return token
+            if token not in self.blank:
+                self.blank[token] = not cast(str, self.tokenizer.decode([token])).strip()
+            if not self.blank[token]:
+                break
+        return NO_END if len(learned) else None
+
+
+def ends_of(counts: Iterable[Counter[int]]) -> list[int]:
+    """Return the tokens that end answers, the most frequent first, of counts of the ends of each source's examples."""
+    found: Counter[int] = Counter()
+    for ends in counts:
+        found.update({end: num for end, num in ends.items() if num >= SHARE_OF_ENDS * ends.total()})
+    del found[NO_END]
+    return [end for end, _ in found.most_common()]
+
+
+def taught_to_stop(tokens: TokenSetup, ends: Sequence[int]) -> TokenSetup:
+    """Return the tokens to write, with all that end answers in the data; those that were not among them are said."""
+    known, new = tokens.ends, [end for end in ends if end not in tokens.ends]
+    if not new:
+        return tokens
+    names = tokens.tokenizer.convert_ids_to_tokens
+    logger.warning(
+        "Answers end with %s in the data, and a text by tokenizer and base with %s; generation_config.json is written "
+        "with all of them, so that generation stops there.",
+        " or ".join(repr(names(end)) for end in new),
+        " or ".join(repr(names(end)) for end in known) or "nothing",
+    )
+    return tokens.ending_with(new)
 
 
 @torch.no_grad()
-def warn_of_end_token(vocabulary: Vocabulary, model: PreTrainedModel, end: int | None, trained: Sequence[str]) -> None:
+def warn_of_end_token(vocabulary: Vocabulary, model: PreTrainedModel, end: int, trained: Sequence[str]) -> None:
     """Warn if the head cannot tell an end token from others, as where a base was never trained on it.
 
     The tokens then get the same logit whatever comes before, and no adapter can change that. Nothing is said where the
@@ -39,13 +86,13 @@ def warn_of_end_token(vocabulary: Vocabulary, model: PreTrainedModel, end: int |
     Args:
         vocabulary: of the run.
         model: the base.
-        end: the token that ends answers in the data.
+        end: a token that ends answers in the data.
         trained: names, or ends of names, of modules that are trained beside the adapter.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     names = [name for name, module in model.named_modules() if module is head or module is embedding]
     weight = getattr(head, "weight", None)
-    if end is None or end in vocabulary.added or any(name.endswith(tuple(trained)) for name in names):
+    if end in vocabulary.added or any(name.endswith(tuple(trained)) for name in names):
         return
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or end >= len(weight):
         return

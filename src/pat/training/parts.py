@@ -21,8 +21,9 @@ from pat.training.data import (
     parse_held_out,
     reading_with,
 )
-from pat.training.data_record import DataRecord, combined, held_out_remarks, make_record, remarks
+from pat.training.data_record import DataRecord, combined, make_record
 from pat.training.mixture import apportioned, drawn, mixed, quotas, shares
+from pat.training.remarks import held_out_remarks, remarks
 from pat.training.sources import check_exists, load_source
 from pat.training.streamed import StreamedSource, open_source
 from pat.training.tokens import Encoder, Truncation, encode

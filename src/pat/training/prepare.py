@@ -26,7 +26,8 @@ from pat.training.calibration_text import calibration_pieces
 from pat.training.conversion import TemplateChoice
 from pat.training.counts import Counts, count, count_tokens
 from pat.training.data import TrainingData, load_training_data
-from pat.training.data_record import DataRecord, make_record, remarks
+from pat.training.data_record import DataRecord, make_record
+from pat.training.end_token import ends_of
 from pat.training.general import General
 from pat.training.parts import (
     SOURCE,
@@ -39,6 +40,7 @@ from pat.training.parts import (
     open_parts,
     records_of,
 )
+from pat.training.remarks import remarks
 from pat.training.stream import Stream
 from pat.training.tables import ROWS_AT_ONCE
 from pat.training.tokens import TRAINED_ON, Encoder, Truncation, encode, learns
@@ -74,6 +76,8 @@ class Prepared:
     """Number of tokens of the longest row of it."""
     evaluation: Dataset | None
     """Rows in the same columns to evaluate on, where the trainer is to evaluate."""
+    ends: Sequence[int]
+    """Tokens that end answers."""
     held_out: Sequence[Example]
     """Examples to measure on, cut like those that are trained on."""
     held_out_groups: Sequence[int]
@@ -158,6 +162,7 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
         num_tokens=_num_packed_tokens(train) if cut.packing else num_tokens,
         longest=cut.max_length if cut.packing and cut.max_length else max(_longest(found, cut) for found in counts),
         evaluation=_evaluation(apart, sft, cut),
+        ends=ends_of(found.ends for found in counts),
         held_out=held_out,
         held_out_groups=of_many,
         held_out_of_base=of_base,

@@ -40,7 +40,7 @@ def greedy_answers(model: PreTrainedModel, data: Prepared) -> list[tuple[str, st
     try:
         with phase("Answering held-out prompts"):
             return [
-                (cast(str, tokenizer.decode(prompt)), _answer(model, tokenizer, prompt))
+                (cast(str, tokenizer.decode(prompt)), _answer(model, tokenizer, prompt, data.ends))
                 for prompt in _prompts(data.held_out)
             ]
     except Exception as error:  # whatever a family's own generation raises; training and merge do not need it
@@ -65,12 +65,13 @@ def _prompts(examples: Sequence[Example]) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> str:
+def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], ends: Sequence[int]) -> str:
     ids = torch.tensor([prompt], device=model.device)
+    ends = [*ends, *(() if tokenizer.eos_token_id is None else [cast(int, tokenizer.eos_token_id)])]
     greedy = GenerationConfig(
         do_sample=False,
         max_new_tokens=MAX_NEW_TOKENS,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends or None,
         pad_token_id=tokenizer.pad_token_id,
     )
     with evaluating(model):

@@ -21,6 +21,7 @@ from pat.nll import IGNORED
 from pat.report.progress import bars_of_datasets, phase
 from pat.training.conversion import PLACE, ROW
 from pat.training.data import chat_template_of
+from pat.training.end_token import EndFinder
 from pat.training.messages import reads
 from pat.training.tables import ROWS_AT_ONCE, cache_folder, cached_table, digest
 
@@ -35,6 +36,7 @@ FEATURES = Features(
         **dict.fromkeys(TRAINED_ON, List(Value("int32"))),  # after the cut
         **dict.fromkeys(("num_tokens", "num_targets"), Value("int64")),  # before it; targets are what is learned
         "num_left": Value("int64"),  # targets after it
+        "end": Value("int64"),  # the token that ends what is learned, before the cut; see `EndFinder`
         "unread": Value("string"),  # fields and options that the chat template does not mention
         "opens": Value("bool"),  # whether the first message of the prompt is an assistant's
         "glued": Value("bool"),  # whether prompt and completion, strings, follow each other without a gap
@@ -125,6 +127,7 @@ class Encoder:
         starts = [0] * len(full)
         if prompts is not None and self.completion_only:
             starts = [_common_prefix(prompt, ids) for prompt, ids in zip(prompts, full, strict=True)]
+        find_end = EndFinder(self.tokenizer)
         labels = [self.cut([IGNORED] * start + ids[start:]) for start, ids in zip(starts, full, strict=True)]
         return {
             "input_ids": [self.cut(ids) for ids in full],
@@ -132,6 +135,7 @@ class Encoder:
             "num_tokens": [len(ids) for ids in full],
             "num_targets": [len(ids) - start for start, ids in zip(starts, full, strict=True)],
             "num_left": [len(row) - row.count(IGNORED) for row in labels],
+            "end": [find_end(ids[start:]) for start, ids in zip(starts, full, strict=True)],
             "unread": unread,
             "opens": opens,
             "glued": glued,

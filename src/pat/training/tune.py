@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -29,7 +28,7 @@ from pat.training.announce import announce
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.base import load, load_again
 from pat.training.check import check, check_run
-from pat.training.end_token import end_of, warn_of_end_token
+from pat.training.end_token import taught_to_stop, warn_of_end_token
 from pat.training.folder import CHECKPOINTS, MODEL, RESULTS, clear, find_finished, find_start, run_folder, sweep
 from pat.training.prepare import Prepared, prepare
 from pat.training.push import open_repository, push
@@ -42,9 +41,6 @@ from pat.training.stages import Stages
 from pat.training.trained import Trained
 
 logger = logging.getLogger(__name__)
-
-NUM_ROWS_FOR_END = 64
-"""Number of examples that are looked at to see how answers end."""
 
 
 def tune(**flags: Any) -> TuneResult:
@@ -93,9 +89,8 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
         is_new = start.checkpoint is None and not start.is_trained
         announce(arguments, checked, data, base, num_steps, is_new=is_new)
         data.vocabulary.fit(base)
-        # A packed row ends anywhere, so that nothing is known of how answers end.
-        end = None if arguments.sft.packing else end_of(islice(data.train, NUM_ROWS_FOR_END))
-        warn_of_end_token(data.vocabulary, base, end, arguments.model.lora_modules_to_save or ())
+        for end in data.ends:
+            warn_of_end_token(data.vocabulary, base, end, arguments.model.lora_modules_to_save or ())
         answers = ranks.first(partial(greedy_answers, base, data))
         tokens = _tokens(arguments, data, base, data.vocabulary.config_of(checked.base_config))
         stages = Stages(
@@ -246,7 +241,8 @@ def _tokens(arguments: TuneArguments, data: Prepared, base: PreTrainedModel, bas
     name, revision = arguments.run.model_name_or_path, arguments.model.model_revision
     written = data.vocabulary.written or data.vocabulary.tokenizer
     own = load_plain_tokenizer(name, revision=revision)
-    return TokenSetup.of(base_config, base.generation_config, written, base_tokenizer=own)
+    tokens = TokenSetup.of(base_config, base.generation_config, written, base_tokenizer=own)
+    return taught_to_stop(tokens, data.ends)
 
 
 def _examine(

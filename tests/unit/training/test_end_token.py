@@ -1,21 +1,47 @@
 """A base that was never trained on the token that ends its answers is said to be one."""
 
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 from tiny_models import build, tiny_tokenizer
+from transformers import GenerationConfig
 
-from pat.nll import IGNORED
-from pat.training.end_token import end_of, warn_of_end_token
+from pat.loading import TokenSetup
+from pat.training.end_token import NO_END, EndFinder, ends_of, taught_to_stop, warn_of_end_token
 from pat.training.vocabulary import Vocabulary
 
 
-def test_the_end_is_what_most_answers_end_with() -> None:
-    rows = [[IGNORED, 5, 2], [IGNORED, 7, 2], [IGNORED, 9], [3, IGNORED], []]
-    assert end_of({"input_ids": row, "labels": row} for row in rows) == 2
-    assert end_of([]) is None and end_of([{"input_ids": [1], "labels": [IGNORED]}]) is None
+def test_the_end_is_the_last_special_token_but_for_blank_ones() -> None:
+    tokenizer = tiny_tokenizer()
+    find = EndFinder(tokenizer)
+    user, eos = cast(int, tokenizer.convert_tokens_to_ids("<|user|>")), cast(int, tokenizer.eos_token_id)
+    yes, blank = (
+        tokenizer("yes", add_special_tokens=False)["input_ids"],
+        tokenizer.encode(" ", add_special_tokens=False),
+    )
+    assert not cast(str, tokenizer.decode(blank)).strip() and yes
+    assert find([user, *yes, eos]) == find([*yes, user, eos, *blank, *blank]) == eos
+    assert find([eos, *yes]) == find([*yes, *blank]) == NO_END and find([]) is None
+
+
+def test_answers_have_several_ends_if_each_is_no_rare_one() -> None:
+    counts = [Counter({5: 80, 6: 19, 7: 1, NO_END: 100}), Counter({2: 3})]
+    assert ends_of(counts) == [5, 2] and ends_of([Counter({5: 80, 6: 19}), counts[1]]) == [5, 6, 2]
+
+
+def test_generation_stops_where_answers_end(caplog: pytest.LogCaptureFixture) -> None:
+    config, tokenizer = build("llama", tied=True).config, tiny_tokenizer()
+    tokens = TokenSetup.of(config, GenerationConfig(eos_token_id=[2, 6]), tokenizer)
+    assert taught_to_stop(tokens, [6, 2]) is tokens and not caplog.messages
+    written = taught_to_stop(tokens, [5, 2]).generation_config
+    assert written.eos_token_id == [2, 6, 5] and tokens.generation_config.eos_token_id == [2, 6]
+    assert "Answers end with '<|user|>'" in caplog.messages[0] and "'</s>'" in caplog.messages[0]
+    # A merge takes up what stands beside the adapter.
+    assert TokenSetup.of(config, written, tokenizer).ends == [2, 6, 5]
+    assert taught_to_stop(TokenSetup.of(config, None, tokenizer), [5]).ends == [2, 5]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -37,7 +63,6 @@ def test_an_end_token_that_looks_like_others_is_said(tied: bool, caplog: pytest.
     # It is trained, one way or the other, or not known.
     warn_of_end_token(Vocabulary(tokenizer, model.config.vocab_size, added=(end,)), model, end, ())
     warn_of_end_token(vocabulary, model, end, ["lm_head"])
-    warn_of_end_token(vocabulary, model, None, ())
     quantised = SimpleNamespace(weight=head.to(torch.uint8))
     ends = {"get_output_embeddings": lambda: quantised, "get_input_embeddings": lambda: None}
     other = SimpleNamespace(**ends, named_modules=lambda: [])

@@ -253,6 +253,19 @@ def test_what_does_not_reach_the_model_is_said(base: Path, caplog: pytest.LogCap
     assert lines_of(caplog) == []
 
 
+@pytest.mark.parametrize("flags", [{}, {"packing": True}, {"streaming": True, "max_steps": 1, "held_out": "1"}])
+def test_ends_of_answers_are_known_however_rows_are_cut(
+    flags: Any, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chats = [{"messages": [say("user", "fox"), say("assistant", f"the dog {number}")]} for number in range(8)]
+    tokenizer = make_tokenizer()
+    for end, ends in (("<|tool|>\n", [SPECIAL.index("<|tool|>")]), ("", [])):
+        tokenizer.chat_template = CHAT_TEMPLATE.replace("<eos>\n", end)
+        tokenizer.save_pretrained(base)
+        assert prepared(base, chats, **({"max_length": 10} | flags)).ends == ends
+        assert any("is not taught to stop" in line for line in lines_of(caplog)) == (not ends)
+
+
 def test_a_row_that_the_template_refuses_is_named(base: Path) -> None:
     rows = [{"messages": [say("user", text), say("assistant", "b")]} for text in ("a", "b", "refuse")]
     with pytest.raises(PatError, match=r"data\.jsonl, line 3: the tokenizer's chat template refuses it \(not this\)"):

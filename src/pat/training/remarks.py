@@ -1,0 +1,80 @@
+"""A line for everything of the data that is left out, cut or doubtful."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pat.training.counts import Counts
+from pat.training.data import TrainingData
+from pat.training.data_record import DataRecord
+from pat.training.end_token import NO_END
+from pat.training.formats import listed
+from pat.training.tokens import Truncation
+
+
+def remarks(record: DataRecord, data: TrainingData, counts: Counts, cut: Truncation) -> Iterator[str]:
+    """Yield a line for everything of the data that is left out, cut, or not as it may be meant."""
+    all_examples = f"of {record.num_examples:,} examples"
+    if record.num_skipped:
+        first = data.source.first_bad or counts.first_refusal
+        yield f"{record.num_skipped:,} rows cannot be used and are skipped, as --on_bad_row says; the first is {first}"
+    if data.num_held_out_bad:
+        first = f"; the first is {data.first_held_out_bad}" if data.first_held_out_bad else "."
+        yield f"{data.num_held_out_bad:,} held-out rows cannot be used and are skipped, as --on_bad_row says{first}"
+    if record.num_dropped:
+        yield f"{record.num_dropped:,} of {record.num_rows:,} rows have no response and are left out."
+    if record.num_held_out_dropped:
+        yield f"{record.num_held_out_dropped:,} held-out rows have no response and are left out."
+    if record.num_unlearned_openings:
+        yield (
+            f"In {record.num_unlearned_openings:,} rows the conversation opens with a message of the assistant; it is "
+            "read and not learned, as nothing comes before it."
+        )
+    if record.unused_columns:
+        yield f"These columns are not read: {listed(record.unused_columns)}."
+    if counts.num_unread:
+        names = ", ".join(counts.unread)
+        yield (
+            f"The chat template does not mention {names}, so what {counts.num_unread:,} {all_examples} say there "
+            "is left out; use a --chat_template_path that expresses it."
+        )
+    if data.source.template == "chat" and (num_endless := counts.ends[NO_END]):
+        yield (
+            f"Under the chat template {num_endless:,} {all_examples} end their answer without a special token, so that "
+            "the model is not taught to stop; use a --chat_template_path that ends answers with the end token."
+        )
+    is_plain = data.source.template is None and data.source.format.name == "prompt-completion"
+    if is_plain and 2 * counts.num_glued > record.num_examples:
+        yield (
+            f"In {counts.num_glued:,} {all_examples} the completion follows its prompt without a space, "
+            "a line break or a template between them; end prompts with one, or use --template chat or alpaca."
+        )
+    if cut.room is not None and record.num_cut_tokens:
+        text, num_longer = record.format == "text", int((counts.num_tokens > cut.room).sum())
+        yield (
+            f"{num_longer:,} {all_examples} are cut at --max_length {cut.max_length}: {record.num_cut_tokens:,} of "
+            f"{record.num_tokens:,} tokens are dropped, {record.num_cut_target_tokens:,} of them to learn; raise it"
+            + (
+                ", or drop none by --packing true --packing_strategy wrapped."
+                if text and not record.is_streamed
+                else "."
+            )
+        )
+    if record.num_truncated and record.format != "text" and not cut.keeps_end:
+        yield f"{record.num_truncated:,} {all_examples} lose the end of their response, so that it never stops."
+    if record.num_cut_away:
+        yield (
+            f"{record.num_cut_away:,} {all_examples} have no response left within --max_length {cut.max_length} and do "
+            "not count; raise it, or keep responses by --truncation_mode keep_end."
+        )
+
+
+def held_out_remarks(record: DataRecord, rows: Sequence[Mapping[str, Any]], cut: Truncation) -> Iterator[str]:
+    """Yield a line if held-out examples, given whole, are cut."""
+    num_longer = 0 if cut.room is None else sum(len(row["input_ids"]) > cut.room for row in rows)
+    if num_longer:
+        yield (
+            f"{num_longer:,} of {len(rows):,} held-out examples are cut likewise; {record.num_held_out:,} have a "
+            "response left to be measured."
+        )
