@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,10 @@ class Counts:
     """Examples that say something which the chat template does not mention."""
     unread: tuple[str, ...]
     """Names of such things."""
+    omitted: Counter[str]
+    """How often the chat template leaves out what is joined here by commas; see `left_out`."""
+    doubled: Counter[str]
+    """How often special tokens at the ends of an example, joined by commas, come twice."""
     num_glued: int
     """Examples without anything that tells where the prompt ends and the completion begins."""
     num_openings: int
@@ -56,13 +60,12 @@ def count(rows: Dataset, *, shown: bool = False) -> Counts:
 
 def _count(rows: Dataset, progress: Phase) -> Counts:
     lengths: dict[str, list[Numbers]] = {"num_tokens": [], "num_targets": [], "num_left": []}
-    unread: Counter[str] = Counter()
-    ends: Counter[Any] = Counter()
+    occurring: dict[str, Counter[Any]] = {name: Counter() for name in ("unread", "end", "omitted", "doubled")}
     there: list[npt.NDArray[np.bool_]] = []
     largest = num_glued = num_openings = 0
     first_refusal = ""
     last_opening = -1  # a conversation may lie across two batches
-    for batch in batches_of(rows, [*lengths, "input_ids", "unread", "glued", "opens", "refusal", "end", ROW]):
+    for batch in batches_of(rows, [*lengths, *occurring, "input_ids", "glued", "opens", "refusal", ROW]):
         progress.done += len(batch)
         is_there = pc.equal(batch["refusal"], "")
         there.append(is_there.to_numpy())
@@ -73,14 +76,15 @@ def _count(rows: Dataset, progress: Phase) -> Counts:
         for name, found in lengths.items():
             found.append(batch[name].to_numpy().astype(np.int32))
         largest = max(largest, pc.max(pc.list_flatten(batch["input_ids"])).as_py() or 0)
-        unread.update(_occurring(batch["unread"]))
-        ends.update(_occurring(batch["end"]))
+        for name, so_far in occurring.items():
+            so_far.update(_occurring(batch[name]))
         num_glued += pc.sum(batch["glued"]).as_py() or 0
         openings = np.unique(batch[ROW].filter(batch["opens"]).to_numpy())
         num_openings += int((openings > last_opening).sum())
         last_opening = int(openings[-1]) if len(openings) else last_opening
-    del unread[""], ends[None]
-    names = {name for several in unread for name in several.split(", ")}
+    for so_far in occurring.values():
+        del so_far[""], so_far[None]
+    unread = occurring["unread"]
     joined = {name: np.concatenate([np.zeros(0, np.int32), *found]) for name, found in lengths.items()}
     all_there = np.concatenate([np.zeros(0, np.bool_), *there])
     return Counts(
@@ -89,9 +93,11 @@ def _count(rows: Dataset, progress: Phase) -> Counts:
         num_refused=int((~all_there).sum()),
         first_refusal=first_refusal,
         largest_token=largest,
-        ends=ends,
+        ends=occurring["end"],
+        omitted=occurring["omitted"],
+        doubled=occurring["doubled"],
         num_unread=unread.total(),
-        unread=tuple(sorted(names)),
+        unread=tuple(sorted(_names(unread))),
         num_glued=num_glued,
         num_openings=num_openings,
     )
@@ -110,14 +116,24 @@ def counts_of_batch(encoded: Mapping[str, Sequence[Any]], is_first: Sequence[boo
         **arrays,
         indices=np.array(indices, np.int64),
         largest_token=max((max(encoded["input_ids"][place], default=0) for place in indices), default=0),
+        omitted=Counter(found for place in indices if (found := encoded["omitted"][place])),
+        doubled=Counter(found for place in indices if (found := encoded["doubled"][place])),
         ends=Counter(end for place in indices if (end := encoded["end"][place]) is not None),
         num_unread=names.total(),
-        unread=tuple(sorted({name for several in names for name in several.split(", ")})),
+        unread=tuple(sorted(_names(names))),
         num_glued=sum(encoded["glued"]),
         num_openings=sum(encoded["opens"][place] and is_first[place] for place in indices),
         num_refused=len(encoded["refusal"]) - len(indices),
         first_refusal=next(filter(None, encoded["refusal"]), ""),
     )
+
+
+def counted(joined: Counter[str]) -> Counter[str]:
+    """Return how often each name comes, of counts of names that are joined by commas."""
+    found: Counter[str] = Counter()
+    for names, num in joined.items():
+        found.update(dict.fromkeys(names.split(", "), num))
+    return found
 
 
 def count_tokens(rows: Dataset) -> Counter[int]:
@@ -126,6 +142,10 @@ def count_tokens(rows: Dataset) -> Counter[int]:
     for batch in batches_of(rows, ["input_ids"]):
         counts.update(_occurring(pc.list_flatten(batch["input_ids"])))
     return counts
+
+
+def _names(joined: Iterable[str]) -> set[str]:
+    return {name for several in joined for name in several.split(", ")}
 
 
 def _occurring(column: pyarrow.ChunkedArray) -> dict[Any, int]:

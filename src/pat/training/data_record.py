@@ -11,8 +11,9 @@ import numpy as np
 
 from pat.checkpoint.card import shown_name
 from pat.errors import PatError
-from pat.training.counts import Counts
+from pat.training.counts import Counts, counted
 from pat.training.data import TrainingData
+from pat.training.rendered import ANSWER
 from pat.training.tokens import Truncation
 
 
@@ -75,6 +76,11 @@ class DataRecord:
     num_unlearned_openings: int  # rows whose conversation opens with an answer, which is context alone
     num_held_out_dropped: int  # rows of a separate source without a response
     num_skipped: int = 0  # rows, and examples that the chat template refuses, that could not be used
+    num_without_targets: int = 0  # examples of which the chat template leaves nothing to learn
+    num_prompts_in_part: int = 0  # examples of which it leaves out messages other than the answer
+    num_answers_in_part: int = 0  # examples of which it leaves out parts of the answer
+    num_double_bos: int = 0  # examples that begin with two beginning-of-sequence tokens
+    num_double_eos: int = 0  # examples that end with two end-of-sequence tokens
     num_held_out: int = 0  # examples that are measured
     sources: tuple[SourceRecord, ...] = ()  # of several that are mixed; the counts above are sums over them
     is_streamed: bool = False  # the counts are of what was read until the end of training, each row counted once
@@ -123,9 +129,15 @@ def make_record(data: TrainingData, counts: Counts, cut: Truncation) -> DataReco
     if not left.any():
         if counts.num_refused and not len(left):
             raise PatError(f"All examples are refused, as {counts.first_refusal}")
+        if not targets.any():
+            raise PatError(
+                f"None of {len(targets)} examples has anything to learn: the chat template leaves out their answers; "
+                "use a --chat_template_path that expresses them."
+            )
+        before = (tokens - targets)[targets > 0]
         raise PatError(
-            f"All {len(left)} responses are truncated away: got max_length {cut.max_length}, but even the shortest "
-            f"prompt with one response token takes {(tokens - targets).min() + 1}; pass a larger --max_length."
+            f"All {len(before)} responses are truncated away: got max_length {cut.max_length}, but even the shortest "
+            f"prompt with one response token takes {before.min() + 1}; pass a larger --max_length."
         )
     return DataRecord(
         source=shown_name(data.name),
@@ -152,7 +164,12 @@ def sums(counts: Counts, cut: Truncation, format: str) -> dict[str, Any]:
         "num_truncated": int((left < targets).sum()),
         "num_cut_tokens": 0 if cut.room is None else int((tokens - cut.room).clip(0).sum(dtype=np.int64)),
         "num_cut_target_tokens": int((targets - left).sum(dtype=np.int64)),
-        "num_cut_away": int((left == 0).sum()),
+        "num_cut_away": int(((left == 0) & (targets > 0)).sum()),
+        "num_without_targets": int((targets == 0).sum()),
+        "num_prompts_in_part": sum(num for names, num in counts.omitted.items() if names != ANSWER),
+        "num_answers_in_part": counted(counts.omitted)[ANSWER],
+        "num_double_bos": counted(counts.doubled)["bos"],
+        "num_double_eos": counted(counts.doubled)["eos"],
         # A prompt of its own is meant to be context alone.
         "num_unlearned_openings": counts.num_openings if format == "messages" else 0,
     }

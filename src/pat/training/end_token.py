@@ -52,6 +52,13 @@ class EndFinder:
         return NO_END if len(learned) else None
 
 
+def doubled(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Name the special tokens, bos and eos, that come twice since the tokenizer adds them to a text that has them."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    found = {"bos": list(ids[:2]) == [bos, bos], "eos": list(ids[-2:]) == [eos, eos]}
+    return ", ".join(name for name, is_so in found.items() if is_so)
+
+
 def ends_of(counts: Iterable[Counter[int]]) -> list[int]:
     """Return the tokens that end answers, the most frequent first, of counts of the ends of each source's examples."""
     found: Counter[int] = Counter()

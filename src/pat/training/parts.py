@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import numpy.typing as npt
 from datasets import Dataset
 
 from pat.errors import PatError
@@ -215,16 +216,18 @@ def epoch_of(
 
 
 def kept_of(rows: Dataset, counts: Counts, cut: Truncation) -> Dataset:
-    """Leave out what was refused and, as SFTTrainer does where it truncates, what has no token to learn left."""
-    indices = counts.indices
-    if cut.max_length is not None and not cut.packing:
-        indices = indices[counts.num_left > 0]
+    """Leave out what was refused, what has nothing to learn and, as SFTTrainer does, what the cut leaves nothing of."""
+    indices = counts.indices[_is_kept(counts, cut)]
     return rows if len(indices) == len(rows) else rows.select(indices)
 
 
 def lengths_of(counts: Counts, cut: Truncation) -> Numbers:
     """Return the number of tokens of each example that is trained on: the table is not looked through."""
-    if cut.max_length is None or cut.packing:
-        return counts.num_tokens
-    # And room for as many, since nothing is packed.
-    return counts.num_tokens[counts.num_left > 0].clip(max=cut.max_length)
+    lengths = counts.num_tokens[_is_kept(counts, cut)]
+    return lengths if cut.packing or cut.max_length is None else lengths.clip(max=cut.max_length)
+
+
+def _is_kept(counts: Counts, cut: Truncation) -> npt.NDArray[np.bool_]:
+    """Tell which examples are trained on."""
+    cuts = cut.max_length is not None and not cut.packing
+    return (counts.num_left if cuts else counts.num_targets) > 0

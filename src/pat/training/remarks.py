@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pat.training.counts import Counts
+from pat.training.counts import Counts, counted
 from pat.training.data import TrainingData
 from pat.training.data_record import DataRecord
 from pat.training.end_token import NO_END
 from pat.training.formats import listed
+from pat.training.rendered import ANSWER
 from pat.training.tokens import Truncation
 
 
@@ -38,6 +39,29 @@ def remarks(record: DataRecord, data: TrainingData, counts: Counts, cut: Truncat
         yield (
             f"The chat template does not mention {names}, so what {counts.num_unread:,} {all_examples} say there "
             "is left out; use a --chat_template_path that expresses it."
+        )
+    if counts.omitted:
+        found = counted(counts.omitted)
+        parts = [f"parts of the answer in {found.pop(ANSWER):,}"] if ANSWER in found else []
+        roles = [f"what messages of role {role} say in {num:,}" for role, num in sorted(found.items())]
+        yield (
+            f"The chat template leaves out {' and '.join([*roles, *parts])} {all_examples}; use a --chat_template_path "
+            "that expresses it, or leave it out of the data."
+        )
+    if record.num_without_targets:
+        yield (
+            f"{record.num_without_targets:,} {all_examples} have nothing to learn, since the chat template leaves out "
+            "their answer, and do not count; use a --chat_template_path that expresses it."
+        )
+    if record.num_double_bos:
+        yield (
+            f"{record.num_double_bos:,} {all_examples} begin with two beginning-of-sequence tokens: the tokenizer adds "
+            "one to that of the text; leave it out of the data."
+        )
+    if record.num_double_eos:
+        yield (
+            f"{record.num_double_eos:,} {all_examples} end with two end-of-sequence tokens: the tokenizer adds one to "
+            "that of the response; have it add none (add_eos_token in its tokenizer_config.json)."
         )
     if data.source.template == "chat" and (num_endless := counts.ends[NO_END]):
         yield (

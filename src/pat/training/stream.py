@@ -158,6 +158,7 @@ class Stream:
 
     def _of_source(self, number: int, tally: Tally) -> Iterator[dict[str, list[int]]]:
         source = self.sources[number]
+        kept_by = "num_targets" if self.encoder.cut.max_length is None else "num_left"
         for time in count():
             conversion = source.conversion()
             examples = _marked(source.examples(conversion))
@@ -170,9 +171,9 @@ class Stream:
                 if time == 0:
                     self._count(tally, number, conversion, encoded)
                 for ids, labels, left, refusal in zip(
-                    *(encoded[name] for name in (*TRAINED_ON, "num_left", "refusal")), strict=True
+                    *(encoded[name] for name in (*TRAINED_ON, kept_by, "refusal")), strict=True
                 ):
-                    if not refusal and (left or self.encoder.cut.max_length is None):
+                    if not refusal and left:
                         num_given += 1
                         yield {"input_ids": ids, "labels": labels}
             if not num_given:

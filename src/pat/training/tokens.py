@@ -21,8 +21,9 @@ from pat.nll import IGNORED
 from pat.report.progress import bars_of_datasets, phase
 from pat.training.conversion import PLACE, ROW
 from pat.training.data import chat_template_of
-from pat.training.end_token import EndFinder
+from pat.training.end_token import EndFinder, doubled
 from pat.training.messages import reads
+from pat.training.rendered import ANSWER, left_out
 from pat.training.tables import ROWS_AT_ONCE, cache_folder, cached_table, digest
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ FEATURES = Features(
         "num_left": Value("int64"),  # targets after it
         "end": Value("int64"),  # the token that ends what is learned, before the cut; see `EndFinder`
         "unread": Value("string"),  # fields and options that the chat template does not mention
+        "omitted": Value("string"),  # what the chat template leaves out, see `left_out`
+        "doubled": Value("string"),  # special tokens at the ends that the tokenizer repeats: bos, eos
         "opens": Value("bool"),  # whether the first message of the prompt is an assistant's
         "glued": Value("bool"),  # whether prompt and completion, strings, follow each other without a gap
         "refusal": Value("string"),  # why there are no tokens, if the example was skipped
@@ -103,6 +106,7 @@ class Encoder:
             PatError: the chat template refuses an example, or the tokenizer has no end-of-sequence token.
         """
         unread = [""] * len(next(iter(batch.values())))
+        omitted: list[set[str]] = [set()] * len(unread)
         opens, glued = [False] * len(unread), [False] * len(unread)
         refusals = [""] * len(unread)
         prompts: list[list[int]] | None = None
@@ -123,6 +127,10 @@ class Encoder:
             full, prompts = (self._ids(texts, add_special_tokens=False) for texts in chats)
             source = chat_template_of(self.tokenizer)
             unread = [", ".join(sorted(name for name in _names(row) if not reads(source, name))) for row in rows]
+            omitted = [
+                set() if refusal else left_out(row, whole, prompt, source)
+                for row, (whole, prompt, refusal) in zip(rows, rendered, strict=True)
+            ]
             opens = [[m["role"] for m in row["prompt"][:1]] == ["assistant"] for row in rows]
         starts = [0] * len(full)
         if prompts is not None and self.completion_only:
@@ -137,6 +145,12 @@ class Encoder:
             "num_left": [len(row) - row.count(IGNORED) for row in labels],
             "end": [find_end(ids[start:]) for start, ids in zip(starts, full, strict=True)],
             "unread": unread,
+            # That nothing is left of an answer is counted where there is nothing to learn.
+            "omitted": [
+                ", ".join(sorted(names if start < len(ids) else names - {ANSWER}))
+                for names, start, ids in zip(omitted, starts, full, strict=True)
+            ],
+            "doubled": [doubled(self.tokenizer, ids) for ids in full],
             "opens": opens,
             "glued": glued,
             "refusal": refusals,

@@ -266,6 +266,74 @@ def test_ends_of_answers_are_known_however_rows_are_cut(
         assert any("is not taught to stop" in line for line in lines_of(caplog)) == (not ends)
 
 
+TURN = "{{ '[' + m.role + ']' + TEXT + '<eos>' }}"
+ALL_BUT_TOOLS = "{% if m.role not in ['tool', 'system'] %}" + TURN.replace("TEXT", "m.content") + "{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("turn", "said"),
+    [
+        (TURN.replace("TEXT", "m.content | trim | tojson"), ""),
+        (TURN.replace("TEXT", "m.content | upper"), ""),
+        (ALL_BUT_TOOLS, "what messages of role system say in 1 and what messages of role tool say in 2 of 3 examples;"),
+        (TURN.replace("TEXT", "m.content.split('</think>')[-1]"), "parts of the answer in 1 of 3 examples;"),
+        (TURN.replace("TEXT", "m.content.replace('think>', 'reason>\n')"), ""),
+    ],
+)
+def test_what_a_template_leaves_out_is_counted_and_said(
+    turn: str, said: str, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}" + turn + "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    tokenizer.save_pretrained(base)
+    asked, thought = say("user", ' a "b" <c>\n\n d '), "<think>\nfox & dog</think>\nover"
+    rows = [
+        [say("system", "brown"), asked, say("tool", '{"sun": 1}'), say("assistant", thought)],
+        [asked, say("assistant", thought, weight=0), say("tool", "lazy"), say("assistant", "x")],
+        [asked, say("assistant", "jumps")],
+    ]
+    record = prepared(base, [{"messages": messages} for messages in rows]).record
+    lines = lines_of(caplog)
+    assert len(lines) == bool(said) and all(f"leaves out {said}" in line for line in lines)
+    assert record.num_prompts_in_part == 2 * ("role" in said) and record.num_answers_in_part == ("parts" in said)
+
+
+@pytest.mark.parametrize("max_length", [None, 64])
+def test_an_answer_of_which_nothing_is_rendered_is_not_called_truncated(
+    max_length: int | None, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages if 'no' not in m.content %}{{ m.content }}<eos>{% endfor %}"
+    tokenizer.save_pretrained(base)
+    chats = [{"messages": [say("user", "fox"), say("assistant", answer)]} for answer in ("no", "dog")]
+    data = prepared(base, chats, max_length=max_length)
+    [line] = lines_of(caplog)
+    assert "1 of 2 examples have nothing to learn, since the chat template leaves out their answer" in line
+    record = data.record
+    assert (record.num_without_targets, record.num_cut_away, record.num_answers_in_part) == (1, 0, 0)
+    assert len(data.train) == 1 and data.num_tokens == len(data.train[0]["input_ids"])
+    with pytest.raises(PatError, match="None of 2 examples has anything to learn: the chat template leaves out"):
+        prepared(base, chats[:1] * 2, max_length=max_length)
+
+
+def test_special_tokens_that_come_twice_are_counted_and_said(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = make_tokenizer(bos=True)
+    texts = [{"text": "<bos>the fox<eos>"}, {"text": "<bos>dog"}, {"text": "dog"}]
+    tokenizer.save_pretrained(base)
+    record = prepared(base, texts).record
+    [line] = lines_of(caplog)
+    assert "2 of 3 examples begin with two" in line and (record.num_double_bos, record.num_double_eos) == (2, 0)
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<bos>", "<eos>")]
+    adding = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=ids)
+    tokenizer.backend_tokenizer.post_processor = adding
+    tokenizer.save_pretrained(base)
+    record = prepared(base, [PAIR]).record
+    [line] = lines_of(caplog)
+    assert "1 of 1 examples end with two" in line and (record.num_double_bos, record.num_double_eos) == (0, 1)
+
+
 def test_a_row_that_the_template_refuses_is_named(base: Path) -> None:
     rows = [{"messages": [say("user", text), say("assistant", "b")]} for text in ("a", "b", "refuse")]
     with pytest.raises(PatError, match=r"data\.jsonl, line 3: the tokenizer's chat template refuses it \(not this\)"):
