@@ -24,7 +24,7 @@ from pat.training.data import (
 )
 from pat.training.data_record import DataRecord, combined, make_record
 from pat.training.mixture import apportioned, drawn, mixed, quotas, shares
-from pat.training.remarks import held_out_remarks, remarks
+from pat.training.remarks import held_out_remarks, overlap_remarks, position_remarks, remarks
 from pat.training.sources import check_exists, load_source
 from pat.training.streamed import StreamedSource, open_source
 from pat.training.tokens import Encoder, Truncation, encode
@@ -186,6 +186,17 @@ def records_of(
             logger.warning("%s%s", "In the first rows of the stream: " if is_streamed else "", named)
         records.append(record)
     return records
+
+
+def warn_of_rows(
+    parts: Sequence[Part], counts: Sequence[Counts], apart: Sequence[Any], cut: Truncation, base_config: Any
+) -> None:
+    """Say what is doubtful of the rows of all sources together: longer than the base reads, or held out and learned."""
+    said = list(position_remarks(counts, cut, base_config))
+    if any(part.data.held_out_name is not None for part in parts):  # else rows are on one side only
+        said += overlap_remarks(apart, [part.rows for part in parts], cut)
+    for remark in said:
+        logger.warning("%s", remark)
 
 
 def epoch_of(

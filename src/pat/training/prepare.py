@@ -39,6 +39,7 @@ from pat.training.parts import (
     load_parts,
     open_parts,
     records_of,
+    warn_of_rows,
 )
 from pat.training.remarks import remarks
 from pat.training.stream import Stream
@@ -142,6 +143,7 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
     _check_tokens(vocabulary, counts, apart, arguments.pat.calibration)
     pieces = [list(_pieces(row, cut)) for row in apart]
     records = records_of(parts, counts, apart, pieces, cut, is_streamed=bool(opened))
+    warn_of_rows(parts, counts, apart, cut, base_config)
     stream: Stream | None = None
     if opened:
         stream = Stream.of(arguments, [source for _, source in opened], encoder, vocabulary, records)

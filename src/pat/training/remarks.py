@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import pyarrow.compute
+from datasets import Dataset
+
+from pat.nll import max_positions
 from pat.training.counts import Counts, counted
 from pat.training.data import TrainingData
 from pat.training.data_record import DataRecord
 from pat.training.end_token import NO_END
 from pat.training.formats import listed
 from pat.training.rendered import ANSWER
+from pat.training.tables import batches_of
 from pat.training.tokens import Truncation
+
+LONGEST = 2**31 - 1
+"""Number of tokens of a sequence where nothing is cut."""
 
 
 def remarks(record: DataRecord, data: TrainingData, counts: Counts, cut: Truncation) -> Iterator[str]:
@@ -101,4 +111,56 @@ def held_out_remarks(record: DataRecord, rows: Sequence[Mapping[str, Any]], cut:
         yield (
             f"{num_longer:,} of {len(rows):,} held-out examples are cut likewise; {record.num_held_out:,} have a "
             "response left to be measured."
+        )
+
+
+def position_remarks(counts: Sequence[Counts], cut: Truncation, config: Any) -> Iterator[str]:
+    """Yield a line if there are sequences longer than those that the base model was made for.
+
+    Args:
+        counts: of the examples of each source.
+        cut: how sequences are made to fit.
+        config: of the base.
+    """
+    positions, longest = max_positions(config), cut.max_length or LONGEST
+    if positions is None or longest <= positions:
+        return
+    # Stretched positions (YaRN) reach further than some configurations say.
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    stretched = (rope.get(name) or 0 for name in ("factor", "original_max_position_embeddings"))
+    positions = max(positions, int(math.prod(stretched)))
+    lengths, what = np.concatenate([found.num_tokens for found in counts]), "examples"
+    if cut.packing and cut.packing_strategy == "wrapped":  # texts that follow each other fill rows, but for the last
+        whole, rest = divmod(int(lengths.sum(dtype=np.int64)), longest)
+        lengths, what = np.array([longest] * whole + [rest] * (rest > 0)), "packed rows"
+    lengths = lengths.clip(max=longest)
+    if num_longer := int((lengths > positions).sum()):
+        yield (
+            f"{num_longer:,} of {len(lengths):,} {what} are longer than the {positions:,} positions that the base was "
+            f"made for (max_position_embeddings), up to {lengths.max():,} tokens; "
+            f"pass a --max_length of at most {positions}."
+        )
+
+
+def overlap_remarks(apart: Sequence[Mapping[str, Any]], trained: Sequence[Dataset], cut: Truncation) -> Iterator[str]:
+    """Yield a line if held-out examples of a source of their own are among those that are trained on.
+
+    Args:
+        apart: held-out examples, given whole.
+        trained: tables of tokens of all sources, whole ones of which no rows are selected.
+        cut: how sequences of these tables were made to fit.
+    """
+    keys = [np.array(cut(list(row["input_ids"])), np.int32).tobytes() for row in apart]
+    wanted, found = set(keys), set[bytes]()
+    for rows in trained:
+        for batch in batches_of(rows, ["input_ids"]):
+            for lists in batch["input_ids"].chunks:
+                tokens = lists.flatten().to_numpy()
+                ends = np.cumsum(pyarrow.compute.list_value_length(lists).to_numpy())
+                pieces = (part.tobytes() for part in np.split(tokens, ends[:-1]))
+                found.update(piece for piece in pieces if piece in wanted)
+    if num := sum(key in found for key in keys):
+        yield (
+            f"{num:,} of {len(keys):,} held-out examples are trained on as well, so that held-out figures are "
+            f"{'' if num == len(keys) else 'in part '}those of training rows; hold out rows that are not trained on."
         )

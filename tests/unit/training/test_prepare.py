@@ -204,7 +204,7 @@ def test_rows_without_a_response_are_counted_in_held_out_files_as_well(
     base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     apart = write(tmp_path / "apart.jsonl", [PAIR, PAIR | {"completion": " "}, PAIR | {"completion": ""}])
-    assert prepared(base, [PAIR], held_out=str(apart)).record.num_held_out_dropped == 2
+    assert prepared(base, [PAIR | {"prompt": "dog\n"}], held_out=str(apart)).record.num_held_out_dropped == 2
     assert lines_of(caplog) == ["2 held-out rows have no response and are left out."]
 
 
@@ -230,14 +230,15 @@ def test_held_out_examples_are_cut_like_those_that_are_trained_on(
     base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     apart = str(write(tmp_path / "apart.jsonl", [PAIR | {"prompt": LONG + "\n"}, PAIR, PAIR | {"completion": LONG}]))
-    cut = prepared(base, [PAIR] * 3, max_length=32, held_out=apart)
+    rows = [PAIR | {"prompt": "dog\n"}] * 3
+    cut = prepared(base, rows, max_length=32, held_out=apart)
     assert cut.record.num_held_out == len(cut.held_out) == 2
     assert [len(example["input_ids"]) for example in cut.held_out][1] == 32
     assert lines_of(caplog) == ["2 of 3 held-out examples are cut likewise; 2 have a response left to be measured."]
 
-    split = prepared(base, [PAIR] * 3, max_length=32, held_out=apart, packing=True, packing_strategy="bfd_split")
+    split = prepared(base, rows, max_length=32, held_out=apart, packing=True, packing_strategy="bfd_split")
     assert split.record.num_held_out == 3 and max(len(example["input_ids"]) for example in split.held_out) == 32
-    whole = prepared(base, [PAIR] * 3, max_length=None, held_out=apart)
+    whole = prepared(base, rows, max_length=None, held_out=apart)
     learned = [
         [label for example in data.held_out for label in example["labels"] if label > 0] for data in (split, whole)
     ]
@@ -316,6 +317,53 @@ def test_an_answer_of_which_nothing_is_rendered_is_not_called_truncated(
     assert len(data.train) == 1 and data.num_tokens == len(data.train[0]["input_ids"])
     with pytest.raises(PatError, match="None of 2 examples has anything to learn: the chat template leaves out"):
         prepared(base, chats[:1] * 2, max_length=max_length)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"max_length": 16}, ""),
+        ({"max_length": 32}, "1 of 3 examples are longer than the 16 positions"),
+        ({"max_length": None}, "1 of 3 examples are longer than the 16 positions"),
+        ({"max_length": 32, "packing": True}, "1 of 3 examples are longer than the 16 positions"),
+        ({"max_length": 24, "packing": True, "packing_strategy": "wrapped"}, "packed rows are longer than the 16"),
+    ],
+)
+def test_sequences_longer_than_the_base_reads_are_said(
+    flags: Any, said: str, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def change(**values: Any) -> None:
+        config = AutoConfig.from_pretrained(base)
+        config.update(values)
+        config.save_pretrained(base)
+
+    change(max_position_embeddings=16)
+    texts = [{"text": "fox"}, {"text": LONG}, {"text": "fox"}]
+    prepared(base, texts, **flags)
+    lines = [line for line in lines_of(caplog) if "positions" in line]
+    assert len(lines) == bool(said) and all(said in line and "--max_length of at most 16" in line for line in lines)
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 64.0, "original_max_position_embeddings": 16}
+    change(rope_parameters=yarn)
+    prepared(base, texts, **flags)
+    assert not [line for line in lines_of(caplog) if "positions" in line]
+
+
+def test_held_out_rows_that_are_trained_on_are_said(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [PAIR | {"completion": f"the {word}"} for word in ("dog", "fox", "lazy", "quick")]
+    for apart, flags, said in (
+        (rows, {}, "4 of 4 held-out examples are trained on as well, so that held-out figures are those of"),
+        ([rows[3], PAIR | {"completion": "over"}], {}, "1 of 2 held-out examples are trained on as well"),
+        ([{"text": "jumps"}], {}, ""),
+        ([rows[0] | {"completion": LONG}], {"max_length": 32}, ""),
+        (rows, {"streaming": True, "max_steps": 1}, "4 of 4 held-out examples"),
+    ):
+        prepared(base, rows, held_out=str(write(tmp_path / "apart.jsonl", apart)), **flags)
+        lines = [line for line in lines_of(caplog) if "trained on" in line]
+        assert len(lines) == bool(said) and all(said in line for line in lines)
+    prepared(base, [PAIR] * 4, held_out="2")
+    assert lines_of(caplog) == []
 
 
 def test_special_tokens_that_come_twice_are_counted_and_said(base: Path, caplog: pytest.LogCaptureFixture) -> None:
