@@ -393,6 +393,7 @@ def test_rows_that_cannot_be_used_are_skipped_counted_and_said_once(
 ) -> None:
     rows = [{"messages": [say("user", text), say("assistant", "b")]} for text in ("a", "refuse", "b")]
     apart = str(write(tmp_path / "apart.jsonl", [*rows, 3]))
+    rows = [{"messages": [*row["messages"][:1], say("assistant", "c")]} for row in rows]
     data = prepared(base, [{"messages": 3}, *rows], on_bad_row="skip", held_out=apart, max_length=None)
     record = data.record
     assert (record.num_rows, record.num_skipped, record.num_examples, len(data.train)) == (4, 2, 2, 2)
