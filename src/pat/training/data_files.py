@@ -7,12 +7,13 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import metadata_load
 
 from pat.checkpoint.card import shown_name
-from pat.errors import PatError, one_line
+from pat.errors import PatError
 from pat.readers import READERS, SUFFIXES, data_suffix
 
 logger = logging.getLogger(__name__)
@@ -37,17 +38,11 @@ _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^.]*\.")
 
 
 def has_own_loading(folder: Path) -> bool:
-    """Tell whether a folder says itself how its files are read: a card with configurations, or a script.
-
-    Raises:
-        PatError: its card cannot be read.
-    """
+    """Tell whether a folder says itself how its files are read: it has a dataset card with configurations."""
     card = folder / "README.md"
-    try:
-        metadata = metadata_load(card) if card.is_file() else None
-    except Exception as error:  # whatever its YAML parser raises
-        raise PatError(f"{card}: not readable ({one_line(error)}); expected a dataset card, or none.") from error
-    return bool(metadata and "configs" in metadata) or (folder / f"{folder.resolve().name}.py").is_file()
+    with suppress(Exception):  # whatever its YAML parser raises at a file that is no card
+        return card.is_file() and "configs" in (metadata_load(card) or {})
+    return False
 
 
 def data_files(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
@@ -86,7 +81,8 @@ def say_unread(folder: Path, read: list[Path]) -> None:
     ]
     if others:
         shown = [
-            f"{own} (split {split_of(own)!r})" if _is_data(path) else str(own) for path, own in others[:MOST_NAMED]
+            f"{_plain(own)} (split {split_of(own)!r})" if _is_data(path) else _plain(own)
+            for path, own in others[:MOST_NAMED]
         ]
         more = f" and {len(others) - MOST_NAMED:,} more" if len(others) > MOST_NAMED else ""
         what = "1 file is" if len(others) == 1 else f"{len(others):,} files are"
@@ -104,6 +100,10 @@ def split_of(path: Path) -> str:
             if not set(keywords).isdisjoint(words):
                 return split
     return "train"
+
+
+def _plain(path: Path) -> str:
+    return str(path) if str(path).isprintable() else repr(str(path))
 
 
 def _is_data(path: Path) -> bool:

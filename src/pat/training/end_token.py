@@ -23,7 +23,7 @@ SAME = 0.01
 """Two rows of the head are the same if they differ by no more than this share of a row's length."""
 
 ROWS_AT_ONCE = 8192
-
+"""Rows of the head that are compared at once."""
 
 NO_END = -1
 """Stands for the end of an answer after which no special token comes."""
@@ -33,30 +33,33 @@ SHARE_OF_ENDS = 0.1
 
 
 class EndFinder:
-    """Finds the special or added token that ends what is learned; blank tokens may follow it, as in ChatML."""
+    """Finds the token that ends what is learned: a special one, or an added one that the chat template names.
+
+    Blank tokens may follow it, as in ChatML.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.marks = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
+        template = str(tokenizer.chat_template or "")  # ordinary words may be added to a vocabulary, too
+        added = tokenizer.added_tokens_decoder.items()
+        self.marks = {token for token, mark in added if mark.special or mark.content in template}
+        self.marks |= set(tokenizer.all_special_ids)
+        self.two_bos, self.two_eos = [tokenizer.bos_token_id] * 2, [tokenizer.eos_token_id] * 2
         self.blank: dict[int, bool] = {}
 
     def __call__(self, learned: Sequence[int]) -> int | None:
         """Return the token, `NO_END` if there is none, and None if nothing is learned."""
         for token in reversed(learned):
-            if token in self.marks:
-                return token
-            if token not in self.blank:
+            if token not in self.blank:  # line breaks are added tokens, too, in Gemma's tokenizers
                 self.blank[token] = not cast(str, self.tokenizer.decode([token])).strip()
             if not self.blank[token]:
-                break
+                return token if token in self.marks else NO_END
         return NO_END if len(learned) else None
 
-
-def doubled(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Name the special tokens, bos and eos, that come twice since the tokenizer adds them to a text that has them."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    found = {"bos": list(ids[:2]) == [bos, bos], "eos": list(ids[-2:]) == [eos, eos]}
-    return ", ".join(name for name, is_so in found.items() if is_so)
+    def doubled(self, ids: Sequence[int]) -> str:
+        """Name the special tokens, bos and eos, that come twice: a text had one to which another was added."""
+        found = {"bos": ids[:2] == self.two_bos, "eos": ids[-2:] == self.two_eos}
+        return ", ".join(name for name, is_so in found.items() if is_so)
 
 
 def ends_of(counts: Iterable[Counter[int]]) -> list[int]:
@@ -75,8 +78,8 @@ def taught_to_stop(tokens: TokenSetup, ends: Sequence[int]) -> TokenSetup:
         return tokens
     names = tokens.tokenizer.convert_ids_to_tokens
     logger.warning(
-        "Answers end with %s in the data, and a text by tokenizer and base with %s; generation_config.json is written "
-        "with all of them, so that generation stops there.",
+        "Answers in the data end with %s, while tokenizer and base end a text with %s; generation_config.json names "
+        "all of them, so that generation stops at each.",
         " or ".join(repr(names(end)) for end in new),
         " or ".join(repr(names(end)) for end in known) or "nothing",
     )

@@ -68,7 +68,7 @@ def parse_messages(value: Any, what: str, chat_template: str) -> list[tuple[Mess
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise RowError(f"{what} is not valid JSON ({error}); write lists into cells by json.dumps.") from error
+            raise RowError(f"{what} is not valid JSON ({error}); write them with json.dumps.") from error
     if not isinstance(value, list) or not value:
         raise RowError(f"{what} is {_kind(value)}, expected a list of messages (role, content).")
     return [parse_message(item, f"message {i} of {what}", chat_template) for i, item in enumerate(value, start=1)]

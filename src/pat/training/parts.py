@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_OF_FIRST_ROWS = "In the first rows of the stream: "
+
 SOURCE = "source"
 """Key of a held-out example with the number of its source."""
 
@@ -183,20 +185,26 @@ def records_of(
         said = [*remarks(record, part.data, found, cut), *held_out_remarks(record, [row for row, _ in rows], cut)]
         for remark in said:
             named = remark if len(parts) == 1 else f"{record.source}: {remark}"
-            logger.warning("%s%s", "In the first rows of the stream: " if is_streamed else "", named)
+            logger.warning("%s%s", _OF_FIRST_ROWS if is_streamed else "", named)
         records.append(record)
     return records
 
 
 def warn_of_rows(
-    parts: Sequence[Part], counts: Sequence[Counts], apart: Sequence[Any], cut: Truncation, base_config: Any
+    parts: Sequence[Part],
+    counts: Sequence[Counts],
+    apart: Sequence[Any],
+    cut: Truncation,
+    base_config: Any,
+    *,
+    is_streamed: bool,
 ) -> None:
     """Say what is doubtful of the rows of all sources together: longer than the base reads, or held out and learned."""
     said = list(position_remarks(counts, cut, base_config))
     if any(part.data.held_out_name is not None for part in parts):  # else rows are on one side only
         said += overlap_remarks(apart, [part.rows for part in parts], cut)
     for remark in said:
-        logger.warning("%s", remark)
+        logger.warning("%s%s", _OF_FIRST_ROWS if is_streamed else "", remark)
 
 
 def epoch_of(

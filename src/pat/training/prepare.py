@@ -143,7 +143,7 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
     _check_tokens(vocabulary, counts, apart, arguments.pat.calibration)
     pieces = [list(_pieces(row, cut)) for row in apart]
     records = records_of(parts, counts, apart, pieces, cut, is_streamed=bool(opened))
-    warn_of_rows(parts, counts, apart, cut, base_config)
+    warn_of_rows(parts, counts, apart, cut, base_config, is_streamed=bool(opened))
     stream: Stream | None = None
     if opened:
         stream = Stream.of(arguments, [source for _, source in opened], encoder, vocabulary, records)

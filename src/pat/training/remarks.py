@@ -18,10 +18,7 @@ from pat.training.end_token import NO_END
 from pat.training.formats import listed
 from pat.training.rendered import ANSWER
 from pat.training.tables import batches_of
-from pat.training.tokens import Truncation
-
-LONGEST = 2**31 - 1
-"""Number of tokens of a sequence where nothing is cut."""
+from pat.training.tokens import Truncation, learns
 
 
 def remarks(record: DataRecord, data: TrainingData, counts: Counts, cut: Truncation) -> Iterator[str]:
@@ -56,27 +53,29 @@ def remarks(record: DataRecord, data: TrainingData, counts: Counts, cut: Truncat
         roles = [f"what messages of role {role} say in {num:,}" for role, num in sorted(found.items())]
         yield (
             f"The chat template leaves out {' and '.join([*roles, *parts])} {all_examples}; use a --chat_template_path "
-            "that expresses it, or leave it out of the data."
+            "that expresses them, or leave them out of the data."
         )
     if record.num_without_targets:
         yield (
             f"{record.num_without_targets:,} {all_examples} have nothing to learn, since the chat template leaves out "
             "their answer, and do not count; use a --chat_template_path that expresses it."
         )
+    adds = "chat template" if data.source.template == "chat" else "tokenizer"
     if record.num_double_bos:
         yield (
-            f"{record.num_double_bos:,} {all_examples} begin with two beginning-of-sequence tokens: the tokenizer adds "
+            f"{record.num_double_bos:,} {all_examples} begin with two beginning-of-sequence tokens: the {adds} adds "
             "one to that of the text; leave it out of the data."
         )
     if record.num_double_eos:
         yield (
-            f"{record.num_double_eos:,} {all_examples} end with two end-of-sequence tokens: the tokenizer adds one to "
-            "that of the response; have it add none (add_eos_token in its tokenizer_config.json)."
+            f"{record.num_double_eos:,} {all_examples} end with two end-of-sequence tokens: the {adds} adds one to "
+            "that of the response; leave it out of the data"
+            + (", or have it add none (add_eos_token in its tokenizer_config.json)." if adds == "tokenizer" else ".")
         )
     if data.source.template == "chat" and (num_endless := counts.ends[NO_END]):
         yield (
-            f"Under the chat template {num_endless:,} {all_examples} end their answer without a special token, so that "
-            "the model is not taught to stop; use a --chat_template_path that ends answers with the end token."
+            f"Under the chat template {num_endless:,} {all_examples} end their answer without a special token, and do "
+            "not teach the model to stop; use a --chat_template_path that ends answers with the end token."
         )
     is_plain = data.source.template is None and data.source.format.name == "prompt-completion"
     if is_plain and 2 * counts.num_glued > record.num_examples:
@@ -122,23 +121,25 @@ def position_remarks(counts: Sequence[Counts], cut: Truncation, config: Any) -> 
         cut: how sequences are made to fit.
         config: of the base.
     """
-    positions, longest = max_positions(config), cut.max_length or LONGEST
+    positions, longest = max_positions(config), cut.max_length or math.inf
     if positions is None or longest <= positions:
         return
-    # Stretched positions (YaRN) reach further than some configurations say.
+    # Stretched positions reach further than some configurations say; there may be several, by the kind of layer.
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    stretched = (rope.get(name) or 0 for name in ("factor", "original_max_position_embeddings"))
-    positions = max(positions, int(math.prod(stretched)))
-    lengths, what = np.concatenate([found.num_tokens for found in counts]), "examples"
-    if cut.packing and cut.packing_strategy == "wrapped":  # texts that follow each other fill rows, but for the last
-        whole, rest = divmod(int(lengths.sum(dtype=np.int64)), longest)
-        lengths, what = np.array([longest] * whole + [rest] * (rest > 0)), "packed rows"
-    lengths = lengths.clip(max=longest)
-    if num_longer := int((lengths > positions).sum()):
+    for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        reach = (part.get("factor") or 1) * (part.get("original_max_position_embeddings") or positions)
+        positions = max(positions, int(reach))
+    lengths = np.concatenate([found.num_tokens for found in counts])
+    which, above, most = "", int((lengths > positions).sum()), ""
+    if cut.packing and cut.packing_strategy == "wrapped":  # texts that follow each other fill rows
+        which = f"Packed rows of {longest:,} tokens" if lengths.sum(dtype=np.int64) > positions else ""
+    elif above:
+        which = f"{above:,} of {len(lengths):,} examples"
+        most = f", up to {min(int(lengths.max()), longest):,} tokens"
+    if which:
         yield (
-            f"{num_longer:,} of {len(lengths):,} {what} are longer than the {positions:,} positions that the base was "
-            f"made for (max_position_embeddings), up to {lengths.max():,} tokens; "
-            f"pass a --max_length of at most {positions}."
+            f"{which} are longer than the {positions:,} positions that the base was made for "
+            f"(max_position_embeddings){most}; pass a --max_length of at most {positions}."
         )
 
 
@@ -150,7 +151,8 @@ def overlap_remarks(apart: Sequence[Mapping[str, Any]], trained: Sequence[Datase
         trained: tables of tokens of all sources, whole ones of which no rows are selected.
         cut: how sequences of these tables were made to fit.
     """
-    keys = [np.array(cut(list(row["input_ids"])), np.int32).tobytes() for row in apart]
+    measured = [row for row in apart if cut.max_length is None or cut.packing or learns(cut(list(row["labels"])))]
+    keys = [np.array(cut(list(row["input_ids"])), np.int32).tobytes() for row in measured]
     wanted, found = set(keys), set[bytes]()
     for rows in trained:
         for batch in batches_of(rows, ["input_ids"]):

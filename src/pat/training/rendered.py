@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -14,11 +15,13 @@ ANSWER = "answer"
 """Stands, beside roles of messages, for what is learned."""
 
 _THOUGHTS = re.compile(r".*</(think|thinking|thought|reasoning)>", re.DOTALL)
+_SWITCH = re.compile(r"(?<!\S)/\w+")
+"""Word such as `/no_think`, which some templates take as an order to themselves."""
 _TAG = re.compile(r"</?\w+>")
 
 
 class Text:
-    """A text of a template, in which something is looked for whatever blanks, case and escapes became of it."""
+    """A text of a template, in which something is found without regard to blanks, case and escapes."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -61,7 +64,7 @@ def _is_thought_of(message: Mapping[str, Any], text: Text) -> bool:
 
 
 def _said(message: Mapping[str, Any], template: str) -> Iterator[str]:
-    """Yield what an answer says; a field that the template does not mention is spoken of elsewhere."""
+    """Yield what an answer says; fields that the template does not mention are counted elsewhere, as `unread`."""
     yield message["content"]
     for name in REASONING:
         if isinstance(thoughts := message.get(name), str) and reads(template, name):
@@ -75,6 +78,8 @@ def _parts(said: str, text: Text) -> list[str]:
 
 def _forms(said: str) -> Iterator[str]:
     yield said
+    yield _SWITCH.sub("", said)
+    yield html.escape(said)
     for ascii_only in (False, True):
         yield json.dumps(said, ensure_ascii=ascii_only)[1:-1]
 

@@ -205,6 +205,7 @@ def measure(model: nn.Module, data: Prepared, stage: str, size: Size) -> ModelFi
 def _gguf_bytes(skeleton: Skeleton) -> dict[str, int] | None:
     config = skeleton.model.config
     try:
+        # By the name alone, as a plan does it: the same tokenizer, unless a revision was asked for that has another.
         vocabulary, uncounted = vocabulary_entries(str(config.name_or_path), config.get_text_config().vocab_size)
         return None if uncounted else file_sizes(skeleton, vocabulary)[0].gguf or None
     except Exception as error:  # whatever an odd tokenizer raises: no run ends for the lack of this figure

@@ -200,7 +200,8 @@ def _spans(name: str, split: str, lengths: dict[str, int]) -> list[tuple[str, ra
         spans = ReadInstruction.from_spec(split).to_absolute(lengths)
     except ValueError as error:
         parts = ", ".join(map(repr, lengths))
-        raise PatError(f"{name}: got split {split!r}; expected {parts} or a slice like 'train[:99]'.") from error
+        slice_ = f"{next(iter(lengths), 'train')}[:99]"
+        raise PatError(f"{name}: got split {split!r}; expected {parts} or a slice like {slice_!r}.") from error
     found = [(str(span.splitname), range(span.from_, span.to)) for span in spans]
     if not any(span for _, span in found):
         of_all = sum(lengths[part] for part in {part for part, _ in found})

@@ -70,7 +70,8 @@ def cached_table(key: str, make: Callable[[Path], dict[str, Any]]) -> tuple[Data
 def _made(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     """Make a table and return its facts; if another process is faster with the same one, take that, which it uses."""
     try:
-        discard(folder)  # not whole
+        with suppress(FileNotFoundError):  # another process may do so at the same moment
+            discard(folder)  # not whole
         with staged_folder(folder) as staging:
             found = make(staging)
             sizes = {file.name: file.stat().st_size for file in sorted(staging.glob("*.arrow"))}

@@ -21,7 +21,7 @@ from pat.nll import IGNORED
 from pat.report.progress import bars_of_datasets, phase
 from pat.training.conversion import PLACE, ROW
 from pat.training.data import chat_template_of
-from pat.training.end_token import EndFinder, doubled
+from pat.training.end_token import EndFinder
 from pat.training.messages import reads
 from pat.training.rendered import ANSWER, left_out
 from pat.training.tables import ROWS_AT_ONCE, cache_folder, cached_table, digest
@@ -40,7 +40,7 @@ FEATURES = Features(
         "end": Value("int64"),  # the token that ends what is learned, before the cut; see `EndFinder`
         "unread": Value("string"),  # fields and options that the chat template does not mention
         "omitted": Value("string"),  # what the chat template leaves out, see `left_out`
-        "doubled": Value("string"),  # special tokens at the ends that the tokenizer repeats: bos, eos
+        "doubled": Value("string"),  # special tokens that come twice at the ends: bos, eos
         "opens": Value("bool"),  # whether the first message of the prompt is an assistant's
         "glued": Value("bool"),  # whether prompt and completion, strings, follow each other without a gap
         "refusal": Value("string"),  # why there are no tokens, if the example was skipped
@@ -150,7 +150,7 @@ class Encoder:
                 ", ".join(sorted(names if start < len(ids) else names - {ANSWER}))
                 for names, start, ids in zip(omitted, starts, full, strict=True)
             ],
-            "doubled": [doubled(self.tokenizer, ids) for ids in full],
+            "doubled": [find_end.doubled(ids) for ids in full],
             "opens": opens,
             "glued": glued,
             "refusal": refusals,

@@ -1,4 +1,4 @@
-"""A base that was never trained on the token that ends its answers is said to be one."""
+"""With which tokens answers end, and what is said where a model does not learn to stop there."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -24,6 +24,9 @@ def test_the_end_is_the_last_special_token_but_for_blank_ones() -> None:
     )
     assert not cast(str, tokenizer.decode(blank)).strip() and yes
     assert find([user, *yes, eos]) == find([*yes, user, eos, *blank, *blank]) == eos
+    tokenizer.add_tokens(["\n", "hooray"])  # ordinary words; line breaks are in Gemma's tokenizers, too
+    find, (line, word) = EndFinder(tokenizer), cast(list[int], tokenizer.convert_tokens_to_ids(["\n", "hooray"]))
+    assert find([*yes, eos, line]) == eos and find([*yes, word]) == NO_END
     assert find([eos, *yes]) == find([*yes, *blank]) == NO_END and find([]) is None
 
 
@@ -38,7 +41,7 @@ def test_generation_stops_where_answers_end(caplog: pytest.LogCaptureFixture) ->
     assert taught_to_stop(tokens, [6, 2]) is tokens and not caplog.messages
     written = taught_to_stop(tokens, [5, 2]).generation_config
     assert written.eos_token_id == [2, 6, 5] and tokens.generation_config.eos_token_id == [2, 6]
-    assert "Answers end with '<|user|>'" in caplog.messages[0] and "'</s>'" in caplog.messages[0]
+    assert "Answers in the data end with '<|user|>'" in caplog.messages[0] and "'</s>'" in caplog.messages[0]
     # A merge takes up what stands beside the adapter.
     assert TokenSetup.of(config, written, tokenizer).ends == [2, 6, 5]
     assert taught_to_stop(TokenSetup.of(config, None, tokenizer), [5]).ends == [2, 5]

@@ -264,7 +264,7 @@ def test_ends_of_answers_are_known_however_rows_are_cut(
         tokenizer.chat_template = CHAT_TEMPLATE.replace("<eos>\n", end)
         tokenizer.save_pretrained(base)
         assert prepared(base, chats, **({"max_length": 10} | flags)).ends == ends
-        assert any("is not taught to stop" in line for line in lines_of(caplog)) == (not ends)
+        assert any("do not teach the model to stop" in line for line in lines_of(caplog)) == (not ends)
 
 
 TURN = "{{ '[' + m.role + ']' + TEXT + '<eos>' }}"
@@ -326,7 +326,10 @@ def test_an_answer_of_which_nothing_is_rendered_is_not_called_truncated(
         ({"max_length": 32}, "1 of 3 examples are longer than the 16 positions"),
         ({"max_length": None}, "1 of 3 examples are longer than the 16 positions"),
         ({"max_length": 32, "packing": True}, "1 of 3 examples are longer than the 16 positions"),
-        ({"max_length": 24, "packing": True, "packing_strategy": "wrapped"}, "packed rows are longer than the 16"),
+        (
+            {"max_length": 24, "packing": True, "packing_strategy": "wrapped"},
+            "Packed rows of 24 tokens are longer than the 16",
+        ),
     ],
 )
 def test_sequences_longer_than_the_base_reads_are_said(
@@ -357,9 +360,16 @@ def test_held_out_rows_that_are_trained_on_are_said(
         ([rows[3], PAIR | {"completion": "over"}], {}, "1 of 2 held-out examples are trained on as well"),
         ([{"text": "jumps"}], {}, ""),
         ([rows[0] | {"completion": LONG}], {"max_length": 32}, ""),
+        # Nothing is left of what is learned, so that the one is not measured and the other not trained on.
+        (
+            [PAIR | {"prompt": LONG, "completion": "over"}, PAIR | {"completion": "over"}],
+            {"max_length": 32, "more": LONG},
+            "",
+        ),
         (rows, {"streaming": True, "max_steps": 1}, "4 of 4 held-out examples"),
     ):
-        prepared(base, rows, held_out=str(write(tmp_path / "apart.jsonl", apart)), **flags)
+        also = [PAIR | {"prompt": flags.pop("more")}] if "more" in flags else []
+        prepared(base, rows + also, held_out=str(write(tmp_path / "apart.jsonl", apart)), **flags)
         lines = [line for line in lines_of(caplog) if "trained on" in line]
         assert len(lines) == bool(said) and all(said in line for line in lines)
     prepared(base, [PAIR] * 4, held_out="2")
@@ -380,6 +390,12 @@ def test_special_tokens_that_come_twice_are_counted_and_said(base: Path, caplog:
     record = prepared(base, [PAIR]).record
     [line] = lines_of(caplog)
     assert "1 of 1 examples end with two" in line and (record.num_double_bos, record.num_double_eos) == (0, 1)
+    assert "the tokenizer adds one" in line
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<eos>\n", "<eos>")
+    tokenizer.save_pretrained(base)
+    prepared(base, [{"messages": [say("user", "a"), say("assistant", "b<eos>")]}])
+    assert "the chat template adds one" in lines_of(caplog)[0]
 
 
 def test_a_row_that_the_template_refuses_is_named(base: Path) -> None:
