@@ -216,7 +216,7 @@ def prepare_examples(
     counts = count(rows)
     vocabulary.check(counts.largest_token)
     record = make_record(data, counts, cut)
-    for remark in remarks(record, data, counts, cut):
+    for remark in remarks(record, data, counts, cut, teaches=False):
         logger.warning("%s", remark)
     return kept_of(rows, counts, cut).select_columns(TRAINED_ON).to_list(), record
 

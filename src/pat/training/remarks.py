@@ -21,8 +21,18 @@ from pat.training.tables import batches_of
 from pat.training.tokens import Truncation, learns
 
 
-def remarks(record: DataRecord, data: TrainingData, counts: Counts, cut: Truncation) -> Iterator[str]:
-    """Yield a line for everything of the data that is left out, cut, or not as it may be meant."""
+def remarks(
+    record: DataRecord, data: TrainingData, counts: Counts, cut: Truncation, *, teaches: bool = True
+) -> Iterator[str]:
+    """Yield a line for everything of the data that is left out, cut, or not as it may be meant.
+
+    Args:
+        record: of the data.
+        data: the data.
+        counts: of its examples.
+        cut: how they were made to fit.
+        teaches: whether a model is trained on them, and not only measured.
+    """
     all_examples = f"of {record.num_examples:,} examples"
     if record.num_skipped:
         first = data.source.first_bad or counts.first_refusal
@@ -72,7 +82,7 @@ def remarks(record: DataRecord, data: TrainingData, counts: Counts, cut: Truncat
             "that of the response; leave it out of the data"
             + (", or have it add none (add_eos_token in its tokenizer_config.json)." if adds == "tokenizer" else ".")
         )
-    if data.source.template == "chat" and (num_endless := counts.ends[NO_END]):
+    if teaches and data.source.template == "chat" and (num_endless := counts.ends[NO_END]):
         yield (
             f"Under the chat template {num_endless:,} {all_examples} end their answer without a special token, and do "
             "not teach the model to stop; use a --chat_template_path that ends answers with the end token."
