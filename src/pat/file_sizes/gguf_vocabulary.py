@@ -8,9 +8,10 @@ text as the tokenizer does is checked after the export, on a text.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from pat.errors import PatError
 from pat.file_sizes.gguf_types import Entry
@@ -31,12 +32,23 @@ PRE_TOKENIZERS = {
 """llama.cpp's names of pre-tokenizers, by the steps that `tokenizer.json` has: patterns, or kinds of steps."""
 
 
-def vocabulary_of(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[Entry]:
+def ends_of(name_or_path: str) -> list[int]:
+    """Return the tokens with which generation stops, by the generation configuration of a model; none without one."""
+    try:
+        ends = GenerationConfig.from_pretrained(name_or_path).eos_token_id
+    except OSError:
+        return []
+    return list(ends) if isinstance(ends, list) else [] if ends is None else [int(ends)]
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase, vocab_size: int, ends: Sequence[int] = ()) -> list[Entry]:
     """Return the metadata of a tokenizer.
 
     Args:
         tokenizer: with a `tokenizer.json`.
         vocab_size: rows of the model's embedding; rows without a token become unused tokens.
+        ends: tokens with which generation stops. Beside the tokenizer's own, a file can name two: those that llama.cpp
+            calls the end of a turn and the end of a message.
 
     Raises:
         PatError: llama.cpp has no such tokenizer.
@@ -68,6 +80,10 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[E
             Entry("tokenizer.ggml.pre", "str", _pre_tokenizer(model.get("pre_tokenizer"))),
             Entry("tokenizer.ggml.merges", "[str]", [" ".join(_spaced(part) for part in pair) for pair in merges]),
         ]
+    others = [end for end in dict.fromkeys(ends) if end != tokenizer.eos_token_id]
+    entries += [
+        Entry(f"tokenizer.ggml.{name}_token_id", "u32", end) for name, end in zip(("eot", "eom"), others, strict=False)
+    ]
     return entries + _special(tokenizer)
 
 

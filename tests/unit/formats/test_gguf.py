@@ -49,7 +49,17 @@ def skeleton(family: str = "llama", *, tied: bool = False, **fields: object) -> 
 @pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0"])
 def test_a_file_has_the_size_and_the_values_that_its_layout_says(tmp_path: Path, kind: str) -> None:
     whole, chosen = skeleton(), QUANTIZATIONS[kind]
-    vocabulary = vocabulary_of(load_plain_tokenizer(str(STORIES)), 512)
+    vocabulary = vocabulary_of(load_plain_tokenizer(str(STORIES)), 512, [2, 7, 1, 8, 9])
+    ends = {
+        entry.key: entry.value
+        for entry in vocabulary
+        if entry.key.endswith(("eos_token_id", "eot_token_id", "eom_token_id"))
+    }
+    assert ends == {
+        "tokenizer.ggml.eot_token_id": 7,
+        "tokenizer.ggml.eom_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
     layout = layout_of(whole, vocabulary, name="tiny", kind=chosen)
     path = tmp_path / "tiny.gguf"
     weights = model_tensors(whole.model)
