@@ -114,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
-        print("pat: interrupted", file=sys.stderr)
+        goes_on = "; the same command goes on from what is finished" if arguments[0] == "tune" else ""
+        print(f"pat: interrupted{goes_on}", file=sys.stderr)
         return 130
     except Exception as error:
         if debug:

@@ -24,6 +24,7 @@ from pat.formats.options import ExportOptions
 from pat.formats.reference import NEW_TOKENS, Check, Reference, require
 from pat.loading import load_base, load_config, stored_dtype
 from pat.loading.tokenizer import load_plain_tokenizer
+from pat.report.progress import phase
 from pat.report.records import Record, collected_warnings
 from pat.surgery.costs import Skeleton, build_skeleton
 from pat.surgery.describe import map_of
@@ -103,11 +104,12 @@ def run_export(options: ExportOptions) -> ExportRecord:
                 max_length=options.max_length or MAX_LENGTH,
                 limit=options.limit,
             )
-        model = load_base(options.model, dtype=torch.float32)
+        with phase(f"Loading {shown_name(options.model)}"):
+            model = load_base(options.model, dtype=torch.float32)
         loss: QuantizedLoss | None = None
         checks: list[Check] = []
         skipped: list[str] = []
-        with staged_file(options.output) as path:
+        with staged_file(options.output) as path, phase(f"Writing {options.output.name}, and checking it"):
             reference = None if tokenizer is None or not options.check else Reference.of(model, tokenizer)
             if reference is None:
                 skipped.append("the file against transformers, since --check is false.")

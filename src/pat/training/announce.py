@@ -103,7 +103,7 @@ def _reading(arguments: TuneArguments, checked: Checked) -> tuple[str, int]:
         widths["mlp"] *= tokens_per_routed(config)
         num_read = arguments.pat.refit_tokens or TOKENS_PER_CHANNEL * max(widths[name] for name in read)
         what = " and ".join(AXES[name].label for name in read)
-        text = f" Up to {num_read:,} tokens are read first, to choose the {what}."
+        text = f" Up to {num_read:,} tokens are read first, to choose the {what} (--refit_tokens)."
     if shape.cuts("layers"):
         text += f" {LAYER_TOKENS:,} tokens are read {shape.size('layers')} times, to choose the layers."
         num_read += LAYER_TOKENS * shape.size("layers")

@@ -139,7 +139,10 @@ def _differing(recipe: str, given: Mapping[str, Any]) -> Iterator[Changed]:
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / RESULTS
     if not os.path.isfile(path):
-        raise PatError(f"Got run={folder}, where there is no {RESULTS}; expected the folder of a finished `pat tune`.")
+        raise PatError(
+            f"Got run={folder}, where there is no {RESULTS}; expected the folder of a finished `pat tune`. One that "
+            "was stopped goes on by its own command."
+        )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

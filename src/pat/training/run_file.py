@@ -138,7 +138,11 @@ class RunFile:
             f"fingerprint of the {name}": (getattr(self, name)[-8:], getattr(given, name)[-8:])
             for name in ("base", "data")
         }
-        differing = [f"{name}: {old} in the run, {new} given" for name, (old, new) in pairs.items() if old != new]
+        differing = [
+            f"{name}: {'not given' if old is None else old} in the run, {'not' if new is None else new} given"
+            for name, (old, new) in pairs.items()
+            if old != new
+        ]
         if differing:
             raise PatError(
                 f"{folder}: the run there has another configuration ({'; '.join(differing)}); go on with its own, "

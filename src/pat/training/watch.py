@@ -14,9 +14,12 @@ from pat.report.progress import Phase, clock, during, is_drawn
 from pat.shape import AXES
 from pat.training.callback import LOGGED
 
+SECONDS_WITHOUT_A_LINE = 30
+"""Seconds after which a step's end is told of where there is no live line, if the trainer has logged nothing."""
+
 
 class Watch(TrainerCallback):
-    """Shows one training on the live line or, where there is none, in a line for each of the trainer's logs.
+    """Shows one training on the live line or, where there is none, in a line for each log and at least twice a minute.
 
     It takes the place of the trainer's own bar and printer, and has to come after `PatCallback`, which puts the number
     of active channels into the logs.
@@ -24,6 +27,7 @@ class Watch(TrainerCallback):
 
     def __init__(self, title: str) -> None:
         self._seen = _Training(title)
+        self._said = time.monotonic()
 
     @contextmanager
     def watching(self, trainer: Trainer) -> Iterator[None]:
@@ -37,8 +41,10 @@ class Watch(TrainerCallback):
         self._seen.begin(state)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Count the step."""
+        """Count the step; a trainer that logs seldom does not look as if it hung."""
         self._seen.end(state)
+        if time.monotonic() - self._said > SECONDS_WITHOUT_A_LINE:
+            self._say(state)
 
     def on_prediction_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Tell that rows are scored now."""
@@ -48,7 +54,12 @@ class Watch(TrainerCallback):
         """Note the figures, and print them where there is no live line."""
         logs = kwargs.get("logs") or {}
         self._seen.note(logs)
-        if ("loss" in logs or "eval_loss" in logs) and state.is_world_process_zero and not is_drawn():
+        if "loss" in logs or "eval_loss" in logs:
+            self._say(state)
+
+    def _say(self, state: TrainerState) -> None:
+        self._said = time.monotonic()
+        if state.is_world_process_zero and not is_drawn():
             print(self._seen.text(), file=sys.stderr, flush=True)
 
 

@@ -56,14 +56,14 @@ def test_what_may_change_may_change(base: Path, tmp_path: Path, flags: dict[str,
 @pytest.mark.parametrize(
     ("flags", "difference"),
     [
-        ({"pruning_ratio": 0.5}, "pruning_ratio: None in the run, 0.5 given"),
+        ({"pruning_ratio": 0.5}, "pruning_ratio: not given in the run, 0.5 given"),
         ({"lora_r": 8}, "lora_r: 20 in the run, 8 given"),
         (
             {"seed": 7, "optim": "adafactor"},
             "optim: adamw_torch_fused in the run, adafactor given; seed: 42 in the run",
         ),
         ({"recipe": "paper"}, "rotation: auto in the run, none given"),
-        ({"held_out": 4}, "held_out: None in the run, 4 given"),
+        ({"held_out": 4}, "held_out: not given in the run, 4 given"),
         ({"data": "e"}, "fingerprint of the data: d in the run, e given"),
     ],
 )
