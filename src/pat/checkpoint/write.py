@@ -171,13 +171,17 @@ def write_config(config: PretrainedConfig, folder: Path) -> None:
     """
     config.save_pretrained(folder)
     path = folder / CONFIG_NAME
-    plain = json.loads(path.read_text(encoding="utf-8"))
-    read = type(config).from_dict(copy.deepcopy(plain)).to_dict()
-    renamed = {old: plain[new] for old, new in config.attribute_map.items() if new in plain and old not in plain}
-    fields = plain
-    for more in (legacy_rope(config), renamed):
-        if type(config).from_dict(copy.deepcopy(fields | more)).to_dict() == read:
-            fields = fields | more
+    fields = json.loads(path.read_text(encoding="utf-8"))
+
+    def read(more: Mapping[str, Any]) -> PretrainedConfig:
+        return type(config).from_dict(copy.deepcopy(fields | dict(more)))
+
+    rope = legacy_rope(config)
+    if getattr(read(rope), "rope_parameters", None) == getattr(config, "rope_parameters", None):
+        fields |= rope
+    renamed = {old: fields[new] for old, new in config.attribute_map.items() if new in fields and old not in fields}
+    if read(renamed).to_dict() == read({}).to_dict():
+        fields |= renamed
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
