@@ -96,7 +96,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(run: TuneResult, tmp_path: Path)
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"vocabulary_size": 512}, "vocabulary_size=512; expected a number of tokens below the base's 512"),
+        ({"vocabulary_size": 512}, "vocabulary_size=512; expected a multiple of 64 below the base's 512"),
         ({"vocabulary_size": 100}, "vocabulary_size=100; expected a multiple of 64"),
         ({"vocabulary_size": 320, "pruning_ratio": 0.02}, "the vocabulary alone saves"),
     ],

@@ -20,7 +20,7 @@ from pat.checkpoint.card import Compaction, shown_name
 from pat.checkpoint.compact import MODEL, RECORD, read_compaction
 from pat.checkpoint.hollow import StoredWeights, hollow_model
 from pat.checkpoint.layout import UnknownLayoutError
-from pat.checkpoint.trust import carries_base_weights, check_base, check_keys, check_tensors
+from pat.checkpoint.trust import carries_base_weights, check_base, check_keys, check_tensors, check_written_along
 from pat.errors import PatError, one_line
 from pat.loading import (
     TokenSetup,
@@ -267,6 +267,7 @@ def load_adapted(
         if (kept := _kept_tokens(adapter, config, name, base.config, revision=revision)) is not None:
             trim_embedding(base, kept)
         grow_embedding(base, base_config.vocab_size)
+        check_written_along(base, adapter, config)
         model = PeftModel.from_pretrained(base, folder)
         check_tensors(model, adapter)
         check_base(adapter, config, base_config, name, revision=revision)

@@ -9,9 +9,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
+from torch import nn
 from transformers import PretrainedConfig
 
 from pat.checkpoint.card import shown_name
@@ -133,8 +135,30 @@ def _dtypes(adapter: str | os.PathLike[str]) -> dict[str, str]:
         return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  no mapping
 
 
+def check_written_along(base: nn.Module, adapter: str | os.PathLike[str], config: LoraConfig) -> None:
+    """Refuse an adapter that holds an embedding or a head other than the base's, which it does not say it trains.
+
+    Raises:
+        PatError: one is another.
+    """
+    parameters = dict(base.named_parameters(remove_duplicate=False))
+    with safe_open(Path(adapter) / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
+        for name in file.keys():  # noqa: SIM118  no mapping
+            own = parameters.get(name.removeprefix("base_model.model."))
+            if own is None or not _is_written_along(name, config):
+                continue
+            stored = file.get_tensor(name)
+            if stored.shape != own.shape or not torch.equal(stored.to(own.dtype), own.detach().cpu()):
+                raise PatError(
+                    f"{adapter}: its tensor {name} is not the base's, and its configuration does not train it; expected "
+                    "the base whose embedding it was made with: save that one, and pass it with --base_model."
+                )
+
+
 def _is_written_along(name: str, config: LoraConfig) -> bool:
     """Tell whether a tensor is an embedding or a head as it is, which the adapter does not train."""
+    if config.trainable_token_indices is not None:
+        return False  # of these all of the embedding is written, and read again
     *_, module, leaf = ("", *name.split("."))
     trained = _ENDS & set(config.modules_to_save or ())
     if trained and config.ensure_weight_tying:

@@ -259,7 +259,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
             lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(128, 48)}),
         ),
         {},
-        "has 1 tensors .*embed_tokens",
+        "its tensor .*embed_tokens.weight is not the base's",
     ),
     "a milestone of words": (lambda w: edit_config(w / "adapter", milestone="soon"), {}, "milestone='soon'"),
     "a target of nothing": (lambda w: edit_config(w / "adapter", target_modules=["nothing"]), {}, "nothing"),
