@@ -150,8 +150,8 @@ def check_written_along(base: nn.Module, adapter: str | os.PathLike[str], config
             stored = file.get_tensor(name)
             if stored.shape != own.shape or not torch.equal(stored.to(own.dtype), own.detach().cpu()):
                 raise PatError(
-                    f"{adapter}: its tensor {name} is not the base's, and its configuration does not train it; expected "
-                    "the base whose embedding it was made with: save that one, and pass it with --base_model."
+                    f"{adapter}: its tensor {name} is not the base's, and its configuration does not train it; "
+                    "expected the base whose embedding it was made with: save that one, and pass it with --base_model."
                 )
 
 
