@@ -183,7 +183,7 @@ def test_what_cannot_be_streamed_is_merged_in_memory(
 
 
 def test_an_adapter_that_holds_the_embedding_is_merged_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As peft writes it after `resize_token_embeddings`, or when it is asked to."""
+    """Peft writes such an adapter after `resize_token_embeddings`, and when it is asked to."""
     monkeypatch.undo()
     base = saved_base(tmp_path / "base", "llama", tied=False)
     model = saved_adapter(base, tmp_path / "adapter")

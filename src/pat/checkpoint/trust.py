@@ -144,11 +144,10 @@ def check_written_along(base: nn.Module, adapter: str | os.PathLike[str], config
     parameters = dict(base.named_parameters(remove_duplicate=False))
     with safe_open(Path(adapter) / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
         for name in file.keys():  # noqa: SIM118  no mapping
-            own = parameters.get(name.removeprefix("base_model.model."))
-            if own is None or not _is_written_along(name, config):
+            if not _is_written_along(name, config):
                 continue
-            stored = file.get_tensor(name)
-            if stored.shape != own.shape or not torch.equal(stored.to(own.dtype), own.detach().cpu()):
+            own, stored = parameters.get(name.removeprefix("base_model.model.")), file.get_tensor(name)
+            if own is None or stored.shape != own.shape or not torch.equal(stored.to(own.dtype), own.detach().cpu()):
                 raise PatError(
                     f"{adapter}: its tensor {name} is not the base's, and its configuration does not train it; "
                     "expected the base whose embedding it was made with: save that one, and pass it with --base_model."

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from pat.errors import PatError
 from pat.file_sizes.gguf_types import Entry
+from pat.loading.tokenizer import end_tokens
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of tokens in llama.cpp."""
@@ -32,13 +33,12 @@ PRE_TOKENIZERS = {
 """llama.cpp's names of pre-tokenizers, by the steps that `tokenizer.json` has: patterns, or kinds of steps."""
 
 
-def ends_of(name_or_path: str) -> list[int]:
+def stored_end_tokens(name_or_path: str) -> list[int]:
     """Return the tokens with which generation stops, by the generation configuration of a model; none without one."""
     try:
-        ends = GenerationConfig.from_pretrained(name_or_path).eos_token_id
+        return end_tokens(GenerationConfig.from_pretrained(name_or_path))
     except OSError:
         return []
-    return list(ends) if isinstance(ends, list) else [] if ends is None else [int(ends)]
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase, vocab_size: int, ends: Sequence[int] = ()) -> list[Entry]:

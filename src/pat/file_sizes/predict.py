@@ -12,7 +12,7 @@ from pat.errors import PatError
 from pat.file_sizes.gguf_families import GGUF_FAMILIES
 from pat.file_sizes.gguf_layout import layout_of
 from pat.file_sizes.gguf_types import QUANTIZATIONS, TYPES, Entry
-from pat.file_sizes.gguf_vocabulary import ends_of, vocabulary_of
+from pat.file_sizes.gguf_vocabulary import stored_end_tokens, vocabulary_of
 from pat.file_sizes.int4_size import Int4Size, int4_size
 from pat.loading.tokenizer import load_plain_tokenizer
 from pat.surgery.costs import Skeleton
@@ -47,7 +47,7 @@ class FileSizes:
 def vocabulary_entries(name_or_path: str, vocab_size: int) -> tuple[list[Entry], str | None]:
     """Return the metadata of the tokenizer beside a model, and a sentence where it cannot be counted."""
     try:
-        return vocabulary_of(load_plain_tokenizer(name_or_path), vocab_size, ends_of(name_or_path)), None
+        return vocabulary_of(load_plain_tokenizer(name_or_path), vocab_size, stored_end_tokens(name_or_path)), None
     except PatError as error:
         return [], f"GGUF sizes are without a vocabulary. {error}"
 

@@ -129,8 +129,7 @@ class TokenSetup:
     @property
     def ends(self) -> list[int]:
         """Tokens with which generation stops."""
-        known = self.generation_config.eos_token_id
-        return list(known) if isinstance(known, list) else [] if known is None else [cast(int, known)]
+        return end_tokens(self.generation_config)
 
     def ending_with(self, more: Sequence[int]) -> TokenSetup:
         """Return a copy with which generation stops at further tokens, too."""
@@ -170,6 +169,12 @@ def _with_first(token_id: int | None, known: int | list[int] | None) -> int | li
     if token_id is None or token_id == known or (isinstance(known, list) and token_id in known):
         return known
     return [token_id, *known] if isinstance(known, list) else token_id
+
+
+def end_tokens(config: GenerationConfig | PretrainedConfig) -> list[int]:
+    """Return the tokens that end a text by a configuration, which names none, one or several."""
+    known = cast(int | list[int] | None, config.eos_token_id)
+    return list(known) if isinstance(known, list) else [] if known is None else [known]
 
 
 def savable_generation_config(config: GenerationConfig) -> GenerationConfig:

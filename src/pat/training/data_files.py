@@ -7,13 +7,12 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import metadata_load
 
 from pat.checkpoint.card import shown_name
-from pat.errors import PatError
+from pat.errors import PatError, one_line
 from pat.readers import READERS, SUFFIXES, data_suffix
 
 logger = logging.getLogger(__name__)
@@ -40,9 +39,11 @@ _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^.]*\.")
 def has_own_loading(folder: Path) -> bool:
     """Tell whether a folder says itself how its files are read: it has a dataset card with configurations."""
     card = folder / "README.md"
-    with suppress(Exception):  # whatever its YAML parser raises at a file that is no card
+    try:
         return card.is_file() and "configs" in (metadata_load(card) or {})
-    return False
+    except Exception as error:  # its YAML parser raises errors of its own at a file that is no card
+        logger.warning("%s: is no dataset card (%s), and is passed over.", shown_name(str(card)), one_line(error))
+        return False
 
 
 def data_files(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pat.loading import TokenSetup
+from pat.loading.tokenizer import end_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -113,7 +114,7 @@ def warn_of_end_token(vocabulary: Vocabulary, model: PreTrainedModel, end: int, 
     advice = "Train its row, too (--lora_modules_to_save)"
     if end == tokenizer.eos_token_id:
         advice = "Pass --eos_token with one that it knows"
-        if others := [token for token in _ends(model) if token != end]:
+        if others := [token for token in end_tokens(model.config.get_text_config()) if token != end]:
             advice += f", such as {tokenizer.convert_ids_to_tokens(others[0])!r}, with which its configuration ends"
     logger.warning(
         "The base was not trained to end with %r: %d other token%s the same row in its head, so that the model will "
@@ -129,9 +130,3 @@ def _same(weight_VC: Tensor, end: int) -> Iterator[Tensor]:
     row_C = weight_VC[end].float()
     for part_VC in weight_VC.split(ROWS_AT_ONCE):
         yield (part_VC.float() - row_C).norm(dim=1) <= SAME * row_C.norm()
-
-
-def _ends(model: PreTrainedModel) -> list[int]:
-    """Return the tokens that end a text by the model's configuration."""
-    found = cast(object, model.config.get_text_config().eos_token_id)
-    return [token for token in (found if isinstance(found, list) else [found]) if isinstance(token, int)]

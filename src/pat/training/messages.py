@@ -65,10 +65,7 @@ def parse_history(value: Any) -> list[Message]:
 def parse_messages(value: Any, what: str, chat_template: str) -> list[tuple[Message, bool]]:
     """Return the messages of a conversation, and whether each is to be learned if it is an answer."""
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise RowError(f"{what} is not valid JSON ({error}); write them with json.dumps.") from error
+        value = _from_json(value, what)
     if not isinstance(value, list) or not value:
         raise RowError(f"{what} is {_kind(value)}, expected a list of messages (role, content).")
     return [parse_message(item, f"message {i} of {what}", chat_template) for i, item in enumerate(value, start=1)]
@@ -133,13 +130,17 @@ def _calls(content: Any) -> list[Any] | None:
 def parse_json(value: Any, field: str) -> Any:
     """Return a field that is a list or an object, or one of these as JSON text."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise RowError(f"field {field!r} is not valid JSON ({error}).") from error
+        value = _from_json(value, f"field {field!r}")
     if not isinstance(value, dict if field == "chat_template_kwargs" else list):
         raise RowError(f"field {field!r} is {_kind(value)}, expected a list or, for chat_template_kwargs, an object.")
     return value
+
+
+def _from_json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"{what} is not valid JSON ({error}); write it with json.dumps.") from error
 
 
 def text_of(value: Any, what: str, *, empty: bool = False) -> str:

@@ -140,16 +140,16 @@ def position_remarks(counts: Sequence[Counts], cut: Truncation, config: Any) -> 
         reach = (part.get("factor") or 1) * (part.get("original_max_position_embeddings") or positions)
         positions = max(positions, int(reach))
     lengths = np.concatenate([found.num_tokens for found in counts])
-    which, above, most = "", int((lengths > positions).sum()), ""
     if cut.packing and cut.packing_strategy == "wrapped":  # texts that follow each other fill rows
-        which = f"Packed rows of {longest:,} tokens" if lengths.sum(dtype=np.int64) > positions else ""
-    elif above:
-        which = f"{above:,} of {len(lengths):,} examples"
-        most = f", up to {min(int(lengths.max()), longest):,} tokens"
-    if which:
+        is_longer, what = lengths.sum(dtype=np.int64) > positions, "Packed rows"
+    else:
+        num_longer = int((lengths > positions).sum())
+        is_longer, what = num_longer > 0, f"{num_longer:,} of {len(lengths):,} examples"
+        longest = min(int(lengths.max()), longest)
+    if is_longer:
         yield (
-            f"{which} are longer than the {positions:,} positions that the base was made for "
-            f"(max_position_embeddings){most}; pass a --max_length of at most {positions}."
+            f"{what} are longer than the {positions:,} positions that the base was made for (max_position_embeddings), "
+            f"up to {longest:,} tokens; pass a --max_length of at most {positions}."
         )
 
 

@@ -1,4 +1,4 @@
-"""What a conversation says that a chat template leaves out of its text."""
+"""Finds what a chat template leaves out of a conversation: messages of a role, and parts of an answer."""
 
 from __future__ import annotations
 

@@ -261,6 +261,14 @@ WRONG: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
         {},
         "its tensor .*embed_tokens.weight is not the base's",
     ),
+    "an embedding without a place": (
+        lambda w: change_tensors(
+            w / "adapter/adapter_model.safetensors",
+            lambda t: t.update({"base_model.model.nowhere.embed_tokens.weight": torch.ones(128, 48)}),
+        ),
+        {},
+        "its tensor .*nowhere.embed_tokens.weight is not the base's",
+    ),
     "a milestone of words": (lambda w: edit_config(w / "adapter", milestone="soon"), {}, "milestone='soon'"),
     "a target of nothing": (lambda w: edit_config(w / "adapter", target_modules=["nothing"]), {}, "nothing"),
     "output in use": (

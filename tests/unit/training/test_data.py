@@ -236,7 +236,7 @@ def test_rows_without_a_response_are_dropped_and_counted(tmp_path: Path) -> None
 
 
 def test_a_column_without_a_name_is_never_read(tmp_path: Path) -> None:
-    """As pandas writes a table with its index."""
+    """Pandas writes such a file, of a table with its index."""
     (tmp_path / "d.csv").write_text(",instruction,output\n7,ask,answer\n8,ask,answer\n", encoding="utf-8")
     data = load_training_data(tmp_path / "d.csv", tokenizer=CHAT, held_out=0)
     assert data.train[0] == chat(user("ask"), answer("answer"))
@@ -384,7 +384,9 @@ def test_what_a_sole_file_is_called_does_not_matter(tmp_path: Path) -> None:
     assert load_training_data(folder, held_out=0).num_rows == 1
 
 
-def test_a_folder_that_says_how_it_is_read_is_left_to_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_says_how_it_is_read_is_left_to_datasets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     card = "---\nconfigs:\n- config_name: default\n  data_files: b.jsonl\n---\n"
     folder = folder_of(tmp_path / "data", {"README.md": card, "a.jsonl": one("a"), "b.jsonl": one("b")})
     monkeypatch.setattr(sources, "load_dataset", lambda path, **_: Dataset.from_list([{"text": path}]))
@@ -392,7 +394,7 @@ def test_a_folder_that_says_how_it_is_read_is_left_to_datasets(tmp_path: Path, m
     folder_of(folder, {"README.md": "---\nlicense: mit\n---\n"})
     assert load_training_data(folder, held_out=0).train["completion"][:] == ["a", "b"]
     folder_of(folder, {"README.md": "---\na: [\n---\n"})
-    assert load_training_data(folder, held_out=0).num_rows == 2  # no card, and no data
+    assert load_training_data(folder, held_out=0).num_rows == 2 and "is no dataset card" in caplog.text
 
 
 def test_files_of_other_forms_are_named_by_what_is_missing(tmp_path: Path) -> None:

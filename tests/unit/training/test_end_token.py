@@ -1,4 +1,4 @@
-"""With which tokens answers end, and what is said where a model does not learn to stop there."""
+"""Tests of the tokens that end answers, and of the warnings where a model does not learn to stop."""
 
 from collections import Counter
 from types import SimpleNamespace

@@ -328,7 +328,7 @@ def test_an_answer_of_which_nothing_is_rendered_is_not_called_truncated(
         ({"max_length": 32, "packing": True}, "1 of 3 examples are longer than the 16 positions"),
         (
             {"max_length": 24, "packing": True, "packing_strategy": "wrapped"},
-            "Packed rows of 24 tokens are longer than the 16",
+            "Packed rows are longer than the 16 positions",
         ),
     ],
 )

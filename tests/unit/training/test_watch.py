@@ -1,4 +1,4 @@
-"""What is printed of a training where there is no live line."""
+"""Tests of the lines that a training prints where there is no live line."""
 
 from types import SimpleNamespace
 from typing import Any

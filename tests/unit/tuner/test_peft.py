@@ -61,7 +61,7 @@ def on_gpt2() -> None:
 
 
 IN_TRANSFORMERS = "get_peft_model" if transformers.__version__.startswith("5.23.") else "version of PEFT"
-"""What is said of transformers' own functions; from 5.24 on they refuse every method of peft 0.21."""
+"""Message of transformers' own functions for adapters; from 5.24 on they refuse every method of peft 0.21."""
 
 REFUSED: dict[str, list[tuple[str, Callable[[Path], Any]]]] = {
     "`merge_adapter`": [("smaller.*merge_and_unload", lambda _: hard().merge_adapter())],
