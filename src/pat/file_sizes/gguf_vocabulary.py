@@ -20,6 +20,9 @@ from pat.loading.tokenizer import end_tokens
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of tokens in llama.cpp."""
 
+ENDS = ("eot", "eom")
+"""Names in llama.cpp of end tokens beside the tokenizer's own: the end of a turn, and of a message."""
+
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -39,6 +42,15 @@ def stored_end_tokens(name_or_path: str) -> list[int]:
         return end_tokens(GenerationConfig.from_pretrained(name_or_path))
     except OSError:
         return []
+
+
+def unnamed_ends(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> list[str]:
+    """Return the end tokens that the metadata of a tokenizer has no place for."""
+    return [str(tokenizer.convert_ids_to_tokens(end)) for end in _others(tokenizer, ends)[len(ENDS) :]]
+
+
+def _others(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> list[int]:
+    return [end for end in dict.fromkeys(ends) if end != tokenizer.eos_token_id]
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase, vocab_size: int, ends: Sequence[int] = ()) -> list[Entry]:
@@ -80,10 +92,8 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, vocab_size: int, ends: Seq
             Entry("tokenizer.ggml.pre", "str", _pre_tokenizer(model.get("pre_tokenizer"))),
             Entry("tokenizer.ggml.merges", "[str]", [" ".join(_spaced(part) for part in pair) for pair in merges]),
         ]
-    others = [end for end in dict.fromkeys(ends) if end != tokenizer.eos_token_id]
-    entries += [
-        Entry(f"tokenizer.ggml.{name}_token_id", "u32", end) for name, end in zip(("eot", "eom"), others, strict=False)
-    ]
+    others = _others(tokenizer, ends)
+    entries += [Entry(f"tokenizer.ggml.{name}_token_id", "u32", end) for name, end in zip(ENDS, others, strict=False)]
     return entries + _special(tokenizer)
 
 

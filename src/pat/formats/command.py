@@ -16,7 +16,7 @@ from pat.checkpoint.staging import staged_file
 from pat.errors import PatError
 from pat.file_sizes.gguf_layout import GgufLayout, layout_of
 from pat.file_sizes.gguf_types import QUANTIZATIONS, Entry, Quantization
-from pat.file_sizes.gguf_vocabulary import stored_end_tokens, vocabulary_of
+from pat.file_sizes.gguf_vocabulary import stored_end_tokens, unnamed_ends, vocabulary_of
 from pat.formats import llama_cpp
 from pat.formats.gguf_file import write_gguf
 from pat.formats.loss import MAX_LENGTH, LossCheck, QuantizedLoss
@@ -92,7 +92,10 @@ def run_export(options: ExportOptions) -> ExportRecord:
             if kind.name not in DIRECT:
                 llama_cpp.require_quantizer(kind.name)
             tokenizer = tokenizer or load_plain_tokenizer(options.model)
-            vocabulary = vocabulary_of(tokenizer, config.vocab_size, stored_end_tokens(options.model))
+            ends = stored_end_tokens(options.model)
+            vocabulary = vocabulary_of(tokenizer, config.vocab_size, ends)
+            if unnamed := unnamed_ends(tokenizer, ends):
+                logger.warning("The file does not name the end tokens %s, for which GGUF has no place.", unnamed)
             skeleton = build_skeleton(config, torch.float32)
             layout = layout_of(skeleton, vocabulary, name=shown_name(options.model), kind=kind)
         measured = None

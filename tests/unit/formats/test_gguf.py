@@ -14,7 +14,7 @@ from pat.errors import PatError
 from pat.file_sizes.gguf_families import GGUF_FAMILIES, gguf_family
 from pat.file_sizes.gguf_layout import layout_of
 from pat.file_sizes.gguf_types import QUANTIZATIONS, Placed, type_of
-from pat.file_sizes.gguf_vocabulary import vocabulary_of
+from pat.file_sizes.gguf_vocabulary import unnamed_ends, vocabulary_of
 from pat.file_sizes.int4_size import Int4Size, int4_size
 from pat.file_sizes.predict import file_sizes
 from pat.formats.gguf_file import read_gguf, write_gguf
@@ -60,6 +60,8 @@ def test_a_file_has_the_size_and_the_values_that_its_layout_says(tmp_path: Path,
         "tokenizer.ggml.eom_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
     }
+    assert unnamed_ends(load_plain_tokenizer(str(STORIES)), [2, 7, 1]) == []
+    assert len(unnamed_ends(load_plain_tokenizer(str(STORIES)), [2, 7, 1, 8, 9])) == 2
     layout = layout_of(whole, vocabulary, name="tiny", kind=chosen)
     path = tmp_path / "tiny.gguf"
     weights = model_tensors(whole.model)
