@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All benchmarks on one GPU: what a run costs, how fast the result is, what a merge costs, whether compaction costs
-# quality, and how methods compare after nine million tokens (each of PAT's cells has its parity figures in bf16 beside
+# quality, and how methods compare after a million tokens (each of PAT's cells has its parity figures in bf16 beside
 # it). On an H100 all but the last take about eleven minutes; PARTS splits them where that is too long for one run. Needs an
 # environment with pat and its dependencies, or wheels of what is missing:
 #
