@@ -175,7 +175,7 @@ def _guide(record: PlanRecord) -> Table:
             cut.model,
             f"{cut.pruning_ratio:.1%}",
             f"{cut.num_tokens:,}",
-            "" if cut.above_lora is None else f"{cut.above_lora:+.3f}",
+            f"{cut.above_lora:+.3f}",
             f"{cut.above_base:+.3f}",
             str(cut.num_seeds),
         ]

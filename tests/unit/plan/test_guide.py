@@ -42,15 +42,14 @@ def test_what_a_cut_has_cost_is_on_record(cut: MeasuredCut) -> None:
         # The cells do not say how many tokens they are of; these have the same rows and steps.
         counted = recorded("milestone")["pat_milestone_fiftieth", 0.25]
     else:
-        cells = recorded("smollm2-axes" if cut.above_lora is not None else "smollm2-300k")
+        cells = recorded("smollm2-axes" if cut.num_tokens < 200_000 else "smollm2-300k")
         counted = cells["pat", 0.25]
     small = cells["pat", cut.pruning_ratio]
     assert len(small) == cut.num_seeds
     assert cut.above_base == pytest.approx(loss(small) - base, abs=6e-4)
     assert cut.num_tokens == pytest.approx(mean(row["train_tokens"] for row in counted.values()), abs=1)
-    if cut.above_lora is not None:
-        assert small.keys() == cells["lora", 0.0].keys()
-        assert cut.above_lora == pytest.approx(loss(small) - loss(cells["lora", 0.0]), abs=6e-4)
+    assert small.keys() == cells["lora", 0.0].keys()
+    assert cut.above_lora == pytest.approx(loss(small) - loss(cells["lora", 0.0]), abs=6e-4)
 
 
 def test_times_follow_from_flops_and_memory() -> None:
