@@ -11,7 +11,7 @@
 # MODEL    a base model for the comparisons of qualities, DATA its instruction data; without them these are left out
 # SCRATCH  folder for 30 GB on the disk that copies and merges are to be timed on; the other parts use TMPDIR (25 GB)
 # PARTS    what to do: nll memory train inference merge, which is the default, and compare
-# COMPARE  further flags of the comparison, such as "--epochs 1"
+# COMPARE  further flags of the comparison, such as "--steps 100"
 # REHEARSE 1 to try every part without a GPU, in tiny shapes and with a small MODEL, so that no mistake costs its minutes
 # Every part has a time limit of its own, so that one that hangs leaves the others their figures.
 set -uo pipefail
