@@ -94,8 +94,8 @@ class PlanOptions(ShapeOptions):
         beside += ["axes", "vocabulary_size", "multiple_of", "untie_word_embeddings"]
         defaults = {option.name: option.default for option in fields(self)} | {"axes": ["auto"]}
         given = [name for name in beside if getattr(self, name) != defaults[name]]
-        if len(self.pruning_ratio or ()) > 1:
-            given.append("several ratios")
+        if len(ratios := self.pruning_ratio or ()) > 1:
+            raise PatError(f"Got calibrate beside {len(ratios)} ratios; it measures under one budget, so give one.")
         if given:
             raise PatError(
                 f"Got calibrate beside {', '.join(given)}; it measures all axes of the whole model, so leave them out."

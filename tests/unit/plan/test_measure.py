@@ -52,7 +52,14 @@ def test_between_points_a_curve_is_straight() -> None:
         (["--figure", "curves.png"], "Got figure without calibrate"),
         (["--calibrate", "none.jsonl"], "none.jsonl"),
         (["--shape_search_steps", "3"], "Got shape_search_steps without calibrate"),
-        (["--calibrate", str(DATA), "--axes", "mlp", "--pruning_ratio", "0.1", "0.2"], "beside axes, several ratios"),
+        (
+            ["--calibrate", str(DATA), "--axes", "mlp"],
+            "beside axes; it measures all axes of the whole model, so leave them out",
+        ),
+        (
+            ["--calibrate", str(DATA), "--pruning_ratio", "0.1", "0.2"],
+            "beside 2 ratios; it measures under one budget, so give one",
+        ),
         (
             ["--calibrate", str(DATA), "--figure", "missing/curves.png"],
             "expected a .png file in a folder that is there",
