@@ -64,6 +64,7 @@ METHODS: dict[str, Method] = {
     "dora": Method("DoRA", "FT", {"use_dora": True}),
     "llm_pruner": Method("LLM-Pruner", "P→FT", baseline="llm_pruner"),
     "llm_pruner_after": Method("LLM-Pruner", "FT→P", baseline="llm_pruner"),
+    "llm_pruner_published": Method("LLM-Pruner as published", "P→FT", baseline="llm_pruner_published"),
     "slicegpt": Method("SliceGPT", "P→FT", baseline="slicegpt"),
     "slicegpt_after": Method("SliceGPT", "FT→P", baseline="slicegpt"),
     "minitron": Method("Minitron", "P→FT", baseline="minitron", has_teacher=True),

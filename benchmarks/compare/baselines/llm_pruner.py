@@ -103,9 +103,9 @@ def loadable_shapes(model: PreTrainedModel, target_parameters: int) -> list[Shap
     Head counts with which it is missed by more than half a channel of every layer are left out; if it is missed with
     all of them, the nearest shape alone is returned.
     """
-    base, family = _base_shape(model), get_family(model.config.model_type)
+    base, family = base_shape(model), get_family(model.config.model_type)
     total = num_parameters(model)
-    query, key_value, channel = _group_sizes(model, family)
+    query, key_value, channel = group_sizes(model, family)
 
     def size(shape: Shape) -> int:
         queries = query * (base.num_attention_heads - shape.num_attention_heads)
@@ -130,7 +130,7 @@ def loadable_shapes(model: PreTrainedModel, target_parameters: int) -> list[Shap
 
 def layer_importance(model: PreTrainedModel, calibration: Iterable[Tensor]) -> list[Importance]:
     """Return the Taylor importance of the groups of every layer."""
-    family, base = get_family(model.config.model_type), _base_shape(model)
+    family, base = get_family(model.config.model_type), base_shape(model)
     term = taylor_terms(model, calibration, _cut_parameters(model, family))
     per_head = head_dim(model)
     biases = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
@@ -214,16 +214,7 @@ def _cut(
     """Yield every parameter of the pruned model: the base's own, without the rows and columns of what goes."""
     cuts: dict[str, tuple[Tensor, int]] = {}
     for index, layer in enumerate(importance):
-        queries, groups, channels = _kept(layer, shape, head_dim(model))
-        plan: Mapping[str, tuple[Tensor, int]] = {
-            QUERY: (queries, 0),
-            KEY: (groups, 0),
-            VALUE: (groups, 0),
-            OUTPUT: (queries, 1),
-            GATE: (channels, 0),
-            UP: (channels, 0),
-            DOWN: (channels, 1),
-        }
+        plan = cut_plan(layer, shape, head_dim(model))
         for path, (keep, axis) in plan.items():
             cuts[f"{family.layers}.{index}.{path}.weight"] = keep, axis
             if axis == 0:
@@ -234,6 +225,20 @@ def _cut(
             keep, axis = cuts[name]
             weight = weight.index_select(axis, keep.to(weight.device))
         yield name, weight.clone()
+
+
+def cut_plan(layer: Importance, shape: Shape, per_head: int) -> Mapping[str, tuple[Tensor, int]]:
+    """Return, for each projection of a layer, what stays of it, ascending, and whether as rows (0) or columns (1)."""
+    queries, groups, channels = _kept(layer, shape, per_head)
+    return {
+        QUERY: (queries, 0),
+        KEY: (groups, 0),
+        VALUE: (groups, 0),
+        OUTPUT: (queries, 1),
+        GATE: (channels, 0),
+        UP: (channels, 0),
+        DOWN: (channels, 1),
+    }
 
 
 def _kept(layer: Importance, shape: Shape, per_head: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,16 +260,17 @@ def _rows(heads: Tensor, per_head: int) -> Tensor:
     return (heads.unsqueeze(1) * per_head + torch.arange(per_head, device=heads.device)).flatten()
 
 
-def _base_shape(model: PreTrainedModel) -> Shape:
+def base_shape(model: PreTrainedModel) -> Shape:
+    """Return the sizes of a model's layers."""
     config = model.config
     groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return Shape(groups, config.num_attention_heads // groups, config.intermediate_size)
 
 
-def _group_sizes(model: PreTrainedModel, family: Family) -> tuple[int, int, int]:
+def group_sizes(model: PreTrainedModel, family: Family) -> tuple[int, int, int]:
     """Return how many parameters all layers hold of one query head, one key/value head, and one MLP channel."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    base, num_layers = _base_shape(model), model.config.num_hidden_layers
+    base, num_layers = base_shape(model), model.config.num_hidden_layers
 
     def size(*paths: str) -> int:
         prefix = f"{family.layers}.0."
@@ -293,7 +299,7 @@ def _config(model: PreTrainedModel, shape: Shape) -> PretrainedConfig:
 
 
 def _is_loadable(model: PreTrainedModel, shape: Shape) -> bool:
-    if shape == _base_shape(model):
+    if shape == base_shape(model):
         return True
     try:
         _config(model, shape)

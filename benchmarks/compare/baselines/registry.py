@@ -16,13 +16,14 @@ from .budget import num_parameters
 from .calibration import describe
 from .channels import cut_channels, keep_largest, keep_random, magnitude_scores
 from .llm_pruner import check_prunable, llm_pruner
+from .llm_pruner_published import NUM_SPARED_FIRST, NUM_SPARED_LAST, check_published, llm_pruner_published
 from .minitron import minitron, num_channels
 from .shortgpt import shortgpt
 from .slicegpt import check_sliceable, choose_sliced_width, slice_model
 
-METHODS = ("llm_pruner", "slicegpt", "minitron", "shortgpt", "magnitude", "random")
+METHODS = ("llm_pruner", "llm_pruner_published", "slicegpt", "minitron", "shortgpt", "magnitude", "random")
 
-CALIBRATED = ("llm_pruner", "slicegpt", "minitron", "shortgpt")
+CALIBRATED = ("llm_pruner", "llm_pruner_published", "slicegpt", "minitron", "shortgpt")
 """Those that look at text; the others need no calibration."""
 
 
@@ -31,7 +32,8 @@ class Pruned:
     """A pruned model and what there is to know about it."""
 
     model: PreTrainedModel
-    """The model, of the base's class. SliceGPT's has layers of its own in it: it cannot be loaded again once saved."""
+    """The model, of the base's class. SliceGPT's has layers of its own in it, that of "llm_pruner_published"
+    layers of two sizes: they cannot be loaded again once saved."""
     num_parameters: int
     """All of them, shortcut matrices included; a tied matrix counts once."""
     description: str
@@ -53,6 +55,8 @@ def check(method: str, model: PreTrainedModel) -> None:
     family = get_family(model.config.model_type)
     if method == "llm_pruner":
         check_prunable(model, family)
+    if method == "llm_pruner_published":
+        check_published(model)
     if method == "slicegpt":
         check_sliceable(family)
     if method == "minitron":
@@ -73,9 +77,9 @@ def prune(
     Args:
         method: which baseline.
         model: a dense causal language model without adapters, of a family that PAT supports.
-        target_parameters: size of the result in parameters, see `pat_parameters`. "llm_pruner", "slicegpt" and
-            "shortgpt" take the setting that comes nearest, "minitron" the nearest from below, as PAT does; "magnitude"
-            and "random" have no choice but PAT's width.
+        target_parameters: size of the result in parameters, see `pat_parameters`. "llm_pruner",
+            "llm_pruner_published", "slicegpt" and "shortgpt" take the setting that comes nearest, "minitron" the
+            nearest from below, as PAT does; "magnitude" and "random" have no choice but PAT's width.
         pruned_hidden_size: PAT's width d', the width of "magnitude" and "random".
         calibration: token sequences `(T,)`, see `calibration_sequences`; empty but for `CALIBRATED`.
         seed: of "random".
@@ -105,6 +109,17 @@ def _prune(
             f"heads, {shape.intermediate_size} of {base.intermediate_size} MLP channels; {describe(calibration)}."
         )
         return Pruned(pruned, num_parameters(pruned), description)
+    if method == "llm_pruner_published":
+        uneven, shape = llm_pruner_published(model, calibration, target_parameters=target_parameters)
+        base, num_layers = model.config, model.config.num_hidden_layers
+        description = (
+            f"LLM-Pruner (block-wise, first-order Taylor, the first {NUM_SPARED_FIRST} and the last {NUM_SPARED_LAST} "
+            f"layers whole): in the other {num_layers - NUM_SPARED_FIRST - NUM_SPARED_LAST} "
+            f"{shape.num_attention_heads} of {base.num_attention_heads} heads, {shape.num_key_value_heads} of "
+            f"{base.num_key_value_heads} key/value heads, {shape.intermediate_size} of {base.intermediate_size} MLP "
+            f"channels; {describe(calibration)}."
+        )
+        return Pruned(uneven, num_parameters(uneven), description)
     if method == "minitron":
         narrow, channels = minitron(model, calibration, target_parameters=target_parameters)
         description = (

@@ -8,6 +8,7 @@ import pytest
 import torch
 from compare.baselines.budget import num_parameters
 from compare.baselines.llm_pruner import Shape, _cut, layer_importance, llm_pruner, loadable_shapes, taylor_terms
+from compare.baselines.llm_pruner_published import llm_pruner_published
 from tiny_models import batch, build
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -185,3 +186,26 @@ def test_of_the_loadable_head_counts_the_calibration_text_decides() -> None:
 def test_other_layouts_are_refused(family: str) -> None:
     with pytest.raises(PatError, match=f"{family}.*separate q/k/v/o"):
         llm_pruner(build(family, tied=False), sequences(), target_parameters=1000)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_as_published_the_layers_between_lose_heads_and_channels_by_one_ratio(family: str) -> None:
+    model, reference = (build(family, tied=True, num_hidden_layers=8) for _ in range(2))
+    target = round(0.85 * num_parameters(model))
+    pruned, shape = llm_pruner_published(model, sequences(), target_parameters=target)
+    # 1 of 2 groups goes from half the channels on, which the two layers that are cut need to come near the target.
+    assert shape.num_key_value_heads == 1 and shape.intermediate_size <= model.config.intermediate_size / 2
+    channel = 2 * (3 * model.config.hidden_size + 2)  # 2: biases of gate and up
+    assert abs(num_parameters(pruned) - target) <= channel / 2
+    width = shape.queries_per_group * reference.model.layers[0].self_attn.head_dim
+    with torch.no_grad():
+        for index, scores in enumerate(layer_importance(model, sequences())):
+            if index in (4, 5):
+                goes = int((scores.keys_values + scores.queries.sum(1)).argmin())
+                output = reference.model.layers[index].self_attn.o_proj.weight
+                output[:, goes * width : (goes + 1) * width] = 0
+                cut = scores.channels.argsort(descending=True)[shape.intermediate_size :]
+                reference.model.layers[index].mlp.down_proj.weight[:, cut] = 0
+    assert (pruned(**batch()).logits - reference(**batch()).logits).abs().max() < 1e-5
+    with pytest.raises(PatError, match="of 6 layers"):
+        llm_pruner_published(build(family, tied=True, num_hidden_layers=6), sequences(), target_parameters=target)
