@@ -421,6 +421,16 @@ def test_rows_that_cannot_be_used_are_skipped_counted_and_said_once(
         prepared(base, rows[1:2], on_bad_row="skip")
 
 
+@pytest.mark.parametrize("row", [3, {"messages": 3}, {"messages": [say("user", "refuse"), say("assistant", "b")]}])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_who_has_a_bad_row_is_told_how_to_leave_it_out(base: Path, row: Any, streaming: bool) -> None:
+    rows = [{"messages": [say("user", "a"), say("assistant", "b")]}] * 8
+    flags: dict[str, Any] = {"held_out": "2"} | ({"streaming": True, "max_steps": 1} if streaming else {})
+    with pytest.raises(PatError, match=r"line 9: .*\. Such rows are left out with --on_bad_row skip\.$"):
+        prepared(base, [*rows, row], **flags)
+    assert prepared(base, [*rows, row], on_bad_row="skip", **flags).record.num_skipped == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "rows", "message"),
     [
