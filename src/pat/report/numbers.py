@@ -37,6 +37,12 @@ def loss(nll: float | None, standard_error: float | None = None) -> str:
     return text if standard_error is None else f"{text} ± {standard_error:.3f}"
 
 
+def difference(nll: float, standard_error: float | None = None) -> str:
+    """Return by how much a loss is above (+) or below (−) another one, with its standard error if there is one."""
+    text = f"{nll:+.3f}".replace("-", "−")
+    return text if standard_error is None else f"{text} ± {standard_error:.3f}"
+
+
 def change(before: float, after: float) -> str:
     """Return by how much a quantity has changed, as a share of what it was."""
     return f"{after / before - 1:+.1%}".replace("-", "−").replace("%", " %") if before else MISSING

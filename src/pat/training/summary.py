@@ -25,6 +25,9 @@ def print_summary(result: TuneResult) -> None:
         rows=[(name, *_cells(result.figures[stage])) for stage, name in STAGES.items()],
     ).print()
     base, dense = result.figures["base"], result.figures["dense"]
+    if base.held_out_nll is not None and dense.held_out_nll is not None and dense.held_out_difference_error is not None:
+        found = numbers.difference(dense.held_out_nll - base.held_out_nll, dense.held_out_difference_error)
+        print(f"Held-out NLL, written model against base: {found} (± standard error of the same rows' differences).")
     if base.general_nll is not None:
         print(
             f"General text, which shows what was forgotten: {numbers.loss(base.general_nll)} before, "
