@@ -163,12 +163,19 @@ def _training(facts: Facts) -> list[tuple[str, str]]:
         ("seed", facts.text("seed") or facts.number("seed")),
         ("device", facts.text("device")),
         ("machine", facts.text("machine", "device")),
-        ("number format", facts.text("dtype")),
-        ("seconds of training", seconds),
+        ("number format", _arithmetic(facts)),
+        ("seconds of training, all sittings together", seconds),
     ]
     return [
         (label, value if isinstance(value, str) else numbers.count(value)) for label, value in rows if value is not None
     ]
+
+
+def _arithmetic(facts: Facts) -> str | None:
+    if (dtype := facts.text("dtype")) is None:
+        return None
+    bf16, fp16 = (facts("training_arguments", name) is True for name in ("bf16", "fp16"))
+    return numbers.arithmetic(dtype, bf16=bf16, fp16=fp16)
 
 
 def _parity(parity: Facts, this: str, other: str) -> str | None:

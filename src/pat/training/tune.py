@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -28,6 +29,7 @@ from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.base import load, load_again
 from pat.training.check import check, check_run
 from pat.training.end_token import taught_to_stop, warn_of_end_token
+from pat.training.estimate import Seen
 from pat.training.folder import CHECKPOINTS, MODEL, RESULTS, clear, find_finished, find_start, run_folder, sweep
 from pat.training.measure import measure, warn_of_losses
 from pat.training.prepare import Prepared, prepare
@@ -87,13 +89,16 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
         model = arguments.model
         size = Size.of_base(str(model.model_name_or_path), checked.base_config, stored, revision=model.model_revision)
         rows: dict[str, torch.Tensor] = {}
+        started = time.perf_counter()
         figures = {"base": ranks.first(partial(measure, base, data, "base", size, rows))}
-        is_new = start.checkpoint is None and not start.is_trained
-        announce(arguments, checked, data, base, num_steps, is_new=is_new)
+        scored = time.perf_counter()
         data.vocabulary.fit(base)
         for end in data.ends:
             warn_of_end_token(data.vocabulary, base, end, arguments.model.lora_modules_to_save or ())
+        answering = time.perf_counter()
         answers = ranks.first(partial(greedy_answers, base, data))
+        seen = Seen(figures["base"], scored - started, time.perf_counter() - answering)
+        announce(arguments, checked, data, base, num_steps, start=start, seen=seen)
         tokens = _tokens(arguments, data, base, data.vocabulary.config_of(checked.base_config))
         stages = Stages(
             arguments,
