@@ -134,7 +134,7 @@ def expected_seconds(
     verified = sum(int(batch["input_ids"].numel()) for batch in data.verify_on)
     comparisons = (1 + small if todo.compacts else 0) + tuned + small
     seconds += COMPARING * comparisons * verified * per_token
-    return seconds + (tuned + small) * seen.scoring_seconds + small * seen.answering_seconds
+    return float(seconds + (tuned + small) * seen.scoring_seconds + small * seen.answering_seconds)
 
 
 def span(seconds: float) -> str:

@@ -17,7 +17,7 @@ from pat.training.estimate import PASSES, Seen, ToDo, expected_seconds, num_padd
 from pat.training.folder import Start
 from pat.training.results import ModelFigures
 
-SECONDS_PER_TOKEN = 2e-5
+SECONDS_PER_TOKEN = 3e-4
 LENGTHS = [4, 4, 4, 100] * 50
 
 
