@@ -37,6 +37,9 @@ NUM_TIMED = 3
 SECONDS_TO_TIME = 3.0
 """No further batch is timed once so many seconds are gone."""
 
+SECONDS_WITHOUT_WARMTH = 0.5
+"""A pass that takes longer is not done again: what its allocations take no longer matters."""
+
 ORDERING_FLOPS = 15.0
 """Operations of float32 that take as long as ordering and refitting the n channels before a writer in float64, as a
 multiple of n^3: an inverse takes 2 n^3, the rounds of elimination and the refit half as much, and float64 at least
@@ -210,6 +213,8 @@ def _seconds_per_token(arguments: TuneArguments, data: Prepared, model: Any, bat
                 logits = model(**inputs, use_cache=False).logits
                 float(logits[0, -1, 0])  # waits for the device
                 taken = time.perf_counter() - started
+                if taken > SECONDS_WITHOUT_WARMTH:
+                    break
             seconds, num_tokens = seconds + taken, num_tokens + batch["input_ids"].numel()
             if time.perf_counter() - begun > SECONDS_TO_TIME:
                 break
