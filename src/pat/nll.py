@@ -93,30 +93,41 @@ def response_nll(
     return _scored(model, examples, batch_size, pad_token_id, progress)[0]
 
 
-def response_nll_by_group(
+def response_nll_by_row(
     model: nn.Module,
     examples: Sequence[Example],
-    groups: Sequence[int],
     *,
     batch_size: int,
     pad_token_id: int,
     progress: Progress | None = None,
-) -> tuple[NLL, list[float]]:
-    """Return what `response_nll` returns, and the sum in nats over the examples of each group, numbered from 0.
+) -> tuple[NLL, Tensor]:
+    """Return what `response_nll` returns, and of each example its sum in nats and its scored tokens, (M, 2), float64.
 
     Raises:
         PatError: there is no token to score.
     """
-    nll, rows_M2 = _scored(model, examples, batch_size, pad_token_id, progress)
-    group_M = torch.tensor([groups[index] for index in _by_length(examples)])
-    sums_G = torch.zeros(max(groups) + 1, dtype=torch.float64).index_add_(0, group_M, rows_M2[:, 0])
-    return nll, sums_G.tolist()
+    return _scored(model, examples, batch_size, pad_token_id, progress)
+
+
+def paired_standard_error(rows_M2: Tensor, base_M2: Tensor) -> float | None:
+    """Return the standard error of the difference between two models' losses on the same examples.
+
+    It is that of `NLL` with the difference of the two sums of each row in place of its sum: how hard a row is for both
+    goes out, so that it is smaller than the errors of the two losses.
+
+    Args:
+        rows_M2: of one model, see `response_nll_by_row`.
+        base_M2: of the other, whose tokens are the unit. Both are of the same texts, in the same order.
+    """
+    differences_M, tokens_M = rows_M2[:, 0] - base_M2[:, 0], base_M2[:, 1]
+    mean = (differences_M.sum() / tokens_M.sum()).item()
+    return _standard_error(mean, torch.stack([differences_M, tokens_M], dim=1))
 
 
 def _scored(
     model: nn.Module, examples: Sequence[Example], batch_size: int, pad_token_id: int, progress: Progress | None
 ) -> tuple[NLL, Tensor]:
-    """Return the NLL, and of each example, the longest first, the sum of its losses and its tokens."""
+    """Return the NLL, and of each example the sum of its losses and its tokens."""
     device = next(model.parameters()).device
     num_batches = math.ceil(len(examples) / batch_size)
     total, num_tokens = 0.0, 0
@@ -146,7 +157,8 @@ def _scored(
     if num_tokens == 0:
         raise PatError(f"Got {len(examples)} examples without a response token to score; pass rows with responses.")
     nll = total / num_tokens
-    rows_M2 = torch.cat(rows)
+    rows_M2 = torch.empty(len(examples), 2, dtype=torch.float64)
+    rows_M2[_by_length(examples)] = torch.cat(rows)
     return NLL(nll, num_tokens, _standard_error(nll, rows_M2), _exponential(nll)), rows_M2
 
 

@@ -206,7 +206,9 @@ def test_a_finished_run_is_not_overwritten(
 
 
 @pytest.mark.parametrize("stage", ["one", "the end of one", "two", "the model"])
-def test_a_run_that_was_cut_off_is_resumed(stage: str, base: Path, data: Path, run: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_cut_off_is_resumed(
+    stage: str, base: Path, data: Path, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     options = flags(base, data, out, save_strategy="steps", save_steps=1, keep_checkpoints=True)
     pat.tune(**options)
@@ -227,8 +229,15 @@ def test_a_run_that_was_cut_off_is_resumed(stage: str, base: Path, data: Path, r
     if stage != "the model":
         (out / "compact" / "adapter" / "training.json").unlink()
     described = json.loads((out / "run.json").read_text())
-    (out / "run.json").write_text(json.dumps(described | {"finished": []}))
-    pat.tune(**options)
+    assert described["seconds"].keys() == {"preparation", "stage_one", "compaction", "stage_two"}
+    longer = {part: 1000 + seconds for part, seconds in described["seconds"].items()}
+    (out / "run.json").write_text(json.dumps(described | {"finished": [], "seconds": longer}))
+    capfd.readouterr()
+    timings = pat.tune(**options).record.timings
+    num_done = {"one": 1, "the end of one": 2, "two": STEPS - 2, "the model": STEPS}[stage]
+    assert f"Expected for what is left after {num_done} steps: less than a minute" in capfd.readouterr().err
+    if stage != "the model":  # there the adapter's own record says how long it took
+        assert all(timings[f"{part}_seconds"] >= 1000 for part in longer) and timings["train_seconds"] > 3000
     whole, resumed = (
         [row["loss"] for row in json.loads((folder / "results.json").read_text())["log_history"] if "loss" in row]
         for folder in (run, out)

@@ -13,8 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from pat.errors import PatError
 from pat.nll import (
     batches_from_examples,
+    paired_standard_error,
     read_text,
     response_nll,
+    response_nll_by_row,
     split_text,
     text_perplexity,
 )
@@ -116,6 +118,16 @@ def test_the_standard_error_is_that_of_rows_drawn_at_random() -> None:
     spread = (sums[draws].sum(1) / nums[draws].sum(1)).std()
     assert result.standard_error == pytest.approx(float(spread), rel=0.1)
     assert response_nll(model, examples[:1], batch_size=8, pad_token_id=0).standard_error is None
+
+    other = reference_nll(base := make_model(initializer_range=0.21), examples)[0]
+    base_rows = torch.stack([torch.tensor([reference_nll(base, [e])[0] for e in examples]).double() * nums, nums], 1)
+    losses, rows = response_nll_by_row(model, examples, batch_size=8, pad_token_id=0)
+    assert torch.allclose(rows, torch.stack([sums, nums], 1), atol=1e-3)
+    differences = rows[:, 0] - base_rows[:, 0]
+    spread = (differences[draws].sum(1) / nums[draws].sum(1)).std()
+    assert losses.nll - other == pytest.approx(float(differences.sum() / nums.sum()), abs=1e-4)
+    assert paired_standard_error(rows, base_rows) == pytest.approx(float(spread), rel=0.1)
+    assert paired_standard_error(rows, rows) == 0
 
 
 def test_many_scored_tokens_are_summed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

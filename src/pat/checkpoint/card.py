@@ -15,7 +15,9 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from pat.checkpoint.verify import Parity
+from pat.report import numbers
 from pat.report.records import environment
+from pat.report.usage import LOAD, ways_to_ask
 from pat.shape import AXES
 
 
@@ -124,9 +126,10 @@ def render_card(cut: Cut, parity: Parity, provenance: Mapping[str, Any]) -> str:
         parity: the comparison with the tuned model.
         provenance: what is known beyond that, all of it optional: `model_name_or_path` and its `revision`, `dataset`
             (only the last component of a path is shown), `prompt_format` in words, `recipe`, `seed`, `num_steps`,
-            `num_tokens_seen`, `max_length`, `learning_rates` by group of parameters, `teacher`, `held_out_nll` and
-            `held_out_standard_error` by model, `num_held_out_tokens`, `general_nll` by model, `is_compacted` (the small
-            model was trained on), and a sentence on `engines` that do not run it.
+            `num_tokens_seen`, `max_length`, `learning_rates` by group of parameters, `teacher`, `held_out_nll`,
+            `held_out_standard_error` and `held_out_difference_error` (of the difference to the base, over the same
+            rows) by model, `num_held_out_tokens`, `general_nll` by model, `base_bytes` (of the base's weights),
+            `is_compacted` (the small model was trained on), and a sentence on `engines` that do not run it.
     """
     base_model = str(provenance.get("model_name_or_path") or "unknown")
     license_fields: dict[str, Any] = base_license(base_model, provenance.get("revision"))
@@ -149,10 +152,28 @@ def render_card(cut: Cut, parity: Parity, provenance: Mapping[str, Any]) -> str:
         data=as_markdown(shown_name(str(dataset))) if dataset else None,
         rates=", ".join(f"{as_markdown(name)} {rate:g}" for name, rate in rates.items()) or None,
         versions=", ".join(f"{name} {version}" for name, version in environment()["versions"].items()),
+        load=LOAD.format(folder='"path/to/this/folder"'),
+        ways=ways_to_ask(provenance.get("prompt_format")),
+        # Of a base whose files are not known the same number format.
+        base_bytes=provenance.get("base_bytes") or cut.num_bytes / cut.parameter_ratio,
+        differences=_differences(provenance),
+        megabytes=numbers.size,
+        loss=numbers.loss,
         number=lambda value: f"{value:,}" if isinstance(value, int) else None,
         percent=lambda share: f"{100 * (1 - share):.1f}",
     )
     return str(card)
+
+
+def _differences(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """Return how far the held-out loss of each model is from the base's, in words."""
+    losses: Mapping[str, float] = provenance.get("held_out_nll") or {}
+    errors: Mapping[str, float] = provenance.get("held_out_difference_error") or {}
+    base = losses.get("base")
+    return {
+        name: numbers.MISSING if base is None or name == "base" else numbers.difference(nll - base, errors.get(name))
+        for name, nll in losses.items()
+    }
 
 
 def _cached_card(repo_id: str, revision: str | None) -> Path | None:

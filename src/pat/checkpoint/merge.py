@@ -214,12 +214,14 @@ def _facts(results: Mapping[str, Any], *, is_last: bool) -> dict[str, Any]:
     all_figures = {stage: figure for stage, figure in (results.get("figures") or {}).items() if stage in of_models}
     figures = {stage: figure for stage, figure in all_figures.items() if figure.get("held_out_nll") is not None}
     general = {stage: figure.get("general_nll") for stage, figure in all_figures.items()}
-    errors = {stage: figure.get("held_out_standard_error") for stage, figure in figures.items()}
+    kinds = ("held_out_standard_error", "held_out_difference_error")
+    errors = {kind: {stage: figure.get(kind) for stage, figure in figures.items()} for kind in kinds}
+    found |= {kind: {name: error for name, error in of.items() if error is not None} for kind, of in errors.items()}
     return found | {
         "is_compacted": results.get("compaction") is not None,
         "max_length": (results.get("training_arguments") or {}).get("max_length"),
         "held_out_nll": {stage: figure["held_out_nll"] for stage, figure in figures.items()},
-        "held_out_standard_error": {stage: error for stage, error in errors.items() if error is not None},
+        "base_bytes": (all_figures.get("base") or {}).get("num_bytes"),
         "num_held_out_tokens": next((figure.get("num_held_out_tokens") for figure in figures.values()), None),
         "general_nll": {stage: nll for stage, nll in general.items() if nll is not None},
     }

@@ -37,6 +37,25 @@ def loss(nll: float | None, standard_error: float | None = None) -> str:
     return text if standard_error is None else f"{text} ± {standard_error:.3f}"
 
 
+def difference(nll: float, standard_error: float | None = None) -> str:
+    """Return by how much a loss is above (+) or below (−) another one, with its standard error if there is one."""
+    text = f"{nll:+.3f}".replace("-", "−")
+    return text if standard_error is None else f"{text} ± {standard_error:.3f}"
+
+
+def arithmetic(dtype: str, *, bf16: bool, fp16: bool) -> str:
+    """Return what a model is trained in: the number format of its weights, and of its products where that is another.
+
+    Args:
+        dtype: of the weights, such as `float32`.
+        bf16: whether the trainer runs it under autocast to bfloat16.
+        fp16: likewise to float16.
+    """
+    under = {"bfloat16": bf16, "float16": fp16}
+    kinds = {"bfloat16": "bf16", "float16": "fp16"}
+    return dtype + "".join(f" under {kinds[name]} autocast" for name, is_on in under.items() if is_on and name != dtype)
+
+
 def change(before: float, after: float) -> str:
     """Return by how much a quantity has changed, as a share of what it was."""
     return f"{after / before - 1:+.1%}".replace("-", "−").replace("%", " %") if before else MISSING

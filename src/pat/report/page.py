@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from pat.report import numbers
 from pat.report.facts import Facts, as_number
 from pat.report.pictures import axes_cut, energy_picture, figure_pictures, gate_pictures, training_pictures
+from pat.report.usage import LOAD, plain_way, ways_to_ask
 
 STAGES = {"base": "base", "tuned": "tuned", "dense": "written"}
 """The models of a run, and what they are called in a report."""
@@ -53,6 +55,7 @@ def render_report(record: Mapping[str, Any], changed: Sequence[Changed] | None) 
         changed: the options that are not the recipe's defaults; None where they are not known.
     """
     facts = Facts(record)
+    folder = _without_folders(facts.text("training_arguments", "output_dir") or "out").replace("\\", "/")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(
         resources.files("pat.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
@@ -92,7 +95,9 @@ def render_report(record: Mapping[str, Any], changed: Sequence[Changed] | None) 
         else [(row.name, _without_folders(row.default), _without_folders(row.value)) for row in changed],
         recipe=facts.text("recipe"),
         versions={str(key): str(value) for key, value in sorted(facts.mapping("versions").items())},
-        folder=_without_folders(facts.text("training_arguments", "output_dir") or "out").replace("\\", "/"),
+        load=LOAD.format(folder=json.dumps(f"{folder}/model", ensure_ascii=False)),
+        ways=ways_to_ask(facts.text("prompt_format")) or [plain_way()],
+        paired=facts.number("figures", "dense", "held_out_difference_error") is not None,
         cuts_hidden=(facts.number("cut", "pruned_hidden_size") or 0) < (facts.number("cut", "hidden_size") or 0),
     )
 
@@ -114,8 +119,9 @@ def _headline(facts: Facts) -> str:
     distance = round(dense, 3) - round(base, 3)  # of the numbers that are shown
     if not distance:
         return f"{said}, and its held-out loss is that of the untuned base, {numbers.loss(dense)} nats per token."
+    error = facts.number("figures", "dense", "held_out_difference_error")
     return (
-        f"{said}, and its held-out loss is {numbers.loss(dense)} nats per token, {numbers.loss(abs(distance))} "
+        f"{said}, and its held-out loss is {numbers.loss(dense)} nats per token, {numbers.loss(abs(distance), error)} "
         f"{'below' if distance < 0 else 'above'} that of the untuned base ({numbers.loss(base)})."
     )
 
@@ -157,12 +163,19 @@ def _training(facts: Facts) -> list[tuple[str, str]]:
         ("seed", facts.text("seed") or facts.number("seed")),
         ("device", facts.text("device")),
         ("machine", facts.text("machine", "device")),
-        ("number format", facts.text("dtype")),
-        ("seconds of training", seconds),
+        ("number format", _arithmetic(facts)),
+        ("seconds of training, all sittings together", seconds),
     ]
     return [
         (label, value if isinstance(value, str) else numbers.count(value)) for label, value in rows if value is not None
     ]
+
+
+def _arithmetic(facts: Facts) -> str | None:
+    if (dtype := facts.text("dtype")) is None:
+        return None
+    bf16, fp16 = (facts("training_arguments", name) is True for name in ("bf16", "fp16"))
+    return numbers.arithmetic(dtype, bf16=bf16, fp16=fp16)
 
 
 def _parity(parity: Facts, this: str, other: str) -> str | None:

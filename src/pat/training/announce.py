@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import sys
-import time
-from typing import Any, cast
-
-import torch
+from typing import Any
 
 from pat import ranks
 from pat.loading import empty_model
 from pat.method.schedule import milestone_step
-from pat.nll import batches_from_examples, evaluating
-from pat.report.progress import phase
+from pat.report import numbers
 from pat.shape import AXES
 from pat.surgery.costs import build_skeleton
 from pat.surgery.describe import head_dim
 from pat.training.arguments import TuneArguments
 from pat.training.check import Checked, compacts
 from pat.training.engine import describe, quantises, shards
+from pat.training.estimate import Seen, ToDo, expected_seconds, span, steps_done
+from pat.training.folder import Start
 from pat.training.prepare import Prepared
 from pat.training.teacher import announce_teacher
 from pat.tuner.depth import LAYER_TOKENS
@@ -26,13 +24,16 @@ from pat.tuner.experts import tokens_per_routed
 from pat.tuner.memory import training_memory
 from pat.tuner.refit import TOKENS_PER_CHANNEL
 
-PASSES = 3.0
-"""A training step takes about as long as this many forward passes over its tokens: one there, one back through the
-frozen weights, and as much again for the adapter and the optimizer."""
-
 
 def announce(
-    arguments: TuneArguments, checked: Checked, data: Prepared, model: Any, num_steps: int, *, is_new: bool = True
+    arguments: TuneArguments,
+    checked: Checked,
+    data: Prepared,
+    model: Any,
+    num_steps: int,
+    *,
+    start: Start,
+    seen: Seen,
 ) -> None:
     """Say in one line on stderr what was understood, and what it will take.
 
@@ -42,7 +43,8 @@ def announce(
         data: what was found out about its data.
         model: the base.
         num_steps: optimizer steps of both stages.
-        is_new: nothing is trained yet; else the time that is left is not that of all steps, and is not said.
+        start: where the run begins; what is done by then is not counted among what is expected.
+        seen: what the base has taken so far.
     """
     shape = checked.shape
     milestone = arguments.pat.milestone_share(cuts_hidden=shape.cuts("hidden"))
@@ -50,7 +52,9 @@ def announce(
     goes_small = compacts(arguments.run.no_compact, arguments.pat_config())
     rest = "on the small model" if goes_small else "at full width"
     reading, num_read = _reading(arguments, checked)
-    autocast = " under bf16 autocast" if arguments.sft.bf16 and model.dtype == torch.float32 else ""
+    sft = arguments.sft
+    dtype = str(model.dtype).removeprefix("torch.")
+    kind = numbers.arithmetic(dtype, bf16=bool(sft.bf16), fp16=bool(sft.fp16))
     taught = announce_teacher(arguments, data, model, soft, num_steps)
     kept = data.vocabulary.kept
     trimmed = "" if kept is None else f"vocabulary {data.vocabulary.num_untrimmed:,} to {len(kept):,} tokens, "
@@ -58,40 +62,24 @@ def announce(
     if data.record.is_alpaca and data.vocabulary.writes_alpaca:
         worded = " The chat template that is written asks in these words."
     costs = []
-    if is_new and ranks.is_first() and not shards(arguments.sft):
-        small = 1.0 - shape.pruning_ratio if goes_small else 1.0
-        passes = PASSES + 1 if arguments.sft.gradient_checkpointing else PASSES
-        trained = num_tokens_of_step(arguments, data) * (soft + (num_steps - soft) * small)
-        examples = [*data.held_out, *(() if data.general is None else data.general.windows)]
-        scored = 2 * sum(len(example["input_ids"]) for example in examples)  # by the tuned model and the written one
-        costs.append(about((num_read + passes * trained + scored) * _seconds_per_token(arguments, data, model)))
+    if ranks.is_first() and not shards(arguments.sft):
+        todo = ToDo.of(start, soft, num_steps, num_read, goes_small=goes_small)
+        costs.append(span(expected_seconds(arguments, checked, data, model, seen, todo)))
     if not quantises(arguments, checked.base_config) and not shards(arguments.sft):
         num_bytes = _memory(arguments, checked, data, model)
         size = f"{num_bytes / 1e9:,.1f} GB" if num_bytes > 1e9 else f"{num_bytes / 1e6:,.0f} MB"
         # Without a soft mask only the calibration runs at the base's width.
         most = "at most " if goes_small and not soft else ""
         costs.append(f"{most}{size} for weights and activations")
-    expected = f" Expected: {' and '.join(costs)}." if costs else ""
+    begins = start.checkpoint is None and not start.is_trained
+    done = "" if begins else f" for what is left after {steps_done(start) or num_steps:,} steps"
+    expected = f" Expected{done}: {' and '.join(costs)}." if costs else ""
     print(
         f"{data.record.describe()}{worded} Model: {checked.family.model_type}, {trimmed}{shape.describe()}, "
-        f"{str(model.dtype).removeprefix('torch.')}{autocast} on {describe(str(model.device))}; {num_steps:,} steps, "
+        f"{kind} on {describe(str(model.device))}; {num_steps:,} steps, "
         f"{soft:,} with a soft mask and {num_steps - soft:,} {rest}.{reading}{taught}{expected}",
         file=sys.stderr,
     )
-
-
-def num_tokens_of_step(arguments: TuneArguments, data: Prepared) -> float:
-    """Return the mean number of tokens, without padding, of an optimizer step of this process."""
-    rows = arguments.sft.per_device_train_batch_size * arguments.sft.gradient_accumulation_steps
-    return rows * data.num_tokens / max(1, len(data.train))
-
-
-def about(seconds: float) -> str:
-    """Return a duration that is not known well, in words."""
-    for size, unit in ((3600.0, "hour"), (60.0, "minute")):
-        if seconds >= 1.5 * size:
-            return f"about {seconds / size:.0f} {unit}s"
-    return "a minute or two" if seconds > 30 else "less than a minute"
 
 
 def _reading(arguments: TuneArguments, checked: Checked) -> tuple[str, int]:
@@ -108,25 +96,6 @@ def _reading(arguments: TuneArguments, checked: Checked) -> tuple[str, int]:
         text += f" {LAYER_TOKENS:,} tokens are read {shape.size('layers')} times, to choose the layers."
         num_read += LAYER_TOKENS * shape.size("layers")
     return text, num_read // ranks.num_processes()
-
-
-@torch.no_grad()
-def _seconds_per_token(arguments: TuneArguments, data: Prepared, model: Any) -> float:
-    """Return the time that the base takes to read a token, in a batch of the training and its arithmetic."""
-    sft, device = arguments.sft, model.device
-    rows = [data.train[index] for index in range(min(sft.per_device_train_batch_size, len(data.train)))]
-    padding = cast(int, data.vocabulary.tokenizer.pad_token_id)
-    batch = next(iter(batches_from_examples(rows, batch_size=len(rows), pad_token_id=padding)))
-    inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
-    dtype = torch.float16 if sft.fp16 else torch.bfloat16
-    autocast = torch.autocast(device.type, dtype, enabled=bool(sft.fp16 or sft.bf16))
-    with phase("Timing the base model"), evaluating(model), autocast:
-        for _ in range(2):  # the first one allocates
-            started = time.perf_counter()
-            logits = model(**inputs, use_cache=False).logits
-            float(logits[0, -1, 0])  # waits for the device
-            seconds = time.perf_counter() - started
-    return seconds / sum(len(row["input_ids"]) for row in rows)
 
 
 def _memory(arguments: TuneArguments, checked: Checked, data: Prepared, model: Any) -> int:

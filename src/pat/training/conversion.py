@@ -244,7 +244,7 @@ def look_at(placed: Iterable[Placed], skips: bool) -> tuple[dict[str, None], Row
     """Return the columns of rows, and the first of them that is one.
 
     Raises:
-        PatError: a row is wrong, and none is to be skipped.
+        UnusableRow: a row is wrong, and none is to be skipped.
     """
     columns: dict[str, None] = {}
     first: Row | None = None
@@ -253,5 +253,5 @@ def look_at(placed: Iterable[Placed], skips: bool) -> tuple[dict[str, None], Row
             first = row if first is None else first
             columns |= dict.fromkeys(row)
         elif not skips:
-            raise row
+            raise UnusableRow(str(row)) from row
     return columns, first or {}

@@ -128,6 +128,12 @@ def counts_of_batch(encoded: Mapping[str, Sequence[Any]], is_first: Sequence[boo
     )
 
 
+def longest_of(lengths: Numbers | Sequence[int]) -> str:
+    """Return the `--max_length` that sequences of these lengths take, in words: that of 99 % of them, and of all."""
+    most, longest = int(np.quantile(lengths, 0.99, method="higher")), int(np.max(lengths))
+    return f"to {longest:,}" if most == longest else f"to {most:,} for 99 % of the examples or to {longest:,} for all"
+
+
 def counted(joined: Counter[str]) -> Counter[str]:
     """Return how often each name comes, of counts of names that are joined by commas."""
     found: Counter[str] = Counter()

@@ -11,7 +11,7 @@ import numpy as np
 
 from pat.checkpoint.card import shown_name
 from pat.errors import PatError
-from pat.training.counts import Counts, counted
+from pat.training.counts import Counts, counted, longest_of
 from pat.training.data import TrainingData
 from pat.training.rendered import ANSWER
 from pat.training.tokens import Truncation
@@ -137,7 +137,7 @@ def make_record(data: TrainingData, counts: Counts, cut: Truncation) -> DataReco
         before = (tokens - targets)[targets > 0]
         raise PatError(
             f"All {len(before)} responses are truncated away: got max_length {cut.max_length}, but even the shortest "
-            f"prompt with one response token takes {before.min() + 1}; pass a larger --max_length."
+            f"prompt with one response token takes {before.min() + 1}; raise it {longest_of(tokens)}."
         )
     return DataRecord(
         source=shown_name(data.name),

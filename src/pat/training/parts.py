@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from datasets import Dataset
 
-from pat.errors import PatError
+from pat.errors import PatError, UnusableRow
 from pat.nll import Example
 from pat.training.conversion import TemplateChoice
 from pat.training.counts import Counts, Numbers
@@ -54,6 +55,16 @@ class Part:
     """Tokens of those that are kept apart, none of which is cut."""
 
 
+@contextmanager
+def _naming_the_way_out() -> Iterator[None]:
+    """Say, where a row cannot be used, which flag of `pat tune` leaves such rows out."""
+    try:
+        yield
+    except UnusableRow as error:
+        raise UnusableRow(f"{error} Such rows are left out with --on_bad_row skip.") from error
+
+
+@_naming_the_way_out()
 def load_parts(arguments: TuneArguments, tokenizer: PreTrainedTokenizerBase) -> list[TrainingData]:
     """Load the sources of a run, and keep rows of each apart.
 
@@ -84,6 +95,7 @@ def load_parts(arguments: TuneArguments, tokenizer: PreTrainedTokenizerBase) -> 
     ]
 
 
+@_naming_the_way_out()
 def open_parts(
     arguments: TuneArguments, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[TrainingData, StreamedSource]]:
@@ -133,6 +145,7 @@ def _held_out_of_each(arguments: TuneArguments) -> list[tuple[Any, int]]:
     return list(zip(amounts, apportioned(DEFAULT_HELD_OUT_ROWS, weights), strict=True))
 
 
+@_naming_the_way_out()
 def encoded(data: TrainingData, encoder: Encoder, num_proc: int | None, *, shown: bool) -> Part:
     """Make tokens of a source; what the chat template refuses of the rows that are kept apart is counted."""
     rows = encode(data.train_rows, encoder, num_proc, key=data.key, shown=shown)

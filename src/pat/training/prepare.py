@@ -24,7 +24,7 @@ from pat.questions import evenly_spaced
 from pat.report.progress import bars_of_datasets, phase
 from pat.training.calibration_text import calibration_pieces
 from pat.training.conversion import TemplateChoice
-from pat.training.counts import Counts, count, count_tokens
+from pat.training.counts import Counts, count, count_tokens, longest_of
 from pat.training.data import TrainingData, load_training_data
 from pat.training.data_record import DataRecord, make_record
 from pat.training.end_token import ends_of
@@ -195,7 +195,7 @@ def _evaluation(apart: Sequence[Example], sft: SFTConfig, cut: Truncation) -> Da
     if not fitted:
         raise PatError(
             f"Got eval_strategy={str(sft.eval_strategy)!r}, but no response of the {len(apart)} held-out rows is left "
-            f"within --max_length {fit.max_length}; raise it."
+            f"within --max_length {fit.max_length}; raise it {longest_of([len(row['input_ids']) for row in apart])}."
         )
     return _packed(Dataset.from_list(fitted), sft, fit)
 
@@ -239,19 +239,19 @@ def _whole_in_both(
     Raises:
         PatError: none is left.
     """
-    longest = cut.max_length or math.inf
-    pairs = [
-        (a, b) for a, b in zip(rows, of_base, strict=True) if max(map(len, (a["input_ids"], b["input_ids"]))) <= longest
-    ]
+    lengths = [max(len(a["input_ids"]), len(b["input_ids"])) for a, b in zip(rows, of_base, strict=True)]
+    room, needed = cut.max_length or math.inf, longest_of(lengths)
+    pairs = [pair for *pair, length in zip(rows, of_base, lengths, strict=True) if length <= room]
     if not pairs:
-        raise PatError(f"Got no held-out row that fits within --max_length {cut.max_length}; raise it.")
+        raise PatError(f"Got no held-out row that fits within --max_length {cut.max_length}; raise it {needed}.")
     if len(pairs) < len(rows):
         logger.warning(
             "%d of %d held-out rows are not measured, since --max_length %s would cut them otherwise in the trimmed "
-            "vocabulary than in the base's.",
+            "vocabulary than in the base's; raise it %s.",
             len(rows) - len(pairs),
             len(rows),
             cut.max_length,
+            needed,
         )
     return [own for own, _ in pairs], [base for _, base in pairs]
 

@@ -11,7 +11,7 @@ import pyarrow.compute
 from datasets import Dataset
 
 from pat.nll import max_positions
-from pat.training.counts import Counts, counted
+from pat.training.counts import Counts, counted, longest_of
 from pat.training.data import TrainingData
 from pat.training.data_record import DataRecord
 from pat.training.end_token import NO_END
@@ -97,7 +97,8 @@ def remarks(
         text, num_longer = record.format == "text", int((counts.num_tokens > cut.room).sum())
         yield (
             f"{num_longer:,} {all_examples} are cut at --max_length {cut.max_length}: {record.num_cut_tokens:,} of "
-            f"{record.num_tokens:,} tokens are dropped, {record.num_cut_target_tokens:,} of them to learn; raise it"
+            f"{record.num_tokens:,} tokens are dropped, {record.num_cut_target_tokens:,} of them to learn; raise it "
+            f"{longest_of(counts.num_tokens)}"
             + (
                 ", or drop none by --packing true --packing_strategy wrapped."
                 if text and not record.is_streamed
@@ -107,9 +108,10 @@ def remarks(
     if record.num_truncated and record.format != "text" and not cut.keeps_end:
         yield f"{record.num_truncated:,} {all_examples} lose the end of their response, so that it never stops."
     if record.num_cut_away:
+        cut_away = counts.num_tokens[(counts.num_left == 0) & (counts.num_targets > 0)]
         yield (
             f"{record.num_cut_away:,} {all_examples} have no response left within --max_length {cut.max_length} and do "
-            "not count; raise it, or keep responses by --truncation_mode keep_end."
+            f"not count; raise it {longest_of(cut_away)}, or keep responses by --truncation_mode keep_end."
         )
 
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,26 +14,15 @@ from transformers import PretrainedConfig
 
 from pat.checkpoint.card import Compaction, Cut
 from pat.checkpoint.verify import Parity
-from pat.errors import one_line
-from pat.file_sizes.predict import file_sizes, vocabulary_entries
 from pat.loading import quantization_of
 from pat.loading.stored import stored_tensors
-from pat.nll import IGNORED, Example, max_positions, response_nll, response_nll_by_group
-from pat.report.progress import progress_bar
 from pat.report.records import Machine, Record
-from pat.surgery.costs import Skeleton, build_skeleton, cost_of
 from pat.surgery.describe import count_parameters
 from pat.training.data_record import DataRecord
-from pat.training.prepare import Prepared
 from pat.training.samples import Sample
 from pat.training.teacher import TeacherRecord
 
 logger = logging.getLogger(__name__)
-
-EVAL_BATCH_SIZE = 8
-
-CONTEXT = 512
-"""Number of tokens that FLOPs are for."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +69,8 @@ class ModelFigures(Size):
     """Mean loss of a response token of the base's own vocabulary, in nats; None without held-out data."""
     held_out_standard_error: float | None = None
     """Standard error of that mean over rows; see `NLL`."""
+    held_out_difference_error: float | None = None
+    """Standard error of the difference to the base's `held_out_nll`, of the same rows (paired); None for the base."""
     num_held_out_tokens: int = 0
     held_out_nll_by_source: list[float | None] | None = None
     """The same loss on the held-out rows of each of several sources, in the order of `data.sources`; None for one that
@@ -185,107 +173,3 @@ class TuneResult:
     def parity(self) -> Parity:
         """Comparison of the tuned model with the dense one."""
         return self.record.parity
-
-
-def measure(model: nn.Module, data: Prepared, stage: str, size: Size) -> ModelFigures:
-    """Measure a model on the held-out rows and on general text, on its own device and in its own dtype.
-
-    The size is given, because quantised storage holds several weights in one element.
-    """
-    found = asdict(size) | _on_held_out(model, data, stage) | _on_general_text(model, data, stage)
-    if stage != "tuned":
-        config = cast(Any, model).config
-        skeleton = build_skeleton(config, torch.bfloat16)
-        context = min(CONTEXT, max_positions(config) or CONTEXT)
-        found["flops_per_token"] = cost_of(skeleton, context).prefill_flops_per_token
-        found["gguf_bytes"] = _gguf_bytes(skeleton)
-    return ModelFigures(**found)
-
-
-def _gguf_bytes(skeleton: Skeleton) -> dict[str, int] | None:
-    config = skeleton.model.config
-    try:
-        # By the name alone, as a plan does it: the same tokenizer, unless a revision was asked for that has another.
-        vocabulary, uncounted = vocabulary_entries(str(config.name_or_path), config.get_text_config().vocab_size)
-        return None if uncounted else file_sizes(skeleton, vocabulary)[0].gguf or None
-    except Exception as error:  # whatever an odd tokenizer raises: no run ends for the lack of this figure
-        logger.warning("The size of files for llama.cpp is not known (%s).", one_line(error))
-        return None
-
-
-def _on_held_out(model: nn.Module, data: Prepared, stage: str) -> dict[str, Any]:
-    examples, of_base = data.held_out, data.held_out_of_base
-    if not examples:
-        return {}
-    if of_base is not None and stage == "base":
-        examples = of_base
-    pad_token_id = 0 if examples is of_base else cast(int, data.vocabulary.tokenizer.pad_token_id)  # padding is masked
-    with progress_bar(f"Scoring held-out rows with the {stage} model", "batches") as bar:
-        start = time.perf_counter()
-        # Without groups all examples are of one.
-        nll, sums = response_nll_by_group(
-            model,
-            examples,
-            data.held_out_groups or [0] * len(examples),
-            batch_size=EVAL_BATCH_SIZE,
-            pad_token_id=pad_token_id,
-            progress=bar,
-        )
-        speed = sum(len(example["input_ids"]) for example in examples) / (time.perf_counter() - start)
-    # One unit for all models of a run: other tokens of the same text are so many of the base's.
-    num_tokens = nll.num_tokens if of_base is None else sum(map(_num_scored, of_base))
-    by_source: list[float | None] | None = None
-    if data.held_out_groups:
-        counted = [0] * len(data.record.sources)
-        for group, example in zip(data.held_out_groups, of_base or data.held_out, strict=True):
-            counted[group] += _num_scored(example)
-        totals = [*sums, *[0.0] * len(counted)]
-        by_source = [total / num if num else None for total, num in zip(totals, counted, strict=False)]
-    return {
-        "held_out_nll": nll.per(num_tokens).nll,
-        "held_out_standard_error": nll.per(num_tokens).standard_error,
-        "num_held_out_tokens": num_tokens,
-        "held_out_nll_by_source": by_source,
-        "tokens_per_second": speed,
-    }
-
-
-def _on_general_text(model: nn.Module, data: Prepared, stage: str) -> dict[str, Any]:
-    if (text := data.general) is None:
-        return {}
-    windows = text.windows_of_base if stage == "base" else text.windows
-    with progress_bar(f"Scoring general text with the {stage} model", "batches") as bar:
-        nll = response_nll(model, windows, batch_size=EVAL_BATCH_SIZE, pad_token_id=0, progress=bar)  # it is masked
-    num_tokens = sum(map(_num_scored, text.windows_of_base))
-    return {
-        "general_nll": nll.per(num_tokens).nll,
-        "general_standard_error": nll.per(num_tokens).standard_error,
-        "num_general_tokens": num_tokens,
-    }
-
-
-def _num_scored(example: Example) -> int:
-    """Return the number of tokens of an example that `response_nll` scores."""
-    return sum(label != IGNORED for label in example["labels"][1:])
-
-
-def warn_of_losses(figures: Mapping[str, ModelFigures], vocab_size: int) -> None:
-    """Say so if tuning has made the model worse than its base, or no better than guessing."""
-    base, dense = figures["base"].held_out_nll, figures["dense"].held_out_nll
-    if base is None or dense is None:
-        return
-    if not dense < math.log(vocab_size):
-        logger.warning(
-            "The model is no better than guessing: its held-out loss is %.3f, and a uniform choice among %d tokens has "
-            "%.3f. Train longer, cut less, or lower the learning rate.",
-            dense,
-            vocab_size,
-            math.log(vocab_size),
-        )
-    elif dense > base:
-        logger.warning(
-            "The model is worse on the held-out rows than its base (%.3f against %.3f nats per token). Train longer, "
-            "cut less, or lower the learning rate.",
-            dense,
-            base,
-        )

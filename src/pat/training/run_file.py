@@ -65,6 +65,8 @@ class RunFile:
     """Whether it began in bf16; unless a flag says otherwise it goes on so, whatever a new measurement would choose."""
     rows_per_step: int | None = None
     """Number of rows that a step takes, over all processes."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds that each part of the training has taken so far, over all sittings; see `Trained.seconds`."""
 
     @classmethod
     def of(cls, arguments: TuneArguments, base_config: Any, data: str) -> RunFile:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -40,6 +39,7 @@ from pat.training.handover import checkpoint_for, is_sharded, unsharded, write_a
 from pat.training.interrupt import StopOnSignal
 from pat.training.prepare import Prepared
 from pat.training.run_file import RUN_FILE, RunFile
+from pat.training.sittings import AtEachCheckpoint, Clock
 from pat.training.teacher import Teaching
 from pat.training.trained import Trained, last_adapter, training_facts
 from pat.training.trainer import (
@@ -78,12 +78,12 @@ class Stages:
     """Loads the base model anew: an engine that shards it leaves nobody with a whole one."""
     callbacks: Sequence[TrainerCallback] = ()
     """Further callbacks of both trainers."""
-    seconds: dict[str, float] = field(default_factory=dict)
     router_settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the model's configuration that its trainer has changed for itself."""
 
     def __post_init__(self) -> None:
-        self.seconds["preparation"] = self.data.seconds
+        self.clock = Clock(self.run_file.seconds)
+        self.clock.add("preparation", self.data.seconds)
         self.teaching = Teaching(self.arguments, self.data, self.run_file.base, say)
 
     @property
@@ -171,7 +171,7 @@ class Stages:
     def _trainer(self, model: PeftModel, args: SFTConfig, folder: Path, *callbacks: TrainerCallback) -> SFTTrainer:
         self.router_settings = router_settings(model.config)
         weight = self.teaching.weight if folder.name == STAGE_TWO else None
-        callbacks = (*callbacks, FiniteGuard(), SaveTokens(self.tokens))
+        callbacks = (*callbacks, FiniteGuard(), SaveTokens(self.tokens), AtEachCheckpoint(self._note))
         args.disable_tqdm = True  # `Watch` shows the training
         trainer = make_trainer(model, args, self.data, folder, callbacks=callbacks, distill_weight=weight)
         silence(trainer)
@@ -180,8 +180,7 @@ class Stages:
     def _skip(self, trainer: SFTTrainer, callback: PatCallback) -> None:
         """Have the channels chosen, and the mask hard, without a step of stage one."""
         trainer.state.max_steps = self.num_steps
-        started = time.perf_counter()
-        with self._begun():
+        with self._begun(), self.clock.timing("calibration"):
             callback.on_train_begin(
                 trainer.args,
                 trainer.state,
@@ -190,15 +189,13 @@ class Stages:
                 train_dataloader=trainer.get_train_dataloader(),
                 processing_class=self.data.vocabulary.tokenizer,
             )
-        self.seconds["calibration"] = time.perf_counter() - started
 
     def _train(self, trainer: SFTTrainer, part: str, resume_from: str | None) -> None:
         stop, watch = StopOnSignal(), Watch(TITLES[part])
         for callback in (*self.callbacks, stop):
             trainer.add_callback(callback)
-        started = time.perf_counter()
         try:
-            with self._begun(), stop.listening(trainer), watch.watching(trainer):
+            with self.clock.timing(part), self._begun(), stop.listening(trainer), watch.watching(trainer):
                 if resume_from is None or not load_finished(trainer, resume_from, self.num_steps):
                     if resume_from is not None:
                         resume_from = str(ranks.first(partial(checkpoint_for, Path(resume_from), trainer)))
@@ -207,12 +204,16 @@ class Stages:
             last = Path(cast(str, trainer.args.output_dir)) / "last-finite"
             trainer.save_model(str(last))
             raise type(error)(f"{error} The adapter before that step is in {last}.") from error
-        self.seconds[part] = time.perf_counter() - started
         self._finished(part)
 
     def _finished(self, part: str) -> None:
         self.run_file = self.run_file.after(part)
-        ranks.first_alone(lambda: self.run_file.write(self.arguments.output_dir))
+        ranks.first_alone(self._note)
+
+    def _note(self) -> None:
+        """Write how far the run is, with the seconds that it has taken: who goes on adds to them."""
+        self.run_file = replace(self.run_file, seconds=self.clock.seconds())
+        self.run_file.write(self.arguments.output_dir)
 
     @contextmanager
     def _begun(self) -> Iterator[None]:
@@ -238,25 +239,24 @@ class Stages:
 
         `done` is the checkpoint that was loaded; by default the one that stage one has just ended with.
         """
-        started = time.perf_counter()
-        restore_router_settings(model.config, self.router_settings)
-        adapter = self.arguments.output_dir / "adapter"
-        write_adapter(trainer, adapter, self.tokens, grown=bool(self.data.vocabulary.added))
-        written: list[tuple[PeftModel, CompactModel, Compaction]] = []
-        ranks.first_alone(lambda: written.append(self._write_compact(trainer, adapter)))
-        # The first process goes on with what it has made, the others with what it has written.
-        record = ranks.first(lambda: written[0][2])
-        small = written[0][1].model if written else self._load_compact(self.compact_dir / ADAPTER)
-        say(f"Milestone: {record.describe()}; training goes on as LoRA on the small model.")
-        args = self.data.trainer_args(self.arguments.sft)
-        stage_two = self._trainer(small, args, self.checkpoints / STAGE_TWO)
-        start = None
-        if trainer.state.global_step == 0:  # there is no checkpoint to take the log along
-            stage_two.add_callback(KeepLog(trainer.state.log_history))
-        else:
-            last = Path(done) if done else self.checkpoints / f"checkpoint-{trainer.state.global_step}"
-            start = ranks.first(lambda: str(continue_from(last, trainer, written[0][1], written[0][0], stage_two)))
-        self.seconds["compaction"] = time.perf_counter() - started
+        with self.clock.timing("compaction"):
+            restore_router_settings(model.config, self.router_settings)
+            adapter = self.arguments.output_dir / "adapter"
+            write_adapter(trainer, adapter, self.tokens, grown=bool(self.data.vocabulary.added))
+            written: list[tuple[PeftModel, CompactModel, Compaction]] = []
+            ranks.first_alone(lambda: written.append(self._write_compact(trainer, adapter)))
+            # The first process goes on with what it has made, the others with what it has written.
+            record = ranks.first(lambda: written[0][2])
+            small = written[0][1].model if written else self._load_compact(self.compact_dir / ADAPTER)
+            say(f"Milestone: {record.describe()}; training goes on as LoRA on the small model.")
+            args = self.data.trainer_args(self.arguments.sft)
+            stage_two = self._trainer(small, args, self.checkpoints / STAGE_TWO)
+            start = None
+            if trainer.state.global_step == 0:  # there is no checkpoint to take the log along
+                stage_two.add_callback(KeepLog(trainer.state.log_history))
+            else:
+                last = Path(done) if done else self.checkpoints / f"checkpoint-{trainer.state.global_step}"
+                start = ranks.first(lambda: str(continue_from(last, trainer, written[0][1], written[0][0], stage_two)))
         self._finished("compaction")
         return stage_two, start, record
 
@@ -286,7 +286,7 @@ class Stages:
             state.global_step,
             state.epoch or 0.0,
             state.log_history,
-            self.seconds,
+            self.clock.seconds(),
             config.to_dict(),
             self.run_file,
             *self.data.read(state.global_step * (self.run_file.rows_per_step or 0), state.epoch or 0.0),

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from importlib.util import find_spec
+from shlex import quote
+
+from transformers.utils import CONFIG_NAME
+
 from pat.report import numbers
 from pat.report.table import Table
+from pat.serving import verdicts
 from pat.training.report import REPORT
 from pat.training.results import ModelFigures, TuneResult
 
 STAGES = {"base": "base", "tuned": "tuned, with its adapter", "dense": "dense, written"}
+
+_TYPE = "Q8_0"
+"""Type of the file whose export is named: half the size of 16 bits, and `pat export` writes it by itself."""
 
 
 def print_summary(result: TuneResult) -> None:
@@ -25,6 +35,9 @@ def print_summary(result: TuneResult) -> None:
         rows=[(name, *_cells(result.figures[stage])) for stage, name in STAGES.items()],
     ).print()
     base, dense = result.figures["base"], result.figures["dense"]
+    if base.held_out_nll is not None and dense.held_out_nll is not None and dense.held_out_difference_error is not None:
+        found = numbers.difference(dense.held_out_nll - base.held_out_nll, dense.held_out_difference_error)
+        print(f"Held-out NLL, written model against base: {found} (± standard error of the same rows' differences).")
     if base.general_nll is not None:
         print(
             f"General text, which shows what was forgotten: {numbers.loss(base.general_nll)} before, "
@@ -38,6 +51,25 @@ def print_summary(result: TuneResult) -> None:
     print(f"Model: {result.model_dir}\nAdapter: {result.adapter_dir}\nFigures: {result.output_dir / 'results.json'}")
     if (result.output_dir / REPORT).is_file():
         print(f"Report: {result.output_dir / REPORT}")
+    if (line := next_step(result)) is not None:
+        print(line)
+
+
+def next_step(result: TuneResult) -> str | None:
+    """Return a line with the command that makes a file for llama.cpp of the model; None where there is none."""
+    try:
+        model_type = json.loads((result.model_dir / CONFIG_NAME).read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):  # moved away meanwhile
+        return None
+    is_written = _TYPE in (result.figures["dense"].gguf_bytes or {})
+    if not is_written or verdicts(model_type, result.record.cut.axes)["llama.cpp"].verdict != "runs":
+        return None
+    file = f"{result.output_dir.resolve().name or 'small'}.gguf"
+    command = (
+        f"pat export --model {quote(str(result.model_dir))} --format gguf --quantize {_TYPE} --output {quote(file)}"
+    )
+    first = "" if find_spec("gguf") else " (first: pip install 'pat-llm[export]')"
+    return f"For llama.cpp, Ollama or LM Studio: {command}{first}"
 
 
 def _cells(figures: ModelFigures) -> tuple[str, ...]:

@@ -53,7 +53,7 @@ class TeacherRecord:
     cached_bytes: int
     """Size of what was kept on disk of the teacher, 0 if it was asked at each step."""
     seconds: float
-    """Seconds that it took: to be made or loaded, and to be asked."""
+    """Seconds that it took in the last sitting of a run: to be made or loaded, and to be asked."""
 
     def describe(self) -> str:
         """Say what it was."""

@@ -32,7 +32,8 @@ class Trained:
     epoch: float
     log_history: list[dict[str, Any]]
     seconds: dict[str, float]
-    """Seconds that each part took: `preparation` (of the rows), `calibration` (if there is no stage
+    """Seconds that each part took, over all sittings of a run that was interrupted (what had to be done again after the
+    last checkpoint counts once): `preparation` (of the rows), `calibration` (if there is no stage
     one, which includes it), `stage_one`, `compaction`, `stage_two`."""
     pat_config: dict[str, Any]
     run: RunFile

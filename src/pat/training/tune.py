@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -21,7 +22,6 @@ from pat.checkpoint.write import examine, save_checkpoint
 from pat.errors import PatError, one_line
 from pat.loading import TokenSetup, empty_model, load_config, stored_dtype
 from pat.loading.tokenizer import load_plain_tokenizer
-from pat.method.schedule import milestone_step
 from pat.report.progress import bars_of_datasets, hidden, phase, quiet_transformers
 from pat.report.records import collected_warnings, to_json
 from pat.training.announce import announce
@@ -29,12 +29,15 @@ from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.base import load, load_again
 from pat.training.check import check, check_run
 from pat.training.end_token import taught_to_stop, warn_of_end_token
+from pat.training.estimate import Seen
 from pat.training.folder import CHECKPOINTS, MODEL, RESULTS, clear, find_finished, find_start, run_folder, sweep
+from pat.training.measure import measure, warn_of_losses
 from pat.training.prepare import Prepared, prepare
+from pat.training.provenance import provenance, training_facts
 from pat.training.push import open_repository, push
 from pat.training.rehearsal import rehearse
 from pat.training.report import REPORT, report_of_run
-from pat.training.results import ModelFigures, Size, TuneRecord, TuneResult, measure, warn_of_losses
+from pat.training.results import ModelFigures, Size, TuneRecord, TuneResult
 from pat.training.run_file import RunFile
 from pat.training.samples import greedy_answers, paired
 from pat.training.stages import Stages
@@ -85,13 +88,17 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
         stored = stored_dtype(checked.base_config, revision=arguments.model.model_revision) or dtype
         model = arguments.model
         size = Size.of_base(str(model.model_name_or_path), checked.base_config, stored, revision=model.model_revision)
-        figures = {"base": ranks.first(partial(measure, base, data, "base", size))}
-        is_new = start.checkpoint is None and not start.is_trained
-        announce(arguments, checked, data, base, num_steps, is_new=is_new)
+        rows: dict[str, torch.Tensor] = {}
+        started = time.perf_counter()
+        figures = {"base": ranks.first(partial(measure, base, data, "base", size, rows))}
+        scored = time.perf_counter()
         data.vocabulary.fit(base)
         for end in data.ends:
             warn_of_end_token(data.vocabulary, base, end, arguments.model.lora_modules_to_save or ())
+        answering = time.perf_counter()
         answers = ranks.first(partial(greedy_answers, base, data))
+        seen = Seen(figures["base"], scored - started, time.perf_counter() - answering)
+        announce(arguments, checked, data, base, num_steps, start=start, seen=seen)
         tokens = _tokens(arguments, data, base, data.vocabulary.config_of(checked.base_config))
         stages = Stages(
             arguments,
@@ -115,6 +122,7 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
                 figures,
                 is_trained=start.is_trained,
                 size=size,
+                rows=rows,
                 stored=stored,
                 answers=answers,
                 warnings=warnings,
@@ -146,6 +154,7 @@ def _finish(
     *,
     is_trained: bool,
     size: Size,
+    rows: dict[str, torch.Tensor],
     stored: torch.dtype,
     answers: list[tuple[str, str]],
     **found: Any,
@@ -156,14 +165,14 @@ def _finish(
         print(trained.data.describe_read(), file=sys.stderr)
     inner = cast(PreTrainedModel, trained.model.get_base_model())
     size = (size if trained.compaction is None else Size.of(inner.config, stored)).with_adapter(trained.model)
-    figures["tuned"] = measure(inner, data, "tuned", size)
+    figures["tuned"] = measure(inner, data, "tuned", size, rows)
     with phase("Writing the model, and comparing it with the tuned one"):
         examined = _examine(arguments, data, trained, stored) if is_trained else None
         parity, cut = examined or _write(arguments, data, tokens, trained, figures, stored)
     trained.run.after("model").write(folder)
     dense: Any = AutoModelForCausalLM.from_pretrained(folder / MODEL, dtype=inner.dtype)
     size = Size(cut.num_parameters, cut.num_parameters * stored.itemsize)
-    figures["dense"] = measure(dense.to(inner.device), data, "dense", size)
+    figures["dense"] = measure(dense.to(inner.device), data, "dense", size, rows)
     samples = paired(answers, greedy_answers(dense, data))
     warn_of_losses(figures, dense.config.get_text_config().vocab_size)
     record = _record(arguments, data, trained, cut=cut, figures=figures, parity=parity, samples=samples, **found)
@@ -206,34 +215,9 @@ def _record(arguments: TuneArguments, data: Prepared, trained: Trained, **found:
         teacher=trained.teacher,
         timings=trained.timings(),
         log_history=trained.log_history,
-        **_facts(arguments, data, trained),
+        **training_facts(arguments, data, trained),
         **found,
     )
-
-
-def _facts(arguments: TuneArguments, data: Prepared, trained: Trained) -> dict[str, Any]:
-    """Return what record and card both say of a training."""
-    rate, pat = float(arguments.sft.learning_rate), arguments.pat
-    sizes, base = trained.pat_config["resolved_width"], trained.pat_config["base_shape"]
-    cuts_hidden = sizes["hidden_size"] < base["hidden_size"]  # else there are no operators
-    milestone = pat.milestone_share(cuts_hidden=cuts_hidden)
-    rates, has_soft_steps = {"LoRA": rate}, milestone_step(milestone, trained.num_steps) > 0
-    if has_soft_steps and pat.mask == "trainable":
-        rates["mask"] = rate * pat.mask_lr_multiplier
-    if cuts_hidden and (has_soft_steps or trained.compaction is None):
-        rates["operators"] = rate * pat.operator_lr_multiplier
-    formats = {"chat": "the chat template of the tokenizer", "alpaca": "the Alpaca template"}
-    if data.vocabulary.writes_alpaca:
-        formats["alpaca"] += ", written as the chat template"
-    templates = (trained.data.template or "").split(", ")
-    return {
-        "recipe": arguments.run.recipe,
-        "seed": arguments.sft.seed,
-        "num_steps": trained.num_steps,
-        "num_tokens_seen": trained.num_tokens_seen,
-        "prompt_format": " or ".join(formats.get(template, "none, texts as they are") for template in templates),
-        "learning_rates": rates,
-    }
 
 
 def _tokens(arguments: TuneArguments, data: Prepared, base: PreTrainedModel, base_config: Any) -> TokenSetup:
@@ -269,19 +253,6 @@ def _write(
     dtype: torch.dtype,
 ) -> tuple[Parity, Cut]:
     """Merge, write and verify the dense checkpoint."""
-    scored = {stage: found for stage, found in figures.items() if found.held_out_nll is not None}
-    errors = {stage: found.held_out_standard_error for stage, found in scored.items()}
-    provenance = _facts(arguments, data, trained) | {
-        "model_name_or_path": arguments.run.model_name_or_path,
-        "dataset": ", ".join(map(shown_name, arguments.run.dataset_names)),
-        "max_length": arguments.sft.max_length,
-        "is_compacted": trained.compaction is not None,
-        "teacher": trained.teacher.describe() if trained.teacher else None,
-        "held_out_nll": {stage: found.held_out_nll for stage, found in scored.items()},
-        "held_out_standard_error": {stage: error for stage, error in errors.items() if error is not None},
-        "num_held_out_tokens": figures["base"].num_held_out_tokens,
-        "general_nll": {name: found.general_nll for name, found in figures.items() if found.general_nll is not None},
-    }
     # One that is there already is not that of the adapter, see `_examine`.
     with staged_folder(arguments.output_dir / MODEL, replaces=True) as staging:
         return save_checkpoint(
@@ -290,7 +261,7 @@ def _write(
             tokens=tokens,
             batches=data.verify_on,
             dtype=dtype,
-            provenance=provenance,
+            provenance=provenance(arguments, data, trained, figures),
             compaction=trained.compaction,
             progress=not arguments.sft.disable_tqdm,
         )

@@ -55,7 +55,7 @@ def test_sizes_method_and_parity_are_told() -> None:
         "8.60e-05",
         "99.90 %",
         "1,024 tokens",
-        "| tuned | 2.100 |",
+        "| tuned | 2.100 | +0.300 |",
         "arXiv:2408.14721",
         "AAAI 2025",
     ):
@@ -84,8 +84,8 @@ def test_the_run_is_told_where_it_is_known() -> None:
         "- tokens seen: 1,234,567",
         "- learning rates: adapter 0.0002, mask 0.008",
         "nats per response token, on 29,571 tokens",
-        "| base | 1.800 |",
-        "| dense | 2.100 ± 0.012 |",
+        "| base | 1.800 | – |",
+        "| dense | 2.100 ± 0.012 | +0.300 |",
         "- It was tuned on prompts of one form: the tokenizer's chat template.",
         "longer than 2,048 tokens",
     ):
@@ -117,6 +117,26 @@ def test_the_prompt_is_that_of_the_training(prompts: str, tmp_path: Path) -> Non
     if "Alpaca" in prompts:
         assert known["prompt"] == ALPACA.format(instruction="…")
         assert known["prompt_with_input"] == ALPACA_WITH_INPUT.format(instruction="…", input="…")
+
+
+@pytest.mark.parametrize("engines", [None, "vLLM cannot load it."])
+@pytest.mark.parametrize("prompts", [None, "none, texts as they are", "the Alpaca template or the chat template of it"])
+@pytest.mark.parametrize("losses", [{}, {"base": 2.5, "tuned": 2.25}])
+def test_blocks_stand_apart_by_one_empty_line(prompts: Any, engines: Any, losses: Any) -> None:
+    lines = card(prompt_format=prompts, engines=engines, held_out_nll=losses, max_length=8).splitlines()
+    for before, line, after in zip(lines, lines[1:], lines[2:], strict=False):
+        assert not line.startswith("## ") or (before == after == ""), line
+        assert not line.startswith("| ") or before == "" or before.startswith("|"), line
+        assert not before.startswith("|") or line == "" or line.startswith("|"), line
+        assert line or before, after
+    assert "|  |" not in "\n".join(lines[4:]).replace("|  | base |", "")
+
+
+def test_sizes_and_losses_stand_beside_the_bases() -> None:
+    assert "| size of the weights | 538.1 MB | 403.6 MB |" in card()  # as many bytes for each parameter
+    text = card(base_bytes=269e6, held_out_nll={"base": 1.8, "tuned": 1.75}, held_out_difference_error={"tuned": 0.01})
+    assert "| size of the weights | 269.0 MB | 403.6 MB |" in text
+    assert "| base | 1.800 | – |" in text and "| tuned | 1.750 | −0.050 ± 0.010 |" in text
 
 
 def test_the_three_lines_are_python() -> None:

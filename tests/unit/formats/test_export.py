@@ -23,7 +23,8 @@ from pat.formats.graph import CHECKED_LENGTHS, INPUTS, check_graph, write_onnx
 from pat.formats.llama_cpp import Server, _address, _ended_after
 from pat.formats.options import ExportOptions
 from pat.formats.reference import Reference
-from pat.training.results import Size, measure
+from pat.training.measure import measure
+from pat.training.results import Size
 
 pytest.importorskip("gguf")
 

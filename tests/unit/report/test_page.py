@@ -55,7 +55,8 @@ def model(num_parameters: int, nll: float, error: float) -> dict[str, Any]:
     """Return the figures of one model."""
     sizes = {"num_parameters": num_parameters, "num_bytes": 2 * num_parameters, "flops_per_token": 2.5e9}
     sizes["gguf_bytes"] = {"Q8_0": num_parameters, "Q4_K_M": num_parameters // 2}
-    return sizes | {"held_out_nll": nll, "held_out_standard_error": error, "num_held_out_tokens": 777}
+    nlls = {"held_out_nll": nll, "held_out_standard_error": error, "held_out_difference_error": error / 100}
+    return sizes | nlls | {"num_held_out_tokens": 777}
 
 
 class Page(HTMLParser):
@@ -101,7 +102,7 @@ def test_the_page_tells_what_the_record_holds() -> None:
     words = " ".join(Page(render_report(record(), [Changed("max_steps", "-1", "20")])).words.split())
     for fact in (
         "has 20.0 % fewer parameters than tiny (987,654 instead of 1,234,567), and its held-out loss is 2.251 nats per "
-        "token, 0.249 below that of the untuned base (2.500).",
+        "token, 0.249 ± 0.002 below that of the untuned base (2.500).",
         "2.500 ± 0.250",
         "64 → 48 (−25.0 %)",
         "milestone, step 5",
@@ -115,6 +116,22 @@ def test_the_page_tells_what_the_record_holds() -> None:
         "torch 2.13.0",
     ):
         assert fact in words, fact
+
+
+@pytest.mark.parametrize(
+    ("prompts", "asks", "not_asks"),
+    [
+        ("the chat template of the tokenizer", "apply_chat_template(", 'tokenizer("…"'),
+        ("the Alpaca template", "### Response:", "apply_chat_template("),
+        ("the Alpaca template, written as the chat template", "apply_chat_template(", 'tokenizer("…"'),
+        ("none, texts as they are", 'tokenizer("…"', "apply_chat_template("),
+        (None, 'tokenizer("…"', "apply_chat_template("),
+    ],
+)
+def test_the_written_model_is_asked_in_the_form_of_the_training(prompts: Any, asks: str, not_asks: str) -> None:
+    words = Page(render_report(record(prompt_format=prompts, training_arguments={"output_dir": "my"}), [])).words
+    code = words[words.index("from transformers import") :]
+    assert 'from_pretrained("my/model")' in code and asks in code and not_asks not in code
 
 
 def test_the_page_asks_for_nothing_and_runs_nothing() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,9 @@ def test_what_is_lost_is_counted_and_said(base: Path, caplog: pytest.LogCaptureF
     dropped, columns, cut, endless, away = lines_of(caplog)
     assert dropped == "1 of 4 rows have no response and are left out." and columns == "These columns are not read: id."
     assert "2 of 3 examples are cut at --max_length 32" in cut and f"{record.num_cut_tokens:,} of" in cut
+    _, prompt, longest = sorted(len(row) for row in prepared(base, rows, max_length=None).train["input_ids"])
+    caplog.clear()
+    assert cut.endswith(f"raise it to {longest}.") and f"raise it to {prompt}, or keep" in away
     assert "2 of 3 examples lose the end of their response" in endless
     assert "1 of 3 examples have no response left within --max_length 32" in away and "keep_end" in away
     assert "4 rows; 3 examples with" in record.describe() and "2 truncated; 0 held out" in record.describe()
@@ -196,8 +200,16 @@ def test_what_is_lost_is_counted_and_said(base: Path, caplog: pytest.LogCaptureF
     assert (record.num_truncated, record.num_cut_away) == (1, 0) and record.num_cut_tokens > 0
     assert len(lines_of(caplog)) == 1  # tokens are lost, but every response ends
 
-    with pytest.raises(PatError, match=r"All 1 responses are truncated away: got max_length 8, .* takes \d+;"):
+    with pytest.raises(
+        PatError, match=r"All 1 responses are truncated away: got max_length 8, .* takes \d+; raise it to \d+\."
+    ):
         prepared(base, rows[2:3], max_length=8)
+    prepared(base, [PAIR | {"completion": "a" * num} for num in range(10, 211)], max_length=30)
+    # Of 201 examples, each a token longer than the last, 99 % are the first 199.
+    most, longest = map(
+        int, re.search(r"raise it to (\d+) for 99 % of the examples or to (\d+) for", caplog.text).groups()
+    )
+    assert longest == most + 2
 
 
 def test_rows_without_a_response_are_counted_in_held_out_files_as_well(
@@ -419,6 +431,16 @@ def test_rows_that_cannot_be_used_are_skipped_counted_and_said_once(
     assert of_held_out.startswith("2 held-out rows cannot be used")
     with pytest.raises(PatError, match=r"All examples are refused, as .*line 1: the tokenizer's chat template"):
         prepared(base, rows[1:2], on_bad_row="skip")
+
+
+@pytest.mark.parametrize("row", [3, {"messages": 3}, {"messages": [say("user", "refuse"), say("assistant", "b")]}])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_who_has_a_bad_row_is_told_how_to_leave_it_out(base: Path, row: Any, streaming: bool) -> None:
+    rows = [{"messages": [say("user", "a"), say("assistant", "b")]}] * 8
+    flags: dict[str, Any] = {"held_out": "2"} | ({"streaming": True, "max_steps": 1} if streaming else {})
+    with pytest.raises(PatError, match=r"line 9: .*\. Such rows are left out with --on_bad_row skip\.$"):
+        prepared(base, [*rows, row], **flags)
+    assert prepared(base, [*rows, row], on_bad_row="skip", **flags).record.num_skipped == 1
 
 
 @pytest.mark.parametrize(

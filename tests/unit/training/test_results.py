@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from pat.training.results import ModelFigures, warn_of_losses
+from pat.training.measure import warn_of_losses
+from pat.training.results import ModelFigures
 
 
 def figures(base: float | None, dense: float | None) -> dict[str, ModelFigures]:

@@ -1,0 +1,63 @@
+"""What the record of a run and the model card both say of its training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pat.checkpoint.card import shown_name
+from pat.method.schedule import milestone_step
+from pat.training.arguments import TuneArguments
+from pat.training.prepare import Prepared
+from pat.training.results import ModelFigures
+from pat.training.trained import Trained
+
+
+def training_facts(arguments: TuneArguments, data: Prepared, trained: Trained) -> dict[str, Any]:
+    """Return what record and card both say of a training."""
+    rate, pat = float(arguments.sft.learning_rate), arguments.pat
+    sizes, base = trained.pat_config["resolved_width"], trained.pat_config["base_shape"]
+    cuts_hidden = sizes["hidden_size"] < base["hidden_size"]  # else there are no operators
+    milestone = pat.milestone_share(cuts_hidden=cuts_hidden)
+    rates, has_soft_steps = {"LoRA": rate}, milestone_step(milestone, trained.num_steps) > 0
+    if has_soft_steps and pat.mask == "trainable":
+        rates["mask"] = rate * pat.mask_lr_multiplier
+    if cuts_hidden and (has_soft_steps or trained.compaction is None):
+        rates["operators"] = rate * pat.operator_lr_multiplier
+    formats = {"chat": "the chat template of the tokenizer", "alpaca": "the Alpaca template"}
+    if data.vocabulary.writes_alpaca:
+        formats["alpaca"] += ", written as the chat template"
+    templates = (trained.data.template or "").split(", ")
+    return {
+        "recipe": arguments.run.recipe,
+        "seed": arguments.sft.seed,
+        "num_steps": trained.num_steps,
+        "num_tokens_seen": trained.num_tokens_seen,
+        "prompt_format": " or ".join(formats.get(template, "none, texts as they are") for template in templates),
+        "learning_rates": rates,
+    }
+
+
+def provenance(
+    arguments: TuneArguments, data: Prepared, trained: Trained, figures: Mapping[str, ModelFigures]
+) -> dict[str, Any]:
+    """Return what is known of a model for its card, see `render_card`; `figures` are those that are known by then."""
+    scored = {stage: found for stage, found in figures.items() if found.held_out_nll is not None}
+    errors = {stage: found.held_out_standard_error for stage, found in scored.items()}
+    return training_facts(arguments, data, trained) | {
+        "model_name_or_path": arguments.run.model_name_or_path,
+        "dataset": ", ".join(map(shown_name, arguments.run.dataset_names)),
+        "max_length": arguments.sft.max_length,
+        "is_compacted": trained.compaction is not None,
+        "teacher": trained.teacher.describe() if trained.teacher else None,
+        "held_out_nll": {stage: found.held_out_nll for stage, found in scored.items()},
+        "held_out_standard_error": {stage: error for stage, error in errors.items() if error is not None},
+        "held_out_difference_error": {
+            stage: found.held_out_difference_error
+            for stage, found in scored.items()
+            if found.held_out_difference_error is not None
+        },
+        "base_bytes": figures["base"].num_bytes,
+        "num_held_out_tokens": figures["base"].num_held_out_tokens,
+        "general_nll": {name: found.general_nll for name, found in figures.items() if found.general_nll is not None},
+    }

@@ -1,0 +1,42 @@
+"""The end of a run: the command that it names is one that `pat export` takes."""
+
+import json
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pat.formats.options import ExportOptions
+from pat.training.results import ModelFigures
+from pat.training.summary import next_step
+
+
+def finished(folder: Path, model_type: str, axes: list[str], sizes: dict[str, int] | None) -> Any:
+    (folder / "model").mkdir(parents=True, exist_ok=True)
+    (folder / "model" / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return SimpleNamespace(
+        output_dir=folder,
+        model_dir=folder / "model",
+        figures={"dense": ModelFigures(1, 2, gguf_bytes=sizes)},
+        record=SimpleNamespace(cut=SimpleNamespace(axes=axes)),
+    )
+
+
+def test_the_export_that_is_named_is_one_that_can_be_asked_for(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="the extra `export` is not installed")
+    line = next_step(finished(tmp_path / "my run", "llama", ["mlp"], {"Q8_0": 3}))
+    assert line is not None
+    program, command, *flags = shlex.split(line.partition(": ")[2])
+    assert (program, command) == ("pat", "export")
+    given = {name.removeprefix("--"): value for name, value in zip(flags[::2], flags[1::2], strict=True)}
+    options = ExportOptions(**given)  # which refuses what it does not know
+    assert options.model == str(tmp_path / "my run" / "model") and options.quantize == "Q8_0"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "axes", "sizes"), [("phi3", ["hidden"], {"Q8_0": 3}), ("llama", ["mlp"], None), ("glm4_moe", [], {})]
+)
+def test_no_export_is_named_that_would_fail(model_type: str, axes: list[str], sizes: Any, tmp_path: Path) -> None:
+    assert next_step(finished(tmp_path, model_type, axes, sizes)) is None
