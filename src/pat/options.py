@@ -170,7 +170,7 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
             self.error(f"{place}: got the {flags}{guess}" if place else f"Got the {flags}{guess}")
 
     def _like(self, name: str) -> list[str]:
-        """Return the option that a name likely means: a main one of which it is a part or the initials, or one alike."""
+        """Return the option that a name likely means: a main one that it shortens, the same thing, or a name alike."""
         main = [option for option in getattr(self._class, "MAIN_FLAGS", ()) if option in self.options]
         likely = [
             option

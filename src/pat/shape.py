@@ -19,7 +19,9 @@ LARGE_RATIO = 0.5
 """No published result and none of ours cuts more of a model."""
 
 _SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
-_COUNT = re.compile(r"(?P<number>-?\d{1,20}(?:\.\d{1,20})?)(?P<suffix>[KMB]?)$")  # of few digits, since Python reads no more
+_COUNT = re.compile(
+    r"(?P<number>-?\d{1,20}(?:\.\d{1,20})?)(?P<suffix>[KMB]?)$"
+)  # of few digits, since Python reads no more
 
 
 @dataclass(frozen=True)
