@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from pat.report.table import Table
 from pat.shape import AXES
@@ -65,3 +66,12 @@ def measured_table(measured: Measured) -> Table:
     )
     columns = ("what is cut to", "parameters cut", "NLL", "predicted", *tuned)
     return Table(title, columns, rows, num_totals=len(measured.candidates))
+
+
+def interpolated(points: tuple[Point, ...], base_nll: float, ratio: float) -> float:
+    """Return what a cut costs beyond the base's loss, on the line between its neighbours on a curve from (0, 0)."""
+    known = [(0.0, 0.0), *((point.pruning_ratio, point.nll - base_nll) for point in points)]
+    for (x0, y0), (x1, y1) in pairwise(known):
+        if ratio <= x1:
+            return y0 + (y1 - y0) * (ratio - x0) / (x1 - x0)
+    return known[-1][1] * ratio / known[-1][0]

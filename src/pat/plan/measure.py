@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import Any, cast
 
 import torch
@@ -20,7 +20,7 @@ from pat.errors import PatError
 from pat.families import Family
 from pat.loading import load_base, load_tokenizer
 from pat.nll import Example, batches_from_examples, response_nll
-from pat.plan.curves import Measured, Point, measured_table
+from pat.plan.curves import Measured, Point, interpolated, measured_table
 from pat.plan.search import tuned_nll
 from pat.report.progress import Phase, hidden, phase, progress_bar
 from pat.shape import AXES
@@ -217,7 +217,7 @@ class _Bench:
                     continue
                 seen.append(sizes)
                 costs = (
-                    _interpolated(curves[axis], base_nll, self.ratio({AXES[axis].option: sizes[AXES[axis].option]}))
+                    interpolated(curves[axis], base_nll, self.ratio({AXES[axis].option: sizes[AXES[axis].option]}))
                     for axis in (a, b)
                 )
                 yield sizes, base_nll + sum(costs)
@@ -295,12 +295,3 @@ def _first(rows: list[Example], num_tokens: int) -> Iterator[Example]:
             return
         num_tokens -= _length(row)
         yield row
-
-
-def _interpolated(points: tuple[Point, ...], base_nll: float, ratio: float) -> float:
-    """Return what a cut costs beyond the base's loss, on the line between its neighbours on a curve from (0, 0)."""
-    known = [(0.0, 0.0), *((point.pruning_ratio, point.nll - base_nll) for point in points)]
-    for (x0, y0), (x1, y1) in pairwise(known):
-        if ratio <= x1:
-            return y0 + (y1 - y0) * (ratio - x0) / (x1 - x0)
-    return known[-1][1] * ratio / known[-1][0]

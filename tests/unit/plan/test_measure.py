@@ -10,8 +10,7 @@ import pytest
 from pat.cli import main
 from pat.loading import load_config
 from pat.plan import measure
-from pat.plan.curves import Point
-from pat.plan.measure import _interpolated
+from pat.plan.curves import Point, interpolated
 
 TESTS = Path(__file__).parents[2]
 STORIES, DATA = TESTS / "data" / "stories260K", TESTS / "data" / "instructions.jsonl"
@@ -82,9 +81,9 @@ def test_the_time_that_is_left_never_grows_where_measurements_take_what_is_expec
 
 def test_between_points_a_curve_is_straight() -> None:
     points = (Point({"a": 2}, 0.1, 3.0), Point({"a": 1}, 0.3, 4.0))
-    assert _interpolated(points, 2.5, 0.05) == pytest.approx(0.25)
-    assert _interpolated(points, 2.5, 0.2) == pytest.approx(1.0)
-    assert _interpolated(points, 2.5, 0.6) == pytest.approx(3.0)
+    assert interpolated(points, 2.5, 0.05) == pytest.approx(0.25)
+    assert interpolated(points, 2.5, 0.2) == pytest.approx(1.0)
+    assert interpolated(points, 2.5, 0.6) == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize(
