@@ -21,6 +21,13 @@ from pat.option import Option
 
 T = TypeVar("T")
 
+SAME = (
+    ("model_name_or_path", "base_model", "model", "base"),
+    ("dataset_name", "calibrate", "dataset", "data"),
+    ("output_dir", "output"),
+)
+"""Names that commands, and people, have for the same thing; a command that knows one is asked for by any of them."""
+
 MAX_SHOWN = 200
 """Letters of a value that a message repeats."""
 
@@ -163,7 +170,7 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
             self.error(f"{place}: got the {flags}{guess}" if place else f"Got the {flags}{guess}")
 
     def _like(self, name: str) -> list[str]:
-        """Return the option that a name likely means: a main one whose part or initials it is, or one alike."""
+        """Return the option that a name likely means: a main one that it shortens, the same thing, or a name alike."""
         main = [option for option in getattr(self._class, "MAIN_FLAGS", ()) if option in self.options]
         likely = [
             option
@@ -172,7 +179,8 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
             or option.endswith(f"_{name}")
             or name == "".join(word[:1] for word in option.split("_"))
         ]
-        return (likely or difflib.get_close_matches(name, [*main, *self.options], n=1))[:1]
+        same = [option for names in SAME if name in names for option in names if option in self.options]
+        return (likely or same or difflib.get_close_matches(name, [*main, *self.options], n=1))[:1]
 
     def _make(self, given: Mapping[str, Any]) -> T:
         self.require(given)

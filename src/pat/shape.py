@@ -5,7 +5,9 @@ Every dimension of a weight lies in a space, and an axis is a space that can be 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from pat.errors import PatError
@@ -15,6 +17,11 @@ DEFAULT_PRUNING_RATIO = 0.25
 
 LARGE_RATIO = 0.5
 """No published result and none of ours cuts more of a model."""
+
+_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+_COUNT = re.compile(
+    r"(?P<number>-?\d{1,20}(?:\.\d{1,20})?)(?P<suffix>[KMB]?)$"
+)  # of few digits, since Python reads no more
 
 
 @dataclass(frozen=True)
@@ -86,10 +93,11 @@ class ShapeOptions:
         default=None,
         metadata={"help": "Exact number of layers of the pruned model, instead of a ratio.", "range": "[1, inf)"},
     )
-    target_num_parameters: int | None = field(
+    target_num_parameters: int | str | None = field(
         default=None,
         metadata={
-            "help": "Number of parameters that the pruned model has at most, instead of a ratio.",
+            "help": "Number of parameters that the pruned model has at most, such as 200M, 1.2B or 90000000, instead "
+            "of a ratio.",
             "range": "[1, inf)",
         },
     )
@@ -161,7 +169,7 @@ def check_request(options: ShapeOptions, *, pruning_ratio: float | None = None) 
     """Check what can be said of a request without knowing the model; one axis may be given by its name alone.
 
     Args:
-        options: the request; its `axes` become a list.
+        options: the request; its `axes` become a list, and a number of parameters in words becomes a number.
         pruning_ratio: a ratio beside it, of several.
 
     Raises:
@@ -169,6 +177,8 @@ def check_request(options: ShapeOptions, *, pruning_ratio: float | None = None) 
     """
     axes: Any = options.axes
     options.axes = [axes] if isinstance(axes, str) else list(axes)
+    if options.target_num_parameters is not None:
+        options.target_num_parameters = parse_count(options.target_num_parameters)
     ratio = options.pruning_ratio if pruning_ratio is None else pruning_ratio  # 0 is out of range
     sizes = {AXES[axis].option: size for axis, size in asked_sizes(options).items()}
     budgets = {"pruning_ratio": ratio, **{name: getattr(options, name) for name in TARGETS}}
@@ -179,3 +189,21 @@ def check_request(options: ShapeOptions, *, pruning_ratio: float | None = None) 
     check_ranges(options)
     if options.axes != ["auto"] and (not options.axes or set(options.axes) - set(AXES)):
         raise PatError(f"Got axes={options.axes}; expected 'auto', or some of {', '.join(AXES)}.")
+
+
+def parse_count(number: Any) -> Any:
+    """Return a number of parameters, which may be given as "200M" or "1.2B"; what is no text is left as it is.
+
+    Raises:
+        PatError: it is a text that stands for no whole number.
+    """
+    if not isinstance(number, str):
+        return number
+    found = _COUNT.match(number.strip().upper())
+    count = Fraction(found["number"]) * _SUFFIXES[found["suffix"]] if found else Fraction(1, 2)
+    if count.denominator != 1:
+        raise PatError(
+            f"Got target_num_parameters={number[:100]!r}; expected a whole number of parameters, such as 200M, 1.2B or "
+            "90000000 (bytes, such as 200MB, are for target_bytes)."
+        )
+    return int(count)

@@ -68,7 +68,7 @@ BAD: dict[str, dict[str, str]] = {
         "pruned_intermediate_size": "0 -4",
         "pruned_num_key_value_heads": "0 -1",
         "pruned_num_hidden_layers": "0 -1",
-        "target_num_parameters": "0 -1 1e6",
+        "target_num_parameters": "0 -1 1e6 0K -2M 200MB 1.2345K 200T 99999999999B",
         "target_latency": "0 1 2 nan -0.5",
         "multiple_of": "0 -8 1.5",
         "operator_rank": "0 -1",
@@ -87,7 +87,8 @@ BAD: dict[str, dict[str, str]] = {
         "recipe": "best",
         "save_strategy": "sometimes",
     },
-    "plan": {"pruning_ratio": "0 1 nan -1", "context": "0 -1 1.5", "vocabulary_size": "0 -1", "json": "maybe"},
+    "plan": {"pruning_ratio": "0 1 nan -1", "context": "0 -1 1.5", "vocabulary_size": "0 -1", "json": "maybe"}
+    | {"target_num_parameters": "0 0.5 200MB many"},
     "merge": {"dtype": "int8 float8 x", "fold_dtype": "bfloat16 x"},
     "convert": {"pruned_hidden_size": "0 -1 24.5 nan inf x 99999999999999999999", "dtype": "int8", "fold_dtype": "x"},
     "evaluate": {"max_length": "0 -1 many", "limit": "0 -1 nan", "batch_size": "0 -1 1.5", "protocol": "guess"},

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
+import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -96,3 +99,42 @@ def test_what_is_not_run_is_marked_and_counted() -> None:
     assert len(re.findall(r"<!-- not run", shown)) == NUM_NOT_RUN, "a mark stands in the line before its block"
     lines = [line for found in SNIPPETS.values() for s in found if not s.reason for line in s.shell_lines()]
     assert {line.split()[0] for line in lines} <= {"pat", "make", "pip"}, "no test runs another program"
+
+
+TOLD = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("src/**/*.py")]
+"""Files that tell people to call make, or to install an extra."""
+
+MAKE = re.compile(r"`make ([^`]+)`|^make (.+)$", re.MULTILINE)
+EXTRAS = re.compile(r"(?:pat-llm|\.)\[([\w,]+)\]|extra `(\w+)`")
+
+
+def told(pattern: re.Pattern[str]) -> set[str]:
+    """Return what the first group that has matched holds, wherever the pattern is found."""
+    texts = (path.read_text(encoding="utf-8") for path in TOLD)
+    return {next(filter(None, found.groups())) for text in texts for found in pattern.finditer(text)}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_knows_the_targets_and_variables_that_are_named() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    variables = set(re.findall(r"^(\w+) \?=", makefile, re.MULTILINE))
+    targets = set()
+    for target, *given in (shlex.split(line, comments=True) for line in told(MAKE)):
+        targets.add(target)
+        settings = dict(word.split("=", 1) for word in given)
+        assert settings.keys() <= variables, (target, given)
+        if "CONFIG" in settings and settings["CONFIG"] != "mine.yaml":  # a file of the reader's
+            ready_made = ROOT / "benchmarks" / "compare" / "configs" / f"{settings['CONFIG']}.yaml"
+            assert ready_made.is_file() or (ROOT / settings["CONFIG"]).is_file(), given
+    assert {"demo", "test", "lint", "compare"} <= targets
+    for target in targets:
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)  # prints, does nothing
+        assert done.returncode == 0, done.stderr
+
+
+def test_pip_knows_the_extras_that_are_named() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = {name for names in told(EXTRAS) for name in names.split(",")}
+    assert {"export", "quantization", "ui"} <= named <= extras.keys()
+    files = told(re.compile(r"pip install -c (\S+)"))
+    assert files and all((ROOT / name).is_file() for name in files)

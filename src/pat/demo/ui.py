@@ -7,6 +7,7 @@ keeps the browser from loading what is not served here.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ POLICY = (
 """The browser loads from this server alone, whatever the page names."""
 
 MAX_NEW_TOKENS = 60
+MAX_LETTERS = 10_000
+"""Longest question that is put to the models; a longer one would keep them busy for minutes."""
 SECONDS_BETWEEN_LOOKS = 0.5
 
 
@@ -99,16 +102,24 @@ class Session:
         self._models.pop("small", None)
         yield _summary(found)
 
-    def answers(self, question: str) -> tuple[str, str]:
-        """Return the greedy answers of base and small model."""
-        if not question.strip():
+    def answers(self, question: str | None) -> tuple[str, str]:
+        """Return the greedy answers of base and small model, or the reasons why there are none."""
+        if question is None or not question.strip():
             return "", ""
+        if len(question) > MAX_LETTERS:
+            return (f"Got a question of {len(question):,} letters; expected at most {MAX_LETTERS:,}.",) * 2
         small = "Run first: there is no small model yet."
         if self.result is not None:
             small = self._answer("small", self.result.model_dir, question)
         return self._answer("base", self.base, question), small
 
     def _answer(self, name: str, folder: Path, question: str) -> str:
+        try:
+            return self._generate(name, folder, question)
+        except Exception as error:  # such as a folder that is gone; the page goes on
+            return f"No answer: {one_line(error)}"
+
+    def _generate(self, name: str, folder: Path, question: str) -> str:
         if name not in self._models:
             loaded = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
             self._models[name] = loaded
@@ -119,8 +130,11 @@ class Session:
             inputs = tokenizer.apply_chat_template(
                 chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
+        num_tokens, limit = inputs["input_ids"].shape[1], getattr(model.config, "max_position_embeddings", None)
+        if limit is not None and num_tokens + MAX_NEW_TOKENS > limit:
+            return f"Got a question of {num_tokens:,} tokens; expected at most {max(0, limit - MAX_NEW_TOKENS):,}."
         output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answer = tokenizer.decode(output[0, num_tokens:], skip_special_tokens=True)
         return str(answer).strip()
 
 
@@ -159,18 +173,33 @@ def serve(session: Session, *, ratio: float, num_steps: int, port: int | None = 
 
 
 class _Guard:
-    """Adds the policy to every answer of the server (ASGI)."""
+    """Adds the policy to every answer of the server, and says what gradio fails at in one line (ASGI)."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        started = False
+
         async def guarded(message: Any) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
             await send(message)
 
-        await self.app(scope, receive, guarded if scope["type"] == "http" else send)
+        try:
+            await self.app(scope, receive, guarded if scope["type"] == "http" else send)
+        except Exception as error:  # of requests that the page does not make: a traceback tells nobody anything
+            if scope["type"] != "http":
+                raise
+            line = f"The request to {scope['path']} has failed: {one_line(error)}"
+            print(line, file=sys.stderr, flush=True)
+            body = b"" if started else f"{line}\n".encode()
+            if not started:
+                headers = [(b"content-type", b"text/plain; charset=utf-8")]
+                await guarded({"type": "http.response.start", "status": 500, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
 
 
 def _summary(result: TuneResult) -> str:

@@ -13,6 +13,7 @@ from pat.errors import PatError
 from pat.families import Family
 from pat.file_sizes.predict import FileSizes, file_sizes, vocabulary_entries
 from pat.loading import load_config, stored_dtype
+from pat.plan.cpu import CpuTime, cpu_time
 from pat.plan.curves import Measured
 from pat.plan.guide import MEASURED_CUTS, MODEL_FLOPS_UTILISATION, MeasuredCut, TrainingTime, training_times
 from pat.plan.options import PlanOptions
@@ -81,6 +82,9 @@ class PlanRecord(Record):
     """Tokens of the trimmed vocabulary; None where it is whole."""
     training_times: tuple[TrainingTime, ...]
     """Time of a million tokens of training on each of several GPUs, computed from their data sheets."""
+    cpu_time: CpuTime | None
+    """Time of a million tokens of training on this machine's CPU, from measurements; None where it was not asked
+    for."""
     guide: tuple[MeasuredCut, ...]
     """Losses after cuts of other models, which were measured."""
     measured: Measured | None
@@ -142,6 +146,10 @@ def run_plan(options: PlanOptions) -> PlanRecord:
     training = training_memory(trimmed, config, batch_size=recipe["per_device_train_batch_size"], length=length)
     attached: PatConfig = cast(Any, trimmed.model).peft_config["default"]  # the memory was counted on it
     rotation: Rotation = "none" if attached.resolved_rotation == "none" else "pca"
+    on_this_cpu = None
+    if options.cpu_time:
+        whole = build_skeleton(base_config, dtype)  # the other one carries an adapter by now
+        on_this_cpu = cpu_time(whole, base_in_training, tuple(in_training), training, shown=not options.json)
     return PlanRecord(
         model_name_or_path=options.model_name_or_path,
         model_type=family.model_type,
@@ -155,6 +163,7 @@ def run_plan(options: PlanOptions) -> PlanRecord:
         sharded=_shard(options, training, trimmed_base, cost, base_config),
         vocabulary_size=options.vocabulary_size,
         training_times=training_times(base_in_training, tuple(in_training), training),
+        cpu_time=on_this_cpu,
         guide=MEASURED_CUTS,
         measured=_measure(options, base_config, family, candidates[0].pruning_ratio),
         notes=(*_notes(base_config, config, base, candidates, context), *file_notes),
@@ -252,7 +261,8 @@ def _notes(
         "parameter; the basis of a rotation and what fills in for MLP channels come on top. Activations are an "
         "estimate; logits (computed in chunks) and the framework itself come on top.",
         f"Times: FLOPs at {MODEL_FLOPS_UTILISATION:.0%} of the peak in the data sheet, which models below a billion "
-        "parameters do not reach; choosing and cutting, minutes, come on top. Computed, not measured.",
+        "parameters do not reach; padding, and choosing and cutting, minutes, come on top. Computed, not measured. "
+        "--cpu_time measures this machine's CPU for some seconds.",
         "What cuts have cost was measured on two small models after little training, and on no others. "
         "--calibrate DATA measures yours before training.",
     ]

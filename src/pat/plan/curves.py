@@ -1,8 +1,12 @@
-"""Record of what cutting each axis costs, and of the shapes that come out best under a budget."""
+"""Record and table of what cutting each axis costs, and of the shapes that come out best under a budget."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
+
+from pat.report.table import Table
+from pat.shape import AXES
 
 
 @dataclass(frozen=True)
@@ -39,3 +43,35 @@ class Measured:
     """Shapes that meet the budget, best first: after the steps of the search, or before training without one."""
     num_steps: int = 0
     """Optimizer steps that each candidate was tuned for."""
+
+
+def measured_table(measured: Measured) -> Table:
+    """Return the table of curves and candidates for people."""
+    labels = {axis.option: axis.label for axis in AXES.values()}
+
+    def row(point: Point) -> list[str]:
+        sizes = ", ".join(f"{labels[option]} {size:,}" for option, size in point.sizes.items())
+        predicted = "" if point.predicted_nll is None else f"{point.predicted_nll:.3f}"
+        tuned = [""] * bool(measured.num_steps) if point.tuned_nll is None else [f"{point.tuned_nll:.3f}"]
+        return [sizes, f"{point.pruning_ratio:.1%}", f"{point.nll:.3f}", predicted, *tuned]
+
+    known = [candidate.sizes for candidate in measured.candidates]
+    curves = [row(point) for points in measured.curves.values() for point in points if point.sizes not in known]
+    tuned = [f"after {measured.num_steps} steps"] if measured.num_steps else []
+    base = ["nothing", "", f"{measured.base_nll:.3f}", "", *[""] * len(tuned)]
+    rows = [base, *curves, *map(row, measured.candidates)]
+    title = (
+        f"Loss before any training on {measured.num_scored_tokens:,} response tokens of {measured.dataset}, calibrated "
+        f"on {measured.num_calibration_tokens:,}; shapes under the budget at the end, best first"
+    )
+    columns = ("what is cut to", "parameters cut", "NLL", "predicted", *tuned)
+    return Table(title, columns, rows, num_totals=len(measured.candidates))
+
+
+def interpolated(points: tuple[Point, ...], base_nll: float, ratio: float) -> float:
+    """Return what a cut costs beyond the base's loss, on the line between its neighbours on a curve from (0, 0)."""
+    known = [(0.0, 0.0), *((point.pruning_ratio, point.nll - base_nll) for point in points)]
+    for (x0, y0), (x1, y1) in pairwise(known):
+        if ratio <= x1:
+            return y0 + (y1 - y0) * (ratio - x0) / (x1 - x0)
+    return known[-1][1] * ratio / known[-1][0]

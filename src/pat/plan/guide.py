@@ -102,5 +102,9 @@ def _time(hardware: Hardware, base: ModelCost, small: tuple[ModelCost, ...], mem
 
 def _forward_flops(cost: ModelCost) -> float:
     """Return the FLOPs of a forward pass per token, with logits for every token."""
-    head = cost.groups["embedding" if cost.tied else "head"]
-    return cost.prefill_flops_per_token + 2 * head.num_parameters
+    return cost.prefill_flops_per_token + head_flops(cost)
+
+
+def head_flops(cost: ModelCost) -> float:
+    """Return the FLOPs of a token's logits."""
+    return 2.0 * cost.groups["embedding" if cost.tied else "head"].num_parameters

@@ -6,9 +6,10 @@ taken to cost the sum of what each costs alone; the pairs for which that is leas
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import Any, cast
 
 import torch
@@ -19,14 +20,15 @@ from pat.errors import PatError
 from pat.families import Family
 from pat.loading import load_base, load_tokenizer
 from pat.nll import Example, batches_from_examples, response_nll
-from pat.plan.curves import Measured, Point
+from pat.plan.curves import Measured, Point, interpolated, measured_table
 from pat.plan.search import tuned_nll
-from pat.report.progress import Progress, progress_bar
+from pat.report.progress import Phase, hidden, phase, progress_bar
 from pat.shape import AXES
 from pat.training.precision import bf16_pays_on_cpu
 from pat.training.prepare import prepare_examples
 from pat.training.vocabulary import Vocabulary
 from pat.tuner.config import PatConfig
+from pat.tuner.depth import LAYER_TOKENS
 from pat.tuner.model import PatModel, find_tuner
 from pat.tuner.prepare import check_config
 
@@ -44,6 +46,10 @@ SLACK = 0.02
 
 NUM_TOKENS = 8192
 """Tokens to calibrate on, at most; `pat tune` reads more."""
+
+PASSES = {"hidden": 1.5, "mlp": 5.0, "heads": 2.0}
+"""Times that the base could read the text of the calibration while an axis is calibrated and refitted, on SmolLM2-135M;
+without whole layers it is read in turn."""
 
 NUM_SCORED_ROWS = 64
 NUM_ROWS = 512
@@ -78,16 +84,26 @@ def measure_shapes(
         PatError: the data cannot be used, or no axis can be cut as far as the budget asks.
     """
     bench = _Bench(name, dataset, base_config, family)
-    with progress_bar("Measuring shapes", "shapes", shown=shown) as bar:
-        measured = bench.run(pruning_ratio, dataset, bar)
-    if not num_steps:
-        return measured
-    del bench  # its model is not needed beside those that are tuned
-    tuned = []
-    with progress_bar("Tuning shapes", "shapes", shown=shown) as bar:
-        for done, point in enumerate(measured.candidates, start=1):
-            tuned.append(replace(point, tuned_nll=tuned_nll(name, dataset, point.sizes, num_steps)))
-            bar(done, len(measured.candidates))
+    tuned: list[Point] = []
+    try:
+        # The phases within are hidden: what is left of them says nothing of the whole.
+        with phase("Measuring shapes", "shapes", shown=shown) as state, hidden():
+            bench.run(pruning_ratio, state)
+        measured = bench.measured()
+        if not num_steps:
+            return measured
+        del bench.model  # it is not needed beside those that are tuned
+        with progress_bar("Tuning shapes", "shapes", shown=shown) as bar:
+            for point in measured.candidates:
+                tuned.append(replace(point, tuned_nll=tuned_nll(name, dataset, point.sizes, num_steps)))
+                bar(len(tuned), len(measured.candidates))
+    except KeyboardInterrupt:
+        if bench.losses:  # minutes of work, which must not be lost
+            found = bench.measured()
+            found = replace(found, candidates=(*tuned, *found.candidates[len(tuned) :]), num_steps=num_steps)
+            print("Measured before the interruption:", file=sys.stderr)
+            measured_table(found).print(file=sys.stderr)
+        raise
     best_first = sorted(tuned, key=lambda point: cast(float, point.tuned_nll))
     return replace(measured, candidates=tuple(best_first), num_steps=num_steps)
 
@@ -96,7 +112,11 @@ class _Bench:
     """A base model with the rows to calibrate and to score on."""
 
     def __init__(self, name: str, dataset: str, base_config: Any, family: Family) -> None:
-        self.base_config, self.family = base_config, family
+        self.base_config, self.family, self.dataset = base_config, family, shown_name(dataset)
+        self.losses: list[float] = []
+        """Losses in the order in which they were measured, the base's first."""
+        self.curves: dict[str, tuple[Point, ...]] = {}
+        self.candidates: list[Point] = []
         tokenizer = load_tokenizer(name, config=base_config)
         vocabulary = Vocabulary(tokenizer, base_config.vocab_size)
         examples, _ = prepare_examples(
@@ -118,36 +138,57 @@ class _Bench:
             self.model, pays = self.model.to(cast(Any, torch.accelerator.current_accelerator())), False
         self.autocast = torch.autocast(self.model.device.type, torch.bfloat16, enabled=pays)
 
-    def run(self, ratio: float, dataset: str, bar: Progress) -> Measured:
+    def run(self, ratio: float, state: Phase) -> None:
+        """Score the base, the curve of each axis, and the pairs of axes that look best."""
         shapes = {axis: self.curve(axis, ratio) for axis in AXES}
         shapes = {axis: found for axis, found in shapes.items() if found}
-        num_shapes, done = 2 + NUM_PAIRS + sum(map(len, shapes.values())), 0
+        rule = self.sizes_of(PatConfig(task_type="CAUSAL_LM", pruning_ratio=ratio))
+        curves = [{AXES[axis].option: size} for axis, found in shapes.items() for size in found]
+        # Which pairs is not known yet; these take longest, so that the time that is left never grows.
+        dearest = sorted(({AXES[a].option: 0, AXES[b].option: 0} for a, b in combinations(shapes, 2)), key=self.work)
+        todo = [{}, *curves, *dearest[-1:] * NUM_PAIRS, rule]
 
         def scored(sizes: Mapping[str, int]) -> float:
-            nonlocal done
-            found = self.nll(sizes)
-            done += 1
-            bar(done, num_shapes)
-            return found
+            self.losses.append(self.nll(sizes))
+            state.done += 1
+            done, left = (sum(map(self.work, part)) for part in (todo[: state.done], todo[state.done :]))
+            state.share = done / (done + left)
+            return self.losses[-1]
 
+        state.total = len(todo)
         base_nll = scored({})
-        curves: dict[str, tuple[Point, ...]] = {}
         for axis, found in shapes.items():
             option = AXES[axis].option
-            curves[axis] = tuple(Point({option: size}, share, scored({option: size})) for size, share in found.items())
-        single = [points[-1] for points in curves.values() if abs(points[-1].pruning_ratio - ratio) <= SLACK]
-        pairs = sorted(self.pairs(curves, base_nll, ratio), key=lambda pair: pair[1])[:NUM_PAIRS]
-        rule = self.sizes_of(PatConfig(task_type="CAUSAL_LM", pruning_ratio=ratio))
-        several = [Point(sizes, self.ratio(sizes), scored(sizes), predicted) for sizes, predicted in pairs]
-        if rule not in [point.sizes for point in (*single, *several)]:
-            several.append(Point(rule, self.ratio(rule), scored(rule)))
+            for size, share in found.items():
+                point = Point({option: size}, share, scored({option: size}))
+                self.curves[axis] = (*self.curves.get(axis, ()), point)
+        self.candidates += [
+            points[-1] for points in self.curves.values() if abs(points[-1].pruning_ratio - ratio) <= SLACK
+        ]
+        pairs = sorted(self.pairs(self.curves, base_nll, ratio), key=lambda pair: pair[1])[:NUM_PAIRS]
+        todo[state.done :] = [sizes for sizes, _ in pairs]
+        if rule not in [*(point.sizes for point in self.candidates), *todo[state.done :]]:
+            todo.append(rule)
+        state.total = len(todo)
+        predicted = [*(loss for _, loss in pairs), None]
+        for sizes, loss in zip(todo[state.done :], predicted, strict=False):
+            self.candidates.append(Point(sizes, self.ratio(sizes), scored(sizes), loss))
+
+    def work(self, sizes: Mapping[str, int]) -> float:
+        """Return about how long some sizes take to be cut and scored, in tokens that the base reads."""
+        num_layers, num_tokens = int(self.base_config.num_hidden_layers), sum(map(_length, self.rows))
+        reads = {axis: passes * num_tokens for axis, passes in PASSES.items()} | {"layers": LAYER_TOKENS * num_layers}
+        return sum(map(_length, self.scored)) + sum(reads[axis] for axis in reads if AXES[axis].option in sizes)
+
+    def measured(self) -> Measured:
+        """Return what was measured so far, the best of the candidates first."""
         return Measured(
-            dataset=shown_name(dataset),
-            num_calibration_tokens=sum(len(row["input_ids"]) for row in self.rows),
+            dataset=self.dataset,
+            num_calibration_tokens=sum(map(_length, self.rows)),
             num_scored_tokens=self.num_scored,
-            base_nll=base_nll,
-            curves=curves,
-            candidates=tuple(sorted([*single, *several], key=lambda point: point.nll)),
+            base_nll=self.losses[0],
+            curves=dict(self.curves),
+            candidates=tuple(sorted(self.candidates, key=lambda point: point.nll)),
         )
 
     def curve(self, axis: str, ratio: float) -> dict[int, float]:
@@ -176,7 +217,7 @@ class _Bench:
                     continue
                 seen.append(sizes)
                 costs = (
-                    _interpolated(curves[axis], base_nll, self.ratio({AXES[axis].option: sizes[AXES[axis].option]}))
+                    interpolated(curves[axis], base_nll, self.ratio({AXES[axis].option: sizes[AXES[axis].option]}))
                     for axis in (a, b)
                 )
                 yield sizes, base_nll + sum(costs)
@@ -243,19 +284,14 @@ class _Bench:
         )
 
 
+def _length(row: Example) -> int:
+    return len(row["input_ids"])
+
+
 def _first(rows: list[Example], num_tokens: int) -> Iterator[Example]:
     """Yield rows until there are enough tokens."""
     for row in rows:
         if num_tokens <= 0:
             return
-        num_tokens -= len(row["input_ids"])
+        num_tokens -= _length(row)
         yield row
-
-
-def _interpolated(points: tuple[Point, ...], base_nll: float, ratio: float) -> float:
-    """Return what a cut costs beyond the base's loss, on the line between its neighbours on a curve from (0, 0)."""
-    known = [(0.0, 0.0), *((point.pruning_ratio, point.nll - base_nll) for point in points)]
-    for (x0, y0), (x1, y1) in pairwise(known):
-        if ratio <= x1:
-            return y0 + (y1 - y0) * (ratio - x0) / (x1 - x0)
-    return known[-1][1] * ratio / known[-1][0]

@@ -55,6 +55,10 @@ class PlanOptions(ShapeOptions):
             "range": "[0, inf)",
         },
     )
+    cpu_time: bool = field(
+        default=False,
+        metadata={"help": "Time a layer and the head for some seconds, to tell how long LoRA takes on this CPU."},
+    )
     gpus: int | None = field(
         default=None,
         metadata={

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pat.families import FAMILIES
 from pat.file_sizes.predict import GGUF_TYPES
 from pat.plan.command import PlanRecord
-from pat.plan.curves import Measured, Point
+from pat.plan.cpu import CpuTime
+from pat.plan.curves import measured_table
 from pat.plan.sharding import ShardedMemory
 from pat.report import numbers
 from pat.report.progress import clock
@@ -37,11 +38,13 @@ def print_plan(record: PlanRecord) -> None:
     print()
     for table in (_sizes(record), _files(record), _running(record), _training(record), _times(record)):
         table.print()
+    if record.cpu_time is not None:
+        _cpu(record, record.cpu_time).print()
     if record.sharded is not None:
         _sharding(record.sharded).print()
     _guide(record).print()
     if record.measured is not None:
-        _measured(record.measured).print()
+        measured_table(record.measured).print()
         best, num_steps = record.measured.candidates[0], record.measured.num_steps
         when = f"after {num_steps} steps" if num_steps else "before training, which need not be best after it"
         print(f"Best {when}: {best.options()} (flags of `pat tune`, instead of a ratio).")
@@ -92,28 +95,6 @@ def _files(record: PlanRecord) -> Table:
         rows += [row(f"GGUF {kind}", [f.gguf.get(kind) for f in files])]
         rows += [odd(kind, (f.odd_rows.get(kind, {}) for f in files))]
     return Table("File sizes", ["numbers", *_headings(record)], [row for row in rows if any(row[1:])])
-
-
-def _measured(measured: Measured) -> Table:
-    labels = {axis.option: axis.label for axis in AXES.values()}
-
-    def row(point: Point) -> list[str]:
-        sizes = ", ".join(f"{labels[option]} {size:,}" for option, size in point.sizes.items())
-        predicted = "" if point.predicted_nll is None else f"{point.predicted_nll:.3f}"
-        tuned = [""] * bool(measured.num_steps) if point.tuned_nll is None else [f"{point.tuned_nll:.3f}"]
-        return [sizes, f"{point.pruning_ratio:.1%}", f"{point.nll:.3f}", predicted, *tuned]
-
-    known = [candidate.sizes for candidate in measured.candidates]
-    curves = [row(point) for points in measured.curves.values() for point in points if point.sizes not in known]
-    tuned = [f"after {measured.num_steps} steps"] if measured.num_steps else []
-    base = ["nothing", "", f"{measured.base_nll:.3f}", "", *[""] * len(tuned)]
-    rows = [base, *curves, *map(row, measured.candidates)]
-    title = (
-        f"Loss before any training on {measured.num_scored_tokens:,} response tokens of {measured.dataset}, calibrated "
-        f"on {measured.num_calibration_tokens:,}; shapes under the budget at the end, best first"
-    )
-    columns = ("what is cut to", "parameters cut", "NLL", "predicted", *tuned)
-    return Table(title, columns, rows, num_totals=len(measured.candidates))
 
 
 def _label(group: str, record: PlanRecord) -> str:
@@ -167,6 +148,18 @@ def _times(record: PlanRecord) -> Table:
         f"Time of LoRA for a million tokens in texts of {record.training.length} on one GPU, computed (minutes:seconds)"
     )
     return Table(title, ["GPU", "fits", *_headings(record)], rows)
+
+
+def _cpu(record: PlanRecord, time: CpuTime) -> Table:
+    threads = "1 thread" if time.num_threads == 1 else f"{time.num_threads} threads"
+    arithmetic = "bf16 autocast" if time.bf16 else "float32"
+    shown = [clock(seconds) for seconds in (time.base_seconds, *time.small_seconds) if seconds is not None]
+    title = (
+        f"Time of LoRA for a million tokens in texts of {record.training.length} on this machine's CPU, {threads}, "
+        f"{arithmetic}, from a layer and the head as they ran just now (minutes:seconds)"
+    )
+    cells = shown or [""] * len(_costs(record))
+    return Table(title, ["", "fits", *_headings(record)], [["this CPU", "yes" if time.fits else "no", *cells]])
 
 
 def _guide(record: PlanRecord) -> Table:

@@ -44,6 +44,8 @@ class Phase:
         self, title: str, unit: str = "", total: int | None = None, count: Callable[[], int] | None = None
     ) -> None:
         self.title, self.unit, self.total, self.done = title, unit, total, 0
+        self.share: float | None = None
+        """Share of the work that is done, where parts take more or less of it; None where all take as much."""
         self._count, self._started = count, time.monotonic()
         self._known = (0, 0.0)
         """How many were done when that last changed, and the seconds that had passed."""
@@ -59,8 +61,8 @@ class Phase:
             so_far += f" of {self.total:,}"
         so_far += f" {self.unit}" if self.unit else ""
         if self.total and done:
-            then = self._known[1]
-            return f"{so_far}, {clock(max(0.0, then * (self.total - done) / done - (passed - then)))} left"
+            then, share = self._known[1], self.share or done / self.total
+            return f"{so_far}, {clock(max(0.0, then * (1 - share) / share - (passed - then)))} left"
         return f"{so_far}, {clock(passed)}"
 
     def over(self, parts: Iterable[T]) -> Iterator[T]:

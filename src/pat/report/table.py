@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TextIO
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class Table:
     num_totals: int = 0
     """Number of rows from the end that are set apart on the terminal."""
 
-    def print(self) -> None:
-        """Print it on standard output."""
+    def print(self, *, file: TextIO | None = None) -> None:
+        """Print it, on standard output if no other file is given."""
         from rich import table
         from rich.console import Console
         from rich.text import Text
@@ -34,7 +35,7 @@ class Table:
             drawn.add_column(heading, justify="left" if is_text else "right", overflow="fold")
         for number, row in enumerate(self.rows, start=1):
             drawn.add_row(*map(Text, row), end_section=number == len(self.rows) - self.num_totals)
-        Console().print(drawn)
+        Console(file=file).print(drawn)
 
     def to_markdown(self) -> str:
         """Return it in Markdown, without the title."""

@@ -9,7 +9,8 @@ import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -19,6 +20,8 @@ from pat.demo.ui import Session, serve
 from pat.errors import PatError
 
 CHROMIUM = shutil.which("chromium")
+
+needs_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="gradio, the extra `ui`, is not installed")
 
 
 @pytest.fixture
@@ -80,7 +83,69 @@ def test_one_run_at_a_time_and_with_steps(session: Session) -> None:
     assert list(session.run(0.25, 2)) == ["A run is going on already; wait for its end."]
 
 
-@pytest.mark.skipif(find_spec("gradio") is None, reason="gradio, the extra `ui`, is not installed")
+def test_questions_that_cannot_be_answered_are_told_so_in_one_line(session: Session, tmp_path: Path) -> None:
+    assert session.answers(None) == session.answers(" \n") == ("", "")
+    base, small = session.answers("x" * 10_001)
+    assert base == small == "Got a question of 10,001 letters; expected at most 10,000."
+    shutil.copytree(session.base, tmp_path / "short")
+    config = json.loads((tmp_path / "short" / "config.json").read_text()) | {"max_position_embeddings": 64}
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config))
+    short = Session(tmp_path / "short", tmp_path / "out", {})
+    assert "tokens; expected at most 4." in short.answers("Once upon a time there was a cat")[0]
+    assert short.answers("a")[0] and "expected" not in short.answers("a")[0]
+    gone = Session(tmp_path / "gone", tmp_path / "out", {})
+    (line,) = gone.answers("Hello")[0].splitlines()
+    assert line.startswith("No answer: ")
+
+
+def ask(url: str, data: Any = None) -> tuple[int, str]:
+    """Return status and text of an answer; what is sent that is no bytes is sent as JSON."""
+    body = data if data is None or isinstance(data, bytes) else json.dumps(data).encode()
+    try:
+        with urlopen(Request(url, body, {"Content-Type": "application/json"}), timeout=120) as answer:
+            return answer.status, answer.read().decode()
+    except HTTPError as error:
+        return error.code, error.read().decode()
+
+
+@needs_gradio
+@pytest.mark.slow
+def test_the_page_over_http(session: Session, capfd: pytest.CaptureFixture[str]) -> None:
+    blocks = serve(session, ratio=0.25, num_steps=2, block=False)
+    calls = f"{blocks.local_url}gradio_api/call"
+
+    def call(name: str, *data: Any) -> list[Any]:
+        status, begun = ask(f"{calls}/{name}", {"data": data})
+        assert status == 200, begun
+        _, events = ask(f"{calls}/{name}/{json.loads(begun)['event_id']}")
+        *_, last = events.split("event: complete\ndata: ")
+        return list(json.loads(last))
+
+    try:
+        with urlopen(blocks.local_url) as answer:
+            assert "default-src 'self'" in answer.headers["content-security-policy"]
+            page = answer.read().decode()
+        assert "Share of all parameters to cut" in page and "Ask both models" in page
+        assert "| parameters |" in call("plan", 0.25)[0]
+        assert "Run first" in call("answers", "Once upon a time")[1]
+        assert "| held-out loss |" in call("run", 0.25, 2)[0]
+        base, small = call("answers", "Once upon a time")
+        assert base and small and "Run first" not in small
+        assert call("answers", "  ") == ["", ""] and "at most 10,000" in call("answers", "x" * 10_001)[0]
+        capfd.readouterr()
+        wrong = [(f"{calls}/answers", b"not JSON", 422), (f"{calls}/nothing", {"data": []}, 500)]
+        wrong += [(f"{blocks.local_url}nowhere", None, 404), (f"{calls}/answers", [1], 422)]
+        for url, data, expected in wrong:
+            status, text = ask(url, data)
+            assert status == expected and len(text.splitlines()) == 1 and "Traceback" not in text, text
+        assert ask(f"{calls}/answers/unknown")[1].startswith("event: error")
+        printed = capfd.readouterr().err
+        assert "Traceback" not in printed and printed.count("The request to /gradio_api/call/") == 2
+    finally:
+        blocks.close()
+
+
+@needs_gradio
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 def test_the_page_in_a_browser(session: Session, tmp_path: Path) -> None:
     blocks = serve(session, ratio=0.25, num_steps=2, block=False)

@@ -10,8 +10,7 @@ import pytest
 from pat.cli import main
 from pat.loading import load_config
 from pat.plan import measure
-from pat.plan.curves import Point
-from pat.plan.measure import _interpolated
+from pat.plan.curves import Point, interpolated
 
 TESTS = Path(__file__).parents[2]
 STORIES, DATA = TESTS / "data" / "stories260K", TESTS / "data" / "instructions.jsonl"
@@ -39,11 +38,52 @@ def test_curves_rise_and_candidates_meet_the_budget(
     assert figure.stat().st_size > 10_000
 
 
+def test_an_interruption_shows_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    score = measure._Bench.nll
+
+    def nll(self: measure._Bench, sizes: dict[str, int]) -> float:
+        if len(self.losses) == 5:
+            raise KeyboardInterrupt
+        return score(self, sizes)
+
+    monkeypatch.setattr(measure._Bench, "nll", nll)
+    assert main(["plan", "--model_name_or_path", str(STORIES), "--calibrate", str(DATA), "--json"]) == 130
+    printed = capsys.readouterr()
+    assert printed.out == ""  # a plan or nothing
+    assert printed.err.splitlines()[-1] == "pat: interrupted"
+    table = printed.err.partition("Measured before the interruption:")[2]
+    rows = [line.split("│")[1].strip() for line in table.splitlines() if line.startswith("│")]
+    assert [row.rpartition(" ")[0] for row in rows] == ["", *["hidden size"] * 2, *["MLP channels"] * 2]
+
+
+def test_the_time_that_is_left_never_grows_where_measurements_take_what_is_expected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, family = load_config(str(STORIES))
+    bench, state = measure._Bench(str(STORIES), str(DATA), config, family), measure.Phase("", "shapes")
+    passed, left = 0.0, list[float]()
+
+    def nll(self: measure._Bench, sizes: dict[str, int]) -> float:
+        nonlocal passed
+        if state.share is not None:
+            left.append(passed * (1 - state.share) / state.share)
+        passed += self.work(sizes)
+        self.num_scored = 1
+        return 2.0 + 0.1 * len(sizes)
+
+    monkeypatch.setattr(measure._Bench, "nll", nll)
+    bench.run(0.25, state)
+    assert left == sorted(left, reverse=True) and len(left) >= 10
+    assert state.share == 1.0 and state.done == state.total == len(left) + 1
+
+
 def test_between_points_a_curve_is_straight() -> None:
     points = (Point({"a": 2}, 0.1, 3.0), Point({"a": 1}, 0.3, 4.0))
-    assert _interpolated(points, 2.5, 0.05) == pytest.approx(0.25)
-    assert _interpolated(points, 2.5, 0.2) == pytest.approx(1.0)
-    assert _interpolated(points, 2.5, 0.6) == pytest.approx(3.0)
+    assert interpolated(points, 2.5, 0.05) == pytest.approx(0.25)
+    assert interpolated(points, 2.5, 0.2) == pytest.approx(1.0)
+    assert interpolated(points, 2.5, 0.6) == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize(

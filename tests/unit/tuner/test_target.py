@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,12 @@ from transformers import PretrainedConfig
 
 from pat.errors import PatError
 from pat.families import get_family
+from pat.options import OptionsParser
+from pat.plan.options import PlanOptions
 from pat.shape import Shape
 from pat.surgery.costs import build_skeleton, cost_of, pruned_config
+from pat.training.arguments import TuneArguments
+from pat.tuner.config import PatConfig
 from pat.tuner.prepare import check_config
 from pat.tuner.target import parse_bytes
 
@@ -84,6 +89,21 @@ def test_the_predicted_time_is_met_and_hardly_undercut(config: PretrainedConfig,
 def test_impossible_targets_are_refused(config: PretrainedConfig, options: dict[str, Any], message: str) -> None:
     with pytest.raises(PatError, match=message):
         shape(config, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("200M", 2 * 10**8), ("1.2b", 12 * 10**8), ("0.5K", 500), (" 7 ", 7), ("90000000", 9 * 10**7), (8, 8)],
+)
+def test_numbers_of_parameters_are_read_as_people_write_them(text: str | int, expected: int, tmp_path: Path) -> None:
+    assert PatConfig(task_type="CAUSAL_LM", target_num_parameters=text).target_num_parameters == expected
+    (tmp_path / "flags.yaml").write_text(f"model_name_or_path: m\ntarget_num_parameters: {text}\n", encoding="utf-8")
+    for argv in (["--config", str(tmp_path / "flags.yaml")], [f"--target_num_parameters={text}"]):
+        options = OptionsParser("pat plan", PlanOptions).parse(["--model_name_or_path=m", *argv])
+        assert options.target_num_parameters == expected
+        tune = OptionsParser("pat tune", TuneArguments)
+        tuned = tune.parse(["--model_name_or_path=m", "--dataset_name=d", f"--output_dir={tmp_path / 'out'}", *argv])
+        assert tuned.pat_config().target_num_parameters == expected
 
 
 @pytest.mark.parametrize(("text", "expected"), [("200MB", 2 * 10**8), ("1.5GB", 15 * 10**8), ("1mib", 2**20), ("7", 7)])
