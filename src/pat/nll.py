@@ -90,7 +90,7 @@ def response_nll(
     Raises:
         PatError: there is no token to score.
     """
-    return _scored(model, examples, batch_size, pad_token_id, progress)[0]
+    return response_nll_by_row(model, examples, batch_size=batch_size, pad_token_id=pad_token_id, progress=progress)[0]
 
 
 def response_nll_by_row(
@@ -106,28 +106,6 @@ def response_nll_by_row(
     Raises:
         PatError: there is no token to score.
     """
-    return _scored(model, examples, batch_size, pad_token_id, progress)
-
-
-def paired_standard_error(rows_M2: Tensor, base_M2: Tensor) -> float | None:
-    """Return the standard error of the difference between two models' losses on the same examples.
-
-    It is that of `NLL` with the difference of the two sums of each row in place of its sum: how hard a row is for both
-    goes out, so that it is smaller than the errors of the two losses.
-
-    Args:
-        rows_M2: of one model, see `response_nll_by_row`.
-        base_M2: of the other, whose tokens are the unit. Both are of the same texts, in the same order.
-    """
-    differences_M, tokens_M = rows_M2[:, 0] - base_M2[:, 0], base_M2[:, 1]
-    mean = (differences_M.sum() / tokens_M.sum()).item()
-    return _standard_error(mean, torch.stack([differences_M, tokens_M], dim=1))
-
-
-def _scored(
-    model: nn.Module, examples: Sequence[Example], batch_size: int, pad_token_id: int, progress: Progress | None
-) -> tuple[NLL, Tensor]:
-    """Return the NLL, and of each example the sum of its losses and its tokens."""
     device = next(model.parameters()).device
     num_batches = math.ceil(len(examples) / batch_size)
     total, num_tokens = 0.0, 0
@@ -160,6 +138,21 @@ def _scored(
     rows_M2 = torch.empty(len(examples), 2, dtype=torch.float64)
     rows_M2[_by_length(examples)] = torch.cat(rows)
     return NLL(nll, num_tokens, _standard_error(nll, rows_M2), _exponential(nll)), rows_M2
+
+
+def paired_standard_error(rows_M2: Tensor, base_M2: Tensor) -> float | None:
+    """Return the standard error of the difference between two models' losses on the same examples.
+
+    It is that of `NLL` with the difference of the two sums of each row in place of its sum: how hard a row is for both
+    models cancels out, so that it is mostly smaller than the errors of the two losses.
+
+    Args:
+        rows_M2: of one model, see `response_nll_by_row`.
+        base_M2: of the other, whose tokens are the unit. Both are of the same texts, in the same order.
+    """
+    differences_M, tokens_M = rows_M2[:, 0] - base_M2[:, 0], base_M2[:, 1]
+    mean = (differences_M.sum() / tokens_M.sum()).item()
+    return _standard_error(mean, torch.stack([differences_M, tokens_M], dim=1))
 
 
 def _exponential(nll: float) -> float:

@@ -26,7 +26,7 @@ SAME = (
     ("dataset_name", "calibrate", "dataset", "data"),
     ("output_dir", "output"),
 )
-"""Names that commands, and people, have for the same thing; a command that knows one is asked for by any of them."""
+"""Names that commands, and people, have for the same thing; that of a command is suggested for any of the others."""
 
 MAX_SHOWN = 200
 """Letters of a value that a message repeats."""

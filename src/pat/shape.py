@@ -19,9 +19,8 @@ LARGE_RATIO = 0.5
 """No published result and none of ours cuts more of a model."""
 
 _SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
-_COUNT = re.compile(
-    r"(?P<number>-?\d{1,20}(?:\.\d{1,20})?)(?P<suffix>[KMB]?)$"
-)  # of few digits, since Python reads no more
+# Few digits, since Python refuses to read very long numbers.
+_COUNT = re.compile(r"(?P<number>-?\d{1,20}(?:\.\d{1,20})?)(?P<suffix>[KMB]?)$")
 
 
 @dataclass(frozen=True)
@@ -200,8 +199,8 @@ def parse_count(number: Any) -> Any:
     if not isinstance(number, str):
         return number
     found = _COUNT.match(number.strip().upper())
-    count = Fraction(found["number"]) * _SUFFIXES[found["suffix"]] if found else Fraction(1, 2)
-    if count.denominator != 1:
+    count = Fraction(found["number"]) * _SUFFIXES[found["suffix"]] if found else None
+    if count is None or count.denominator != 1:
         raise PatError(
             f"Got target_num_parameters={number[:100]!r}; expected a whole number of parameters, such as 200M, 1.2B or "
             "90000000 (bytes, such as 200MB, are for target_bytes)."

@@ -154,7 +154,7 @@ def render_card(cut: Cut, parity: Parity, provenance: Mapping[str, Any]) -> str:
         versions=", ".join(f"{name} {version}" for name, version in environment()["versions"].items()),
         load=LOAD.format(folder='"path/to/this/folder"'),
         ways=ways_to_ask(provenance.get("prompt_format")),
-        # Of a base whose files are not known the same number format.
+        # Without the base's files its number format is taken to be that of this model.
         base_bytes=provenance.get("base_bytes") or cut.num_bytes / cut.parameter_ratio,
         differences=_differences(provenance),
         megabytes=numbers.size,

@@ -193,7 +193,7 @@ class _Guard:
         except Exception as error:  # of requests that the page does not make: a traceback tells nobody anything
             if scope["type"] != "http":
                 raise
-            line = f"The request to {scope['path']} has failed: {one_line(error)}"
+            line = f"The request to {scope['path']!r} has failed: {one_line(error)}"  # a path may hold line breaks
             print(line, file=sys.stderr, flush=True)
             body = b"" if started else f"{line}\n".encode()
             if not started:

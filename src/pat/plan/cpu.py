@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
@@ -36,6 +37,9 @@ SECONDS = 2.0
 
 LEAST_ROUNDS, MOST_ROUNDS = 2, 20
 
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+"""Where Linux says how much memory a container may take."""
+
 
 @dataclass(frozen=True)
 class CpuTime:
@@ -43,9 +47,10 @@ class CpuTime:
 
     num_threads: int
     memory_bytes: int | None
-    """Memory of the machine; None where the system does not say."""
+    """Memory of the machine, or of the container; None where the system does not say."""
     fits: bool
-    """Whether base, adapter, optimizer and activations fit into it, in float32; if not, nothing is timed."""
+    """Whether base, adapter, optimizer and activations fit into it, in float32, without gradient
+    checkpointing; if not, nothing is timed."""
     bf16: bool
     """Whether bf16 autocast pays here, as `pat tune` finds for itself."""
     layer_flops_per_second: float | None
@@ -138,8 +143,12 @@ def _seconds(loss: Callable[[Tensor], Tensor], states: Tensor, bf16: bool) -> fl
 
 
 def _memory_bytes() -> int | None:
-    """Return the bytes of the machine's memory; None where the system does not say."""
+    """Return the bytes of the machine's memory, or of the container's; None where the system does not say."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows has no such call
         return None
+    try:
+        return min(machine, int(CONTAINER_LIMIT.read_text(encoding="utf-8")))
+    except (OSError, ValueError):  # no container, or one without a limit: "max"
+        return machine

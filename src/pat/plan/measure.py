@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from pat.checkpoint.card import shown_name
-from pat.errors import PatError
+from pat.errors import Interrupted, PatError, RunFailed
 from pat.families import Family
 from pat.loading import load_base, load_tokenizer
 from pat.nll import Example, batches_from_examples, response_nll
@@ -47,7 +47,7 @@ SLACK = 0.02
 NUM_TOKENS = 8192
 """Tokens to calibrate on, at most; `pat tune` reads more."""
 
-PASSES = {"hidden": 1.5, "mlp": 5.0, "heads": 2.0}
+CALIBRATION_PASSES = {"hidden": 1.5, "mlp": 5.0, "heads": 2.0}
 """Times that the base could read the text of the calibration while an axis is calibrated and refitted, on SmolLM2-135M;
 without whole layers it is read in turn."""
 
@@ -97,12 +97,14 @@ def measure_shapes(
             for point in measured.candidates:
                 tuned.append(replace(point, tuned_nll=tuned_nll(name, dataset, point.sizes, num_steps)))
                 bar(len(tuned), len(measured.candidates))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RunFailed) as error:
         if bench.losses:  # minutes of work, which must not be lost
             found = bench.measured()
-            found = replace(found, candidates=(*tuned, *found.candidates[len(tuned) :]), num_steps=num_steps)
-            print("Measured before the interruption:", file=sys.stderr)
-            measured_table(found).print(file=sys.stderr)
+            found = replace(found, candidates=(*tuned, *found.candidates[len(tuned) :]))
+            print("Measured until then:", file=sys.stderr)
+            measured_table(replace(found, num_steps=num_steps if tuned else 0)).print(file=sys.stderr)
+        if isinstance(error, Interrupted):  # it speaks of a checkpoint, whose folder is gone
+            raise Interrupted("Interrupted while shapes were tuned.", error.exit_status - 128) from error
         raise
     best_first = sorted(tuned, key=lambda point: cast(float, point.tuned_nll))
     return replace(measured, candidates=tuple(best_first), num_steps=num_steps)
@@ -177,7 +179,8 @@ class _Bench:
     def work(self, sizes: Mapping[str, int]) -> float:
         """Return about how long some sizes take to be cut and scored, in tokens that the base reads."""
         num_layers, num_tokens = int(self.base_config.num_hidden_layers), sum(map(_length, self.rows))
-        reads = {axis: passes * num_tokens for axis, passes in PASSES.items()} | {"layers": LAYER_TOKENS * num_layers}
+        reads = {axis: passes * num_tokens for axis, passes in CALIBRATION_PASSES.items()}
+        reads["layers"] = LAYER_TOKENS * num_layers
         return sum(map(_length, self.scored)) + sum(reads[axis] for axis in reads if AXES[axis].option in sizes)
 
     def measured(self) -> Measured:

@@ -154,9 +154,10 @@ def _cpu(record: PlanRecord, time: CpuTime) -> Table:
     threads = "1 thread" if time.num_threads == 1 else f"{time.num_threads} threads"
     arithmetic = "bf16 autocast" if time.bf16 else "float32"
     shown = [clock(seconds) for seconds in (time.base_seconds, *time.small_seconds) if seconds is not None]
+    seen = "from a layer and the head as they ran just now" if time.fits else "not timed, since it does not fit"
     title = (
         f"Time of LoRA for a million tokens in texts of {record.training.length} on this machine's CPU, {threads}, "
-        f"{arithmetic}, from a layer and the head as they ran just now (minutes:seconds)"
+        f"{arithmetic}, without gradient checkpointing, {seen} (minutes:seconds)"
     )
     cells = shown or [""] * len(_costs(record))
     return Table(title, ["", "fits", *_headings(record)], [["this CPU", "yes" if time.fits else "no", *cells]])

@@ -142,6 +142,8 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
     counts = [count(part.rows, shown=shown) for part in parts]
     _check_tokens(vocabulary, counts, apart, arguments.pat.calibration)
     pieces = [list(_pieces(row, cut)) for row in apart]
+    if of_base is not None:  # without the rows that have nothing to score
+        of_base = [row for row, own in zip(of_base, pieces, strict=True) if own]
     records = records_of(parts, counts, apart, pieces, cut, is_streamed=bool(opened))
     warn_of_rows(parts, counts, apart, cut, base_config, is_streamed=bool(opened))
     stream: Stream | None = None

@@ -13,7 +13,7 @@ from pat.training.results import ModelFigures
 from pat.training.trained import Trained
 
 
-def training_facts(arguments: TuneArguments, data: Prepared, trained: Trained) -> dict[str, Any]:
+def recorded_facts(arguments: TuneArguments, data: Prepared, trained: Trained) -> dict[str, Any]:
     """Return what record and card both say of a training."""
     rate, pat = float(arguments.sft.learning_rate), arguments.pat
     sizes, base = trained.pat_config["resolved_width"], trained.pat_config["base_shape"]
@@ -42,22 +42,21 @@ def provenance(
     arguments: TuneArguments, data: Prepared, trained: Trained, figures: Mapping[str, ModelFigures]
 ) -> dict[str, Any]:
     """Return what is known of a model for its card, see `render_card`; `figures` are those that are known by then."""
-    scored = {stage: found for stage, found in figures.items() if found.held_out_nll is not None}
-    errors = {stage: found.held_out_standard_error for stage, found in scored.items()}
-    return training_facts(arguments, data, trained) | {
+
+    def known(name: str) -> dict[str, Any]:
+        values = {stage: getattr(found, name) for stage, found in figures.items()}
+        return {stage: value for stage, value in values.items() if value is not None}
+
+    return recorded_facts(arguments, data, trained) | {
         "model_name_or_path": arguments.run.model_name_or_path,
         "dataset": ", ".join(map(shown_name, arguments.run.dataset_names)),
         "max_length": arguments.sft.max_length,
         "is_compacted": trained.compaction is not None,
         "teacher": trained.teacher.describe() if trained.teacher else None,
-        "held_out_nll": {stage: found.held_out_nll for stage, found in scored.items()},
-        "held_out_standard_error": {stage: error for stage, error in errors.items() if error is not None},
-        "held_out_difference_error": {
-            stage: found.held_out_difference_error
-            for stage, found in scored.items()
-            if found.held_out_difference_error is not None
-        },
+        "held_out_nll": known("held_out_nll"),
+        "held_out_standard_error": known("held_out_standard_error"),
+        "held_out_difference_error": known("held_out_difference_error"),
+        "general_nll": known("general_nll"),
         "base_bytes": figures["base"].num_bytes,
         "num_held_out_tokens": figures["base"].num_held_out_tokens,
-        "general_nll": {name: found.general_nll for name, found in figures.items() if found.general_nll is not None},
     }

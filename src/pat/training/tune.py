@@ -33,7 +33,7 @@ from pat.training.estimate import Seen
 from pat.training.folder import CHECKPOINTS, MODEL, RESULTS, clear, find_finished, find_start, run_folder, sweep
 from pat.training.measure import measure, warn_of_losses
 from pat.training.prepare import Prepared, prepare
-from pat.training.provenance import provenance, training_facts
+from pat.training.provenance import provenance, recorded_facts
 from pat.training.push import open_repository, push
 from pat.training.rehearsal import rehearse
 from pat.training.report import REPORT, report_of_run
@@ -215,7 +215,7 @@ def _record(arguments: TuneArguments, data: Prepared, trained: Trained, **found:
         teacher=trained.teacher,
         timings=trained.timings(),
         log_history=trained.log_history,
-        **training_facts(arguments, data, trained),
+        **recorded_facts(arguments, data, trained),
         **found,
     )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,15 +40,24 @@ def test_families_of_every_kind_are_timed(family: str, monkeypatch: pytest.Monke
     assert timed(family).num_threads == torch.get_num_threads()
 
 
-def test_twice_the_layers_take_about_twice_as_long() -> None:
-    # Layers of one size run at one rate, however many there are: only one of them is built. A busy machine halves it.
-    few, many = (timed("llama", num_hidden_layers=number) for number in (2, 64))
-    assert few.layer_flops_per_second and many.layer_flops_per_second
-    assert 1 / 6 < few.layer_flops_per_second / many.layer_flops_per_second < 6
+def test_of_many_layers_alike_one_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    built, shrink = [], cpu.shrink_config
+
+    def shrink_config(*arguments: Any, **options: Any) -> Any:
+        built.append(shrink(*arguments, **options))
+        return built[-1]
+
+    monkeypatch.setattr(cpu, "shrink_config", shrink_config)
+    timed("llama", num_hidden_layers=64)
+    assert [config.num_hidden_layers for config in built] == [1]
 
 
-def test_what_does_not_fit_into_memory_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_memory_bytes", lambda: 10**6 + 10)
+def test_what_does_not_fit_into_the_containers_memory_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    limit = tmp_path / "memory.max"
+    limit.write_text(f"{10**6 + 10}\n", encoding="utf-8")
+    monkeypatch.setattr(cpu, "CONTAINER_LIMIT", limit)
     num_bytes = 4 * build("llama", tied=True).num_parameters()
     tight = replace(MEMORY, base_bytes=num_bytes)
     assert timed("llama", tight).fits

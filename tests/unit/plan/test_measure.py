@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 
 from pat.cli import main
+from pat.errors import Interrupted
 from pat.loading import load_config
 from pat.plan import measure
 from pat.plan.curves import Point, interpolated
@@ -53,9 +55,29 @@ def test_an_interruption_shows_what_was_measured(
     printed = capsys.readouterr()
     assert printed.out == ""  # a plan or nothing
     assert printed.err.splitlines()[-1] == "pat: interrupted"
-    table = printed.err.partition("Measured before the interruption:")[2]
+    table = printed.err.partition("Measured until then:")[2]
     rows = [line.split("│")[1].strip() for line in table.splitlines() if line.startswith("│")]
     assert [row.rpartition(" ")[0] for row in rows] == ["", *["hidden size"] * 2, *["MLP channels"] * 2]
+
+
+def test_an_interruption_while_shapes_are_tuned_shows_those_that_were(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = iter([4.321])
+
+    def tuned_nll(*_: object) -> float:
+        if (loss := next(losses, None)) is None:  # as a training that a signal has stopped
+            raise Interrupted("SIGTERM has stopped the run; the same command goes on from there.", signal.SIGTERM)
+        return loss
+
+    monkeypatch.setattr(measure, "NUM_TOKENS", 4096)
+    monkeypatch.setattr(measure, "SPLITS", (0.5,))
+    monkeypatch.setattr(measure, "tuned_nll", tuned_nll)
+    flags = ["--model_name_or_path", str(STORIES), "--calibrate", str(DATA), "--shape_search_steps", "2"]
+    assert main(["plan", *flags]) == 128 + signal.SIGTERM
+    printed = capsys.readouterr()
+    assert printed.out == "" and "goes on" not in printed.err
+    assert "4.321" in printed.err.partition("Measured until then:")[2]
 
 
 def test_the_time_that_is_left_never_grows_where_measurements_take_what_is_expected(

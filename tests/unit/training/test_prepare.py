@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def make_tokenizer(*, bos: bool = False, chat: bool = True) -> PreTrainedTokeniz
 
 
 VOCABULARY = len(make_tokenizer())
+STORIES = Path(__file__).parents[2] / "data" / "stories260K"
 
 
 @pytest.fixture
@@ -520,3 +522,26 @@ def test_examples_to_measure_are_evenly_spaced(base: Path, tmp_path: Path) -> No
     examples, record = prepare_examples(str(file), vocabulary, template="auto", max_length=32, limit=4)
     firsts = [vocabulary.tokenizer.decode(example["input_ids"][:1]) for example in examples]
     assert firsts == ["0", "2", "5", "7"] and record.num_examples == 4
+
+
+def test_a_trimmed_vocabulary_is_measured_on_the_rows_that_the_base_is_measured_on(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(STORIES, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+
+    def turn(answer: str) -> dict[str, Any]:
+        return {"messages": [say("user", "a question"), say("assistant", answer)]}
+
+    template = tmp_path / "strips.jinja"
+    inside = "{{ '[' + m.role + ']' + m.content.split('</think>')[-1] }}{{ '<eos>' if m.role == 'user' else '' }}"
+    template.write_text("{% for m in messages %}" + inside + "{% endfor %}{{ '[assistant]' if add_generation_prompt }}")
+    turns = [turn("<think>why</think>its answer") for _ in range(8)]
+    held_out = [turns[0], turn("<think>all of it</think>"), turns[1]]
+    data = prepared(
+        folder,
+        turns,
+        held_out=str(write(tmp_path / "held_out.jsonl", held_out)),
+        chat_template_path=str(template),
+        vocabulary_size=448,
+    )
+    assert data.held_out_of_base is not None
+    assert len(data.held_out) == len(data.held_out_of_base) == 2
