@@ -15,10 +15,11 @@ from pat.surgery.describe import head_dim
 from pat.training.arguments import TuneArguments
 from pat.training.check import Checked, compacts
 from pat.training.engine import describe, quantises, shards
-from pat.training.estimate import Seen, ToDo, expected_seconds, span, steps_done
+from pat.training.estimate import Reading, Seen, ToDo, expected_seconds, span, steps_done
 from pat.training.folder import Start
 from pat.training.prepare import Prepared
 from pat.training.teacher import announce_teacher
+from pat.tuner.calibration import DEFAULT_TOKENS_PER_CHANNEL
 from pat.tuner.depth import LAYER_TOKENS
 from pat.tuner.experts import tokens_per_routed
 from pat.tuner.memory import training_memory
@@ -51,7 +52,7 @@ def announce(
     soft = min(num_steps, milestone_step(milestone, num_steps))
     goes_small = compacts(arguments.run.no_compact, arguments.pat_config())
     rest = "on the small model" if goes_small else "at full width"
-    reading, num_read = _reading(arguments, checked)
+    said, reading = _reading(arguments, checked)
     sft = arguments.sft
     dtype = str(model.dtype).removeprefix("torch.")
     kind = numbers.arithmetic(dtype, bf16=bool(sft.bf16), fp16=bool(sft.fp16))
@@ -63,7 +64,7 @@ def announce(
         worded = " The chat template that is written asks in these words."
     costs = []
     if ranks.is_first() and not shards(arguments.sft):
-        todo = ToDo.of(start, soft, num_steps, num_read, goes_small=goes_small)
+        todo = ToDo.of(start, soft, num_steps, reading, goes_small=goes_small)
         costs.append(span(expected_seconds(arguments, checked, data, model, seen, todo)))
     if not quantises(arguments, checked.base_config) and not shards(arguments.sft):
         num_bytes = _memory(arguments, checked, data, model)
@@ -77,25 +78,27 @@ def announce(
     print(
         f"{data.record.describe()}{worded} Model: {checked.family.model_type}, {trimmed}{shape.describe()}, "
         f"{kind} on {describe(str(model.device))}; {num_steps:,} steps, "
-        f"{soft:,} with a soft mask and {num_steps - soft:,} {rest}.{reading}{taught}{expected}",
+        f"{soft:,} with a soft mask and {num_steps - soft:,} {rest}.{said}{taught}{expected}",
         file=sys.stderr,
     )
 
 
-def _reading(arguments: TuneArguments, checked: Checked) -> tuple[str, int]:
-    """Return what is read before training, in words, and in tokens that are read once."""
-    shape, config, text, num_read = checked.shape, checked.base_config, "", 0
+def _reading(arguments: TuneArguments, checked: Checked) -> tuple[str, Reading]:
+    """Return what is read before training, in words and in tokens."""
+    shape, config, text, rotation, refit, layers = checked.shape, checked.base_config, "", 0, 0, 0
+    if shape.cuts("hidden"):
+        rotation = arguments.pat.calibration_tokens or DEFAULT_TOKENS_PER_CHANNEL * shape.size("hidden")
     widths = {"mlp": shape.size("mlp")}
     widths["heads"] = head_dim(empty_model(config)) * config.num_attention_heads
     if read := [name for name in widths if shape.cuts(name)]:
         widths["mlp"] *= tokens_per_routed(config)
-        num_read = arguments.pat.refit_tokens or TOKENS_PER_CHANNEL * max(widths[name] for name in read)
+        refit = arguments.pat.refit_tokens or TOKENS_PER_CHANNEL * max(widths[name] for name in read)
         what = " and ".join(AXES[name].label for name in read)
-        text = f" Up to {num_read:,} tokens are read first, to choose the {what} (--refit_tokens)."
+        text = f" Up to {refit:,} tokens are read first, to choose the {what} (--refit_tokens)."
     if shape.cuts("layers"):
         text += f" {LAYER_TOKENS:,} tokens are read {shape.size('layers')} times, to choose the layers."
-        num_read += LAYER_TOKENS * shape.size("layers")
-    return text, num_read // ranks.num_processes()
+        layers = LAYER_TOKENS
+    return text, Reading(rotation, refit, layers)
 
 
 def _memory(arguments: TuneArguments, checked: Checked, data: Prepared, model: Any) -> int:

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from pat.checkpoint.staging import discard, staged_folder
 from pat.errors import PatError, one_line
 from pat.training.handover import cut_states, read_states, write_states
+from pat.training.sittings import write_seconds
 from pat.tuner.compaction import CompactModel
 from pat.tuner.model import PatModel
 
@@ -141,7 +142,14 @@ def load_finished(trainer: Trainer, checkpoint: str, num_steps: int) -> bool:
     return True
 
 
-def continue_from(done: Path, trainer: Trainer, compact: CompactModel, masked: PeftModel, stage_two: Trainer) -> Path:
+def continue_from(
+    done: Path,
+    trainer: Trainer,
+    compact: CompactModel,
+    masked: PeftModel,
+    stage_two: Trainer,
+    seconds: Mapping[str, float],
+) -> Path:
     """Turn stage one's last checkpoint into one that stage two resumes from, in stage two's own folder.
 
     Moments of parameters that go on are cut like they are. New factors have none and start at their own step 0; with
@@ -153,6 +161,7 @@ def continue_from(done: Path, trainer: Trainer, compact: CompactModel, masked: P
         compact: the small model.
         masked: what it was made of, whose parameters it has inherited: the model of stage one, or a copy.
         stage_two: trainer of the small model.
+        seconds: that each part of the run has taken so far.
     """
     target = Path(cast(str, stage_two.args.output_dir)) / done.name
     state = json.loads((done / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
@@ -173,4 +182,5 @@ def continue_from(done: Path, trainer: Trainer, compact: CompactModel, masked: P
         compact.model.save_pretrained(str(folder))
         write_states(folder, stage_two, cut_states(states, cuts), groups)
         (folder / TRAINER_STATE_NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        write_seconds(folder, seconds)
     return target

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 from transformers.trainer import TRAINER_STATE_NAME
 
+from pat import ranks
 from pat.loading import empty_model
 from pat.nll import Example, batches_from_examples, evaluating
 from pat.report.progress import phase
@@ -31,14 +34,18 @@ frozen weights, and as much again for the adapter and the optimizer."""
 NUM_SAMPLED = 64
 """Batches of the training whose lengths are looked at."""
 
-NUM_TIMED = 3
-"""Batches of these that are timed, from a short one to a long one."""
+PLACES = (0.5, 0.25, 0.75)
+"""Which of these are timed, as shares of their number by length. The middle one comes first: where a pass takes long,
+it is the only one."""
 
 SECONDS_TO_TIME = 3.0
 """No further batch is timed once so many seconds are gone."""
 
 SECONDS_WITHOUT_WARMTH = 0.5
 """A pass that takes longer is not done again: what its allocations take no longer matters."""
+
+BYTES_PER_TOKEN = 4
+"""Bytes of a text to calibrate on for each of its tokens, about."""
 
 ORDERING_FLOPS = 15.0
 """Operations of float32 that take as long as ordering and refitting the n channels before a writer in float64, as a
@@ -65,6 +72,18 @@ class Seen:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """Tokens that all processes together are to read to choose channels, as far as there is text."""
+
+    rotation: int = 0
+    """For the basis, or the order, of the residual stream."""
+    refit: int = 0
+    """For the order of the channels before the writers, and for what makes up for those that are cut."""
+    layers: int = 0
+    """For the order of the layers: these are read once for each layer."""
+
+
+@dataclass(frozen=True)
 class ToDo:
     """What is left of a run."""
 
@@ -72,15 +91,15 @@ class ToDo:
     """Steps at the base's width."""
     small_steps: int = 0
     """Steps at the width of what is written."""
-    num_read: int = 0
-    """Tokens that are read to choose channels."""
+    reading: Reading = Reading()
+    """What is read to choose channels."""
     goes_small: bool = True
     """Whether steps after the milestone are taken, and the tuned model is scored, at that width."""
     compacts: bool = False
     """Whether the small model is still to be made."""
 
     @classmethod
-    def of(cls, start: Start, soft: int, num_steps: int, num_read: int, *, goes_small: bool) -> ToDo:
+    def of(cls, start: Start, soft: int, num_steps: int, reading: Reading, *, goes_small: bool) -> ToDo:
         """Return what is left from where a run begins."""
         if start.is_trained:
             return cls(goes_small=goes_small)
@@ -89,7 +108,7 @@ class ToDo:
         return cls(
             soft_steps=max(0, soft - done),
             small_steps=max(0, num_steps - max(soft, done)),
-            num_read=num_read if done < max(1, soft) else 0,
+            reading=reading if not done else Reading(refit=reading.refit if done < soft else 0),
             goes_small=goes_small,
             compacts=goes_small and not is_small,
         )
@@ -124,7 +143,7 @@ def expected_seconds(
     batches = sample_batches(arguments, data)
     lengths = [[length for _, length in batch] for batch in batches]
     real, padded = np.mean([(sum(of), num_padded(arguments, of)) for of in lengths], axis=0).tolist()
-    each = _seconds_per_token(arguments, data, model, batches)
+    each = seconds_per_token(arguments, data, model, batches)
     passes = PASSES + (1 if arguments.sft.gradient_checkpointing else 0)
     taught = 1 if arguments.distill.distill else 0  # a forward pass of the teacher
     steps = passes * todo.soft_steps + (passes * tuned + taught) * todo.small_steps
@@ -132,8 +151,10 @@ def expected_seconds(
     # What is read or compared runs in the base's own number format, as the scoring did.
     scored = sum(len(row["input_ids"]) for row in _scored(data))
     per_token = seen.scoring_seconds / scored if scored else each
-    num_read = todo.num_read if data.stream is not None else min(todo.num_read, data.num_tokens)
-    seconds += num_read * padded / real * each + _choosing(checked, num_read, per_token, seen.figures.flops_per_token)
+    reading = _of_this_process(arguments, data, todo.reading)
+    num_read = reading.rotation + reading.refit + reading.layers * checked.shape.size("layers")
+    filled = padded / real if arguments.pat.calibration is None else 1.0
+    seconds += num_read * filled * each + _choosing(checked, reading.refit, per_token, seen.figures.flops_per_token)
     verified = sum(int(batch["input_ids"].numel()) for batch in data.verify_on)
     comparisons = (1 + small if todo.compacts else 0) + tuned + small
     seconds += COMPARING * comparisons * verified * per_token
@@ -175,36 +196,25 @@ def num_padded(arguments: TuneArguments, lengths: Sequence[int]) -> int:
     return -(-max(lengths) // multiple) * multiple * len(lengths)
 
 
-def _choosing(checked: Checked, num_read: int, per_token: float, flops_per_token: float | None) -> float:
-    """Return the seconds for the second moments of what goes into the writers, and for what is made of them."""
-    if not num_read or not flops_per_token:
-        return 0.0
-    config, shape = checked.base_config.get_text_config(), checked.shape
-    heads = head_dim(empty_model(checked.base_config)) * config.num_attention_heads
-    widths: dict[str, int] = {"mlp": shape.size("mlp"), "heads": heads}
-    cut = [widths[name] for name in widths if shape.cuts(name)]
-    moments = sum(2.0 * num_read * width**2 for width in cut)
-    ordering = sum(ORDERING_FLOPS * width**3 for width in cut)
-    return float(shape.size("layers") * (moments + ordering) * per_token / flops_per_token)
-
-
-def _scored(data: Prepared) -> Iterable[Example]:
-    return [*data.held_out, *(() if data.general is None else data.general.windows)]
-
-
 @torch.no_grad()
-def _seconds_per_token(arguments: TuneArguments, data: Prepared, model: Any, batches: Sequence[Batch]) -> float:
-    """Return the seconds that the base takes for a token, or its padding, in batches and arithmetic of the training."""
+def seconds_per_token(arguments: TuneArguments, data: Prepared, model: Any, batches: Sequence[Batch]) -> float:
+    """Return the seconds that the base takes to read a token, or its padding, in the arithmetic of the training.
+
+    Args:
+        arguments: of the run.
+        data: what was found out about its data.
+        model: the base.
+        batches: of which some are timed.
+    """
     sft, device = arguments.sft, model.device
     padding = cast(int, data.vocabulary.tokenizer.pad_token_id)
     dtype = torch.float16 if sft.fp16 else torch.bfloat16
     autocast = torch.autocast(device.type, dtype, enabled=bool(sft.fp16 or sft.bf16))
     ordered = sorted(batches, key=lambda batch: num_padded(arguments, [length for _, length in batch]))
-    places = [0.5, *(place / (NUM_TIMED + 1) for place in (1, NUM_TIMED))]
     seconds, num_tokens = 0.0, 0
     begun = time.perf_counter()
     with phase("Timing the base model"), evaluating(model), autocast:
-        for place in places:
+        for place in PLACES:
             rows = data.train.select([row for row, _ in ordered[int(place * len(ordered))]]).to_list()
             batch = next(iter(batches_from_examples(rows, batch_size=len(rows), pad_token_id=padding)))
             inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
@@ -219,3 +229,41 @@ def _seconds_per_token(arguments: TuneArguments, data: Prepared, model: Any, bat
             if time.perf_counter() - begun > SECONDS_TO_TIME:
                 break
     return seconds / num_tokens
+
+
+def _of_this_process(arguments: TuneArguments, data: Prepared, asked: Reading) -> Reading:
+    """Return what one process reads: each time the text begins anew, and has no more tokens than it has."""
+    path = arguments.pat.calibration
+    there: float = math.inf if data.stream is not None else data.num_tokens
+    if path is not None:
+        there = os.path.getsize(path) // BYTES_PER_TOKEN
+    own = {name: int(min(num_tokens, there)) // ranks.num_processes() for name, num_tokens in asdict(asked).items()}
+    return Reading(**own)
+
+
+def _choosing(checked: Checked, num_read: int, per_token: float, flops_per_token: float | None) -> float:
+    """Return the seconds for the second moments of what goes into the writers, and for what is made of them.
+
+    Args:
+        checked: what was found out about the base.
+        num_read: tokens that this process reads for it.
+        per_token: seconds that the base takes for a token.
+        flops_per_token: operations that it takes for one.
+    """
+    if not num_read or not flops_per_token:
+        return 0.0
+    config, shape = checked.base_config.get_text_config(), checked.shape
+    flops = 0.0
+    if shape.cuts("mlp"):
+        width = shape.size("mlp")
+        num_experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 1
+        num_routed = config.num_experts_per_tok if num_experts > 1 else 1  # experts that see a token
+        flops += 2.0 * num_read * num_routed * width**2 + ORDERING_FLOPS * num_experts * width**3
+    if shape.cuts("heads"):
+        width = head_dim(empty_model(checked.base_config)) * config.num_attention_heads
+        flops += 2.0 * num_read * width**2 + ORDERING_FLOPS * width**3
+    return float(shape.size("layers") * flops * per_token / flops_per_token)
+
+
+def _scored(data: Prepared) -> Iterable[Example]:
+    return [*data.held_out, *(() if data.general is None else data.general.windows)]

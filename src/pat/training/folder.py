@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Start:
         """Return the description of a run with those phases finished that this start takes over."""
         if self.is_trained:
             return run.only("stage_one", "compaction", "stage_two", "model")
-        return run.only("stage_one", "compaction") if self.checkpoint else replace(run.only(), seconds={})
+        return run.only("stage_one", "compaction") if self.checkpoint else run.only()
 
 
 @contextmanager

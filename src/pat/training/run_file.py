@@ -65,8 +65,6 @@ class RunFile:
     """Whether it began in bf16; unless a flag says otherwise it goes on so, whatever a new measurement would choose."""
     rows_per_step: int | None = None
     """Number of rows that a step takes, over all processes."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds that each part of the training has taken so far, over all sittings; see `Trained.seconds`."""
 
     @classmethod
     def of(cls, arguments: TuneArguments, base_config: Any, data: str) -> RunFile:
@@ -105,6 +103,8 @@ class RunFile:
             return None
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(stored, dict):
+                stored.pop("seconds", None)  # that a version in between kept here; they lie beside the checkpoints
             run = cls(**stored)
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise PatError(f"{path}: not readable ({one_line(error)}); choose another output folder.") from error

@@ -2,26 +2,54 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pat import ranks
+from pat.checkpoint.staging import write_whole
+
+logger = logging.getLogger(__name__)
+
+SECONDS = "seconds.json"
+"""Beside each checkpoint: what the run had taken by then. Who goes on from it adds to that, and so what was done after
+it, and is done again, counts once."""
 
 
 class Clock:
     """Seconds that each part of a training takes, those of earlier sittings included."""
 
-    def __init__(self, earlier: Mapping[str, float]) -> None:
-        self._seconds = dict(earlier)
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
         self._begun: dict[str, float] = {}
 
     def add(self, part: str, seconds: float) -> None:
-        """Add what a part has taken in this sitting."""
+        """Add what a part has taken."""
         self._seconds[part] = self._seconds.get(part, 0.0) + seconds
+
+    def go_on(self, checkpoint: str | None) -> None:
+        """Add what a run had taken by the checkpoint that it goes on from; a warning says so if that is not known."""
+        if checkpoint is None:
+            return
+        try:
+            stored = json.loads((Path(checkpoint) / SECONDS).read_text(encoding="utf-8"))
+            earlier = {str(part): float(seconds) for part, seconds in stored.items()}
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            logger.warning(
+                "%s does not say in a %s how long the run had taken by then; its timings are of what follows.",
+                checkpoint,
+                SECONDS,
+            )
+            return
+        for part, seconds in earlier.items():
+            self.add(part, seconds)
 
     @contextmanager
     def timing(self, part: str) -> Iterator[None]:
@@ -40,12 +68,18 @@ class Clock:
         return self._seconds | running
 
 
-class AtEachCheckpoint(TrainerCallback):
-    """Does something when a checkpoint has been written, in the first process."""
+def write_seconds(checkpoint: Path, seconds: Mapping[str, float]) -> None:
+    """Write beside a checkpoint what each part of the run has taken by then."""
+    write_whole(checkpoint / SECONDS, json.dumps(dict(seconds), indent=2) + "\n")
 
-    def __init__(self, action: Callable[[], None]) -> None:
-        self._action = action
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Do it."""
-        ranks.first_alone(self._action)
+class SaveSeconds(TrainerCallback):
+    """Writes beside every checkpoint, in the first process, what the run has taken by then."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Write it."""
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        ranks.first_alone(lambda: write_seconds(folder, self._clock.seconds()))

@@ -39,7 +39,7 @@ from pat.training.handover import checkpoint_for, is_sharded, unsharded, write_a
 from pat.training.interrupt import StopOnSignal
 from pat.training.prepare import Prepared
 from pat.training.run_file import RUN_FILE, RunFile
-from pat.training.sittings import AtEachCheckpoint, Clock
+from pat.training.sittings import Clock, SaveSeconds
 from pat.training.teacher import Teaching
 from pat.training.trained import Trained, last_adapter, training_facts
 from pat.training.trainer import (
@@ -82,7 +82,7 @@ class Stages:
     """Settings of the model's configuration that its trainer has changed for itself."""
 
     def __post_init__(self) -> None:
-        self.clock = Clock(self.run_file.seconds)
+        self.clock = Clock()
         self.clock.add("preparation", self.data.seconds)
         self.teaching = Teaching(self.arguments, self.data, self.run_file.base, say)
 
@@ -107,6 +107,7 @@ class Stages:
         if start.is_trained:
             return self._again(base)
         resume_from = start.checkpoint
+        self.clock.go_on(resume_from)
         if resume_from is not None and is_compact(resume_from):
             if self.arguments.run.no_compact:
                 raise PatError(
@@ -171,7 +172,7 @@ class Stages:
     def _trainer(self, model: PeftModel, args: SFTConfig, folder: Path, *callbacks: TrainerCallback) -> SFTTrainer:
         self.router_settings = router_settings(model.config)
         weight = self.teaching.weight if folder.name == STAGE_TWO else None
-        callbacks = (*callbacks, FiniteGuard(), SaveTokens(self.tokens), AtEachCheckpoint(self._note))
+        callbacks = (*callbacks, FiniteGuard(), SaveSeconds(self.clock), SaveTokens(self.tokens))
         args.disable_tqdm = True  # `Watch` shows the training
         trainer = make_trainer(model, args, self.data, folder, callbacks=callbacks, distill_weight=weight)
         silence(trainer)
@@ -208,12 +209,7 @@ class Stages:
 
     def _finished(self, part: str) -> None:
         self.run_file = self.run_file.after(part)
-        ranks.first_alone(self._note)
-
-    def _note(self) -> None:
-        """Write how far the run is, with the seconds that it has taken: who goes on adds to them."""
-        self.run_file = replace(self.run_file, seconds=self.clock.seconds())
-        self.run_file.write(self.arguments.output_dir)
+        ranks.first_alone(lambda: self.run_file.write(self.arguments.output_dir))
 
     @contextmanager
     def _begun(self) -> Iterator[None]:
@@ -256,7 +252,10 @@ class Stages:
                 stage_two.add_callback(KeepLog(trainer.state.log_history))
             else:
                 last = Path(done) if done else self.checkpoints / f"checkpoint-{trainer.state.global_step}"
-                start = ranks.first(lambda: str(continue_from(last, trainer, written[0][1], written[0][0], stage_two)))
+                seconds = self.clock.seconds()
+                start = ranks.first(
+                    lambda: str(continue_from(last, trainer, written[0][1], written[0][0], stage_two, seconds))
+                )
         self._finished("compaction")
         return stage_two, start, record
 

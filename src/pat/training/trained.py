@@ -32,9 +32,9 @@ class Trained:
     epoch: float
     log_history: list[dict[str, Any]]
     seconds: dict[str, float]
-    """Seconds that each part took, over all sittings of a run that was interrupted (what had to be done again after the
-    last checkpoint counts once): `preparation` (of the rows), `calibration` (if there is no stage
-    one, which includes it), `stage_one`, `compaction`, `stage_two`."""
+    """Seconds that each part took, over all sittings of a run that was interrupted (what was done after the checkpoint
+    that it went on from, and had to be done again, counts once): `preparation` (of the rows, in each sitting),
+    `calibration` (if there is no stage one, which includes it), `stage_one`, `compaction`, `stage_two`."""
     pat_config: dict[str, Any]
     run: RunFile
     data: DataRecord

@@ -39,6 +39,7 @@ def record(**more: Any) -> dict[str, Any]:
             "dtype": "float32",
         },
         "data": {"num_rows": 390, "num_truncated": 12},
+        "timings": {"train_seconds": 61.0},
         "teacher": None,
         "samples": [{"prompt": "say", "base": "one", "small": "two"}],
         "versions": {"torch": "2.13.0"},
@@ -113,6 +114,7 @@ def test_the_page_tells_what_the_record_holds() -> None:
         "Rounding alone explains 1.7e-03 of that",
         "Read rows.jsonl twice.",
         "max_steps -1 20",
+        "seconds of training 61",
         "torch 2.13.0",
     ):
         assert fact in words, fact

@@ -1,7 +1,6 @@
 """What is said of the time that a run takes: padding and what is left count, and nothing random moves on."""
 
 import json
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,23 +11,39 @@ from datasets import Dataset
 from tiny_models import build
 from torch import nn
 
+from pat import ranks
+from pat.training import estimate
+from pat.training.announce import _reading
 from pat.training.arguments import TuneArguments, build_arguments
-from pat.training.estimate import PASSES, Seen, ToDo, expected_seconds, num_padded, sample_batches, span
+from pat.training.estimate import (
+    BYTES_PER_TOKEN,
+    COMPARING,
+    ORDERING_FLOPS,
+    PASSES,
+    Reading,
+    Seen,
+    ToDo,
+    expected_seconds,
+    num_padded,
+    sample_batches,
+    span,
+)
 from pat.training.folder import Start
 from pat.training.results import ModelFigures
+from pat.tuner.calibration import DEFAULT_TOKENS_PER_CHANNEL
+from pat.tuner.depth import LAYER_TOKENS
+from pat.tuner.refit import TOKENS_PER_CHANNEL
 
 SECONDS_PER_TOKEN = 3e-4
+SCORING_SECONDS_PER_TOKEN = 1e-3
 LENGTHS = [4, 4, 4, 100] * 50
-
-
-class Slow(nn.Module):
-    """A model that takes a known time for each token."""
-
-    device = torch.device("cpu")
-
-    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
-        time.sleep(SECONDS_PER_TOKEN * input_ids.numel())
-        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 1))
+SMALL = 0.75
+"""What is left of the base."""
+FLOPS = 1e6
+"""Of the base, for a token."""
+NUM_VERIFIED = 20
+HEADS = 80
+"""Channels of all heads of a tiny Llama together."""
 
 
 def arguments(**flags: Any) -> TuneArguments:
@@ -37,24 +52,41 @@ def arguments(**flags: Any) -> TuneArguments:
     )
 
 
-def data() -> Any:
+def data(num_scored: int = 0, *, streams: bool = False) -> Any:
     rows = [{"input_ids": [1] * length, "labels": [1] * length} for length in LENGTHS]
     return SimpleNamespace(
         train=Dataset.from_list(rows),
-        stream=None,
+        stream=object() if streams else None,
         num_tokens=sum(LENGTHS),
-        held_out=[],
+        held_out=[{"input_ids": [1] * num_scored}] if num_scored else [],
         general=None,
-        verify_on=[],
+        verify_on=[{"input_ids": torch.zeros(2, NUM_VERIFIED // 2)}] if num_scored else [],
         vocabulary=SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0)),
     )
 
 
-def seconds(todo: ToDo, scoring: float = 0.0, **flags: Any) -> float:
-    shape = SimpleNamespace(pruning_ratio=0.25, cuts=lambda name: False, size=lambda name: 2)
-    checked: Any = SimpleNamespace(shape=shape, base_config=build("llama", tied=True).config)
-    seen = Seen(ModelFigures(1, 2), scoring_seconds=scoring, answering_seconds=0.0)
-    return expected_seconds(arguments(**flags), checked, data(), Slow(), seen, todo)
+def checked(*cut: str, family: str = "llama") -> Any:
+    """Return what is known of a base of 2 layers, of each of which the MLP has 6 channels."""
+    sizes = {"layers": 2, "mlp": 6, "hidden": 48}
+    shape = SimpleNamespace(pruning_ratio=1 - SMALL, cuts=lambda name: name in cut, size=sizes.__getitem__)
+    return SimpleNamespace(shape=shape, base_config=build(family, tied=True).config)
+
+
+def seconds(todo: ToDo, about: Any = None, of: Any = None, scoring: float = 0.0, **flags: Any) -> float:
+    """Return the seconds that are expected, where reading a token of the training takes `SECONDS_PER_TOKEN`."""
+    seen = Seen(ModelFigures(1, 2, flops_per_token=FLOPS), scoring_seconds=scoring, answering_seconds=0.0)
+    return expected_seconds(arguments(**flags), about or checked(), of or data(), None, seen, todo)
+
+
+@pytest.fixture
+def known_time(monkeypatch: pytest.MonkeyPatch) -> float:
+    """Have the base take a known time, and return that of a mean batch of four rows with its padding."""
+    monkeypatch.setattr(estimate, "seconds_per_token", lambda *_: SECONDS_PER_TOKEN)
+    few = arguments(per_device_train_batch_size=4)
+    batches = [[length for _, length in batch] for batch in sample_batches(few, data())]
+    padded = sum(num_padded(few, batch) for batch in batches) / len(batches)
+    assert padded > 2 * sum(LENGTHS) / len(LENGTHS) * 4  # what makes the difference here
+    return padded * SECONDS_PER_TOKEN
 
 
 def test_batches_are_those_of_the_trainer_with_their_padding() -> None:
@@ -74,34 +106,132 @@ def test_batches_are_those_of_the_trainer_with_their_padding() -> None:
     assert sum(grouped) < 0.7 * sum(num_padded(few, of) for of in lengths)
 
 
-def test_padding_steps_and_scoring_are_reckoned_with() -> None:
-    flags = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    few = arguments(**flags)
-    batches = [[length for _, length in batch] for batch in sample_batches(few, data())]
-    padded = sum(num_padded(few, batch) for batch in batches) / len(batches)
-    assert padded > 2 * sum(LENGTHS) / len(LENGTHS) * 4  # what makes the difference here
-    step = PASSES * 2 * padded * SECONDS_PER_TOKEN
-    # Sleeping takes a little longer than asked for.
-    assert step <= seconds(ToDo(soft_steps=10), **flags) / 10 < 2 * step
-    assert seconds(ToDo(small_steps=10, goes_small=False), **flags) > 1.2 * seconds(ToDo(small_steps=10), **flags)
-    assert seconds(ToDo(), scoring=40.0) == pytest.approx(2 * 0.75 * 40)  # of the tuned and of the written model
-    assert seconds(ToDo(goes_small=False), scoring=40.0) == pytest.approx(1.75 * 40)
+@pytest.mark.parametrize(
+    ("todo", "flags", "passes"),
+    [
+        (ToDo(soft_steps=10), {}, 10 * PASSES),
+        (ToDo(small_steps=10), {}, 10 * PASSES * SMALL),
+        (ToDo(soft_steps=2, small_steps=10, goes_small=False), {}, 12 * PASSES),
+        (ToDo(small_steps=10), {"gradient_accumulation_steps": 2}, 20 * PASSES * SMALL),
+        (ToDo(soft_steps=2, small_steps=10), {"gradient_checkpointing": True}, (2 + 10 * SMALL) * (PASSES + 1)),
+        (ToDo(soft_steps=2, small_steps=10), {"distill": True}, (2 + 10 * SMALL) * PASSES + 10),  # the teacher's
+    ],
+)
+def test_steps_are_passes_over_padded_batches(
+    todo: ToDo, flags: dict[str, Any], passes: float, known_time: float
+) -> None:
+    flags = {"per_device_train_batch_size": 4, "gradient_checkpointing": False} | flags
+    assert seconds(todo, **flags) == pytest.approx(passes * known_time)
+
+
+def test_each_reading_has_as_many_tokens_as_its_text(
+    tmp_path: Path, known_time: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(rotation: int, refit: int, layers: int, **more: Any) -> float:
+        todo = ToDo(reading=Reading(rotation, refit, layers))
+        return seconds(todo, per_device_train_batch_size=4, **more) / SECONDS_PER_TOKEN
+
+    there = sum(LENGTHS)
+    filled = known_time / SECONDS_PER_TOKEN / (4 * there / len(LENGTHS))
+    assert read(100, 20, 3) == pytest.approx(filled * (100 + 20 + 2 * 3))  # of two layers
+    many = (there + 1, there - 1, there + 2)
+    assert read(*many) == pytest.approx(filled * (there + there - 1 + 2 * there))
+    assert read(*many, of=data(streams=True)) == pytest.approx(filled * (there + 1 + there - 1 + 2 * (there + 2)))
+    text = tmp_path / "text.txt"
+    text.write_text("a" * 10 * BYTES_PER_TOKEN)
+    assert read(100, 6, 100, calibration=str(text)) == pytest.approx(10 + 6 + 2 * 10)  # its pieces are full
+    monkeypatch.setattr(ranks, "num_processes", lambda: 2)
+    assert read(there + 2, 20, 4) == pytest.approx(filled * (there / 2 + 10 + 2 * 2))
+
+
+@pytest.mark.parametrize(
+    ("cut", "family", "each"),
+    [
+        (["mlp"], "llama", [(6, 1, 1)]),
+        (["mlp", "layers", "hidden"], "llama", [(6, 1, 1)]),
+        (["mlp", "heads"], "llama", [(6, 1, 1), (HEADS, 1, 1)]),
+        (["mlp"], "granitemoe", [(6, 4, 2)]),
+        (["hidden"], "llama", []),
+    ],
+)
+def test_choosing_takes_moments_and_an_order_of_each_writer(
+    cut: list[str], family: str, each: list[tuple[int, int, int]], known_time: float
+) -> None:
+    reading = Reading(rotation=10, refit=100, layers=10)
+    about, of = checked(*cut, family=family), data(1000)
+    without = seconds(ToDo(reading=reading), checked(), of, 1.0)
+    flops = sum(2 * 100 * routed * width**2 + ORDERING_FLOPS * experts * width**3 for width, experts, routed in each)
+    expected = 2 * flops / FLOPS * SCORING_SECONDS_PER_TOKEN
+    assert seconds(ToDo(reading=reading), about, of, 1.0) - without == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("todo", "comparisons", "scorings"),
+    [
+        (ToDo(), 2 * SMALL, 2 * SMALL),  # of the written model with the tuned one
+        (ToDo(compacts=True), 1 + SMALL + 2 * SMALL, 2 * SMALL),  # and of the small with the masked one
+        (ToDo(goes_small=False), 1 + SMALL, 1 + SMALL),
+    ],
+)
+def test_comparing_and_scoring_are_reckoned_with(
+    todo: ToDo, comparisons: float, scorings: float, known_time: float
+) -> None:
+    compared = COMPARING * comparisons * NUM_VERIFIED * SCORING_SECONDS_PER_TOKEN
+    assert seconds(todo, of=data(40_000), scoring=40.0) == pytest.approx(compared + 40 * scorings)
+    figures = ModelFigures(1, 2, flops_per_token=FLOPS)
+    assert expected_seconds(
+        arguments(), checked(), data(), None, Seen(figures, 0.0, answering_seconds=8.0), todo
+    ) == pytest.approx(8 * SMALL)
+
+
+@pytest.mark.parametrize(("each", "lengths"), [(1e-4, [8, 8, 4, 4, 100, 100]), (1.0, [8])])
+def test_a_short_a_middle_and_a_long_batch_are_timed_while_that_is_quick(
+    each: float, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is read twice, the second time counts; where a pass takes long the middle one alone is read, once."""
+    now, seen = [0.0], []
+
+    class Model(nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+            now[0] += each * input_ids.numel() * (2 if each < 1 and seen[-1:] != [input_ids.numel()] else 1)
+            seen.append(input_ids.numel())
+            return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 1))
+
+    monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    of = data()
+    of.train = Dataset.from_list([{"input_ids": [1] * length, "labels": [1] * length} for length in (100, 4, 8, 8)])
+    batches = [[(0, 100)], [(1, 4)], [(2, 8)], [(1, 4)]]
+    assert estimate.seconds_per_token(arguments(), of, Model(), batches) == pytest.approx(each)
+    assert seen == lengths
+
+
+def test_what_is_read_is_told_apart() -> None:
+    given = arguments()
+    expected = Reading(DEFAULT_TOKENS_PER_CHANNEL * 48, TOKENS_PER_CHANNEL * HEADS, LAYER_TOKENS)
+    assert _reading(given, checked("hidden", "mlp", "heads", "layers"))[1] == expected
+    assert _reading(given, checked("mlp"))[1] == Reading(refit=TOKENS_PER_CHANNEL * 6)
+    asked = arguments(calibration_tokens=7, refit_tokens=5)
+    assert _reading(asked, checked("hidden", "mlp"))[1] == Reading(7, 5, 0)
 
 
 def test_what_is_done_is_not_expected_again(tmp_path: Path) -> None:
+    reading = Reading(1000, 20, 3)
+
     def left(checkpoint: Path | None, kind: str = "PAT", step: int = 0) -> ToDo:
         if checkpoint is not None:
             checkpoint.mkdir(exist_ok=True)
             (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
             (checkpoint / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
         start = Start(None if checkpoint is None else str(checkpoint))
-        return ToDo.of(start, 4, 10, 1000, goes_small=True)
+        return ToDo.of(start, 4, 10, reading, goes_small=True)
 
-    assert left(None) == ToDo(4, 6, 1000, goes_small=True, compacts=True)
-    assert left(tmp_path / "a", step=3) == ToDo(1, 6, 1000, goes_small=True, compacts=True)
-    assert left(tmp_path / "a", step=4) == ToDo(0, 6, 0, goes_small=True, compacts=True)
-    assert left(tmp_path / "a", "LORA", 7) == ToDo(0, 3, 0, goes_small=True, compacts=False)
-    assert ToDo.of(Start(is_trained=True), 4, 10, 1000, goes_small=True) == ToDo()
+    assert left(None) == ToDo(4, 6, reading, goes_small=True, compacts=True)
+    assert left(tmp_path / "a", step=3) == ToDo(1, 6, Reading(refit=20), goes_small=True, compacts=True)
+    assert left(tmp_path / "a", step=4) == ToDo(0, 6, Reading(), goes_small=True, compacts=True)
+    assert left(tmp_path / "a", "LORA", 7) == ToDo(0, 3, Reading(), goes_small=True, compacts=False)
+    assert ToDo.of(Start(is_trained=True), 4, 10, reading, goes_small=True) == ToDo()
 
 
 def test_a_duration_is_a_range_in_words() -> None:

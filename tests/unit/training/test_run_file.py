@@ -1,5 +1,6 @@
 """`run.json`: what a run belongs to, and what may be another when it is gone on with."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ def test_it_is_the_same_after_a_way_through_the_disk_and_of_a_copied_base(base: 
     moved = shutil.copytree(base, tmp_path / "elsewhere" / "base")
     read.check(described(moved, lora_target_modules=["q_proj", "v_proj"]), tmp_path)
     assert RunFile.read(tmp_path / "elsewhere") is None
+    stored = json.loads((tmp_path / "run.json").read_text()) | {"seconds": {"stage_one": 1.0}}
+    (tmp_path / "run.json").write_text(json.dumps(stored))
+    assert RunFile.read(tmp_path) == read
 
 
 @pytest.mark.parametrize(
