@@ -63,7 +63,8 @@ def choose_shape(
 ) -> Shape:
     """Choose the sizes of the pruned model: those asked for, or those that a share of all parameters comes to.
 
-    A list of axes takes the same number of parameters off each, as near as legal sizes come to it. "auto" cuts the MLP
+    A list of axes takes the same number of parameters off each, as near as legal sizes come to it; but heads and MLP
+    channels go by one ratio where the hidden size stays, as those who prune both do. "auto" cuts the MLP
     alone as long as half of its channels stay (`MOST_OF_THE_MLP`), and what is left of the budget off the hidden size.
 
     Args:
@@ -148,12 +149,14 @@ class _Budget:
         return self.mlp(sizes)
 
     def shared(self, named: Sequence[str]) -> tuple[dict[str, int], str]:
-        """Take the same number of parameters off each axis; what one cannot give exactly falls to the next."""
+        """Take its part of the budget off each axis; what one cannot give exactly falls to the next."""
         sizes, reason = dict(self.base.sizes), ""
         for position, name in enumerate(named, start=1):
             share = self.ratio * position / len(named)  # of all parameters, by this axis and those before it
             if name == "mlp":
                 sizes, reason = self.mlp(sizes)
+            elif name == "heads" and "mlp" in named and "hidden" not in named:
+                sizes = self.as_many_heads_as_channels(sizes)
             elif name == "hidden":
                 sizes, reason = self.width(sizes, share, is_last=name == named[-1])
             else:
@@ -161,6 +164,15 @@ class _Budget:
                     name, sizes, share, free_width="hidden" in named, is_last=name == named[-1]
                 )
         return sizes, reason
+
+    def as_many_heads_as_channels(self, sizes: dict[str, int]) -> dict[str, int]:
+        """Choose the key/value heads of which the share that stays is nearest to that of the MLP channels then."""
+
+        def distance(heads: int) -> float:
+            channels = self.channels_at(sizes | {HEADS: heads}) / sizes[MLP]
+            return abs(heads / sizes[HEADS] - min(1.0, channels))
+
+        return sizes | {HEADS: min(reversed([*self.legal("heads", sizes[HIDDEN]), sizes[HEADS]]), key=distance)}
 
     def width(self, sizes: dict[str, int], share: float, *, is_last: bool) -> tuple[dict[str, int], str]:
         """Choose the hidden size that brings the cut to a share of all parameters."""

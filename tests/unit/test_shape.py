@@ -99,6 +99,13 @@ def test_layers_and_heads_take_the_size_that_comes_nearest() -> None:
     assert found.pruning_ratio == 1 - at(layers=21) / at()
 
 
+def test_heads_and_channels_go_by_one_ratio() -> None:
+    found = shape(axes=["mlp", "heads"], pruning_ratio=0.25)
+    assert (found.pruned("heads"), found.pruned("mlp")) == (2, 1056)  # 0.67 and 0.69 of them
+    assert not shape(axes=["mlp", "heads"], pruning_ratio=0.05).cuts("heads")  # a third would be far too many
+    assert shape(axes=["mlp", "heads"], pruning_ratio=0.55).pruned("heads") == 1
+
+
 @pytest.mark.parametrize(
     "axes", [["layers", "mlp"], ["mlp", "layers"], ["heads", "layers", "mlp"], ["heads", "hidden"]]
 )
