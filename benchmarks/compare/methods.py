@@ -73,6 +73,7 @@ METHODS: dict[str, Method] = {
     "magnitude": Method("Magnitude channels", "P→FT", baseline="magnitude"),
     "random": Method("Random channels", "P→FT", baseline="random"),
     "pat": Method("PAT", "PAT"),
+    "pat_heads": Method("PAT, heads as well", "PAT", {"axes": ["mlp", "heads"]}),
     "pat_hidden": Method("PAT, hidden size alone", "PAT", {"axes": ["hidden"]}),
     "pat_vocabulary": Method("PAT, half the vocabulary", "PAT", trims_vocabulary=True),
     "pat_no_refit": Method("PAT, without refit", "PAT", {"refit": False}),

@@ -45,6 +45,7 @@ STYLES: dict[str, Style] = {
     "magnitude": Style("#8c564b", "<"),
     "random": Style("#b8a99a", ">"),
     "pat": Style("#000000", "o"),
+    "pat_heads": Style("#6a3d9a", "o"),
     "pat_hidden": Style("#3b4cc0", "o"),
     "pat_vocabulary": Style("#00b3a4", "o"),
     "pat_no_refit": Style("#8da0e8", "o"),
