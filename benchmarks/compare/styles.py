@@ -36,7 +36,7 @@ STYLES: dict[str, Style] = {
     "dora": Style("#56b4e9", "D", "-."),
     "llm_pruner": Style("#d55e00", "^"),
     "llm_pruner_after": Style("#f2a46b", "v"),
-    "llm_pruner_published": Style("#8a3800", ">"),
+    "llm_pruner_published": Style("#8a3800", "p"),
     "slicegpt": Style("#009e73", "P"),
     "slicegpt_after": Style("#7fd1b4", "X"),
     "minitron": Style("#a3157a", "D"),

@@ -137,7 +137,7 @@ def make_record(data: TrainingData, counts: Counts, cut: Truncation) -> DataReco
         before = (tokens - targets)[targets > 0]
         raise PatError(
             f"All {len(before)} responses are truncated away: got max_length {cut.max_length}, but even the shortest "
-            f"prompt with one response token takes {before.min() + 1}; raise it {longest_of(tokens)}."
+            f"prompt with one response token takes {before.min() + 1}; raise --max_length {longest_of(tokens)}."
         )
     return DataRecord(
         source=shown_name(data.name),
