@@ -70,7 +70,8 @@ def test_an_interruption_while_shapes_are_tuned_shows_those_that_were(
             raise Interrupted("SIGTERM has stopped the run; the same command goes on from there.", signal.SIGTERM)
         return loss
 
-    monkeypatch.setattr(measure, "NUM_TOKENS", 4096)
+    monkeypatch.setattr(measure, "NUM_TOKENS", 2048)
+    monkeypatch.setattr(measure, "SHARES", (1.0,))
     monkeypatch.setattr(measure, "SPLITS", (0.5,))
     monkeypatch.setattr(measure, "tuned_nll", tuned_nll)
     flags = ["--model_name_or_path", str(STORIES), "--calibrate", str(DATA), "--shape_search_steps", "2"]
