@@ -23,6 +23,7 @@ def test_curves_rise_and_candidates_meet_the_budget(
 ) -> None:
     monkeypatch.setattr(measure, "NUM_TOKENS", 4096)
     monkeypatch.setattr(measure, "SPLITS", (0.5,))
+    monkeypatch.setattr(measure, "NUM_PAIRS", 1)
     figure = tmp_path / "curves.png"
     flags = ["--model_name_or_path", str(STORIES), "--calibrate", str(DATA), "--figure", str(figure), "--json"]
     assert main(["plan", *flags, "--shape_search_steps", "2"]) == 0
