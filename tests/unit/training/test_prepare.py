@@ -203,7 +203,8 @@ def test_what_is_lost_is_counted_and_said(base: Path, caplog: pytest.LogCaptureF
     assert len(lines_of(caplog)) == 1  # tokens are lost, but every response ends
 
     with pytest.raises(
-        PatError, match=r"All 1 responses are truncated away: got max_length 8, .* takes \d+; raise --max_length to \d+\."
+        PatError,
+        match=r"All 1 responses are truncated away: got max_length 8, .* takes \d+; raise --max_length to \d+\.",
     ):
         prepared(base, rows[2:3], max_length=8)
     prepared(base, [PAIR | {"completion": "a" * num} for num in range(10, 211)], max_length=30)
