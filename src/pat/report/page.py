@@ -164,7 +164,7 @@ def _training(facts: Facts) -> list[tuple[str, str]]:
         ("device", facts.text("device")),
         ("machine", facts.text("machine", "device")),
         ("number format", _arithmetic(facts)),
-        ("seconds of training", seconds),
+        ("seconds of choosing, cutting and training", seconds),
     ]
     return [
         (label, value if isinstance(value, str) else numbers.count(value)) for label, value in rows if value is not None

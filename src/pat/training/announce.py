@@ -78,7 +78,7 @@ def announce(
     print(
         f"{data.record.describe()}{worded} Model: {checked.family.model_type}, {trimmed}{shape.describe()}, "
         f"{kind} on {describe(str(model.device))}; {num_steps:,} steps, "
-        f"{soft:,} with a soft mask and {num_steps - soft:,} {rest}.{said}{taught}{expected}",
+        f"{soft:,} with a soft mask and {num_steps - soft:,} {rest}.{said if begins else ''}{taught}{expected}",
         file=sys.stderr,
     )
 

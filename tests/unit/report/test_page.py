@@ -114,7 +114,7 @@ def test_the_page_tells_what_the_record_holds() -> None:
         "Rounding alone explains 1.7e-03 of that",
         "Read rows.jsonl twice.",
         "max_steps -1 20",
-        "seconds of training 61",
+        "seconds of choosing, cutting and training 61",
         "torch 2.13.0",
     ):
         assert fact in words, fact
