@@ -35,8 +35,8 @@ NUM_SAMPLED = 64
 """Batches of the training whose lengths are looked at."""
 
 PLACES = (0.5, 0.25, 0.75)
-"""Which of these are timed, as shares of their number by length. The middle one comes first: where a pass takes long,
-it is the only one."""
+"""Places of the batches that are timed, as shares of their number by length. The middle one comes first: where a pass
+takes long, it is the only one."""
 
 SECONDS_TO_TIME = 3.0
 """No further batch is timed once so many seconds are gone."""
@@ -56,13 +56,13 @@ COMPARING = 1.5
 """How much longer two models are compared than they read: over the whole vocabulary, beside folding and writing."""
 
 RANGE = (0.75, 1.5)
-"""What a run may take of what was reckoned: the machine does other things meanwhile, and the share of a step that is
-not the forward pass differs between machines."""
+"""A run may take from and to so many times what was reckoned: the machine does other things meanwhile, and the share of
+a step that is not the forward pass differs between machines."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What the base has taken in this sitting."""
+    """Figures of the base, and the seconds that they took in this sitting."""
 
     figures: ModelFigures
     scoring_seconds: float
@@ -85,14 +85,14 @@ class Reading:
 
 @dataclass(frozen=True)
 class ToDo:
-    """What is left of a run."""
+    """Steps, text and comparisons that a run still has before it."""
 
     soft_steps: int = 0
     """Steps at the base's width."""
     small_steps: int = 0
     """Steps at the width of what is written."""
     reading: Reading = Reading()
-    """What is read to choose channels."""
+    """Tokens that are read to choose channels."""
     goes_small: bool = True
     """Whether steps after the milestone are taken, and the tuned model is scored, at that width."""
     compacts: bool = False

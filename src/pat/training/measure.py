@@ -1,4 +1,4 @@
-"""What the models of a run are measured on: held-out rows and general text, and what is said of the losses."""
+"""Measure the models of a run on held-out rows and general text, and warn of their losses."""
 
 from __future__ import annotations
 

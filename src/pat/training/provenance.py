@@ -1,4 +1,4 @@
-"""What the record of a run and the model card both say of its training."""
+"""Facts of a training that the record of a run and the model card both say."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ from pat.checkpoint.staging import write_whole
 logger = logging.getLogger(__name__)
 
 SECONDS = "seconds.json"
-"""Beside each checkpoint: what the run had taken by then. Who goes on from it adds to that, and so what was done after
-it, and is done again, counts once."""
+"""File beside each checkpoint with the seconds that the run had taken by then. Who goes on from it adds to them, so
+that what was done after it, and is done again, counts once."""
 
 
 class Clock:

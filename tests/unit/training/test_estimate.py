@@ -1,4 +1,4 @@
-"""What is said of the time that a run takes: padding and what is left count, and nothing random moves on."""
+"""The expected time of a run counts padding and what is left, and drawing its sample moves nothing random on."""
 
 import json
 from pathlib import Path
@@ -38,9 +38,9 @@ SECONDS_PER_TOKEN = 3e-4
 SCORING_SECONDS_PER_TOKEN = 1e-3
 LENGTHS = [4, 4, 4, 100] * 50
 SMALL = 0.75
-"""What is left of the base."""
+"""Share of the base's parameters that stays."""
 FLOPS = 1e6
-"""Of the base, for a token."""
+"""Number of FLOPs of the base for a token."""
 NUM_VERIFIED = 20
 HEADS = 80
 """Channels of all heads of a tiny Llama together."""
