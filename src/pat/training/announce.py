@@ -15,7 +15,7 @@ from pat.surgery.describe import head_dim
 from pat.training.arguments import TuneArguments
 from pat.training.check import Checked, compacts
 from pat.training.engine import describe, quantises, shards
-from pat.training.estimate import Reading, Seen, ToDo, expected_seconds, span, steps_done
+from pat.training.estimate import Reading, ToDo, expected_seconds, span, steps_done
 from pat.training.folder import Start
 from pat.training.prepare import Prepared
 from pat.training.teacher import announce_teacher
@@ -34,7 +34,7 @@ def announce(
     num_steps: int,
     *,
     start: Start,
-    seen: Seen,
+    measures_base: bool,
 ) -> None:
     """Say in one line on stderr what was understood, and what it will take.
 
@@ -45,7 +45,7 @@ def announce(
         model: the base.
         num_steps: optimizer steps of both stages.
         start: where the run begins; what is done by then is not counted among what is expected.
-        seen: what the base has taken so far.
+        measures_base: whether the base is still to be scored.
     """
     shape = checked.shape
     milestone = arguments.pat.milestone_share(cuts_hidden=shape.cuts("hidden"))
@@ -64,8 +64,8 @@ def announce(
         worded = " The chat template that is written asks in these words."
     costs = []
     if ranks.is_first() and not shards(arguments.sft):
-        todo = ToDo.of(start, soft, num_steps, reading, goes_small=goes_small)
-        costs.append(span(expected_seconds(arguments, checked, data, model, seen, todo)))
+        todo = ToDo.of(start, soft, num_steps, reading, goes_small=goes_small, measures_base=measures_base)
+        costs.append(span(expected_seconds(arguments, checked, data, model, todo)))
     if not quantises(arguments, checked.base_config) and not shards(arguments.sft):
         num_bytes = _memory(arguments, checked, data, model)
         size = f"{num_bytes / 1e9:,.1f} GB" if num_bytes > 1e9 else f"{num_bytes / 1e6:,.0f} MB"

@@ -1,4 +1,4 @@
-"""About how long a run takes: what its base was seen to take on this machine, times what there is to do."""
+"""About how long a run takes: what its base takes on this machine for a few batches, times what there is to do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +19,15 @@ from pat import ranks
 from pat.loading import empty_model
 from pat.nll import Example, batches_from_examples, evaluating
 from pat.report.progress import phase
+from pat.surgery.costs import build_skeleton, cost_of
 from pat.surgery.describe import head_dim
 from pat.training.arguments import TuneArguments
 from pat.training.check import Checked
 from pat.training.checkpoints import is_compact
 from pat.training.folder import Start
+from pat.training.measure import CONTEXT
 from pat.training.prepare import Prepared
-from pat.training.results import ModelFigures
+from pat.training.samples import MAX_NEW_TOKENS, NUM_PROMPTS
 
 PASSES = 3.0
 """A training step takes about as long as this many forward passes over its tokens: one there, one back through the
@@ -61,14 +63,15 @@ a step that is not the forward pass differs between machines."""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Figures of the base, and the seconds that they took in this sitting."""
+class Speed:
+    """Seconds that the base takes on this machine."""
 
-    figures: ModelFigures
-    scoring_seconds: float
-    """Seconds to score the held-out rows and the general text."""
-    answering_seconds: float
-    """Seconds to answer the prompts that are shown."""
+    training: float
+    """Seconds to read a token, or its padding, in the arithmetic of the training."""
+    reading: float
+    """Seconds to read one in the base's own number format, in which models are scored and compared."""
+    writing: float
+    """Seconds to read a single token, which is about what it takes to write one."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +100,16 @@ class ToDo:
     """Whether steps after the milestone are taken, and the tuned model is scored, at that width."""
     compacts: bool = False
     """Whether the small model is still to be made."""
+    measures_base: bool = False
+    """Whether the base is still to be scored, and to answer."""
 
     @classmethod
-    def of(cls, start: Start, soft: int, num_steps: int, reading: Reading, *, goes_small: bool) -> ToDo:
+    def of(
+        cls, start: Start, soft: int, num_steps: int, reading: Reading, *, goes_small: bool, measures_base: bool
+    ) -> ToDo:
         """Return what is left from where a run begins."""
         if start.is_trained:
-            return cls(goes_small=goes_small)
+            return cls(goes_small=goes_small, measures_base=measures_base)
         done = steps_done(start)
         is_small = start.checkpoint is not None and is_compact(start.checkpoint)
         return cls(
@@ -111,6 +118,7 @@ class ToDo:
             reading=reading if not done else Reading(refit=reading.refit if done < soft else 0),
             goes_small=goes_small,
             compacts=goes_small and not is_small,
+            measures_base=measures_base,
         )
 
 
@@ -125,9 +133,7 @@ def steps_done(start: Start) -> int:
         return 0
 
 
-def expected_seconds(
-    arguments: TuneArguments, checked: Checked, data: Prepared, model: Any, seen: Seen, todo: ToDo
-) -> float:
+def expected_seconds(arguments: TuneArguments, checked: Checked, data: Prepared, model: Any, todo: ToDo) -> float:
     """Return about how many seconds are left of a run, in this process.
 
     Args:
@@ -135,30 +141,28 @@ def expected_seconds(
         checked: what was found out about its base.
         data: what was found out about its data.
         model: the base.
-        seen: what it has taken so far.
         todo: what is left.
     """
     small = 1.0 - checked.shape.pruning_ratio
-    tuned = small if todo.goes_small else 1.0
+    tuned, base = small if todo.goes_small else 1.0, 1.0 if todo.measures_base else 0.0
     batches = sample_batches(arguments, data)
     lengths = [[length for _, length in batch] for batch in batches]
     real, padded = np.mean([(sum(of), num_padded(arguments, of)) for of in lengths], axis=0).tolist()
-    each = seconds_per_token(arguments, data, model, batches)
+    speed = time_base(arguments, data, model, batches)
     passes = PASSES + (1 if arguments.sft.gradient_checkpointing else 0)
     taught = 1 if arguments.distill.distill else 0  # a forward pass of the teacher
     steps = passes * todo.soft_steps + (passes * tuned + taught) * todo.small_steps
-    seconds = steps * arguments.sft.gradient_accumulation_steps * padded * each
-    # What is read or compared runs in the base's own number format, as the scoring did.
-    scored = sum(len(row["input_ids"]) for row in _scored(data))
-    per_token = seen.scoring_seconds / scored if scored else each
+    seconds = steps * arguments.sft.gradient_accumulation_steps * padded * speed.training
     reading = _of_this_process(arguments, data, todo.reading)
     num_read = reading.rotation + reading.refit + reading.layers * checked.shape.size("layers")
     filled = padded / real if arguments.pat.calibration is None else 1.0
-    seconds += num_read * filled * each + _choosing(checked, reading.refit, per_token, seen.figures.flops_per_token)
+    seconds += num_read * filled * speed.training + _choosing(checked, reading.refit, speed.reading)
     verified = sum(int(batch["input_ids"].numel()) for batch in data.verify_on)
     comparisons = (1 + small if todo.compacts else 0) + tuned + small
-    seconds += COMPARING * comparisons * verified * per_token
-    return float(seconds + (tuned + small) * seen.scoring_seconds + small * seen.answering_seconds)
+    seconds += COMPARING * comparisons * verified * speed.reading
+    scored = sum(len(row["input_ids"]) for row in _scored(data))
+    seconds += (base + tuned + small) * scored * speed.reading
+    return float(seconds + (base + small) * NUM_PROMPTS * MAX_NEW_TOKENS * speed.writing)
 
 
 def span(seconds: float) -> str:
@@ -196,38 +200,51 @@ def num_padded(arguments: TuneArguments, lengths: Sequence[int]) -> int:
     return -(-max(lengths) // multiple) * multiple * len(lengths)
 
 
-@torch.no_grad()
-def seconds_per_token(arguments: TuneArguments, data: Prepared, model: Any, batches: Sequence[Batch]) -> float:
-    """Return the seconds that the base takes to read a token, or its padding, in the arithmetic of the training.
+def time_base(arguments: TuneArguments, data: Prepared, model: Any, batches: Sequence[Batch]) -> Speed:
+    """Time the base on some of the batches, in the arithmetic of the training and in its own.
 
     Args:
         arguments: of the run.
         data: what was found out about its data.
-        model: the base.
+        model: the base, whose vocabulary may still be another than the data's.
         batches: of which some are timed.
     """
-    sft, device = arguments.sft, model.device
-    padding = cast(int, data.vocabulary.tokenizer.pad_token_id)
-    dtype = torch.float16 if sft.fp16 else torch.bfloat16
-    autocast = torch.autocast(device.type, dtype, enabled=bool(sft.fp16 or sft.bf16))
+    sft = arguments.sft
     ordered = sorted(batches, key=lambda batch: num_padded(arguments, [length for _, length in batch]))
+    chosen = [[row for row, _ in ordered[int(place * len(ordered))]] for place in PLACES]
+    # Which tokens they are makes no difference, and the base may lack some of those that the data were given.
+    room = len(model.get_input_embeddings().weight) - 1
+    with phase("Timing the base model"), evaluating(model), torch.no_grad():
+        inputs = [_inputs(data.train.select(rows).to_list(), room, model.device) for rows in chosen]
+        reading = training = _seconds_per_token(model, inputs)
+        if sft.fp16 or sft.bf16:
+            with torch.autocast(model.device.type, torch.float16 if sft.fp16 else torch.bfloat16):
+                training = _seconds_per_token(model, inputs)
+        writing = _seconds_per_token(model, [{name: tensor[:1, :1] for name, tensor in inputs[0].items()}])
+    return Speed(training, reading, writing)
+
+
+def _inputs(rows: Sequence[Example], largest: int, device: torch.device) -> dict[str, torch.Tensor]:
+    batch = next(iter(batches_from_examples(rows, batch_size=len(rows), pad_token_id=0)))
+    ids, mask = batch["input_ids"].clamp_max(largest), batch["attention_mask"]
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def _seconds_per_token(model: Any, batches: Sequence[dict[str, torch.Tensor]]) -> float:
+    """Return the seconds that a model takes to read a token, or its padding; no more batches than there is time for."""
     seconds, num_tokens = 0.0, 0
     begun = time.perf_counter()
-    with phase("Timing the base model"), evaluating(model), autocast:
-        for place in PLACES:
-            rows = data.train.select([row for row, _ in ordered[int(place * len(ordered))]]).to_list()
-            batch = next(iter(batches_from_examples(rows, batch_size=len(rows), pad_token_id=padding)))
-            inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
-            for _ in range(2):  # the first one allocates
-                started = time.perf_counter()
-                logits = model(**inputs, use_cache=False).logits
-                float(logits[0, -1, 0])  # waits for the device
-                taken = time.perf_counter() - started
-                if taken > SECONDS_WITHOUT_WARMTH:
-                    break
-            seconds, num_tokens = seconds + taken, num_tokens + batch["input_ids"].numel()
-            if time.perf_counter() - begun > SECONDS_TO_TIME:
+    for inputs in batches:
+        for _ in range(2):  # the first one allocates
+            started = time.perf_counter()
+            logits = model(**inputs, use_cache=False).logits
+            float(logits[0, -1, 0])  # waits for the device
+            taken = time.perf_counter() - started
+            if taken > SECONDS_WITHOUT_WARMTH:
                 break
+        seconds, num_tokens = seconds + taken, num_tokens + inputs["input_ids"].numel()
+        if time.perf_counter() - begun > SECONDS_TO_TIME:
+            break
     return seconds / num_tokens
 
 
@@ -241,16 +258,15 @@ def _of_this_process(arguments: TuneArguments, data: Prepared, asked: Reading) -
     return Reading(**own)
 
 
-def _choosing(checked: Checked, num_read: int, per_token: float, flops_per_token: float | None) -> float:
+def _choosing(checked: Checked, num_read: int, per_token: float) -> float:
     """Return the seconds for the second moments of what goes into the writers, and for what is made of them.
 
     Args:
         checked: what was found out about the base.
         num_read: tokens that this process reads for it.
         per_token: seconds that the base takes for a token.
-        flops_per_token: operations that it takes for one.
     """
-    if not num_read or not flops_per_token:
+    if not num_read:
         return 0.0
     config, shape = checked.base_config.get_text_config(), checked.shape
     flops = 0.0
@@ -262,7 +278,8 @@ def _choosing(checked: Checked, num_read: int, per_token: float, flops_per_token
     if shape.cuts("heads"):
         width = head_dim(empty_model(checked.base_config)) * config.num_attention_heads
         flops += 2.0 * num_read * width**2 + ORDERING_FLOPS * width**3
-    return float(shape.size("layers") * flops * per_token / flops_per_token)
+    cost = cost_of(build_skeleton(checked.base_config, torch.bfloat16), CONTEXT)
+    return float(shape.size("layers") * flops * per_token / cost.prefill_flops_per_token)
 
 
 def _scored(data: Prepared) -> Iterable[Example]:

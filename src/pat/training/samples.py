@@ -9,10 +9,11 @@ from typing import cast
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from pat.errors import one_line
 from pat.nll import IGNORED, Example, evaluating
-from pat.report.progress import phase
+from pat.report.progress import Phase, phase
 from pat.training.prepare import Prepared
 
 logger = logging.getLogger(__name__)
@@ -38,17 +39,19 @@ def greedy_answers(model: PreTrainedModel, data: Prepared) -> list[tuple[str, st
     """
     tokenizer = data.vocabulary.tokenizer
     try:
-        with phase("Answering held-out prompts"):
-            return [
-                (cast(str, tokenizer.decode(prompt)), _answer(model, tokenizer, prompt, data.ends))
-                for prompt in _prompts(data.held_out)
-            ]
+        prompts = list(_prompts(data.held_out))
+        with phase("Answering held-out prompts", "tokens", total=MAX_NEW_TOKENS * len(prompts)) as progress:
+            answers = []
+            for number, prompt in enumerate(prompts):
+                progress.done = MAX_NEW_TOKENS * number  # an answer may have ended early
+                answers.append(_answer(model, tokenizer, prompt, data.ends, progress))
+            return [(cast(str, tokenizer.decode(prompt)), text) for prompt, text in zip(prompts, answers, strict=True)]
     except Exception as error:  # whatever a family's own generation raises; training and merge do not need it
         logger.warning("No sample answers were taken (%s: %s).", type(error).__name__, one_line(error))
         return []
 
 
-def paired(base: Sequence[tuple[str, str]], small: Sequence[tuple[str, str]]) -> list[Sample]:
+def paired(base: Sequence[Sequence[str]], small: Sequence[Sequence[str]]) -> list[Sample]:
     """Put the answers of two models to the same prompts side by side; none if one of them has none."""
     return [Sample(prompt, first, second) for (prompt, first), (_, second) in zip(base, small, strict=False)]
 
@@ -64,8 +67,28 @@ def _prompts(examples: Sequence[Example]) -> Iterator[list[int]]:
             yield prompt
 
 
+class _Counting(BaseStreamer):
+    """Counts the tokens that are written. What it is handed first is the prompt."""
+
+    def __init__(self, progress: Phase) -> None:
+        self.progress = progress
+        progress.done -= 1
+
+    def put(self, value: torch.Tensor) -> None:
+        self.progress.done += 1
+
+    def end(self) -> None:
+        """Nothing is left to be shown."""
+
+
 @torch.no_grad()
-def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], ends: Sequence[int]) -> str:
+def _answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[int],
+    ends: Sequence[int],
+    progress: Phase,
+) -> str:
     ids = torch.tensor([prompt], device=model.device)
     ends = [*ends, *(() if tokenizer.eos_token_id is None else [cast(int, tokenizer.eos_token_id)])]
     greedy = GenerationConfig(
@@ -75,6 +98,11 @@ def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: 
         pad_token_id=tokenizer.pad_token_id,
     )
     with evaluating(model):
-        output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy)  # type: ignore[operator]
+        output = model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=greedy,
+            streamer=_Counting(progress),
+        )
     answer = cast(torch.Tensor, output)[0, len(prompt) :]
     return cast(str, tokenizer.decode(answer, skip_special_tokens=True)).strip()

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,12 +24,14 @@ from pat import ranks
 from pat.checkpoint.card import Compaction
 from pat.checkpoint.compact import ADAPTER, MODEL, read_compaction, write_compact
 from pat.checkpoint.staging import discard
-from pat.errors import Diverged, PatError, RunFailed
+from pat.errors import Diverged, PatError
 from pat.loading import TokenSetup
 from pat.method.schedule import milestone_step
 from pat.report.progress import phase, say
 from pat.training.arguments import TuneArguments
 from pat.training.base import load_compact, with_adapter
+from pat.training.base_scores import BaseScores
+from pat.training.beginning import begun
 from pat.training.callback import PatCallback
 from pat.training.check import compacts, warn_without_rotation
 from pat.training.checkpoints import STAGE_TWO, continue_from, is_compact, load_finished, load_hard
@@ -38,7 +40,7 @@ from pat.training.guard import FiniteGuard
 from pat.training.handover import checkpoint_for, is_sharded, unsharded, write_adapter
 from pat.training.interrupt import StopOnSignal
 from pat.training.prepare import Prepared
-from pat.training.run_file import RUN_FILE, RunFile
+from pat.training.run_file import RunFile
 from pat.training.sittings import Clock, SaveSeconds
 from pat.training.teacher import Teaching
 from pat.training.trained import Trained, last_adapter, training_facts
@@ -76,6 +78,8 @@ class Stages:
     """Base model. Nobody else may hold it, or it stays in memory beside the compact model."""
     load_again: Callable[[], PreTrainedModel]
     """Loads the base model anew: an engine that shards it leaves nobody with a whole one."""
+    base_scores: BaseScores
+    """Figures of the base model, which are kept among the checkpoints."""
     callbacks: Sequence[TrainerCallback] = ()
     """Further callbacks of both trainers."""
     router_settings: dict[str, Any] = field(default_factory=dict)
@@ -211,22 +215,8 @@ class Stages:
         self.run_file = self.run_file.after(part)
         ranks.first_alone(lambda: self.run_file.write(self.arguments.output_dir))
 
-    @contextmanager
-    def _begun(self) -> Iterator[None]:
-        """Write what run this is; if the user's input turns out to be wrong, take back what was made until then."""
-        output_dir = self.arguments.output_dir
-        is_new = ranks.first(lambda: not (output_dir / RUN_FILE).exists())
-        ranks.first_alone(lambda: self.run_file.write(output_dir))
-        try:
-            yield
-        except PatError as error:
-            if not ranks.is_first():
-                raise
-            if is_new and not isinstance(error, RunFailed):
-                (output_dir / RUN_FILE).unlink()
-            if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):
-                self.checkpoints.rmdir()
-            raise
+    def _begun(self) -> AbstractContextManager[None]:
+        return begun(self.arguments.output_dir, self.run_file, self.base_scores)
 
     def _compact(
         self, trainer: SFTTrainer, model: PeftModel, tuner: PatModel, done: str | None

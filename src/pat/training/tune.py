@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -27,9 +26,9 @@ from pat.report.records import collected_warnings, to_json
 from pat.training.announce import announce
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.base import load, load_again
+from pat.training.base_scores import BaseScores
 from pat.training.check import check, check_run
 from pat.training.end_token import taught_to_stop, warn_of_end_token
-from pat.training.estimate import Seen
 from pat.training.folder import CHECKPOINTS, MODEL, RESULTS, clear, find_finished, find_start, run_folder, sweep
 from pat.training.measure import measure, warn_of_losses
 from pat.training.prepare import Prepared, prepare
@@ -82,23 +81,21 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
         start = ranks.first(lambda: find_start(arguments, checked.checkpoint, num_steps))
 
         base = load(arguments, data)
+        kept = None
+        if not arguments.run.overwrite:
+            kept = ranks.first(partial(BaseScores.read, arguments.output_dir / CHECKPOINTS, base, data))
         ranks.first_alone(lambda: clear(arguments, start))
         # Training may load float32 for speed or stability; what is written keeps the dtype of the base's checkpoint.
         dtype, device = base.dtype, base.device
         stored = stored_dtype(checked.base_config, revision=arguments.model.model_revision) or dtype
         model = arguments.model
         size = Size.of_base(str(model.model_name_or_path), checked.base_config, stored, revision=model.model_revision)
-        rows: dict[str, torch.Tensor] = {}
-        started = time.perf_counter()
-        figures = {"base": ranks.first(partial(measure, base, data, "base", size, rows))}
-        scored = time.perf_counter()
+        announce(arguments, checked, data, base, num_steps, start=start, measures_base=kept is None)
+        scores = kept or ranks.first(partial(BaseScores.of, base, data, size))
         data.vocabulary.fit(base)
         for end in data.ends:
             warn_of_end_token(data.vocabulary, base, end, arguments.model.lora_modules_to_save or ())
-        answering = time.perf_counter()
-        answers = ranks.first(partial(greedy_answers, base, data))
-        seen = Seen(figures["base"], scored - started, time.perf_counter() - answering)
-        announce(arguments, checked, data, base, num_steps, start=start, seen=seen)
+        scores = kept or ranks.first(partial(scores.with_answers, base, data))
         tokens = _tokens(arguments, data, base, data.vocabulary.config_of(checked.base_config))
         stages = Stages(
             arguments,
@@ -108,6 +105,7 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
             num_steps,
             base,
             partial(load_again, arguments, data),
+            scores,
             callbacks,
         )
         del base  # nobody else may hold it, or it stays in memory beside the small model
@@ -119,12 +117,10 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
                 data,
                 tokens,
                 trained,
-                figures,
+                scores,
                 is_trained=start.is_trained,
                 size=size,
-                rows=rows,
                 stored=stored,
-                answers=answers,
                 warnings=warnings,
                 device=str(device),
                 dtype=str(dtype).removeprefix("torch."),
@@ -150,17 +146,15 @@ def _finish(
     data: Prepared,
     tokens: TokenSetup,
     trained: Trained,
-    figures: dict[str, ModelFigures],
+    scores: BaseScores,
     *,
     is_trained: bool,
     size: Size,
-    rows: dict[str, torch.Tensor],
     stored: torch.dtype,
-    answers: list[tuple[str, str]],
     **found: Any,
 ) -> TuneRecord:
     """Merge, write, verify and measure what has been trained, and write the record of the run."""
-    folder = arguments.output_dir
+    folder, figures, rows = arguments.output_dir, {"base": scores.figures}, scores.losses()
     if trained.data.is_streamed and not arguments.sft.disable_tqdm:
         print(trained.data.describe_read(), file=sys.stderr)
     inner = cast(PreTrainedModel, trained.model.get_base_model())
@@ -173,7 +167,7 @@ def _finish(
     dense: Any = AutoModelForCausalLM.from_pretrained(folder / MODEL, dtype=inner.dtype)
     size = Size(cut.num_parameters, cut.num_parameters * stored.itemsize)
     figures["dense"] = measure(dense.to(inner.device), data, "dense", size, rows)
-    samples = paired(answers, greedy_answers(dense, data))
+    samples = paired(scores.answers or [], greedy_answers(dense, data))
     warn_of_losses(figures, dense.config.get_text_config().vocab_size)
     record = _record(arguments, data, trained, cut=cut, figures=figures, parity=parity, samples=samples, **found)
     write_whole(folder / RESULTS, to_json(record))

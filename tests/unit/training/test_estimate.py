@@ -1,6 +1,7 @@
 """The expected time of a run counts padding and what is left, and drawing its sample moves nothing random on."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from tiny_models import build
 from torch import nn
 
 from pat import ranks
+from pat.surgery.costs import build_skeleton, cost_of
 from pat.training import estimate
 from pat.training.announce import _reading
 from pat.training.arguments import TuneArguments, build_arguments
@@ -21,7 +23,7 @@ from pat.training.estimate import (
     ORDERING_FLOPS,
     PASSES,
     Reading,
-    Seen,
+    Speed,
     ToDo,
     expected_seconds,
     num_padded,
@@ -29,18 +31,21 @@ from pat.training.estimate import (
     span,
 )
 from pat.training.folder import Start
-from pat.training.results import ModelFigures
+from pat.training.measure import CONTEXT
+from pat.training.samples import MAX_NEW_TOKENS, NUM_PROMPTS
 from pat.tuner.calibration import DEFAULT_TOKENS_PER_CHANNEL
 from pat.tuner.depth import LAYER_TOKENS
 from pat.tuner.refit import TOKENS_PER_CHANNEL
 
 SECONDS_PER_TOKEN = 3e-4
-SCORING_SECONDS_PER_TOKEN = 1e-3
+READING_SECONDS = 1e-3
+"""Seconds to read a token in the base's own number format."""
+WRITING_SECONDS = 0.02
+ANSWERING = NUM_PROMPTS * MAX_NEW_TOKENS * WRITING_SECONDS
+"""Seconds that the base takes to answer the prompts."""
 LENGTHS = [4, 4, 4, 100] * 50
 SMALL = 0.75
 """Share of the base's parameters that stays."""
-FLOPS = 1e6
-"""Number of FLOPs of the base for a token."""
 NUM_VERIFIED = 20
 HEADS = 80
 """Channels of all heads of a tiny Llama together."""
@@ -72,16 +77,17 @@ def checked(*cut: str, family: str = "llama") -> Any:
     return SimpleNamespace(shape=shape, base_config=build(family, tied=True).config)
 
 
-def seconds(todo: ToDo, about: Any = None, of: Any = None, scoring: float = 0.0, **flags: Any) -> float:
-    """Return the seconds that are expected, where reading a token of the training takes `SECONDS_PER_TOKEN`."""
-    seen = Seen(ModelFigures(1, 2, flops_per_token=FLOPS), scoring_seconds=scoring, answering_seconds=0.0)
-    return expected_seconds(arguments(**flags), about or checked(), of or data(), None, seen, todo)
+def seconds(todo: ToDo, about: Any = None, of: Any = None, **flags: Any) -> float:
+    """Return the seconds that are expected, but for the answers of the small model."""
+    found = expected_seconds(arguments(**flags), about or checked(), of or data(), None, todo)
+    return found - SMALL * ANSWERING
 
 
 @pytest.fixture
 def known_time(monkeypatch: pytest.MonkeyPatch) -> float:
     """Have the base take a known time, and return that of a mean batch of four rows with its padding."""
-    monkeypatch.setattr(estimate, "seconds_per_token", lambda *_: SECONDS_PER_TOKEN)
+    speed = Speed(training=SECONDS_PER_TOKEN, reading=READING_SECONDS, writing=WRITING_SECONDS)
+    monkeypatch.setattr(estimate, "time_base", lambda *_: speed)
     few = arguments(per_device_train_batch_size=4)
     batches = [[length for _, length in batch] for batch in sample_batches(few, data())]
     padded = sum(num_padded(few, batch) for batch in batches) / len(batches)
@@ -158,11 +164,12 @@ def test_choosing_takes_moments_and_an_order_of_each_writer(
     cut: list[str], family: str, each: list[tuple[int, int, int]], known_time: float
 ) -> None:
     reading = Reading(rotation=10, refit=100, layers=10)
-    about, of = checked(*cut, family=family), data(1000)
-    without = seconds(ToDo(reading=reading), checked(), of, 1.0)
+    about = checked(*cut, family=family)
+    without = seconds(ToDo(reading=reading), checked())
     flops = sum(2 * 100 * routed * width**2 + ORDERING_FLOPS * experts * width**3 for width, experts, routed in each)
-    expected = 2 * flops / FLOPS * SCORING_SECONDS_PER_TOKEN
-    assert seconds(ToDo(reading=reading), about, of, 1.0) - without == pytest.approx(expected)
+    of_base = cost_of(build_skeleton(about.base_config, torch.bfloat16), CONTEXT).prefill_flops_per_token
+    expected = 2 * flops / of_base * READING_SECONDS
+    assert seconds(ToDo(reading=reading), about) - without == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -176,15 +183,13 @@ def test_choosing_takes_moments_and_an_order_of_each_writer(
 def test_comparing_and_scoring_are_reckoned_with(
     todo: ToDo, comparisons: float, scorings: float, known_time: float
 ) -> None:
-    compared = COMPARING * comparisons * NUM_VERIFIED * SCORING_SECONDS_PER_TOKEN
-    assert seconds(todo, of=data(40_000), scoring=40.0) == pytest.approx(compared + 40 * scorings)
-    figures = ModelFigures(1, 2, flops_per_token=FLOPS)
-    assert expected_seconds(
-        arguments(), checked(), data(), None, Seen(figures, 0.0, answering_seconds=8.0), todo
-    ) == pytest.approx(8 * SMALL)
+    compared = COMPARING * comparisons * NUM_VERIFIED * READING_SECONDS
+    assert seconds(todo, of=data(40_000)) == pytest.approx(compared + 40_000 * scorings * READING_SECONDS)
+    with_base = seconds(replace(todo, measures_base=True), of=data(40_000)) - seconds(todo, of=data(40_000))
+    assert with_base == pytest.approx(40_000 * READING_SECONDS + ANSWERING)
 
 
-@pytest.mark.parametrize(("each", "lengths"), [(1e-4, [8, 8, 4, 4, 100, 100]), (1.0, [8])])
+@pytest.mark.parametrize(("each", "lengths"), [(1e-4, [8, 8, 4, 4, 100, 100, 1, 1]), (1.0, [8, 1])])
 def test_a_short_a_middle_and_a_long_batch_are_timed_while_that_is_quick(
     each: float, lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,16 +199,21 @@ def test_a_short_a_middle_and_a_long_batch_are_timed_while_that_is_quick(
     class Model(nn.Module):
         device = torch.device("cpu")
 
+        def get_input_embeddings(self) -> nn.Module:
+            return nn.Embedding(2, 1)
+
         def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+            assert input_ids.max() <= 1  # of its own vocabulary, whatever the data's is
             now[0] += each * input_ids.numel() * (2 if each < 1 and seen[-1:] != [input_ids.numel()] else 1)
             seen.append(input_ids.numel())
             return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 1))
 
     monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     of = data()
-    of.train = Dataset.from_list([{"input_ids": [1] * length, "labels": [1] * length} for length in (100, 4, 8, 8)])
+    of.train = Dataset.from_list([{"input_ids": [9] * length, "labels": [1] * length} for length in (100, 4, 8, 8)])
     batches = [[(0, 100)], [(1, 4)], [(2, 8)], [(1, 4)]]
-    assert estimate.seconds_per_token(arguments(), of, Model(), batches) == pytest.approx(each)
+    speed = estimate.time_base(arguments(), of, Model(), batches)
+    assert (speed.training, speed.reading, speed.writing) == pytest.approx((each, each, each))
     assert seen == lengths
 
 
@@ -225,13 +235,14 @@ def test_what_is_done_is_not_expected_again(tmp_path: Path) -> None:
             (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
             (checkpoint / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
         start = Start(None if checkpoint is None else str(checkpoint))
-        return ToDo.of(start, 4, 10, reading, goes_small=True)
+        return ToDo.of(start, 4, 10, reading, goes_small=True, measures_base=False)
 
     assert left(None) == ToDo(4, 6, reading, goes_small=True, compacts=True)
     assert left(tmp_path / "a", step=3) == ToDo(1, 6, Reading(refit=20), goes_small=True, compacts=True)
     assert left(tmp_path / "a", step=4) == ToDo(0, 6, Reading(), goes_small=True, compacts=True)
     assert left(tmp_path / "a", "LORA", 7) == ToDo(0, 3, Reading(), goes_small=True, compacts=False)
-    assert ToDo.of(Start(is_trained=True), 4, 10, reading, goes_small=True) == ToDo()
+    trained = ToDo.of(Start(is_trained=True), 4, 10, reading, goes_small=True, measures_base=True)
+    assert trained == ToDo(measures_base=True)
 
 
 def test_a_duration_is_a_range_in_words() -> None:

@@ -1,0 +1,72 @@
+"""What the base scores and answers, kept beside the checkpoints, so that a run that goes on need not ask it again."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from pat.checkpoint.staging import write_whole
+from pat.kinds import misfits
+from pat.training.measure import measure
+from pat.training.prepare import Prepared
+from pat.training.results import ModelFigures, Size
+from pat.training.samples import greedy_answers
+
+BASE_SCORES = "base.json"
+"""File among the checkpoints of a run. What it depends on may not change within one, but for `dtype`."""
+
+
+@dataclass(frozen=True)
+class BaseScores:
+    """Figures and answers of the base model of a run."""
+
+    dtype: str
+    """Number format in which it was loaded."""
+    figures: ModelFigures
+    rows: list[list[float]] | None
+    """For each held-out example the sum of its losses in nats, and its scored tokens; None without such examples."""
+    answers: list[list[str]] | None = None
+    """Prompts, each with the greedy answer to it; None before it has been asked."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, data: Prepared, size: Size) -> BaseScores:
+        """Score a base model, before its vocabulary is fitted to the data."""
+        losses: dict[str, torch.Tensor] = {}
+        figures = measure(model, data, "base", size, losses)
+        return cls(str(model.dtype), figures, losses["base"].tolist() if losses else None)
+
+    def with_answers(self, model: PreTrainedModel, data: Prepared) -> BaseScores:
+        """Return a copy with the base's answers, once its vocabulary has been fitted to the data."""
+        return replace(self, answers=[list(pair) for pair in greedy_answers(model, data)])
+
+    @classmethod
+    def read(cls, checkpoints: Path, model: PreTrainedModel, data: Prepared) -> BaseScores | None:
+        """Return what is kept of a base, loaded in the same number format; None if there is nothing that fits."""
+        try:
+            stored = json.loads((checkpoints / BASE_SCORES).read_text(encoding="utf-8"))
+            if misfits(stored, cls) or misfits(stored["figures"], ModelFigures):
+                return None
+            kept = cls(**(stored | {"figures": ModelFigures(**stored["figures"])}))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return None
+        rows, answers = kept.rows or [], kept.answers
+        whole = all(len(row) == 2 and all(map(math.isfinite, row)) for row in rows)
+        if answers is None or any(len(pair) != 2 for pair in answers):
+            return None
+        return kept if whole and kept.dtype == str(model.dtype) and len(rows) == len(data.held_out) else None
+
+    def write(self, checkpoints: Path) -> None:
+        """Keep it among the checkpoints of a run."""
+        path, text = checkpoints / BASE_SCORES, json.dumps(asdict(self)) + "\n"
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            checkpoints.mkdir(exist_ok=True)
+            write_whole(path, text)
+
+    def losses(self) -> dict[str, torch.Tensor]:
+        """Return the losses of the examples, `(examples, 2)` in float64, by the name of the model; empty without."""
+        return {} if self.rows is None else {"base": torch.tensor(self.rows, dtype=torch.float64)}
