@@ -159,6 +159,7 @@ def render_card(cut: Cut, parity: Parity, provenance: Mapping[str, Any]) -> str:
         differences=_differences(provenance),
         megabytes=numbers.size,
         loss=numbers.loss,
+        deviation=numbers.deviation,
         number=lambda value: f"{value:,}" if isinstance(value, int) else None,
         percent=lambda share: f"{100 * (1 - share):.1f}",
     )

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from pat.errors import ParityMissed, PatError
 from pat.nll import LOGIT_ROWS, evaluating
+from pat.report.numbers import deviation
 from pat.surgery.dense import build_dense, shrink_config
 from pat.surgery.describe import head_dim, map_of
 from pat.surgery.fold import Channels, HeadPlan, fold_weights
@@ -70,13 +71,14 @@ class Parity:
     def describe(self) -> str:
         """Return the figures as one sentence."""
         text = (
-            f"Tuned and written model differ by at most {self.max_abs_logit_diff:.1e} in a logit (KL {self.mean_kl:.1e}"
-            f" nats per token, same top token in {self.top1_agreement:.2%} of {self.num_tokens:,}, {self.dtype})."
+            f"Tuned and written model differ by at most {deviation(self.max_abs_logit_diff)} in a logit (KL "
+            f"{deviation(self.mean_kl)} nats per token, same top token in {self.top1_agreement:.2%} of "
+            f"{self.num_tokens:,}, {self.dtype})."
         )
         if self.permutation_floor is not None:
             text += (
                 f" That is rounding, which this model blows up: permuting its channels alone makes "
-                f"{self.permutation_floor:.1e}."
+                f"{deviation(self.permutation_floor)}."
             )
         return text
 

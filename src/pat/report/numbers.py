@@ -43,6 +43,11 @@ def difference(nll: float, standard_error: float | None = None) -> str:
     return text if standard_error is None else f"{text} ± {standard_error:.3f}"
 
 
+def deviation(number: float) -> str:
+    """Return how far two figures are apart that ought to be one, as in `1.2e-06`; `0` where they are one."""
+    return f"{number:.1e}" if number else "0"
+
+
 def arithmetic(dtype: str, *, bf16: bool, fp16: bool) -> str:
     """Return what a model is trained in: the number format of its weights, and of its products where that is another.
 

@@ -186,14 +186,17 @@ def _parity(parity: Facts, this: str, other: str) -> str | None:
         return None
     said = (
         f"{this} gives the same next token as {other} in {100 * same:.2f} % of {numbers.count(places)} places; the "
-        f"largest difference of a logit is {largest:.1e}"
+        f"largest difference of a logit is {numbers.deviation(largest)}"
     )
     if (spread := parity.number("logit_std")) is not None:
         said += f", where logits have a standard deviation of {spread:.2f}"
     if (kind := parity.text("dtype")) is not None:
         said += f" (in {kind})"
     if floor is not None:
-        said += f". Rounding alone explains {floor:.1e} of that: so much comes of merely permuting the model's channels"
+        said += (
+            f". Rounding alone explains {numbers.deviation(floor)} of that: so much comes of merely permuting the "
+            "model's channels"
+        )
     return said + "."
 
 

@@ -52,7 +52,7 @@ def test_sizes_method_and_parity_are_told() -> None:
         "the mask is 0/1 from step 40 on",
         "rotation of the residual stream: pca",
         "transformers 5.",
-        "8.60e-05",
+        "8.6e-05",
         "99.90 %",
         "1,024 tokens",
         "| tuned | 2.100 | +0.300 |",

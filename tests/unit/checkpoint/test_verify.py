@@ -215,4 +215,5 @@ def test_the_figures_go_into_results_and_sentences() -> None:
         "permutation_floor": None,
     }
     assert "1.5e-05" in parity.describe()
+    assert "at most 0 in a logit (KL 0 nats" in replace(parity, max_abs_logit_diff=0.0, mean_kl=0.0).describe()
     assert "99.50%" in parity.describe()
