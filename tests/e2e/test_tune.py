@@ -24,10 +24,9 @@ from pat.cli import main
 from pat.demo import command as demo
 from pat.evaluation.command import run_evaluate
 from pat.evaluation.options import EvaluateOptions
-from pat.surgery.costs import build_skeleton, cost_of
+from pat.surgery.costs import build_skeleton, cost_of, usual_context
 from pat.training.alpaca_chat import is_alpaca_chat
 from pat.training.formats import ALPACA
-from pat.tuner.target import CONTEXT
 
 SCHEMAS = Path(__file__).resolve().parents[2] / "docs" / "schemas"
 
@@ -415,7 +414,7 @@ def test_a_target_is_what_the_model_has_at_most(target: dict[str, Any], base: Pa
     assert after.num_parameters <= target.get("target_num_parameters", before.num_parameters)
     assert after.num_bytes <= (28_000 if "target_bytes" in target else before.num_bytes)
     configs = [AutoConfig.from_pretrained(folder) for folder in (base, result.model_dir)]
-    context = min(CONTEXT, configs[0].max_position_embeddings)
+    context = usual_context(configs[0])
     whole, small = (cost_of(build_skeleton(config, torch.bfloat16), context) for config in configs)
     assert small.prefill_flops_per_token <= target.get("target_latency", 1.0) * whole.prefill_flops_per_token
 

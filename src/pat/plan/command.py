@@ -13,6 +13,7 @@ from pat.errors import PatError
 from pat.families import Family
 from pat.file_sizes.predict import FileSizes, file_sizes, vocabulary_entries
 from pat.loading import load_config, stored_dtype
+from pat.nll import max_positions
 from pat.plan.cpu import CpuTime, cpu_time
 from pat.plan.curves import Measured
 from pat.plan.guide import MEASURED_CUTS, MODEL_FLOPS_UTILISATION, MeasuredCut, TrainingTime, training_times
@@ -22,15 +23,12 @@ from pat.recipes import recipe_defaults
 from pat.report.records import Record
 from pat.serving import trouble
 from pat.shape import AXES, LARGE_RATIO, TARGETS, Shape
-from pat.surgery.costs import ModelCost, build_skeleton, cost_of, pruned_config
+from pat.surgery.costs import ModelCost, build_skeleton, cost_of, pruned_config, usual_context
 from pat.training.vocabulary import check_vocabulary_size, trimmed_budget
 from pat.tuner.config import PatConfig
 from pat.tuner.memory import TrainingMemory, training_memory
 from pat.tuner.prepare import check_config
 from pat.widths import legal_widths
-
-CONTEXT = 2048
-"""Number of tokens that costs and memory refer to unless another is asked for; fewer if the model reads fewer."""
 
 NUM_NEIGHBOURS = 3
 """Number of legal widths shown on either side of the one taken."""
@@ -240,9 +238,9 @@ def _cache_note(shape: Shape, base_config: Any) -> str:
 
 
 def _resolve_context(context: int | None, base_config: Any) -> int:
-    limit = getattr(base_config, "max_position_embeddings", None)
     if context is None:
-        return min(CONTEXT, limit or CONTEXT)
+        return usual_context(base_config)
+    limit = max_positions(base_config)
     if context < 1 or (limit is not None and context > limit):
         most = "" if limit is None else f" to {limit}, the model's max_position_embeddings"
         raise PatError(f"Got context={context}; expected a number of tokens from 1{most}.")

@@ -10,11 +10,15 @@ from torch import nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from pat.loading import empty_model
+from pat.nll import max_positions
 from pat.shape import AXES, Shape
 from pat.surgery.dense import shrink_config
 from pat.surgery.describe import head_dim, map_of
 from pat.surgery.layers import example_layers
 from pat.surgery.residual import Linear, ResidualStream, model_tensors
+
+CONTEXT = 2048
+"""Number of tokens that costs are for unless somebody asks otherwise: the same in a plan and in a report."""
 
 GROUPS = ("embedding", "head", "attention", "MLP", "norms")
 
@@ -143,6 +147,11 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> Skeleton:
     """
     model = empty_model(config, dtype)
     return Skeleton(model, map_of(model), dtype)
+
+
+def usual_context(config: PretrainedConfig) -> int:
+    """Return the number of tokens that costs are for, or as many as the model can read."""
+    return min(CONTEXT, max_positions(config) or CONTEXT)
 
 
 def cost_of(skeleton: Skeleton, context: int) -> ModelCost:

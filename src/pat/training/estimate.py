@@ -19,13 +19,12 @@ from pat import ranks
 from pat.loading import empty_model
 from pat.nll import Example, batches_from_examples, evaluating
 from pat.report.progress import phase
-from pat.surgery.costs import build_skeleton, cost_of
+from pat.surgery.costs import build_skeleton, cost_of, usual_context
 from pat.surgery.describe import head_dim
 from pat.training.arguments import TuneArguments
 from pat.training.check import Checked
 from pat.training.checkpoints import is_compact
 from pat.training.folder import Start
-from pat.training.measure import CONTEXT
 from pat.training.prepare import Prepared
 from pat.training.samples import MAX_NEW_TOKENS, NUM_PROMPTS
 
@@ -278,7 +277,7 @@ def _choosing(checked: Checked, num_read: int, per_token: float) -> float:
     if shape.cuts("heads"):
         width = head_dim(empty_model(checked.base_config)) * config.num_attention_heads
         flops += 2.0 * num_read * width**2 + ORDERING_FLOPS * width**3
-    cost = cost_of(build_skeleton(checked.base_config, torch.bfloat16), CONTEXT)
+    cost = cost_of(build_skeleton(checked.base_config, torch.bfloat16), usual_context(checked.base_config))
     return float(shape.size("layers") * flops * per_token / cost.prefill_flops_per_token)
 
 

@@ -14,19 +14,16 @@ from torch import nn
 
 from pat.errors import one_line
 from pat.file_sizes.predict import file_sizes, vocabulary_entries
-from pat.nll import IGNORED, Example, max_positions, paired_standard_error, response_nll, response_nll_by_row
+from pat.nll import IGNORED, Example, paired_standard_error, response_nll, response_nll_by_row
 from pat.report import numbers
 from pat.report.progress import progress_bar
-from pat.surgery.costs import Skeleton, build_skeleton, cost_of
+from pat.surgery.costs import Skeleton, build_skeleton, cost_of, usual_context
 from pat.training.prepare import Prepared
 from pat.training.results import ModelFigures, Size
 
 logger = logging.getLogger(__name__)
 
 EVAL_BATCH_SIZE = 8
-
-CONTEXT = 512
-"""Number of tokens that FLOPs are for."""
 
 
 def measure(
@@ -50,8 +47,7 @@ def measure(
     if stage != "tuned":
         config = cast(Any, model).config
         skeleton = build_skeleton(config, torch.bfloat16)
-        context = min(CONTEXT, max_positions(config) or CONTEXT)
-        found["flops_per_token"] = cost_of(skeleton, context).prefill_flops_per_token
+        found["flops_per_token"] = cost_of(skeleton, usual_context(config)).prefill_flops_per_token
         found["gguf_bytes"] = _gguf_bytes(skeleton)
     return ModelFigures(**found)
 

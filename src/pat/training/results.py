@@ -79,7 +79,7 @@ class ModelFigures(Size):
     """Number of held-out tokens, without padding, that a forward pass took in a second. The machine may have done other
     things meanwhile, so that no two models are compared by it."""
     flops_per_token: float | None = None
-    """FLOPs of a forward pass for each token of a text of 512, or of what the model can read; None with an adapter."""
+    """FLOPs of a forward pass for a token of a text of 2,048, or of what the model can read; None with an adapter."""
     gguf_bytes: dict[str, int] | None = None
     """Sizes that files for llama.cpp will have, by type; None with an adapter, and where there can be no such file."""
     general_nll: float | None = None

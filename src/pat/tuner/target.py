@@ -12,10 +12,7 @@ from pat.budget import CutsNothing, Prunable
 from pat.errors import PatError
 from pat.loading import stored_dtype
 from pat.shape import TARGETS, Shape, ShapeOptions
-from pat.surgery.costs import build_skeleton, cost_of, pruned_config
-
-CONTEXT = 2048
-"""Number of tokens that the time of reading a text is predicted for; fewer if the model reads fewer."""
+from pat.surgery.costs import build_skeleton, cost_of, pruned_config, usual_context
 
 BISECTIONS = 10
 """Steps of the search for a share of parameters: they leave an interval of 0.1 % of the model."""
@@ -103,7 +100,7 @@ def _least_ratio(asked: str, choose: Callable[[float], Shape], is_met: Callable[
 
 def _is_fast_enough(share: float, base_config: Any) -> Callable[[Shape], bool]:
     skeleton = build_skeleton(base_config, torch.float32)
-    context = min(CONTEXT, getattr(base_config, "max_position_embeddings", None) or CONTEXT)
+    context = usual_context(base_config)
     tied = bool(base_config.tie_word_embeddings)
     goal = share * cost_of(skeleton, context).prefill_flops_per_token
 

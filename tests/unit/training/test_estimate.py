@@ -13,7 +13,7 @@ from tiny_models import build
 from torch import nn
 
 from pat import ranks
-from pat.surgery.costs import build_skeleton, cost_of
+from pat.surgery.costs import build_skeleton, cost_of, usual_context
 from pat.training import estimate
 from pat.training.announce import _reading
 from pat.training.arguments import TuneArguments, build_arguments
@@ -31,7 +31,6 @@ from pat.training.estimate import (
     span,
 )
 from pat.training.folder import Start
-from pat.training.measure import CONTEXT
 from pat.training.samples import MAX_NEW_TOKENS, NUM_PROMPTS
 from pat.tuner.calibration import DEFAULT_TOKENS_PER_CHANNEL
 from pat.tuner.depth import LAYER_TOKENS
@@ -167,7 +166,9 @@ def test_choosing_takes_moments_and_an_order_of_each_writer(
     about = checked(*cut, family=family)
     without = seconds(ToDo(reading=reading), checked())
     flops = sum(2 * 100 * routed * width**2 + ORDERING_FLOPS * experts * width**3 for width, experts, routed in each)
-    of_base = cost_of(build_skeleton(about.base_config, torch.bfloat16), CONTEXT).prefill_flops_per_token
+    of_base = cost_of(
+        build_skeleton(about.base_config, torch.bfloat16), usual_context(about.base_config)
+    ).prefill_flops_per_token
     expected = 2 * flops / of_base * READING_SECONDS
     assert seconds(ToDo(reading=reading), about) - without == pytest.approx(expected)
 
