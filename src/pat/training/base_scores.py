@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -63,9 +64,11 @@ class BaseScores:
     def write(self, checkpoints: Path) -> None:
         """Keep it among the checkpoints of a run."""
         path, text = checkpoints / BASE_SCORES, json.dumps(asdict(self)) + "\n"
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            checkpoints.mkdir(exist_ok=True)
-            write_whole(path, text)
+        with suppress(OSError, ValueError):
+            if path.read_text(encoding="utf-8") == text:
+                return
+        checkpoints.mkdir(exist_ok=True)
+        write_whole(path, text)
 
     def losses(self) -> dict[str, torch.Tensor]:
         """Return the losses of the examples, `(examples, 2)` in float64, by the name of the model; empty without."""

@@ -56,5 +56,7 @@ def test_what_is_not_whole_is_not_read(change: dict[str, Any], tmp_path: Path) -
     file = tmp_path / BASE_SCORES
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     assert read(tmp_path) is None
-    file.write_text(file.read_text()[:-9])
+    file.write_bytes(b"\xff" + file.read_bytes()[:-9])
     assert read(tmp_path) is None
+    SCORES.write(tmp_path)
+    assert read(tmp_path) == SCORES
