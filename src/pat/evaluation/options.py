@@ -103,7 +103,7 @@ class EvaluateOptions:
             check_writable(self.output)
             if os.path.isdir(self.output):
                 raise PatError(f"Got output={self.output}, which is a folder; expected the name of a JSON file.")
-            self._check_output(self.output)
+            _check_output(self.output)
         if self.output_dir is not None:
             self._check_output_dir(self.output_dir)
 
@@ -112,17 +112,6 @@ class EvaluateOptions:
         """Digest of the model's full path or hub id."""
         name = os.path.realpath(self.model) if os.path.isdir(self.model) else self.model
         return hashlib.sha256(name.encode()).hexdigest()[:16]
-
-    def _check_output(self, file: Path) -> None:
-        """Refuse to write over a part of what is evaluated; the figures of an earlier evaluation may be replaced."""
-        place = file.resolve()
-        given = {
-            Path(path).resolve() for path in (self.model, self.text_file, self.dataset_name, self.data_dir) if path
-        }
-        if os.path.exists(file) and given & {place, *place.parents} and not _read_evaluation(file):
-            raise PatError(
-                f"Got output={file}, which belongs to what is evaluated; expected another name for the figures."
-            )
 
     def _check_output_dir(self, folder: Path) -> None:
         """Refuse a folder that holds anything but what an evaluation of this model, finished or not, has left."""
@@ -143,6 +132,15 @@ class EvaluateOptions:
                 f"{folder}: holds the evaluation of another model ({earlier.get('model')}), not of {self.model}; give "
                 "another --output_dir."
             )
+
+
+def _check_output(file: Path) -> None:
+    """Refuse to write over anything but the figures of an earlier evaluation, or a file with nothing in it."""
+    if os.path.isfile(file) and os.path.getsize(file) and not _read_evaluation(file):
+        raise PatError(
+            f"Got output={file}, which exists and is not what an evaluation has written; give another name for the "
+            "figures, or move it away first."
+        )
 
 
 def _read_evaluation(file: Path) -> dict[str, Any]:

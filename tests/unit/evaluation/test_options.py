@@ -36,23 +36,24 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(options: dict[str, Any], w
 
 
 def test_a_place_that_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
-    (tmp_path / "old.json").write_text("old")
-    for name in ("old.json", "new/figures.json"):
-        EvaluateOptions("model", text_file=Path("a"), output=tmp_path / name)
-    assert [path.name for path in tmp_path.iterdir()] == ["old.json"]
-    assert (tmp_path / "old.json").read_text() == "old"
+    (tmp_path / "old.json").write_text('{"command": "evaluate"}')
+    (tmp_path / "empty").touch()
+    for file in (tmp_path / "old.json", tmp_path / "empty", tmp_path / "new/figures.json", Path("/dev/null")):
+        EvaluateOptions("model", text_file=Path("a"), output=file)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "old.json"]
+    assert (tmp_path / "old.json").read_text() == '{"command": "evaluate"}'
 
 
-def test_the_figures_do_not_replace_what_is_evaluated(tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "results.json").write_text('{"command": "merge"}')
-    (tmp_path / "text").write_text("text")
-    for name in ("model/results.json", "text"):
-        with pytest.raises(PatError, match="belongs to what is evaluated"):
-            EvaluateOptions(str(tmp_path / "model"), text_file=tmp_path / "text", output=tmp_path / name)
-    (tmp_path / "model" / "figures.json").write_text('{"command": "evaluate"}')
-    for name in ("figures", "new"):
-        EvaluateOptions(str(tmp_path / "model"), text_file=tmp_path / "text", output=tmp_path / f"model/{name}.json")
+@pytest.mark.parametrize("content", ['{"command": "merge"}', '{"hidden_size": 48}', "[]", "text"])
+def test_the_figures_replace_nothing_but_figures(content: str, tmp_path: Path) -> None:
+    """Least of all files that nobody named, such as those of the base that an adapter is evaluated on."""
+    file = tmp_path / "config.json"
+    file.write_text(content)
+    (tmp_path / "link").symlink_to(file)
+    for name in ("config.json", "link"):
+        with pytest.raises(PatError, match=f"{name}, which exists and is not what an evaluation has written"):
+            EvaluateOptions("model", text_file=Path("a"), output=tmp_path / name)
+    assert file.read_text() == content
 
 
 def test_a_folder_goes_on_with_the_evaluation_it_holds_and_no_other(tmp_path: Path) -> None:
