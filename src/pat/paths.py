@@ -56,3 +56,8 @@ def _shortened(path: Path) -> str:
 def looks_local(name: str) -> bool:
     """Tell whether a name can only be that of a folder, because no hub id is written so."""
     return os.path.isabs(expand(name)) or name.startswith(".") or name.count("/") > 1
+
+
+def is_inside(path: str | None, folder: Path) -> bool:
+    """Tell whether a path, wherever links lead, is a folder or lies below it; None is nowhere."""
+    return path is not None and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -25,6 +26,8 @@ from pat.errors import PatError
 from pat.training.checkpoints import last_checkpoint
 
 STEPS = 3
+
+LAST = "checkpoints/compact/checkpoint-2"
 
 LEFT = {"model", "adapter", "compact", "results.json", "report.html", "run.json"}
 
@@ -131,6 +134,17 @@ def test_figures_that_are_missing_are_made_of_model_and_adapter(
     (out / "model" / "model.safetensors").write_bytes(b"torn")
     pat.tune(**flags(places, out))
     assert tensors(out) == tensors(whole[0])
+    # Nor is a run finished whose model is not whole.
+    weights = out / "model" / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 50)
+    again = pat.tune(**flags(places, out)).record
+    assert tensors(out) == tensors(whole[0])
+    assert any("its model is not whole: " in line for line in again.warnings)
+    # Its adapter is torn as well, so that nothing is left to make it of.
+    os.truncate(weights, weights.stat().st_size - 50)
+    half(out / "compact" / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(PatError, match=r"compact/adapter: .*adapter_model.safetensors is not readable.*--overwrite"):
+        pat.tune(**flags(places, out))
 
 
 def test_a_model_without_adapter_is_not_thrown_away(
@@ -178,29 +192,67 @@ def test_a_second_signal_stops_at_once(places: Path, tmp_path: Path) -> None:
     assert last_checkpoint(out / "checkpoints") is None
 
 
+def half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def put(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("spoil", "words"),
     [
-        ("optimizer.pt", "its optimizer.pt is not readable"),
-        ("adapter_model.safetensors", "its adapter_model.safetensors is not readable"),
-        ("trainer_state.json", "its trainer_state.json is not readable"),
-        ("rng_state.pth", "it has no rng_state.pth"),
+        (lambda c: half(c / "optimizer.pt"), "its optimizer.pt is not readable"),
+        (lambda c: half(c / "adapter_model.safetensors"), "its adapter_model.safetensors is not readable"),
+        (lambda c: half(c / "trainer_state.json"), "its trainer_state.json is not readable"),
+        (lambda c: (c / "rng_state.pth").unlink(), "it has no rng_state.pth"),
+        (lambda c: (c / "trainer_state.json").write_text("[]"), "its trainer_state.json is no mapping"),
+        (lambda c: put(c / "trainer_state.json", global_step="2"), "got global_step='2'"),
+        (lambda c: put(c / "trainer_state.json", global_step=1), "its trainer_state.json is that of step 1"),
+        (lambda c: put(c / "trainer_state.json", log_history=3), "log_history"),
+        (lambda c: put(c / "adapter_config.json", r=7), "its adapter_config.json has r=7, and the run's adapter 20"),
+        (lambda c: put(c / "adapter_config.json", target_modules=["q_proj"]), "has target_modules=\\['q_proj'\\]"),
     ],
 )
-def test_a_torn_checkpoint_is_named_and_passed_over(
-    name: str, words: str, places: Path, whole: tuple[Path, list[str]], tmp_path: Path, stopped: Path
+def test_a_checkpoint_that_is_torn_or_not_its_runs_is_named_and_passed_over(
+    spoil: Callable[[Path], Any], words: str, tmp_path: Path, stopped: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    checkpoints = shutil.copytree(stopped / "checkpoints", tmp_path / "out" / "checkpoints")
-    file = checkpoints / "compact" / "checkpoint-2" / name
-    data = file.read_bytes()
-    file.write_bytes(data[: len(data) // 2])
-    if "has no" in words:
-        file.unlink()
-    with pytest.MonkeyPatch.context() as patch:
-        said: list[str] = []
-        patch.setattr("pat.training.checkpoints.logger.warning", lambda form, *args: said.append(form % args))
-        assert last_checkpoint(checkpoints) == str(checkpoints / "compact" / "checkpoint-1")
-    assert len(said) == 1 and "checkpoint-2 is passed over" in said[0] and words in said[0]
+    checkpoints = shutil.copytree(stopped, tmp_path / "out") / "checkpoints"
+    spoil(checkpoints / "compact" / "checkpoint-2")
+    assert last_checkpoint(checkpoints) == str(checkpoints / "compact" / "checkpoint-1")
+    [said] = caplog.messages
+    assert "checkpoint-2 is passed over" in said and re.search(words, said), said
+
+
+FIRST = "--resume_from_checkpoint .*/checkpoints/checkpoint-1, or start anew with --overwrite true"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda out: shutil.rmtree(out / "adapter"), f"out/adapter: .* it has no adapter_config.json; .*{FIRST}"),
+        (lambda out: shutil.rmtree(out / "compact" / "model"), f"compact/model: .* it has no config.json; .*{FIRST}"),
+        (lambda out: half(out / "compact" / "model" / "model.safetensors"), f"compact/model: .* not readable.*{FIRST}"),
+        (
+            lambda out: shutil.copy(out / "checkpoints/checkpoint-1/optimizer.pt", out / LAST),
+            f"{LAST}: is not of this training .its optimizer.pt has groups of .*; remove or replace that folder",
+        ),
+        (
+            lambda out: shutil.copy(out / "checkpoints/checkpoint-1/adapter_model.safetensors", out / LAST),
+            f"{LAST}: is not of this training .* of its tensors have other shapes.*; remove or replace that folder",
+        ),
+    ],
+)
+def test_what_a_run_cannot_go_on_without_is_named_with_the_ways_out(
+    spoil: Callable[[Path], Any], words: str, places: Path, stopped: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(stopped, tmp_path / "out")
+    spoil(out)
+    before = untouched(out / "checkpoints" / "compact")
+    with pytest.raises(PatError, match=words):
+        pat.tune(**flags(places, out))
+    assert untouched(out / "checkpoints" / "compact") == before
 
 
 @pytest.fixture(scope="module")

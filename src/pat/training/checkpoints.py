@@ -5,37 +5,34 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
+import torch
 from peft import PeftModel, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
+from safetensors import SafetensorError
 from transformers import Trainer, TrainerState
-from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from pat.checkpoint.compact import ADAPTER, MODEL, RECORD, read_compaction
 from pat.checkpoint.staging import discard, staged_folder
 from pat.errors import PatError, one_line
-from pat.training.handover import cut_states, read_states, write_states
+from pat.training.handover import cut_states, is_sharded, read_states, write_states
 from pat.training.sittings import write_seconds
+from pat.training.trained import last_adapter
+from pat.training.whole import INSTEAD, flaw, model_flaw, other_adapter
 from pat.tuner.compaction import CompactModel
+from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel
 
 logger = logging.getLogger(__name__)
 
-STAGE_TWO = "compact"
-"""Folder of stage two below the checkpoints, so that a resumed run finds the stage it was in."""
-
-RANDOM_STATE = "rng_state.pth"
-
-INSTEAD = {RANDOM_STATE: (RANDOM_STATE, "rng_state_0.pth"), OPTIMIZER_NAME: (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN)}
-"""What a file is called elsewhere: each of several processes has a random state, FSDP2 a file of another form."""
-
-NEEDED = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, RANDOM_STATE, TRAINER_STATE_NAME)
-"""Files without which a training that goes on would not be the one that was cut off."""
+STAGE_TWO, COMPACT = "compact", "compact"
+"""Folders of stage two's checkpoints below those of stage one, and of its small model below that of the run."""
 
 
 def is_compact(checkpoint: str) -> bool:
@@ -55,7 +52,10 @@ def last_checkpoint(checkpoints: Path, *, of_stage_two: bool = True) -> str | No
     """Return the last whole checkpoint of a run, of stage two if that has begun; later ones that are torn are named."""
     for folder in (checkpoints / STAGE_TWO, checkpoints) if of_stage_two else (checkpoints,):
         for _, path in sorted(numbered_checkpoints(folder).items(), reverse=True):
-            if (found := flaw(path)) is None:
+            found = flaw(path)
+            if found is None and folder.name == STAGE_TWO:
+                found = other_adapter(path, checkpoints.parent / COMPACT / ADAPTER)
+            if found is None:
                 return str(path)
             logger.warning("%s is passed over, because %s.", path, found)
     return None
@@ -65,25 +65,6 @@ def numbered_checkpoints(folder: Path) -> dict[int, Path]:
     """Return the checkpoints of one stage by their step, whole or not."""
     numbered = {path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"): path for path in folder.glob("checkpoint-*")}
     return {int(number): path for number, path in numbered.items() if number.isdigit() and path.is_dir()}
-
-
-def flaw(checkpoint: Path, needed: Collection[str] = NEEDED) -> str | None:
-    """Return what is wrong with the files that a training goes on from; None if all open and those needed are there.
-
-    The trainer writes into the folder's final place: one that was killed leaves a part of them, the last cut off.
-    """
-    for name in (*NEEDED, SCALER_NAME):
-        found = (checkpoint / other for other in INSTEAD.get(name, ()))
-        path = next((path for path in found if path.is_file()), checkpoint / name)
-        if not path.is_file():
-            if name in needed:
-                return f"it has no {name}"
-            continue
-        try:
-            _open(path)
-        except Exception as error:  # of many kinds, which each format has for itself
-            return f"its {name} is not readable ({one_line(error)})"
-    return None
 
 
 def remove_later(checkpoints: Path, checkpoint: Path) -> None:
@@ -97,27 +78,93 @@ def remove_later(checkpoints: Path, checkpoint: Path) -> None:
             discard(path)
 
 
-def _open(path: Path) -> None:
-    """Raise an error, of any kind, if a file is not whole."""
-    if path.suffix == ".json":
-        json.loads(path.read_text(encoding="utf-8"))
-    elif path.suffix == ".safetensors":
-        with safe_open(path, "pt"):  # compares the size of the file with what its header says
-            pass
-    else:
-        with zipfile.ZipFile(path) as archive:
-            if (member := archive.testzip()) is not None:
-                raise ValueError(f"{member} has another checksum")
+def check_taken_over(output_dir: Path, *, is_trained: bool) -> None:
+    """Check what a run that goes on with the small model takes of its folder, beside a checkpoint.
+
+    Args:
+        output_dir: the run's folder.
+        is_trained: whether training is over, so that the last adapter is taken as well.
+
+    Raises:
+        PatError: something is missing or not whole.
+    """
+    found = {}
+    if not is_trained or (output_dir / COMPACT / RECORD).is_file():
+        read_compaction(output_dir / COMPACT)
+        found[output_dir / COMPACT / MODEL] = model_flaw(output_dir / COMPACT / MODEL)
+        found[output_dir / "adapter"] = _flaw_of_config(output_dir / "adapter")
+    if is_trained:
+        adapter = last_adapter(output_dir)
+        found[adapter] = flaw(adapter, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
+    for place, wrong in found.items():
+        if wrong is not None:
+            last = last_checkpoint(output_dir / "checkpoints", of_stage_two=False)
+            back = f"go back to the first stage by --resume_from_checkpoint {last}, " if last else ""
+            raise PatError(
+                f"{place}: the run goes on with it, but {wrong}; put it back, {back}or start anew with --overwrite "
+                "true."
+            )
+
+
+def _flaw_of_config(adapter: Path) -> str | None:
+    """Return what is wrong with the configuration of the milestone's adapter, which belongs to the run's record."""
+    if not (adapter / CONFIG_NAME).is_file():
+        return f"it has no {CONFIG_NAME}"
+    try:
+        PatConfig.from_pretrained(str(adapter))
+    except (TypeError, ValueError, AttributeError, KeyError, OSError, RecursionError) as error:
+        return f"its {CONFIG_NAME} is not usable ({one_line(error)})"
+    return None
+
+
+@contextmanager
+def taken_from(checkpoint: str | Path) -> Iterator[None]:
+    """Turn what torch and peft say of a checkpoint that opens, but is not one of this training, into one line.
+
+    Raises:
+        PatError: it is none.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        mismatches = str(error).count("size mismatch for")
+        detail = f"{mismatches} of its tensors have other shapes" if mismatches else one_line(error)
+        raise PatError(
+            f"{checkpoint}: is not of this training ({detail}); remove or replace that folder, and the same command "
+            "goes on from the checkpoint before it, or start anew with --overwrite true."
+        ) from error
+
+
+def check_fit(trainer: Trainer, checkpoint: Path) -> None:
+    """Check that a checkpoint's adapter and optimizer are those of a trainer that is about to go on from it.
+
+    Raises:
+        PatError: they are of another training.
+    """
+    if is_sharded(trainer):
+        return  # whose files were made of a whole model's, or are opened by FSDP alone
+    model = cast(PeftModel, trainer.model)
+    with taken_from(checkpoint):
+        model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
+        if (checkpoint / OPTIMIZER_NAME).is_file():
+            stored = torch.load(checkpoint / OPTIMIZER_NAME, weights_only=True, map_location="cpu")["param_groups"]
+            ours = trainer.create_optimizer().param_groups
+            sizes, expected = ([len(group["params"]) for group in groups] for groups in (stored, ours))
+            if sizes != expected:
+                raise ValueError(f"its {OPTIMIZER_NAME} has groups of {sizes} parameters, and this one of {expected}")
 
 
 def load_hard(trainer: Trainer, tuner: PatModel, checkpoint: str) -> bool:
     """Load a checkpoint if its mask is hard already, as a run leaves it that was cut off between the stages.
 
     Raises:
-        PatError: a file of the trainer's is missing.
+        PatError: a file of the trainer's is missing, or the adapter is of another training.
     """
     model = cast(PeftModel, trainer.model)
-    model.load_adapter(checkpoint, model.active_adapter, is_trainable=True)
+    with taken_from(checkpoint):
+        model.load_adapter(checkpoint, model.active_adapter, is_trainable=True)
     if not tuner.mask().hardened:
         return False
     for name in (OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME):
@@ -137,7 +184,8 @@ def load_finished(trainer: Trainer, checkpoint: str, num_steps: int) -> bool:
         return False
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     model = cast(PeftModel, trainer.model)
-    model.load_adapter(best or checkpoint, model.active_adapter, is_trainable=True)
+    with taken_from(best or checkpoint):
+        model.load_adapter(best or checkpoint, model.active_adapter, is_trainable=True)
     trainer.state = state
     return True
 

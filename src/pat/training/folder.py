@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -16,19 +17,29 @@ from safetensors import SafetensorError
 
 from pat.checkpoint.compact import RECORD
 from pat.checkpoint.staging import STAGED, check_output_folder, discard, lock_folder, remove_unfinished
-from pat.errors import PatError, RunFailed, one_line
+from pat.errors import PatError
+from pat.paths import is_inside
 from pat.training.arguments import TuneArguments
-from pat.training.checkpoints import STAGE_TWO, flaw, last_checkpoint, numbered_checkpoints, remove_later
+from pat.training.checkpoints import (
+    STAGE_TWO,
+    check_taken_over,
+    is_compact,
+    last_checkpoint,
+    numbered_checkpoints,
+    remove_later,
+)
 from pat.training.results import TuneRecord
 from pat.training.run_file import RUN_FILE, RunFile
 from pat.training.trained import TRAINING, training_facts
+from pat.training.unwritten import writing_failed
+from pat.training.whole import flaw, model_flaw
 
 MODEL, ADAPTER, COMPACT, CHECKPOINTS, RESULTS = "model", "adapter", "compact", "checkpoints", "results.json"
 
 NAMES = (MODEL, ADAPTER, COMPACT, CHECKPOINTS, RESULTS, "report.html", RUN_FILE)
 """Everything that a run leaves. `run.json` is removed last, since by it the rest is known to be ours."""
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ def run_folder(folder: Path) -> Iterator[None]:
             raise PatError(f"{folder}: cannot be written to ({error.strerror}); choose another folder.") from error
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if (failure := _writing_failed(error, folder)) is None:
+        if (failure := writing_failed(error, folder)) is None:
             raise
         raise failure from error
     finally:
@@ -120,12 +131,16 @@ def find_finished(arguments: TuneArguments, named: str | None) -> TuneRecord | N
     """
     folder, sft = arguments.output_dir, arguments.sft
     record = TuneRecord.read(folder / RESULTS)
-    if arguments.run.overwrite or record is None or not (folder / MODEL / "config.json").is_file():
+    if arguments.run.overwrite or record is None:
+        return None
+    if (found := model_flaw(folder / MODEL)) is not None:
+        if (folder / MODEL).is_dir():
+            logger.warning("%s: the run there was finished, but its model is not whole: %s.", folder, found)
         return None
     asked = {"max_steps": sft.max_steps, "num_train_epochs": sft.num_train_epochs}
     had = {name: record.training_arguments.get(name) for name in asked}
     other = [f"{name}: {had[name]} in the run, {value} given" for name, value in asked.items() if had[name] != value]
-    if _is_inside(named, folder):
+    if is_inside(named, folder):
         other.append(f"resume_from_checkpoint={named} given")
     if other:
         raise PatError(
@@ -142,21 +157,27 @@ def find_start(arguments: TuneArguments, named: str | None, num_steps: int) -> S
     has checkpoints of its own.
 
     Raises:
-        PatError: the folder holds a model, and nothing that its figures could be made of.
+        PatError: the folder holds a model, and nothing that it and its figures could be made of; or something is
+            missing of what the run goes on with.
     """
     folder, run = arguments.output_dir, RunFile.read(arguments.output_dir)
-    if arguments.run.overwrite or run is None or _is_inside(named, folder):
-        return Start(named)
-    if training_facts(folder, num_steps, no_compact=arguments.run.no_compact) is not None:
-        return Start(is_trained=True)
-    has_compact = (folder / COMPACT / RECORD).is_file()
-    own = last_checkpoint(folder / CHECKPOINTS, of_stage_two=has_compact)
-    if (folder / MODEL).exists() and own is None:
-        raise PatError(
-            f"{folder}: holds a model, but neither its figures nor the adapter and checkpoints that they could be made "
-            "of; choose another output folder, or start anew with --overwrite true."
-        )
-    return Start(own or named)
+    if arguments.run.overwrite or run is None or is_inside(named, folder):
+        start = Start(named)
+    elif training_facts(folder, num_steps, no_compact=arguments.run.no_compact) is not None:
+        start = Start(is_trained=True)
+    else:
+        has_compact = (folder / COMPACT / RECORD).is_file()
+        own = last_checkpoint(folder / CHECKPOINTS, of_stage_two=has_compact)
+        if (folder / MODEL).exists() and own is None:
+            raise PatError(
+                f"{folder}: holds a model, but lacks its figures or some of its files, and the adapter and checkpoints "
+                "that they could be made of; choose another output folder, or start anew with --overwrite true."
+            )
+        start = Start(own or named)
+    is_small = start.checkpoint is not None and is_compact(start.checkpoint) and not arguments.run.no_compact
+    if start.is_trained or is_small:
+        check_taken_over(folder, is_trained=start.is_trained)
+    return start
 
 
 def sweep(folder: Path) -> None:
@@ -176,7 +197,7 @@ def clear(arguments: TuneArguments, start: Start) -> None:
         return
     for adapter in (folder / ADAPTER, folder / COMPACT / ADAPTER):
         (adapter / TRAINING).unlink(missing_ok=True)
-    if _is_inside(start.checkpoint, folder):
+    if is_inside(start.checkpoint, folder):
         checkpoint = Path(os.path.realpath(str(start.checkpoint)))
         _say(f"{folder}: going on from {checkpoint.relative_to(os.path.realpath(folder))}.")
         remove_later(Path(os.path.realpath(checkpoints)), checkpoint)
@@ -204,25 +225,6 @@ def _hold(folder: Path) -> int | None:
         if lock is None or (folder.is_dir() and os.path.samestat(os.fstat(lock), folder.stat())):
             return lock
         os.close(lock)
-
-
-def _writing_failed(error: Exception, folder: Path) -> RunFailed | None:
-    """Return the error of a file in the folder that could not be written; None if it is of another kind."""
-    path: Any = None
-    if isinstance(error, OSError):
-        path, reason = error.filename, error.strerror
-        if error.errno not in _DISK and not (isinstance(path, str) and _is_inside(path, folder)):
-            return None
-    else:  # of safetensors' or torch's own writers, which name neither file nor error number
-        reason = one_line(error)
-        if not any(words in reason for words in ("while serializing", "PytorchStreamWriter", "inline_container")):
-            return None
-    if not isinstance(path, str):
-        files = [file for file in folder.rglob("*") if file.is_file()]
-        path = max(files, key=lambda file: file.stat().st_mtime_ns, default=folder)
-    return RunFailed(
-        f"{path}: could not be written ({reason}); put that right, and give the same command again to go on."
-    )
 
 
 def _named(arguments: TuneArguments) -> str | bool | None:
@@ -269,7 +271,7 @@ def _check_overwritten(arguments: TuneArguments, run: RunFile | None) -> None:
         ("resume_from_checkpoint", arguments.sft.resume_from_checkpoint),
     ]
     for name, value in read:
-        if isinstance(value, str) and Path(value).exists() and _is_inside(value, folder):
+        if isinstance(value, str) and Path(value).exists() and is_inside(value, folder):
             raise PatError(f"Got --overwrite true and {name}={value}, which it would remove; move it away first.")
 
 
@@ -289,10 +291,6 @@ def _beginnings(folder: Path) -> list[Path]:
 def _has_checkpoints(folder: Path) -> bool:
     places = (folder / CHECKPOINTS, folder / CHECKPOINTS / STAGE_TWO)
     return any(numbered_checkpoints(place) for place in places)
-
-
-def _is_inside(path: str | None, folder: Path) -> bool:
-    return path is not None and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def _say(line: str) -> None:

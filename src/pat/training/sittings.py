@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -41,7 +42,9 @@ class Clock:
         try:
             stored = json.loads((Path(checkpoint) / SECONDS).read_text(encoding="utf-8"))
             earlier = {str(part): float(seconds) for part, seconds in stored.items()}
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            if not all(0 <= seconds < math.inf for seconds in earlier.values()):
+                raise ValueError("no time")
+        except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             logger.warning(
                 "%s does not say in a %s how long the run had taken by then; its timings are of what follows.",
                 checkpoint,

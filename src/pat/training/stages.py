@@ -34,7 +34,15 @@ from pat.training.base_scores import BaseScores
 from pat.training.beginning import begun
 from pat.training.callback import PatCallback
 from pat.training.check import compacts, warn_without_rotation
-from pat.training.checkpoints import STAGE_TWO, continue_from, is_compact, load_finished, load_hard
+from pat.training.checkpoints import (
+    STAGE_TWO,
+    check_fit,
+    continue_from,
+    is_compact,
+    load_finished,
+    load_hard,
+    taken_from,
+)
 from pat.training.folder import Start
 from pat.training.guard import FiniteGuard
 from pat.training.handover import checkpoint_for, is_sharded, unsharded, write_adapter
@@ -157,7 +165,8 @@ class Stages:
         """Return what the folder holds of a training that is over."""
         folder = last_adapter(self.arguments.output_dir)
         facts = training_facts(self.arguments.output_dir, self.num_steps)
-        model = self._load_compact(folder) if folder.parent == self.compact_dir else with_adapter(base, folder)
+        with taken_from(folder):
+            model = self._load_compact(folder) if folder.parent == self.compact_dir else with_adapter(base, folder)
         return Trained.of(cast(dict[str, Any], facts), model, self.run_file, self.arguments.output_dir)
 
     def _load_compact(self, adapter: str | Path) -> PeftModel:
@@ -165,7 +174,8 @@ class Stages:
 
     def _resume_compact(self, checkpoint: str) -> Trained:
         record = read_compaction(self.compact_dir)
-        model = self._load_compact(checkpoint)
+        with taken_from(checkpoint):
+            model = self._load_compact(checkpoint)
         trainer = self._trainer(model, self.data.trainer_args(self.arguments.sft), self.checkpoints / STAGE_TWO)
         self.teaching.begin(trainer)
         self._train(trainer, "stage_two", checkpoint)
@@ -204,6 +214,7 @@ class Stages:
                 if resume_from is None or not load_finished(trainer, resume_from, self.num_steps):
                     if resume_from is not None:
                         resume_from = str(ranks.first(partial(checkpoint_for, Path(resume_from), trainer)))
+                        check_fit(trainer, Path(resume_from))
                     trainer.train(resume_from_checkpoint=resume_from)
         except Diverged as error:
             last = Path(cast(str, trainer.args.output_dir)) / "last-finite"

@@ -21,7 +21,17 @@ def test_a_clock_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     assert "compaction" not in clock.seconds()
 
 
-@pytest.mark.parametrize("content", [None, '{"stage_one": 1', "[1]", '{"stage_one": 1, "stage_two": null}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        '{"stage_one": 1',
+        "[1]",
+        '{"stage_one": 1, "stage_two": null}',
+        '{"stage_one": 1, "stage_two": NaN}',
+        f'{{"stage_one": 1{"0" * 400}}}',
+    ],
+)
 def test_a_checkpoint_without_seconds_is_gone_on_from_with_a_warning(
     tmp_path: Path, content: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:

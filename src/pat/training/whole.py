@@ -1,0 +1,126 @@
+"""Whether what a run has left is whole, as far as a look at its files tells: checkpoints, and written models."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+from transformers import TrainerState
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from pat.errors import PatError, one_line
+from pat.kinds import misfits
+from pat.loading.stored import stored_tensors
+
+RANDOM_STATE = "rng_state.pth"
+
+INSTEAD = {RANDOM_STATE: (RANDOM_STATE, "rng_state_0.pth"), OPTIMIZER_NAME: (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN)}
+"""What a file is called elsewhere: each of several processes has a random state, FSDP2 a file of another form."""
+
+NEEDED = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, RANDOM_STATE, TRAINER_STATE_NAME)
+"""Files without which a training that goes on would not be the one that was cut off."""
+
+_NUMBERS = {field.name for field in fields(TrainerState)} - {"log_history", "stateful_callbacks", "trial_params"}
+
+_OF_THE_PLACE = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"}
+"""Keys of an adapter's configuration that say nothing about what it computes."""
+
+
+def flaw(checkpoint: Path, needed: Collection[str] = NEEDED) -> str | None:
+    """Return what is wrong with the files that a training goes on from; None if all open and those needed are there.
+
+    The trainer writes into the folder's final place: one that was killed leaves a part of them, the last cut off.
+    """
+    for name in (*NEEDED, SCALER_NAME):
+        found = (checkpoint / other for other in INSTEAD.get(name, ()))
+        path = next((path for path in found if path.is_file()), checkpoint / name)
+        if not path.is_file():
+            if name in needed:
+                return f"it has no {name}"
+            continue
+        try:
+            content = _open(path)
+            wrong = _flaw_of_state(content, checkpoint.name) if name == TRAINER_STATE_NAME else None
+        except Exception as error:  # of many kinds, which each format has for itself
+            wrong = f"is not readable ({one_line(error)})"
+        if wrong is not None:
+            return f"its {name} {wrong}"
+    return None
+
+
+def other_adapter(checkpoint: Path, adapter: Path) -> str | None:
+    """Return what a checkpoint's adapter is otherwise than the run's; None if nothing, or if the run's is not known.
+
+    Args:
+        checkpoint: folder of it, whose files open.
+        adapter: folder of the run's adapter.
+    """
+    try:
+        ours = json.loads((adapter / CONFIG_NAME).read_text(encoding="utf-8"))
+        names = sorted(ours.keys() - _OF_THE_PLACE)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    stored = json.loads((checkpoint / CONFIG_NAME).read_text(encoding="utf-8"))
+    if not isinstance(stored, dict):
+        return f"its {CONFIG_NAME} is no mapping"
+    # Another version of peft knows other keys.
+    name = next((name for name in names if name in stored and _plain(stored[name]) != _plain(ours[name])), None)
+    return name and f"its {CONFIG_NAME} has {name}={stored[name]!r:.100}, and the run's adapter {ours[name]!r:.100}"
+
+
+def model_flaw(folder: Path) -> str | None:
+    """Return what is wrong with the files of a written model, whose weights are not read; None if all are whole."""
+    if not (folder / "config.json").is_file():
+        return "it has no config.json"
+    for path in sorted(folder.glob("*.json")):
+        try:
+            _open(path)
+        except (OSError, ValueError, RecursionError) as error:
+            return f"its {path.name} is not readable ({one_line(error)})"
+    try:
+        return None if stored_tensors(str(folder)) else "it has no weights"
+    except PatError as error:
+        return str(error).rstrip(".")
+
+
+def _open(path: Path) -> Any:
+    """Raise an error, of any kind, if a file is not whole; return what it holds if it is JSON."""
+    if path.suffix == ".json":
+        return json.loads(path.read_text(encoding="utf-8"))
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt"):  # compares the size of the file with what its header says
+            return None
+    with zipfile.ZipFile(path) as archive:
+        if (member := archive.testzip()) is not None:
+            raise ValueError(f"{member} has another checksum")
+    return None
+
+
+def _flaw_of_state(state: Any, folder: str) -> str | None:
+    """Return what is wrong with the state of a trainer, among others that it is of another step than the folder."""
+    if not isinstance(state, dict):
+        return "is no mapping"
+    if (wrong := misfits({name: state[name] for name in _NUMBERS & state.keys()}, TrainerState)) is not None:
+        return f"cannot be used ({wrong})"
+    history = state.get("log_history")
+    if not isinstance(history, list) or not all(isinstance(row, Mapping) for row in history):
+        return "cannot be used (its log_history is no list of mappings)"
+    TrainerState(**state)  # knows all of its keys
+    step = state.get("global_step")
+    if not isinstance(step, int) or step < 0:
+        return f"cannot be used (got global_step={step!r:.100}; expected a whole number)"
+    number = folder.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    if number != folder and number.isdigit() and int(number) != step:
+        return f"is that of step {step}"
+    return None
+
+
+def _plain(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, list) else value  # peft has sets, which have no order
