@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from pat.checkpoint.adapter import adapter_tokens, base_config_for, base_of, load_adapted, read_adapter_config
 from pat.checkpoint.card import shown_name
+from pat.errors import PatError
 from pat.evaluation.harness import TaskScores, evaluate_tasks, load_tasks
 from pat.evaluation.options import COMMAND, RESULTS, EvaluateOptions
 from pat.loading import load_base, load_config, load_tokenizer, padded
@@ -76,7 +77,11 @@ def run_evaluate(options: EvaluateOptions) -> EvaluationRecord:
 def _evaluate(options: EvaluateOptions, warnings: list[str]) -> EvaluationRecord:
     # Everything is read before the weights: a wrong column should not take minutes to be found.
     adapter = read_adapter_config(options.model) if os.path.isfile(Path(options.model) / CONFIG_NAME) else None
-    name, revision = (options.model, None) if adapter is None else base_of(options.model, adapter, None)
+    if adapter is None and options.base_model is not None:
+        raise PatError(
+            f"Got base_model={options.base_model} beside the model {options.model}, which is no adapter; leave it out."
+        )
+    name, revision = (options.model, None) if adapter is None else base_of(options.model, adapter, options.base_model)
     if adapter is None:
         config, _ = load_config(name)
         tokenizer = load_tokenizer(name, config=config)
@@ -98,7 +103,8 @@ def _evaluate(options: EvaluateOptions, warnings: list[str]) -> EvaluationRecord
             limit=options.limit,
         )
 
-    network: nn.Module = load_base(name) if adapter is None else load_adapted(options.model)
+    adapted = None if adapter is None else load_adapted(options.model, base_model=options.base_model)
+    network: nn.Module = adapted or load_base(name)
     network = network.to(resolve_device("auto")).eval()
     text = responses = scores = None
     if content is not None:

@@ -30,6 +30,10 @@ class EvaluateOptions:
     """One evaluation of one model."""
 
     model: str = field(metadata={"help": "Model folder or hub id, or the folder of a PAT adapter."})
+    base_model: str | None = field(
+        default=None,
+        metadata={"help": "Folder or hub id of an adapter's base, if it is no longer where it was."},
+    )
     text_file: Path | None = field(default=None, metadata={"help": "Plain text whose perplexity is measured."})
     dataset_name: str | None = field(
         default=None, metadata={"help": "Instruction data; the mean NLL of its responses is measured."}
@@ -109,8 +113,9 @@ class EvaluateOptions:
 
     @property
     def model_digest(self) -> str:
-        """Digest of the model's full path or hub id."""
-        name = os.path.realpath(self.model) if os.path.isdir(self.model) else self.model
+        """Digest of the model's full path or hub id, and of those of the base if one is given."""
+        names = [name for name in (self.model, self.base_model) if name is not None]
+        name = "\0".join(os.path.realpath(name) if os.path.isdir(name) else name for name in names)
         return hashlib.sha256(name.encode()).hexdigest()[:16]
 
     def _check_output_dir(self, folder: Path) -> None:

@@ -122,6 +122,21 @@ def test_a_limit_counts_rows_and_thousands_of_tokens(folder: Path, tmp_path: Pat
     assert record.text is not None and 990 < record.text.num_tokens <= 1000
 
 
+def test_the_base_of_an_adapter_can_have_moved(folder: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(folder / "base", tmp_path / "moved")
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    with pytest.raises(PatError, match="which is not there; pass --base_model"):
+        run(folder, str(tmp_path / "adapter"))
+    record = run(folder, str(tmp_path / "adapter"), base_model=str(moved))
+    assert record.base_model == "moved" and record.text == run(folder, "adapter").text
+    other = EvaluateOptions(str(tmp_path / "adapter"), text_file=folder / "text.txt")
+    assert record.model_digest != other.model_digest, "answers on one base are not those on another"
+    with pytest.raises(PatError, match=r"base_model=.*, which is no adapter; leave it out"):
+        run(folder, "base", base_model=str(moved))
+
+
 def test_what_is_cut_is_counted_and_said(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [*ROWS, {"prompt": "Say " * 40, "completion": "yes"}]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
