@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
-from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from pat.checkpoint.card import Compaction, shown_name
 from pat.checkpoint.compact import MODEL, RECORD, read_compaction
@@ -23,8 +22,6 @@ from pat.checkpoint.layout import UnknownLayoutError
 from pat.checkpoint.trust import carries_base_weights, check_base, check_keys, check_tensors, check_written_along
 from pat.errors import PatError, one_line
 from pat.loading import (
-    TokenSetup,
-    check_special_ids,
     grow_embedding,
     grown_rows,
     load_base,
@@ -155,29 +152,6 @@ def _kept_tokens(
     if not isinstance(config, PatConfig) or config.base_vocab_size != base_config.vocab_size:
         return None  # a base of another size is refused like any other that does not fit
     return kept_tokens(load_plain_tokenizer(name, revision=revision), load_plain_tokenizer(str(adapter)))
-
-
-def adapter_tokens(
-    adapter: str | os.PathLike[str], name: str, base_config: PretrainedConfig, *, revision: str | None = None
-) -> TokenSetup:
-    """Return the tokenizer and generation config of the run that an adapter is of, or else those of its base model.
-
-    Raises:
-        PatError: neither has a tokenizer, or its special tokens lie beyond the base's embedding.
-    """
-    folder = Path(adapter)
-    is_there = (folder / TOKENIZER_CONFIG_FILE).is_file()
-    tokenizer = load_plain_tokenizer(str(folder)) if is_there else load_plain_tokenizer(name, revision=revision)
-    check_special_ids(tokenizer, base_config.vocab_size)
-    generation_config = base_tokenizer = None
-    with suppress(OSError):
-        generation_config = GenerationConfig.from_pretrained(name, revision=revision or "main")
-    with suppress(OSError):
-        generation_config = GenerationConfig.from_pretrained(folder)
-    if is_there:
-        with suppress(PatError):
-            base_tokenizer = load_plain_tokenizer(name, revision=revision)
-    return TokenSetup.of(base_config, generation_config, tokenizer, base_tokenizer=base_tokenizer)
 
 
 def load_hollow(

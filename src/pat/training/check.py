@@ -17,6 +17,7 @@ from pat.shape import AXES, DEFAULT_PRUNING_RATIO, LARGE_RATIO, TARGETS, Shape, 
 from pat.surgery.residual import ResidualStream
 from pat.training.arguments import TuneArguments
 from pat.training.calibration_text import read_calibration
+from pat.training.data_files import is_saved
 from pat.training.engine import check_engine
 from pat.training.folder import check_folder
 from pat.training.prepare import Prepared
@@ -181,8 +182,16 @@ def _warn_of_idle_flags(arguments: TuneArguments) -> None:
         of_many = [n for n in given if n.startswith("ddp_") or n == "eval_use_gather_object"]
         for name in (name for name in of_many if values[name] != given[name].default):
             logger.warning("%s=%s has no effect in one process.", name, values[name])
-    if arguments.run.dataset_config is not None and all(map(os.path.isfile, arguments.run.dataset_names)):
-        logger.warning("dataset_config=%s has no effect on a local file.", arguments.run.dataset_config)
+    if arguments.run.dataset_config is not None and all(map(_has_one_configuration, arguments.run.dataset_names)):
+        logger.warning(
+            "dataset_config=%s has no effect on a local file, or what `save_to_disk` has left.",
+            arguments.run.dataset_config,
+        )
+
+
+def _has_one_configuration(name: str) -> bool:
+    path = os.path.expanduser(name)
+    return os.path.isfile(path) or (os.path.isdir(path) and is_saved(Path(path)))
 
 
 def _parts(arguments: TuneArguments) -> tuple[Any, ...]:

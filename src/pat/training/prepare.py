@@ -294,5 +294,7 @@ def _verification(examples: Iterable[Any], vocabulary: Vocabulary, base_config: 
     batches = list(batches_from_examples(first, batch_size=VERIFY_BATCH_SIZE, pad_token_id=pad_token_id))
     if sum(len(example["input_ids"]) for example in first) < MIN_VERIFY_TOKENS:
         max_positions = getattr(base_config, "max_position_embeddings", None)
-        batches += verification_batches(vocabulary.tokenizer, max_positions=max_positions)
+        batches += verification_batches(
+            vocabulary.tokenizer, num_embeddings=vocabulary.num_embeddings, max_positions=max_positions
+        )
     return batches

@@ -40,7 +40,10 @@ def checked(folder: Path, **flags: Any) -> None:
         ({"mask": "frozen", "pruned_intermediate_size": 40, "milestone": 0.3}, None),
         ({"mask": "frozen", "axes": "hidden"}, None),
         ({"ddp_timeout": 60}, "ddp_timeout=60 has no effect in one process."),
-        ({"dataset_config": "main"}, "dataset_config=main has no effect on a local file."),
+        (
+            {"dataset_config": "main"},
+            "dataset_config=main has no effect on a local file, or what",
+        ),
         ({"pruned_hidden_size": 20}, "more than has been shown to work"),
         ({}, None),
     ],

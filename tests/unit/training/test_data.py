@@ -15,15 +15,17 @@ from typing import Any
 import datasets
 import pyarrow
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import AutoTokenizer
 
 from pat.errors import PatError
 from pat.training import sources
 from pat.training.alpaca_chat import alpaca_chat
+from pat.training.conversion import Reading
 from pat.training.data import load_training_data
 from pat.training.data_files import split_of
 from pat.training.formats import listed
+from pat.training.streamed import open_source
 
 STORIES = Path(__file__).resolve().parents[2] / "data" / "stories260K"
 CHAT: Any = SimpleNamespace(chat_template="{{ messages }}")  # a tokenizer is asked for nothing else
@@ -395,6 +397,52 @@ def test_a_folder_that_says_how_it_is_read_is_left_to_datasets(
     assert load_training_data(folder, held_out=0).train["completion"][:] == ["a", "b"]
     folder_of(folder, {"README.md": "---\na: [\n---\n"})
     assert load_training_data(folder, held_out=0).num_rows == 2 and "is no dataset card" in caplog.text
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_cells_of_csv_files_stay_as_they_are_where_datasets_reads_them(tmp_path: Path, streaming: bool) -> None:
+    """A sole file, too, which the folder says is of a split and has a separator of its own."""
+    parts = "    sep: ;\n  data_files:\n  - split: test\n    path: a.csv\n"
+    card = f"---\nconfigs:\n- config_name: odd\n{parts.replace('    sep', '  sep')}---\n"
+    cells = {"q": "007", "b": "3", "c": "1.50", "d": "NA", "e": "True", "f": ""}
+    rows = "".join(f"{key};{value}\n" for key, value in cells.items())
+    folder = folder_of(tmp_path / "data", {"README.md": card, "a.csv": f"instruction;output\n{rows}"})
+    reading = Reading()
+    options: dict[str, Any] = {"split": "test", "config_name": "odd"}
+    if streaming:
+        placed = list(open_source(str(folder), reading, 0, **options)[0].placed())
+        assert [row for _, row in placed] == [{"instruction": key, "output": cells[key]} for key in cells]
+    else:
+        data = load_training_data(folder, held_out=0, **options)
+        assert data.train["completion"][:] == ["007", "3", "1.50", "NA", "True"] and data.num_dropped == 1
+    card = "---\nconfigs:\n---\n"  # says nothing
+    folder_of(folder, {"README.md": card, "a.csv": "instruction,output\na,007\n"})
+    assert load_training_data(folder, held_out=0).train["completion"][:] == ["007"]
+
+
+@pytest.mark.parametrize("file", ["data-00000-of-00001.arrow", "state.json", "dataset_info.json"])
+@pytest.mark.parametrize("fault", ["missing", "torn", "other"])
+def test_a_saved_dataset_that_is_not_whole_is_named(tmp_path: Path, file: str, fault: str) -> None:
+    folder = tmp_path / "saved"
+    Dataset.from_list(alpaca_rows(300)).save_to_disk(str(folder))
+    if fault == "missing":
+        (folder / file).unlink()
+    else:
+        data = (folder / file).read_bytes()
+        (folder / file).write_bytes(data[: len(data) // 2] if fault == "torn" else b"[]")
+    if (file, fault) == ("state.json", "missing"):
+        refused(folder, str(folder))  # is a folder of other files then
+        return
+    for read in (load_training_data, lambda path: open_source(str(path), Reading(), 0)):
+        with pytest.raises(PatError, match=r"is no whole dataset of `save_to_disk`|could not be read"):
+            read(folder)
+
+
+def test_the_names_of_classes_are_learned_and_not_their_numbers(tmp_path: Path) -> None:
+    features = Features({"prompt": Value("string"), "completion": ClassLabel(names=["no", "yes"])})
+    rows = [{"prompt": "a", "completion": 1}, {"prompt": "b", "completion": 0}, {"prompt": "c", "completion": -1}]
+    Dataset.from_list(rows, features).save_to_disk(str(tmp_path / "saved"))
+    assert load_training_data(tmp_path / "saved", held_out=0).train["completion"][:] == ["yes", "no", "-1"]
 
 
 def test_files_of_other_forms_are_named_by_what_is_missing(tmp_path: Path) -> None:

@@ -463,6 +463,13 @@ def test_arguments_that_do_not_fit_the_data(base: Path, flags: Any, rows: list[A
         prepared(base, rows, **flags)
 
 
+@pytest.mark.parametrize(("name", "message"), [("t.jinja", "is empty; expected a Jinja"), ("t.txt", "no Jinja file")])
+def test_a_template_that_is_none_is_named_by_its_flag(base: Path, tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(PatError, match=f"--chat_template_path .*{name}, which .*{message}"):
+        prepared(base, [PAIR], chat_template_path=str(tmp_path / name))
+
+
 @pytest.mark.parametrize("form", ["file", "folder"])
 def test_the_template_is_taken_over_before_anything_is_tokenised(form: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", make_tokenizer(chat=False))
@@ -471,7 +478,7 @@ def test_the_template_is_taken_over_before_anything_is_tokenised(form: str, tmp_
     other.eos_token = "<end>"
     path = make_base(tmp_path / "other", other) if form == "folder" else tmp_path / "template.jinja"
     if form == "file":
-        path.write_text(CHAT_TEMPLATE, encoding="utf-8")
+        path.write_text(CHAT_TEMPLATE, encoding="utf-8-sig")  # whose mark is none of the template
     rows = [{"messages": [say("user", "a"), say("assistant", "b")]}]
 
     data = prepared(base, rows, chat_template_path=str(path))
