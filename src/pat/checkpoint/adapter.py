@@ -15,8 +15,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapp
 from transformers import PretrainedConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from pat.checkpoint.card import Compaction, shown_name
-from pat.checkpoint.compact import MODEL, RECORD, read_compaction
+from pat.checkpoint.card import shown_name
+from pat.checkpoint.compact import MODEL, RECORD, compaction_of
 from pat.checkpoint.hollow import StoredWeights, hollow_model
 from pat.checkpoint.layout import UnknownLayoutError
 from pat.checkpoint.trust import carries_base_weights, check_base, check_keys, check_tensors, check_written_along
@@ -71,19 +71,6 @@ def read_adapter_config(adapter: str | os.PathLike[str]) -> LoraConfig:
         return cast(LoraConfig, config_class.from_pretrained(str(folder)))
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise PatError(f"{folder / CONFIG_NAME}: not a usable configuration ({one_line(error)}).") from error
-
-
-def compaction_of(adapter: str | os.PathLike[str]) -> Compaction | None:
-    """Return what was cut to get to the model that an adapter is for, if it is the adapter of a compact model.
-
-    Raises:
-        PatError: the record is not readable.
-    """
-    folder = Path(adapter).resolve()
-    stored = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    # Beside the adapter, or (a checkpoint of stage two) beside the base that it names.
-    places = [folder.parent, Path(stored.get("base_model_name_or_path") or "").parent]
-    return next((read_compaction(place) for place in places if (place / RECORD).is_file()), None)
 
 
 def base_of(adapter: str | os.PathLike[str], config: LoraConfig, base_model: str | None) -> tuple[str, str | None]:

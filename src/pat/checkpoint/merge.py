@@ -21,14 +21,13 @@ from transformers import PretrainedConfig
 from pat.checkpoint.adapter import (
     base_config_for,
     base_of,
-    compaction_of,
     load_adapted,
     load_hollow,
     read_adapter_config,
 )
 from pat.checkpoint.adapter_tokens import adapter_tokens
 from pat.checkpoint.card import Cut, shown_name
-from pat.checkpoint.compact import ADAPTER, RECORD
+from pat.checkpoint.compact import ADAPTER, RECORD, compaction_of
 from pat.checkpoint.options import MergeOptions
 from pat.checkpoint.staging import check_output_folder, staged_folder
 from pat.checkpoint.verification_text import MAX_TOKENS, verification_batches

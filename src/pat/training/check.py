@@ -21,7 +21,7 @@ from pat.training.data_files import is_saved
 from pat.training.engine import check_engine
 from pat.training.folder import check_folder
 from pat.training.prepare import Prepared
-from pat.training.run_file import RUN_FILE, RunFile
+from pat.training.run_file import RUN_FILE, RunFile, tokens_fingerprint
 from pat.training.teacher import check_distillation, check_teacher
 from pat.training.vocabulary import trimmed_budget
 from pat.tuner.compaction import check_compactable
@@ -117,7 +117,7 @@ def check_run(arguments: TuneArguments, checked: Checked, data: Prepared) -> Run
         PatError: that run has another configuration.
     """
     check_teacher(arguments, checked.base_config, data.vocabulary)
-    run = RunFile.of(arguments, checked.base_config, data.record.fingerprint)
+    run = RunFile.of(arguments, checked.base_config, data.record.fingerprint, tokens_fingerprint(data))
     if arguments.run.overwrite:
         return run
     if (own := RunFile.read(arguments.output_dir)) is not None:

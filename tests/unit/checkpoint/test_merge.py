@@ -238,10 +238,18 @@ WRONG: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "base of the same shape": (
         lambda work: make_base(work / "other", seed=1),
         {"base_model": "other"},
-        "other: it was made for weights with the fingerprint …[0-9a-f]{8}, these have …[0-9a-f]{8}",
+        "other: it was made for a model with the fingerprint …[0-9a-f]{8}, this one has …[0-9a-f]{8}",
     ),
     "base that was changed": (
         lambda w: change_tensors(w / "base/model.safetensors", lambda t: t[UP].mul_(1.5)), {}, "fingerprint"
+    ),
+    "base of which a row was changed": (
+        lambda w: change_tensors(w / "base/model.safetensors", lambda t: t[UP][1].mul_(3)), {}, "fingerprint"
+    ),
+    "base with positions of another scale": (
+        lambda w: edit_base(w, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}),
+        {},
+        "fingerprint",
     ),
     "base that names fewer layers": (
         lambda w: edit_base(w, num_hidden_layers=1), {}, "hold .* tensors .*num_hidden_layers=1"

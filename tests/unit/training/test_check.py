@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from tiny_models import build
 
 from pat.errors import PatError
@@ -64,7 +65,8 @@ def test_what_needs_another_flag_is_known() -> None:
 def test_going_on_with_other_rows_per_step_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     build("llama", tied=True).save_pretrained(tmp_path / "base")
     config, _ = load_config(str(tmp_path / "base"))
-    prepared: Any = SimpleNamespace(vocabulary=None, record=SimpleNamespace(fingerprint="d"))
+    record, none = SimpleNamespace(fingerprint="d"), Dataset.from_dict({"input_ids": [], "labels": []})
+    prepared: Any = SimpleNamespace(vocabulary=None, record=record, train=none, held_out=(), held_out_of_base=None)
     before, after = (
         build_arguments(
             model_name_or_path=tmp_path / "base",
