@@ -16,6 +16,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -131,7 +132,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         yield cast(BinaryIO, file)
 
 
-def _read_jsonl(path: Path) -> Iterator[Placed]:
+def _read_lines(path: Path) -> Iterator[Placed]:
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
@@ -149,10 +150,10 @@ def _row_of_line(path: Path, line: bytes, number: int) -> Placed:
         return place, error
 
 
-def _read_json(path: Path) -> Iterator[Placed]:
-    """Read a list of objects, an object that holds such a list, or one object per line."""
-    if _is_lines(path):
-        yield from _read_jsonl(path)
+def _read_json(path: Path, *, promises_lines: bool = False) -> Iterator[Placed]:
+    """Read a list of objects, an object that holds such a list, or one object per line, as its suffix promises."""
+    if _is_lines(path, promises_lines):
+        yield from _read_lines(path)
         return
     with _opened(path) as file:
         whole = _decode(path, file.read().decode("utf-8-sig"))
@@ -177,13 +178,15 @@ def _is_column(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and not any(isinstance(cell, dict | list) for cell in value)
 
 
-def _is_lines(path: Path) -> bool:
-    """Tell whether the first of several lines is an object of its own."""
+def _is_lines(path: Path, promised: bool) -> bool:
+    """Tell whether the first of several lines is an object of its own or, where that is promised, opens no list."""
     with _opened(path) as file:
         lines = (text for line in file if (text := line.removeprefix(codecs.BOM_UTF8).strip()))
         first, second = next(lines, b""), next(lines, b"")
+    if promised and not first.startswith(b"["):
+        return True
     try:
-        return bool(second) and isinstance(_DECODER.decode(first.decode()), dict)
+        return bool(second) and (isinstance(_DECODER.decode(first.decode()), dict) or promised)
     except (json.JSONDecodeError, UnicodeDecodeError):
         return False
     except (ValueError, RecursionError):
@@ -224,7 +227,11 @@ def _read_csv(path: Path) -> Iterator[Placed]:
         with _opened(path) as file:
             text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
             reader = csv.DictReader(text, strict=True, delimiter=delimiter)
-            _refuse_repeated(reader.fieldnames or (), f"{path}, line 1")
+            while (
+                reader.fieldnames is not None and not "".join(reader.fieldnames).strip() and len(reader.fieldnames) < 2
+            ):
+                reader.fieldnames = None  # a blank line: the next one is the header
+            _refuse_repeated(reader.fieldnames or (), f"{path}, line {reader.line_num}")
             for row in reader:
                 yield _row_of_cells(path, row, reader.line_num, len(reader.fieldnames or ()))
     except csv.Error as error:
@@ -267,8 +274,8 @@ def _unpack_zstd(stored: BinaryIO) -> BinaryIO:
 
 READERS: dict[str, Callable[[Path], Iterator[Placed]]] = {
     ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
+    ".jsonl": partial(_read_json, promises_lines=True),
+    ".ndjson": partial(_read_json, promises_lines=True),
     ".parquet": _read_parquet,
     ".csv": _read_csv,
     ".tsv": _read_csv,

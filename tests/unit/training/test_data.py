@@ -169,6 +169,18 @@ CONVERSATIONS: dict[str, tuple[dict[str, Any], Rows]] = {
         {"messages": json.dumps([user("a"), answer("b")])},
         [chat(user("a"), answer("b"))],
     ),
+    "prompt and completion as JSON text": (
+        {"prompt": json.dumps([user("a")]), "completion": " " + json.dumps([answer("b")])},
+        [chat(user("a"), answer("b"))],
+    ),
+    "NaN is null": (
+        {
+            "messages": [user("a", train=float("nan")), answer(float("nan"), tool_calls=CALL, weight=float("nan"))],
+            "system": float("nan"),
+            "tools": float("nan"),
+        },
+        [chat(user("a"), answer("", tool_calls=CALL), tools=None)],
+    ),
     "an input without an instruction": (
         {"instruction": " ", "input": "i", "output": "a"},
         [chat(user("i"), answer("a"))],
@@ -272,8 +284,11 @@ FILES: dict[str, bytes | Callable[[Path], None]] = {
     "d.ndjson": JSONL,
     "lines.json": JSONL,
     "list.json": json.dumps(alpaca_rows(3), indent=1).encode(),
+    "list.jsonl": b"\xef\xbb\xbf\n" + json.dumps(alpaca_rows(3), indent=1).encode(),
+    "line.ndjson": json.dumps(alpaca_rows(3)).encode(),
     "held.json": b'{"version": "1",\n"data": ' + json.dumps(alpaca_rows(3)).encode() + b"}",
     "d.csv": delimited(alpaca_rows(3), ","),
+    "blank.csv": b"\xef\xbb\xbf\n \n" + delimited(alpaca_rows(3), ","),
     "d.tsv": delimited(alpaca_rows(3), "\t"),
     "d.parquet": parquet(alpaca_rows(3)),
     "d.jsonl.gz": gzip.compress(JSONL, mtime=0),
@@ -467,6 +482,10 @@ BAD_FILES: list[tuple[str, str | bytes, list[str]]] = [
     ("data.jsonl", f"{GOOD}\n\n{GOOD[:-1]}\n{GOOD}", ["data.jsonl, line 3", "not valid JSON"]),
     ("data.json", f"[{GOOD},\n {GOOD[:-5]}]", ["data.json, line 2", "not valid JSON"]),
     ("data.jsonl", f"{GOOD}\n[1]", ["data.jsonl, line 2", "a JSON list", "expected an object"]),
+    ("data.jsonl", f"[{GOOD},\n {GOOD[:-5]}]", ["data.jsonl, line 2", "not valid JSON"]),
+    ("data.jsonl", f"[1]\n{GOOD}", ["data.jsonl, line 1", "a JSON list", "expected an object"]),
+    ("data.csv", "\n\n", ["has no rows"]),
+    ("data.csv", "\n,,a\n1,2,3\n", ["line 2", "more than one column ''"]),
     ("data.json", f"[{GOOD}, 3]", ["data.json, row 2", "a JSON number"]),
     ("data.json", '{"train": [{"a": 1}], "test": [{"a": 1}]}', ["several lists of rows (train, test)"]),
     ("data.jsonl", f'{GOOD}\n{{"x": {DEEP}}}', ["line 2: nested too deeply"]),
@@ -497,6 +516,7 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "x.png"}}]
 BAD_ROWS: list[tuple[dict[str, Any], Any, str]] = [
     ({"instruction": "a"}, CHAT, "'output' is missing (found instruction)"),
     ({"instruction": None, "output": "b"}, CHAT, "'instruction' is missing or null"),
+    ({"instruction": float("nan"), "output": "b"}, CHAT, "'instruction' is missing or null"),
     ({"instruction": "a", "output": True}, CHAT, "'output' is of type bool"),
     ({"instruction": "a", "output": {"x": 1}}, CHAT, "'output' is of type dict"),
     ({"instruction": "a", "output": ["b", "c"]}, CHAT, "'output' is a list with a part of type str, expected a string"),
@@ -532,6 +552,23 @@ def test_bad_rows_are_named_by_their_line(tmp_path: Path, row: dict[str, Any], t
     path = tmp_path / "data.jsonl"
     path.write_text(f"{json.dumps(good)}\n\n{json.dumps(row)}\n", encoding="utf-8")
     refused(path, f"{path}, line 3: ", part, tokenizer=tokenizer)
+
+
+def test_text_that_is_no_message_list_stays_text(tmp_path: Path) -> None:
+    spelled = [json.dumps([user("a")]), '[{"name": "f"}]', "[1]", "[a"]
+    rows = [{"prompt": "say it in JSON", "completion": text} for text in spelled]
+    assert [row["completion"] for row in converted(tmp_path, rows)] == spelled
+    rows.append({"prompt": spelled[0], "completion": "b"})
+    assert converted(tmp_path, rows)[-1] == rows[-1]
+    refused(write(tmp_path / "of.jsonl", rows[-1:]), "field 'completion' is of type str", tokenizer=CHAT)
+
+
+def test_where_prompts_are_learned_a_conversation_is_one_example(tmp_path: Path) -> None:
+    turns = [user("a"), answer("b"), user("c"), answer("d"), user("e")]
+    assert converted(tmp_path, [{"messages": turns}], learns_prompts=True) == [chat(*turns[:4])]
+    for row in ({"messages": [answer("b", weight=0), *turns]}, {"prompt": [user("a", train=0)], "completion": turns}):
+        path = write(tmp_path / "of.jsonl", [row])
+        refused(path, "line 1: a message is not to be learned", "--comp", tokenizer=CHAT, learns_prompts=True)
 
 
 def test_pairs_that_differ_from_row_to_row(tmp_path: Path) -> None:
