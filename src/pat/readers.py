@@ -14,7 +14,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow.parquet
 
 from pat.errors import PatError
+from pat.strict_json import DECODER, RepeatedField
 
 Row = dict[str, Any]
 
@@ -94,35 +95,26 @@ def data_suffix(path: Path) -> str:
     return Path(path.stem if path.suffix.lower() in DECOMPRESSORS else path.name).suffix.lower()
 
 
-def row_of_table(row: Row) -> Row:
-    """Leave out what is null in objects within a row, as a table gives each the fields of all; a cell stays null."""
-    return {name: _without_nulls(value) for name, value in row.items()}
+def row_of_table(row: Row, labels: Mapping[str, Sequence[str]] | None = None) -> Row:
+    """Return a row of a table as it is meant: labels by their names, and no nulls within its objects.
+
+    A table gives each object the fields of all; a cell stays null.
+
+    Args:
+        row: of the table.
+        labels: names of the values of columns that hold them as numbers.
+    """
+    row = {name: _without_nulls(value) for name, value in row.items()}
+    for column, names in (labels or {}).items():
+        number = row.get(column)
+        row[column] = names[number] if isinstance(number, int) and 0 <= number < len(names) else None
+    return row
 
 
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _integer(digits: str) -> int | str:
-    """Read an integer of 64 bits; what is longer stays text, since neither Python nor Arrow takes it at any length."""
-    return int(digits) if len(digits) < 19 or (len(digits) < 21 and -(2**63) <= int(digits) < 2**63) else digits
-
-
-def _fields(pairs: list[tuple[str, Any]]) -> Row:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):  # the last one would win silently
-        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise _RepeatedField(f"an object has the field {name!r} more than once")
-    return fields
-
-
-class _RepeatedField(ValueError):
-    """An object has two fields of one name."""
-
-
-_DECODER = json.JSONDecoder(parse_int=_integer, object_pairs_hook=_fields)
 
 
 @contextmanager
@@ -186,7 +178,7 @@ def _is_lines(path: Path, promised: bool) -> bool:
     if promised and not first.startswith(b"["):
         return True
     try:
-        return bool(second) and (isinstance(_DECODER.decode(first.decode()), dict) or promised)
+        return bool(second) and (isinstance(DECODER.decode(first.decode()), dict) or promised)
     except (json.JSONDecodeError, UnicodeDecodeError):
         return False
     except (ValueError, RecursionError):
@@ -201,11 +193,11 @@ def _decode(path: Path, text: str, line: int | None = None) -> Any:
     """Decode a line of a file, or all of it."""
     first = line or 1
     try:
-        return _DECODER.decode(text)
+        return DECODER.decode(text)
     except json.JSONDecodeError as error:
         reason = f"line {first + error.lineno - 1}: not valid JSON ({error.msg} at column {error.colno})"
         raise PatError(f"{path}, {reason}; expected a list of objects or one object per line.") from error
-    except _RepeatedField as error:
+    except RepeatedField as error:
         raise PatError(f"{path}{f', line {line}' if line else ''}: {error}; expected each once.") from error
     except RecursionError as error:
         deep = _DEEP.search(text)
@@ -264,8 +256,17 @@ def _read_parquet(path: Path) -> Iterator[Placed]:
         source: Any = path if path.suffix.lower() == ".parquet" else pyarrow.BufferReader(file.read())
         with pyarrow.parquet.ParquetFile(source) as table:
             _refuse_repeated(table.schema_arrow.names, str(path))
-            batches = table.iter_batches(ROWS_AT_ONCE)
-            yield from _listed(path, (row_of_table(row) for batch in batches for row in batch.to_pylist()))
+            batches, labels = table.iter_batches(ROWS_AT_ONCE), _labels(table.schema_arrow.metadata)
+            yield from _listed(path, (row_of_table(row, labels) for batch in batches for row in batch.to_pylist()))
+
+
+def _labels(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """Return the names of labels by column, as `datasets` notes them in the files that it writes."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"].items()
+        return {name: list(kind["names"]) for name, kind in features if kind.get("_type") == "ClassLabel"}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def _unpack_zstd(stored: BinaryIO) -> BinaryIO:

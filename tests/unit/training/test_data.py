@@ -21,9 +21,11 @@ from transformers import AutoTokenizer
 from pat.errors import PatError
 from pat.training import sources
 from pat.training.alpaca_chat import alpaca_chat
+from pat.training.conversion import Reading
 from pat.training.data import load_training_data
 from pat.training.data_files import split_of
 from pat.training.formats import listed
+from pat.training.streamed import open_source
 
 STORIES = Path(__file__).resolve().parents[2] / "data" / "stories260K"
 CHAT: Any = SimpleNamespace(chat_template="{{ messages }}")  # a tokenizer is asked for nothing else
@@ -438,6 +440,20 @@ def test_a_null_answer_is_dropped_and_counted_in_every_container(tmp_path: Path,
     data = load_training_data(tmp_path / name, tokenizer=CHAT, held_out=0)
     assert (data.num_rows, data.num_dropped) == (2, 1)
     assert data.train.to_list() == [{"prompt": prompt, "completion": completion}]
+
+
+LABELS = datasets.Features({"question": datasets.Value("string"), "answer": datasets.ClassLabel(names=["no", "yes"])})
+
+
+def test_labels_are_learned_by_their_names(tmp_path: Path) -> None:
+    """In a table they are numbers, -1 where there is none."""
+    table = Dataset.from_dict({"question": ["a", "b", "c"], "answer": [1, -1, 0]}, features=LABELS)
+    table.to_parquet(tmp_path / "d.parquet")
+    data = load_training_data(tmp_path / "d.parquet", held_out=0)
+    assert data.train["completion"][:] == ["yes", "no"] and data.num_dropped == 1
+    table.save_to_disk(str(tmp_path / "saved"))
+    _, head, _ = open_source(str(tmp_path / "saved"), Reading(), 0)
+    assert head.rows["completion"][:] == ["yes", "no"] and head.num_dropped == 1
 
 
 def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
