@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from datasets import (
-    ClassLabel,
     Dataset,
     Features,
     ReadInstruction,
@@ -31,7 +30,6 @@ from pat.readers import (
     READERS,
     SUFFIXES,
     Placed,
-    Row,
     file_fingerprint,
     iterate_local,
     row_of_table,
@@ -40,7 +38,7 @@ from pat.report.progress import phase
 from pat.training.conversion import PLACE, ROW, Reading, Source, TemplateChoice, convert
 from pat.training.data_files import data_files, fingerprint_of, has_own_loading, is_saved, load_saved, say_unread
 from pat.training.formats import ALPACA, Format
-from pat.training.tables import ROWS_AT_ONCE, digest
+from pat.training.tables import ROWS_AT_ONCE, digest, labels_of
 
 TASK_PREFIX = "task:"
 """Begins the name of a dataset that is made of tasks' questions."""
@@ -196,23 +194,15 @@ def _says_what_it_holds(name: str, config_name: str | None) -> bool:
     return getattr(load_dataset_builder(name, name=config_name).config, "features", None) is not None
 
 
-def named(row: Row, features: Features | None) -> Row:
-    """Return a row with the names of classes in place of their numbers."""
-    labels = {name: kind for name, kind in (features or {}).items() if isinstance(kind, ClassLabel)}
-    known = {name: row.get(name) for name in labels}
-    return row | {name: labels[name].int2str(at) for name, at in known.items() if isinstance(at, int) and at >= 0}
-
-
 def _convert(name: str, dataset: Dataset, reading: Reading) -> Source:
     def placed() -> Iterator[Placed]:
-        number = 0
+        number, labels = 0, labels_of(dataset.features)
         try:
             for batch in dataset.iter(ROWS_AT_ONCE):
                 columns = cast(dict[str, list[Any]], batch)
                 for values in zip(*columns.values(), strict=True):
                     number += 1
-                    row = dict(zip(columns, values, strict=True))
-                    yield f"{name}, row {number}", row_of_table(named(row, dataset.features))
+                    yield f"{name}, row {number}", row_of_table(dict(zip(columns, values, strict=True)), labels)
         except (OSError, ValueError) as error:  # pyarrow's are of these kinds
             raise PatError(f"{name}: could not be read after row {number:,} ({reason_of(error)}).") from error
 

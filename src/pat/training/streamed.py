@@ -18,7 +18,8 @@ from pat.readers import Placed, Row, iterate_local, row_of_table
 from pat.report.progress import Phase
 from pat.training.conversion import PLACE, ROW, ROWS_LOOKED_AT, Conversion, Reading, Source, look_at
 from pat.training.data_files import data_files, fingerprint_of, has_own_loading, is_saved, load_saved, say_unread
-from pat.training.sources import FILE_SUFFIXES, load_from_hub, named
+from pat.training.sources import FILE_SUFFIXES, load_from_hub
+from pat.training.tables import labels_of
 
 END_BYTES = 2**20
 """Bytes at each end of a file by which it is known again; to read all of it would take minutes."""
@@ -116,12 +117,12 @@ def _of_first(examples: list[Any]) -> str:
     return f"first:{hashlib.sha256(repr(told).encode()).hexdigest()}"
 
 
-def _rows(name: str, dataset: Iterable[Any]) -> Iterator[Placed]:
+def _rows(name: str, dataset: Any) -> Iterator[Placed]:
     """Yield the rows of what `datasets` streams."""
-    number = 0
+    number, labels = 0, labels_of(dataset.features)
     try:
         for number, row in enumerate(dataset, start=1):
-            yield f"{name}, row {number}", row_of_table(named(row, getattr(dataset, "features", None)))
+            yield f"{name}, row {number}", row_of_table(row, labels)
     except Exception as error:  # whatever its parsers, file systems and HTTP client raise
         kind = RunFailed if number else PatError
         raise kind(f"{name}: could not be read after row {number:,} ({reason_of(error)}).") from error

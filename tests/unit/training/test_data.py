@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import pyarrow
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
 from pat.errors import PatError
@@ -171,6 +171,18 @@ CONVERSATIONS: dict[str, tuple[dict[str, Any], Rows]] = {
         {"messages": json.dumps([user("a"), answer("b")])},
         [chat(user("a"), answer("b"))],
     ),
+    "prompt and completion as JSON text": (
+        {"prompt": json.dumps([user("a")]), "completion": " " + json.dumps([answer("b")])},
+        [chat(user("a"), answer("b"))],
+    ),
+    "NaN is null": (
+        {
+            "messages": [user("a", train=float("nan")), answer(float("nan"), tool_calls=CALL, weight=float("nan"))],
+            "system": float("nan"),
+            "tools": float("nan"),
+        },
+        [chat(user("a"), answer("", tool_calls=CALL), tools=None)],
+    ),
     "an input without an instruction": (
         {"instruction": " ", "input": "i", "output": "a"},
         [chat(user("i"), answer("a"))],
@@ -274,8 +286,11 @@ FILES: dict[str, bytes | Callable[[Path], None]] = {
     "d.ndjson": JSONL,
     "lines.json": JSONL,
     "list.json": json.dumps(alpaca_rows(3), indent=1).encode(),
+    "list.jsonl": b"\xef\xbb\xbf\n" + json.dumps(alpaca_rows(3), indent=1).encode(),
+    "line.ndjson": json.dumps(alpaca_rows(3)).encode(),
     "held.json": b'{"version": "1",\n"data": ' + json.dumps(alpaca_rows(3)).encode() + b"}",
     "d.csv": delimited(alpaca_rows(3), ","),
+    "blank.csv": b"\xef\xbb\xbf\n \n" + delimited(alpaca_rows(3), ","),
     "d.tsv": delimited(alpaca_rows(3), "\t"),
     "d.parquet": parquet(alpaca_rows(3)),
     "d.jsonl.gz": gzip.compress(JSONL, mtime=0),
@@ -438,13 +453,6 @@ def test_a_saved_dataset_that_is_not_whole_is_named(tmp_path: Path, file: str, f
             read(folder)
 
 
-def test_the_names_of_classes_are_learned_and_not_their_numbers(tmp_path: Path) -> None:
-    features = Features({"prompt": Value("string"), "completion": ClassLabel(names=["no", "yes"])})
-    rows = [{"prompt": "a", "completion": 1}, {"prompt": "b", "completion": 0}, {"prompt": "c", "completion": -1}]
-    Dataset.from_list(rows, features).save_to_disk(str(tmp_path / "saved"))
-    assert load_training_data(tmp_path / "saved", held_out=0).train["completion"][:] == ["yes", "no", "-1"]
-
-
 def test_files_of_other_forms_are_named_by_what_is_missing(tmp_path: Path) -> None:
     files = {"a.jsonl": one("a"), "b.jsonl": json.dumps({"messages": [user("a"), answer("b")]})}
     place = "a.jsonl, line 1: field 'messages' is missing (found instruction, output); expected a list of messages"
@@ -471,6 +479,21 @@ def test_a_null_answer_is_dropped_and_counted_in_every_container(tmp_path: Path,
     data = load_training_data(tmp_path / name, tokenizer=CHAT, held_out=0)
     assert (data.num_rows, data.num_dropped) == (2, 1)
     assert data.train.to_list() == [{"prompt": prompt, "completion": completion}]
+
+
+LABELS = datasets.Features({"question": datasets.Value("string"), "answer": datasets.ClassLabel(names=["no", "yes"])})
+
+
+def test_labels_are_learned_by_their_names(tmp_path: Path) -> None:
+    """In a table they are numbers, -1 where there is none."""
+    table = Dataset.from_dict({"question": ["a", "b", "c"], "answer": [1, -1, 0]}, features=LABELS)
+    table.to_parquet(tmp_path / "d.parquet")
+    table.save_to_disk(str(tmp_path / "saved"))
+    for name in ("d.parquet", "saved"):
+        data = load_training_data(tmp_path / name, held_out=0)
+        assert data.train["completion"][:] == ["yes", "no"] and data.num_dropped == 1
+    _, head, _ = open_source(str(tmp_path / "saved"), Reading(), 0)
+    assert head.rows["completion"][:] == ["yes", "no"] and head.num_dropped == 1
 
 
 def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
@@ -515,6 +538,10 @@ BAD_FILES: list[tuple[str, str | bytes, list[str]]] = [
     ("data.jsonl", f"{GOOD}\n\n{GOOD[:-1]}\n{GOOD}", ["data.jsonl, line 3", "not valid JSON"]),
     ("data.json", f"[{GOOD},\n {GOOD[:-5]}]", ["data.json, line 2", "not valid JSON"]),
     ("data.jsonl", f"{GOOD}\n[1]", ["data.jsonl, line 2", "a JSON list", "expected an object"]),
+    ("data.jsonl", f"[{GOOD},\n {GOOD[:-5]}]", ["data.jsonl, line 2", "not valid JSON"]),
+    ("data.jsonl", f"[1]\n{GOOD}", ["data.jsonl, line 1", "a JSON list", "expected an object"]),
+    ("data.csv", "\n\n", ["has no rows"]),
+    ("data.csv", "\n,,a\n1,2,3\n", ["line 2", "more than one column ''"]),
     ("data.json", f"[{GOOD}, 3]", ["data.json, row 2", "a JSON number"]),
     ("data.json", '{"train": [{"a": 1}], "test": [{"a": 1}]}', ["several lists of rows (train, test)"]),
     ("data.jsonl", f'{GOOD}\n{{"x": {DEEP}}}', ["line 2: nested too deeply"]),
@@ -545,6 +572,7 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "x.png"}}]
 BAD_ROWS: list[tuple[dict[str, Any], Any, str]] = [
     ({"instruction": "a"}, CHAT, "'output' is missing (found instruction)"),
     ({"instruction": None, "output": "b"}, CHAT, "'instruction' is missing or null"),
+    ({"instruction": float("nan"), "output": "b"}, CHAT, "'instruction' is missing or null"),
     ({"instruction": "a", "output": True}, CHAT, "'output' is of type bool"),
     ({"instruction": "a", "output": {"x": 1}}, CHAT, "'output' is of type dict"),
     ({"instruction": "a", "output": ["b", "c"]}, CHAT, "'output' is a list with a part of type str, expected a string"),
@@ -580,6 +608,23 @@ def test_bad_rows_are_named_by_their_line(tmp_path: Path, row: dict[str, Any], t
     path = tmp_path / "data.jsonl"
     path.write_text(f"{json.dumps(good)}\n\n{json.dumps(row)}\n", encoding="utf-8")
     refused(path, f"{path}, line 3: ", part, tokenizer=tokenizer)
+
+
+def test_text_that_is_no_message_list_stays_text(tmp_path: Path) -> None:
+    spelled = [json.dumps([user("a")]), '[{"name": "f"}]', "[1]", "[a"]
+    rows = [{"prompt": "say it in JSON", "completion": text} for text in spelled]
+    assert [row["completion"] for row in converted(tmp_path, rows)] == spelled
+    rows.append({"prompt": spelled[0], "completion": "b"})
+    assert converted(tmp_path, rows)[-1] == rows[-1]
+    refused(write(tmp_path / "of.jsonl", rows[-1:]), "field 'completion' is of type str", tokenizer=CHAT)
+
+
+def test_where_prompts_are_learned_a_conversation_is_one_example(tmp_path: Path) -> None:
+    turns = [user("a"), answer("b"), user("c"), answer("d"), user("e")]
+    assert converted(tmp_path, [{"messages": turns}], learns_prompts=True) == [chat(*turns[:4])]
+    for row in ({"messages": [answer("b", weight=0), *turns]}, {"prompt": [user("a", train=0)], "completion": turns}):
+        path = write(tmp_path / "of.jsonl", [row])
+        refused(path, "line 1: a message is not to be learned", "--comp", tokenizer=CHAT, learns_prompts=True)
 
 
 def test_pairs_that_differ_from_row_to_row(tmp_path: Path) -> None:
