@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pat.nll import IGNORED, NLL, Example, response_nll
 from pat.training.data import load_training_data
-from pat.training.tokens import Encoder, encode, learns
+from pat.training.tokens import Encoder, encode, num_learned
 
 EVAL_BATCH_SIZE = 8
 
@@ -33,8 +33,8 @@ class Scorer:
         self.tokenizer, self.max_length = tokenizer, max_length
         self.rows: Dataset = load_training_data(path, tokenizer=tokenizer, held_out=0).train
         whole = _encoded(tokenizer, self.rows)
-        self._whole = [row for row in whole if learns(row["labels"][:max_length])]
-        self._index = [index for index, row in enumerate(whole) if learns(row["labels"][:max_length])]
+        self._whole = [row for row in whole if num_learned(row["labels"][:max_length])]
+        self._index = [index for index, row in enumerate(whole) if num_learned(row["labels"][:max_length])]
         self._base = [{name: ids[:max_length] for name, ids in row.items()} for row in self._whole]
         self.num_tokens = sum(label != IGNORED for row in self._base for label in row["labels"][1:])
         self._own: dict[int, tuple[PreTrainedTokenizerBase, list[Example]]] = {}
@@ -59,7 +59,7 @@ class Scorer:
         if id(tokenizer) not in self._own:
             encoded = _encoded(tokenizer, self.rows)
             rows = [self._cut(tokenizer, encoded[place], n) for n, place in enumerate(self._index)]
-            self._own[id(tokenizer)] = tokenizer, [row for row in rows if learns(row["labels"])]
+            self._own[id(tokenizer)] = tokenizer, [row for row in rows if num_learned(row["labels"])]
         return self._own[id(tokenizer)][1]
 
     def _cut(self, tokenizer: PreTrainedTokenizerBase, own: Example, index: int) -> Example:

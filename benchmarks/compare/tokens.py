@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from pat.nll import Example
-from pat.training.tokens import Encoder, Truncation, encode, learns
+from pat.training.tokens import Encoder, Truncation, encode, num_learned
 
 
 def tokenize_examples(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, max_length: int | None) -> list[Example]:
@@ -18,4 +18,4 @@ def tokenize_examples(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, max_
         PatError: see `encode`.
     """
     rows = encode(dataset, Encoder(tokenizer, Truncation(max_length))).select_columns(["input_ids", "labels"]).to_list()
-    return [cast(Example, row) for row in rows if max_length is None or learns(row["labels"])]
+    return [cast(Example, row) for row in rows if max_length is None or num_learned(row["labels"])]

@@ -255,7 +255,7 @@ def read_text(path: Path) -> str:
     if not os.path.isfile(path):
         raise PatError(f"{path}: no such file; expected a UTF-8 text file.")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a byte-order mark is none of the text
     except (OSError, UnicodeDecodeError) as error:
         raise PatError(f"{path}: not readable as UTF-8 text ({error}); pass a plain text file.") from error
     if not text.strip():

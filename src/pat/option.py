@@ -95,6 +95,9 @@ class Option:
 
     def _read_one(self, value: Any) -> Any:
         word = value.value if isinstance(value, enum.Enum) else value
+        if isinstance(word, str) and not word.strip() and {str, Path} & set(self.kinds) and self.default != "":
+            # Such as a variable of the shell that is not set; as a path it would be the working folder.
+            raise ValueError("a text that is not empty; leave it out otherwise")
         if self.choices and str(word) not in self.choices:
             raise ValueError(f"one of {', '.join(self.choices)}")
         if dict in self.kinds and isinstance(value, bool):  # which libraries would open as a file: that of its number

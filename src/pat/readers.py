@@ -14,14 +14,16 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import pyarrow.parquet
 
 from pat.errors import PatError
+from pat.strict_json import DECODER, RepeatedField
 
 Row = dict[str, Any]
 
@@ -93,35 +95,26 @@ def data_suffix(path: Path) -> str:
     return Path(path.stem if path.suffix.lower() in DECOMPRESSORS else path.name).suffix.lower()
 
 
-def row_of_table(row: Row) -> Row:
-    """Leave out what is null in objects within a row, as a table gives each the fields of all; a cell stays null."""
-    return {name: _without_nulls(value) for name, value in row.items()}
+def row_of_table(row: Row, labels: Mapping[str, Sequence[str]] | None = None) -> Row:
+    """Return a row of a table as it is meant: labels by their names, and no nulls within its objects.
+
+    A table gives each object the fields of all; a cell stays null.
+
+    Args:
+        row: of the table.
+        labels: names of the values of columns that hold them as numbers.
+    """
+    row = {name: _without_nulls(value) for name, value in row.items()}
+    for column, names in (labels or {}).items():
+        number = row.get(column)
+        row[column] = names[number] if isinstance(number, int) and 0 <= number < len(names) else None
+    return row
 
 
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _integer(digits: str) -> int | str:
-    """Read an integer of 64 bits; what is longer stays text, since neither Python nor Arrow takes it at any length."""
-    return int(digits) if len(digits) < 19 or (len(digits) < 21 and -(2**63) <= int(digits) < 2**63) else digits
-
-
-def _fields(pairs: list[tuple[str, Any]]) -> Row:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):  # the last one would win silently
-        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise _RepeatedField(f"an object has the field {name!r} more than once")
-    return fields
-
-
-class _RepeatedField(ValueError):
-    """An object has two fields of one name."""
-
-
-_DECODER = json.JSONDecoder(parse_int=_integer, object_pairs_hook=_fields)
 
 
 @contextmanager
@@ -131,7 +124,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         yield cast(BinaryIO, file)
 
 
-def _read_jsonl(path: Path) -> Iterator[Placed]:
+def _read_lines(path: Path) -> Iterator[Placed]:
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
@@ -149,10 +142,10 @@ def _row_of_line(path: Path, line: bytes, number: int) -> Placed:
         return place, error
 
 
-def _read_json(path: Path) -> Iterator[Placed]:
-    """Read a list of objects, an object that holds such a list, or one object per line."""
-    if _is_lines(path):
-        yield from _read_jsonl(path)
+def _read_json(path: Path, *, promises_lines: bool = False) -> Iterator[Placed]:
+    """Read a list of objects, an object that holds such a list, or one object per line, as its suffix promises."""
+    if _is_lines(path, promises_lines):
+        yield from _read_lines(path)
         return
     with _opened(path) as file:
         whole = _decode(path, file.read().decode("utf-8-sig"))
@@ -177,13 +170,15 @@ def _is_column(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and not any(isinstance(cell, dict | list) for cell in value)
 
 
-def _is_lines(path: Path) -> bool:
-    """Tell whether the first of several lines is an object of its own."""
+def _is_lines(path: Path, promised: bool) -> bool:
+    """Tell whether the first of several lines is an object of its own or, where that is promised, opens no list."""
     with _opened(path) as file:
         lines = (text for line in file if (text := line.removeprefix(codecs.BOM_UTF8).strip()))
         first, second = next(lines, b""), next(lines, b"")
+    if promised and not first.startswith(b"["):
+        return True
     try:
-        return bool(second) and isinstance(_DECODER.decode(first.decode()), dict)
+        return bool(second) and (isinstance(DECODER.decode(first.decode()), dict) or promised)
     except (json.JSONDecodeError, UnicodeDecodeError):
         return False
     except (ValueError, RecursionError):
@@ -198,11 +193,11 @@ def _decode(path: Path, text: str, line: int | None = None) -> Any:
     """Decode a line of a file, or all of it."""
     first = line or 1
     try:
-        return _DECODER.decode(text)
+        return DECODER.decode(text)
     except json.JSONDecodeError as error:
         reason = f"line {first + error.lineno - 1}: not valid JSON ({error.msg} at column {error.colno})"
         raise PatError(f"{path}, {reason}; expected a list of objects or one object per line.") from error
-    except _RepeatedField as error:
+    except RepeatedField as error:
         raise PatError(f"{path}{f', line {line}' if line else ''}: {error}; expected each once.") from error
     except RecursionError as error:
         deep = _DEEP.search(text)
@@ -224,7 +219,11 @@ def _read_csv(path: Path) -> Iterator[Placed]:
         with _opened(path) as file:
             text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
             reader = csv.DictReader(text, strict=True, delimiter=delimiter)
-            _refuse_repeated(reader.fieldnames or (), f"{path}, line 1")
+            while (
+                reader.fieldnames is not None and not "".join(reader.fieldnames).strip() and len(reader.fieldnames) < 2
+            ):
+                reader.fieldnames = None  # a blank line: the next one is the header
+            _refuse_repeated(reader.fieldnames or (), f"{path}, line {reader.line_num}")
             for row in reader:
                 yield _row_of_cells(path, row, reader.line_num, len(reader.fieldnames or ()))
     except csv.Error as error:
@@ -257,8 +256,17 @@ def _read_parquet(path: Path) -> Iterator[Placed]:
         source: Any = path if path.suffix.lower() == ".parquet" else pyarrow.BufferReader(file.read())
         with pyarrow.parquet.ParquetFile(source) as table:
             _refuse_repeated(table.schema_arrow.names, str(path))
-            batches = table.iter_batches(ROWS_AT_ONCE)
-            yield from _listed(path, (row_of_table(row) for batch in batches for row in batch.to_pylist()))
+            batches, labels = table.iter_batches(ROWS_AT_ONCE), _labels(table.schema_arrow.metadata)
+            yield from _listed(path, (row_of_table(row, labels) for batch in batches for row in batch.to_pylist()))
+
+
+def _labels(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """Return the names of labels by column, as `datasets` notes them in the files that it writes."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"].items()
+        return {name: list(kind["names"]) for name, kind in features if kind.get("_type") == "ClassLabel"}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def _unpack_zstd(stored: BinaryIO) -> BinaryIO:
@@ -267,8 +275,8 @@ def _unpack_zstd(stored: BinaryIO) -> BinaryIO:
 
 READERS: dict[str, Callable[[Path], Iterator[Placed]]] = {
     ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
+    ".jsonl": partial(_read_json, promises_lines=True),
+    ".ndjson": partial(_read_json, promises_lines=True),
     ".parquet": _read_parquet,
     ".csv": _read_csv,
     ".tsv": _read_csv,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import build, tiny_tokenizer
 from tiny_runs import STEPS, tune_flags
 from transformers import AutoModelForCausalLM
@@ -206,6 +206,22 @@ def test_checkpoints_of_stage_two_can_be_merged(kept: Path, tmp_path: Path) -> N
     assert main(["merge", "--adapter", str(checkpoint), "--output_dir", str(tmp_path / "again")]) == 0
     first, second = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (kept / "model", tmp_path / "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_another_compact_model_than_its_own_takes_no_adapter(
+    kept: Path, base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither in a merge nor where a run goes on; of the same shape, with other weights."""
+    out = shutil.copytree(kept, tmp_path / "out")
+    file = out / "compact" / "model" / "model.safetensors"
+    save_file({name: 1.5 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    assert main(["merge", "--adapter", str(out / "compact" / "adapter"), "--output_dir", str(tmp_path / "again")]) == 2
+    assert "model: is not the compact model that the adapter was made for" in capsys.readouterr().err
+    for name in ("compact/adapter/training.json", "results.json"):
+        (out / name).unlink()
+    shutil.rmtree(out / "model")
+    with pytest.raises(PatError, match="or was changed since: the fingerprint of that is"):
+        pat.tune(**flags(base, data, out, use_dora=True, save_strategy="steps", save_steps=1, keep_checkpoints=True))
 
 
 def test_full_width_cannot_be_had_from_a_checkpoint_of_the_compact_model(

@@ -9,12 +9,15 @@ import random
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import faults
 import pytest
+import torch
 from faults import Fault
 from tiny_models import build, tiny_tokenizer
 from tiny_runs import tune_flags
@@ -23,7 +26,9 @@ import pat
 from pat.checkpoint.staging import lock_folder
 from pat.cli import main
 from pat.errors import PatError
+from pat.training.base_scores import BaseScores
 from pat.training.checkpoints import last_checkpoint
+from pat.training.run_file import RunFile
 
 STEPS = 3
 
@@ -268,15 +273,25 @@ def test_going_back_to_an_earlier_checkpoint_removes_the_later_ones_and_asks_the
     places: Path, whole: tuple[Path, list[str]], stopped: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = shutil.copytree(stopped, tmp_path / "out")
-    first, kept = out / "checkpoints" / "checkpoint-1", out / "checkpoints" / "base.json"
-    scores = json.loads(kept.read_text())
-    scores["figures"]["held_out_nll"] = 1.25
-    kept.write_text(json.dumps(scores))
+    first = out / "checkpoints" / "checkpoint-1"
+    run, base = RunFile.read(out), SimpleNamespace(dtype=torch.float32)
+    assert run is not None
+    scores = BaseScores.read(first.parent, run, cast(Any, base))
+    assert scores is not None
+    replace(scores, figures=replace(scores.figures, held_out_nll=1.25)).write(first.parent, run)
     result = pat.tune(**flags(places, out, resume_from_checkpoint=str(first)))
     assert "going on from checkpoints/checkpoint-1" in capfd.readouterr().err
     assert tensors(out) == tensors(whole[0])
     assert result.figures["base"].held_out_nll == 1.25
-    assert [sample.base for sample in result.record.samples] == [answer for _, answer in scores["answers"]]
+    assert [sample.base for sample in result.record.samples] == [answer for _, answer in scores.answers or []]
+
+
+def test_another_tokenizer_does_not_go_on_with_a_run(places: Path, stopped: Path, tmp_path: Path) -> None:
+    out, base = shutil.copytree(stopped, tmp_path / "out"), shutil.copytree(places / "base", tmp_path / "base")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<unk>"}))
+    with pytest.raises(PatError, match=r"fingerprint of the tokens: [0-9a-f]{8} in the run, [0-9a-f]{8} given"):
+        pat.tune(**flags(places, out) | {"model_name_or_path": str(base)})
 
 
 def test_overwrite_removes_a_run_and_nothing_else(

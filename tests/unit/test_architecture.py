@@ -18,7 +18,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for names in (
         "pat.errors pat.paths pat.families pat.widths pat.ranges pat.shape pat.budget pat.config_file pat.kinds "
         "pat.option pat.options pat.loading pat.nll pat.general_text pat.report pat.recipes pat.questions pat.ranks "
-        "pat.readers pat.serving",
+        "pat.readers pat.serving pat.strict_json",
         "pat.method",
         "pat.surgery",
         "pat.file_sizes",

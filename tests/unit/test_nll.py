@@ -255,6 +255,8 @@ def test_text_from_a_file_and_its_first_tokens(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(TEXT, encoding="utf-8")
     assert read_text(path) == TEXT
+    path.write_text(TEXT, encoding="utf-8-sig")  # with a byte-order mark
+    assert read_text(path) == TEXT
     head = tokenizer.decode(tokenizer(TEXT)["input_ids"][:20])
     expected = text_perplexity(model, tokenizer, head, context=8)
     assert text_perplexity(model, tokenizer, TEXT, context=8, max_tokens=20) == expected

@@ -153,6 +153,8 @@ def test_keywords_are_values_or_words() -> None:
         ({"name": "n", "learning_rate": True}, "Got learning_rate=True; expected a number"),
         ({"name": "n", "kwargs": True}, "Got kwargs=True; expected a mapping in JSON or a text"),
         ({"name": "n", "marks": True}, "Got marks=True; expected a text, or several of them"),
+        (["--name", ""], "Got --name ''; expected a text that is not empty"),
+        ({"name": " "}, "Got name=' '; expected a text that is not empty"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(given: Any, line: str) -> None:

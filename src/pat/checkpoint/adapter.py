@@ -5,26 +5,23 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
-from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
-from pat.checkpoint.card import Compaction, shown_name
-from pat.checkpoint.compact import MODEL, RECORD, read_compaction
+from pat.checkpoint.card import shown_name
+from pat.checkpoint.compact import MODEL, RECORD, compaction_of
 from pat.checkpoint.hollow import StoredWeights, hollow_model
 from pat.checkpoint.layout import UnknownLayoutError
 from pat.checkpoint.trust import carries_base_weights, check_base, check_keys, check_tensors, check_written_along
 from pat.errors import PatError, one_line
 from pat.loading import (
-    TokenSetup,
-    check_special_ids,
     grow_embedding,
     grown_rows,
     load_base,
@@ -74,19 +71,6 @@ def read_adapter_config(adapter: str | os.PathLike[str]) -> LoraConfig:
         return cast(LoraConfig, config_class.from_pretrained(str(folder)))
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise PatError(f"{folder / CONFIG_NAME}: not a usable configuration ({one_line(error)}).") from error
-
-
-def compaction_of(adapter: str | os.PathLike[str]) -> Compaction | None:
-    """Return what was cut to get to the model that an adapter is for, if it is the adapter of a compact model.
-
-    Raises:
-        PatError: the record is not readable.
-    """
-    folder = Path(adapter).resolve()
-    stored = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    # Beside the adapter, or (a checkpoint of stage two) beside the base that it names.
-    places = [folder.parent, Path(stored.get("base_model_name_or_path") or "").parent]
-    return next((read_compaction(place) for place in places if (place / RECORD).is_file()), None)
 
 
 def base_of(adapter: str | os.PathLike[str], config: LoraConfig, base_model: str | None) -> tuple[str, str | None]:
@@ -155,29 +139,6 @@ def _kept_tokens(
     if not isinstance(config, PatConfig) or config.base_vocab_size != base_config.vocab_size:
         return None  # a base of another size is refused like any other that does not fit
     return kept_tokens(load_plain_tokenizer(name, revision=revision), load_plain_tokenizer(str(adapter)))
-
-
-def adapter_tokens(
-    adapter: str | os.PathLike[str], name: str, base_config: PretrainedConfig, *, revision: str | None = None
-) -> TokenSetup:
-    """Return the tokenizer and generation config of the run that an adapter is of, or else those of its base model.
-
-    Raises:
-        PatError: neither has a tokenizer, or its special tokens lie beyond the base's embedding.
-    """
-    folder = Path(adapter)
-    is_there = (folder / TOKENIZER_CONFIG_FILE).is_file()
-    tokenizer = load_plain_tokenizer(str(folder)) if is_there else load_plain_tokenizer(name, revision=revision)
-    check_special_ids(tokenizer, base_config.vocab_size)
-    generation_config = base_tokenizer = None
-    with suppress(OSError):
-        generation_config = GenerationConfig.from_pretrained(name, revision=revision or "main")
-    with suppress(OSError):
-        generation_config = GenerationConfig.from_pretrained(folder)
-    if is_there:
-        with suppress(PatError):
-            base_tokenizer = load_plain_tokenizer(name, revision=revision)
-    return TokenSetup.of(base_config, generation_config, tokenizer, base_tokenizer=base_tokenizer)
 
 
 def load_hollow(

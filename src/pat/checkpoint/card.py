@@ -90,6 +90,8 @@ class Compaction(Pruning):
     """Name of the model that was cut, as it may be shown."""
     parity: dict[str, Any]
     """Figures of the masked model against its compact form, see `Parity`."""
+    fingerprint: str | None = None
+    """Fingerprint of the small model, which its adapters are for; None in records of older versions."""
 
 
 def shown_name(name: str) -> str:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from pat.checkpoint.card import Compaction, shown_name
 from pat.checkpoint.staging import make_readable, staged_folder
@@ -19,7 +21,7 @@ from pat.checkpoint.verify import check, compare, permutation_floor
 from pat.checkpoint.write import pruning_of, write_config
 from pat.errors import PatError, one_line
 from pat.kinds import misfits
-from pat.loading import TokenSetup
+from pat.loading import TokenSetup, base_fingerprint, load_config
 from pat.report.progress import quiet_transformers
 from pat.tuner.compaction import CompactModel
 from pat.tuner.model import PatModel
@@ -61,7 +63,13 @@ def write_compact(
         parity = compare(masked, compact.model, batches)
         parity = check(parity, COMPACTION_REFUSED, floor=lambda: permutation_floor(tuner.merge_and_unload(), batches))
         name = shown_name(tuner.pat_config().base_model_name_or_path or "unknown")
-        record = Compaction(**asdict(pruning_of(tuner)), base_model=name, parity=asdict(parity))
+        config, _ = load_config(str(staging / MODEL))
+        record = Compaction(
+            **asdict(pruning_of(tuner)),
+            base_model=name,
+            parity=asdict(parity),
+            fingerprint=base_fingerprint(config, str(staging / MODEL)),
+        )
         parts.config.base_model_name_or_path = str(staging / MODEL)  # peft looks for the configuration there
         save_adapter(compact.model, staging / ADAPTER, tokens)
         parts.config.base_model_name_or_path = os.path.realpath(folder / MODEL)
@@ -84,6 +92,21 @@ def save_adapter(model: PeftModel, folder: Path, tokens: TokenSetup, state: Mapp
     make_readable(folder)
 
 
+def check_compact(compaction: Compaction, base_config: PretrainedConfig, name: str) -> None:
+    """Refuse a small model other than the one that adapters of a compaction are for.
+
+    Raises:
+        PatError: its fingerprint is another one.
+    """
+    found = base_fingerprint(base_config, name)
+    if compaction.fingerprint is not None and found is not None and found != compaction.fingerprint:
+        raise PatError(
+            f"{shown_name(name)}: is not the compact model that the adapter was made for, or was changed since: the "
+            f"fingerprint of that is …{compaction.fingerprint[-8:]}, of this …{found[-8:]}. Put it back, or start anew "
+            "with --overwrite true."
+        )
+
+
 def read_compaction(folder: Path) -> Compaction:
     """Read the record of a compaction.
 
@@ -101,3 +124,16 @@ def read_compaction(folder: Path) -> Compaction:
             f"{path}: not the record of a compaction ({one_line(error)}); start anew with --overwrite true."
         ) from error
     return record
+
+
+def compaction_of(adapter: str | os.PathLike[str]) -> Compaction | None:
+    """Return what was cut to get to the model that an adapter is for, if it is the adapter of a compact model.
+
+    Raises:
+        PatError: the record is not readable.
+    """
+    folder = Path(adapter).resolve()
+    stored = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    # Beside the adapter, or (a checkpoint of stage two) beside the base that it names.
+    places = [folder.parent, Path(stored.get("base_model_name_or_path") or "").parent]
+    return next((read_compaction(place) for place in places if (place / RECORD).is_file()), None)

@@ -19,16 +19,15 @@ from peft import PeftModel
 from transformers import PretrainedConfig
 
 from pat.checkpoint.adapter import (
-    adapter_tokens,
     base_config_for,
     base_of,
-    compaction_of,
     load_adapted,
     load_hollow,
     read_adapter_config,
 )
+from pat.checkpoint.adapter_tokens import adapter_tokens
 from pat.checkpoint.card import Cut, shown_name
-from pat.checkpoint.compact import ADAPTER, RECORD
+from pat.checkpoint.compact import ADAPTER, RECORD, compaction_of
 from pat.checkpoint.options import MergeOptions
 from pat.checkpoint.staging import check_output_folder, staged_folder
 from pat.checkpoint.verification_text import MAX_TOKENS, verification_batches
@@ -173,6 +172,7 @@ def form_of(options: MergeOptions, tokens: TokenSetup, base_config: PretrainedCo
     batches = verification_batches(
         tokens.tokenizer,
         options.text_file,
+        num_embeddings=base_config.get_text_config().vocab_size,
         max_positions=getattr(base_config, "max_position_embeddings", None),
         max_tokens=LARGE_MODEL_TOKENS if large else MAX_TOKENS,
     )

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from pat.checkpoint.card import shown_name
+from pat.checkpoint.compact import check_compact, compaction_of
 from pat.errors import PatError
 from pat.families import FAMILIES
 from pat.kinds import misfits
@@ -66,13 +67,15 @@ def check_base(
     *,
     revision: str | None = None,
 ) -> None:
-    """Refuse a base that has the shape but not the weights of the one that an adapter was made for.
+    """Refuse a base that has the shape but not the function of the one that an adapter was made for.
 
     Raises:
         PatError: its fingerprint is another one.
     """
     if not isinstance(config, PatConfig):
-        return  # the compact model lies beside its adapter
+        if (compaction := compaction_of(adapter)) is not None:
+            check_compact(compaction, base_config, name)
+        return
     made_for = config.base_fingerprint
     found = base_fingerprint(base_config, name, revision=revision)
     if made_for is None:
@@ -83,9 +86,9 @@ def check_base(
         )
     elif found is not None and found != made_for:
         raise PatError(
-            f"The adapter {adapter} does not fit the base model {shown_name(name)}: it was made for weights with the "
-            f"fingerprint …{made_for[-8:]}, these have …{found[-8:]}. Expected the base it was trained on; pass it "
-            "with --base_model."
+            f"The adapter {adapter} does not fit the base model {shown_name(name)}: it was made for a model with the "
+            f"fingerprint …{made_for[-8:]}, this one has …{found[-8:]}, by other weights or another configuration. "
+            "Expected the base it was trained on; pass it with --base_model."
         )
 
 

@@ -13,7 +13,8 @@ from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers import PreTrainedModel
 
-from pat.checkpoint.adapter import adapter_tokens, base_config_for, base_of, load_adapted, read_adapter_config
+from pat.checkpoint.adapter import base_config_for, base_of, load_adapted, read_adapter_config
+from pat.checkpoint.adapter_tokens import adapter_tokens
 from pat.checkpoint.card import shown_name
 from pat.errors import PatError
 from pat.evaluation.harness import TaskScores, evaluate_tasks, load_tasks

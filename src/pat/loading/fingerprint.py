@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,31 @@ from pat.loading.stored import stored_tensors
 from pat.paths import looks_local
 
 SAMPLE = 64
-"""Bytes read at the beginning, middle and end of every tensor; one that was trained differs in all of them."""
+"""Number of bytes that are read at each place of a tensor."""
 
-_DECISIVE = (
-    "model_type",
-    *(name for name in COUNTS if name != "vocab_size"),  # grown and trimmed in memory; the embedding's shape says it
-    "tie_word_embeddings",
-    "hidden_act",
-    "rms_norm_eps",
-    "rope_theta",
-)
+PLACES = 64
+"""Places of every tensor that are read, evenly apart from its beginning to its end: a model that was trained differs in
+all of them, and one of which some rows were changed most likely in one."""
+
+_FIELDS = """
+model_type tie_word_embeddings hidden_act hidden_activation rms_norm_eps use_post_norm attention_bias mlp_bias
+layer_types mlp_layer_types no_rope_layers sliding_window use_sliding_window max_window_layers
+use_bidirectional_attention attention_multiplier embedding_multiplier residual_multiplier logits_scaling
+query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping norm_topk_prob
+original_max_position_embeddings layer_rope_theta
+"""
+
+_OF_THE_ROPE = """
+rope_type rope_theta partial_rotary_factor factor attention_factor beta_fast beta_slow mscale mscale_all_dim
+short_factor long_factor low_freq_factor high_freq_factor truncate original_max_position_embeddings
+"""
+
+# The vocabulary is grown and trimmed in memory; the embedding's shape says how large it is.
+DECISIVE = (*_FIELDS.split(), *(name for name in COUNTS if name != "vocab_size"))
 """Fields of a configuration that go in. All would be too many: another version of transformers adds some."""
+
+ROTARY = tuple(_OF_THE_ROPE.split())
+"""Fields of a rotary embedding that go in; some models have one for each kind of layer."""
 
 
 def base_fingerprint(base_config: Any, name: str | None, *, revision: str | None = None) -> str | None:
@@ -59,15 +74,18 @@ def base_fingerprint(base_config: Any, name: str | None, *, revision: str | None
 
 
 def _facts(base_config: Any) -> dict[str, Any]:
-    facts = {name: getattr(base_config, name, None) for name in _DECISIVE}
-    if facts["rope_theta"] is None:  # newer versions of transformers have moved it
-        rope = getattr(base_config, "rope_parameters", None) or {}
-        facts["rope_theta"] = rope.get("rope_theta")
-    return facts
+    config = base_config.get_text_config()
+    facts = {name: getattr(config, name, None) for name in DECISIVE}
+    return facts | {"rope": _rotary(getattr(config, "rope_parameters", None) or {})}
+
+
+def _rotary(given: Mapping[str, Any]) -> dict[str, Any]:
+    parts = {name: _rotary(value) for name, value in given.items() if isinstance(value, Mapping)}
+    return parts | {name: given[name] for name in ROTARY if given.get(name) is not None}
 
 
 def _samples(file: Path) -> dict[str, bytes]:
-    """Return dtype, shape and a few bytes of each tensor in a safetensors file."""
+    """Return dtype, shape and some bytes of each tensor in a safetensors file."""
     found: dict[str, bytes] = {}
     with file.open("rb") as opened:
         (size,) = struct.unpack("<Q", opened.read(8))
@@ -76,7 +94,8 @@ def _samples(file: Path) -> dict[str, bytes]:
             if name == "__metadata__":
                 continue
             begin, end = entry["data_offsets"]
-            places = {begin, max(begin, (begin + end) // 2), max(begin, end - SAMPLE)}
+            last = max(begin, end - SAMPLE)
+            places = {begin + (last - begin) * number // (PLACES - 1) for number in range(PLACES)}
             parts = [f"{entry['dtype']} {entry['shape']}".encode()]
             for place in sorted(places):
                 opened.seek(8 + size + place)

@@ -10,7 +10,8 @@ from peft import PeftModel, prepare_model_for_kbit_training
 from transformers import PreTrainedModel, set_seed
 from trl import get_quantization_config
 
-from pat.loading import load_base, quantization_of
+from pat.checkpoint.compact import check_compact, read_compaction
+from pat.loading import load_base, load_config, quantization_of
 from pat.report.progress import is_live, phase
 from pat.training.arguments import TuneArguments
 from pat.training.engine import place_for
@@ -50,8 +51,13 @@ def load_again(arguments: TuneArguments, data: Prepared) -> PreTrainedModel:
 
 
 def load_compact(arguments: TuneArguments, folder: Path, adapter: str | Path) -> PeftModel:
-    """Load the small model of a folder with one of its adapters, to be trained on."""
+    """Load the small model of a folder with one of its adapters, to be trained on.
+
+    Raises:
+        PatError: it is not there, or not the one that the adapter is for.
+    """
     options, sft = arguments.model, arguments.sft
+    check_compact(read_compaction(folder.parent), load_config(str(folder))[0], str(folder))
     base: Any = load_base(str(folder), dtype=options.dtype, attn_implementation=options.attn_implementation)
     return with_adapter(base.to(place_for(base, sft)), adapter)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -16,10 +17,12 @@ from pat.kinds import misfits
 from pat.training.measure import measure
 from pat.training.prepare import Prepared
 from pat.training.results import ModelFigures, Size
+from pat.training.run_file import RunFile
 from pat.training.samples import greedy_answers
 
 BASE_SCORES = "base.json"
-"""File among the checkpoints of a run. What it depends on may not change within one, but for `dtype`."""
+"""File among the checkpoints of a run. What it depends on may not change within one, but for `dtype`; its digest is
+that of these figures for this base and data, so that neither others' nor edited ones are taken over."""
 
 
 @dataclass(frozen=True)
@@ -46,24 +49,22 @@ class BaseScores:
         return replace(self, answers=[list(pair) for pair in greedy_answers(model, data)])
 
     @classmethod
-    def read(cls, checkpoints: Path, model: PreTrainedModel, data: Prepared) -> BaseScores | None:
-        """Return what is kept of a base, loaded in the same number format; None if there is nothing that fits."""
+    def read(cls, checkpoints: Path, run: RunFile, model: PreTrainedModel) -> BaseScores | None:
+        """Return what is kept of the base of a run, loaded in the same number format; None if nothing fits."""
         try:
             stored = json.loads((checkpoints / BASE_SCORES).read_text(encoding="utf-8"))
-            if misfits(stored, cls) or misfits(stored["figures"], ModelFigures):
+            content = stored["scores"]
+            if stored["digest"] != _digest(content, run) or misfits(content, cls):
                 return None
-            kept = cls(**(stored | {"figures": ModelFigures(**stored["figures"])}))
+            kept = cls(**(content | {"figures": ModelFigures(**content["figures"])}))
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
-        rows, answers = kept.rows or [], kept.answers
-        whole = all(len(row) == 2 and all(map(math.isfinite, row)) for row in rows)
-        if answers is None or any(len(pair) != 2 for pair in answers):
-            return None
-        return kept if whole and kept.dtype == str(model.dtype) and len(rows) == len(data.held_out) else None
+        return kept if kept.dtype == str(model.dtype) else None
 
-    def write(self, checkpoints: Path) -> None:
+    def write(self, checkpoints: Path, run: RunFile) -> None:
         """Keep it among the checkpoints of a run."""
-        path, text = checkpoints / BASE_SCORES, json.dumps(asdict(self)) + "\n"
+        content = asdict(self)
+        path, text = checkpoints / BASE_SCORES, json.dumps({"digest": _digest(content, run), "scores": content}) + "\n"
         with suppress(OSError, ValueError):
             if path.read_text(encoding="utf-8") == text:
                 return
@@ -73,3 +74,9 @@ class BaseScores:
     def losses(self) -> dict[str, torch.Tensor]:
         """Return the losses of the examples, `(examples, 2)` in float64, by the name of the model; empty without."""
         return {} if self.rows is None else {"base": torch.tensor(self.rows, dtype=torch.float64)}
+
+
+def _digest(content: Any, run: RunFile) -> str:
+    """Digest figures, and what they depend on: the base, the data and their tokens."""
+    facts = json.dumps([content, run.base, run.data, run.tokens], sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()

@@ -26,7 +26,7 @@ def begun(folder: Path, run: RunFile, scores: BaseScores) -> Iterator[None]:
 
     def write() -> None:
         run.write(folder)
-        scores.write(checkpoints)
+        scores.write(checkpoints, run)
 
     is_new = ranks.first(lambda: not (folder / RUN_FILE).exists())
     ranks.first_alone(write)

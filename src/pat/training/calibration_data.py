@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any, cast
 
@@ -30,15 +30,16 @@ TOKEN_COLUMNS = (
 """Columns of token ids that trainers prepare; those of the first group that a row has are read one after the other."""
 
 TEXT_COLUMNS = (
-    ("text",),
-    ("messages",),
     ("prompt", "chosen"),
     ("prompt", "completion"),
+    ("prompt",),
+    ("text",),
+    ("messages",),
     ("chosen",),
     ("completion",),
-    ("prompt",),
 )
-"""Columns of texts or conversations, read in the same way."""
+"""Columns of texts or conversations, read in the same way. Beside a prompt, other columns than answers, and what is
+neither text nor conversation, are what rewards are reckoned by."""
 
 ROWS_AT_ONCE = 8
 """Rows in a batch where the trainer's own loader does not say."""
@@ -104,6 +105,10 @@ def _batches_of_rows(rows: Iterable[Any], tokenizer: Any) -> Iterator[dict[str, 
         }
 
 
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, Sequence) and all(isinstance(message, Mapping) for message in value)
+
+
 def _token_ids(row: Any, tokenizer: Any) -> list[int]:
     """Return a row's tokens, of its prompt and its preferred answer; none if its texts are empty.
 
@@ -114,20 +119,23 @@ def _token_ids(row: Any, tokenizer: Any) -> list[int]:
     for names in TOKEN_COLUMNS:
         if all(columns.get(name) is not None for name in names):
             return [int(token) for name in names for token in columns[name]]
+    given = {name for names in TEXT_COLUMNS for name in names if columns.get(name)}
     for names in TEXT_COLUMNS if tokenizer is not None else ():
-        if all(columns.get(name) for name in names):
-            parts = [columns[name] for name in names]
-            try:
-                if all(isinstance(part, str) for part in parts):
-                    return list(tokenizer("".join(parts), verbose=False)["input_ids"])
-                return list(tokenizer.apply_chat_template([*chain(*parts)], return_dict=True)["input_ids"])
-            except Exception as error:  # templates raise what they like
-                detail = one_line(error)
-                raise PatError(
-                    f"The calibration needs text, but the tokenizer cannot read column(s) {', '.join(names)} of the "
-                    f"trainer's data ({detail}); {REMEDY}"
-                ) from error
-    if any(name in columns for names in TEXT_COLUMNS for name in names) and tokenizer is not None:
+        parts = [columns[name] for name in names] if given.issuperset(names) else []
+        are_texts = all(isinstance(part, str) for part in parts)
+        if not parts or not (are_texts or all(map(_is_conversation, parts))):
+            continue
+        try:
+            if are_texts:
+                return list(tokenizer("".join(parts), verbose=False)["input_ids"])
+            return list(tokenizer.apply_chat_template([*chain(*parts)], return_dict=True)["input_ids"])
+        except Exception as error:  # templates raise what they like
+            detail = one_line(error)
+            raise PatError(
+                f"The calibration needs text, but the tokenizer cannot read column(s) {', '.join(names)} of the "
+                f"trainer's data ({detail}); {REMEDY}"
+            ) from error
+    if not given and any(name in columns for names in TEXT_COLUMNS for name in names) and tokenizer is not None:
         return []  # an empty text
     found = ", ".join(map(repr, columns)) or type(row).__name__
     raise PatError(

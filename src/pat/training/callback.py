@@ -282,7 +282,9 @@ def _learns_from(args: TrainingArguments, dataloader: Any) -> str | None:
     if any(name.startswith("teacher") for name in vars(args)):
         return None  # distillation trains on prompts alone as well
     columns = set(getattr(getattr(dataloader, "dataset", None), "column_names", None) or ())
-    has_answers = any(name.startswith(("completion", "chosen", "input_ids", "text", "messages")) for name in columns)
+    has_prompts = any(name.startswith("prompt") for name in columns)
+    answers = ("completion", "chosen", "input_ids", *(() if has_prompts else ("text", "messages")))
+    has_answers = any(name.startswith(answers) for name in columns)
     if any(name.startswith("rejected") for name in columns) or ("label" in columns and has_answers):
         return "preferences"
-    return "rewards" if not has_answers and any(name.startswith("prompt") for name in columns) else None
+    return "rewards" if has_prompts and not has_answers else None

@@ -17,10 +17,11 @@ from pat.shape import AXES, DEFAULT_PRUNING_RATIO, LARGE_RATIO, TARGETS, Shape, 
 from pat.surgery.residual import ResidualStream
 from pat.training.arguments import TuneArguments
 from pat.training.calibration_text import read_calibration
+from pat.training.data_files import is_saved
 from pat.training.engine import check_engine
 from pat.training.folder import check_folder
 from pat.training.prepare import Prepared
-from pat.training.run_file import RUN_FILE, RunFile
+from pat.training.run_file import RUN_FILE, RunFile, tokens_fingerprint
 from pat.training.teacher import check_distillation, check_teacher
 from pat.training.vocabulary import trimmed_budget
 from pat.tuner.compaction import check_compactable
@@ -116,7 +117,7 @@ def check_run(arguments: TuneArguments, checked: Checked, data: Prepared) -> Run
         PatError: that run has another configuration.
     """
     check_teacher(arguments, checked.base_config, data.vocabulary)
-    run = RunFile.of(arguments, checked.base_config, data.record.fingerprint)
+    run = RunFile.of(arguments, checked.base_config, data.record.fingerprint, tokens_fingerprint(data))
     if arguments.run.overwrite:
         return run
     if (own := RunFile.read(arguments.output_dir)) is not None:
@@ -181,8 +182,16 @@ def _warn_of_idle_flags(arguments: TuneArguments) -> None:
         of_many = [n for n in given if n.startswith("ddp_") or n == "eval_use_gather_object"]
         for name in (name for name in of_many if values[name] != given[name].default):
             logger.warning("%s=%s has no effect in one process.", name, values[name])
-    if arguments.run.dataset_config is not None and all(map(os.path.isfile, arguments.run.dataset_names)):
-        logger.warning("dataset_config=%s has no effect on a local file.", arguments.run.dataset_config)
+    if arguments.run.dataset_config is not None and all(map(_has_one_configuration, arguments.run.dataset_names)):
+        logger.warning(
+            "dataset_config=%s has no effect on a local file, or what `save_to_disk` has left.",
+            arguments.run.dataset_config,
+        )
+
+
+def _has_one_configuration(name: str) -> bool:
+    path = os.path.expanduser(name)
+    return os.path.isfile(path) or (os.path.isdir(path) and is_saved(Path(path)))
 
 
 def _parts(arguments: TuneArguments) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ from pat.readers import Placed, Row
 from pat.report.progress import Phase, phase
 from pat.training.alpaca_chat import is_alpaca_chat
 from pat.training.formats import OPTIONS, Format, NoFormat, Template, convert_row, detect_format
-from pat.training.messages import RowError
+from pat.training.messages import RowError, message_list
 from pat.training.tables import cached_table, write_table
 
 TemplateChoice = Literal["auto", "chat", "alpaca"]
@@ -66,10 +66,12 @@ class Reading:
     """Whether rows that cannot be used are left out, and counted."""
     shown: bool = False
     """Whether progress is shown."""
+    learns_prompts: bool = False
+    """Whether prompts are learned as well as answers."""
 
     def parts(self) -> tuple[Any, ...]:
         """Return what decides on what rows become."""
-        return self.template, self.chat_template, self.text_field, self.skips
+        return self.template, self.chat_template, self.text_field, self.skips, self.learns_prompts
 
 
 class _OtherFormat(Exception):
@@ -155,7 +157,7 @@ class Conversion:
             raise PatError(
                 f"{name}: got template={reading.template} with plain text, which has no prompts; leave it out."
             )
-        as_it_is = format.name == "prompt-completion" and not isinstance(first.get(format.prompt), list)
+        as_it_is = format.name == "prompt-completion" and not isinstance(message_list(first.get(format.prompt)), list)
         # Instructions have Alpaca's own words also where a chat template has them: those with an input among them.
         is_worded = format.name == "alpaca" and is_alpaca_chat(reading.chat_template)
         self.template: Template | None = "chat" if reading.chat_template and not is_worded else "alpaca"
@@ -229,7 +231,13 @@ class Conversion:
                 raise _OtherFormat
             self.columns = columns
         try:
-            return convert_row(row, self.format, self.template, self.reading.chat_template)
+            return convert_row(
+                row,
+                self.format,
+                self.template,
+                self.reading.chat_template,
+                learns_prompts=self.reading.learns_prompts,
+            )
         except RowError as error:
             raise PatError(f"{place}: {error}") from error
 

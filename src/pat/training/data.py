@@ -31,7 +31,8 @@ HeldOut = int | float | str | os.PathLike[str] | None
 class TrainingData:
     """Data in TRL's forms, and where it came from.
 
-    A conversation with several answers gives as many examples, so there may be more of them than rows.
+    A conversation with several answers gives as many examples, so there may be more of them than rows, unless prompts
+    are learned as well.
     """
 
     train_rows: Dataset
@@ -83,6 +84,7 @@ def load_training_data(
     text_field: str = "text",
     skips: bool = False,
     shown: bool = False,
+    learns_prompts: bool = False,
 ) -> TrainingData:
     """Load, check and convert instruction data, and keep some of it apart.
 
@@ -102,13 +104,14 @@ def load_training_data(
         text_field: the column of plain text; another name than "text" makes the data plain text.
         skips: whether rows that cannot be used are left out, and counted.
         shown: whether progress is shown, of what takes longer than a second.
+        learns_prompts: whether prompts are learned as well, so that a conversation is one example.
 
     Raises:
         PatError: nothing there, unreadable, malformed (with the line) or of unknown format; all responses
             empty; a held-out number that leaves nothing to train on.
     """
     name = os.fspath(name_or_path)
-    reading = reading_with(tokenizer, template, text_field, skips=skips, shown=shown)
+    reading = reading_with(tokenizer, template, text_field, skips=skips, shown=shown, learns_prompts=learns_prompts)
     source = load_source(name, reading, split=split, config_name=config_name)
     amount = parse_held_out(held_out)
     train, held_out_rows, num_held_out_dropped, num_held_out_bad = source.rows, None, 0, 0
@@ -142,7 +145,13 @@ def load_training_data(
 
 
 def reading_with(
-    tokenizer: PreTrainedTokenizerBase | None, template: TemplateChoice, text_field: str, *, skips: bool, shown: bool
+    tokenizer: PreTrainedTokenizerBase | None,
+    template: TemplateChoice,
+    text_field: str,
+    *,
+    skips: bool,
+    shown: bool,
+    learns_prompts: bool = False,
 ) -> Reading:
     """Return how rows are read; see `load_training_data`.
 
@@ -154,7 +163,7 @@ def reading_with(
         raise PatError(f"Got template={template!r}; expected one of {', '.join(get_args(TemplateChoice))}.")
     if template == "chat" and not chat_template:
         raise PatError("Got template='chat', but the tokenizer has no chat template; pass 'alpaca' or 'auto'.")
-    return Reading(template, chat_template, text_field, skips, shown)
+    return Reading(template, chat_template, text_field, skips, shown, learns_prompts)
 
 
 def chat_template_of(tokenizer: PreTrainedTokenizerBase | None) -> str:

@@ -9,10 +9,11 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from datasets import Dataset, DatasetDict, load_from_disk
 from huggingface_hub import metadata_load
 
 from pat.checkpoint.card import shown_name
-from pat.errors import PatError, one_line
+from pat.errors import PatError, one_line, reason_of
 from pat.readers import READERS, SUFFIXES, data_suffix
 
 logger = logging.getLogger(__name__)
@@ -40,19 +41,36 @@ def has_own_loading(folder: Path) -> bool:
     """Tell whether a folder says itself how its files are read: it has a dataset card with configurations."""
     card = folder / "README.md"
     try:
-        return card.is_file() and "configs" in (metadata_load(card) or {})
+        return card.is_file() and bool((metadata_load(card) or {}).get("configs"))
     except Exception as error:  # its YAML parser raises errors of its own at a file that is no card
         logger.warning("%s: is no dataset card (%s), and is passed over.", shown_name(str(card)), one_line(error))
         return False
 
 
-def data_files(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
+def is_saved(folder: Path) -> bool:
+    """Tell whether a folder holds what `save_to_disk` of `datasets` leaves."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def load_saved(folder: Path) -> dict[str, Dataset]:
+    """Return the parts of what `save_to_disk` has left, by their names; `train` is that of a dataset without parts.
+
+    Raises:
+        PatError: a file of it is missing or torn.
+    """
+    try:
+        stored = load_from_disk(str(folder))
+    except Exception as error:  # whatever its readers of JSON and Arrow raise
+        raise PatError(
+            f"{folder}: is no whole dataset of `save_to_disk` ({reason_of(error)}); save it again."
+        ) from error
+    return {str(name): rows for name, rows in stored.items()} if isinstance(stored, DatasetDict) else {"train": stored}
+
+
+def data_files(folder: Path) -> dict[str, list[Path]]:
     """Return the data files of a folder and its subfolders, in the order of their names, by the split they belong to.
 
     A sole data file is all there is, and of the split `train`, whatever it is called.
-
-    Returns:
-        All files, and those of each split.
 
     Raises:
         PatError: there is none.
@@ -61,11 +79,11 @@ def data_files(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
     if not files:
         raise PatError(f"{folder}: is a folder without a data file; expected one in it ({SUFFIXES}).")
     if len(files) == 1:
-        return files, {"train": files}
+        return {"train": files}
     splits: dict[str, list[Path]] = {}
     for path in files:
         splits.setdefault(split_of(path.relative_to(folder)), []).append(path)
-    return files, splits
+    return splits
 
 
 def fingerprint_of(files: Sequence[Path], of_one: Callable[[Path], str]) -> str:

@@ -133,11 +133,16 @@ def make_record(data: TrainingData, counts: Counts, cut: Truncation) -> DataReco
             raise PatError(
                 f"None of {len(targets)} examples has anything to learn: the chat template leaves out their answers; "
                 "use a --chat_template_path that expresses them."
+                if data.source.template == "chat"
+                else f"Each of {len(targets)} examples is a single token, of which nothing is learned."
             )
         before = (tokens - targets)[targets > 0]
+        shortest = f"even the shortest prompt with one response token takes {before.min() + 1}"
+        if cut.keeps_end or not before.min():
+            shortest = "a token that is learned and one before it take 2"
         raise PatError(
-            f"All {len(before)} responses are truncated away: got max_length {cut.max_length}, but even the shortest "
-            f"prompt with one response token takes {before.min() + 1}; raise --max_length {longest_of(tokens)}."
+            f"All {len(before)} responses are truncated away: got max_length {cut.max_length}, but {shortest}; raise "
+            f"--max_length {longest_of(tokens)}."
         )
     return DataRecord(
         source=shown_name(data.name),

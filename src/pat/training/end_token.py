@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -45,22 +46,30 @@ class EndFinder:
         added = tokenizer.added_tokens_decoder.items()
         self.marks = {token for token, mark in added if mark.special or mark.content in template}
         self.marks |= set(tokenizer.all_special_ids)
-        self.two_bos, self.two_eos = [tokenizer.bos_token_id] * 2, [tokenizer.eos_token_id] * 2
         self.blank: dict[int, bool] = {}
 
     def __call__(self, learned: Sequence[int]) -> int | None:
         """Return the token, `NO_END` if there is none, and None if nothing is learned."""
-        for token in reversed(learned):
-            if token not in self.blank:  # line breaks are added tokens, too, in Gemma's tokenizers
-                self.blank[token] = not cast(str, self.tokenizer.decode([token])).strip()
-            if not self.blank[token]:
-                return token if token in self.marks else NO_END
+        for token in self._not_blank(reversed(learned)):
+            return token if token in self.marks else NO_END
         return NO_END if len(learned) else None
 
     def doubled(self, ids: Sequence[int]) -> str:
-        """Name the special tokens, bos and eos, that come twice: a text had one to which another was added."""
-        found = {"bos": ids[:2] == self.two_bos, "eos": ids[-2:] == self.two_eos}
-        return ", ".join(name for name, is_so in found.items() if is_so)
+        """Name the special tokens, bos and eos, that come twice: a text had one to which another was added.
+
+        Blank tokens may stand between them, and behind them.
+        """
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        sides = {"bos": (bos, ids), "eos": (eos, reversed(ids))}
+        found = {name: (token, list(islice(self._not_blank(side), 2))) for name, (token, side) in sides.items()}
+        return ", ".join(name for name, (token, two) in found.items() if two == [token, token])
+
+    def _not_blank(self, ids: Iterable[int]) -> Iterator[int]:
+        for token in ids:
+            if token not in self.blank:  # line breaks are added tokens, too, in Gemma's tokenizers
+                self.blank[token] = not cast(str, self.tokenizer.decode([token])).strip()
+            if not self.blank[token]:
+                yield token
 
 
 def ends_of(counts: Iterable[Counter[int]]) -> list[int]:

@@ -15,6 +15,8 @@ from pat.training.messages import (
     Message,
     RowError,
     is_answer,
+    is_null,
+    message_list,
     parse_history,
     parse_json,
     parse_message,
@@ -113,7 +115,12 @@ def listed(columns: Iterable[str]) -> str:
 
 
 def convert_row(
-    row: Mapping[str, Any], format: Format, template: Template | None, chat_template: str = ""
+    row: Mapping[str, Any],
+    format: Format,
+    template: Template | None,
+    chat_template: str = "",
+    *,
+    learns_prompts: bool = False,
 ) -> list[dict[str, Any]]:
     """Return the examples of one row in TRL's form, none if there is no response to learn.
 
@@ -121,6 +128,8 @@ def convert_row(
         template: "chat" makes message lists for the tokenizer's chat template, "alpaca" strings in the Alpaca
             wording, None keeps prompt and completion strings as they are. Plain text takes no template.
         chat_template: the source of the chat template, to call things as it does.
+        learns_prompts: whether the prompt of an example is learned as well. A conversation then is one example, up to
+            its last answer, so that nothing is learned twice.
 
     Returns:
         `{"text"}`; or `{"prompt", "completion"}`, both strings or both message lists, with `tools` and
@@ -129,6 +138,10 @@ def convert_row(
     Raises:
         RowError: a field is missing or of the wrong type, or the template cannot express the row.
     """
+    row = {name: None if is_null(value) else value for name, value in row.items()}
+    prompt = message_list(row.get(format.prompt))
+    if format.name == "prompt-completion" and template is not None and isinstance(prompt, list):
+        row |= {format.prompt: prompt, format.response: message_list(row.get(format.response))}
     if format.name == "text":
         text = text_of(row.get(format.prompt), f"field {format.prompt!r}", empty=True)
         return [{"text": text}] if text.strip() else []
@@ -164,7 +177,15 @@ def convert_row(
         if template != "chat":
             return [_worded(question, context, response, template)]
         asked = "\n\n".join(part for part in (question, context) if part.strip()) or question
-        pairs = [([({"role": "user", "content": asked}, True)], [({"role": "assistant", "content": response}, True)])]
+        turns = [({"role": "user", "content": asked}, True), ({"role": "assistant", "content": response}, True)]
+        pairs = [(turns[:1], turns[1:])]
+    if learns_prompts:
+        if not all(learned for _, learned in turns):
+            raise RowError(
+                "a message is not to be learned (weight 0 or the like), but --completion_only_loss false learns all of "
+                "a conversation; leave out either."
+            )
+        pairs = pairs[-1:]
     if template != "chat":
         return [_single_turn([message for message, _ in turns])] if pairs else []
     opening = [

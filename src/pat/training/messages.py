@@ -62,6 +62,23 @@ def parse_history(value: Any) -> list[Message]:
     return messages
 
 
+def is_null(value: Any) -> bool:
+    """Tell whether a value stands for none: null, or the NaN that a table has in an empty cell."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def message_list(value: Any) -> Any:
+    """Return the messages that a cell is the JSON text of, as in a CSV file; any other cell as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    is_one = found and all(isinstance(item, dict) and not item.keys().isdisjoint(("role", "from")) for item in found)
+    return found if is_one else value
+
+
 def parse_messages(value: Any, what: str, chat_template: str) -> list[tuple[Message, bool]]:
     """Return the messages of a conversation, and whether each is to be learned if it is an answer."""
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
@@ -75,19 +92,19 @@ def parse_message(item: Any, what: str, chat_template: str = "") -> tuple[Messag
     """Return a message with the role, the text and the further fields that a chat template knows; and its flag."""
     if not isinstance(item, Mapping):
         raise RowError(f"{what} is {_kind(item)}, expected an object with role and content.")
+    item = {key: value for key, value in item.items() if not is_null(value)}
     name, content = (
-        next((item[key] for key in keys if item.get(key) is not None), None)
-        for keys in (("role", "from"), ("content", "value"))
+        next((item[key] for key in keys if key in item), None) for keys in (("role", "from"), ("content", "value"))
     )
     if not isinstance(name, str) or name not in ROLES:
         raise RowError(f"{what} has role {name!r}, expected one of {', '.join(ROLES)}.")
     role = name if name == "developer" and reads(chat_template, name) else ROLES[name]
-    if mask := next((key for key in MASKS if item.get(key) is not None), None):
+    if mask := next((key for key in MASKS if key in item), None):
         raise RowError(
             f"{what} has {mask!r}, which tools mean in different ways; give it weight 0 if it is not learned, else 1."
         )
     own = {"role", "from", "content", "value", *FLAGS}
-    more = {key: value for key, value in item.items() if value is not None and key not in own}
+    more = {key: value for key, value in item.items() if key not in own}
     if "function_call" in more:  # OpenAI's older form
         more["tool_calls"] = [{"type": "function", "function": more.pop("function_call")}]
     if name in CALLS and reads(chat_template, "tool_calls") and (calls := _calls(content)):
@@ -98,7 +115,7 @@ def parse_message(item: Any, what: str, chat_template: str = "") -> tuple[Messag
             more[known] = more.pop(key)
     message = {"role": role, "content": content, **more}
     text = text_of(content, f"content of {what}", empty=says_something(message | {"content": ""}))
-    flags = {flag: item[flag] for flag in FLAGS if item.get(flag) is not None}
+    flags = {flag: item[flag] for flag in FLAGS if flag in item}
     for flag, value in flags.items():
         if value not in (0, 1):
             raise RowError(f"{flag} of {what} is {value!r}, expected 0 or 1 (false or true).")
@@ -145,7 +162,7 @@ def _from_json(text: str, what: str) -> Any:
 
 def text_of(value: Any, what: str, *, empty: bool = False) -> str:
     """Return text, a number as text, or the text of content parts. `empty`: null (an empty cell) is empty text."""
-    if value is None or value != value:  # a table's empty cell may be a NaN
+    if is_null(value):
         value = "" if empty else None
     if isinstance(value, list) and value:
         return "".join(_part(part, what) for part in value)
@@ -171,6 +188,6 @@ def _part(part: Any, what: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    if value is None:
+    if is_null(value):
         return "missing or null"
     return "an empty list" if value == [] else f"of type {type(value).__name__}"

@@ -90,6 +90,7 @@ def load_parts(arguments: TuneArguments, tokenizer: PreTrainedTokenizerBase) -> 
             text_field=sft.dataset_text_field,
             skips=run.on_bad_row == "skip",
             shown=not sft.disable_tqdm,
+            learns_prompts=sft.completion_only_loss is False,
         )
         for name, (own, most) in zip(run.dataset_names, _held_out_of_each(arguments), strict=True)
     ]
@@ -106,8 +107,14 @@ def open_parts(
     """
     sft, run = arguments.sft, arguments.run
     template = cast(TemplateChoice, run.template)
-    skips, shown = run.on_bad_row == "skip", not sft.disable_tqdm
-    reading = reading_with(tokenizer, template, sft.dataset_text_field, skips=skips, shown=shown)
+    reading = reading_with(
+        tokenizer,
+        template,
+        sft.dataset_text_field,
+        skips=run.on_bad_row == "skip",
+        shown=not sft.disable_tqdm,
+        learns_prompts=sft.completion_only_loss is False,
+    )
     for name in run.dataset_names:
         check_exists(name)
     opened = []

@@ -44,7 +44,7 @@ from pat.training.parts import (
 from pat.training.remarks import remarks
 from pat.training.stream import Stream
 from pat.training.tables import ROWS_AT_ONCE
-from pat.training.tokens import TRAINED_ON, Encoder, Truncation, encode, learns
+from pat.training.tokens import TRAINED_ON, Encoder, Truncation, encode, num_learned
 from pat.training.vocabulary import Vocabulary, load_vocabulary
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def _evaluation(apart: Sequence[Example], sft: SFTConfig, cut: Truncation) -> Da
     fit = replace(cut, packing=sft.packing if sft.eval_packing is None else sft.eval_packing)
     fitted = [{name: fit(list(row[name])) for name in TRAINED_ON} for row in apart]
     if fit.max_length is not None and not fit.packing:
-        fitted = [row for row in fitted if learns(row["labels"])]
+        fitted = [row for row in fitted if num_learned(row["labels"])]
     if not fitted:
         raise PatError(
             f"Got eval_strategy={str(sft.eval_strategy)!r}, but no response of the {len(apart)} held-out rows is left "
@@ -225,8 +225,8 @@ def prepare_examples(
 
 def _check_arguments(sft: SFTConfig, data: TrainingData) -> None:
     """Refuse what SFTTrainer would refuse, or ignore, when it looked at this data."""
-    if sft.packing and sft.max_length is None:
-        raise PatError("Got packing without a max_length; expected --max_length, the length to pack to.")
+    if sft.packing and (sft.max_length or 0) < 2:  # a single token has none before it to be learned from
+        raise PatError(f"Got packing with --max_length {sft.max_length}; expected the length to pack to, at least 2.")
     if sft.completion_only_loss and data.source.format.name == "text":
         raise PatError("Got --completion_only_loss true with plain text; expected prompts and completions.")
     if sft.assistant_only_loss and data.source.template != "chat":
@@ -283,7 +283,7 @@ def _longest(counts: Counts, cut: Truncation) -> int:
 def _pieces(row: Mapping[str, list[int]], cut: Truncation) -> Iterator[Example]:
     """Yield an example cut like those that are trained on, if there is something to learn in it."""
     for ids, labels in zip(cut.pieces(row["input_ids"]), cut.pieces(row["labels"]), strict=True):
-        if learns(labels):
+        if num_learned(labels):
             yield {"input_ids": ids, "labels": labels}
 
 
@@ -294,5 +294,7 @@ def _verification(examples: Iterable[Any], vocabulary: Vocabulary, base_config: 
     batches = list(batches_from_examples(first, batch_size=VERIFY_BATCH_SIZE, pad_token_id=pad_token_id))
     if sum(len(example["input_ids"]) for example in first) < MIN_VERIFY_TOKENS:
         max_positions = getattr(base_config, "max_position_embeddings", None)
-        batches += verification_batches(vocabulary.tokenizer, max_positions=max_positions)
+        batches += verification_batches(
+            vocabulary.tokenizer, num_embeddings=vocabulary.num_embeddings, max_positions=max_positions
+        )
     return batches

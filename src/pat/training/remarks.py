@@ -18,7 +18,7 @@ from pat.training.end_token import NO_END
 from pat.training.formats import listed
 from pat.training.rendered import ANSWER
 from pat.training.tables import batches_of
-from pat.training.tokens import Truncation, learns
+from pat.training.tokens import Truncation, num_learned
 
 
 def remarks(
@@ -65,7 +65,9 @@ def remarks(
             f"The chat template leaves out {' and '.join([*roles, *parts])} {all_examples}; use a --chat_template_path "
             "that expresses them, or leave them out of the data."
         )
-    if record.num_without_targets:
+    if record.num_without_targets and data.source.template != "chat":
+        yield f"{record.num_without_targets:,} {all_examples} are a single token, and do not count."
+    elif record.num_without_targets:
         yield (
             f"{record.num_without_targets:,} {all_examples} have nothing to learn, since the chat template leaves out "
             "their answer, and do not count; use a --chat_template_path that expresses it."
@@ -163,7 +165,7 @@ def overlap_remarks(apart: Sequence[Mapping[str, Any]], trained: Sequence[Datase
         trained: tables of tokens of all sources, whole ones of which no rows are selected.
         cut: how sequences of these tables were made to fit.
     """
-    measured = [row for row in apart if cut.max_length is None or cut.packing or learns(cut(list(row["labels"])))]
+    measured = [row for row in apart if cut.max_length is None or cut.packing or num_learned(cut(list(row["labels"])))]
     keys = [np.array(cut(list(row["input_ids"])), np.int32).tobytes() for row in measured]
     wanted, found = set(keys), set[bytes]()
     for rows in trained:

@@ -7,8 +7,9 @@ import json
 import os
 from dataclasses import MISSING, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig
 from trl import ModelConfig, SFTConfig
@@ -23,7 +24,11 @@ from pat.report.records import plain, to_json
 from pat.training.arguments import REFUSED, TuneArguments
 from pat.training.mixture import shares
 from pat.training.options import DistillOptions, RunOptions
+from pat.training.tokens import TRAINED_ON
 from pat.tuner.options import PatOptions
+
+if TYPE_CHECKING:
+    from pat.training.prepare import Prepared
 
 RUN_FILE = "run.json"
 
@@ -45,6 +50,9 @@ what is written, shown and measured on the way, how it goes on, and where and ho
 _FILES = ("held_out", "general_text", "calibration", "chat_template_path")
 """Options that may name a file."""
 
+NUM_FINGERPRINTED = 256
+"""Examples to train on by whose tokens a run is known again."""
+
 _NOT_THE_MODELS = ("_name_or_path", "transformers_version")
 """Keys of a configuration that say how it was loaded."""
 
@@ -61,14 +69,16 @@ class RunFile:
     """Fingerprint of the data that is trained on."""
     finished: list[str] = field(default_factory=list)
     """Phases that are done: `stage_one`, `compaction`, `stage_two`, `model`, `results`, `pushed`."""
+    tokens: str | None = None
+    """Fingerprint of what tokenizer and template make of the data; None in a run of an older version."""
     bf16: bool | None = None
     """Whether it began in bf16; unless a flag says otherwise it goes on so, whatever a new measurement would choose."""
     rows_per_step: int | None = None
     """Number of rows that a step takes, over all processes."""
 
     @classmethod
-    def of(cls, arguments: TuneArguments, base_config: Any, data: str) -> RunFile:
-        """Describe a run by its arguments, its base model and the fingerprint of its data."""
+    def of(cls, arguments: TuneArguments, base_config: Any, data: str, tokens: str | None = None) -> RunFile:
+        """Describe a run by its arguments, its base model, and the fingerprints of its data and of their tokens."""
         configuration = {
             option.name: plain(getattr(part, option.name))
             for part in (arguments.model, arguments.sft, arguments.pat, arguments.distill, arguments.run)
@@ -89,7 +99,7 @@ class RunFile:
         base = fingerprint(arguments.run.model_name_or_path, base_config)
         sft = arguments.sft
         rows = sft.per_device_train_batch_size * sft.gradient_accumulation_steps * ranks.num_processes()
-        return cls(configuration | shown, base, data, bf16=bool(sft.bf16), rows_per_step=rows)
+        return cls(configuration | shown, base, data, tokens=tokens, bf16=bool(sft.bf16), rows_per_step=rows)
 
     @classmethod
     def read(cls, folder: Path) -> RunFile | None:
@@ -138,7 +148,8 @@ class RunFile:
         }
         pairs |= {
             f"fingerprint of the {name}": (getattr(self, name)[-8:], getattr(given, name)[-8:])
-            for name in ("base", "data")
+            for name in ("base", "data", "tokens")
+            if getattr(self, name) is not None and getattr(given, name) is not None
         }
         differing = [
             f"{name}: {'not given' if old is None else old} in the run, {'not' if new is None else new} given"
@@ -150,6 +161,15 @@ class RunFile:
                 f"{folder}: the run there has another configuration ({'; '.join(differing)}); go on with its own, "
                 "choose another output folder, or start anew with --overwrite true."
             )
+
+
+def tokens_fingerprint(data: Prepared) -> str:
+    """Digest the first examples to train on, and those to measure on: what tokenizer and template make of the data."""
+    first = data.train.select(range(min(NUM_FINGERPRINTED, len(data.train)))).to_list()
+    found = hashlib.sha256()
+    for example in chain(first, data.held_out, data.held_out_of_base or ()):
+        found.update(json.dumps([list(example[name]) for name in TRAINED_ON]).encode())
+    return f"tokens:{found.hexdigest()[:16]}"
 
 
 def _defaults() -> dict[str, Any]:

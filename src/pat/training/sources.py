@@ -11,7 +11,15 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
 
-from datasets import Dataset, DatasetDict, ReadInstruction, concatenate_datasets, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    Features,
+    ReadInstruction,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_dataset_builder,
+)
 from datasets.exceptions import DatasetNotFoundError
 
 from pat.errors import PatError, reason_of
@@ -28,9 +36,9 @@ from pat.readers import (
 )
 from pat.report.progress import phase
 from pat.training.conversion import PLACE, ROW, Reading, Source, TemplateChoice, convert
-from pat.training.data_files import data_files, fingerprint_of, has_own_loading, say_unread
+from pat.training.data_files import data_files, fingerprint_of, has_own_loading, is_saved, load_saved, say_unread
 from pat.training.formats import ALPACA, Format
-from pat.training.tables import ROWS_AT_ONCE, digest
+from pat.training.tables import ROWS_AT_ONCE, digest, labels_of
 
 TASK_PREFIX = "task:"
 """Begins the name of a dataset that is made of tasks' questions."""
@@ -132,15 +140,14 @@ def _num_rows(files: list[Path]) -> int:
 
 def _load_folder(path: Path, reading: Reading, split: str, config_name: str | None) -> Source:
     """Read what `save_to_disk` has left, what says itself how it is read, or the data files of a folder."""
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        stored = load_from_disk(str(path))
-        parts = dict(stored) if isinstance(stored, DatasetDict) else {"train": stored}
-        spans = _spans(str(path), split, {str(name): len(rows) for name, rows in parts.items()})
+    if is_saved(path):
+        parts = load_saved(path)
+        spans = _spans(str(path), split, {name: len(rows) for name, rows in parts.items()})
         if len({part for part, _ in spans}) > 1:
             raise PatError(f"{path}: got split {split!r}; expected one of {', '.join(map(repr, parts))}, or a slice.")
         return _convert(str(path), concatenate_datasets([parts[part].select(span) for part, span in spans]), reading)
-    files, splits = data_files(path)
-    if len(files) > 1 and (config_name is not None or has_own_loading(path)):
+    splits = data_files(path)
+    if config_name is not None or has_own_loading(path):
         return _load_hub(str(path), reading, split, config_name)
     return _load_files(path, splits, reading, split)
 
@@ -161,7 +168,14 @@ def load_from_hub(name: str, reading: Reading, split: str, config_name: str | No
     try:
         # On a terminal `datasets` draws bars of its own.
         with phase(f"Loading {name}", shown=reading.shown and not sys.stderr.isatty()):
-            return load_dataset(name, name=config_name, split=split, streaming=streaming)
+            loaded = load_dataset(name, name=config_name, split=split, streaming=streaming)
+            if loaded.info.builder_name != "csv" or _says_what_it_holds(name, config_name):
+                return loaded
+            # It guesses types by what a column holds, `7.0` for `007` beside an empty cell, and takes `NA` for nothing.
+            columns: list[str] = loaded.column_names or list(next(iter(loaded), {}))
+            features = Features({column: Value("string") for column in columns})
+            options = {"features": features, "keep_default_na": False}
+            return load_dataset(name, name=config_name, split=split, streaming=streaming, **options)
     except ConnectionError as error:
         raise PatError(
             f"{name}: no such file, and the hub could not be reached; pass an existing file ({SUFFIXES}) or go online."
@@ -176,14 +190,21 @@ def load_from_hub(name: str, reading: Reading, split: str, config_name: str | No
         raise PatError(f"{name}: this dataset could not be loaded, split {split!r} ({reason}).") from error
 
 
+def _says_what_it_holds(name: str, config_name: str | None) -> bool:
+    return getattr(load_dataset_builder(name, name=config_name).config, "features", None) is not None
+
+
 def _convert(name: str, dataset: Dataset, reading: Reading) -> Source:
     def placed() -> Iterator[Placed]:
-        number = 0
-        for batch in dataset.iter(ROWS_AT_ONCE):
-            columns = cast(dict[str, list[Any]], batch)
-            for values in zip(*columns.values(), strict=True):
-                number += 1
-                yield f"{name}, row {number}", row_of_table(dict(zip(columns, values, strict=True)))
+        number, labels = 0, labels_of(dataset.features)
+        try:
+            for batch in dataset.iter(ROWS_AT_ONCE):
+                columns = cast(dict[str, list[Any]], batch)
+                for values in zip(*columns.values(), strict=True):
+                    number += 1
+                    yield f"{name}, row {number}", row_of_table(dict(zip(columns, values, strict=True)), labels)
+        except (OSError, ValueError) as error:  # pyarrow's are of these kinds
+            raise PatError(f"{name}: could not be read after row {number:,} ({reason_of(error)}).") from error
 
     fingerprint = _hub_fingerprint(dataset)
     key = digest(name, dataset._fingerprint, reading.parts()) if len(dataset) > SMALL_ROWS else None

@@ -10,15 +10,16 @@ from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset
 
 from pat.errors import PatError, RunFailed, reason_of
 from pat.paths import looks_local
 from pat.readers import Placed, Row, iterate_local, row_of_table
 from pat.report.progress import Phase
 from pat.training.conversion import PLACE, ROW, ROWS_LOOKED_AT, Conversion, Reading, Source, look_at
-from pat.training.data_files import data_files, fingerprint_of, has_own_loading, say_unread
+from pat.training.data_files import data_files, fingerprint_of, has_own_loading, is_saved, load_saved, say_unread
 from pat.training.sources import FILE_SUFFIXES, load_from_hub
+from pat.training.tables import labels_of
 
 END_BYTES = 2**20
 """Bytes at each end of a file by which it is known again; to read all of it would take minutes."""
@@ -88,13 +89,11 @@ def _open(
     """Return what gives the rows of a source anew each time, and what gives its fingerprint, by its first examples."""
     path = Path(name).expanduser()
     if os.path.isdir(path):
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            stored: Any = load_from_disk(str(path))
-            parts = dict(stored) if isinstance(stored, DatasetDict) else {"train": stored}
-            stored = _part(name, parts, split)
+        if is_saved(path):
+            stored = _part(name, load_saved(path), split)
             return lambda: _rows(name, stored), lambda _: f"datasets:{stored._fingerprint}"
-        files, splits = data_files(path)
-        if len(files) == 1 or (config_name is None and not has_own_loading(path)):
+        if config_name is None and not has_own_loading(path):
+            splits = data_files(path)
             read = _part(name, splits, split)
             say_unread(path, read)
             return lambda: chain.from_iterable(map(iterate_local, read)), lambda _: fingerprint_of(read, _ends)
@@ -118,12 +117,12 @@ def _of_first(examples: list[Any]) -> str:
     return f"first:{hashlib.sha256(repr(told).encode()).hexdigest()}"
 
 
-def _rows(name: str, dataset: Iterable[Any]) -> Iterator[Placed]:
+def _rows(name: str, dataset: Any) -> Iterator[Placed]:
     """Yield the rows of what `datasets` streams."""
-    number = 0
+    number, labels = 0, labels_of(dataset.features)
     try:
         for number, row in enumerate(dataset, start=1):
-            yield f"{name}, row {number}", row_of_table(row)
+            yield f"{name}, row {number}", row_of_table(row, labels)
     except Exception as error:  # whatever its parsers, file systems and HTTP client raise
         kind = RunFailed if number else PatError
         raise kind(f"{name}: could not be read after row {number:,} ({reason_of(error)}).") from error

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import datasets
 import pyarrow
-from datasets import Dataset, Features, concatenate_datasets
+from datasets import ClassLabel, Dataset, Features, concatenate_datasets
 
 from pat.checkpoint.staging import discard, staged_folder
 from pat.errors import PatError, RunFailed, one_line
@@ -35,7 +35,7 @@ ROWS_AT_ONCE = 1000
 CACHE_BYTES = 20 * 2**30
 """What the cache may hold: beyond it the tables go that were not used for longest."""
 
-FORM = 3
+FORM = 4
 """Goes up when other code makes other tables of the same parts."""
 
 FACTS = "facts.json"
@@ -130,6 +130,11 @@ def batches_of(dataset: Dataset, columns: Sequence[str]) -> Iterator[pyarrow.Tab
         with pyarrow.OSFile(file["filename"]) as source, pyarrow.ipc.open_stream(source) as stream:
             for batch in stream:
                 yield pyarrow.Table.from_batches([batch]).select(list(columns))
+
+
+def labels_of(features: Features | None) -> dict[str, list[str]]:
+    """Return the names of the values of each column that holds labels as numbers."""
+    return {name: list(kind.names) for name, kind in (features or {}).items() if isinstance(kind, ClassLabel)}
 
 
 def is_on_disk(dataset: Dataset) -> bool:

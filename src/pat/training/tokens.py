@@ -23,7 +23,7 @@ from pat.training.conversion import PLACE, ROW
 from pat.training.data import chat_template_of
 from pat.training.end_token import EndFinder
 from pat.training.messages import reads
-from pat.training.rendered import ANSWER, left_out
+from pat.training.rendered import ANSWER, Rendered, left_out, render
 from pat.training.tables import ROWS_AT_ONCE, cache_folder, cached_table, digest
 
 if TYPE_CHECKING:
@@ -121,28 +121,28 @@ class Encoder:
             glued = [not (p[-1:].isspace() or c[:1].isspace() or p.endswith(ends)) for p, c in pairs]
         else:
             rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-            rendered = [self._rendered(row) for row in rows]
-            refusals = [refusal for _, _, refusal in rendered]
-            chats = zip(*((whole, prompt) for whole, prompt, _ in rendered), strict=True)
-            full, prompts = (self._ids(texts, add_special_tokens=False) for texts in chats)
             source = chat_template_of(self.tokenizer)
+            rendered = [self._rendered(row, source) for row in rows]
+            refusals = [found.refusal for found in rendered]
+            full = self._ids([found.whole for found in rendered], add_special_tokens=False)
+            prompts = self._ids([found.prompt for found in rendered], add_special_tokens=False)
             unread = [", ".join(sorted(name for name in _names(row) if not reads(source, name))) for row in rows]
             omitted = [
-                set() if refusal else left_out(row, whole, prompt, source)
-                for row, (whole, prompt, refusal) in zip(rows, rendered, strict=True)
+                set() if found.refusal else left_out(found.row, found.whole, found.prompt, source) for found in rendered
             ]
-            opens = [[m["role"] for m in row["prompt"][:1]] == ["assistant"] for row in rows]
+            opens = [self.completion_only and [m["role"] for m in row["prompt"][:1]] == ["assistant"] for row in rows]
         starts = [0] * len(full)
         if prompts is not None and self.completion_only:
             starts = [_common_prefix(prompt, ids) for prompt, ids in zip(prompts, full, strict=True)]
         find_end = EndFinder(self.tokenizer)
-        labels = [self.cut([IGNORED] * start + ids[start:]) for start, ids in zip(starts, full, strict=True)]
+        whole = [[IGNORED] * start + ids[start:] for start, ids in zip(starts, full, strict=True)]
+        labels = [self.cut(row) for row in whole]
         return {
             "input_ids": [self.cut(ids) for ids in full],
             "labels": labels,
             "num_tokens": [len(ids) for ids in full],
-            "num_targets": [len(ids) - start for start, ids in zip(starts, full, strict=True)],
-            "num_left": [len(row) - row.count(IGNORED) for row in labels],
+            "num_targets": [num_learned(row) for row in whole],
+            "num_left": [num_learned(row) for row in labels],
             "end": [find_end(ids[start:]) for start, ids in zip(starts, full, strict=True)],
             "unread": unread,
             # That nothing is left of an answer is counted where there is nothing to learn.
@@ -186,19 +186,16 @@ class Encoder:
             raise PatError("The tokenizer has no end-of-sequence token to end responses with; pass --eos_token.")
         return text if text.endswith(eos) else text + eos
 
-    def _rendered(self, row: Mapping[str, Any]) -> tuple[str, str, str]:
-        """Return the text of a conversation, that of its prompt alone, and why there is none."""
+    def _rendered(self, row: Mapping[str, Any], source: str) -> Rendered:
         options = {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {}), "tokenize": False}
-        render: Any = self.tokenizer.apply_chat_template
         try:
-            whole = render(row["prompt"] + row["completion"], **options)
-            return whole, render(row["prompt"], add_generation_prompt=True, **options), ""
+            return render(row, partial(cast(Any, self.tokenizer).apply_chat_template, **options), source)
         except Exception as error:  # whatever the expressions of a template raise
             where, reason = row.get(PLACE, "A row"), one_line(error)
             refusal = f"{where}: the tokenizer's chat template refuses it ({reason}); fix either."
             if not self.skips:
                 raise UnusableRow(refusal) from error
-            return "", "", refusal
+            return Rendered(row, "", "", refusal)
 
 
 def encode(
@@ -281,9 +278,10 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def learns(labels: Sequence[int]) -> bool:
-    """Tell whether any of the labels counts."""
-    return any(label != IGNORED for label in labels)
+def num_learned(labels: Sequence[int]) -> int:
+    """Return the number of labels that count; none if that is the first alone, which nothing comes before."""
+    num = len(labels) - labels.count(IGNORED)
+    return 0 if num == 1 and labels[0] != IGNORED else num
 
 
 def _names(row: Mapping[str, Any]) -> set[str]:

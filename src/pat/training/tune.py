@@ -83,7 +83,7 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
         base = load(arguments, data)
         kept = None
         if not arguments.run.overwrite:
-            kept = ranks.first(partial(BaseScores.read, arguments.output_dir / CHECKPOINTS, base, data))
+            kept = ranks.first(partial(BaseScores.read, arguments.output_dir / CHECKPOINTS, run, base))
         ranks.first_alone(lambda: clear(arguments, start))
         # Training may load float32 for speed or stability; what is written keeps the dtype of the base's checkpoint.
         dtype, device = base.dtype, base.device

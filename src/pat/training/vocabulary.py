@@ -221,13 +221,21 @@ def load_vocabulary(
     if chat_template_path is not None and chat_template_path.endswith((".jinja", ".j2")):
         path = Path(chat_template_path)
         try:
-            tokenizer.chat_template = path.read_text(encoding="utf-8")
+            tokenizer.chat_template = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise PatError(
                 f"Got --chat_template_path {path}, which is not readable ({error}); expected a Jinja file."
             ) from error
+        if not tokenizer.chat_template.strip():
+            raise PatError(f"Got --chat_template_path {path}, which is empty; expected a Jinja template in it.")
     elif chat_template_path is not None:
-        source = load_plain_tokenizer(chat_template_path)
+        try:
+            source = load_plain_tokenizer(chat_template_path)
+        except PatError as error:
+            raise PatError(
+                f"Got --chat_template_path {chat_template_path}, which is no Jinja file (.jinja or .j2) and no "
+                f"tokenizer: {error}"
+            ) from error
         if not source.chat_template:
             raise PatError(f"Got --chat_template_path {chat_template_path}, a tokenizer without a chat template.")
         tokenizer.chat_template = source.chat_template

@@ -17,9 +17,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_models import batch, build, fill_hub_cache, tiny_tokenizer
 from tiny_training import attach, largest_difference, logits, tuner_of
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pat.checkpoint.adapter import load_adapted
+from pat.checkpoint.adapter_tokens import adapter_tokens
 from pat.checkpoint.compact import save_adapter
 from pat.checkpoint.merge import merge
 from pat.checkpoint.verification_text import CONTEXT, MAX_TOKENS, verification_batches
@@ -74,6 +75,18 @@ def test_the_checkpoint_is_the_tuned_model(family: str, tmp_path: Path) -> None:
     assert result.parity.max_abs_logit_diff < ROUNDING
     assert result.record.cut.num_parameters == sum(p.numel() for p in dense.parameters())
     assert AutoTokenizer.from_pretrained(result.model_dir).chat_template == tiny_tokenizer().chat_template
+
+
+def test_a_part_of_a_tokenizer_is_refused_and_a_template_alone_taken_over(work: Path) -> None:
+    base_config = AutoConfig.from_pretrained(work / "base")
+    adapter, template = work / "adapter", "{{ messages[0]['content'] }}"
+    (adapter / "chat_template.jinja").write_text(template)
+    tokens = adapter_tokens(adapter, str(work / "base"), base_config)
+    assert tokens.tokenizer.chat_template == template and len(tokens.tokenizer) == len(tiny_tokenizer())
+    tiny_tokenizer().save_pretrained(adapter)
+    (adapter / "tokenizer_config.json").unlink()
+    with pytest.raises(PatError, match=r"holds tokenizer\.json, but no tokenizer_config\.json that belongs to it"):
+        adapter_tokens(adapter, str(work / "base"), base_config)
 
 
 def test_results_tell_what_was_done(work: Path) -> None:
@@ -225,10 +238,18 @@ WRONG: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "base of the same shape": (
         lambda work: make_base(work / "other", seed=1),
         {"base_model": "other"},
-        "other: it was made for weights with the fingerprint …[0-9a-f]{8}, these have …[0-9a-f]{8}",
+        "other: it was made for a model with the fingerprint …[0-9a-f]{8}, this one has …[0-9a-f]{8}",
     ),
     "base that was changed": (
         lambda w: change_tensors(w / "base/model.safetensors", lambda t: t[UP].mul_(1.5)), {}, "fingerprint"
+    ),
+    "base of which a row was changed": (
+        lambda w: change_tensors(w / "base/model.safetensors", lambda t: t[UP][1].mul_(3)), {}, "fingerprint"
+    ),
+    "base with positions of another scale": (
+        lambda w: edit_base(w, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}),
+        {},
+        "fingerprint",
     ),
     "base that names fewer layers": (
         lambda w: edit_base(w, num_hidden_layers=1), {}, "hold .* tensors .*num_hidden_layers=1"
@@ -339,6 +360,21 @@ def test_the_built_in_text_fills_the_budget() -> None:
     assert set(lengths) == {(1, CONTEXT)}
     assert sum(length for _, length in lengths) == MAX_TOKENS
     assert all(bool(batch["attention_mask"].all()) for batch in batches)
+
+
+def test_tokens_without_an_embedding_are_left_out_of_the_built_in_text_and_refused_in_others(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    num_known = len(tokenizer)
+    tokenizer.add_tokens(["the"])
+    whole, known = (
+        torch.cat([batch["input_ids"][0] for batch in verification_batches(tokenizer, num_embeddings=number)])
+        for number in (None, num_known)
+    )
+    assert int((whole == num_known).sum()) > 5
+    assert torch.equal(known, whole[whole != num_known])
+    (tmp_path / "text").write_text("in the text")
+    with pytest.raises(PatError, match=f"the token 'the' .id {num_known}., but the model has embeddings for"):
+        verification_batches(tokenizer, tmp_path / "text", num_embeddings=num_known)
 
 
 def test_windows_fit_the_model_and_start_as_its_texts_do(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from pat.training.base_scores import BASE_SCORES, BaseScores
 from pat.training.results import ModelFigures
+from pat.training.run_file import RunFile
 
 SCORES = BaseScores(
     "torch.float32",
@@ -20,43 +21,45 @@ SCORES = BaseScores(
 )
 
 
-def read(folder: Path, dtype: torch.dtype = torch.float32, num_rows: int = 2) -> BaseScores | None:
+RUN = RunFile({}, "base", "data", tokens="tokens")
+
+
+def read(folder: Path, dtype: torch.dtype = torch.float32, run: RunFile = RUN) -> BaseScores | None:
     model: Any = SimpleNamespace(dtype=dtype)
-    data: Any = SimpleNamespace(held_out=[None] * num_rows)
-    return BaseScores.read(folder, model, data)
+    return BaseScores.read(folder, run, model)
 
 
 def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     assert read(folder) is None
-    SCORES.write(folder)
+    SCORES.write(folder, RUN)
     assert read(folder) == SCORES
     assert torch.equal(SCORES.losses()["base"], torch.tensor([[0.1 + 0.2, 3], [1e-17, 1]], dtype=torch.float64))
-    assert read(folder, torch.bfloat16) is None and read(folder, num_rows=3) is None
+    assert read(folder, torch.bfloat16) is None
+    assert all(read(folder, run=replace(RUN, **{name: "other"})) is None for name in ("base", "data", "tokens"))
     without = replace(SCORES, rows=None, answers=[])
-    without.write(folder)
-    assert read(folder, num_rows=0) == without and without.losses() == {}
+    without.write(folder, RUN)
+    assert read(folder) == without and without.losses() == {}
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"rows": [[1.0], [2.0, 3.0]]},
-        {"rows": [[1.0, 1.0], [float("nan"), 1.0]]},
-        {"answers": None},
-        {"answers": [["ask"]]},
-        {"figures": {"num_parameters": 1}},
-        {"figures": {"num_parameters": 1, "num_bytes": 2, "held_out_nll": "low"}},
-        {"figures": [1, 2]},
+        {"figures": {"num_parameters": 7, "num_bytes": 28, "held_out_nll": 0.2}},
+        {"rows": [[0.3, 3.0], [0.0, 1.0]]},
+        {"rows": 10**400},
+        {"answers": [["ask", "another answer"], ["again", ""]]},
         {"unknown": 1},
     ],
+    ids=str,
 )
-def test_what_is_not_whole_is_not_read(change: dict[str, Any], tmp_path: Path) -> None:
-    SCORES.write(tmp_path)
+def test_what_was_changed_or_torn_is_not_read(change: dict[str, Any], tmp_path: Path) -> None:
+    SCORES.write(tmp_path, RUN)
     file = tmp_path / BASE_SCORES
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps(stored | {"scores": stored["scores"] | change}))
     assert read(tmp_path) is None
     file.write_bytes(b"\xff" + file.read_bytes()[:-9])
     assert read(tmp_path) is None
-    SCORES.write(tmp_path)
+    SCORES.write(tmp_path, RUN)
     assert read(tmp_path) == SCORES

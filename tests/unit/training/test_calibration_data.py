@@ -70,7 +70,11 @@ def test_tokens_under_other_names(row: dict[str, Any], expected: list[int]) -> N
         ({"prompt": "say", "answer": "5"}, "say"),
         ({"prompt": "say", "chosen": " a", "rejected": " b"}, "say a"),
         ({"prompt": "say", "completion": " a", "label": False}, "say a"),
-        ({"text": "all of it", "prompt": "x"}, "all of it"),
+        ({"text": "all of it", "label": "x"}, "all of it"),
+        # Beside a prompt, what rewards are reckoned by.
+        ({"prompt": TALK[:1], "text": "m", "messages": TALK}, TALK[:1]),
+        ({"prompt": TALK[:1], "completion": "a reference"}, TALK[:1]),
+        ({"prompt": "say it", "completion": 5, "messages": 5, "text": 5}, "say it"),
         ({"chosen": "a", "rejected": "b"}, "a"),
         ({"messages": TALK}, TALK),
         ({"prompt": TALK[:1]}, TALK[:1]),

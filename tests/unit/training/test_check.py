@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from tiny_models import build
 
 from pat.errors import PatError
@@ -40,7 +41,10 @@ def checked(folder: Path, **flags: Any) -> None:
         ({"mask": "frozen", "pruned_intermediate_size": 40, "milestone": 0.3}, None),
         ({"mask": "frozen", "axes": "hidden"}, None),
         ({"ddp_timeout": 60}, "ddp_timeout=60 has no effect in one process."),
-        ({"dataset_config": "main"}, "dataset_config=main has no effect on a local file."),
+        (
+            {"dataset_config": "main"},
+            "dataset_config=main has no effect on a local file, or what",
+        ),
         ({"pruned_hidden_size": 20}, "more than has been shown to work"),
         ({}, None),
     ],
@@ -61,7 +65,8 @@ def test_what_needs_another_flag_is_known() -> None:
 def test_going_on_with_other_rows_per_step_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     build("llama", tied=True).save_pretrained(tmp_path / "base")
     config, _ = load_config(str(tmp_path / "base"))
-    prepared: Any = SimpleNamespace(vocabulary=None, record=SimpleNamespace(fingerprint="d"))
+    record, none = SimpleNamespace(fingerprint="d"), Dataset.from_dict({"input_ids": [], "labels": []})
+    prepared: Any = SimpleNamespace(vocabulary=None, record=record, train=none, held_out=(), held_out_of_base=None)
     before, after = (
         build_arguments(
             model_name_or_path=tmp_path / "base",

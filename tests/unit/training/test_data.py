@@ -21,9 +21,11 @@ from transformers import AutoTokenizer
 from pat.errors import PatError
 from pat.training import sources
 from pat.training.alpaca_chat import alpaca_chat
+from pat.training.conversion import Reading
 from pat.training.data import load_training_data
 from pat.training.data_files import split_of
 from pat.training.formats import listed
+from pat.training.streamed import open_source
 
 STORIES = Path(__file__).resolve().parents[2] / "data" / "stories260K"
 CHAT: Any = SimpleNamespace(chat_template="{{ messages }}")  # a tokenizer is asked for nothing else
@@ -169,6 +171,18 @@ CONVERSATIONS: dict[str, tuple[dict[str, Any], Rows]] = {
         {"messages": json.dumps([user("a"), answer("b")])},
         [chat(user("a"), answer("b"))],
     ),
+    "prompt and completion as JSON text": (
+        {"prompt": json.dumps([user("a")]), "completion": " " + json.dumps([answer("b")])},
+        [chat(user("a"), answer("b"))],
+    ),
+    "NaN is null": (
+        {
+            "messages": [user("a", train=float("nan")), answer(float("nan"), tool_calls=CALL, weight=float("nan"))],
+            "system": float("nan"),
+            "tools": float("nan"),
+        },
+        [chat(user("a"), answer("", tool_calls=CALL), tools=None)],
+    ),
     "an input without an instruction": (
         {"instruction": " ", "input": "i", "output": "a"},
         [chat(user("i"), answer("a"))],
@@ -272,8 +286,11 @@ FILES: dict[str, bytes | Callable[[Path], None]] = {
     "d.ndjson": JSONL,
     "lines.json": JSONL,
     "list.json": json.dumps(alpaca_rows(3), indent=1).encode(),
+    "list.jsonl": b"\xef\xbb\xbf\n" + json.dumps(alpaca_rows(3), indent=1).encode(),
+    "line.ndjson": json.dumps(alpaca_rows(3)).encode(),
     "held.json": b'{"version": "1",\n"data": ' + json.dumps(alpaca_rows(3)).encode() + b"}",
     "d.csv": delimited(alpaca_rows(3), ","),
+    "blank.csv": b"\xef\xbb\xbf\n \n" + delimited(alpaca_rows(3), ","),
     "d.tsv": delimited(alpaca_rows(3), "\t"),
     "d.parquet": parquet(alpaca_rows(3)),
     "d.jsonl.gz": gzip.compress(JSONL, mtime=0),
@@ -397,6 +414,45 @@ def test_a_folder_that_says_how_it_is_read_is_left_to_datasets(
     assert load_training_data(folder, held_out=0).num_rows == 2 and "is no dataset card" in caplog.text
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_cells_of_csv_files_stay_as_they_are_where_datasets_reads_them(tmp_path: Path, streaming: bool) -> None:
+    """A sole file, too, which the folder says is of a split and has a separator of its own."""
+    parts = "    sep: ;\n  data_files:\n  - split: test\n    path: a.csv\n"
+    card = f"---\nconfigs:\n- config_name: odd\n{parts.replace('    sep', '  sep')}---\n"
+    cells = {"q": "007", "b": "3", "c": "1.50", "d": "NA", "e": "True", "f": ""}
+    rows = "".join(f"{key};{value}\n" for key, value in cells.items())
+    folder = folder_of(tmp_path / "data", {"README.md": card, "a.csv": f"instruction;output\n{rows}"})
+    reading = Reading()
+    options: dict[str, Any] = {"split": "test", "config_name": "odd"}
+    if streaming:
+        placed = list(open_source(str(folder), reading, 0, **options)[0].placed())
+        assert [row for _, row in placed] == [{"instruction": key, "output": cells[key]} for key in cells]
+    else:
+        data = load_training_data(folder, held_out=0, **options)
+        assert data.train["completion"][:] == ["007", "3", "1.50", "NA", "True"] and data.num_dropped == 1
+    card = "---\nconfigs:\n---\n"  # says nothing
+    folder_of(folder, {"README.md": card, "a.csv": "instruction,output\na,007\n"})
+    assert load_training_data(folder, held_out=0).train["completion"][:] == ["007"]
+
+
+@pytest.mark.parametrize("file", ["data-00000-of-00001.arrow", "state.json", "dataset_info.json"])
+@pytest.mark.parametrize("fault", ["missing", "torn", "other"])
+def test_a_saved_dataset_that_is_not_whole_is_named(tmp_path: Path, file: str, fault: str) -> None:
+    folder = tmp_path / "saved"
+    Dataset.from_list(alpaca_rows(300)).save_to_disk(str(folder))
+    if fault == "missing":
+        (folder / file).unlink()
+    else:
+        data = (folder / file).read_bytes()
+        (folder / file).write_bytes(data[: len(data) // 2] if fault == "torn" else b"[]")
+    if (file, fault) == ("state.json", "missing"):
+        refused(folder, str(folder))  # is a folder of other files then
+        return
+    for read in (load_training_data, lambda path: open_source(str(path), Reading(), 0)):
+        with pytest.raises(PatError, match=r"is no whole dataset of `save_to_disk`|could not be read"):
+            read(folder)
+
+
 def test_files_of_other_forms_are_named_by_what_is_missing(tmp_path: Path) -> None:
     files = {"a.jsonl": one("a"), "b.jsonl": json.dumps({"messages": [user("a"), answer("b")]})}
     place = "a.jsonl, line 1: field 'messages' is missing (found instruction, output); expected a list of messages"
@@ -423,6 +479,21 @@ def test_a_null_answer_is_dropped_and_counted_in_every_container(tmp_path: Path,
     data = load_training_data(tmp_path / name, tokenizer=CHAT, held_out=0)
     assert (data.num_rows, data.num_dropped) == (2, 1)
     assert data.train.to_list() == [{"prompt": prompt, "completion": completion}]
+
+
+LABELS = datasets.Features({"question": datasets.Value("string"), "answer": datasets.ClassLabel(names=["no", "yes"])})
+
+
+def test_labels_are_learned_by_their_names(tmp_path: Path) -> None:
+    """In a table they are numbers, -1 where there is none."""
+    table = Dataset.from_dict({"question": ["a", "b", "c"], "answer": [1, -1, 0]}, features=LABELS)
+    table.to_parquet(tmp_path / "d.parquet")
+    table.save_to_disk(str(tmp_path / "saved"))
+    for name in ("d.parquet", "saved"):
+        data = load_training_data(tmp_path / name, held_out=0)
+        assert data.train["completion"][:] == ["yes", "no"] and data.num_dropped == 1
+    _, head, _ = open_source(str(tmp_path / "saved"), Reading(), 0)
+    assert head.rows["completion"][:] == ["yes", "no"] and head.num_dropped == 1
 
 
 def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
@@ -467,6 +538,10 @@ BAD_FILES: list[tuple[str, str | bytes, list[str]]] = [
     ("data.jsonl", f"{GOOD}\n\n{GOOD[:-1]}\n{GOOD}", ["data.jsonl, line 3", "not valid JSON"]),
     ("data.json", f"[{GOOD},\n {GOOD[:-5]}]", ["data.json, line 2", "not valid JSON"]),
     ("data.jsonl", f"{GOOD}\n[1]", ["data.jsonl, line 2", "a JSON list", "expected an object"]),
+    ("data.jsonl", f"[{GOOD},\n {GOOD[:-5]}]", ["data.jsonl, line 2", "not valid JSON"]),
+    ("data.jsonl", f"[1]\n{GOOD}", ["data.jsonl, line 1", "a JSON list", "expected an object"]),
+    ("data.csv", "\n\n", ["has no rows"]),
+    ("data.csv", "\n,,a\n1,2,3\n", ["line 2", "more than one column ''"]),
     ("data.json", f"[{GOOD}, 3]", ["data.json, row 2", "a JSON number"]),
     ("data.json", '{"train": [{"a": 1}], "test": [{"a": 1}]}', ["several lists of rows (train, test)"]),
     ("data.jsonl", f'{GOOD}\n{{"x": {DEEP}}}', ["line 2: nested too deeply"]),
@@ -497,6 +572,7 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "x.png"}}]
 BAD_ROWS: list[tuple[dict[str, Any], Any, str]] = [
     ({"instruction": "a"}, CHAT, "'output' is missing (found instruction)"),
     ({"instruction": None, "output": "b"}, CHAT, "'instruction' is missing or null"),
+    ({"instruction": float("nan"), "output": "b"}, CHAT, "'instruction' is missing or null"),
     ({"instruction": "a", "output": True}, CHAT, "'output' is of type bool"),
     ({"instruction": "a", "output": {"x": 1}}, CHAT, "'output' is of type dict"),
     ({"instruction": "a", "output": ["b", "c"]}, CHAT, "'output' is a list with a part of type str, expected a string"),
@@ -532,6 +608,23 @@ def test_bad_rows_are_named_by_their_line(tmp_path: Path, row: dict[str, Any], t
     path = tmp_path / "data.jsonl"
     path.write_text(f"{json.dumps(good)}\n\n{json.dumps(row)}\n", encoding="utf-8")
     refused(path, f"{path}, line 3: ", part, tokenizer=tokenizer)
+
+
+def test_text_that_is_no_message_list_stays_text(tmp_path: Path) -> None:
+    spelled = [json.dumps([user("a")]), '[{"name": "f"}]', "[1]", "[a"]
+    rows = [{"prompt": "say it in JSON", "completion": text} for text in spelled]
+    assert [row["completion"] for row in converted(tmp_path, rows)] == spelled
+    rows.append({"prompt": spelled[0], "completion": "b"})
+    assert converted(tmp_path, rows)[-1] == rows[-1]
+    refused(write(tmp_path / "of.jsonl", rows[-1:]), "field 'completion' is of type str", tokenizer=CHAT)
+
+
+def test_where_prompts_are_learned_a_conversation_is_one_example(tmp_path: Path) -> None:
+    turns = [user("a"), answer("b"), user("c"), answer("d"), user("e")]
+    assert converted(tmp_path, [{"messages": turns}], learns_prompts=True) == [chat(*turns[:4])]
+    for row in ({"messages": [answer("b", weight=0), *turns]}, {"prompt": [user("a", train=0)], "completion": turns}):
+        path = write(tmp_path / "of.jsonl", [row])
+        refused(path, "line 1: a message is not to be learned", "--comp", tokenizer=CHAT, learns_prompts=True)
 
 
 def test_pairs_that_differ_from_row_to_row(tmp_path: Path) -> None:

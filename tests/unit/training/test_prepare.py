@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pat.errors import PatError
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.data import load_training_data
 from pat.training.prepare import Prepared, prepare, prepare_examples
+from pat.training.rendered import left_out
 from pat.training.vocabulary import Vocabulary, load_vocabulary
 from pat.tuner.config import PatConfig
 
@@ -231,6 +233,9 @@ def test_an_answer_to_nothing_is_said_not_to_be_learned(base: Path, caplog: pyte
     assert (record.num_unlearned_openings, record.num_examples) == (2, 3 * 2 + 2 * 3)
     [line] = lines_of(caplog)
     assert line.startswith("In 2 rows the conversation opens with a message of the assistant")
+    whole = prepared(base, rows, completion_only_loss=False)
+    assert lines_of(caplog) == [] and whole.record.num_examples == 2
+    assert whole.train["labels"][:] == whole.train["input_ids"][:]
 
 
 def test_texts_are_told_how_to_lose_nothing(base: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -314,6 +319,60 @@ def test_what_a_template_leaves_out_is_counted_and_said(
     lines = lines_of(caplog)
     assert len(lines) == bool(said) and all(f"leaves out {said}" in line for line in lines)
     assert record.num_prompts_in_part == 2 * ("role" in said) and record.num_answers_in_part == ("parts" in said)
+
+
+def test_an_answer_that_is_left_out_is_looked_through_once() -> None:
+    """Each of its places was once the beginning of a search to its end, which took minutes."""
+    asked, said = say("user", "a"), say("assistant", "b")
+    started = time.process_time()
+    for earlier, missing in (("x" * 400_000, {"assistant"}), ("</think>" * 50_000 + "a", set())):
+        row = {"prompt": [asked, say("assistant", earlier), asked], "completion": [said]}
+        assert left_out(row, "aab", "aa", "") == missing
+    assert time.process_time() - started < 5
+
+
+ARGUMENTS = {"what": 'a "fox"', "of": {"num": 1.5}}
+PLAIN = json.dumps(ARGUMENTS)
+EACH = "{% for name, value in f.arguments.items() %}<{{ name }}>{{ value }}{% endfor %}"
+
+
+@pytest.mark.parametrize("form", [ARGUMENTS, PLAIN, {}, "{}"], ids=["object", "text", "none", "none as text"])
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("{{ f.arguments | tojson }}", "{arguments}"),
+        ("{{ f | tojson }}", '{{"name": "find", "arguments": {arguments}}}'),
+        ("{{ '>' + f.arguments }}", ">{arguments}"),
+        ("{{ f.arguments }}", "{arguments}"),
+        ("{{ f.arguments if f.arguments is string else f.arguments | tojson }}", "{arguments}"),
+        (EACH, """<what>a "fox"<of>{{'num': 1.5}}"""),
+        ("{{ f.name }}", None),
+    ],
+)
+def test_arguments_of_calls_are_written_once_in_either_form(
+    expression: str, expected: str | None, form: Any, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + m.content }}{% for c in m.tool_calls or [] %}{% set f = c.function %}["
+        + expression
+        + "]{% endfor %}<eos>{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+    )
+    tokenizer.save_pretrained(base)
+    call = [{"type": "function", "function": {"name": "find", "arguments": form}}]
+    turns = [say("user", "a"), say("assistant", "", tool_calls=call), say("tool", "b"), say("assistant", "c")]
+    data = prepared(base, [{"messages": turns}])
+    lines = lines_of(caplog)
+    is_empty = form in ({}, "{}")
+    if expected is None:
+        said = "what messages of role assistant say in 1 and parts of the answer in 1 of 2 examples"
+        assert is_empty or [said in line for line in lines] == [True]
+        return
+    whole = expected.format(arguments="{}" if is_empty else PLAIN) if expression != EACH or not is_empty else ""
+    found = [tokenizer.decode(ids) for ids in data.train["input_ids"]]
+    assert lines == [] and found == [
+        f"usera<eos>assistant[{whole}]<eos>" + "toolb<eos>assistantc<eos>" * n for n in (0, 1)
+    ]
 
 
 @pytest.mark.parametrize("max_length", [None, 64])
@@ -407,6 +466,11 @@ def test_special_tokens_that_come_twice_are_counted_and_said(base: Path, caplog:
     assert "1 of 1 examples end with two" in line and (record.num_double_bos, record.num_double_eos) == (0, 1)
     assert "the tokenizer adds one" in line
     tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(base)
+    assert (
+        prepared(base, [{"text": text} for text in ("fox<eos>\n \n", "fox<eos>", "fox\n")]).record.num_double_eos == 1
+    )
+    assert "1 of 3 examples end with two" in lines_of(caplog)[0]
     tokenizer.chat_template = CHAT_TEMPLATE.replace("<eos>\n", "<eos>")
     tokenizer.save_pretrained(base)
     prepared(base, [{"messages": [say("user", "a"), say("assistant", "b<eos>")]}])
@@ -449,7 +513,11 @@ def test_who_has_a_bad_row_is_told_how_to_leave_it_out(base: Path, row: Any, str
 @pytest.mark.parametrize(
     ("flags", "rows", "message"),
     [
-        ({"packing": True, "max_length": None}, [PAIR], "packing without a max_length"),
+        ({"packing": True, "max_length": None}, [PAIR], "packing with --max_length None"),
+        ({"packing": True, "max_length": 1, "packing_strategy": "wrapped"}, [PAIR], "--max_length 1; .* at least 2"),
+        ({"max_length": 1, "truncation_mode": "keep_end"}, [PAIR], "max_length 1, .* take 2; raise --max_length to"),
+        ({"max_length": 1}, [{"text": "fox"}], "max_length 1, .* take 2; raise --max_length to"),
+        ({}, [{"text": "<eos>"}], "Each of 1 examples is a single token"),
         ({"completion_only_loss": True}, [{"text": "a"}], "--completion_only_loss true with plain text"),
         ({"template": "chat"}, [{"text": "a"}], "template=chat with plain text"),
         ({"template": "alpaca"}, [{"text": "a"}], "template=alpaca with plain text"),
@@ -463,6 +531,13 @@ def test_arguments_that_do_not_fit_the_data(base: Path, flags: Any, rows: list[A
         prepared(base, rows, **flags)
 
 
+@pytest.mark.parametrize(("name", "message"), [("t.jinja", "is empty; expected a Jinja"), ("t.txt", "no Jinja file")])
+def test_a_template_that_is_none_is_named_by_its_flag(base: Path, tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(PatError, match=f"--chat_template_path .*{name}, which .*{message}"):
+        prepared(base, [PAIR], chat_template_path=str(tmp_path / name))
+
+
 @pytest.mark.parametrize("form", ["file", "folder"])
 def test_the_template_is_taken_over_before_anything_is_tokenised(form: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", make_tokenizer(chat=False))
@@ -471,7 +546,7 @@ def test_the_template_is_taken_over_before_anything_is_tokenised(form: str, tmp_
     other.eos_token = "<end>"
     path = make_base(tmp_path / "other", other) if form == "folder" else tmp_path / "template.jinja"
     if form == "file":
-        path.write_text(CHAT_TEMPLATE, encoding="utf-8")
+        path.write_text(CHAT_TEMPLATE, encoding="utf-8-sig")  # whose mark is none of the template
     rows = [{"messages": [say("user", "a"), say("assistant", "b")]}]
 
     data = prepared(base, rows, chat_template_path=str(path))
