@@ -17,6 +17,7 @@ from tiny_runs import STEPS, tune_flags
 from transformers import AutoModelForCausalLM
 
 import pat
+from pat.checkpoint.merge import merge
 from pat.cli import main
 from pat.errors import PatError
 from pat.training.arguments import build_arguments
@@ -222,6 +223,24 @@ def test_another_compact_model_than_its_own_takes_no_adapter(
     shutil.rmtree(out / "model")
     with pytest.raises(PatError, match="or was changed since: the fingerprint of that is"):
         pat.tune(**flags(base, data, out, use_dora=True, save_strategy="steps", save_steps=1, keep_checkpoints=True))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"r": 3}, "do not belong together .* The base model model is the one it was made for"),
+        ({"init_lora_weights": "zzz"}, "init_lora_weights='zzz'.* The base model model is the one it was made for"),
+        ({"lora_dropout": 5}, "config.json: not a usable configuration .*lora_dropout=5; expected"),
+    ],
+)
+def test_an_adapter_of_the_small_model_that_was_edited_is_not_said_to_be_of_another_base(
+    fields: dict[str, Any], words: str, kept: Path, tmp_path: Path
+) -> None:
+    adapter = shutil.copytree(kept / "compact", tmp_path / "compact") / "adapter"
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+    with pytest.raises(PatError, match=words):
+        merge(adapter, tmp_path / "merged", progress=False)
 
 
 def test_full_width_cannot_be_had_from_a_checkpoint_of_the_compact_model(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -15,8 +13,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapp
 from transformers import PretrainedConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from pat.checkpoint.card import shown_name
 from pat.checkpoint.compact import MODEL, RECORD, compaction_of
+from pat.checkpoint.fitting import check_readable, check_values, fitting
 from pat.checkpoint.hollow import StoredWeights, hollow_model
 from pat.checkpoint.layout import UnknownLayoutError
 from pat.checkpoint.trust import carries_base_weights, check_base, check_keys, check_tensors, check_written_along
@@ -45,7 +43,7 @@ def read_adapter_config(adapter: str | os.PathLike[str]) -> LoraConfig:
     """Read the configuration of a saved PAT adapter, or of the ordinary LoRA adapter of a compact model.
 
     Raises:
-        PatError: no such folder, no adapter in it, or an adapter of another method.
+        PatError: no such folder, no adapter in it, one of another method, or one whose files cannot be used.
     """
     folder = Path(adapter)
     if not os.path.isdir(folder):
@@ -67,10 +65,13 @@ def read_adapter_config(adapter: str | os.PathLike[str]) -> LoraConfig:
         )
     if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         raise PatError(f"{adapter}: has no {SAFETENSORS_WEIGHTS_NAME}; the adapter was not saved completely.")
+    check_readable(folder)
     try:
-        return cast(LoraConfig, config_class.from_pretrained(str(folder)))
+        config = cast(LoraConfig, config_class.from_pretrained(str(folder)))
+        check_values(config)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise PatError(f"{folder / CONFIG_NAME}: not a usable configuration ({one_line(error)}).") from error
+    return config
 
 
 def base_of(adapter: str | os.PathLike[str], config: LoraConfig, base_model: str | None) -> tuple[str, str | None]:
@@ -162,7 +163,7 @@ def load_hollow(
     quantised = quantization_of(base_config) is not None or getattr(config, "base_quantization", None) is not None
     if changes or quantised or config.init_lora_weights not in _INITIALISATIONS:
         return None
-    with fitting(name, adapter):
+    with fitting(name, adapter, config, base_config, revision):
         if carries_base_weights(adapter, config):
             return None
     tensors = stored_tensors(name, revision=revision, download=True)
@@ -176,7 +177,7 @@ def load_hollow(
         return None
     # peft rounds an adapter to the dtype of the layer it is loaded beside.
     fine = torch.promote_types(dtype, torch.float32)
-    with quiet_transformers(), fitting(name, adapter), stored.as_dtype(fine):
+    with quiet_transformers(), fitting(name, adapter, config, base_config, revision), stored.as_dtype(fine):
         folder = str(Path(adapter))
         model = PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True, torch_device=str(device))
         check_tensors(model, adapter)
@@ -221,7 +222,7 @@ def load_adapted(
                 "tune` has written."
             ) from error
     folder = str(Path(adapter))
-    with quiet_transformers(not progress), fitting(name, adapter):
+    with quiet_transformers(not progress), fitting(name, adapter, config, base_config, revision):
         # On the CPU no map: peft would take one as an invitation to spread the model over what devices there are.
         device_map = None if torch.device(device).type == "cpu" else {"": torch.device(device)}
         base = load_base(name, revision=revision, quantization_config=quantization, device_map=device_map)
@@ -233,19 +234,3 @@ def load_adapted(
         check_tensors(model, adapter)
         check_base(adapter, config, base_config, name, revision=revision)
     return model
-
-
-@contextmanager
-def fitting(name: str, adapter: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn peft's and torch's many ways to say that adapter and base do not match into one line."""
-    try:
-        yield
-    except PatError:
-        raise
-    except Exception as error:  # of any kind: peft looks at the values of a configuration when it uses them
-        mismatches = str(error).count("size mismatch for")
-        detail = f"{mismatches} tensors have other shapes" if mismatches else one_line(error)
-        raise PatError(
-            f"The adapter {adapter} does not fit the base model {shown_name(name)}: {detail}. Expected the base it was "
-            "trained on; pass it with --base_model."
-        ) from error

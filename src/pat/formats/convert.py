@@ -12,9 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pat.checkpoint.adapter import fitting
 from pat.checkpoint.adapter_tokens import adapter_tokens
 from pat.checkpoint.card import Cut, shown_name
+from pat.checkpoint.fitting import fitting
 from pat.checkpoint.merge import RESULTS, check_writing, form_of
 from pat.checkpoint.options import MergeOptions
 from pat.checkpoint.staging import staged_folder

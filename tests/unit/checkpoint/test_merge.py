@@ -204,6 +204,8 @@ def plain_lora(work: Path) -> None:
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
+ITS_OWN = "The base model base is the one it was made for; copy the adapter again"
+
 WRONG: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "no such adapter": (lambda _: None, {"adapter": "nowhere"}, "no such folder"),
     "no adapter": (lambda work: (work / "empty").mkdir(), {"adapter": "empty"}, "adapter_config.json"),
@@ -212,7 +214,9 @@ WRONG: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "no JSON": (lambda w: (w / "adapter/adapter_config.json").write_text("{broken"), {}, "not readable as JSON"),
     "no object": (lambda w: (w / "adapter/adapter_config.json").write_text("[]"), {}, "not readable as JSON"),
     "no adapter weights": (lambda w: (w / "adapter/adapter_model.safetensors").unlink(), {}, "not saved completely"),
-    "adapter cut short": (lambda w: cut(w / "adapter/adapter_model.safetensors", -100), {}, "does not fit the base"),
+    "adapter cut short": (
+        lambda w: cut(w / "adapter/adapter_model.safetensors", -100), {}, "not readable .*; copy the adapter again"
+    ),
     "before its milestone": (early, {}, "milestone: step 4"),
     "base gone": (lambda w: shutil.rmtree(w / "base"), {}, "which is not there; pass --base_model"),
     "no such folder": (lambda _: None, {"base_model": "./nowhere"}, "no such folder"),
@@ -233,7 +237,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "base with other heads": (
         lambda work: make_base(work / "other", head_dim=12),
         {"base_model": "other"},
-        "does not fit the base model other: .* have other shapes",
+        "does not fit the base model other: .* have other shapes, such as .*pass it with --base_model[.]$",
     ),
     "base of the same shape": (
         lambda work: make_base(work / "other", seed=1),
@@ -259,7 +263,30 @@ WRONG: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     ),
     "no rotation": (lambda w: edit_config(w / "adapter", resolved_rotation="fourier"), {}, "'fourier'"),
     "another mask": (lambda w: edit_config(w / "adapter", mask="frozen"), {}, "has 1 tensors .*pat_mask"),
-    "another rank": (lambda w: edit_config(w / "adapter", r=3), {}, "does not fit|tensors"),
+    "another rank": (
+        lambda w: edit_config(w / "adapter", r=3), {}, f"do not belong together .*lora_A.* {ITS_OWN}"
+    ),
+    "another rank and size": (
+        lambda w: edit_config(w / "adapter", r=3, pruned_hidden_size=40),
+        {},
+        f"pruned_hidden_size=40 is not what its sizes were chosen by.* {ITS_OWN}",
+    ),
+    "an unknown start": (
+        lambda w: edit_config(w / "adapter", init_lora_weights="zzz"), {}, f"init_lora_weights='zzz'.* {ITS_OWN}"
+    ),
+    "a layer too many": (
+        lambda w: edit_config(w / "adapter", layers_to_transform=[7]), {}, f"config.json: has a .*{ITS_OWN}"
+    ),
+    "another rank, and no fingerprint": (
+        lambda w: edit_config(w / "adapter", r=3, base_fingerprint=None),
+        {},
+        "does not fit the base model base: .*--base_model, and its files as they were saved",
+    ),
+    "another program's layers": (
+        lambda w: edit_config(w / "adapter", megatron_config={"a": 1}), {}, "config.json: .*megatron_config={'a': 1}"
+    ),
+    "no target": (lambda w: edit_config(w / "adapter", target_modules=[]), {}, "config.json: .*empty target_modules"),
+    "a torn pattern": (lambda w: edit_config(w / "adapter", target_modules="("), {}, "config.json: .*target_modules"),
     "another width": (
         lambda w: edit_config(w / "adapter", resolved_width={"hidden_size": 32}), {}, "keeps 36 entries .* says 32"
     ),
