@@ -235,11 +235,11 @@ def _check_lora_bias(config: PatConfig, stream: ResidualStream) -> None:
 
 def _check_rope(base_config: Any, family: Family, shape: Shape) -> None:
     rope_type = (getattr(base_config, "rope_parameters", None) or {}).get("rope_type")
-    if rope_type in family.unloadable_rope and shape.cuts("hidden"):
+    if rope_type in family.unloadable_rope and (shape.cuts("hidden") or shape.cuts("heads")):
+        narrower = f"at hidden size {shape.pruned('hidden')}" if shape.cuts("hidden") else "with fewer heads"
         raise PatError(
-            f"Got a {family.model_type} model with {rope_type}, whose configuration transformers cannot load at hidden "
-            f"size {shape.pruned('hidden')}; use a variant with the default rope (such as the 4k one), or cut "
-            "other axes (axes=['mlp'])."
+            f"Got a {family.model_type} model with {rope_type}, whose configuration transformers cannot load "
+            f"{narrower}; use a variant with the default rope (such as the 4k one), or cut other axes (axes=['mlp'])."
         )
 
 

@@ -77,6 +77,7 @@ def test_longrope_is_refused_before_any_work(family: str) -> None:
         max_position_embeddings=256,
     )
     refused(model, "longrope.*4k")
+    refused(model, "longrope.*with fewer heads.*4k", pruning_ratio=None, pruned_num_key_value_heads=1)
 
 
 # -- the width ---------------------------------------------------------------------------------------------------------
