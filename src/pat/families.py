@@ -66,7 +66,9 @@ class Family:
     hidden_size_field: str = "hidden_size"
     eps_field: str = "rms_norm_eps"
     unloadable_rope: tuple[str, ...] = ()
-    """Types of rotary embedding that transformers can load at the full hidden size alone."""
+    """Types of rotary embedding that transformers can load at the full hidden size and number of heads alone."""
+    legacy_rope_keys: tuple[str, ...] = ()
+    """The only keys that its configuration in transformers 4 takes in `rope_scaling`; by default any."""
 
     @property
     def has_post_norms(self) -> bool:
@@ -134,6 +136,7 @@ _RECORDS = (
         replace(_ATTENTION, readers=("self_attn.qkv_proj",)),
         (_FUSED_MLP,),
         unloadable_rope=("longrope",),  # its validator derives the head size from the hidden size
+        legacy_rope_keys=("type", "short_factor", "long_factor"),
     ),
     Family("glm", _ATTENTION, (_FUSED_MLP,)),
     Family(

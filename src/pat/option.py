@@ -68,6 +68,11 @@ class Option:
             is_secret=bool(field.metadata.get("secret", False)),
         )
 
+    @property
+    def none_is_value(self) -> bool:
+        """Whether none says something; of a list that has a default (`report_to`) it says nothing."""
+        return self.takes_none and not (self.takes_list and self.default is not None)
+
     def read(self, value: Any) -> Any:
         """Return a value as the field wants it: of words as they are typed, or of a Python value.
 

@@ -151,7 +151,7 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
 
     def _without_nothing(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Leave out what is nothing, as after the colon in a file: the default holds, unless none is a value."""
-        return {name: value for name, value in given.items() if value is not None or self.options[name].takes_none}
+        return {name: value for name, value in given.items() if value is not None or self.options[name].none_is_value}
 
     def _read(self, name: str, value: Any, shown: str, place: str = "") -> Any:
         try:

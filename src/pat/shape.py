@@ -6,6 +6,7 @@ Every dimension of a weight lies in a space, and an axis is a space that can be 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -18,9 +19,10 @@ DEFAULT_PRUNING_RATIO = 0.25
 LARGE_RATIO = 0.5
 """No published result and none of ours cuts more of a model."""
 
-_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+_COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+_BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # Few digits, since Python refuses to read very long numbers.
-_COUNT = re.compile(r"(?P<number>-?\d{1,20}(?:\.\d{1,20})?)(?P<suffix>[KMB]?)$")
+_NUMBER = re.compile(r"(?P<number>-?\d{1,20}(?:\.\d{1,20})?)\s*(?P<suffix>[A-Z]*)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,8 @@ def check_request(options: ShapeOptions, *, pruning_ratio: float | None = None) 
     options.axes = [axes] if isinstance(axes, str) else list(axes)
     if options.target_num_parameters is not None:
         options.target_num_parameters = parse_count(options.target_num_parameters)
+    if options.target_bytes is not None:
+        parse_bytes(options.target_bytes)
     ratio = options.pruning_ratio if pruning_ratio is None else pruning_ratio  # 0 is out of range
     sizes = {AXES[axis].option: size for axis, size in asked_sizes(options).items()}
     budgets = {"pruning_ratio": ratio, **{name: getattr(options, name) for name in TARGETS}}
@@ -198,11 +202,28 @@ def parse_count(number: Any) -> Any:
     """
     if not isinstance(number, str):
         return number
-    found = _COUNT.match(number.strip().upper())
-    count = Fraction(found["number"]) * _SUFFIXES[found["suffix"]] if found else None
+    count = _number(number, _COUNTS)
     if count is None or count.denominator != 1:
         raise PatError(
             f"Got target_num_parameters={number[:100]!r}; expected a whole number of parameters, such as 200M, 1.2B or "
             "90000000 (bytes, such as 200MB, are for target_bytes)."
         )
     return int(count)
+
+
+def parse_bytes(size: Any) -> int:
+    """Return a number of bytes, which may be given as "200MB" or "1.5GB".
+
+    Raises:
+        PatError: it is no such number.
+    """
+    number = _number(str(size), _BYTES)
+    if number is None or number < 1:
+        raise PatError(f"Got target_bytes={str(size)[:100]!r}; expected a size such as 200MB or 1.5GB.")
+    return int(number)
+
+
+def _number(text: str, suffixes: Mapping[str, int]) -> Fraction | None:
+    """Return what a number with a suffix comes to, exactly; None if the text is none."""
+    found = _NUMBER.fullmatch(text.strip().upper())
+    return Fraction(found["number"]) * suffixes[found["suffix"]] if found and found["suffix"] in suffixes else None

@@ -69,6 +69,7 @@ BAD: dict[str, dict[str, str]] = {
         "pruned_num_key_value_heads": "0 -1",
         "pruned_num_hidden_layers": "0 -1",
         "target_num_parameters": "0 -1 1e6 0K -2M 200MB 1.2345K 200T 99999999999B",
+        "target_bytes": "0 -1 infGB nanMB 1e400MB 200M small 1.2XB 9E3 ٣MB",
         "target_latency": "0 1 2 nan -0.5",
         "multiple_of": "0 -8 1.5",
         "operator_rank": "0 -1",

@@ -412,6 +412,26 @@ def test_a_configuration(case: str, work: Path, capfd: pytest.CaptureFixture[str
     refused("plan", work, capfd)
 
 
+GENERATION = "base/generation_config.json"
+
+GENERATIONS: dict[str, Spoil] = {
+    "no JSON": content(GENERATION, b"{"),
+    "a list": content(GENERATION, b"[]"),
+    "binary": content(GENERATION, bytes(range(256))),
+    **{
+        f"{name}={value!r}": put(GENERATION, **{name: value})
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        for value in (-7, 5000, "x", 1.5, [3, 5000])
+    },
+}
+
+
+@pytest.mark.parametrize("case", GENERATIONS)
+def test_a_configuration_of_generation(case: str, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    GENERATIONS[case](work)
+    refused("plan", work, capfd, "generation_config.json")
+
+
 INDEX = "base/model.safetensors.index.json"
 
 WEIGHTS: dict[str, Spoil] = {
@@ -422,6 +442,7 @@ WEIGHTS: dict[str, Spoil] = {
     "an index of a list": content(INDEX, b"[]"),
     "an index of nothing": content(INDEX, b""),
     "an index without a map": content(INDEX, b"{}"),
+    "an index without metadata": put(INDEX, metadata=...),
     "a map of a list": put(INDEX, weight_map=[]),
     "a map of nothing": put(INDEX, weight_map={}),
     "a map to numbers": put(INDEX, weight_map={"model.norm.weight": 3}),
@@ -465,6 +486,12 @@ WEIGHTS: dict[str, Spoil] = {
     "a special token of a number": put("base/tokenizer_config.json", eos_token=3),
 }
 
+UNUSABLE_INDEXES = {case for case in WEIGHTS if case.startswith(("an index", "a map", "an empty map"))} - {
+    "an index of nothing",
+    "a map to nowhere",  # here and below the files are at fault
+    "a map to the configuration",
+}
+
 
 @pytest.mark.parametrize(
     ("case", "command"),
@@ -478,7 +505,9 @@ WEIGHTS: dict[str, Spoil] = {
 )
 def test_weights(case: str, command: str, work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     WEIGHTS[case](work)
-    refused(command, work, capfd, "base")
+    line = refused(command, work, capfd, "base")
+    if case in UNUSABLE_INDEXES:
+        assert "index.json is not usable: got" in line and "; expected" in line, line
 
 
 # -- adapters ---------------------------------------------------------------------------------------------------------
@@ -523,8 +552,8 @@ ADAPTERS: dict[str, Spoil] = {
             "r": [None, 0, -1, 7, "x", 1.5, [], 10**9],
             "lora_alpha": ["x", [], None],
             "lora_dropout": ["x", -1, 5, []],
-            "target_modules": [3, [3], ["unheard"], [], {}],
-            "rank_pattern": [3, {"q_proj": "x"}, {"q_proj": 50}, []],
+            "target_modules": [3, [3], ["unheard"], [], {}, "("],
+            "rank_pattern": [3, {"q_proj": "x"}, {"q_proj": 50}, [], {"(": 4}],
             "alpha_pattern": ["x", {"q_proj": "x"}],
             "bias": ["unheard", 3],
             "axes": ["x", 3, ["unheard"], None, []],
@@ -613,7 +642,7 @@ CONVERTED: dict[str, Spoil] = {
         for name, values in {
             "r": [0, -1, 7, "x", 1.5, [], 10**9],
             "lora_alpha": ["x", [], float("nan")],
-            "target_modules": [3, [3], ["unheard"], [], {}],
+            "target_modules": [3, [3], ["unheard"], [], {}, "("],
             "use_rslora": ["x", 3],
             "use_dora": ["x", True],
             "rank_pattern": [3, {"q_proj": "x"}, []],

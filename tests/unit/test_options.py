@@ -86,6 +86,7 @@ def test_words_are_read_as_the_field_wants_them(words: str, name: str, value: An
         ("sizes: 4", "sizes", [4]),
         ("report_to: off", "report_to", "off"),
         ("rank: 010", "rank", 10),
+        ("report_to: null", "report_to", "none"),
         ("rank:", "rank", None),
         ("flag: yes", "flag", True),
         ("flag:", "flag", False),

@@ -33,7 +33,7 @@ from pat.surgery.adapted import AdaptedMatrix, merged
 from pat.surgery.dense import DenseForm, rounded
 from pat.surgery.describe import count_parameters
 from pat.surgery.residual import ResidualStream, model_tensors
-from pat.surgery.rope import legacy_rope
+from pat.surgery.rope import legacy_rope, rope_of
 from pat.tuner.merging import adapted_form
 from pat.tuner.model import PatModel, find_tuner
 from pat.tuner.weights import factored_parameter
@@ -177,7 +177,7 @@ def write_config(config: PretrainedConfig, folder: Path) -> None:
         return type(config).from_dict(copy.deepcopy(fields | dict(more)))
 
     rope = legacy_rope(config)
-    if getattr(read(rope), "rope_parameters", None) == getattr(config, "rope_parameters", None):
+    if rope_of(read(rope)) == rope_of(config):
         fields |= rope
     renamed = {old: fields[new] for old, new in config.attribute_map.items() if new in fields and old not in fields}
     if read(renamed).to_dict() == read({}).to_dict():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +14,10 @@ from huggingface_hub.errors import HFValidationError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.hub import cached_file
 
-from pat.errors import PatError
+from pat.errors import PatError, one_line
 from pat.families import FAMILIES, Family, get_family
 from pat.loading.fit import check_weights
 from pat.loading.quantized import quantization_of
@@ -58,6 +61,7 @@ def load_config(name_or_path: str, *, revision: str | None = None) -> tuple[Any,
     check_kind(name_or_path, config)
     family = get_family(config.model_type)
     _check_values(name_or_path, config)
+    _check_generation(name_or_path, config.vocab_size, revision)
     try:
         model = empty_model(config)
     except Exception as error:
@@ -172,17 +176,47 @@ def _check_values(name: str, config: Any) -> None:
     if config.dtype is not None and config.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise refuse("dtype", "expected float32, bfloat16 or float16")
     for field in TOKEN_IDS:
-        given = getattr(config, field, None)
-        for token_id in given if isinstance(given, list) else [given]:
-            if token_id is None or (field == "pad_token_id" and token_id == NO_PADDING):
-                continue
-            if not 0 <= token_id < config.vocab_size:
-                raise refuse(field, f"expected a token below vocab_size={config.vocab_size}")
+        if not _are_tokens(field, getattr(config, field, None), config.vocab_size):
+            raise refuse(field, f"expected a token below vocab_size={config.vocab_size}")
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict) and not any(
         key.startswith(str(quantization.get("quant_method"))) for key in AUTO_QUANTIZATION_CONFIG_MAPPING
     ):
         raise refuse("quantization_config", "expected a quant_method that transformers knows")
+
+
+def _check_generation(name: str, vocab_size: int, revision: str | None) -> None:
+    """Check what a model says of generation, if it does so on this machine: transformers takes any token there."""
+    found = cached_file(
+        name,
+        GENERATION_CONFIG_NAME,
+        revision=revision,
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if found is None:
+        return
+    start = f"The {GENERATION_CONFIG_NAME} of the model {name!r} is not usable"
+    try:
+        fields = json.loads(Path(found).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PatError(f"{start}: it cannot be read ({one_line(error)}); correct or remove it.") from error
+    if not isinstance(fields, dict):
+        raise PatError(f"{start}: got {str(fields)[:100]}; expected a mapping.")
+    for field in TOKEN_IDS:
+        if not _are_tokens(field, fields.get(field), vocab_size):
+            raise PatError(f"{start}: {field}={fields[field]!r}; expected a token below vocab_size={vocab_size}.")
+
+
+def _are_tokens(field: str, given: Any, vocab_size: int) -> bool:
+    """Tell whether a field names a token of the vocabulary, several, or none."""
+    return all(
+        token is None
+        or (field == "pad_token_id" and token == NO_PADDING)
+        or (isinstance(token, int) and not isinstance(token, bool) and 0 <= token < vocab_size)
+        for token in (given if isinstance(given, list) else [given])
+    )
 
 
 def _fields(name: str, revision: str | None) -> Any:

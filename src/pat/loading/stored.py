@@ -79,19 +79,37 @@ def _check_index(name_or_path: str, index: Path) -> None:
     """
     try:
         stored = json.loads(index.read_text(encoding="utf-8"))
-        files = {str(name): (index.parent / name).resolve() for name in set(stored["weight_map"].values())}
-        if not isinstance(stored["metadata"], dict):  # which transformers writes into
-            raise TypeError("its metadata is no mapping")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise unreadable(name_or_path, index, error) from error
+    given: dict[str, Any] = stored if isinstance(stored, dict) else {"the index": stored}
+    names: Any = given.get("weight_map")
+    for is_wrong, field, expected in (
+        (given is not stored, "the index", "a mapping"),
+        (not (isinstance(names, dict) and names), "weight_map", "the name of a file for each tensor"),
+        (not isinstance(given.get("metadata"), dict), "metadata", "a mapping, which may be empty"),
+    ):
+        if is_wrong:
+            got = f"{field}={given[field]!r}" if field in given else f"no {field}"
+            raise _wrong_index(name_or_path, index, f"got {got[:100]}; expected {expected}")
+    files: dict[str, Path] = {}
+    for tensor, name in names.items():
+        if not isinstance(name, str) or not name or "\0" in name:
+            raise _wrong_index(name_or_path, index, f"got {name!r} for {tensor}; expected the name of a file")
+        files[name] = (index.parent / name).resolve()
     folder = index.parent.resolve()
     store = index.parent.parent.parent / "blobs" if index.parent.parent.name == "snapshots" else folder
     for name, place in sorted(files.items()):
         if len(Path(name).parts) != 1 or not (place.is_relative_to(folder) or place.parent == store.resolve()):
-            raise PatError(
-                f"Could not load the model {name_or_path!r}: {index.name} names the file {name!r}, which does not lie "
-                "in the model's own folder; expected the names of files beside it."
+            raise _wrong_index(
+                name_or_path,
+                index,
+                f"got the file {name!r}, which does not lie in the model's own folder; expected names of files beside "
+                "the index",
             )
+
+
+def _wrong_index(name_or_path: str, index: Path, reason: str) -> PatError:
+    return PatError(f"Could not load the model {name_or_path!r}: {index.name} is not usable: {reason}.")
 
 
 def _files(name_or_path: str, revision: str | None, download: bool) -> list[Path]:

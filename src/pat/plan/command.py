@@ -27,7 +27,7 @@ from pat.surgery.costs import ModelCost, build_skeleton, cost_of, pruned_config,
 from pat.training.vocabulary import check_vocabulary_size, trimmed_budget
 from pat.tuner.config import PatConfig
 from pat.tuner.memory import TrainingMemory, training_memory
-from pat.tuner.prepare import check_config
+from pat.tuner.prepare import check_config, warn_of_idle_options
 from pat.widths import legal_widths
 
 NUM_NEIGHBOURS = 3
@@ -141,6 +141,7 @@ def run_plan(options: PlanOptions) -> PlanRecord:
         heads = small_config.num_attention_heads
         candidates.append(_candidate(shape, heads, options.multiple_of, base, cost, files))
     trimmed_base = cost_of(trimmed, context)
+    warn_of_idle_options(config, shape)
     training = training_memory(trimmed, config, batch_size=recipe["per_device_train_batch_size"], length=length)
     attached: PatConfig = cast(Any, trimmed.model).peft_config["default"]  # the memory was counted on it
     rotation: Rotation = "none" if attached.resolved_rotation == "none" else "pca"

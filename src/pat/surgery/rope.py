@@ -11,11 +11,22 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from pat.families import FAMILIES
+
 _OF_ITS_OWN = frozenset({"rope_theta", "partial_rotary_factor"})
 """Parameters that transformers 4 has beside the scaling, not in it."""
 
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
 """Layer types that transformers 4 knows a rotary embedding of its own for."""
+
+_LENGTH = "original_max_position_embeddings"
+
+_LENGTH_MAY_BE_FILLED_IN = ("yarn", "longrope")
+"""Types of which transformers 5 fills in the original length where the checkpoint has none: that of the model, as
+transformers 4 does for itself. Written down, releases of transformers 4 would take it for a factor of 1."""
+
+_LENGTH_BESIDE_THE_SCALING = ("longrope",)
+"""Types whose original length transformers 4 reads from the configuration itself, and not from its scaling."""
 
 
 def legacy_rope(config: PretrainedConfig) -> dict[str, Any]:
@@ -34,9 +45,36 @@ def legacy_rope(config: PretrainedConfig) -> dict[str, Any]:
     if not parameters:
         return {}
     scaling = {name: value for name, value in parameters.items() if name not in _OF_ITS_OWN}
-    positions = getattr(config, "max_position_embeddings", None)
-    if scaling.get("original_max_position_embeddings") == positions and "factor" in scaling:
-        # Filled in by transformers 5 where the checkpoint has none; transformers 4 would take it for a factor of 1.
-        del scaling["original_max_position_embeddings"]
-    # A null would not say the same: some configurations of transformers 5 take it for no `rope_parameters` at all.
-    return fields | ({"rope_scaling": scaling} if scaling.get("rope_type", "default") != "default" else {})
+    kind = scaling.get("rope_type", "default")
+    if kind == "default":
+        # A null would not say the same: some configurations of transformers 5 take it for no `rope_parameters` at all.
+        return fields
+    length = scaling.get(_LENGTH)
+    is_filled_in = length == getattr(config, "max_position_embeddings", None) and "factor" in scaling
+    if is_filled_in and kind in _LENGTH_MAY_BE_FILLED_IN:
+        del scaling[_LENGTH]
+    elif length is not None and kind in _LENGTH_BESIDE_THE_SCALING:
+        fields[_LENGTH] = length
+    family = FAMILIES.get(config.model_type)
+    keys = family.legacy_rope_keys if family else ()
+    # What else a scaling may say has no words there: it is left in, and refused, instead of passed over.
+    if keys and scaling.keys() <= {*keys, "rope_type", _LENGTH}:
+        scaling = {name: ({"type": kind} | scaling)[name] for name in keys}
+    return fields | {"rope_scaling": scaling}
+
+
+def rope_of(config: PretrainedConfig) -> dict[str, Any] | None:
+    """Return a configuration's `rope_parameters` without `type`, the first name of `rope_type`; None without any."""
+    parameters: Mapping[str, Any] | None = getattr(config, "rope_parameters", None)
+    return None if parameters is None else {name: value for name, value in parameters.items() if name != "type"}
+
+
+def unscaled_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `rope_parameters` without any scaling, whose factors may be tied to a model's width.
+
+    Args:
+        parameters: those of a model, or of each type of layer.
+    """
+    if any(isinstance(value, Mapping) for value in parameters.values()):
+        return {name: unscaled_rope(v) if isinstance(v, Mapping) else v for name, v in parameters.items()}
+    return {"rope_type": "default"} | {name: v for name, v in parameters.items() if name in _OF_ITS_OWN}

@@ -12,6 +12,7 @@ from pat import ranks
 from pat.errors import PatError
 from pat.families import Family
 from pat.loading import load_config
+from pat.paths import expand
 from pat.serving import trouble
 from pat.shape import AXES, DEFAULT_PRUNING_RATIO, LARGE_RATIO, TARGETS, Shape, asked_sizes
 from pat.surgery.residual import ResidualStream
@@ -52,6 +53,16 @@ NEEDED = {
 }
 """Flags that have no effect, here as elsewhere, unless another one is given as well."""
 
+WITHOUT_ARGUMENTS = (
+    *("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor", "lomo", "adalomo"),
+    *("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"),
+    *("lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit"),
+)
+"""Optimizers for which transformers does not look at `optim_args`."""
+
+OF_TARGETS = ("galore_", "apollo_")
+"""How the names of those begin that act on some modules otherwise than on the rest."""
+
 RATIO_SLACK = 0.01
 """Said before training if the width that can be loaded lies further from the ratio asked for."""
 
@@ -87,12 +98,7 @@ def check(arguments: TuneArguments) -> Checked:
         arguments = replace(arguments, pat=replace(arguments.pat, pruning_ratio=rest))
         pat_config = arguments.pat_config()
     shape = check_config(trimmed_config, family, pat_config)
-    if arguments.pat.milestone_share(cuts_hidden=shape.cuts("hidden")) == 0:
-        for name in OF_A_SOFT_MASK:
-            if (value := getattr(arguments.pat, name)) != getattr(PatOptions, name):
-                logger.warning(
-                    "%s=%s has no effect on a mask that is hard from the start; raise --milestone.", name, value
-                )
+    _warn_of_idle_mask(arguments, shape)
     asked = pat_config.pruning_ratio or DEFAULT_PRUNING_RATIO
     names_a_size = asked_sizes(pat_config) or any(getattr(pat_config, name) for name in TARGETS)
     if not names_a_size and abs(shape.pruning_ratio - asked) > RATIO_SLACK:
@@ -178,15 +184,35 @@ def _warn_of_idle_flags(arguments: TuneArguments) -> None:
     for name, needed in NEEDED.items():
         if values[name] != given[name].default and values[needed] in (False, "no"):
             logger.warning("%s=%s has no effect without --%s.", name, values[name], needed)
-    if ranks.num_processes() == 1:
-        of_many = [n for n in given if n.startswith("ddp_") or n == "eval_use_gather_object"]
-        for name in (name for name in of_many if values[name] != given[name].default):
-            logger.warning("%s=%s has no effect in one process.", name, values[name])
-    if arguments.run.dataset_config is not None and all(map(_has_one_configuration, arguments.run.dataset_names)):
-        logger.warning(
-            "dataset_config=%s has no effect on a local file, or what `save_to_disk` has left.",
-            arguments.run.dataset_config,
-        )
+    optim = values["optim"].value
+    of_many = [n for n in given if n.startswith("ddp_") or n == "eval_use_gather_object"]
+    for names, is_idle, where in (
+        (of_many, ranks.num_processes() == 1, "in one process"),
+        (
+            ["dataset_config"],
+            all(map(_has_one_configuration, arguments.run.dataset_names)),
+            "on a local file, or what `save_to_disk` has left",
+        ),
+        (["model_revision"], os.path.isdir(expand(arguments.run.model_name_or_path)), "on a model folder"),
+        (["optim_args"], optim in WITHOUT_ARGUMENTS, f"on the optimizer {optim}"),
+        (["optim_target_modules"], not optim.startswith(OF_TARGETS), f"on the optimizer {optim}"),
+    ):
+        for name in names if is_idle else ():
+            if values[name] != given[name].default:
+                logger.warning("%s=%s has no effect %s.", name, values[name], where)
+
+
+def _warn_of_idle_mask(arguments: TuneArguments, shape: Shape) -> None:
+    names: tuple[str, ...]
+    if arguments.pat.milestone_share(cuts_hidden=shape.cuts("hidden")) == 0:
+        names, where = OF_A_SOFT_MASK, "on a mask that is hard from the start; raise --milestone"
+    elif arguments.pat.mask == "frozen":
+        names, where = OF_A_SOFT_MASK[1:], "on a frozen mask"
+    else:
+        return
+    for name in names:
+        if (value := getattr(arguments.pat, name)) != getattr(PatOptions, name):
+            logger.warning("%s=%s has no effect %s.", name, value, where)
 
 
 def _has_one_configuration(name: str) -> bool:

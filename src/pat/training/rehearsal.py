@@ -30,6 +30,7 @@ from pat.families import Family
 from pat.shape import AXES, TARGETS, Shape
 from pat.surgery.dense import shrink_config
 from pat.surgery.describe import head_dim
+from pat.surgery.rope import unscaled_rope
 from pat.training.arguments import TuneArguments
 from pat.training.prepare import Prepared
 from pat.training.trainer import count_steps, make_trainer
@@ -134,6 +135,9 @@ def _tiny_config(base_config: Any, family: Family, head_size: int, shape: Shape)
     tied = bool(base_config.tie_word_embeddings)
     layers = range(min(base_config.num_hidden_layers, NUM_LAYERS))
     sizes = {family.hidden_size_field: width}
+    base_config = copy.deepcopy(base_config)
+    if rope := getattr(base_config, "rope_parameters", None):
+        base_config.rope_parameters = unscaled_rope(rope)  # phi3 wants as many factors of it as the width has
     return shrink_config(base_config, family, sizes, head_dim=head_size, tied=tied, keep_layers=layers)
 
 

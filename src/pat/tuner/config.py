@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import PurePath
 from typing import Any
@@ -45,6 +47,17 @@ _WITHOUT_MERGED_FORM = {
     "alora_invocation_tokens": "an adapter that acts on some tokens alone cannot be merged into weights",
     "arrow_config": "adapters that a router chooses for each token cannot be merged into weights",
 }
+
+_PATTERNS = {
+    "target_modules": "{}",
+    "exclude_modules": "{}",
+    "modules_to_save": r"(^|.*\.){}($|\..*)",
+    "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
+    "rank_pattern": r"(.*\.)?({})$",
+    "alpha_pattern": r"(.*\.)?({})$",
+}
+"""Fields that hold regular expressions, and what peft makes of one before it is looked for. The first two do so where
+they are texts; lists of them are names."""
 
 _CHOICES = {
     "mask": ("trainable", "frozen"),
@@ -109,6 +122,7 @@ class PatConfig(PatOptions, LoraConfig):
         plain = {field.name: getattr(self, field.name) for field in fields(PatOptions) if "range" not in field.metadata}
         if (wrong := misfits(plain, PatOptions)) is not None:  # numbers have their ranges
             raise PatError(f"G{wrong[1:]}.")
+        _check_patterns(self)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise PatError(f"Got {name}={getattr(self, name)!r}; expected one of {', '.join(map(repr, choices))}.")
@@ -155,3 +169,21 @@ class PatConfig(PatOptions, LoraConfig):
     def is_resolved(self) -> bool:
         """Whether the filled-in fields were chosen by the options as they are now, as in an adapter that is made."""
         return self.resolved_from == self.asked()
+
+
+def _check_patterns(config: LoraConfig) -> None:
+    """Refuse regular expressions that cannot be read, which peft would find out while it goes through the modules.
+
+    Raises:
+        PatError: one cannot.
+    """
+    for name, form in _PATTERNS.items():
+        given: Any = getattr(config, name)
+        is_several = form != "{}" and isinstance(given, Iterable) and not isinstance(given, str)
+        for pattern in given if is_several else [given]:
+            try:
+                re.compile(form.replace("{}", pattern) if isinstance(pattern, str) else "")
+            except (re.error, OverflowError, RecursionError) as error:
+                raise PatError(
+                    f"Got {name}={pattern[:100]!r}; expected a regular expression, and it is none ({error})."
+                ) from error

@@ -58,7 +58,11 @@ class PatOptions(ShapeOptions):
     )
     refit_tokens: int | None = field(
         default=None,
-        metadata={"help": "Tokens to fit them on. Default: 16 per channel before such a matrix.", "range": "[1, inf)"},
+        metadata={
+            "help": "Tokens to choose those channels by, and to fit the matrices on. Default: 16 per channel before "
+            "such a matrix.",
+            "range": "[1, inf)",
+        },
     )
     calibration: str | None = field(
         default=None, metadata={"help": "Text file to compute the rotation from, instead of the training data."}

@@ -86,7 +86,8 @@ def plan_attachment(
     tied = shares_head and not config.untie_word_embeddings
     rotation = config.resolved_rotation if config.is_resolved else None
     if rotation is None:  # a new adapter, not a loaded one
-        _warn_of_idle_options(config, shape)
+        if not next(model.parameters()).is_meta:  # one that is only counted; who counts it says so, or attaches again
+            warn_of_idle_options(config, shape)
         rotation = _resolve_rotation(model, config, stream, shape, tied=tied)
         config.base_shape, config.base_quantization = _shape_of(base_config, family), quantization_of(base_config)
         config.base_fingerprint = base_fingerprint(base_config, base_config.name_or_path, revision=config.revision)
@@ -97,7 +98,7 @@ def plan_attachment(
     return AttachmentPlan(stream, shape, group_width, rotation, tied)
 
 
-def _warn_of_idle_options(config: PatConfig, shape: Shape) -> None:
+def warn_of_idle_options(config: PatConfig, shape: Shape) -> None:
     """Say which options that were given do nothing, because their axis is not cut or a size comes before them."""
     for is_cut, axis, names in (
         (shape.cuts("hidden"), "hidden size is", ("operator_rank", "operator_lr_multiplier", "calibration_tokens")),
@@ -235,11 +236,11 @@ def _check_lora_bias(config: PatConfig, stream: ResidualStream) -> None:
 
 def _check_rope(base_config: Any, family: Family, shape: Shape) -> None:
     rope_type = (getattr(base_config, "rope_parameters", None) or {}).get("rope_type")
-    if rope_type in family.unloadable_rope and shape.cuts("hidden"):
+    if rope_type in family.unloadable_rope and (shape.cuts("hidden") or shape.cuts("heads")):
+        narrower = f"at hidden size {shape.pruned('hidden')}" if shape.cuts("hidden") else "with fewer heads"
         raise PatError(
-            f"Got a {family.model_type} model with {rope_type}, whose configuration transformers cannot load at hidden "
-            f"size {shape.pruned('hidden')}; use a variant with the default rope (such as the 4k one), or cut "
-            "other axes (axes=['mlp'])."
+            f"Got a {family.model_type} model with {rope_type}, whose configuration transformers cannot load "
+            f"{narrower}; use a variant with the default rope (such as the 4k one), or cut other axes (axes=['mlp'])."
         )
 
 

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import convert_file_size_to_int
 
 from pat.budget import CutsNothing, Prunable
 from pat.errors import PatError
 from pat.loading import stored_dtype
-from pat.shape import TARGETS, Shape, ShapeOptions
+from pat.shape import TARGETS, Shape, ShapeOptions, parse_bytes
 from pat.surgery.costs import build_skeleton, cost_of, pruned_config, usual_context
 
 BISECTIONS = 10
@@ -53,22 +52,6 @@ def ratio_of_target(
             return base.count(shape.pruned_sizes) * itemsize <= number
 
     return _least_ratio(f"{name}={target}", choose, is_met)
-
-
-def parse_bytes(size: Any) -> int:
-    """Return a number of bytes, which may be given as "200MB" or "1.5GB".
-
-    Raises:
-        PatError: it is no such number.
-    """
-    try:
-        text = str(size).strip().upper()
-        number = int(text) if text.isdigit() else int(convert_file_size_to_int(text.replace("IB", "iB")))
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise PatError(f"Got target_bytes={size!r}; expected a size such as 200MB or 1.5GB.")
-    return number
 
 
 def _least_ratio(asked: str, choose: Callable[[float], Shape], is_met: Callable[[Shape], bool]) -> float:

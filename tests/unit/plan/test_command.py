@@ -93,6 +93,13 @@ def test_what_no_model_can_be_pruned_to_is_refused_at_once(options: dict[str, An
         PlanOptions(model_name_or_path="nowhere", **options)
 
 
+def test_what_does_nothing_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plan(tmp_path, axes=["hidden"], pruned_intermediate_size=40)
+    assert [line for line in caplog.messages if "no effect" in line] == [
+        "axes=['hidden'] has no effect beside the sizes that were given, which cut ['mlp']."
+    ]
+
+
 def test_notes_say_what_was_assumed(tmp_path: Path) -> None:
     plan(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())

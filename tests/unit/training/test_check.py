@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from tiny_models import build
+from transformers.training_args import OptimizerNames
 
 from pat.errors import PatError
 from pat.loading import load_config
 from pat.training.arguments import build_arguments
-from pat.training.check import NEEDED, check, check_run
+from pat.training.check import NEEDED, WITHOUT_ARGUMENTS, check, check_run
 from pat.training.run_file import RunFile
 
 
@@ -40,6 +41,15 @@ def checked(folder: Path, **flags: Any) -> None:
         ),
         ({"mask": "frozen", "pruned_intermediate_size": 40, "milestone": 0.3}, None),
         ({"mask": "frozen", "axes": "hidden"}, None),
+        (
+            {"mask": "frozen", "axes": "hidden", "mask_lr_multiplier": 3},
+            "mask_lr_multiplier=3 has no effect on a frozen mask.",
+        ),
+        ({"optim_args": "a=1"}, "optim_args=a=1 has no effect on the optimizer adamw_torch"),
+        ({"optim_args": "momentum=0.9", "optim": "sgd"}, None),
+        ({"optim_target_modules": "q", "optim": "sgd"}, "optim_target_modules=q has no effect on the optimizer sgd."),
+        ({"optim_target_modules": "q", "optim": "galore_adamw"}, None),
+        ({"model_revision": "v1"}, "model_revision=v1 has no effect on a model folder."),
         ({"ddp_timeout": 60}, "ddp_timeout=60 has no effect in one process."),
         (
             {"dataset_config": "main"},
@@ -60,6 +70,7 @@ def test_what_needs_another_flag_is_known() -> None:
     arguments = build_arguments(model_name_or_path="base", dataset_name="d", output_dir="o")
     names = {**vars(arguments.model), **vars(arguments.sft), **vars(arguments.run), **vars(arguments.distill)}
     assert {*NEEDED, *NEEDED.values()} <= set(names)
+    assert set(WITHOUT_ARGUMENTS) <= {name.value for name in OptimizerNames}
 
 
 def test_going_on_with_other_rows_per_step_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,8 +19,10 @@ from pat.training.rehearsal import rehearse
 ROWS = [{"instruction": f"say {i}", "output": f"it is {i * i}"} for i in range(22)]
 
 
-def rehearsed(folder: Path, family: str = "llama", *, tied: bool = True, **flags: Any) -> int:
-    build(family, tied=tied).save_pretrained(folder / "base")
+def rehearsed(
+    folder: Path, family: str = "llama", *, tied: bool = True, changes: dict[str, Any] | None = None, **flags: Any
+) -> int:
+    build(family, tied=tied, **changes or {}).save_pretrained(folder / "base")
     tiny_tokenizer(folder / "base")
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     given = {"max_length": 64, "held_out": 2, "per_device_train_batch_size": 4, "disable_tqdm": True} | flags
@@ -77,6 +79,24 @@ ASKED = {
 @pytest.mark.parametrize("name", [option.name for option in fields(ShapeOptions)])
 def test_each_way_to_ask_for_a_smaller_model_passes(name: str, tmp_path: Path) -> None:
     assert rehearsed(tmp_path, max_steps=1, **{name: ASKED[name]}) == 1
+
+
+ROPES = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0},
+    "llama3": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "longrope": {"short_factor": [1.1] * 4, "long_factor": [2.0] * 4, "factor": 2.0},  # phi3's are tied to the width
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_each_type_of_rotary_embedding_passes(rope: str, tmp_path: Path) -> None:
+    family = "phi3" if rope == "longrope" else "llama"
+    parameters = {"rope_type": rope, "rope_theta": 1e4, "partial_rotary_factor": 1.0} | ROPES[rope]
+    changes = {"rope_parameters": parameters, "original_max_position_embeddings": 32}
+    assert rehearsed(tmp_path, family, changes=changes, max_steps=1, axes=["mlp"], pruning_ratio=0.1) == 1
 
 
 @pytest.mark.slow

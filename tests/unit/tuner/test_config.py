@@ -46,6 +46,18 @@ def test_it_is_a_lora_config_with_fields_of_its_own() -> None:
         ({"layer_replication": [(0, 1)]}, r"layer_replication.*does not support"),
         ({"alora_invocation_tokens": [5]}, r"alora_invocation_tokens.*some tokens alone"),
         ({"arrow_config": ArrowConfig()}, r"arrow_config.*router"),
+        ({"target_modules": "("}, r"target_modules='\('; expected a regular expression.*unterminated"),
+        ({"exclude_modules": "a{99999999999999}"}, r"exclude_modules=.*expected a regular expression"),
+        ({"modules_to_save": ["norm", "["]}, r"modules_to_save='\['.*expected a regular expression"),
+        (
+            {"rank_pattern": {"(?i)q_proj": 4}},
+            r"rank_pattern='\(\?i\)q_proj'.*global flags",
+        ),  # peft puts it into another
+        ({"alpha_pattern": {"*": 4}}, r"alpha_pattern='\*'.*expected a regular expression"),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": ["layers", "("]},
+            r"layers_pattern='\('.*expected a regular expression",
+        ),
     ],
 )
 def test_impossible_values_are_refused_in_one_line(fields: dict[str, Any], message: str) -> None:

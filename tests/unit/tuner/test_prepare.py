@@ -77,6 +77,7 @@ def test_longrope_is_refused_before_any_work(family: str) -> None:
         max_position_embeddings=256,
     )
     refused(model, "longrope.*4k")
+    refused(model, "longrope.*with fewer heads.*4k", pruning_ratio=None, pruned_num_key_value_heads=1)
 
 
 # -- the width ---------------------------------------------------------------------------------------------------------
@@ -362,6 +363,9 @@ def test_targets_asked_for_are_kept(targets: Any) -> None:
     ],
 )
 def test_options_that_do_nothing_are_said(fields: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture) -> None:
+    with torch.device("meta"):
+        attach(build("llama", tied=True).to("meta"), **fields)
+    assert not caplog.text  # of a model that is only counted
     attach(build("llama", tied=True), **fields)
     assert re.search(said, caplog.text)
 
