@@ -106,8 +106,9 @@ def row_of_table(row: Row, labels: Mapping[str, Sequence[str]] | None = None) ->
     """
     row = {name: _without_nulls(value) for name, value in row.items()}
     for column, names in (labels or {}).items():
-        number = row.get(column)
-        row[column] = names[number] if isinstance(number, int) and 0 <= number < len(names) else None
+        # What tells of labels may be older than the column: names stay as they are.
+        if isinstance(number := row.get(column), int):
+            row[column] = names[number] if 0 <= number < len(names) else None
     return row
 
 
@@ -175,7 +176,8 @@ def _is_lines(path: Path, promised: bool) -> bool:
     with _opened(path) as file:
         lines = (text for line in file if (text := line.removeprefix(codecs.BOM_UTF8).strip()))
         first, second = next(lines, b""), next(lines, b"")
-    if promised and not first.startswith(b"["):
+    # A line that opens a list may be one that is torn, where the next is an object of its own.
+    if promised and (not first.startswith(b"[") or (first != b"[" and _is_object(second))):
         return True
     try:
         return bool(second) and (isinstance(DECODER.decode(first.decode()), dict) or promised)
@@ -183,6 +185,13 @@ def _is_lines(path: Path, promised: bool) -> bool:
         return False
     except (ValueError, RecursionError):
         return True
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(DECODER.decode(line.decode()), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _listed(path: Path, rows: Iterable[Any]) -> Iterator[Placed]:

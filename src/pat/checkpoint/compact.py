@@ -92,8 +92,14 @@ def save_adapter(model: PeftModel, folder: Path, tokens: TokenSetup, state: Mapp
     make_readable(folder)
 
 
-def check_compact(compaction: Compaction, base_config: PretrainedConfig, name: str) -> None:
+def check_compact(compaction: Compaction, base_config: PretrainedConfig, name: str, *, remedy: str) -> None:
     """Refuse a small model other than the one that adapters of a compaction are for.
+
+    Args:
+        compaction: its record.
+        base_config: configuration of the model.
+        name: folder of the model.
+        remedy: a sentence on what to do.
 
     Raises:
         PatError: its fingerprint is another one.
@@ -102,8 +108,7 @@ def check_compact(compaction: Compaction, base_config: PretrainedConfig, name: s
     if compaction.fingerprint is not None and found is not None and found != compaction.fingerprint:
         raise PatError(
             f"{shown_name(name)}: is not the compact model that the adapter was made for, or was changed since: the "
-            f"fingerprint of that is …{compaction.fingerprint[-8:]}, of this …{found[-8:]}. Put it back, or start anew "
-            "with --overwrite true."
+            f"fingerprint of that is …{compaction.fingerprint[-8:]}, of this …{found[-8:]}. {remedy}"
         )
 
 

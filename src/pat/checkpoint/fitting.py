@@ -20,9 +20,7 @@ from pat.errors import PatError, one_line
 from pat.loading import base_fingerprint
 from pat.ranges import check_range
 from pat.tuner import PatConfig
-
-_PATTERNS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
-"""Fields of LoRA's configuration that are, or hold, regular expressions if they are no lists."""
+from pat.tuner.config import check_patterns
 
 
 def check_readable(adapter: Path) -> None:
@@ -50,13 +48,7 @@ def check_values(config: LoraConfig) -> None:
         raise PatError(f"Got megatron_config={config.megatron_config}; expected null, as PAT has no such layers.")
     if config.target_modules is not None and not config.target_modules and not config.target_parameters:
         raise PatError("Got an empty target_modules; expected the modules that LoRA is on.")
-    for name in _PATTERNS:
-        value = getattr(config, name)
-        for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise PatError(f"Got {name} with {pattern!r}, which is no regular expression ({error}).") from error
+    check_patterns(config)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from pat.errors import PatError
 from pat.families import FAMILIES
 from pat.kinds import misfits
 from pat.loading import base_fingerprint
+from pat.loading.fingerprint import SCHEME
 from pat.loading.stored import DTYPES
 from pat.tuner import PatConfig
 from pat.tuner.model import find_tuner
@@ -74,14 +75,15 @@ def check_base(
     """
     if not isinstance(config, PatConfig):
         if (compaction := compaction_of(adapter)) is not None:
-            check_compact(compaction, base_config, name)
+            remedy = "Expected the compact model of its run; put that back, or pass it with --base_model."
+            check_compact(compaction, base_config, name, remedy=remedy)
         return
     made_for = config.base_fingerprint
     found = base_fingerprint(base_config, name, revision=revision)
-    if made_for is None:
+    if made_for is None or not made_for.startswith(SCHEME):
         logger.warning(
-            "%s does not say which weights it was made for (it is of an older version, or of a base that was not on "
-            "disk as safetensors), so that any base of the same shape is taken.",
+            "%s does not say, or not in a form that is known here, which base it was made for (it is of another "
+            "version, or of a base that was not on disk as safetensors), so that any base of the same shape is taken.",
             adapter,
         )
     elif found is not None and found != made_for:

@@ -203,10 +203,11 @@ def _check_generation(name: str, vocab_size: int, revision: str | None) -> None:
     except (OSError, ValueError, RecursionError) as error:
         raise PatError(f"{start}: it cannot be read ({one_line(error)}); correct or remove it.") from error
     if not isinstance(fields, dict):
-        raise PatError(f"{start}: got {str(fields)[:100]}; expected a mapping.")
+        raise PatError(f"{start}: got {str(fields)[:100]}; expected a mapping; correct or remove it.")
     for field in TOKEN_IDS:
         if not _are_tokens(field, fields.get(field), vocab_size):
-            raise PatError(f"{start}: {field}={fields[field]!r}; expected a token below vocab_size={vocab_size}.")
+            got = f"{field}={fields[field]!r}"
+            raise PatError(f"{start}: {got}; expected a token below vocab_size={vocab_size}; correct or remove it.")
 
 
 def _are_tokens(field: str, given: Any, vocab_size: int) -> bool:

@@ -22,6 +22,12 @@ PLACES = 64
 """Places of every tensor that are read, evenly apart from its beginning to its end: a model that was trained differs in
 all of them, and one of which some rows were changed most likely in one."""
 
+MAX_PLACES = 2**16
+"""Places that are read of all tensors together; of a model with very many (experts) each has fewer, three at least."""
+
+SCHEME = "2:"
+"""Begins every fingerprint of this form, so that one of another form is not taken for that of another model."""
+
 _FIELDS = """
 model_type tie_word_embeddings hidden_act hidden_activation rms_norm_eps use_post_norm attention_bias mlp_bias
 layer_types mlp_layer_types no_rope_layers sliding_window use_sliding_window max_window_layers
@@ -54,7 +60,7 @@ def base_fingerprint(base_config: Any, name: str | None, *, revision: str | None
         revision: of the hub id.
 
     Returns:
-        64 hexadecimal digits; None if there are no safetensors files of it on this machine.
+        The scheme and 64 hexadecimal digits; None if there are no safetensors files of it on this machine.
     """
     if not name or (looks_local(name) and not os.path.isdir(name)):
         return None
@@ -65,17 +71,19 @@ def base_fingerprint(base_config: Any, name: str | None, *, revision: str | None
         digest = hashlib.sha256(json.dumps(_facts(base_config), sort_keys=True).encode())
         lines: dict[str, bytes] = {}
         for file in {tensor.file for tensor in tensors.values()}:
-            lines |= _samples(file)
+            lines |= _samples(file, max(3, min(PLACES, MAX_PLACES // len(tensors))))
         for tensor in sorted(lines):
             digest.update(tensor.encode() + b"\0" + lines[tensor])
     except (PatError, OSError, ValueError, KeyError, struct.error):
         return None  # said where the model is loaded
-    return digest.hexdigest()
+    return SCHEME + digest.hexdigest()
 
 
 def _facts(base_config: Any) -> dict[str, Any]:
     config = base_config.get_text_config()
     facts = {name: getattr(config, name, None) for name in DECISIVE}
+    # Where another version of transformers adds a field, it is not set, or false.
+    facts = {name: value for name, value in facts.items() if value is not None and value is not False}
     return facts | {"rope": _rotary(getattr(config, "rope_parameters", None) or {})}
 
 
@@ -84,8 +92,8 @@ def _rotary(given: Mapping[str, Any]) -> dict[str, Any]:
     return parts | {name: given[name] for name in ROTARY if given.get(name) is not None}
 
 
-def _samples(file: Path) -> dict[str, bytes]:
-    """Return dtype, shape and some bytes of each tensor in a safetensors file."""
+def _samples(file: Path, num_places: int) -> dict[str, bytes]:
+    """Return dtype, shape and the bytes at some places of each tensor in a safetensors file."""
     found: dict[str, bytes] = {}
     with file.open("rb") as opened:
         (size,) = struct.unpack("<Q", opened.read(8))
@@ -95,7 +103,7 @@ def _samples(file: Path) -> dict[str, bytes]:
                 continue
             begin, end = entry["data_offsets"]
             last = max(begin, end - SAMPLE)
-            places = {begin + (last - begin) * number // (PLACES - 1) for number in range(PLACES)}
+            places = {begin + (last - begin) * number // (num_places - 1) for number in range(num_places)}
             parts = [f"{entry['dtype']} {entry['shape']}".encode()]
             for place in sorted(places):
                 opened.seek(8 + size + place)

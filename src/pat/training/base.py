@@ -57,7 +57,8 @@ def load_compact(arguments: TuneArguments, folder: Path, adapter: str | Path) ->
         PatError: it is not there, or not the one that the adapter is for.
     """
     options, sft = arguments.model, arguments.sft
-    check_compact(read_compaction(folder.parent), load_config(str(folder))[0], str(folder))
+    remedy = "Put it back, or start anew with --overwrite true."
+    check_compact(read_compaction(folder.parent), load_config(str(folder))[0], str(folder), remedy=remedy)
     base: Any = load_base(str(folder), dtype=options.dtype, attn_implementation=options.attn_implementation)
     return with_adapter(base.to(place_for(base, sft)), adapter)
 

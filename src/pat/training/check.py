@@ -216,7 +216,7 @@ def _warn_of_idle_mask(arguments: TuneArguments, shape: Shape) -> None:
 
 
 def _has_one_configuration(name: str) -> bool:
-    path = os.path.expanduser(name)
+    path = expand(name)
     return os.path.isfile(path) or (os.path.isdir(path) and is_saved(Path(path)))
 
 

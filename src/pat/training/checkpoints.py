@@ -126,7 +126,7 @@ def taken_from(checkpoint: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (PatError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
         mismatches = str(error).count("size mismatch for")

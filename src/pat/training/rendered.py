@@ -136,6 +136,8 @@ def _stands(arguments: Any, text: Text) -> bool:
 
 def _is_told(arguments: Any, text: Text) -> bool:
     """Tell whether arguments stand in a text as JSON, or those of an object one by one."""
+    if isinstance(arguments, str):  # escaped, too: it may be no object, such as the empty text of a call without any
+        return arguments in text or json.dumps(arguments) in text.text
     return _stands(arguments, text) or (
         isinstance(arguments, dict) and all(leaf in text for leaf in _leaves(arguments))
     )

@@ -22,6 +22,7 @@ from pat.kinds import misfits
 from pat.loading.fingerprint import base_fingerprint
 from pat.report.records import plain, to_json
 from pat.training.arguments import REFUSED, TuneArguments
+from pat.training.data import chat_template_of
 from pat.training.mixture import shares
 from pat.training.options import DistillOptions, RunOptions
 from pat.training.tokens import TRAINED_ON
@@ -49,6 +50,9 @@ what is written, shown and measured on the way, how it goes on, and where and ho
 
 _FILES = ("held_out", "general_text", "calibration", "chat_template_path")
 """Options that may name a file."""
+
+DATE = "strftime_now"
+"""Function by which a chat template writes the date."""
 
 NUM_FINGERPRINTED = 256
 """Examples to train on by whose tokens a run is known again."""
@@ -164,7 +168,15 @@ class RunFile:
 
 
 def tokens_fingerprint(data: Prepared) -> str:
-    """Digest the first examples to train on, and those to measure on: what tokenizer and template make of the data."""
+    """Digest the first examples to train on, and those to measure on: what tokenizer and template make of the data.
+
+    A template that writes the date makes others of them every day; it is digested itself, with the vocabulary.
+    """
+    tokenizer = data.vocabulary.tokenizer
+    template = chat_template_of(tokenizer)
+    if DATE in template:
+        facts = [template, tokenizer.get_vocab(), tokenizer.special_tokens_map]
+        return f"tokens:{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]}"
     first = data.train.select(range(min(NUM_FINGERPRINTED, len(data.train)))).to_list()
     found = hashlib.sha256()
     for example in chain(first, data.held_out, data.held_out_of_base or ()):

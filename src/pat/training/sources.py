@@ -168,13 +168,7 @@ def load_from_hub(name: str, reading: Reading, split: str, config_name: str | No
     try:
         # On a terminal `datasets` draws bars of its own.
         with phase(f"Loading {name}", shown=reading.shown and not sys.stderr.isatty()):
-            loaded = load_dataset(name, name=config_name, split=split, streaming=streaming)
-            if loaded.info.builder_name != "csv" or _says_what_it_holds(name, config_name):
-                return loaded
-            # It guesses types by what a column holds, `7.0` for `007` beside an empty cell, and takes `NA` for nothing.
-            columns: list[str] = loaded.column_names or list(next(iter(loaded), {}))
-            features = Features({column: Value("string") for column in columns})
-            options = {"features": features, "keep_default_na": False}
+            options = _as_text(name, config_name, split)
             return load_dataset(name, name=config_name, split=split, streaming=streaming, **options)
     except ConnectionError as error:
         raise PatError(
@@ -190,8 +184,17 @@ def load_from_hub(name: str, reading: Reading, split: str, config_name: str | No
         raise PatError(f"{name}: this dataset could not be loaded, split {split!r} ({reason}).") from error
 
 
-def _says_what_it_holds(name: str, config_name: str | None) -> bool:
-    return getattr(load_dataset_builder(name, name=config_name).config, "features", None) is not None
+def _as_text(name: str, config_name: str | None, split: str) -> dict[str, Any]:
+    """Return what has `datasets` leave the cells of CSV files as they are, unless their card says what they hold.
+
+    It would guess types by what a column holds, `7.0` for `007` beside an empty cell, and take `NA` for nothing.
+    """
+    info = load_dataset_builder(name, name=config_name).info
+    if info.builder_name != "csv" or info.features is not None:
+        return {}
+    part = re.split(r"[\[+]", split)[0].strip()
+    first: dict[str, Any] = next(iter(load_dataset(name, name=config_name, split=part, streaming=True)), {})
+    return {"features": Features({column: Value("string") for column in first}), "keep_default_na": False}
 
 
 def _convert(name: str, dataset: Dataset, reading: Reading) -> Source:

@@ -122,7 +122,7 @@ class PatConfig(PatOptions, LoraConfig):
         plain = {field.name: getattr(self, field.name) for field in fields(PatOptions) if "range" not in field.metadata}
         if (wrong := misfits(plain, PatOptions)) is not None:  # numbers have their ranges
             raise PatError(f"G{wrong[1:]}.")
-        _check_patterns(self)
+        check_patterns(self)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise PatError(f"Got {name}={getattr(self, name)!r}; expected one of {', '.join(map(repr, choices))}.")
@@ -171,7 +171,7 @@ class PatConfig(PatOptions, LoraConfig):
         return self.resolved_from == self.asked()
 
 
-def _check_patterns(config: LoraConfig) -> None:
+def check_patterns(config: LoraConfig) -> None:
     """Refuse regular expressions that cannot be read, which peft would find out while it goes through the modules.
 
     Raises:

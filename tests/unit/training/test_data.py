@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import pyarrow
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, DatasetInfo
 from transformers import AutoTokenizer
 
 from pat.errors import PatError
@@ -430,6 +430,11 @@ def test_cells_of_csv_files_stay_as_they_are_where_datasets_reads_them(tmp_path:
     else:
         data = load_training_data(folder, held_out=0, **options)
         assert data.train["completion"][:] == ["007", "3", "1.50", "NA", "True"] and data.num_dropped == 1
+    labels = "      class_label:\n        names:\n          '0': neg\n          '1': pos\n"
+    features = "  features:\n  - name: instruction\n    dtype: string\n  - name: output\n    dtype:\n" + labels
+    card = f"---\ndataset_info:\n{features}configs:\n- config_name: default\n  data_files: a.csv\n---\n"
+    folder_of(folder, {"README.md": card, "a.csv": "instruction,output\na,1\nb,0\n"})
+    assert load_training_data(folder, held_out=0).train["completion"][:] == ["pos", "neg"]
     card = "---\nconfigs:\n---\n"  # says nothing
     folder_of(folder, {"README.md": card, "a.csv": "instruction,output\na,007\n"})
     assert load_training_data(folder, held_out=0).train["completion"][:] == ["007"]
@@ -492,8 +497,18 @@ def test_labels_are_learned_by_their_names(tmp_path: Path) -> None:
     for name in ("d.parquet", "saved"):
         data = load_training_data(tmp_path / name, held_out=0)
         assert data.train["completion"][:] == ["yes", "no"] and data.num_dropped == 1
+    # What tells of labels may be older than the column.
+    rewritten = pyarrow.parquet.read_table(tmp_path / "d.parquet").set_column(1, "answer", [["often", "never", "no"]])
+    pyarrow.parquet.write_table(rewritten, tmp_path / "d.parquet")
+    assert load_training_data(tmp_path / "d.parquet", held_out=0).train["completion"][:] == ["often", "never", "no"]
     _, head, _ = open_source(str(tmp_path / "saved"), Reading(), 0)
     assert head.rows["completion"][:] == ["yes", "no"] and head.num_dropped == 1
+
+
+def test_a_torn_first_line_that_opens_a_list_is_one_bad_row(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('[{"role": "us\n' + one("a") + one("b"), encoding="utf-8")
+    data = load_training_data(tmp_path / "d.jsonl", held_out=0, skips=True)
+    assert data.train["completion"][:] == ["a", "b"] and data.num_rows == 3
 
 
 def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
@@ -730,6 +745,7 @@ def test_hub_dataset_is_converted_and_checked_like_a_file(monkeypatch: pytest.Mo
         return hub
 
     monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    monkeypatch.setattr(sources, "load_dataset_builder", lambda *_, **__: SimpleNamespace(info=DatasetInfo()))
     data = load_training_data("owner/name", config_name="en", split="train[:4]", held_out=1)
     assert calls == [("owner/name", {"name": "en", "split": "train[:4]", "streaming": False})]
     assert data.held_out is not None and (len(data.train), len(data.held_out)) == (2, 1)
@@ -758,5 +774,5 @@ def test_hub_trouble_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Excepti
     def load_dataset(path: str, **kwargs: Any) -> Dataset:
         raise error
 
-    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    monkeypatch.setattr(sources, "load_dataset_builder", load_dataset)
     refused("owner/name", part)

@@ -375,6 +375,12 @@ def test_arguments_of_calls_are_written_once_in_either_form(
     ]
 
 
+def test_the_empty_text_of_a_call_without_arguments_is_not_missed() -> None:
+    call = [{"function": {"name": "find", "arguments": ""}}]
+    row = {"prompt": [say("user", "a")], "completion": [say("assistant", "", tool_calls=call)]}
+    assert left_out(row, 'a{"name": "find", "arguments": ""}', "a", "tool_calls") == set()
+
+
 @pytest.mark.parametrize("max_length", [None, 64])
 def test_an_answer_of_which_nothing_is_rendered_is_not_called_truncated(
     max_length: int | None, base: Path, caplog: pytest.LogCaptureFixture

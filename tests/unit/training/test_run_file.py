@@ -3,15 +3,17 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny_models import build
+from datasets import Dataset
+from tiny_models import build, tiny_tokenizer
 
 from pat.errors import PatError
 from pat.loading import load_config
 from pat.training.arguments import build_arguments
-from pat.training.run_file import RunFile
+from pat.training.run_file import RunFile, tokens_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +103,22 @@ def test_another_base_of_the_same_name_is_refused(base: Path, tmp_path: Path) ->
     build("llama", tied=True, num_hidden_layers=1).save_pretrained(other)
     with pytest.raises(PatError, match=r"fingerprint of the base: .* in the run"):
         described(base).check(described(other), tmp_path)
+
+
+def test_the_date_that_a_template_writes_is_not_of_the_run() -> None:
+    """What it makes of the data is another thing every day; what it is, and the vocabulary, are not."""
+    tokenizer = tiny_tokenizer()
+
+    def found(template: str, token: int) -> str:
+        tokenizer.chat_template = template
+        rows: Any = Dataset.from_list([{"input_ids": [1, token], "labels": [1, token]}])
+        vocabulary = SimpleNamespace(tokenizer=tokenizer)
+        data: Any = SimpleNamespace(train=rows, held_out=(), held_out_of_base=None, vocabulary=vocabulary)
+        return tokens_fingerprint(data)
+
+    assert found("{{ messages }}", 2) != found("{{ messages }}", 3)
+    dated = "{{ strftime_now('%d') }}{{ messages }}"
+    assert found(dated, 2) == found(dated, 3) != found(f"{dated}.", 2)
 
 
 def test_a_run_that_is_older_than_an_option_had_its_default(base: Path, tmp_path: Path) -> None:
