@@ -354,11 +354,13 @@ def test_the_base_may_lie_in_other_files(work: Path) -> None:
     merge(work / "adapter", work / "out", base_model=str(work / "other"), progress=False)
 
 
-def test_an_adapter_that_does_not_say_its_base_is_taken_with_a_warning(work: Path) -> None:
-    edit_config(work / "adapter", base_fingerprint=None)
+@pytest.mark.parametrize("known", [None, "0" * 64])
+def test_an_adapter_that_does_not_say_its_base_is_taken_with_a_warning(known: str | None, work: Path) -> None:
+    """Or says it in a form that is no longer known."""
+    edit_config(work / "adapter", base_fingerprint=known)
     make_base(work / "other", seed=1)
     result = merge(work / "adapter", work / "out", base_model=str(work / "other"), progress=False)
-    assert any("does not say which weights" in warning for warning in result.record.warnings)
+    assert any("which base it was made for" in warning for warning in result.record.warnings)
 
 
 @pytest.mark.parametrize("part", ["lora_A", "pat_mask", "pat_hsm"])
