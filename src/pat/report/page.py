@@ -116,14 +116,24 @@ def _headline(facts: Facts) -> str:
     base, dense = (facts.number("figures", stage, "held_out_nll") for stage in ("base", "dense"))
     if base is None or dense is None:
         return f"{said}. What that costs is not known, because no rows were held out."
-    distance = round(dense, 3) - round(base, 3)  # of the numbers that are shown
-    if not distance:
-        return f"{said}, and its held-out loss is that of the untuned base, {numbers.loss(dense)} nats per token."
+    distance = dense - base
+    if not round(distance, 3):
+        same = f"{said}, and its held-out loss is that of the untuned base, {numbers.loss(dense)} nats per token."
+        return same + _forgotten(facts)
     error = facts.number("figures", "dense", "held_out_difference_error")
     return (
         f"{said}, and its held-out loss is {numbers.loss(dense)} nats per token, {numbers.loss(abs(distance), error)} "
-        f"{'below' if distance < 0 else 'above'} that of the untuned base ({numbers.loss(base)})."
+        f"{'below' if distance < 0 else 'above'} that of the untuned base ({numbers.loss(base)}).{_forgotten(facts)}"
     )
+
+
+def _forgotten(facts: Facts) -> str:
+    """Say what became of the loss on general text, where it was measured."""
+    base, dense = (facts.number("figures", stage, "general_nll") for stage in ("base", "dense"))
+    if base is None or dense is None:
+        return ""
+    shown = f"it has {numbers.loss(dense)}, the base {numbers.loss(base)}"
+    return f" On general text, which shows what was forgotten, {shown}."
 
 
 def _figures(facts: Facts) -> list[tuple[str, ...]]:

@@ -73,7 +73,8 @@ def announce(
         most = "at most " if goes_small and not soft else ""
         costs.append(f"{most}{size} for weights and activations")
     begins = start.checkpoint is None and not start.is_trained
-    done = "" if begins else f" for what is left after {steps_done(start) or num_steps:,} steps"
+    after = steps_done(start) or num_steps
+    done = "" if begins else f" for what is left after {after:,} step{'' if after == 1 else 's'}"
     expected = f" Expected{done}: {' and '.join(costs)}." if costs else ""
     print(
         f"{data.record.describe()}{worded} Model: {checked.family.model_type}, {trimmed}{shape.describe()}, "

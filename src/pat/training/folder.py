@@ -202,8 +202,10 @@ def clear(arguments: TuneArguments, start: Start) -> None:
         _say(f"{folder}: going on from {checkpoint.relative_to(os.path.realpath(folder))}.")
         remove_later(Path(os.path.realpath(checkpoints)), checkpoint)
     elif is_known:
-        why = "" if arguments.run.overwrite else "no whole checkpoint is there, so that "
-        _say(f"{folder}: {why}the run starts anew, and what there was of it is removed.")
+        if arguments.run.overwrite:
+            _say(f"{folder}: the run starts anew, and what there was of it is removed.")
+        else:
+            _say(f"{folder}: no whole checkpoint is there, so that training begins anew.")
         discard(checkpoints)
     if is_known:
         # What belongs to a checkpoint from elsewhere stays.
