@@ -103,8 +103,8 @@ def test_the_page_tells_what_the_record_holds() -> None:
     words = " ".join(Page(render_report(record(), [Changed("max_steps", "-1", "20")])).words.split())
     for fact in (
         "has 20.0 % fewer parameters than tiny (987,654 instead of 1,234,567), and its held-out loss is 2.251 nats per "
-        "token, 0.249 ± 0.002 below that of the untuned base (2.500). On general text, which shows what was forgotten, it has "
-        "3.251, the base 3.500.",
+        "token, 0.249 ± 0.002 below that of the untuned base (2.500). On general text, which shows what was forgotten, "
+        "it has 3.251, the base 3.500.",
         "2.500 ± 0.250",
         "64 → 48 (−25.0 %)",
         "milestone, step 5",
@@ -188,7 +188,7 @@ def test_ticks_are_round_numbers_within_the_axis() -> None:
 def test_drawings_say_in_words_what_they_show() -> None:
     page = render_report(record(), None)
     drawings = re.findall(r'<svg [^>]*role="img" aria-label="([^"]+)"><title>', page)
-    assert len(drawings) == page.count("<svg") == 11
+    assert len(drawings) == page.count("<svg") == 12
     assert any("base: 1,234,567; tuned: 1,300,000; written: 987,654" in said for said in drawings)
 
 
