@@ -44,6 +44,8 @@ class Phase:
         self, title: str, unit: str = "", total: int | None = None, count: Callable[[], int] | None = None
     ) -> None:
         self.title, self.unit, self.total, self.done = title, unit, total, 0
+        self.is_most = False
+        """Whether `total` is how many there are at most."""
         self.share: float | None = None
         """Share of the work that is done, where parts take more or less of it; None where all take as much."""
         self._count, self._started = count, time.monotonic()
@@ -58,11 +60,12 @@ class Phase:
             self._known = done, passed
         so_far = f"{self.title}: {done:,}" if self.unit else self.title
         if self.total is not None:
-            so_far += f" of {self.total:,}"
+            so_far += f" of {'up to ' if self.is_most else ''}{self.total:,}"
         so_far += f" {self.unit}" if self.unit else ""
         if self.total and done:
             then, share = self._known[1], self.share or done / self.total
-            return f"{so_far}, {clock(max(0.0, then * (1 - share) / share - (passed - then)))} left"
+            left = clock(max(0.0, then * (1 - share) / share - (passed - then)))
+            return f"{so_far}, {'at most ' if self.is_most else ''}{left} left"
         return f"{so_far}, {clock(passed)}"
 
     def over(self, parts: Iterable[T]) -> Iterator[T]:

@@ -198,6 +198,7 @@ def watch_inputs(
     with ExitStack() as restore:
         restore.enter_context(evaluating(model))
         progress = restore.enter_context(phase(title, "tokens", total=max_tokens // ranks.num_processes()))
+        progress.is_most = True  # the text may be shorter
         for path, watcher in watchers.items():
             handle = model.get_submodule(path).register_forward_pre_hook(partial(watch, watcher))
             restore.callback(handle.remove)

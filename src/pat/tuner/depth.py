@@ -67,6 +67,7 @@ def losses_without(
     total, num_scored, num_read = torch.zeros(len(ends), dtype=torch.float64), 0, 0
     own = max_tokens // ranks.num_processes()
     with evaluating(model), phase("Measuring the layers", "tokens", total=own) as progress:
+        progress.is_most = True  # the text may be shorter
         for inputs, real in token_batches(model, batches, max_tokens):
             scored = real[:, 1:] & real[:, :-1]
             if "position_ids" in inputs:  # rows that are packed begin at 0

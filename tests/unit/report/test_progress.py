@@ -67,3 +67,9 @@ def test_elsewhere_there_are_plain_lines_of_what_takes_long(
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (62, "1:02"), (3_723, "1:02:03")])
 def test_durations(seconds: float, text: str) -> None:
     assert progress.clock(seconds) == text
+
+
+def test_a_total_that_may_not_be_reached_is_called_so() -> None:
+    state = progress.Phase("Measuring", "tokens", total=2000)
+    state.is_most, state.done = True, 1000
+    assert state.text() == "Measuring: 1,000 of up to 2,000 tokens, at most 0:00 left"
