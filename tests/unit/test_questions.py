@@ -262,7 +262,7 @@ def test_fields_that_are_not_ours_are_dropped(tmp_path: Path) -> None:
         (json.dumps(GOOD | {"choices": ["a"]}), ["line 1"]),
         (json.dumps(GOOD | {"choices": ["a", ""]}), ["line 1"]),
         (json.dumps(GOOD | {"stem": None}), ["line 1", "stem"]),
-        (json.dumps([1]), ["line 1"]),
+        (json.dumps([1]), ["row 1"]),
         (b"\xff\xfe\x00", ["UTF-8"]),
     ],
 )
