@@ -69,12 +69,14 @@ def rope_of(config: PretrainedConfig) -> dict[str, Any] | None:
     return None if parameters is None else {name: value for name, value in parameters.items() if name != "type"}
 
 
-def unscaled_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `rope_parameters` without any scaling, whose factors may be tied to a model's width.
+def rope_of_any_width(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `rope_parameters` without scaling where that has a factor for each channel of a head (longrope).
 
     Args:
         parameters: those of a model, or of each type of layer.
     """
     if any(isinstance(value, Mapping) for value in parameters.values()):
-        return {name: unscaled_rope(v) if isinstance(v, Mapping) else v for name, v in parameters.items()}
+        return {name: rope_of_any_width(v) if isinstance(v, Mapping) else v for name, v in parameters.items()}
+    if not any(isinstance(value, list) for value in parameters.values()):
+        return dict(parameters)
     return {"rope_type": "default"} | {name: v for name, v in parameters.items() if name in _OF_ITS_OWN}

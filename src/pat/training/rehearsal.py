@@ -30,7 +30,7 @@ from pat.families import Family
 from pat.shape import AXES, TARGETS, Shape
 from pat.surgery.dense import shrink_config
 from pat.surgery.describe import head_dim
-from pat.surgery.rope import unscaled_rope
+from pat.surgery.rope import rope_of_any_width
 from pat.training.arguments import TuneArguments
 from pat.training.prepare import Prepared
 from pat.training.trainer import count_steps, make_trainer
@@ -137,7 +137,7 @@ def _tiny_config(base_config: Any, family: Family, head_size: int, shape: Shape)
     sizes = {family.hidden_size_field: width}
     base_config = copy.deepcopy(base_config)
     if rope := getattr(base_config, "rope_parameters", None):
-        base_config.rope_parameters = unscaled_rope(rope)  # phi3 wants as many factors of it as the width has
+        base_config.rope_parameters = rope_of_any_width(rope)  # phi3 wants as many factors of it as the width has
     return shrink_config(base_config, family, sizes, head_dim=head_size, tied=tied, keep_layers=layers)
 
 

@@ -173,8 +173,7 @@ def tokens_fingerprint(data: Prepared) -> str:
     A template that writes the date makes others of them every day; it is digested itself, with the vocabulary.
     """
     tokenizer = data.vocabulary.tokenizer
-    template = chat_template_of(tokenizer)
-    if DATE in template:
+    if DATE in (template := chat_template_of(tokenizer)):
         facts = [template, tokenizer.get_vocab(), tokenizer.special_tokens_map]
         return f"tokens:{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]}"
     first = data.train.select(range(min(NUM_FINGERPRINTED, len(data.train)))).to_list()

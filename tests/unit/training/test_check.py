@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from tiny_models import build
+from tiny_models import build, tiny_tokenizer
 from transformers.training_args import OptimizerNames
 
 from pat.errors import PatError
@@ -77,7 +77,13 @@ def test_going_on_with_other_rows_per_step_is_said(tmp_path: Path, caplog: pytes
     build("llama", tied=True).save_pretrained(tmp_path / "base")
     config, _ = load_config(str(tmp_path / "base"))
     record, none = SimpleNamespace(fingerprint="d"), Dataset.from_dict({"input_ids": [], "labels": []})
-    prepared: Any = SimpleNamespace(vocabulary=None, record=record, train=none, held_out=(), held_out_of_base=None)
+    prepared: Any = SimpleNamespace(
+        vocabulary=SimpleNamespace(tokenizer=tiny_tokenizer()),
+        record=record,
+        train=none,
+        held_out=(),
+        held_out_of_base=None,
+    )
     before, after = (
         build_arguments(
             model_name_or_path=tmp_path / "base",
