@@ -15,12 +15,10 @@ class PatError(ValueError):
 
     exit_status = 2
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, *, of_row: bool = False) -> None:
+        """Make the error; `of_row` says that a row cannot be used, without which the data could be read."""
         super().__init__(_shown(message))
-
-
-class UnusableRow(PatError):
-    """A row of the data cannot be used; a reading that skips such rows would go on."""
+        self.of_row = of_row
 
 
 class RunFailed(PatError):

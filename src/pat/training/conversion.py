@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from datasets import Dataset, Features, Json, List, Value
 
-from pat.errors import PatError, UnusableRow
+from pat.errors import PatError
 from pat.readers import Placed, Row
 from pat.report.progress import Phase, phase
 from pat.training.alpaca_chat import is_alpaca_chat
@@ -191,7 +191,7 @@ class Conversion:
                 examples = self._convert(place, row)
             except PatError as error:
                 if not self.reading.skips:
-                    raise UnusableRow(str(error)) from error
+                    raise PatError(str(error), of_row=True) from error
                 self.first_bad = self.first_bad or str(error)
                 self.num_bad += 1
                 continue
@@ -252,7 +252,7 @@ def look_at(placed: Iterable[Placed], skips: bool) -> tuple[dict[str, None], Row
     """Return the columns of rows, and the first of them that is one.
 
     Raises:
-        UnusableRow: a row is wrong, and none is to be skipped.
+        PatError: a row is wrong, and none is to be skipped.
     """
     columns: dict[str, None] = {}
     first: Row | None = None
@@ -261,5 +261,5 @@ def look_at(placed: Iterable[Placed], skips: bool) -> tuple[dict[str, None], Row
             first = row if first is None else first
             columns |= dict.fromkeys(row)
         elif not skips:
-            raise UnusableRow(str(row)) from row
+            raise PatError(str(row), of_row=True) from row
     return columns, first or {}

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from datasets import Dataset
 
-from pat.errors import PatError, UnusableRow
+from pat.errors import PatError
 from pat.nll import Example
 from pat.training.conversion import TemplateChoice
 from pat.training.counts import Counts, Numbers
@@ -60,8 +60,10 @@ def _naming_the_way_out() -> Iterator[None]:
     """Say, where a row cannot be used, which flag of `pat tune` leaves such rows out."""
     try:
         yield
-    except UnusableRow as error:
-        raise UnusableRow(f"{error} Such rows are left out with --on_bad_row skip.") from error
+    except PatError as error:
+        if not error.of_row:
+            raise
+        raise PatError(f"{error} Such rows are left out with --on_bad_row skip.", of_row=True) from error
 
 
 @_naming_the_way_out()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from datasets import Dataset, Features, List, Value
 
-from pat.errors import PatError, UnusableRow, one_line
+from pat.errors import PatError, one_line
 from pat.nll import IGNORED
 from pat.report.progress import bars_of_datasets, phase
 from pat.training.conversion import PLACE, ROW
@@ -194,7 +194,7 @@ class Encoder:
             where, reason = row.get(PLACE, "A row"), one_line(error)
             refusal = f"{where}: the tokenizer's chat template refuses it ({reason}); fix either."
             if not self.skips:
-                raise UnusableRow(refusal) from error
+                raise PatError(refusal, of_row=True) from error
             return Rendered(row, "", "", refusal)
 
 
