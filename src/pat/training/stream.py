@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Features, IterableDataset
 
-from pat.errors import PatError, RunFailed, UnusableRow
+from pat.errors import PatError, RunFailed
 from pat.training.conversion import ROW, Conversion
 from pat.training.counts import counts_of_batch
 from pat.training.data_record import DataRecord, combined, sums
@@ -117,13 +117,12 @@ class Stream:
                 example = next(given[number])
             except RunFailed:
                 raise
-            except UnusableRow as error:
-                raise RunFailed(
-                    f"{error} The rows before were fine: with --on_bad_row skip, the same command goes on from its "
-                    "last checkpoint, and leaves such rows out."
-                ) from error
             except PatError as error:
-                raise RunFailed(str(error)) from error
+                way_out = (
+                    " The rows before were fine: with --on_bad_row skip, the same command goes on from its last "
+                    "checkpoint, and leaves such rows out."
+                )
+                raise RunFailed(f"{error}{way_out if error.of_row else ''}") from error
             tally.drawn[number] += 1
             tally.num_tokens += len(example["input_ids"])
             yield example
