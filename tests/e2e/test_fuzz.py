@@ -28,14 +28,8 @@ from tiny_runs import tune_flags
 
 import pat
 from pat import cli
-from pat.checkpoint.adapter import (
-    adapter_tokens,
-    base_config_for,
-    base_of,
-    load_adapted,
-    load_hollow,
-    read_adapter_config,
-)
+from pat.checkpoint.adapter import base_config_for, base_of, load_adapted, load_hollow, read_adapter_config
+from pat.checkpoint.adapter_tokens import adapter_tokens
 from pat.config_file import read_config
 from pat.formats.published import read_published
 from pat.loading import base_fingerprint, load_base, load_config, load_tokenizer
