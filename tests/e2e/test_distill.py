@@ -179,7 +179,7 @@ def test_a_teacher_that_is_gone_is_said(run: tuple[Path, Any], places: Path, tmp
     out = tmp_path / "out"
     shutil.copytree(run[0], out)
     shutil.rmtree(out / "model")
-    (out / "adapter" / "adapter_model.safetensors").unlink()
-    (out / "results.json").unlink()
+    for name in ("adapter/adapter_model.safetensors", "compact/adapter/training.json", "results.json"):
+        (out / name).unlink()
     with pytest.raises(PatError, match="resume from a checkpoint of stage one"):
         pat.tune(**flags(places, out, distill=True, distill_top_k=run[1], resume_from_checkpoint="true"))
