@@ -107,7 +107,7 @@ def row_of_table(row: Row, labels: Mapping[str, Sequence[str]] | None = None) ->
     row = {name: _without_nulls(value) for name, value in row.items()}
     for column, names in (labels or {}).items():
         # What tells of labels may be older than the column: names stay as they are.
-        if isinstance(number := row.get(column), int):
+        if isinstance(number := row.get(column), int) and not isinstance(number, bool):
             row[column] = names[number] if 0 <= number < len(names) else None
     return row
 

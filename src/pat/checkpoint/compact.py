@@ -22,6 +22,7 @@ from pat.checkpoint.write import pruning_of, write_config
 from pat.errors import PatError, one_line
 from pat.kinds import misfits
 from pat.loading import TokenSetup, base_fingerprint, load_config
+from pat.loading.fingerprint import is_same
 from pat.report.progress import quiet_transformers
 from pat.tuner.compaction import CompactModel
 from pat.tuner.model import PatModel
@@ -104,11 +105,11 @@ def check_compact(compaction: Compaction, base_config: PretrainedConfig, name: s
     Raises:
         PatError: its fingerprint is another one.
     """
-    found = base_fingerprint(base_config, name)
-    if compaction.fingerprint is not None and found is not None and found != compaction.fingerprint:
+    made_for, found = compaction.fingerprint, base_fingerprint(base_config, name)
+    if is_same(made_for, found) is False:
         raise PatError(
             f"{shown_name(name)}: is not the compact model that the adapter was made for, or was changed since: the "
-            f"fingerprint of that is …{compaction.fingerprint[-8:]}, of this …{found[-8:]}. {remedy}"
+            f"fingerprint of that is …{str(made_for)[-8:]}, of this …{str(found)[-8:]}. {remedy}"
         )
 
 

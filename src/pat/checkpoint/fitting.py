@@ -1,4 +1,4 @@
-"""What is said where an adapter cannot be put on a base: whether its files, its configuration or the base is wrong."""
+"""Explains in one line why an adapter cannot be put on a base: its files, its configuration or the base is wrong."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from pat.checkpoint.card import shown_name
 from pat.checkpoint.compact import compaction_of
 from pat.errors import PatError, one_line
 from pat.loading import base_fingerprint
+from pat.loading.fingerprint import is_same
 from pat.ranges import check_range
 from pat.tuner import PatConfig
 from pat.tuner.config import check_patterns
@@ -129,8 +130,7 @@ def _is_its_own(
     else:
         compaction = compaction_of(adapter)
         made_for = None if compaction is None else compaction.fingerprint
-    found = base_fingerprint(base_config, name, revision=revision)
-    return None if made_for is None or found is None else made_for == found
+    return is_same(made_for, base_fingerprint(base_config, name, revision=revision))
 
 
 def _changed(config: LoraConfig | None) -> dict[str, object]:

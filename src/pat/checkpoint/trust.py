@@ -22,7 +22,7 @@ from pat.errors import PatError
 from pat.families import FAMILIES
 from pat.kinds import misfits
 from pat.loading import base_fingerprint
-from pat.loading.fingerprint import SCHEME
+from pat.loading.fingerprint import SCHEME, is_same
 from pat.loading.stored import DTYPES
 from pat.tuner import PatConfig
 from pat.tuner.model import find_tuner
@@ -86,11 +86,11 @@ def check_base(
             "version, or of a base that was not on disk as safetensors), so that any base of the same shape is taken.",
             adapter,
         )
-    elif found is not None and found != made_for:
+    elif is_same(made_for, found) is False:
         raise PatError(
             f"The adapter {adapter} does not fit the base model {shown_name(name)}: it was made for a model with the "
-            f"fingerprint …{made_for[-8:]}, this one has …{found[-8:]}, by other weights or another configuration. "
-            "Expected the base it was trained on; pass it with --base_model."
+            f"fingerprint …{made_for[-8:]}, this one has …{str(found)[-8:]}, by other weights or another "
+            "configuration. Expected the base it was trained on; pass it with --base_model."
         )
 
 

@@ -79,6 +79,13 @@ def base_fingerprint(base_config: Any, name: str | None, *, revision: str | None
     return SCHEME + digest.hexdigest()
 
 
+def is_same(made_for: str | None, found: str | None) -> bool | None:
+    """Tell whether two fingerprints are of one model; None if one is missing, or of a form that is not known here."""
+    if made_for is None or found is None or not made_for.startswith(SCHEME):
+        return None
+    return made_for == found
+
+
 def _facts(base_config: Any) -> dict[str, Any]:
     config = base_config.get_text_config()
     facts = {name: getattr(config, name, None) for name in DECISIVE}

@@ -1,4 +1,4 @@
-"""What the base scores and answers, kept beside the checkpoints, so that a run that goes on need not ask it again."""
+"""Keeps what the base scores and answers among the checkpoints, so that a run that goes on need not ask it again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder when it begins to train: which run this is, and what its base has scored."""
+"""Writes into the folder of a run that begins to train which run this is, and what its base has scored."""
 
 from __future__ import annotations
 

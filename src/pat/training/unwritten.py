@@ -1,4 +1,4 @@
-"""What is said of a file that could not be written: the disk is full, or read-only."""
+"""Explains in one line that a file of a run could not be written, such as on a disk that is full or read-only."""
 
 from __future__ import annotations
 

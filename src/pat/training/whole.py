@@ -1,4 +1,4 @@
-"""Whether what a run has left is whole, as far as a look at its files tells: checkpoints, and written models."""
+"""Looks through the checkpoints and the model that a run has left for files that are missing, torn or another run's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pat.loading.stored import stored_tensors
 RANDOM_STATE = "rng_state.pth"
 
 INSTEAD = {RANDOM_STATE: (RANDOM_STATE, "rng_state_0.pth"), OPTIMIZER_NAME: (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN)}
-"""What a file is called elsewhere: each of several processes has a random state, FSDP2 a file of another form."""
+"""Further names of a file: each of several processes writes a random state of its own, FSDP2 an optimizer of its own."""
 
 NEEDED = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, RANDOM_STATE, TRAINER_STATE_NAME)
 """Files without which a training that goes on would not be the one that was cut off."""

@@ -1,4 +1,4 @@
-"""What is kept of a base is taken over as it was, or not at all."""
+"""The scores of a base that a run keeps are read as they were written, or not at all."""
 
 import json
 from dataclasses import replace

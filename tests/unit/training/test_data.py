@@ -490,7 +490,7 @@ LABELS = datasets.Features({"question": datasets.Value("string"), "answer": data
 
 
 def test_labels_are_learned_by_their_names(tmp_path: Path) -> None:
-    """In a table they are numbers, -1 where there is none."""
+    """A table holds labels as numbers, and -1 where there is none."""
     table = Dataset.from_dict({"question": ["a", "b", "c"], "answer": [1, -1, 0]}, features=LABELS)
     table.to_parquet(tmp_path / "d.parquet")
     table.save_to_disk(str(tmp_path / "saved"))
