@@ -35,7 +35,7 @@ def digests(folder: Path) -> dict[str, str]:
 def test_killed_or_torn_at_any_operation_it_leaves_all_or_nothing_under_the_targets_name(
     places: Path, tmp_path: Path
 ) -> None:
-    """The merge runs once; its folder is copied as a kill at each file operation would leave it, and some copies go on."""
+    """The merge runs once; its folder is copied as a kill at each file operation would leave it, some go on."""
     made, kept = tmp_path / "made", tmp_path / "kept"
     made.mkdir()
     kept.mkdir()

@@ -15,14 +15,13 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME
-from transformers.utils.hub import cached_file
 
 from pat.errors import PatError, one_line
 from pat.families import FAMILIES, Family, get_family
 from pat.loading.fit import check_weights
 from pat.loading.quantized import quantization_of
 from pat.loading.sizes import COUNTS, MAX_CONFIG_BYTES, check_sizes, is_count
-from pat.loading.stored import stored_tensors
+from pat.loading.stored import stored_file, stored_tensors
 from pat.paths import expand, looks_local
 
 _CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
@@ -187,19 +186,11 @@ def _check_values(name: str, config: Any) -> None:
 
 def _check_generation(name: str, vocab_size: int, revision: str | None) -> None:
     """Check what a model says of generation, if it does so on this machine: transformers takes any token there."""
-    found = cached_file(
-        name,
-        GENERATION_CONFIG_NAME,
-        revision=revision,
-        local_files_only=True,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if found is None:
+    if (found := stored_file(name, GENERATION_CONFIG_NAME, revision)) is None:
         return
     start = f"The {GENERATION_CONFIG_NAME} of the model {name!r} is not usable"
     try:
-        fields = json.loads(Path(found).read_text(encoding="utf-8"))
+        fields = json.loads(found.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise PatError(f"{start}: it cannot be read ({one_line(error)}); correct or remove it.") from error
     if not isinstance(fields, dict):

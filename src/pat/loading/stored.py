@@ -112,21 +112,28 @@ def _wrong_index(name_or_path: str, index: Path, reason: str) -> PatError:
     return PatError(f"Could not load the model {name_or_path!r}: {index.name} is not usable: {reason}.")
 
 
+def stored_file(name_or_path: str, file: str, revision: str | None, *, download: bool = False) -> Path | None:
+    """Return where a file of a model lies on this machine; None if it is not there."""
+    found = cached_file(
+        name_or_path,
+        file,
+        revision=revision,
+        local_files_only=not download,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
+
+
 def _files(name_or_path: str, revision: str | None, download: bool) -> list[Path]:
-    options: dict[str, Any] = {
-        "revision": revision,
-        "local_files_only": not download,
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
-    }
     try:
-        single = cached_file(name_or_path, SAFE_WEIGHTS_NAME, **options)
+        single = stored_file(name_or_path, SAFE_WEIGHTS_NAME, revision, download=download)
         if single is not None:
-            return [Path(single)]
-        index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, **options)
+            return [single]
+        index = stored_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, revision, download=download)
         if index is None:
             return []
-        _check_index(name_or_path, Path(index))
+        _check_index(name_or_path, index)
         files, _ = get_checkpoint_shard_files(name_or_path, index, revision=revision, local_files_only=not download)
     except PatError:
         raise

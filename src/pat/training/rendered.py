@@ -51,7 +51,7 @@ class Rendered:
     """A conversation as a chat template writes it."""
 
     row: Mapping[str, Any]
-    """It, with the arguments of calls in the form that the template takes."""
+    """The conversation, with the arguments of its calls in the form that the template takes."""
     whole: str
     prompt: str
     """The text of its prompt alone."""

@@ -22,7 +22,7 @@ from pat.loading.stored import stored_tensors
 RANDOM_STATE = "rng_state.pth"
 
 INSTEAD = {RANDOM_STATE: (RANDOM_STATE, "rng_state_0.pth"), OPTIMIZER_NAME: (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN)}
-"""Further names of a file: each of several processes writes a random state of its own, FSDP2 an optimizer of its own."""
+"""Further names of a file: each of several processes writes a random state of its own, FSDP2 its own optimizer."""
 
 NEEDED = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, RANDOM_STATE, TRAINER_STATE_NAME)
 """Files without which a training that goes on would not be the one that was cut off."""
