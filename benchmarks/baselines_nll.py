@@ -31,10 +31,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from pat.data.load import TrainingData, load_training_data
 from pat.loading import load_base, load_tokenizer
 from pat.nll import Example, response_nll
 from pat.report.records import environment
-from pat.training.data import TrainingData, load_training_data
 from pat.widths import choose_width
 
 MUST_BEAT_RANDOM = ("llm_pruner", "slicegpt")

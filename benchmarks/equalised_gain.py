@@ -16,10 +16,10 @@ from compare.tokens import tokenize_examples
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
+from pat.data.load import load_training_data
 from pat.loading import load_tokenizer
 from pat.nll import batches_from_examples, response_nll
 from pat.report.records import environment
-from pat.training.data import load_training_data
 from pat.tuner import PatConfig, PatModel, find_tuner
 
 

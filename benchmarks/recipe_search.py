@@ -24,10 +24,10 @@ from compare.tokens import tokenize_examples
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
+from pat.data.load import load_training_data
 from pat.nll import batches_from_examples, response_nll
 from pat.recipes import recipe_defaults
 from pat.training.callback import PatCallback
-from pat.training.data import load_training_data
 from pat.tuner import PatConfig, find_tuner
 
 SEARCHED = ("recipe", "learning_rate", "mask_lr_multiplier", "milestone", "lora_alpha")

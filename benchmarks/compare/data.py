@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from compare.baselines import calibration_sequences
 from compare.config import CompareConfig
 from compare.tokens import tokenize_examples
+from pat.data.conversion import TemplateChoice
+from pat.data.load import load_training_data
 from pat.errors import PatError
-from pat.training.conversion import TemplateChoice
-from pat.training.data import load_training_data
 
 logger = logging.getLogger(__name__)
 

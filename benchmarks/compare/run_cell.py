@@ -37,12 +37,12 @@ from compare.data import DataFiles, data_files, draw_calibration
 from compare.methods import METHODS, TUNED
 from compare.results import row_identity
 from compare.scoring import Scorer
+from pat.data.load import load_training_data
 from pat.errors import Diverged, ParityMissed, PatError
 from pat.evaluation.harness import evaluate_tasks, load_tasks
 from pat.loading import load_base, load_config, load_tokenizer, stored_dtype
 from pat.report.records import environment
 from pat.training.arguments import TuneArguments
-from pat.training.data import load_training_data
 from pat.training.distill import DistillingTrainer, Teacher
 from pat.training.guard import FiniteGuard
 from pat.training.tune import run_tune

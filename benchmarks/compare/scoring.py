@@ -10,9 +10,9 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from pat.data.load import load_training_data
+from pat.data.tokens import Encoder, encode, num_learned
 from pat.nll import IGNORED, NLL, Example, response_nll
-from pat.training.data import load_training_data
-from pat.training.tokens import Encoder, encode, num_learned
 
 EVAL_BATCH_SIZE = 8
 

@@ -7,8 +7,8 @@ from typing import cast
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from pat.data.tokens import Encoder, Truncation, encode, num_learned
 from pat.nll import Example
-from pat.training.tokens import Encoder, Truncation, encode, num_learned
 
 
 def tokenize_examples(tokenizer: PreTrainedTokenizerBase, dataset: Dataset, max_length: int | None) -> list[Example]:

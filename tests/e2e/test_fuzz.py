@@ -31,11 +31,11 @@ from pat import cli
 from pat.checkpoint.adapter import base_config_for, base_of, load_adapted, load_hollow, read_adapter_config
 from pat.checkpoint.adapter_tokens import adapter_tokens
 from pat.config_file import read_config
+from pat.data.load import load_training_data
 from pat.formats.published import read_published
 from pat.loading import base_fingerprint, load_base, load_config, load_tokenizer
 from pat.options import OptionsParser
 from pat.readers import READERS
-from pat.training.data import load_training_data
 from pat.training.report import ReportOptions, run_report
 from pat.training.results import TuneRecord
 from pat.training.run_file import RunFile

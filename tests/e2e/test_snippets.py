@@ -14,7 +14,7 @@ import pytest
 from snippets import Snippet, snippets
 
 from pat.cli import main
-from pat.training.formats import ALPACA
+from pat.data.formats import ALPACA
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

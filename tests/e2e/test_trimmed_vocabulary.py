@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pat
 from pat.checkpoint.merge import merge
+from pat.data.vocabulary import Vocabulary
 from pat.errors import PatError
 from pat.nll import response_nll, text_perplexity
 from pat.surgery.describe import count_parameters
 from pat.training.prepare import prepare_examples
 from pat.training.tune import TuneResult
-from pat.training.vocabulary import Vocabulary
 from tests.tiny_runs import tune_flags
 
 TESTS = Path(__file__).parents[1]

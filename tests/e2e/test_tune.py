@@ -21,12 +21,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 import pat
 from pat.checkpoint.merge import merge
 from pat.cli import main
+from pat.data.alpaca_chat import is_alpaca_chat
+from pat.data.formats import ALPACA
 from pat.demo import command as demo
 from pat.evaluation.command import run_evaluate
 from pat.evaluation.options import EvaluateOptions
 from pat.surgery.costs import build_skeleton, cost_of, usual_context
-from pat.training.alpaca_chat import is_alpaca_chat
-from pat.training.formats import ALPACA
 
 SCHEMAS = Path(__file__).resolve().parents[2] / "docs" / "schemas"
 

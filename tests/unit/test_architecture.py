@@ -24,6 +24,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "pat.file_sizes",
         "pat.tuner",
         "pat.checkpoint",
+        "pat.data",
         "pat.training",
         "pat.evaluation pat.benchmark pat.plan pat.demo pat.formats pat.launch",
         "pat pat.registration",  # the public names

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from transformers import pipeline
 
+from pat.data.load import load_training_data
 from pat.demo.data import SAMPLE_PROMPTS, demo_data_path
 from pat.demo.model import prepare_smollm2
 from pat.demo.options import DemoOptions
@@ -15,7 +16,6 @@ from pat.report.progress import phase, quiet_transformers
 from pat.report.records import Record
 from pat.report.table import Table
 from pat.training.arguments import build_arguments
-from pat.training.data import load_training_data
 from pat.training.results import TuneRecord, TuneResult
 from pat.training.samples import Sample
 from pat.training.summary import print_summary

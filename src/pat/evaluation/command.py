@@ -16,6 +16,9 @@ from transformers import PreTrainedModel
 from pat.checkpoint.adapter import base_config_for, base_of, load_adapted, read_adapter_config
 from pat.checkpoint.adapter_tokens import adapter_tokens
 from pat.checkpoint.card import shown_name
+from pat.data.conversion import TemplateChoice
+from pat.data.record import DataRecord
+from pat.data.vocabulary import Vocabulary
 from pat.errors import PatError
 from pat.evaluation.harness import TaskScores, evaluate_tasks, load_tasks
 from pat.evaluation.options import COMMAND, RESULTS, EvaluateOptions
@@ -25,10 +28,7 @@ from pat.nll import NLL, Example, read_text, response_nll, text_perplexity
 from pat.report.progress import bars_of_datasets, progress_bar
 from pat.report.records import Record, collected_warnings, write_record
 from pat.report.table import Table
-from pat.training.conversion import TemplateChoice
-from pat.training.data_record import DataRecord
 from pat.training.prepare import prepare_examples
-from pat.training.vocabulary import Vocabulary
 from pat.tuner.model import find_tuner
 
 TOKENS_PER_LIMIT = 1000

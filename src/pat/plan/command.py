@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import torch
 
 from pat.checkpoint.card import shown_name
+from pat.data.vocabulary import check_vocabulary_size, trimmed_budget
 from pat.errors import PatError
 from pat.families import Family
 from pat.file_sizes.predict import FileSizes, file_sizes, vocabulary_entries
@@ -24,7 +25,6 @@ from pat.report.records import Record
 from pat.serving import trouble
 from pat.shape import AXES, LARGE_RATIO, TARGETS, Shape
 from pat.surgery.costs import ModelCost, build_skeleton, cost_of, pruned_config, usual_context
-from pat.training.vocabulary import check_vocabulary_size, trimmed_budget
 from pat.tuner.config import PatConfig
 from pat.tuner.memory import TrainingMemory, training_memory
 from pat.tuner.prepare import check_config, warn_of_idle_options

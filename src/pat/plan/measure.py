@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from pat.checkpoint.card import shown_name
+from pat.data.vocabulary import Vocabulary
 from pat.errors import Interrupted, PatError, RunFailed
 from pat.families import Family
 from pat.loading import load_base, load_tokenizer
@@ -26,7 +27,6 @@ from pat.report.progress import Phase, hidden, phase, progress_bar
 from pat.shape import AXES
 from pat.training.precision import bf16_pays_on_cpu
 from pat.training.prepare import prepare_examples
-from pat.training.vocabulary import Vocabulary
 from pat.tuner.config import PatConfig
 from pat.tuner.depth import LAYER_TOKENS
 from pat.tuner.model import PatModel, find_tuner

@@ -1,1 +1,1 @@
-"""Training: what a user points at becomes data TRL accepts, the tuned model and the checkpoint."""
+"""Training: the recipe of `pat tune`, from options and data to the tuned model and its folder."""

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from pat import ranks
+from pat.data.files import is_saved
+from pat.data.vocabulary import trimmed_budget
 from pat.errors import PatError
 from pat.families import Family
 from pat.loading import load_config
@@ -18,13 +20,11 @@ from pat.shape import AXES, DEFAULT_PRUNING_RATIO, LARGE_RATIO, TARGETS, Shape, 
 from pat.surgery.residual import ResidualStream
 from pat.training.arguments import TuneArguments
 from pat.training.calibration_text import read_calibration
-from pat.training.data_files import is_saved
 from pat.training.engine import check_engine
 from pat.training.folder import check_folder
 from pat.training.prepare import Prepared
 from pat.training.run_file import RUN_FILE, RunFile, tokens_fingerprint
 from pat.training.teacher import check_distillation, check_teacher
-from pat.training.vocabulary import trimmed_budget
 from pat.tuner.compaction import check_compactable
 from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel

@@ -14,7 +14,7 @@ from pat.general_text import general_text
 from pat.nll import Example, max_positions, text_windows
 
 if TYPE_CHECKING:
-    from pat.training.vocabulary import Vocabulary
+    from pat.data.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 

@@ -12,23 +12,23 @@ import numpy as np
 import numpy.typing as npt
 from datasets import Dataset
 
-from pat.errors import PatError
-from pat.nll import Example
-from pat.training.conversion import TemplateChoice
-from pat.training.counts import Counts, Numbers
-from pat.training.data import (
+from pat.data.conversion import TemplateChoice
+from pat.data.counts import Counts, Numbers
+from pat.data.load import (
     DEFAULT_HELD_OUT_ROWS,
     TrainingData,
     load_training_data,
     parse_held_out,
     reading_with,
 )
-from pat.training.data_record import DataRecord, combined, make_record
-from pat.training.mixture import apportioned, drawn, mixed, quotas, shares
-from pat.training.remarks import held_out_remarks, overlap_remarks, position_remarks, remarks
-from pat.training.sources import check_exists, load_source
-from pat.training.streamed import StreamedSource, open_source
-from pat.training.tokens import Encoder, Truncation, encode
+from pat.data.mixture import apportioned, drawn, mixed, quotas, shares
+from pat.data.record import DataRecord, combined, make_record
+from pat.data.remarks import held_out_remarks, overlap_remarks, position_remarks, remarks
+from pat.data.sources import check_exists, load_source
+from pat.data.streamed import StreamedSource, open_source
+from pat.data.tokens import Encoder, Truncation, encode
+from pat.errors import PatError
+from pat.nll import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +50,7 @@ class Part:
 
     data: TrainingData
     rows: Dataset
-    """Tokens of the examples to train on, with the columns of `pat.training.tokens.FEATURES`."""
+    """Tokens of the examples to train on, with the columns of `pat.data.tokens.FEATURES`."""
     apart: Sequence[Mapping[str, Any]]
     """Tokens of those that are kept apart, none of which is cut."""
 

@@ -18,16 +18,20 @@ from torch import Tensor
 from trl import SFTConfig, pack_dataset
 
 from pat.checkpoint.verification_text import verification_batches
+from pat.data.conversion import TemplateChoice
+from pat.data.counts import Counts, count, count_tokens, longest_of
+from pat.data.end_token import ends_of
+from pat.data.load import TrainingData, load_training_data
+from pat.data.record import DataRecord, make_record
+from pat.data.remarks import remarks
+from pat.data.tables import ROWS_AT_ONCE
+from pat.data.tokens import TRAINED_ON, Encoder, Truncation, encode, num_learned
+from pat.data.vocabulary import Vocabulary, load_vocabulary
 from pat.errors import PatError
 from pat.nll import Example, batches_from_examples
 from pat.questions import evenly_spaced
 from pat.report.progress import bars_of_datasets, phase
 from pat.training.calibration_text import calibration_pieces
-from pat.training.conversion import TemplateChoice
-from pat.training.counts import Counts, count, count_tokens, longest_of
-from pat.training.data import TrainingData, load_training_data
-from pat.training.data_record import DataRecord, make_record
-from pat.training.end_token import ends_of
 from pat.training.general import General
 from pat.training.parts import (
     SOURCE,
@@ -41,11 +45,7 @@ from pat.training.parts import (
     records_of,
     warn_of_rows,
 )
-from pat.training.remarks import remarks
 from pat.training.stream import Stream
-from pat.training.tables import ROWS_AT_ONCE
-from pat.training.tokens import TRAINED_ON, Encoder, Truncation, encode, num_learned
-from pat.training.vocabulary import Vocabulary, load_vocabulary
 
 if TYPE_CHECKING:
     from pat.training.arguments import TuneArguments

@@ -14,11 +14,11 @@ from transformers import PretrainedConfig
 
 from pat.checkpoint.card import Compaction, Cut
 from pat.checkpoint.verify import Parity
+from pat.data.record import DataRecord
 from pat.loading import quantization_of
 from pat.loading.stored import stored_tensors
 from pat.report.records import Machine, Record
 from pat.surgery.describe import count_parameters
-from pat.training.data_record import DataRecord
 from pat.training.samples import Sample
 from pat.training.teacher import TeacherRecord
 

@@ -17,15 +17,15 @@ from trl import ModelConfig, SFTConfig
 from pat import ranks
 from pat.checkpoint.card import shown_name
 from pat.checkpoint.staging import write_whole
+from pat.data.load import chat_template_of
+from pat.data.mixture import shares
+from pat.data.tokens import TRAINED_ON
 from pat.errors import PatError, one_line
 from pat.kinds import misfits
 from pat.loading.fingerprint import base_fingerprint
 from pat.report.records import plain, to_json
 from pat.training.arguments import REFUSED, TuneArguments
-from pat.training.data import chat_template_of
-from pat.training.mixture import shares
 from pat.training.options import DistillOptions, RunOptions
-from pat.training.tokens import TRAINED_ON
 from pat.tuner.options import PatOptions
 
 if TYPE_CHECKING:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Features, IterableDataset
 
+from pat.data.conversion import ROW, Conversion
+from pat.data.counts import counts_of_batch
+from pat.data.mixture import shares
+from pat.data.record import DataRecord, combined, sums
+from pat.data.streamed import StreamedSource
+from pat.data.tokens import FEATURES, TRAINED_ON, Encoder
+from pat.data.vocabulary import Vocabulary
 from pat.errors import PatError, RunFailed
-from pat.training.conversion import ROW, Conversion
-from pat.training.counts import counts_of_batch
-from pat.training.data_record import DataRecord, combined, sums
-from pat.training.mixture import shares
-from pat.training.streamed import StreamedSource
-from pat.training.tokens import FEATURES, TRAINED_ON, Encoder
-from pat.training.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from pat.training.arguments import TuneArguments

@@ -6,8 +6,8 @@ from typing import Any
 
 from trl import SFTConfig
 
+from pat.data.load import parse_held_out
 from pat.errors import PatError
-from pat.training.data import parse_held_out
 from pat.training.options import DistillOptions, RunOptions
 
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 
 from pat import ranks
 from pat.checkpoint.card import shown_name
+from pat.data.vocabulary import Vocabulary
 from pat.errors import PatError, one_line
 from pat.loading import check_kind, quantization_of
 from pat.loading.config import check_exists
@@ -29,7 +30,6 @@ from pat.training.engine import quantises
 from pat.training.lessons import LessonsOnDisk, Places, write_lessons
 from pat.training.prepare import Prepared
 from pat.training.run_file import fingerprint
-from pat.training.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 

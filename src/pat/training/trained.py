@@ -13,8 +13,8 @@ from peft.utils import CONFIG_NAME
 
 from pat.checkpoint.card import Compaction, shown_name
 from pat.checkpoint.compact import ADAPTER, RECORD, read_compaction
+from pat.data.record import DataRecord
 from pat.report.records import to_json
-from pat.training.data_record import DataRecord
 from pat.training.run_file import RunFile
 from pat.training.teacher import TeacherRecord
 

@@ -18,6 +18,7 @@ from pat.checkpoint.card import Cut, shown_name
 from pat.checkpoint.staging import discard, staged_folder, write_whole
 from pat.checkpoint.verify import Parity
 from pat.checkpoint.write import examine, save_checkpoint
+from pat.data.end_token import taught_to_stop, warn_of_end_token
 from pat.errors import PatError, one_line
 from pat.loading import TokenSetup, empty_model, load_config, stored_dtype
 from pat.loading.tokenizer import load_plain_tokenizer
@@ -28,7 +29,6 @@ from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.base import load, load_again
 from pat.training.base_scores import BaseScores
 from pat.training.check import check, check_run
-from pat.training.end_token import taught_to_stop, warn_of_end_token
 from pat.training.folder import CHECKPOINTS, MODEL, RESULTS, clear, find_finished, find_start, run_folder, sweep
 from pat.training.measure import measure, warn_of_losses
 from pat.training.prepare import Prepared, prepare

@@ -19,11 +19,11 @@ from tiny_models import KINDS, batch, build, tiny_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pat.data.load import load_training_data
 from pat.errors import PatError
 from pat.nll import response_nll
 from pat.plan.command import run_plan
 from pat.plan.options import PlanOptions
-from pat.training.data import load_training_data
 
 WIDTH = 36  # of 48
 

@@ -14,9 +14,9 @@ from compare.scoring import Scorer
 from compare.tokens import tokenize_examples
 from tiny_models import build, tiny_tokenizer
 
+from pat.data.load import load_training_data
 from pat.loading import load_tokenizer
 from pat.nll import response_nll
-from pat.training.data import load_training_data
 
 ROWS = [{"prompt": f"say {i} ", "completion": "so much and more " * (1 + i % 4)} for i in range(12)]
 

@@ -10,7 +10,7 @@ from tiny_models import build, tiny_tokenizer
 
 from pat.checkpoint.card import Cut, base_license, render_card, shown_name
 from pat.checkpoint.verify import Parity
-from pat.training.formats import ALPACA, ALPACA_WITH_INPUT
+from pat.data.formats import ALPACA, ALPACA_WITH_INPUT
 
 CUT = Cut(
     hidden_size=576,

@@ -16,12 +16,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTTrainer, clone_chat_template
 
+from pat.data.load import load_training_data
+from pat.data.rendered import left_out
+from pat.data.vocabulary import Vocabulary, load_vocabulary
 from pat.errors import PatError
 from pat.training.arguments import TuneArguments, build_arguments
-from pat.training.data import load_training_data
 from pat.training.prepare import Prepared, prepare, prepare_examples
-from pat.training.rendered import left_out
-from pat.training.vocabulary import Vocabulary, load_vocabulary
 from pat.tuner.config import PatConfig
 
 # Like ChatML: every turn ends with the end token and a line break, a generation prompt opens the answer.

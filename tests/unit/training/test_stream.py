@@ -19,9 +19,9 @@ from tiny_models import tiny_tokenizer
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
+from pat.data import streamed
 from pat.errors import PatError, RunFailed
 from pat.training import stream as streams
-from pat.training import streamed
 from pat.training.arguments import build_arguments
 from pat.training.calibration_data import calibration_batches
 from pat.training.prepare import Prepared, prepare

@@ -7,8 +7,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from pat.data.formats import ALPACA
 from pat.questions import LETTERS, REPLY_BY_LETTER, letter_answer, letter_instruction, load_rows
-from pat.training.formats import ALPACA
 
 
 def load_questions(*, task: str, data_dir: str | None = None, **_: Any) -> dict[str, Dataset]:

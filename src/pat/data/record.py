@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from pat.checkpoint.card import shown_name
+from pat.data.counts import Counts, counted, longest_of
+from pat.data.load import TrainingData
+from pat.data.rendered import ANSWER
+from pat.data.tokens import Truncation
 from pat.errors import PatError
-from pat.training.counts import Counts, counted, longest_of
-from pat.training.data import TrainingData
-from pat.training.rendered import ANSWER
-from pat.training.tokens import Truncation
 
 
 def _describe_template(template: str | None) -> str:

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
+from pat.data.mixture import apportioned, drawn, quotas
 from pat.errors import PatError
 from pat.training.arguments import build_arguments
-from pat.training.mixture import apportioned, drawn, quotas
 from pat.training.prepare import Prepared, prepare
 from pat.training.run_file import RunFile
 

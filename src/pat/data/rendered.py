@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import chain
 from typing import Any
 
-from pat.training.messages import REASONING, reads
+from pat.data.messages import REASONING, reads
 
 ANSWER = "answer"
 """Stands, beside roles of messages, for what is learned."""

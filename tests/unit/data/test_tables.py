@@ -11,10 +11,10 @@ import pytest
 from datasets import Dataset, Features, Value
 from transformers import AutoConfig, AutoTokenizer
 
+from pat.data import conversion, sources, tables, tokens
+from pat.data.load import load_training_data
 from pat.errors import PatError
-from pat.training import conversion, sources, tables, tokens
 from pat.training.arguments import build_arguments
-from pat.training.data import load_training_data
 from pat.training.prepare import Prepared, prepare
 
 

@@ -10,15 +10,15 @@ import numpy as np
 import pyarrow.compute
 from datasets import Dataset
 
+from pat.data.counts import Counts, counted, longest_of
+from pat.data.end_token import NO_END
+from pat.data.formats import listed
+from pat.data.load import TrainingData
+from pat.data.record import DataRecord
+from pat.data.rendered import ANSWER
+from pat.data.tables import batches_of
+from pat.data.tokens import Truncation, num_learned
 from pat.nll import max_positions
-from pat.training.counts import Counts, counted, longest_of
-from pat.training.data import TrainingData
-from pat.training.data_record import DataRecord
-from pat.training.end_token import NO_END
-from pat.training.formats import listed
-from pat.training.rendered import ANSWER
-from pat.training.tables import batches_of
-from pat.training.tokens import Truncation, num_learned
 
 
 def remarks(

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, get_args
 import numpy as np
 from datasets import Dataset
 
+from pat.data.conversion import PLACE, ROW, Reading, Source, TemplateChoice
+from pat.data.sources import load_source
+from pat.data.tables import batches_of, digest
 from pat.errors import PatError
-from pat.training.conversion import PLACE, ROW, Reading, Source, TemplateChoice
-from pat.training.sources import load_source
-from pat.training.tables import batches_of, digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

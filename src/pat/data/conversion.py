@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 from datasets import Dataset, Features, Json, List, Value
 
+from pat.data.alpaca_chat import is_alpaca_chat
+from pat.data.formats import OPTIONS, Format, NoFormat, Template, convert_row, detect_format
+from pat.data.messages import RowError, message_list
+from pat.data.tables import cached_table, write_table
 from pat.errors import PatError
 from pat.readers import Placed, Row
 from pat.report.progress import Phase, phase
-from pat.training.alpaca_chat import is_alpaca_chat
-from pat.training.formats import OPTIONS, Format, NoFormat, Template, convert_row, detect_format
-from pat.training.messages import RowError, message_list
-from pat.training.tables import cached_table, write_table
 
 TemplateChoice = Literal["auto", "chat", "alpaca"]
 
@@ -98,7 +98,7 @@ def convert(
         key: digest of everything that the table is made of.
 
     Raises:
-        PatError: see `pat.training.data.load_training_data`.
+        PatError: see `pat.data.load.load_training_data`.
     """
     with phase(f"Reading {name}", "rows", shown=reading.shown) as progress:
 

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from datasets import Dataset, Features, List, Value
 
+from pat.data.conversion import PLACE, ROW
+from pat.data.end_token import EndFinder
+from pat.data.load import chat_template_of
+from pat.data.messages import reads
+from pat.data.rendered import ANSWER, Rendered, left_out, render
+from pat.data.tables import ROWS_AT_ONCE, cache_folder, cached_table, digest
 from pat.errors import PatError, one_line
 from pat.nll import IGNORED
 from pat.report.progress import bars_of_datasets, phase
-from pat.training.conversion import PLACE, ROW
-from pat.training.data import chat_template_of
-from pat.training.end_token import EndFinder
-from pat.training.messages import reads
-from pat.training.rendered import ANSWER, Rendered, left_out, render
-from pat.training.tables import ROWS_AT_ONCE, cache_folder, cached_table, digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,9 +13,9 @@ import pyarrow
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from pat.data.conversion import ROW
+from pat.data.tables import batches_of
 from pat.report.progress import Phase, phase
-from pat.training.conversion import ROW
-from pat.training.tables import batches_of
 
 Numbers = npt.NDArray[np.int32]
 

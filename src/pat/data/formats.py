@@ -10,8 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pat.errors import PatError
-from pat.training.messages import (
+from pat.data.messages import (
     Message,
     RowError,
     is_answer,
@@ -25,6 +24,7 @@ from pat.training.messages import (
     says_something,
     text_of,
 )
+from pat.errors import PatError
 
 Template = Literal["chat", "alpaca"]
 

@@ -18,14 +18,14 @@ import pytest
 from datasets import Dataset, DatasetDict, DatasetInfo
 from transformers import AutoTokenizer
 
+from pat.data import sources
+from pat.data.alpaca_chat import alpaca_chat
+from pat.data.conversion import Reading
+from pat.data.files import split_of
+from pat.data.formats import listed
+from pat.data.load import load_training_data
+from pat.data.streamed import open_source
 from pat.errors import PatError
-from pat.training import sources
-from pat.training.alpaca_chat import alpaca_chat
-from pat.training.conversion import Reading
-from pat.training.data import load_training_data
-from pat.training.data_files import split_of
-from pat.training.formats import listed
-from pat.training.streamed import open_source
 
 STORIES = Path(__file__).resolve().parents[2] / "data" / "stories260K"
 CHAT: Any = SimpleNamespace(chat_template="{{ messages }}")  # a tokenizer is asked for nothing else

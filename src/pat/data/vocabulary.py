@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from pat.data.alpaca_chat import alpaca_chat, is_alpaca_chat
+from pat.data.load import chat_template_of
 from pat.errors import PatError
 from pat.families import get_family
 from pat.loading import check_special_ids, grow_embedding, grown_rows, padded
@@ -16,8 +18,6 @@ from pat.loading.tokenizer import load_plain_tokenizer
 from pat.loading.trimming import MULTIPLE, choose_tokens, renumber_specials, special_ids, trim_embedding, trim_tokenizer
 from pat.shape import DEFAULT_PRUNING_RATIO, ShapeOptions, asked_sizes
 from pat.surgery.describe import count_parameters
-from pat.training.alpaca_chat import alpaca_chat, is_alpaca_chat
-from pat.training.data import chat_template_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -17,7 +17,7 @@ from pat.loading.tokenizer import end_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from pat.training.vocabulary import Vocabulary
+    from pat.data.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 

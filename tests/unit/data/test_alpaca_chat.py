@@ -12,9 +12,9 @@ from tiny_models import tiny_tokenizer
 from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
-from pat.training.alpaca_chat import alpaca_chat, is_alpaca_chat
-from pat.training.formats import ALPACA
-from pat.training.tokens import Encoder
+from pat.data.alpaca_chat import alpaca_chat, is_alpaca_chat
+from pat.data.formats import ALPACA
+from pat.data.tokens import Encoder
 
 STORIES = Path(__file__).resolve().parents[2] / "data" / "stories260K"
 

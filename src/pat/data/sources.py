@@ -22,6 +22,10 @@ from datasets import (
 )
 from datasets.exceptions import DatasetNotFoundError
 
+from pat.data.conversion import PLACE, ROW, Reading, Source, TemplateChoice, convert
+from pat.data.files import data_files, fingerprint_of, has_own_loading, is_saved, load_saved, say_unread
+from pat.data.formats import ALPACA, Format
+from pat.data.tables import ROWS_AT_ONCE, digest, labels_of
 from pat.errors import PatError, reason_of
 from pat.paths import looks_local
 from pat.questions import letter_answer, letter_instruction, load_rows, resolve_tasks
@@ -35,10 +39,6 @@ from pat.readers import (
     row_of_table,
 )
 from pat.report.progress import phase
-from pat.training.conversion import PLACE, ROW, Reading, Source, TemplateChoice, convert
-from pat.training.data_files import data_files, fingerprint_of, has_own_loading, is_saved, load_saved, say_unread
-from pat.training.formats import ALPACA, Format
-from pat.training.tables import ROWS_AT_ONCE, digest, labels_of
 
 TASK_PREFIX = "task:"
 """Begins the name of a dataset that is made of tasks' questions."""
@@ -57,7 +57,7 @@ def load_source(name: str, reading: Reading, *, split: str = "train", config_nam
     """Read and convert a local file or folder, if `name` exists or looks like one, or else a hub dataset.
 
     Raises:
-        PatError: see `pat.training.data.load_training_data`.
+        PatError: see `pat.data.load.load_training_data`.
     """
     path = Path(name).expanduser()
     if name.startswith(TASK_PREFIX):

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
-from pat.training.formats import ALPACA
+from pat.data.formats import ALPACA
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from pat import PatError
+from pat.data.conversion import Reading
+from pat.data.load import load_training_data
+from pat.data.sources import load_source
 from pat.evaluation.tasks.utils import letter_prompt
 from pat.questions import make_row
-from pat.training.conversion import Reading
-from pat.training.data import load_training_data
-from pat.training.sources import load_source
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import torch
 from tiny_models import build, tiny_tokenizer
 from transformers import GenerationConfig
 
+from pat.data.end_token import NO_END, EndFinder, ends_of, taught_to_stop, warn_of_end_token
+from pat.data.vocabulary import Vocabulary
 from pat.loading import TokenSetup
-from pat.training.end_token import NO_END, EndFinder, ends_of, taught_to_stop, warn_of_end_token
-from pat.training.vocabulary import Vocabulary
 
 
 def test_the_end_is_the_last_special_token_but_for_blank_ones() -> None:
