@@ -34,7 +34,7 @@ STEPS = 3
 
 LAST = "checkpoints/compact/checkpoint-2"
 
-LEFT = {"model", "adapter", "compact", "results.json", "report.html", "run.json"}
+LEFT = {"model", "adapter", "compact", "results.json", "report.html", "run.json", "held_out.jsonl"}
 
 
 @pytest.fixture(scope="module")

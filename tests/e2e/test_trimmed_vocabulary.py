@@ -16,7 +16,7 @@ from pat.checkpoint.merge import merge
 from pat.errors import PatError
 from pat.nll import response_nll, text_perplexity
 from pat.surgery.describe import count_parameters
-from pat.training.prepare import prepare_examples
+from pat.training.examples import prepare_examples
 from pat.training.tune import TuneResult
 from pat.training.vocabulary import Vocabulary
 from tests.tiny_runs import tune_flags

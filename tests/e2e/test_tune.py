@@ -78,7 +78,7 @@ def run(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_what_a_run_leaves(run: Path) -> None:
     assert {path.name for path in run.iterdir()} == {
-        *("model", "adapter", "compact", "results.json", "run.json", "report.html")
+        *("model", "adapter", "compact", "results.json", "run.json", "report.html", "held_out.jsonl")
     }
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     expected = {"schema_version", "versions", "machine", "seed", "recipe", "cut", "figures", "parity", "data"}
@@ -176,6 +176,15 @@ def test_the_card_of_a_merge_tells_of_the_run_what_the_runs_own_card_tells(run: 
     assert own.keys() == merged.keys()
     for heading in ("How", "Held-out loss", "Limits"):
         assert merged[heading] == own[heading]
+
+
+def test_the_held_out_rows_lie_beside_the_model_and_give_its_figure_again(run: Path, tmp_path: Path) -> None:
+    file, figures = tmp_path / "figures.json", json.loads((run / "results.json").read_text())["figures"]
+    flags = ["--model", str(run / "model"), "--dataset_name", str(run / "held_out.jsonl"), "--output", str(file)]
+    assert main(["evaluate", *flags]) == 0
+    found = json.loads(file.read_text())["responses"]
+    assert found["num_tokens"] == figures["dense"]["num_held_out_tokens"]
+    assert found["nll"] == pytest.approx(figures["dense"]["held_out_nll"], abs=1e-3)
 
 
 def test_an_adapter_of_either_kind_can_be_evaluated(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -453,6 +462,14 @@ def test_elsewhere_a_run_prints_plain_lines(
         ("Training the small model", 4),
         ("Training the small model", 6),
     ]
+
+
+def test_a_short_run_has_a_curve_unless_it_is_told_when_to_log(base: Path, data: Path, tmp_path: Path) -> None:
+    short = flags(base, data, tmp_path / "out", axes="mlp", milestone=0.0, logging_steps=10, max_steps=12)
+    steps = [row["step"] for row in pat.tune(**short).record.log_history if "loss" in row]
+    assert steps == [2, 4, 6, 8, 10, 12]
+    told = pat.tune(**(short | {"output_dir": str(tmp_path / "told"), "logging_steps": 5}))
+    assert [row["step"] for row in told.record.log_history if "loss" in row] == [5, 10]
 
 
 def test_a_model_tuned_on_alpacas_words_is_asked_in_them(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ from pat.report.records import Record, collected_warnings, write_record
 from pat.report.table import Table
 from pat.training.conversion import TemplateChoice
 from pat.training.data_record import DataRecord
-from pat.training.prepare import prepare_examples
+from pat.training.examples import prepare_examples
 from pat.training.vocabulary import Vocabulary
 from pat.tuner.model import find_tuner
 

@@ -23,8 +23,8 @@ from pat.plan.curves import Measured, Point, flags, interpolated
 from pat.plan.work import num_read
 from pat.report.progress import Phase
 from pat.shape import AXES
+from pat.training.examples import prepare_examples
 from pat.training.precision import bf16_pays_on_cpu
-from pat.training.prepare import prepare_examples
 from pat.training.vocabulary import Vocabulary
 from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel, find_tuner

@@ -18,7 +18,7 @@ from pat.errors import PatError
 from pat.evaluation.command import EvaluationRecord, print_evaluation, run_evaluate
 from pat.evaluation.options import EvaluateOptions
 from pat.nll import response_nll, text_perplexity
-from pat.training.prepare import prepare_examples
+from pat.training.examples import prepare_examples
 from pat.training.vocabulary import Vocabulary
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 3
