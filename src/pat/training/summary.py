@@ -44,10 +44,13 @@ def print_summary(result: TuneResult) -> None:
         found = numbers.difference(dense.held_out_nll - base.held_out_nll, dense.held_out_difference_error)
         print(f"Held-out NLL, written model against base: {found} (± standard error of the same rows' differences).")
     if base.general_nll is not None:
+        by = ""
+        if dense.general_nll is not None:
+            by = f"; {numbers.difference(dense.general_nll - base.general_nll, dense.general_difference_error)}"
         print(
             f"General text, which shows what was forgotten: {numbers.loss(base.general_nll)} before, "
             f"{numbers.loss(dense.general_nll, dense.general_standard_error)} now (nats per token over "
-            f"{base.num_general_tokens:,} tokens)."
+            f"{base.num_general_tokens:,} tokens{by})."
         )
     fewer = f"{1 - dense.num_parameters / base.num_parameters:.1%} fewer parameters"
     if base.flops_per_token and dense.flops_per_token:

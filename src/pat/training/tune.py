@@ -31,7 +31,7 @@ from pat.training.check import check, check_run
 from pat.training.end_token import taught_to_stop, warn_of_end_token
 from pat.training.folder import CHECKPOINTS, MODEL, RESULTS, clear, find_finished, find_start, run_folder, sweep
 from pat.training.held_out import write_held_out
-from pat.training.measure import measure, warn_of_losses
+from pat.training.measure import measure, warn_of_forgetting, warn_of_losses
 from pat.training.prepare import Prepared, prepare
 from pat.training.provenance import provenance, recorded_facts
 from pat.training.push import open_repository, push
@@ -172,6 +172,7 @@ def _finish(
     figures["dense"] = measure(dense.to(inner.device), data, "dense", size, rows)
     samples = paired(scores.answers or [], greedy_answers(dense, data))
     warn_of_losses(figures, dense.config.get_text_config().vocab_size)
+    warn_of_forgetting(figures)
     record = _record(arguments, data, trained, cut=cut, figures=figures, parity=parity, samples=samples, **found)
     write_held_out(folder, data.held_out_rows)
     write_whole(folder / RESULTS, to_json(record))
