@@ -16,6 +16,9 @@ from pat.ranges import check_ranges
 
 DEFAULT_PRUNING_RATIO = 0.25
 
+RATIO_SLACK = 0.01
+"""Said if the share of the parameters that can be cut lies further from the ratio asked for."""
+
 LARGE_RATIO = 0.5
 """No published result and none of ours cuts more of a model."""
 

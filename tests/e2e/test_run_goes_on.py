@@ -34,7 +34,7 @@ STEPS = 3
 
 LAST = "checkpoints/compact/checkpoint-2"
 
-LEFT = {"model", "adapter", "compact", "results.json", "report.html", "run.json"}
+LEFT = {"model", "adapter", "compact", "results.json", "report.html", "run.json", "held_out.jsonl"}
 
 
 @pytest.fixture(scope="module")
@@ -305,6 +305,8 @@ def test_overwrite_removes_a_run_and_nothing_else(
     with pytest.raises(PatError, match="which it would remove"):
         (out / "notes.txt").unlink()
         pat.tune(**flags(places, out, overwrite=True, resume_from_checkpoint=str(out / "adapter")))
+    with pytest.raises(PatError, match=r"held_out=.*which it would remove"):
+        pat.tune(**flags(places, out, overwrite=True, held_out=str(out / "held_out.jsonl")))
     assert untouched(out).keys() == before.keys() - {str(out / "notes.txt")}
     pat.tune(**flags(places, out, seed=1, overwrite=True))
     assert tensors(out).keys() == tensors(whole[0]).keys() and tensors(out) != tensors(whole[0])

@@ -78,7 +78,7 @@ def run(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_what_a_run_leaves(run: Path) -> None:
     assert {path.name for path in run.iterdir()} == {
-        *("model", "adapter", "compact", "results.json", "run.json", "report.html")
+        *("model", "adapter", "compact", "results.json", "run.json", "report.html", "held_out.jsonl")
     }
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     expected = {"schema_version", "versions", "machine", "seed", "recipe", "cut", "figures", "parity", "data"}
@@ -176,6 +176,15 @@ def test_the_card_of_a_merge_tells_of_the_run_what_the_runs_own_card_tells(run: 
     assert own.keys() == merged.keys()
     for heading in ("How", "Held-out loss", "Limits"):
         assert merged[heading] == own[heading]
+
+
+def test_the_held_out_rows_lie_beside_the_model_and_give_its_figure_again(run: Path, tmp_path: Path) -> None:
+    file, figures = tmp_path / "figures.json", json.loads((run / "results.json").read_text())["figures"]
+    flags = ["--model", str(run / "model"), "--dataset_name", str(run / "held_out.jsonl"), "--output", str(file)]
+    assert main(["evaluate", *flags]) == 0
+    found = json.loads(file.read_text())["responses"]
+    assert found["num_tokens"] == figures["dense"]["num_held_out_tokens"]
+    assert found["nll"] == pytest.approx(figures["dense"]["held_out_nll"], abs=1e-3)
 
 
 def test_an_adapter_of_either_kind_can_be_evaluated(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -290,10 +299,12 @@ def test_the_results_fit_the_published_schema(run: Path) -> None:
 
 
 def test_a_ratio_that_is_rounded_far_is_said(
-    base: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pat.tune(**flags(base, data, tmp_path / "out", pruning_ratio=0.4, max_steps=2))
-    assert "of the parameters will be cut: cutting 0.4 of 48 leaves 28.8" in caplog.text
+    result = pat.tune(**flags(base, data, tmp_path / "out", pruning_ratio=0.4, max_steps=2))
+    assert "of the parameters: cutting 0.4 of 48 leaves 28.8" in capsys.readouterr().err
+    assert not any("cutting" in line for line in result.record.warnings)  # it is a fact, and no fault
+    assert "% of the parameters were cut where 40.0 % were asked for" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("no_compact", [False, True])
@@ -451,6 +462,14 @@ def test_elsewhere_a_run_prints_plain_lines(
         ("Training the small model", 4),
         ("Training the small model", 6),
     ]
+
+
+def test_a_short_run_has_a_curve_unless_it_is_told_when_to_log(base: Path, data: Path, tmp_path: Path) -> None:
+    short = flags(base, data, tmp_path / "out", axes="mlp", milestone=0.0, logging_steps=10, max_steps=12)
+    steps = [row["step"] for row in pat.tune(**short).record.log_history if "loss" in row]
+    assert steps == [2, 4, 6, 8, 10, 12]
+    told = pat.tune(**(short | {"output_dir": str(tmp_path / "told"), "logging_steps": 5}))
+    assert [row["step"] for row in told.record.log_history if "loss" in row] == [5, 10]
 
 
 def test_a_model_tuned_on_alpacas_words_is_asked_in_them(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

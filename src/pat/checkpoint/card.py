@@ -20,6 +20,12 @@ from pat.report.records import environment
 from pat.report.usage import LOAD, ways_to_ask
 from pat.shape import AXES
 
+UNKNOWN = "unknown"
+"""Name of a base of which none is known."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+"""An id as the field `base_model` of a card has it: the hub wants the owner, too."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pruning:
@@ -108,16 +114,36 @@ def as_markdown(text: str) -> str:
 
 def base_license(base_model: str, revision: str | None = None) -> dict[str, str]:
     """Return the licence fields of the base model's card, if it lies on this machine; empty otherwise."""
+    data = _base_card(base_model, revision)
+    found = {key: getattr(data, key, None) for key in ("license", "license_name", "license_link")}
+    return {key: value for key, value in found.items() if isinstance(value, str)}
+
+
+def hub_id(base_model: str) -> str | None:
+    """Return the id that the hub knows a base by; None where neither its name, its folder nor its card tells it.
+
+    A card in a local folder says what the model there comes from, which the hub takes for a base as well.
+    """
+    if not os.path.exists(base_model):
+        return base_model if _HUB_ID.fullmatch(base_model) else None
+    for part in Path(os.path.abspath(base_model)).parts:  # of the hub's own cache
+        if part.startswith("models--") and part.count("--") == 2:
+            return "/".join(part.split("--")[1:])
+    named = getattr(_base_card(base_model, None), "base_model", None)
+    named = named[0] if isinstance(named, list) and len(named) == 1 else named
+    return named if isinstance(named, str) and _HUB_ID.fullmatch(named) else None
+
+
+def _base_card(base_model: str, revision: str | None) -> ModelCardData | None:
     folder = Path(base_model)
     cached = folder / "README.md" if folder.is_dir() else _cached_card(base_model, revision)
     if cached is None or not cached.is_file():
-        return {}
+        return None
     try:
-        data = ModelCard.load(cached, ignore_metadata_errors=True).data
+        data: ModelCardData = ModelCard.load(cached, ignore_metadata_errors=True).data
     except (ValueError, OSError, yaml.YAMLError):  # a card that is broken is as good as none
-        return {}
-    found = {key: getattr(data, key, None) for key in ("license", "license_name", "license_link")}
-    return {key: value for key, value in found.items() if isinstance(value, str)}
+        return None
+    return data
 
 
 def render_card(cut: Cut, parity: Parity, provenance: Mapping[str, Any]) -> str:
@@ -133,10 +159,11 @@ def render_card(cut: Cut, parity: Parity, provenance: Mapping[str, Any]) -> str:
             rows) by model, `num_held_out_tokens`, `general_nll` by model, `base_bytes` (of the base's weights),
             `is_compacted` (the small model was trained on), and a sentence on `engines` that do not run it.
     """
-    base_model = str(provenance.get("model_name_or_path") or "unknown")
+    base_model = str(provenance.get("model_name_or_path") or UNKNOWN)
     license_fields: dict[str, Any] = base_license(base_model, provenance.get("revision"))
+    named = hub_id(base_model)
     data = ModelCardData(
-        base_model=shown_name(base_model),
+        base_model=named,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["pruned", "pruning-aware-tuning", "pat-llm"],
@@ -148,6 +175,7 @@ def render_card(cut: Cut, parity: Parity, provenance: Mapping[str, Any]) -> str:
         data,
         template_str=resources.files("pat.checkpoint").joinpath("card.md.jinja").read_text(encoding="utf-8"),
         base=as_markdown(shown_name(base_model)),
+        origin=_origin(shown_name(base_model), named) if base_model not in (named, UNKNOWN) else None,
         cut=cut,
         parity=parity,
         run={name: as_markdown(value) if isinstance(value, str) else value for name, value in provenance.items()},
@@ -166,6 +194,16 @@ def render_card(cut: Cut, parity: Parity, provenance: Mapping[str, Any]) -> str:
         percent=lambda share: f"{100 * (1 - share):.1f}",
     )
     return str(card)
+
+
+def _origin(folder: str, named: str | None) -> str:
+    """Say what a base is that was not named by an id of the hub."""
+    if named is not None:
+        return f"`{as_markdown(folder)}` was a folder; by its card or its place the model in it comes from `{named}`."
+    return (
+        f"`{as_markdown(folder)}` is the name of a folder and no id of the Hub (owner/name), so the metadata of this "
+        "card have no `base_model`; add it if you publish this model."
+    )
 
 
 def _differences(provenance: Mapping[str, Any]) -> dict[str, str]:

@@ -28,7 +28,7 @@ from pat.nll import NLL, Example, read_text, response_nll, text_perplexity
 from pat.report.progress import bars_of_datasets, progress_bar
 from pat.report.records import Record, collected_warnings, write_record
 from pat.report.table import Table
-from pat.training.prepare import prepare_examples
+from pat.training.examples import prepare_examples
 from pat.tuner.model import find_tuner
 
 TOKENS_PER_LIMIT = 1000

@@ -19,6 +19,7 @@ from pat.plan.cpu import CpuTime, cpu_time
 from pat.plan.curves import Measured
 from pat.plan.guide import MEASURED_CUTS, MODEL_FLOPS_UTILISATION, MeasuredCut, TrainingTime, training_times
 from pat.plan.options import PlanOptions
+from pat.plan.recommend import recommend
 from pat.plan.sharding import ShardedMemory, sharded_memory
 from pat.recipes import recipe_defaults
 from pat.report.records import Record
@@ -89,6 +90,8 @@ class PlanRecord(Record):
     """Curves and shapes measured on data; None where none was given."""
     notes: tuple[str, ...]
     """Sentences that the reader of these figures has to know."""
+    recommendation: str
+    """Which of the shapes to take, why, and the command for it."""
 
 
 def run_plan(options: PlanOptions) -> PlanRecord:
@@ -149,6 +152,7 @@ def run_plan(options: PlanOptions) -> PlanRecord:
     if options.cpu_time:
         whole = build_skeleton(base_config, dtype)  # the other one carries an adapter by now
         on_this_cpu = cpu_time(whole, base_in_training, tuple(in_training), training, shown=not options.json)
+    measured = _measure(options, base_config, family, candidates[0].pruning_ratio)
     return PlanRecord(
         model_name_or_path=options.model_name_or_path,
         model_type=family.model_type,
@@ -164,8 +168,9 @@ def run_plan(options: PlanOptions) -> PlanRecord:
         training_times=training_times(base_in_training, tuple(in_training), training),
         cpu_time=on_this_cpu,
         guide=MEASURED_CUTS,
-        measured=_measure(options, base_config, family, candidates[0].pruning_ratio),
+        measured=measured,
         notes=(*_notes(base_config, config, base, candidates, context), *file_notes),
+        recommendation=recommend(options, [candidate.pruning_ratio for candidate in candidates], measured),
     )
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TextIO
 
+from pat.report import numbers
 from pat.report.table import Table
 from pat.shape import AXES
+
+STANDARD_ERRORS = 2
+"""A difference of losses counts as seen beyond so many standard errors; by chance alone one in 20 is as large."""
 
 
 @dataclass(frozen=True)
@@ -20,13 +26,19 @@ class Point:
     nll: float
     """Mean loss of a response token, in nats."""
     predicted_nll: float | None = None
-    """The same from the curves of the single axes; None for a single axis."""
+    """The same if the axes cost together what each costs alone by its curve; None for a single axis, whose loss there
+    is nothing to predict from."""
+    difference_error: float | None = None
+    """Standard error of the difference to the base's `nll`, over the same rows; None where it is not known."""
+    best_error: float | None = None
+    """Standard error of the difference to the `nll` of the candidate that is best before training, over the same rows;
+    None for that one, and for what is no candidate."""
     tuned_nll: float | None = None
     """Loss of the dense model after the steps of a search, on the rows that `pat tune` holds out; None without one."""
 
     def options(self) -> str:
         """Return the flags of `pat tune` that ask for this shape."""
-        return " ".join(f"--{name} {size}" for name, size in self.sizes.items())
+        return flags(self.sizes)
 
 
 @dataclass(frozen=True)
@@ -41,8 +53,20 @@ class Measured:
     """Points of each axis that can be cut, by the share of parameters, ascending."""
     candidates: tuple[Point, ...]
     """Shapes that meet the budget, best first: after the steps of the search, or before training without one."""
+    default: dict[str, int]
+    """Sizes that `pat tune` takes for the budget by itself, which are among the candidates."""
     num_steps: int = 0
     """Optimizer steps that each candidate was tuned for."""
+
+
+def flags(sizes: Mapping[str, int]) -> str:
+    """Return the flags of `pat tune` that ask for some sizes; none for the base."""
+    return " ".join(f"--{name} {size}" for name, size in sizes.items())
+
+
+def is_told_apart(difference: float, standard_error: float | None) -> bool:
+    """Tell whether a difference of losses is beyond what so few rows leave open."""
+    return standard_error is not None and abs(difference) > STANDARD_ERRORS * standard_error
 
 
 def measured_table(measured: Measured) -> Table:
@@ -51,21 +75,53 @@ def measured_table(measured: Measured) -> Table:
 
     def row(point: Point) -> list[str]:
         sizes = ", ".join(f"{labels[option]} {size:,}" for option, size in point.sizes.items())
-        predicted = "" if point.predicted_nll is None else f"{point.predicted_nll:.3f}"
+        above = numbers.difference(point.nll - measured.base_nll, point.difference_error)
         tuned = [""] * bool(measured.num_steps) if point.tuned_nll is None else [f"{point.tuned_nll:.3f}"]
-        return [sizes, f"{point.pruning_ratio:.1%}", f"{point.nll:.3f}", predicted, *tuned]
+        return [
+            sizes,
+            f"{point.pruning_ratio:.1%}",
+            f"{point.nll:.3f}",
+            above,
+            numbers.loss(point.predicted_nll),
+            *tuned,
+        ]
 
     known = [candidate.sizes for candidate in measured.candidates]
     curves = [row(point) for points in measured.curves.values() for point in points if point.sizes not in known]
     tuned = [f"after {measured.num_steps} steps"] if measured.num_steps else []
-    base = ["nothing", "", f"{measured.base_nll:.3f}", "", *[""] * len(tuned)]
+    base = ["nothing", "", f"{measured.base_nll:.3f}", "", "", *[""] * len(tuned)]
     rows = [base, *curves, *map(row, measured.candidates)]
     title = (
         f"Loss before any training on {measured.num_scored_tokens:,} response tokens of {measured.dataset}, calibrated "
         f"on {measured.num_calibration_tokens:,}; shapes under the budget at the end, best first"
     )
-    columns = ("what is cut to", "parameters cut", "NLL", "predicted", *tuned)
+    columns = ("what is cut to", "parameters cut", "NLL", "above the base's", "predicted NLL", *tuned)
     return Table(title, columns, rows, num_totals=len(measured.candidates))
+
+
+def print_measured(measured: Measured, *, file: TextIO | None = None) -> None:
+    """Print the table of curves and candidates, and what has to be known to read it."""
+    measured_table(measured).print(file=file)
+    points = [*(point for curve in measured.curves.values() for point in curve), *measured.candidates]
+    if any(point.predicted_nll is not None for point in points):
+        print(
+            "Predicted is what several axes would cost together if each cost what it costs alone; there is nothing to "
+            "predict for one axis (–).",
+            file=file,
+        )
+    apart = {point.options(): is_told_apart(point.nll - measured.base_nll, point.difference_error) for point in points}
+    if open_ := [name for name, is_apart in apart.items() if not is_apart]:
+        print(
+            f"Not told apart from the base's by so few rows (within {STANDARD_ERRORS} standard errors of 0, ±): "
+            f"{', '.join(open_)}.",
+            file=file,
+        )
+    if any(point.nll < measured.base_nll and apart[point.options()] for point in points):
+        print(
+            "A loss below the base's is no gain of the cut: what stays was refitted to text of the same data, which "
+            "the base has never seen.",
+            file=file,
+        )
 
 
 def interpolated(points: tuple[Point, ...], base_nll: float, ratio: float) -> float:

@@ -40,6 +40,9 @@ MEASURED_CUTS = (
     MeasuredCut("SmolLM2-135M-Instruct", 0.25, 304_237, 1, 0.573, 0.384),
 )
 
+NOT_MEASURED = (("SmolLM2-135M-Instruct", 0.125),)
+"""Cuts that one would look for beside these, by model and ratio: no run is on record that has LoRA beside it."""
+
 
 @dataclass(frozen=True)
 class Hardware:

@@ -1,62 +1,23 @@
 """Measure on text what cutting each axis costs before any training, and which shapes come out best under a budget.
 
-Each axis is cut alone at a few sizes, calibrated and refitted as `pat tune` does it, and scored. Two axes at once are
-taken to cost the sum of what each costs alone; the pairs for which that is least are then cut and scored themselves.
+`bench.py` cuts and scores; here the time that it takes is said, the shapes are tuned if that is asked for, and what was
+measured until an interruption is shown.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import combinations
+from functools import partial
 from typing import Any, cast
 
-import torch
-from peft import PeftModel, get_peft_model
-
-from pat.checkpoint.card import shown_name
-from pat.data.vocabulary import Vocabulary
-from pat.errors import Interrupted, PatError, RunFailed
+from pat.errors import Interrupted, RunFailed
 from pat.families import Family
-from pat.loading import load_base, load_tokenizer
-from pat.nll import Example, batches_from_examples, response_nll
-from pat.plan.curves import Measured, Point, interpolated, measured_table
+from pat.plan.bench import Bench
+from pat.plan.curves import Measured, Point, print_measured
 from pat.plan.search import tuned_nll
-from pat.report.progress import Phase, hidden, phase, progress_bar
-from pat.shape import AXES
-from pat.training.precision import bf16_pays_on_cpu
-from pat.training.prepare import prepare_examples
-from pat.tuner.config import PatConfig
-from pat.tuner.depth import LAYER_TOKENS
-from pat.tuner.model import PatModel, find_tuner
-from pat.tuner.prepare import check_config
-
-SHARES = (1 / 3, 2 / 3, 1.0)
-"""Points of a curve, as shares of the budget."""
-
-SPLITS = (1 / 3, 1 / 2, 2 / 3)
-"""Shares of the budget that the first axis of a pair takes."""
-
-NUM_PAIRS = 3
-"""Number of pairs of axes that are scored themselves."""
-
-SLACK = 0.02
-"""Furthest that a shape may lie from the budget, as a share of all parameters; heads and layers go in large steps."""
-
-NUM_TOKENS = 8192
-"""Tokens to calibrate on, at most; `pat tune` reads more."""
-
-CALIBRATION_PASSES = {"hidden": 1.5, "mlp": 5.0, "heads": 2.0}
-"""Times that the base could read the text of the calibration while an axis is calibrated and refitted, on SmolLM2-135M;
-without whole layers it is read in turn."""
-
-NUM_SCORED_ROWS = 64
-NUM_ROWS = 512
-MAX_LENGTH = 512
-BATCH_SIZE = 8
-
-_BISECTIONS = 7
+from pat.plan.work import announce
+from pat.report.progress import hidden, phase, progress_bar
 
 
 def measure_shapes(
@@ -83,12 +44,12 @@ def measure_shapes(
     Raises:
         PatError: the data cannot be used, or no axis can be cut as far as the budget asks.
     """
-    bench = _Bench(name, dataset, base_config, family)
+    bench = Bench(name, dataset, base_config, family)
     tuned: list[Point] = []
     try:
         # The phases within are hidden: what is left of them says nothing of the whole.
         with phase("Measuring shapes", "shapes", shown=shown) as state, hidden():
-            bench.run(pruning_ratio, state)
+            bench.run(pruning_ratio, state, partial(announce, num_steps=num_steps) if shown else None)
         measured = bench.measured()
         if not num_steps:
             return measured
@@ -102,199 +63,9 @@ def measure_shapes(
             found = bench.measured()
             found = replace(found, candidates=(*tuned, *found.candidates[len(tuned) :]))
             print("Measured until then:", file=sys.stderr)
-            measured_table(replace(found, num_steps=num_steps if tuned else 0)).print(file=sys.stderr)
+            print_measured(replace(found, num_steps=num_steps if tuned else 0), file=sys.stderr)
         if isinstance(error, Interrupted):  # it speaks of a checkpoint, whose folder is gone
             raise Interrupted("Interrupted while shapes were tuned.", error.exit_status - 128) from error
         raise
     best_first = sorted(tuned, key=lambda point: cast(float, point.tuned_nll))
     return replace(measured, candidates=tuple(best_first), num_steps=num_steps)
-
-
-class _Bench:
-    """A base model with the rows to calibrate and to score on."""
-
-    def __init__(self, name: str, dataset: str, base_config: Any, family: Family) -> None:
-        self.base_config, self.family, self.dataset = base_config, family, shown_name(dataset)
-        self.losses: list[float] = []
-        """Losses in the order in which they were measured, the base's first."""
-        self.curves: dict[str, tuple[Point, ...]] = {}
-        self.candidates: list[Point] = []
-        tokenizer = load_tokenizer(name, config=base_config)
-        vocabulary = Vocabulary(tokenizer, base_config.vocab_size)
-        examples, _ = prepare_examples(
-            dataset, vocabulary, template="auto", max_length=MAX_LENGTH, limit=NUM_ROWS + NUM_SCORED_ROWS
-        )
-        step = max(2, len(examples) // NUM_SCORED_ROWS)
-        self.scored = examples[::step][:NUM_SCORED_ROWS]
-        rest = [example for index, example in enumerate(examples) if index % step]
-        if not rest:
-            raise PatError(
-                f"Got {len(examples)} rows in {dataset}; expected two or more, to calibrate and to score on."
-            )
-        self.pad_token_id = cast(int, tokenizer.pad_token_id)
-        self.rows = list(_first(rest, NUM_TOKENS))
-        self.model: Any = load_base(name)
-        sizes = getattr(base_config, family.hidden_size_field), getattr(base_config, "intermediate_size", 0)
-        pays = self.model.dtype == torch.float32 and bf16_pays_on_cpu(sizes[0], sizes[1] or sizes[0])
-        if torch.accelerator.is_available():
-            self.model, pays = self.model.to(cast(Any, torch.accelerator.current_accelerator())), False
-        self.autocast = torch.autocast(self.model.device.type, torch.bfloat16, enabled=pays)
-
-    def run(self, ratio: float, state: Phase) -> None:
-        """Score the base, the curve of each axis, and the pairs of axes that look best."""
-        shapes = {axis: self.curve(axis, ratio) for axis in AXES}
-        shapes = {axis: found for axis, found in shapes.items() if found}
-        rule = self.sizes_of(PatConfig(task_type="CAUSAL_LM", pruning_ratio=ratio))
-        curves = [{AXES[axis].option: size} for axis, found in shapes.items() for size in found]
-        # Which pairs is not known yet; these take longest, so that the time that is left never grows.
-        dearest = sorted(({AXES[a].option: 0, AXES[b].option: 0} for a, b in combinations(shapes, 2)), key=self.work)
-        todo = [{}, *curves, *dearest[-1:] * NUM_PAIRS, rule]
-
-        def scored(sizes: Mapping[str, int]) -> float:
-            self.losses.append(self.nll(sizes))
-            state.done += 1
-            done, left = (sum(map(self.work, part)) for part in (todo[: state.done], todo[state.done :]))
-            state.share = done / (done + left)
-            return self.losses[-1]
-
-        state.total = len(todo)
-        base_nll = scored({})
-        for axis, found in shapes.items():
-            option = AXES[axis].option
-            for size, share in found.items():
-                point = Point({option: size}, share, scored({option: size}))
-                self.curves[axis] = (*self.curves.get(axis, ()), point)
-        self.candidates += [
-            points[-1] for points in self.curves.values() if abs(points[-1].pruning_ratio - ratio) <= SLACK
-        ]
-        pairs = sorted(self.pairs(self.curves, base_nll, ratio), key=lambda pair: pair[1])[:NUM_PAIRS]
-        todo[state.done :] = [sizes for sizes, _ in pairs]
-        if rule not in [*(point.sizes for point in self.candidates), *todo[state.done :]]:
-            todo.append(rule)
-        state.total = len(todo)
-        predicted = [*(loss for _, loss in pairs), None]
-        for sizes, loss in zip(todo[state.done :], predicted, strict=False):
-            self.candidates.append(Point(sizes, self.ratio(sizes), scored(sizes), loss))
-
-    def work(self, sizes: Mapping[str, int]) -> float:
-        """Return about how long some sizes take to be cut and scored, in tokens that the base reads."""
-        num_layers, num_tokens = int(self.base_config.num_hidden_layers), sum(map(_length, self.rows))
-        reads = {axis: passes * num_tokens for axis, passes in CALIBRATION_PASSES.items()}
-        reads["layers"] = LAYER_TOKENS * num_layers
-        return sum(map(_length, self.scored)) + sum(reads[axis] for axis in reads if AXES[axis].option in sizes)
-
-    def measured(self) -> Measured:
-        """Return what was measured so far, the best of the candidates first."""
-        return Measured(
-            dataset=self.dataset,
-            num_calibration_tokens=sum(map(_length, self.rows)),
-            num_scored_tokens=self.num_scored,
-            base_nll=self.losses[0],
-            curves=dict(self.curves),
-            candidates=tuple(sorted(self.candidates, key=lambda point: point.nll)),
-        )
-
-    def curve(self, axis: str, ratio: float) -> dict[int, float]:
-        """Return the sizes of an axis that come to shares of the budget, each with its share of all parameters."""
-        found: dict[int, float] = {}
-        for share in SHARES:
-            try:
-                shape = self.shape(PatConfig(task_type="CAUSAL_LM", axes=[axis], pruning_ratio=share * ratio))
-            except PatError:  # cannot be cut, or not so far
-                continue
-            found[shape.pruned(axis)] = shape.pruning_ratio
-        return found
-
-    def pairs(
-        self, curves: Mapping[str, tuple[Point, ...]], base_nll: float, ratio: float
-    ) -> Iterator[tuple[dict[str, int], float]]:
-        """Yield the sizes of pairs of axes that meet the budget together, and the loss that their curves predict."""
-        for a, b in combinations(curves, 2):
-            seen: list[dict[str, int]] = []
-            for split in SPLITS:
-                try:
-                    sizes = self.meet(a, b, split * ratio, ratio)
-                except PatError:  # not a shape that transformers loads
-                    continue
-                if sizes in seen or abs(self.ratio(sizes) - ratio) > SLACK:
-                    continue
-                seen.append(sizes)
-                costs = (
-                    interpolated(curves[axis], base_nll, self.ratio({AXES[axis].option: sizes[AXES[axis].option]}))
-                    for axis in (a, b)
-                )
-                yield sizes, base_nll + sum(costs)
-
-    def meet(self, a: str, b: str, share: float, ratio: float) -> dict[str, int]:
-        """Return sizes of two axes that come to a ratio, the first of which takes a share of the parameters."""
-        first = self.sizes_of(PatConfig(task_type="CAUSAL_LM", axes=[a], pruning_ratio=share))
-        low, high, best = 0.0, ratio, dict[str, int]()
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            try:
-                sizes = first | self.sizes_of(PatConfig(task_type="CAUSAL_LM", axes=[b], pruning_ratio=middle))
-                found = self.ratio(sizes)
-            except PatError:  # so little that nothing is cut of the second
-                low = middle
-                continue
-            if not best or abs(found - ratio) < abs(self.ratio(best) - ratio):
-                best = sizes
-            low, high = (middle, high) if found < ratio else (low, middle)
-        if not best:
-            raise PatError(f"Got axes {a} and {b}, which cannot come to {ratio:g} together.")
-        return best
-
-    def shape(self, config: PatConfig) -> Any:
-        return check_config(self.base_config, self.family, config)
-
-    def ratio(self, sizes: Mapping[str, int]) -> float:
-        """Return the share of all parameters that some sizes cut."""
-        return float(self.shape(PatConfig(task_type="CAUSAL_LM", **cast(Any, sizes))).pruning_ratio)
-
-    def sizes_of(self, config: PatConfig) -> dict[str, int]:
-        """Return the sizes that a configuration cuts, by their options."""
-        shape = self.shape(config)
-        return {AXES[axis].option: shape.pruned(axis) for axis in AXES if shape.cuts(axis)}
-
-    def nll(self, sizes: Mapping[str, int]) -> float:
-        """Cut the base model to some sizes, without training, and return the loss of the scored rows."""
-        if not sizes:
-            return self._score(self.model)
-        refits = not sizes.keys().isdisjoint({AXES["mlp"].option, AXES["heads"].option})
-        refit: dict[str, Any] = {"refit_tokens": NUM_TOKENS} if refits else {}
-        config = PatConfig(task_type="CAUSAL_LM", r=1, milestone=0.0, **refit, **cast(Any, dict(sizes)))
-        model = cast(PeftModel, get_peft_model(self.model, config))
-        tuner = cast(PatModel, find_tuner(model))
-        try:
-            with self.autocast:
-                tuner.calibrate(self._batches())
-                tuner.set_step(0, 0)
-                if any(gate.awaits_refit for gate in tuner.gates().values()):
-                    tuner.refit(self._batches())
-            return self._score(model)
-        finally:
-            self.model = model.unload()
-
-    def _score(self, model: Any) -> float:
-        with self.autocast:
-            found = response_nll(model, self.scored, batch_size=BATCH_SIZE, pad_token_id=self.pad_token_id)
-        self.num_scored = found.num_tokens
-        return found.nll
-
-    def _batches(self) -> Iterator[dict[str, Any]]:
-        return batches_from_examples(
-            self.rows, batch_size=BATCH_SIZE, pad_token_id=self.pad_token_id, sort_by_length=True
-        )
-
-
-def _length(row: Example) -> int:
-    return len(row["input_ids"])
-
-
-def _first(rows: list[Example], num_tokens: int) -> Iterator[Example]:
-    """Yield rows until there are enough tokens."""
-    for row in rows:
-        if num_tokens <= 0:
-            return
-        num_tokens -= _length(row)
-        yield row

@@ -8,7 +8,8 @@ from pat.families import FAMILIES
 from pat.file_sizes.predict import GGUF_TYPES
 from pat.plan.command import PlanRecord
 from pat.plan.cpu import CpuTime
-from pat.plan.curves import measured_table
+from pat.plan.curves import print_measured
+from pat.plan.guide import NOT_MEASURED
 from pat.plan.sharding import ShardedMemory
 from pat.report import numbers
 from pat.report.progress import clock
@@ -44,12 +45,10 @@ def print_plan(record: PlanRecord) -> None:
         _sharding(record.sharded).print()
     _guide(record).print()
     if record.measured is not None:
-        measured_table(record.measured).print()
-        best, num_steps = record.measured.candidates[0], record.measured.num_steps
-        when = f"after {num_steps} steps" if num_steps else "before training, which need not be best after it"
-        print(f"Best {when}: {best.options()} (flags of `pat tune`, instead of a ratio).")
+        print_measured(record.measured)
     for note in record.notes:
         print(f"- {note}")
+    print(record.recommendation)
 
 
 def _sizes(record: PlanRecord) -> Table:
@@ -175,6 +174,7 @@ def _guide(record: PlanRecord) -> Table:
         ]
         for cut in record.guide
     ]
+    rows += [[model, f"{ratio:.1%}", "", *["not measured"] * 2, ""] for model, ratio in NOT_MEASURED]
     columns = ("model", "parameters cut", "tokens", "above LoRA's loss", "above the untuned base's", "seeds")
     return Table(
         "What cutting MLP channels has cost where it was measured (held-out loss, nats per token)", columns, rows

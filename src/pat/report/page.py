@@ -15,6 +15,7 @@ from pat.report import numbers
 from pat.report.facts import Facts, as_number
 from pat.report.pictures import axes_cut, energy_picture, figure_pictures, gate_pictures, training_pictures
 from pat.report.usage import LOAD, plain_way, ways_to_ask
+from pat.shape import RATIO_SLACK
 
 STAGES = {"base": "base", "tuned": "tuned", "dense": "written"}
 """The models of a run, and what they are called in a report."""
@@ -69,6 +70,7 @@ def render_report(record: Mapping[str, Any], changed: Sequence[Changed] | None) 
         general=_general(facts),
         makes_small_first=facts.number("cut", "milestone_step") == 0 and bool(facts.mapping("compaction")),
         axes=axes_cut(facts),
+        asked=_asked(facts),
         training=_training(facts),
         training_pictures=training_pictures(facts),
         gate_pictures=gate_pictures(facts),
@@ -124,6 +126,22 @@ def _headline(facts: Facts) -> str:
     return (
         f"{said}, and its held-out loss is {numbers.loss(dense)} nats per token, {numbers.loss(abs(distance), error)} "
         f"{'below' if distance < 0 else 'above'} that of the untuned base ({numbers.loss(base)}).{_forgotten(facts)}"
+    )
+
+
+def _asked(facts: Facts) -> str | None:
+    """Say that another share of the parameters was cut than was asked for, where a trimmed vocabulary has no part."""
+    asked, before, after = (
+        facts.number(*keys)
+        for keys in (("pat_config", "pruning_ratio"), ("cut", "num_parameters_base"), ("cut", "num_parameters"))
+    )
+    if asked is None or not before or after is None or facts.number("cut", "vocab_size") is not None:
+        return None
+    if abs((share := 1 - after / before) - asked) <= RATIO_SLACK:
+        return None
+    return (
+        f"{100 * share:.1f} % of the parameters were cut where {100 * asked:.1f} % were asked for, since sizes have to "
+        "be such as the architecture allows and hardware runs well."
     )
 
 

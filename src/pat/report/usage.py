@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from shlex import quote
+
 LOAD = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained({folder}, dtype="auto")
@@ -55,6 +58,24 @@ def ways_to_ask(prompt_format: str | None) -> list[tuple[str, str]]:
         prompt_format: as the record of a run says it, of several sources joined by "or".
     """
     return [(sentence, code) for words, sentence, code in _FORMS if words in (prompt_format or "")]
+
+
+def command_to_ask(prompt_format: str | None, folder: str) -> str | None:
+    """Return a command that asks a model in the form of the training; None where no short one does.
+
+    Args:
+        prompt_format: see `ways_to_ask`.
+        folder: of the model.
+    """
+    if "chat template" in (prompt_format or ""):
+        asked, answer = '[{"role": "user", "content": "Hello"}]', '["generated_text"][-1]["content"]'
+    elif "as they are" in (prompt_format or ""):
+        asked, answer = '"Hello"', '["generated_text"]'
+    else:
+        return None
+    model = f'pipeline("text-generation", {json.dumps(folder)})'
+    code = f"from transformers import pipeline; print({model}({asked}, max_new_tokens=100)[0]{answer})"
+    return f"python -c {quote(code)}"
 
 
 def plain_way() -> tuple[str, str]:

@@ -9,7 +9,7 @@ from pat import ranks
 from pat.loading import empty_model
 from pat.method.schedule import milestone_step
 from pat.report import numbers
-from pat.shape import AXES
+from pat.shape import AXES, DEFAULT_PRUNING_RATIO, RATIO_SLACK, TARGETS, Shape, asked_sizes
 from pat.surgery.costs import build_skeleton
 from pat.surgery.describe import head_dim
 from pat.training.arguments import TuneArguments
@@ -77,11 +77,22 @@ def announce(
     done = "" if begins else f" for what is left after {after:,} step{'' if after == 1 else 's'}"
     expected = f" Expected{done}: {' and '.join(costs)}." if costs else ""
     print(
-        f"{data.record.describe()}{worded} Model: {checked.family.model_type}, {trimmed}{shape.describe()}, "
+        f"{data.record.describe()}{worded} Model: {checked.family.model_type}, {trimmed}{shape.describe()}"
+        f"{_away(arguments, shape)}, "
         f"{kind} on {describe(str(model.device))}; {num_steps:,} steps, "
         f"{soft:,} with a soft mask and {num_steps - soft:,} {rest}.{said if begins else ''}{taught}{expected}",
         file=sys.stderr,
     )
+
+
+def _away(arguments: TuneArguments, shape: Shape) -> str:
+    """Say how much is cut where that is not about the ratio that was asked for."""
+    pat_config = arguments.pat_config()
+    asked = pat_config.pruning_ratio or DEFAULT_PRUNING_RATIO
+    names_a_size = asked_sizes(pat_config) or any(getattr(pat_config, name) for name in TARGETS)
+    if names_a_size or abs(shape.pruning_ratio - asked) <= RATIO_SLACK:
+        return ""
+    return f" ({shape.pruning_ratio:.1%} of the parameters: {shape.reason})"
 
 
 def _reading(arguments: TuneArguments, checked: Checked) -> tuple[str, Reading]:

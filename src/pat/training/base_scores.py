@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from pat.checkpoint.staging import write_whole
 from pat.kinds import misfits
-from pat.training.measure import measure
+from pat.training.measure import general_rows, measure
 from pat.training.prepare import Prepared
 from pat.training.results import ModelFigures, Size
 from pat.training.run_file import RunFile
@@ -34,6 +34,8 @@ class BaseScores:
     figures: ModelFigures
     rows: list[list[float]] | None
     """For each held-out example the sum of its losses in nats, and its scored tokens; None without such examples."""
+    general: list[list[float]] | None = None
+    """The same for each window of general text; None without it."""
     answers: list[list[str]] | None = None
     """Prompts, each with the greedy answer to it; None before it has been asked."""
 
@@ -42,7 +44,13 @@ class BaseScores:
         """Score a base model, before its vocabulary is fitted to the data."""
         losses: dict[str, torch.Tensor] = {}
         figures = measure(model, data, "base", size, losses)
-        return cls(str(model.dtype), figures, losses["base"].tolist() if losses else None)
+        rows, general = (losses.get(name) for name in ("base", general_rows("base")))
+        return cls(
+            str(model.dtype),
+            figures,
+            None if rows is None else rows.tolist(),
+            None if general is None else general.tolist(),
+        )
 
     def with_answers(self, model: PreTrainedModel, data: Prepared) -> BaseScores:
         """Return a copy with the base's answers, once its vocabulary has been fitted to the data."""
@@ -72,8 +80,9 @@ class BaseScores:
         write_whole(path, text)
 
     def losses(self) -> dict[str, torch.Tensor]:
-        """Return the losses of the examples, `(examples, 2)` in float64, by the name of the model; empty without."""
-        return {} if self.rows is None else {"base": torch.tensor(self.rows, dtype=torch.float64)}
+        """Return the losses of the base on examples and windows, `(rows, 2)` in float64 each, see `measure`."""
+        known = {"base": self.rows, general_rows("base"): self.general}
+        return {name: torch.tensor(rows, dtype=torch.float64) for name, rows in known.items() if rows is not None}
 
 
 def _digest(content: Any, run: RunFile) -> str:

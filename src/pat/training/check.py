@@ -16,7 +16,7 @@ from pat.families import Family
 from pat.loading import load_config
 from pat.paths import expand
 from pat.serving import trouble
-from pat.shape import AXES, DEFAULT_PRUNING_RATIO, LARGE_RATIO, TARGETS, Shape, asked_sizes
+from pat.shape import AXES, LARGE_RATIO, Shape
 from pat.surgery.residual import ResidualStream
 from pat.training.arguments import TuneArguments
 from pat.training.calibration_text import read_calibration
@@ -63,9 +63,6 @@ WITHOUT_ARGUMENTS = (
 OF_TARGETS = ("galore_", "apollo_")
 """How the names of those begin that act on some modules otherwise than on the rest."""
 
-RATIO_SLACK = 0.01
-"""Said before training if the width that can be loaded lies further from the ratio asked for."""
-
 
 @dataclass(frozen=True)
 class Checked:
@@ -99,13 +96,9 @@ def check(arguments: TuneArguments) -> Checked:
         pat_config = arguments.pat_config()
     shape = check_config(trimmed_config, family, pat_config)
     _warn_of_idle_mask(arguments, shape)
-    asked = pat_config.pruning_ratio or DEFAULT_PRUNING_RATIO
-    names_a_size = asked_sizes(pat_config) or any(getattr(pat_config, name) for name in TARGETS)
-    if not names_a_size and abs(shape.pruning_ratio - asked) > RATIO_SLACK:
-        logger.warning("%.1f %% of the parameters will be cut: %s.", 100 * shape.pruning_ratio, shape.reason)
     if shape.pruning_ratio > LARGE_RATIO:
         logger.warning(
-            "%.0f %% of the parameters will be cut, more than has been shown to work; expect a much worse model.",
+            "A cut of %.0f %% of the parameters is more than has been shown to work; expect a much worse model.",
             100 * shape.pruning_ratio,
         )
     if (engines := trouble(family.model_type, [name for name in AXES if shape.cuts(name)])) is not None:

@@ -215,11 +215,11 @@ def time_base(arguments: TuneArguments, data: Prepared, model: Any, batches: Seq
     room = len(model.get_input_embeddings().weight) - 1
     with phase("Timing the base model"), evaluating(model), torch.no_grad():
         inputs = [_inputs(data.train.select(rows).to_list(), room, model.device) for rows in chosen]
-        reading = training = _seconds_per_token(model, inputs)
+        reading = training = seconds_per_token(model, inputs)
         if sft.fp16 or sft.bf16:
             with torch.autocast(model.device.type, torch.float16 if sft.fp16 else torch.bfloat16):
-                training = _seconds_per_token(model, inputs)
-        writing = _seconds_per_token(model, [{name: tensor[:1, :1] for name, tensor in inputs[0].items()}])
+                training = seconds_per_token(model, inputs)
+        writing = seconds_per_token(model, [{name: tensor[:1, :1] for name, tensor in inputs[0].items()}])
     return Speed(training, reading, writing)
 
 
@@ -229,7 +229,7 @@ def _inputs(rows: Sequence[Example], largest: int, device: torch.device) -> dict
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def _seconds_per_token(model: Any, batches: Sequence[dict[str, torch.Tensor]]) -> float:
+def seconds_per_token(model: Any, batches: Sequence[dict[str, torch.Tensor]]) -> float:
     """Return the seconds that a model takes to read a token, or its padding; no more batches than there is time for."""
     seconds, num_tokens = 0.0, 0
     begun = time.perf_counter()

@@ -36,7 +36,8 @@ from pat.training.whole import flaw, model_flaw
 
 MODEL, ADAPTER, COMPACT, CHECKPOINTS, RESULTS = "model", "adapter", "compact", "checkpoints", "results.json"
 
-NAMES = (MODEL, ADAPTER, COMPACT, CHECKPOINTS, RESULTS, "report.html", RUN_FILE)
+HELD_OUT = ("held_out.jsonl", "held_out_2.jsonl", "held_out_3.jsonl")
+NAMES = (MODEL, ADAPTER, COMPACT, CHECKPOINTS, *HELD_OUT, RESULTS, "report.html", RUN_FILE)
 """Everything that a run leaves. `run.json` is removed last, since by it the rest is known to be ours."""
 
 logger = logging.getLogger(__name__)
@@ -269,6 +270,7 @@ def _check_overwritten(arguments: TuneArguments, run: RunFile | None) -> None:
     read = [
         ("model_name_or_path", arguments.run.model_name_or_path),
         *(("dataset_name", name) for name in arguments.run.dataset_names),
+        ("held_out", arguments.run.held_out),
         ("teacher", arguments.distill.teacher),
         ("resume_from_checkpoint", arguments.sft.resume_from_checkpoint),
     ]
@@ -291,8 +293,7 @@ def _beginnings(folder: Path) -> list[Path]:
 
 
 def _has_checkpoints(folder: Path) -> bool:
-    places = (folder / CHECKPOINTS, folder / CHECKPOINTS / STAGE_TWO)
-    return any(numbered_checkpoints(place) for place in places)
+    return any(numbered_checkpoints(place) for place in (folder / CHECKPOINTS, folder / CHECKPOINTS / STAGE_TWO))
 
 
 def _say(line: str) -> None:

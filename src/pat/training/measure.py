@@ -14,7 +14,7 @@ from torch import nn
 
 from pat.errors import one_line
 from pat.file_sizes.predict import file_sizes, vocabulary_entries
-from pat.nll import IGNORED, Example, paired_standard_error, response_nll, response_nll_by_row
+from pat.nll import IGNORED, Example, paired_standard_error, response_nll_by_row
 from pat.report import numbers
 from pat.report.progress import progress_bar
 from pat.surgery.costs import Skeleton, build_skeleton, cost_of, usual_context
@@ -24,6 +24,13 @@ from pat.training.results import ModelFigures, Size
 logger = logging.getLogger(__name__)
 
 EVAL_BATCH_SIZE = 8
+
+MUCH_FORGOTTEN = 0.25
+"""Nats per token of general text above the base's loss that are warned of: its perplexity is then 28 % higher. Any
+tuning drifts a little, and a warning of every run would be none."""
+
+STANDARD_ERRORS = 2
+"""It is not warned of differences that lie within so many standard errors."""
 
 
 def measure(
@@ -36,14 +43,11 @@ def measure(
         data: with the rows and the text.
         stage: `base`, `tuned` or `dense`.
         size: is given, because quantised storage holds several weights in one element.
-        rows: takes down the losses of the held-out rows by stage; where it has those of the base, the difference to it
-            has a standard error.
+        rows: takes down the losses of the held-out rows by stage, and those of the windows of general text by
+            `general_rows` of it; where it has those of the base, the difference to it has a standard error.
     """
-    found = (
-        asdict(size)
-        | _on_held_out(model, data, stage, {} if rows is None else rows)
-        | _on_general_text(model, data, stage)
-    )
+    rows = {} if rows is None else rows
+    found = asdict(size) | _on_held_out(model, data, stage, rows) | _on_general_text(model, data, stage, rows)
     if stage != "tuned":
         config = cast(Any, model).config
         skeleton = build_skeleton(config, torch.bfloat16)
@@ -98,14 +102,27 @@ def _on_held_out(model: nn.Module, data: Prepared, stage: str, rows: dict[str, t
     }
 
 
-def _on_general_text(model: nn.Module, data: Prepared, stage: str) -> dict[str, Any]:
+def general_rows(stage: str) -> str:
+    """Return the key of the losses of a model on the windows of general text."""
+    return f"{stage}, general text"
+
+
+def _on_general_text(model: nn.Module, data: Prepared, stage: str, rows: dict[str, torch.Tensor]) -> dict[str, Any]:
     if (text := data.general) is None:
         return {}
     windows = text.windows_of_base if stage == "base" else text.windows
     with progress_bar(f"Scoring general text with the {stage} model", "batches") as bar:
-        nll = response_nll(model, windows, batch_size=EVAL_BATCH_SIZE, pad_token_id=0, progress=bar)  # it is masked
+        nll, rows[general_rows(stage)] = response_nll_by_row(
+            model, windows, batch_size=EVAL_BATCH_SIZE, pad_token_id=0, progress=bar
+        )  # padding is masked
     num_tokens = sum(map(_num_scored, text.windows_of_base))
+    of_base = rows.get(general_rows("base"))
+    # In a trimmed vocabulary windows begin and end elsewhere in the text.
+    is_paired = stage != "base" and of_base is not None and text.windows is text.windows_of_base
     return {
+        "general_difference_error": paired_standard_error(rows[general_rows(stage)], cast(torch.Tensor, of_base))
+        if is_paired
+        else None,
         "general_nll": nll.per(num_tokens).nll,
         "general_standard_error": nll.per(num_tokens).standard_error,
         "num_general_tokens": num_tokens,
@@ -137,4 +154,24 @@ def warn_of_losses(figures: Mapping[str, ModelFigures], vocab_size: int) -> None
             dense,
             base,
             numbers.difference(dense - base, figures["dense"].held_out_difference_error),
+        )
+
+
+def warn_of_forgetting(figures: Mapping[str, ModelFigures]) -> None:
+    """Say so if general text has become much harder for the model than for its base, and what helps."""
+    base, dense = figures["base"], figures["dense"]
+    if base.general_nll is None or dense.general_nll is None:
+        return
+    error = dense.general_difference_error
+    if error is None:  # of other windows: as if the two had nothing to do with each other, which is too large
+        error = math.hypot(base.general_standard_error or 0.0, dense.general_standard_error or 0.0)
+    distance = dense.general_nll - base.general_nll
+    if distance > max(MUCH_FORGOTTEN, STANDARD_ERRORS * error):
+        logger.warning(
+            "The model has forgotten much: its loss on general text is %.3f nats per token, its base's %.3f (%s). "
+            "Train on more tokens, cut less, or mix general data in (--dataset_name yours.jsonl general.jsonl "
+            "--dataset_weights 7 3).",
+            dense.general_nll,
+            base.general_nll,
+            numbers.difference(distance, dense.general_difference_error),
         )

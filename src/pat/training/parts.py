@@ -161,8 +161,10 @@ def encoded(data: TrainingData, encoder: Encoder, num_proc: int | None, *, shown
     apart: list[Any] = []
     if data.held_out_rows is not None:
         found = encode(data.held_out_rows, replace(encoder, cut=Truncation())).to_list()
-        apart = [row for row in found if not row["refusal"]]
-        data = replace(data, num_held_out_bad=data.num_held_out_bad + len(found) - len(apart))
+        usable = [index for index, row in enumerate(found) if not row["refusal"]]
+        apart = [found[index] for index in usable]
+        num_bad = data.num_held_out_bad + len(found) - len(apart)
+        data = replace(data, held_out_rows=data.held_out_rows.select(usable), num_held_out_bad=num_bad)
     return Part(data, rows, apart)
 
 

@@ -18,23 +18,21 @@ from torch import Tensor
 from trl import SFTConfig, pack_dataset
 
 from pat.checkpoint.verification_text import verification_batches
-from pat.data.conversion import TemplateChoice
 from pat.data.counts import Counts, count, count_tokens, longest_of
 from pat.data.end_token import ends_of
-from pat.data.load import TrainingData, load_training_data
-from pat.data.record import DataRecord, make_record
-from pat.data.remarks import remarks
+from pat.data.load import TrainingData
+from pat.data.record import DataRecord
 from pat.data.tables import ROWS_AT_ONCE
-from pat.data.tokens import TRAINED_ON, Encoder, Truncation, encode, num_learned
+from pat.data.tokens import TRAINED_ON, Encoder, Truncation, num_learned
 from pat.data.vocabulary import Vocabulary, load_vocabulary
 from pat.errors import PatError
 from pat.nll import Example, batches_from_examples
-from pat.questions import evenly_spaced
 from pat.report.progress import bars_of_datasets, phase
 from pat.training.calibration_text import calibration_pieces
 from pat.training.general import General
 from pat.training.parts import (
     SOURCE,
+    Part,
     apart_of,
     encoded,
     epoch_of,
@@ -83,6 +81,8 @@ class Prepared:
     """Examples to measure on, cut like those that are trained on."""
     held_out_groups: Sequence[int]
     """Number of the source of each of them; none if there is only one source."""
+    held_out_rows: Sequence[Mapping[str, Any]]
+    """The same as prompts and completions, or texts, before they were tokens; none of a file of their own."""
     held_out_of_base: Sequence[Example] | None
     """The same examples in the base's tokens, where the vocabulary was trimmed."""
     general: General | None
@@ -169,6 +169,7 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
         ends=ends_of(found.ends for found in counts),
         held_out=held_out,
         held_out_groups=of_many,
+        held_out_rows=_rows_of_the_data(parts),
         held_out_of_base=of_base,
         general=General.of(run.general_text, vocabulary, untrimmed, base_config),
         verify_on=_verification(held_out or kept, vocabulary, base_config),
@@ -202,25 +203,10 @@ def _evaluation(apart: Sequence[Example], sft: SFTConfig, cut: Truncation) -> Da
     return _packed(Dataset.from_list(fitted), sft, fit)
 
 
-def prepare_examples(
-    name: str, vocabulary: Vocabulary, *, template: TemplateChoice, max_length: int | None, limit: int | None = None
-) -> tuple[list[Example], DataRecord]:
-    """Return the examples of a dataset to measure a model on, `limit` of them evenly spaced, cut at `max_length`.
-
-    Raises:
-        PatError: see `prepare`.
-    """
-    data = load_training_data(name, tokenizer=vocabulary.tokenizer, template=template, held_out=0)
-    spaced = evenly_spaced(len(data.train_rows), limit or None)
-    data = replace(data, train_rows=data.train_rows.select(spaced))
-    cut = Truncation(max_length)
-    rows = encode(data.train_rows, Encoder(vocabulary.tokenizer, cut))
-    counts = count(rows)
-    vocabulary.check(counts.largest_token)
-    record = make_record(data, counts, cut)
-    for remark in remarks(record, data, counts, cut, teaches=False):
-        logger.warning("%s", remark)
-    return kept_of(rows, counts, cut).select_columns(TRAINED_ON).to_list(), record
+def _rows_of_the_data(parts: Sequence[Part]) -> list[Mapping[str, Any]]:
+    """Return the rows that were kept apart of each source."""
+    own = (part.data.held_out for part in parts if part.data.held_out_name is None)
+    return [row for rows in own if rows is not None for row in rows.to_list()]
 
 
 def _check_arguments(sft: SFTConfig, data: TrainingData) -> None:

@@ -16,6 +16,7 @@ from pat.paths import check_writable, expand_options
 from pat.recipes import RECIPES
 from pat.report.page import Changed, render_report
 from pat.report.records import Record, plain
+from pat.shape import DEFAULT_PRUNING_RATIO
 from pat.training.arguments import build_arguments
 from pat.training.run_file import RunFile
 
@@ -26,9 +27,12 @@ REPORT, RESULTS = "report.html", "results.json"
 _NOT_SHOWN = {
     *("model_name_or_path", "dataset_name", "output_dir", "logging_dir", "run_name", "recipe", "hub_token", "seed"),
     *("disable_tqdm", "report_to", "resume_from_checkpoint", "push_to_hub", "keep_checkpoints"),
-    *("dtype", "use_cpu", "bf16", "gradient_checkpointing"),
+    *("dtype", "use_cpu", "bf16", "gradient_checkpointing", "logging_steps"),
 }
 """Options that the report names elsewhere, that change nothing in the model, or whose defaults are the machine's."""
+
+_UNSET = {"pruning_ratio": f"{DEFAULT_PRUNING_RATIO:g}"}
+"""What options come to that are not set, where that can be said by a value."""
 
 
 @dataclass(kw_only=True)
@@ -133,7 +137,8 @@ def _differing(recipe: str, given: Mapping[str, Any]) -> Iterator[Changed]:
                 continue
             found = given[option.name]
             if found != default and str(found) != str(default):
-                yield Changed(option.name, str(default), str(found))
+                unset = _UNSET.get(option.name, "not set")
+                yield Changed(option.name, *(unset if value is None else str(value) for value in (default, found)))
 
 
 def _read(folder: Path) -> dict[str, Any]:

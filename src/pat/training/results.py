@@ -86,6 +86,9 @@ class ModelFigures(Size):
     """Mean loss of a token of the general text, in nats per token of the base's own vocabulary; None without one."""
     general_standard_error: float | None = None
     """Standard error of that mean over windows of 256 tokens."""
+    general_difference_error: float | None = None
+    """Standard error of the difference to the base's `general_nll`, of the same windows (paired); None for the base,
+    and where a trimmed vocabulary has other windows."""
     num_general_tokens: int = 0
 
 

@@ -10,7 +10,9 @@ from transformers.utils import CONFIG_NAME
 
 from pat.report import numbers
 from pat.report.table import Table
+from pat.report.usage import command_to_ask
 from pat.serving import verdicts
+from pat.training.folder import HELD_OUT
 from pat.training.report import REPORT
 from pat.training.results import ModelFigures, TuneResult
 
@@ -18,6 +20,9 @@ STAGES = {"base": "base", "tuned": "tuned, with its adapter", "dense": "dense, w
 
 _TYPE = "Q8_0"
 """Type of the file whose export is named: half the size of 16 bits, and `pat export` writes it by itself."""
+
+_PACKAGES = "gguf xllamacpp"
+"""Packages of the extra `export` that this needs: one writes the file, the other runs it to check it."""
 
 
 def print_summary(result: TuneResult) -> None:
@@ -39,10 +44,13 @@ def print_summary(result: TuneResult) -> None:
         found = numbers.difference(dense.held_out_nll - base.held_out_nll, dense.held_out_difference_error)
         print(f"Held-out NLL, written model against base: {found} (± standard error of the same rows' differences).")
     if base.general_nll is not None:
+        by = ""
+        if dense.general_nll is not None:
+            by = f"; {numbers.difference(dense.general_nll - base.general_nll, dense.general_difference_error)}"
         print(
             f"General text, which shows what was forgotten: {numbers.loss(base.general_nll)} before, "
             f"{numbers.loss(dense.general_nll, dense.general_standard_error)} now (nats per token over "
-            f"{base.num_general_tokens:,} tokens)."
+            f"{base.num_general_tokens:,} tokens{by})."
         )
     fewer = f"{1 - dense.num_parameters / base.num_parameters:.1%} fewer parameters"
     if base.flops_per_token and dense.flops_per_token:
@@ -51,8 +59,18 @@ def print_summary(result: TuneResult) -> None:
     print(f"Model: {result.model_dir}\nAdapter: {result.adapter_dir}\nFigures: {result.output_dir / 'results.json'}")
     if (result.output_dir / REPORT).is_file():
         print(f"Report: {result.output_dir / REPORT}")
+    print(f"To ask it: {how_to_ask(result)}")
     if (line := next_step(result)) is not None:
         print(line)
+    if (result.output_dir / HELD_OUT[0]).is_file():
+        data = quote(str(result.output_dir / HELD_OUT[0]))
+        print(f"On the held-out rows: pat evaluate --model {quote(str(result.model_dir))} --dataset_name {data}")
+
+
+def how_to_ask(result: TuneResult) -> str:
+    """Return a command that asks the written model in the form of its training, or where the Python for that stands."""
+    known = command_to_ask(result.record.prompt_format, str(result.model_dir))
+    return known or f"the Python in {result.model_dir / 'README.md'}"
 
 
 def next_step(result: TuneResult) -> str | None:
@@ -68,7 +86,7 @@ def next_step(result: TuneResult) -> str | None:
     command = (
         f"pat export --model {quote(str(result.model_dir))} --format gguf --quantize {_TYPE} --output {quote(file)}"
     )
-    first = "" if find_spec("gguf") else " (first: pip install 'pat-llm[export]')"
+    first = "" if find_spec("gguf") else f" (first: pip install {_PACKAGES})"
     return f"For llama.cpp, Ollama or LM Studio: {command}{first}"
 
 

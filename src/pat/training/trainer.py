@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from pat.training.callback import complete_head
 from pat.training.distill import DistillingTrainer
 from pat.training.prepare import Prepared
 from pat.tuner.model import find_tuner
+
+FEWEST_LOGS = 10
+"""Times that a run logs its loss, if it has as many steps: fewer points make no curve."""
 
 _ROUTER_SETTINGS = ("output_router_logits", "router_aux_loss_coef", "num_experts")
 
@@ -71,6 +75,12 @@ def count_steps(trainer: SFTTrainer) -> int:
     """Return the number of optimizer steps that a trainer will take."""
     values: Any = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
     return int(values[-1])
+
+
+def log_often(sft: SFTConfig, num_steps: int) -> None:
+    """Have a short run log as often as a curve needs, unless another number than the default is asked for."""
+    if sft.logging_steps == SFTConfig.__dataclass_fields__["logging_steps"].default:
+        sft.logging_steps = min(sft.logging_steps, math.ceil(num_steps / FEWEST_LOGS))
 
 
 class StopAtMilestone(TrainerCallback):

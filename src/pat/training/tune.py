@@ -30,7 +30,8 @@ from pat.training.base import load, load_again
 from pat.training.base_scores import BaseScores
 from pat.training.check import check, check_run
 from pat.training.folder import CHECKPOINTS, MODEL, RESULTS, clear, find_finished, find_start, run_folder, sweep
-from pat.training.measure import measure, warn_of_losses
+from pat.training.held_out import write_held_out
+from pat.training.measure import measure, warn_of_forgetting, warn_of_losses
 from pat.training.prepare import Prepared, prepare
 from pat.training.provenance import provenance, recorded_facts
 from pat.training.push import open_repository, push
@@ -41,6 +42,7 @@ from pat.training.run_file import RunFile
 from pat.training.samples import greedy_answers, paired
 from pat.training.stages import Stages
 from pat.training.trained import Trained
+from pat.training.trainer import log_often
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,7 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
             return ranks.first(partial(_end_again, arguments, run, record))
         with phase("Rehearsing a step on a tiny model"):
             num_steps = rehearse(arguments, data, data.vocabulary.config_of(checked.base_config), checked.family)
+        log_often(arguments.sft, num_steps)
         repository = ranks.first(lambda: open_repository(arguments))
         start = ranks.first(lambda: find_start(arguments, checked.checkpoint, num_steps))
 
@@ -169,7 +172,9 @@ def _finish(
     figures["dense"] = measure(dense.to(inner.device), data, "dense", size, rows)
     samples = paired(scores.answers or [], greedy_answers(dense, data))
     warn_of_losses(figures, dense.config.get_text_config().vocab_size)
+    warn_of_forgetting(figures)
     record = _record(arguments, data, trained, cut=cut, figures=figures, parity=parity, samples=samples, **found)
+    write_held_out(folder, data.held_out_rows)
     write_whole(folder / RESULTS, to_json(record))
     return record
 

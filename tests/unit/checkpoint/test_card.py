@@ -173,7 +173,31 @@ def test_no_path_of_base_or_data_gets_into_the_card(tmp_path: Path) -> None:
     text = card(model_name_or_path=str(tmp_path / "base"), dataset=str(tmp_path / "data.jsonl"))
     assert str(tmp_path) not in text
     assert "data: data.jsonl" in text
-    assert ModelCard(text).data.to_dict()["base_model"] == "base"
+    assert "base_model" not in ModelCard(text).data.to_dict()  # which the hub takes for an id
+    assert "`base` is the name of a folder and no id of the Hub" in text
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ("org/first", "org/first"),
+        ("[org/first]", "org/first"),
+        ("[org/a, org/b]", None),
+        ("local", None),
+        ("/a/b", None),
+    ],
+)
+def test_a_folder_whose_card_names_its_base_is_known_by_that(tmp_path: Path, named: str, expected: str | None) -> None:
+    (tmp_path / "README.md").write_text(f"---\nbase_model: {named}\n---\n# Base\n")
+    text = card(model_name_or_path=str(tmp_path))
+    assert ModelCard(text).data.to_dict().get("base_model") == expected
+    assert (f"the model in it comes from `{expected}`" in text) == (expected is not None)
+
+
+def test_a_folder_of_the_hubs_cache_is_known_by_its_place(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--base-1.5" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    assert ModelCard(card(model_name_or_path=str(snapshot))).data.to_dict()["base_model"] == "org/base-1.5"
 
 
 def test_the_licence_is_that_of_the_base(tmp_path: Path) -> None:

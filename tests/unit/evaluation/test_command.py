@@ -19,7 +19,7 @@ from pat.errors import PatError
 from pat.evaluation.command import EvaluationRecord, print_evaluation, run_evaluate
 from pat.evaluation.options import EvaluateOptions
 from pat.nll import response_nll, text_perplexity
-from pat.training.prepare import prepare_examples
+from pat.training.examples import prepare_examples
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 3
 ROWS = [{"prompt": f"Say {word}: ", "completion": word} for word in ("yes", "no", "perhaps", "not at all")]

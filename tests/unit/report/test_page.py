@@ -196,6 +196,16 @@ def test_a_model_that_is_made_small_before_its_first_step_has_no_gates() -> None
     cut = record()["cut"] | {"milestone_step": 0}
     log = [row for row in record()["log_history"] if "pat/active_channels" not in row]
     page = render_report(record(cut=cut, compaction={"parity": None}, log_history=log), None)
-    assert "made small before its first step" in page and "milestone, step" not in page
+    assert "every step trained the small model" in page and "milestone, step" not in page
+    assert "at which step" not in page
     at_full_width = render_report(record(cut=cut, compaction=None, log_history=log), None)
-    assert "made small before its first step" not in at_full_width
+    assert "every step trained the small model" not in at_full_width and "at which step" in at_full_width
+
+
+def test_a_ratio_that_was_rounded_far_is_told_of_the_model_that_is_there() -> None:
+    cut = {"num_parameters_base": 1000, "num_parameters": 850}
+    page = render_report(record(cut=cut, pat_config={"pruning_ratio": 0.125}), None)
+    assert "15.0 % of the parameters were cut where 12.5 % were asked for" in page
+    for asked, more in ((0.145, {}), (0.125, {"vocab_size": 512}), (None, {})):
+        page = render_report(record(cut=cut | more, pat_config={"pruning_ratio": asked}), None)
+        assert "were asked for" not in page

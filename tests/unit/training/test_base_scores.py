@@ -17,6 +17,7 @@ SCORES = BaseScores(
     "torch.float32",
     ModelFigures(7, 28, held_out_nll=1 / 3, held_out_nll_by_source=[0.1, None], gguf_bytes={"Q8_0": 9}),
     [[0.1 + 0.2, 3.0], [1e-17, 1.0]],
+    [[2.5, 256.0]],
     [["ask", "answer"], ["again", ""]],
 )
 
@@ -37,7 +38,8 @@ def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert torch.equal(SCORES.losses()["base"], torch.tensor([[0.1 + 0.2, 3], [1e-17, 1]], dtype=torch.float64))
     assert read(folder, torch.bfloat16) is None
     assert all(read(folder, run=replace(RUN, **{name: "other"})) is None for name in ("base", "data", "tokens"))
-    without = replace(SCORES, rows=None, answers=[])
+    assert [len(rows) for rows in SCORES.losses().values()] == [2, 1]
+    without = replace(SCORES, rows=None, general=None, answers=[])
     without.write(folder, RUN)
     assert read(folder) == without and without.losses() == {}
 

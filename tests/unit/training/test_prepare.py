@@ -21,7 +21,9 @@ from pat.data.rendered import left_out
 from pat.data.vocabulary import Vocabulary, load_vocabulary
 from pat.errors import PatError
 from pat.training.arguments import TuneArguments, build_arguments
-from pat.training.prepare import Prepared, prepare, prepare_examples
+from pat.training.examples import prepare_examples
+from pat.training.held_out import write_held_out
+from pat.training.prepare import Prepared, prepare
 from pat.tuner.config import PatConfig
 
 # Like ChatML: every turn ends with the end token and a line break, a generation prompt opens the answer.
@@ -627,3 +629,44 @@ def test_a_trimmed_vocabulary_is_measured_on_the_rows_that_the_base_is_measured_
     )
     assert data.held_out_of_base is not None
     assert len(data.held_out) == len(data.held_out_of_base) == 2
+
+
+@pytest.mark.parametrize("kind", [*ROWS, "alpaca", "conversations"])
+def test_held_out_rows_are_written_so_that_their_tokens_come_again(kind: str, base: Path, tmp_path: Path) -> None:
+    more: dict[str, list[Any]] = {
+        "alpaca": [{"instruction": "the fox?", "input": "dog", "output": f"answer {number}"} for number in range(6)],
+        "conversations": [
+            {
+                "messages": [
+                    say("user", "fox"),
+                    say("assistant", "dog", weight=0),
+                    say("user", "a"),
+                    say("assistant", "b"),
+                ]
+            },
+            {"messages": [say("system", "lazy"), say("user", "fox"), say("assistant", "dog")]},
+        ],
+    }
+    data = prepared(base, (more | ROWS)[kind] * 3, held_out="0.8")
+    write_held_out(tmp_path / "out", data.held_out_rows)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["held_out.jsonl"]
+    vocabulary = load_vocabulary(str(base), AutoConfig.from_pretrained(base))
+    file = str(tmp_path / "out" / "held_out.jsonl")
+    examples, _ = prepare_examples(file, vocabulary, template="auto", max_length=512)
+    assert examples and examples == [dict(row) for row in data.held_out]
+
+
+def test_held_out_rows_of_several_forms_lie_in_as_many_files(base: Path, tmp_path: Path) -> None:
+    rows = [{"text": "fox"}, PAIR, {"prompt": [say("user", "a")], "completion": [say("assistant", "b")], "tools": None}]
+    write_held_out(tmp_path, [*rows, PAIR])
+    first, second, third = (
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("held_out.jsonl", "held_out_2.jsonl", "held_out_3.jsonl")
+    )
+    assert (first, second) == ([rows[0]], [PAIR, PAIR]) and "tools" not in third[0]
+
+
+def test_rows_of_a_file_of_their_own_are_not_copied(base: Path, tmp_path: Path) -> None:
+    apart = write(tmp_path / "apart.jsonl", [PAIR])
+    data = prepared(base, [PAIR] * 3, held_out=str(apart))
+    assert data.held_out and not data.held_out_rows

@@ -10,7 +10,7 @@ import pytest
 
 from pat.formats.options import ExportOptions
 from pat.training.results import ModelFigures
-from pat.training.summary import next_step
+from pat.training.summary import how_to_ask, next_step
 
 
 def finished(folder: Path, model_type: str, axes: list[str], sizes: dict[str, int] | None) -> Any:
@@ -33,6 +33,27 @@ def test_the_export_that_is_named_is_one_that_can_be_asked_for(tmp_path: Path) -
     given = {name.removeprefix("--"): value for name, value in zip(flags[::2], flags[1::2], strict=True)}
     options = ExportOptions(**given)  # which refuses what it does not know
     assert options.model == str(tmp_path / "my run" / "model") and options.quantize == "Q8_0"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "question"),
+    [
+        ("the chat template of the tokenizer or none, texts as they are", '([{"role": "user", '),
+        ("the Alpaca template, written as the chat template", '([{"role": "user", '),
+        ("none, texts as they are", '("Hello", '),
+        ("the Alpaca template", None),
+    ],
+)
+def test_the_end_says_how_the_model_is_asked(prompts: str, question: str | None, tmp_path: Path) -> None:
+    result = finished(tmp_path / "it's mine", "llama", ["mlp"], None)
+    result.record.prompt_format = prompts
+    said = how_to_ask(result)
+    if question is None:
+        assert said.endswith("README.md")
+        return
+    program, flag, code = shlex.split(said)
+    compile(code, "hint", "exec")
+    assert (program, flag) == ("python", "-c") and f'"{result.model_dir}")' + question in code
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,98 @@
+"""The line that ends a plan: which of what it shows to take, why, and the command for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from shlex import quote
+from typing import Any
+
+from pat.plan.curves import Measured, Point, is_told_apart
+from pat.plan.guide import MEASURED_CUTS
+from pat.plan.options import PlanOptions
+from pat.report import numbers
+from pat.shape import AXES, DEFAULT_PRUNING_RATIO, TARGETS, ShapeOptions
+
+SMALL_RATIO = 0.15
+"""A cut of up to about an eighth is recommended as it is, and of a larger one it is said to begin with less: on
+stories260K an eighth cost half of what a quarter did (`MEASURED_CUTS`)."""
+
+
+def recommend(options: PlanOptions, ratios: Sequence[float], measured: Measured | None) -> str:
+    """Return what to do, by what the plan knows: losses that were measured here, or else those of other models.
+
+    Args:
+        options: of the plan.
+        ratios: shares of the parameters that its candidates cut, in their order.
+        measured: curves and shapes measured on data; None where none was given.
+    """
+    if measured is not None and measured.candidates:
+        return _of_measured(options, measured)
+    known = MEASURED_CUTS[-1]
+    evidence = (
+        f"Training has to make up for the cut: with {known.pruning_ratio:.0%} less, {known.model} was still "
+        f"{known.above_base:.3f} nats above its untuned base after {known.num_tokens:,} tokens; yours is not measured."
+    )
+    smallest = min(range(len(ratios)), key=lambda index: ratios[index])
+    share, is_small = f"{ratios[smallest]:.1%}", ratios[smallest] <= SMALL_RATIO
+    command = _command(options, None, _flags(options, smallest))
+    first = "cut more once its held-out loss is below the base's"
+    if targets := [f"--{name} {getattr(options, name)}" for name in TARGETS if getattr(options, name) is not None]:
+        return f"Recommended: {command} ({share} cut, no more than {targets[0]} asks for). {evidence}"
+    if len(ratios) > 1:
+        return f"Recommended: {command} (the smallest of these cuts, {share}); {first}. {evidence}"
+    if is_small:
+        return f"Recommended: {command} ({share} cut). {evidence}"
+    return (
+        f"Recommended: {command} ({share} cut) if you need a model of this size; else begin with an eighth, "
+        f"--pruning_ratio 0.125, and {first}. {evidence}"
+    )
+
+
+def _of_measured(options: PlanOptions, measured: Measured) -> str:
+    """Return what the losses on the data speak for: the default, where the data do not tell it from the best."""
+    taken = measured.candidates[0]
+    why = f"the least loss before training, {_above(taken, measured)}"
+    if measured.num_steps:
+        why = f"the least loss after {measured.num_steps:,} steps, {numbers.loss(taken.tuned_nll)}"
+    else:
+        for point in measured.candidates[1:]:
+            if point.sizes == measured.default and not is_told_apart(point.nll - taken.nll, point.best_error):
+                why = (
+                    f"the default's shape, which {measured.num_scored_tokens:,} tokens do not tell from the best one "
+                    f"before training, {_above(point, measured)}"
+                )
+                taken = point
+                break
+        why += "; what is best before training need not be best after it, which --shape_search_steps N tries"
+    return f"Recommended: {_command(options, options.calibrate, taken.options())} ({why})."
+
+
+def _above(point: Point, measured: Measured) -> str:
+    return f"{numbers.difference(point.nll - measured.base_nll, point.difference_error)} against the base's"
+
+
+def _flags(options: PlanOptions, index: int) -> str:
+    """Return the flags of `pat tune` that ask for one of the shapes of a plan."""
+    found: dict[str, Any] = {"pruning_ratio": options.pruning_ratio[index]} if options.pruning_ratio else {}
+    defaults = ShapeOptions()
+    for option in fields(ShapeOptions):
+        value = getattr(options, option.name)
+        if option.name not in found and value != getattr(defaults, option.name):
+            found[option.name] = value
+    if not found.keys() & {"pruning_ratio", *TARGETS, *(axis.option for axis in AXES.values())}:
+        found["pruning_ratio"] = DEFAULT_PRUNING_RATIO
+    if options.vocabulary_size is not None:
+        found["vocabulary_size"] = options.vocabulary_size
+    return " ".join(f"--{name} {_written(value)}" for name, value in found.items())
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return " ".join(map(str, value)) if isinstance(value, list) else quote(str(value))
+
+
+def _command(options: PlanOptions, dataset: str | None, flags: str) -> str:
+    name, data = quote(options.model_name_or_path), "DATA" if dataset is None else quote(dataset)
+    return f"pat tune --model_name_or_path {name} --dataset_name {data} {flags} --output_dir out"
