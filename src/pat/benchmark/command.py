@@ -14,6 +14,7 @@ from pat.benchmark.options import BenchmarkOptions
 from pat.benchmark.prediction import Predictor
 from pat.benchmark.worker import Worker
 from pat.checkpoint.card import shown_name
+from pat.checkpoint.places import RESULTS
 from pat.loading.weights import resolve_device
 from pat.report.records import Record, write_record
 
@@ -70,7 +71,7 @@ def _write(record: BenchmarkRecord) -> None:
     options.model, options.baseline = shown_name(options.model), shown_name(options.baseline)
     options.output_dir = Path(folder.name)
     record = replace(record, options=options)
-    write_record(folder / "results.json", record)
+    write_record(folder / RESULTS, record)
     (folder / "results.md").write_text(to_markdown(record), encoding="utf-8")
     if can_draw():
         draw(record, folder / "speedup.png")

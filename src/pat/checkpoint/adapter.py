@@ -13,10 +13,11 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapp
 from transformers import PretrainedConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from pat.checkpoint.compact import MODEL, RECORD, compaction_of
+from pat.checkpoint.compact import compaction_of
 from pat.checkpoint.fitting import check_readable, check_values, fitting
 from pat.checkpoint.hollow import StoredWeights, hollow_model
 from pat.checkpoint.layout import UnknownLayoutError
+from pat.checkpoint.places import ADAPTER, COMPACT, MODEL, RECORD
 from pat.checkpoint.trust import carries_base_weights, check_base, check_keys, check_tensors, check_written_along
 from pat.errors import PatError, one_line
 from pat.loading import (
@@ -49,7 +50,7 @@ def read_adapter_config(adapter: str | os.PathLike[str]) -> LoraConfig:
     if not os.path.isdir(folder):
         raise PatError(f"{adapter}: no such folder; expected the folder of a PAT adapter.")
     if not (folder / CONFIG_NAME).is_file():
-        inner = next((n for n in ("compact/adapter", "adapter") if (folder / n / CONFIG_NAME).is_file()), None)
+        inner = next((n for n in (f"{COMPACT}/{ADAPTER}", ADAPTER) if (folder / n / CONFIG_NAME).is_file()), None)
         hint = f"pass {folder / inner}" if inner else "pass what model.save_pretrained or `pat tune` wrote as adapter"
         raise PatError(f"{adapter}: has no {CONFIG_NAME}, so it is not the folder of an adapter; {hint}.")
     try:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from pat.checkpoint.card import Compaction, shown_name
+from pat.checkpoint.places import ADAPTER, MODEL, RECORD
 from pat.checkpoint.staging import make_readable, staged_folder
 from pat.checkpoint.verify import check, compare, permutation_floor
 from pat.checkpoint.write import pruning_of, write_config
@@ -27,7 +28,6 @@ from pat.report.progress import quiet_transformers
 from pat.tuner.compaction import CompactModel
 from pat.tuner.model import PatModel
 
-MODEL, ADAPTER, RECORD = "model", "adapter", "compaction.json"
 """Names of what the folder holds."""
 
 

@@ -27,8 +27,9 @@ from pat.checkpoint.adapter import (
 )
 from pat.checkpoint.adapter_tokens import adapter_tokens
 from pat.checkpoint.card import Cut, shown_name
-from pat.checkpoint.compact import ADAPTER, RECORD, compaction_of
+from pat.checkpoint.compact import compaction_of
 from pat.checkpoint.options import MergeOptions
+from pat.checkpoint.places import ADAPTER, COMPACT, RECORD, RESULTS
 from pat.checkpoint.staging import check_output_folder, staged_folder
 from pat.checkpoint.verification_text import MAX_TOKENS, verification_batches
 from pat.checkpoint.verify import Parity
@@ -42,7 +43,6 @@ from pat.tuner import PatConfig
 
 logger = logging.getLogger(__name__)
 
-RESULTS = "results.json"
 
 LARGE_MODEL = 10**9
 LARGE_MODEL_TOKENS = 64
@@ -187,8 +187,8 @@ def form_of(options: MergeOptions, tokens: TokenSetup, base_config: PretrainedCo
 
 def _point_to_the_last_adapter(adapter: Path) -> None:
     """Say so if this is the adapter as of the milestone, and the run went on."""
-    compact = adapter.resolve().parent / "compact"
-    if adapter.resolve().name == "adapter" and (compact / RECORD).is_file():
+    compact = adapter.resolve().parent / COMPACT
+    if adapter.resolve().name == ADAPTER and (compact / RECORD).is_file():
         logger.warning("%s is the adapter as of the milestone; the run went on in %s.", adapter, compact / ADAPTER)
 
 
@@ -200,7 +200,7 @@ def _provenance(adapter: Path) -> dict[str, Any]:
         except (OSError, ValueError, RecursionError):
             continue
         if isinstance(results, dict) and results.get("command") == "tune":
-            last = folder / ("adapter" if results.get("compaction") is None else f"compact/{ADAPTER}")
+            last = folder / (ADAPTER if results.get("compaction") is None else f"{COMPACT}/{ADAPTER}")
             return _facts(results, is_last=adapter.resolve() == last.resolve())
     return {}
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+from pat.checkpoint.places import RUN_FILE
 from pat.checkpoint.staging import check_output_folder
 from pat.errors import PatError
 from pat.paths import check_writable, expand_options
@@ -66,7 +67,7 @@ class DemoOptions:
             _check_free(self.port)
         if self.ui and os.path.isdir(self.output_dir) and all(map(_is_of_the_page, self.output_dir.iterdir())):
             return
-        if not os.path.isfile(self.output_dir / "run.json"):  # else the run says whether it goes on
+        if not os.path.isfile(self.output_dir / RUN_FILE):  # else the run says whether it goes on
             self.output_dir = check_output_folder(self.output_dir)
 
 

@@ -16,12 +16,13 @@ from transformers import PreTrainedModel
 from pat.checkpoint.adapter import base_config_for, base_of, load_adapted, read_adapter_config
 from pat.checkpoint.adapter_tokens import adapter_tokens
 from pat.checkpoint.card import shown_name
+from pat.checkpoint.places import RESULTS
 from pat.data.conversion import TemplateChoice
 from pat.data.record import DataRecord
 from pat.data.vocabulary import Vocabulary
 from pat.errors import PatError
 from pat.evaluation.harness import TaskScores, evaluate_tasks, load_tasks
-from pat.evaluation.options import COMMAND, RESULTS, EvaluateOptions
+from pat.evaluation.options import COMMAND, EvaluateOptions
 from pat.loading import load_base, load_config, load_tokenizer, padded
 from pat.loading.weights import resolve_device
 from pat.nll import NLL, Example, read_text, response_nll, text_perplexity

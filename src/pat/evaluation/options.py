@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pat.checkpoint.places import RESULTS
 from pat.errors import PatError
 from pat.paths import check_writable, expand_options
 from pat.questions import resolve_tasks
@@ -19,7 +20,7 @@ PROTOCOLS = ("letter", "likelihood")
 BATCH_SIZE = 8
 """The harness holds the logits of a whole batch twice: more rows take gigabytes where the vocabulary is large."""
 
-RESULTS, COMMAND = "results.json", "evaluate"
+COMMAND = "evaluate"
 
 ANSWERS = "answers-"
 """Begins the names of the files in which the answers to tasks are kept."""

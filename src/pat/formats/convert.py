@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from pat.checkpoint.adapter_tokens import adapter_tokens
 from pat.checkpoint.card import Cut, shown_name
 from pat.checkpoint.fitting import fitting
-from pat.checkpoint.merge import RESULTS, check_writing, form_of
+from pat.checkpoint.merge import check_writing, form_of
 from pat.checkpoint.options import MergeOptions
+from pat.checkpoint.places import RESULTS
 from pat.checkpoint.staging import staged_folder
 from pat.checkpoint.verify import Parity
 from pat.checkpoint.write import save_checkpoint

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from trl import ModelConfig, SFTConfig
 
+from pat.checkpoint.places import CHECKPOINTS, RUN_FILE
 from pat.errors import PatError
 from pat.loading import load_config
 from pat.options import OptionsParser
@@ -186,7 +187,7 @@ file, --debug shows tracebacks.\
         if self.run.streaming:
             check_streaming(self.run, self.sft, self.distill)
         # The trainer writes its checkpoints below the run's folder, whose other names are the product's.
-        self.sft.output_dir = str(self.output_dir / "checkpoints")
+        self.sft.output_dir = str(self.output_dir / CHECKPOINTS)
         self.sft.push_to_hub = False  # the trainers would push their checkpoints
         self.sft.hub_token = None  # they would write it into every checkpoint, as part of their arguments
 
@@ -242,7 +243,7 @@ def _bf16_pays(given: Mapping[str, Any]) -> bool:
 def _bf16_of_run(output_dir: Any) -> bool | None:
     """Return what was chosen for the run in a folder, which goes on as it began; None if there is none."""
     try:
-        known = json.loads((Path(expand(str(output_dir))) / "run.json").read_text(encoding="utf-8")).get("bf16")
+        known = json.loads((Path(expand(str(output_dir))) / RUN_FILE).read_text(encoding="utf-8")).get("bf16")
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
     return known if isinstance(known, bool) else None

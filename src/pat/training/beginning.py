@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pat import ranks
+from pat.checkpoint.places import CHECKPOINTS, RUN_FILE
 from pat.errors import PatError, RunFailed
 from pat.training.base_scores import BASE_SCORES, BaseScores
-from pat.training.folder import CHECKPOINTS
-from pat.training.run_file import RUN_FILE, RunFile
+from pat.training.run_file import RunFile
 
 
 @contextmanager

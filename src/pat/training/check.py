@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from pat import ranks
+from pat.checkpoint.places import RUN_FILE
 from pat.data.files import is_saved
 from pat.data.vocabulary import trimmed_budget
 from pat.errors import PatError
@@ -23,7 +24,7 @@ from pat.training.calibration_text import read_calibration
 from pat.training.engine import check_engine
 from pat.training.folder import check_folder
 from pat.training.prepare import Prepared
-from pat.training.run_file import RUN_FILE, RunFile, tokens_fingerprint
+from pat.training.run_file import RunFile, tokens_fingerprint
 from pat.training.teacher import check_distillation, check_teacher
 from pat.tuner.compaction import check_compactable
 from pat.tuner.config import PatConfig

@@ -18,7 +18,8 @@ from transformers import Trainer, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from pat.checkpoint.compact import ADAPTER, MODEL, RECORD, read_compaction
+from pat.checkpoint.compact import read_compaction
+from pat.checkpoint.places import ADAPTER, CHECKPOINTS, COMPACT, MODEL, RECORD, STAGE_TWO
 from pat.checkpoint.staging import discard, staged_folder
 from pat.errors import PatError, one_line
 from pat.training.handover import cut_states, is_sharded, read_states, write_states
@@ -30,9 +31,6 @@ from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel
 
 logger = logging.getLogger(__name__)
-
-STAGE_TWO, COMPACT = "compact", "compact"
-"""Folders of stage two's checkpoints below those of stage one, and of its small model below that of the run."""
 
 
 def is_compact(checkpoint: str) -> bool:
@@ -92,13 +90,13 @@ def check_taken_over(output_dir: Path, *, is_trained: bool) -> None:
     if not is_trained or (output_dir / COMPACT / RECORD).is_file():
         read_compaction(output_dir / COMPACT)
         found[output_dir / COMPACT / MODEL] = model_flaw(output_dir / COMPACT / MODEL)
-        found[output_dir / "adapter"] = _flaw_of_config(output_dir / "adapter")
+        found[output_dir / ADAPTER] = _flaw_of_config(output_dir / ADAPTER)
     if is_trained:
         adapter = last_adapter(output_dir)
         found[adapter] = flaw(adapter, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
     for place, wrong in found.items():
         if wrong is not None:
-            last = last_checkpoint(output_dir / "checkpoints", of_stage_two=False)
+            last = last_checkpoint(output_dir / CHECKPOINTS, of_stage_two=False)
             back = f"go back to the first stage by --resume_from_checkpoint {last}, " if last else ""
             raise PatError(
                 f"{place}: the run goes on with it, but {wrong}; put it back, {back}or start anew with --overwrite "

@@ -15,30 +15,17 @@ from typing import Any
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 
-from pat.checkpoint.compact import RECORD
+from pat.checkpoint.places import ADAPTER, CHECKPOINTS, COMPACT, MODEL, NAMES, RECORD, RESULTS, RUN_FILE, STAGE_TWO
 from pat.checkpoint.staging import STAGED, check_output_folder, discard, lock_folder, remove_unfinished
 from pat.errors import PatError
 from pat.paths import is_inside
 from pat.training.arguments import TuneArguments
-from pat.training.checkpoints import (
-    STAGE_TWO,
-    check_taken_over,
-    is_compact,
-    last_checkpoint,
-    numbered_checkpoints,
-    remove_later,
-)
+from pat.training.checkpoints import check_taken_over, is_compact, last_checkpoint, numbered_checkpoints, remove_later
 from pat.training.results import TuneRecord
-from pat.training.run_file import RUN_FILE, RunFile
+from pat.training.run_file import RunFile
 from pat.training.trained import TRAINING, training_facts
 from pat.training.unwritten import writing_failed
 from pat.training.whole import flaw, model_flaw
-
-MODEL, ADAPTER, COMPACT, CHECKPOINTS, RESULTS = "model", "adapter", "compact", "checkpoints", "results.json"
-
-HELD_OUT = ("held_out.jsonl", "held_out_2.jsonl", "held_out_3.jsonl")
-NAMES = (MODEL, ADAPTER, COMPACT, CHECKPOINTS, *HELD_OUT, RESULTS, "report.html", RUN_FILE)
-"""Everything that a run leaves. `run.json` is removed last, since by it the rest is known to be ours."""
 
 logger = logging.getLogger(__name__)
 

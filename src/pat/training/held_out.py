@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pat.checkpoint.places import HELD_OUT
 from pat.checkpoint.staging import write_whole
-from pat.training.folder import HELD_OUT
 
 
 def write_held_out(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from pat.checkpoint.places import REPORT, RESULTS
 from pat.checkpoint.staging import write_whole
 from pat.errors import PatError, one_line
 from pat.paths import check_writable, expand_options
@@ -22,7 +23,6 @@ from pat.training.run_file import RunFile
 
 logger = logging.getLogger(__name__)
 
-REPORT, RESULTS = "report.html", "results.json"
 
 _NOT_SHOWN = {
     *("model_name_or_path", "dataset_name", "output_dir", "logging_dir", "run_name", "recipe", "hub_token", "seed"),

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from pat.checkpoint.card import Compaction, Cut
+from pat.checkpoint.places import ADAPTER, COMPACT, MODEL
 from pat.checkpoint.verify import Parity
 from pat.data.record import DataRecord
 from pat.loading import quantization_of
@@ -160,12 +161,12 @@ class TuneResult:
     @property
     def model_dir(self) -> Path:
         """Folder of the dense checkpoint."""
-        return self.output_dir / "model"
+        return self.output_dir / MODEL
 
     @property
     def adapter_dir(self) -> Path:
         """Folder of the last adapter."""
-        return self.output_dir / ("adapter" if self.record.compaction is None else "compact/adapter")
+        return self.output_dir / (ADAPTER if self.record.compaction is None else f"{COMPACT}/{ADAPTER}")
 
     @property
     def figures(self) -> dict[str, ModelFigures]:

@@ -16,6 +16,7 @@ from trl import ModelConfig, SFTConfig
 
 from pat import ranks
 from pat.checkpoint.card import shown_name
+from pat.checkpoint.places import RUN_FILE
 from pat.checkpoint.staging import write_whole
 from pat.data.load import chat_template_of
 from pat.data.mixture import shares
@@ -31,7 +32,6 @@ from pat.tuner.options import PatOptions
 if TYPE_CHECKING:
     from pat.training.prepare import Prepared
 
-RUN_FILE = "run.json"
 
 _MAY_CHANGE = """
 max_steps num_train_epochs *batch_size* gradient_accumulation_steps torch_empty_cache_steps

@@ -22,7 +22,8 @@ from trl import SFTConfig, SFTTrainer
 
 from pat import ranks
 from pat.checkpoint.card import Compaction
-from pat.checkpoint.compact import ADAPTER, MODEL, read_compaction, write_compact
+from pat.checkpoint.compact import read_compaction, write_compact
+from pat.checkpoint.places import ADAPTER, CHECKPOINTS, COMPACT, MODEL, STAGE_TWO
 from pat.checkpoint.staging import discard
 from pat.errors import Diverged, PatError
 from pat.loading import TokenSetup
@@ -34,15 +35,7 @@ from pat.training.base_scores import BaseScores
 from pat.training.beginning import begun
 from pat.training.callback import PatCallback
 from pat.training.check import compacts, warn_without_rotation
-from pat.training.checkpoints import (
-    STAGE_TWO,
-    check_fit,
-    continue_from,
-    is_compact,
-    load_finished,
-    load_hard,
-    taken_from,
-)
+from pat.training.checkpoints import check_fit, continue_from, is_compact, load_finished, load_hard, taken_from
 from pat.training.folder import Start
 from pat.training.guard import FiniteGuard
 from pat.training.handover import checkpoint_for, is_sharded, unsharded, write_adapter
@@ -101,12 +94,12 @@ class Stages:
     @property
     def checkpoints(self) -> Path:
         """Folder of stage one's checkpoints."""
-        return self.arguments.output_dir / "checkpoints"
+        return self.arguments.output_dir / CHECKPOINTS
 
     @property
     def compact_dir(self) -> Path:
         """Folder of the compact model."""
-        return self.arguments.output_dir / "compact"
+        return self.arguments.output_dir / COMPACT
 
     def run(self, start: Start) -> Trained:
         """Train from the beginning or from a checkpoint of either stage, or return what is trained already.
@@ -179,7 +172,7 @@ class Stages:
         trainer = self._trainer(model, self.data.trainer_args(self.arguments.sft), self.checkpoints / STAGE_TWO)
         self.teaching.begin(trainer)
         self._train(trainer, "stage_two", checkpoint)
-        config = PatConfig.from_pretrained(str(self.arguments.output_dir / "adapter"))
+        config = PatConfig.from_pretrained(str(self.arguments.output_dir / ADAPTER))
         config.inference_mode = False  # as it was when it was saved
         return self._trained(trainer, record, config)
 
@@ -238,7 +231,7 @@ class Stages:
         """
         with self.clock.timing("compaction"):
             restore_router_settings(model.config, self.router_settings)
-            adapter = self.arguments.output_dir / "adapter"
+            adapter = self.arguments.output_dir / ADAPTER
             write_adapter(trainer, adapter, self.tokens, grown=bool(self.data.vocabulary.added))
             written: list[tuple[PeftModel, CompactModel, Compaction]] = []
             ranks.first_alone(lambda: written.append(self._write_compact(trainer, adapter)))
@@ -293,7 +286,7 @@ class Stages:
             record,
             self.teaching.record(trainer),
         )
-        folder = self.arguments.output_dir / "adapter" if record is None else self.compact_dir / ADAPTER
+        folder = self.arguments.output_dir / ADAPTER if record is None else self.compact_dir / ADAPTER
         grown = bool(self.data.vocabulary.added)
         write_adapter(trainer, folder, self.tokens, grown=grown, also=lambda path: trained.write(path, self.num_steps))
         whole = self._load_compact if record is not None else lambda path: with_adapter(self.load_again(), path)

@@ -8,12 +8,11 @@ from shlex import quote
 
 from transformers.utils import CONFIG_NAME
 
+from pat.checkpoint.places import HELD_OUT, REPORT, RESULTS
 from pat.report import numbers
 from pat.report.table import Table
 from pat.report.usage import command_to_ask
 from pat.serving import verdicts
-from pat.training.folder import HELD_OUT
-from pat.training.report import REPORT
 from pat.training.results import ModelFigures, TuneResult
 
 STAGES = {"base": "base", "tuned": "tuned, with its adapter", "dense": "dense, written"}
@@ -56,7 +55,7 @@ def print_summary(result: TuneResult) -> None:
     if base.flops_per_token and dense.flops_per_token:
         fewer += f", {1 - dense.flops_per_token / base.flops_per_token:.1%} fewer FLOPs to read a token"
     print(f"{fewer}. {result.parity.describe()}")
-    print(f"Model: {result.model_dir}\nAdapter: {result.adapter_dir}\nFigures: {result.output_dir / 'results.json'}")
+    print(f"Model: {result.model_dir}\nAdapter: {result.adapter_dir}\nFigures: {result.output_dir / RESULTS}")
     if (result.output_dir / REPORT).is_file():
         print(f"Report: {result.output_dir / REPORT}")
     print(f"To ask it: {how_to_ask(result)}")

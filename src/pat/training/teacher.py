@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 
 from pat import ranks
 from pat.checkpoint.card import shown_name
+from pat.checkpoint.places import CHECKPOINTS
 from pat.data.vocabulary import Vocabulary
 from pat.errors import PatError, one_line
 from pat.loading import check_kind, quantization_of
@@ -212,7 +213,7 @@ class Teaching:
         rows = cast(Sequence[Example], self.data.train)
         places = Places.of(rows)
         name = places.name(num, _identity(self.arguments, model, self.base_id))
-        folder = self.arguments.output_dir / "checkpoints" / name
+        folder = self.arguments.output_dir / CHECKPOINTS / name
 
         def ask() -> None:
             if folder.is_dir():

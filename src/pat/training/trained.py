@@ -12,7 +12,8 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME
 
 from pat.checkpoint.card import Compaction, shown_name
-from pat.checkpoint.compact import ADAPTER, RECORD, read_compaction
+from pat.checkpoint.compact import read_compaction
+from pat.checkpoint.places import ADAPTER, COMPACT, RECORD
 from pat.data.record import DataRecord
 from pat.report.records import to_json
 from pat.training.run_file import RunFile
@@ -75,19 +76,19 @@ class Trained:
             run,
             DataRecord.of(facts["data"]),
             facts["num_tokens_seen"],
-            read_compaction(output_dir / "compact") if _is_compact(output_dir) else None,
+            read_compaction(output_dir / COMPACT) if _is_compact(output_dir) else None,
             None if teacher is None else TeacherRecord(**teacher),
         )
 
 
 def last_adapter(output_dir: Path) -> Path:
     """Return the folder of a run's last adapter, be it there or not."""
-    return output_dir / "compact" / ADAPTER if _is_compact(output_dir) else output_dir / "adapter"
+    return output_dir / COMPACT / ADAPTER if _is_compact(output_dir) else output_dir / ADAPTER
 
 
 def training_facts(output_dir: Path, num_steps: int, *, no_compact: bool = False) -> dict[str, Any] | None:
     """Return the facts of the training that a run's folder holds; None unless it is over, after so many steps."""
-    if (no_compact and _is_compact(output_dir)) or not (output_dir / "adapter" / CONFIG_NAME).is_file():
+    if (no_compact and _is_compact(output_dir)) or not (output_dir / ADAPTER / CONFIG_NAME).is_file():
         return None
     try:
         facts = json.loads((last_adapter(output_dir) / TRAINING).read_text(encoding="utf-8"))
@@ -98,4 +99,4 @@ def training_facts(output_dir: Path, num_steps: int, *, no_compact: bool = False
 
 
 def _is_compact(output_dir: Path) -> bool:
-    return (output_dir / "compact" / RECORD).is_file()
+    return (output_dir / COMPACT / RECORD).is_file()

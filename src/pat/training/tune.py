@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from pat import ranks
 from pat.checkpoint.card import Cut, shown_name
+from pat.checkpoint.places import CHECKPOINTS, MODEL, REPORT, RESULTS
 from pat.checkpoint.staging import discard, staged_folder, write_whole
 from pat.checkpoint.verify import Parity
 from pat.checkpoint.write import examine, save_checkpoint
@@ -29,14 +30,14 @@ from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.base import load, load_again
 from pat.training.base_scores import BaseScores
 from pat.training.check import check, check_run
-from pat.training.folder import CHECKPOINTS, MODEL, RESULTS, clear, find_finished, find_start, run_folder, sweep
+from pat.training.folder import clear, find_finished, find_start, run_folder, sweep
 from pat.training.held_out import write_held_out
 from pat.training.measure import measure, warn_of_forgetting, warn_of_losses
 from pat.training.prepare import Prepared, prepare
 from pat.training.provenance import provenance, recorded_facts
 from pat.training.push import open_repository, push
 from pat.training.rehearsal import rehearse
-from pat.training.report import REPORT, report_of_run
+from pat.training.report import report_of_run
 from pat.training.results import ModelFigures, Size, TuneRecord, TuneResult
 from pat.training.run_file import RunFile
 from pat.training.samples import greedy_answers, paired
