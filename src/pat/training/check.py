@@ -19,7 +19,8 @@ from pat.surgery.residual import ResidualStream
 from pat.training.arguments import TuneArguments
 from pat.training.calibration_text import read_calibration
 from pat.training.data_files import is_saved
-from pat.training.engine import check_engine
+from pat.training.deepspeed import check_deepspeed, check_deepspeed_run
+from pat.training.engine import check_engine, quantises
 from pat.training.folder import check_folder
 from pat.training.prepare import Prepared
 from pat.training.run_file import RUN_FILE, RunFile, tokens_fingerprint
@@ -89,6 +90,7 @@ def check(arguments: TuneArguments) -> Checked:
     """
     checkpoint = check_folder(arguments)
     _warn_of_idle_flags(arguments)
+    check_deepspeed(arguments)
     pat_config = arguments.pat_config()
     base_config, family = load_config(arguments.run.model_name_or_path, revision=arguments.model.model_revision)
     check_engine(arguments, base_config)
@@ -98,6 +100,7 @@ def check(arguments: TuneArguments) -> Checked:
         arguments = replace(arguments, pat=replace(arguments.pat, pruning_ratio=rest))
         pat_config = arguments.pat_config()
     shape = check_config(trimmed_config, family, pat_config)
+    check_deepspeed_run(arguments, shape, is_quantised=quantises(arguments, base_config))
     _warn_of_idle_mask(arguments, shape)
     asked = pat_config.pruning_ratio or DEFAULT_PRUNING_RATIO
     names_a_size = asked_sizes(pat_config) or any(getattr(pat_config, name) for name in TARGETS)
