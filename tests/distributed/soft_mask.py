@@ -39,6 +39,7 @@ def main(base: str, data: str, out: str, *flags: str) -> None:
     )
     trainer.train()
     trainer.save_model(f"{out}/adapter")
+    print(f"{trainer.accelerator.num_processes} processes of {trainer.accelerator.distributed_type!s}")
 
 
 if __name__ == "__main__":

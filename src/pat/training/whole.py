@@ -61,7 +61,7 @@ def flaw(checkpoint: Path, needed: Collection[str] = NEEDED) -> str | None:
         except Exception as error:  # of many kinds, which each format has for itself
             wrong = f"is not readable ({one_line(error)})"
         if wrong is not None:
-            return f"its {name} {wrong}"
+            return f"its {path.name} {wrong}"
     return None
 
 
@@ -121,7 +121,10 @@ def _open_parts(latest: Path) -> None:
     if not held or held != list(range(max(states, 1))):
         raise ValueError(f"{folder.name} has parts of the processes {held}, of {states}")
     for path in (*parts, folder / "mp_rank_00_model_states.pt"):
-        _open(path)
+        try:
+            _open(path)
+        except Exception as error:
+            raise ValueError(f"{path.name}: {one_line(error)}") from error
 
 
 def _open(path: Path) -> Any:
