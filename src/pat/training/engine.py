@@ -1,4 +1,4 @@
-"""The engine that trains, as launcher and flags choose it: one process, DDP or FSDP2; for DeepSpeed see there."""
+"""The engine that trains, as launcher and flags choose it: one process, DDP or FSDP2 (see `deepspeed.py` as well)."""
 
 from __future__ import annotations
 
