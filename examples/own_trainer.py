@@ -32,7 +32,7 @@ def main(base: str, data: str, out: str, **more: Any) -> SFTTrainer:
         report_to="none",
         **more,
     )
-    # The base is loaded whole in every process; FSDP2 and ZeRO-3 shard it when training begins.
+    # The base is loaded whole in every process; FSDP2 shards it when training begins.
     model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
     config = PatConfig(task_type="CAUSAL_LM", pruning_ratio=0.25, milestone=1 / 3)
     trainer = SFTTrainer(

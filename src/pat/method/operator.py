@@ -36,7 +36,9 @@ class LowRankOperator(nn.Module):
         assert 1 <= rank <= hidden_size
         self.down = nn.Parameter(_orthonormal_rows(rank, hidden_size))
         self.scale = nn.Parameter(torch.zeros(rank))
-        self.up = nn.Parameter(_orthonormal_rows(rank, hidden_size).mT.contiguous())
+        # A copy has the strides of a new tensor for a rank of 1 as well, without which DeepSpeed cannot view its bytes.
+        columns = _orthonormal_rows(rank, hidden_size).mT.clone(memory_format=torch.contiguous_format)
+        self.up = nn.Parameter(columns)
 
     def v(self) -> Tensor:
         """Return v of shape `(r,)`."""

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
-from accelerate.state import AcceleratorState, is_initialized
 from peft.utils.other import TrainableTokensWrapper
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pat.errors import PatError
 from pat.method.schedule import milestone_step
+from pat.training.accelerated import HALVES, check_float32, check_zero, leave_sharded_dtypes
 from pat.training.calibration_data import calibration_batches
 from pat.training.regularise import Regularisers, loss_scale_of
 from pat.tuner.model import PatModel, find_tuner
@@ -69,7 +69,8 @@ class PatCallback(TrainerCallback):
         _restore_float32(tuner)
         _complete_copies(tuner)
         complete_head(kwargs["model"])
-        _leave_sharded_dtypes()
+        check_zero()
+        leave_sharded_dtypes()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -77,10 +78,11 @@ class PatCallback(TrainerCallback):
         """Find the adapter, fix the milestone, calibrate if needed, and set the mask to the first step.
 
         Raises:
-            PatError: the model carries no PAT adapter.
+            PatError: the model carries no PAT adapter, or an engine has cast it to half precision.
         """
         tuner = self._tuner(kwargs["model"])
         self._adapter = tuner.adapter
+        check_float32(tuner)
         config = tuner.pat_config(self._adapter)
         milestone = config.soft_share
         self._milestone_step = milestone_step(milestone, state.max_steps)
@@ -224,27 +226,13 @@ def _restore_float32(tuner: PatModel) -> None:
         gate.restore_float32()
     for module in [*tuner.all_gates(), *tuner.operators().values()]:
         for parameter in module.parameters():
-            if parameter.dtype in (torch.bfloat16, torch.float16):
+            if parameter.dtype in HALVES:
                 parameter.data = parameter.data.float()
     if _is_quantised(tuner):
         # LoRA's factors, too: peft keeps them in float32, and cast, the live model would not be the one that is saved.
         for parameter in tuner.model.parameters():
-            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            if parameter.requires_grad and parameter.dtype in HALVES:
                 parameter.data = parameter.data.float()
-
-
-def _leave_sharded_dtypes() -> None:
-    """Have FSDP2 gather every parameter in its own dtype, mask and operators in float32; autocast does the rest.
-
-    Raises:
-        PatError: it is the first FSDP, which hides parameters in flat ones.
-    """
-    plugin: Any = getattr(AcceleratorState(), "fsdp_plugin", None) if is_initialized() else None
-    if plugin is None:
-        return
-    if plugin.fsdp_version != 2:
-        raise PatError(f"Got fsdp_version {plugin.fsdp_version}; set fsdp_version: 2 (configs/accelerate/fsdp2.yaml).")
-    plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 
 def _is_quantised(tuner: PatModel) -> bool:

@@ -21,7 +21,8 @@ from pat.shape import AXES, LARGE_RATIO, Shape
 from pat.surgery.residual import ResidualStream
 from pat.training.arguments import TuneArguments
 from pat.training.calibration_text import read_calibration
-from pat.training.engine import check_engine
+from pat.training.deepspeed import check_deepspeed, check_deepspeed_run
+from pat.training.engine import check_engine, quantises
 from pat.training.folder import check_folder
 from pat.training.prepare import Prepared
 from pat.training.run_file import RunFile, tokens_fingerprint
@@ -87,6 +88,7 @@ def check(arguments: TuneArguments) -> Checked:
     """
     checkpoint = check_folder(arguments)
     _warn_of_idle_flags(arguments)
+    check_deepspeed(arguments)
     pat_config = arguments.pat_config()
     base_config, family = load_config(arguments.run.model_name_or_path, revision=arguments.model.model_revision)
     check_engine(arguments, base_config)
@@ -96,6 +98,7 @@ def check(arguments: TuneArguments) -> Checked:
         arguments = replace(arguments, pat=replace(arguments.pat, pruning_ratio=rest))
         pat_config = arguments.pat_config()
     shape = check_config(trimmed_config, family, pat_config)
+    check_deepspeed_run(arguments, shape, is_quantised=quantises(arguments, base_config))
     _warn_of_idle_mask(arguments, shape)
     if shape.pruning_ratio > LARGE_RATIO:
         logger.warning(

@@ -1,4 +1,4 @@
-"""The engine that trains, as the launcher and the flags choose it: one process, DDP or FSDP2."""
+"""The engine that trains, as launcher and flags choose it: one process, DDP or FSDP2 (see `deepspeed.py` as well)."""
 
 from __future__ import annotations
 
@@ -35,11 +35,6 @@ def check_engine(arguments: TuneArguments, base_config: Any) -> None:
         PatError: it cannot; the message says what can.
     """
     sft = arguments.sft
-    if sft.deepspeed is not None or _environment("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise PatError(
-            "Got DeepSpeed for `pat tune`, which goes on after the milestone with an optimizer state that DeepSpeed "
-            "cannot take over; use configs/accelerate/fsdp2.yaml, or PatCallback in a script of your own."
-        )
     if not shards(sft):
         return
     given = sft.fsdp_plugin_args or {}

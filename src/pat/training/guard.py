@@ -41,6 +41,8 @@ class FiniteGuard(TrainerCallback):
         # The largest entry: a sum of squares could overflow where every gradient is finite.
         largest = torch.nn.utils.get_total_norm(gradients, norm_type=float("inf"))
         is_bad = (~largest.isfinite()).float()
+        if not gradients:  # DeepSpeed has stepped already, and leaves out a step whose gradients are not finite
+            is_bad.fill_(float(getattr(kwargs.get("optimizer"), "step_was_skipped", False)))
         sum_over_processes(is_bad)
         if not is_bad:
             self._num_skipped = 0

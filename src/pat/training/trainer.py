@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from pat import ranks
 from pat.checkpoint.staging import make_readable, sync
 from pat.loading import TokenSetup
+from pat.training.accelerated import has_deepspeed
 from pat.training.callback import complete_head
 from pat.training.distill import DistillingTrainer
 from pat.training.prepare import Prepared
@@ -47,6 +48,8 @@ def make_trainer(
     if hasattr(config, "num_local_experts") and not hasattr(config, "num_experts"):
         config.num_experts = config.num_local_experts  # TRL's router loss asks every mixture of experts by this name
     args.output_dir = str(folder)
+    if has_deepspeed():
+        args.deepspeed_plugin = None  # accelerate takes it from the first trainer alone
     evaluation: Dataset | None = data.evaluation
     parts: dict[str, Any] = {
         "model": model,

@@ -30,7 +30,8 @@ from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.base import load, load_again
 from pat.training.base_scores import BaseScores
 from pat.training.check import check, check_run
-from pat.training.folder import clear, find_finished, find_start, run_folder, sweep
+from pat.training.deepspeed import check_goes_on
+from pat.training.folder import Start, clear, find_finished, find_start, run_folder, sweep
 from pat.training.held_out import write_held_out
 from pat.training.measure import measure, warn_of_forgetting, warn_of_losses
 from pat.training.prepare import Prepared, prepare
@@ -82,7 +83,7 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
             num_steps = rehearse(arguments, data, data.vocabulary.config_of(checked.base_config), checked.family)
         log_often(arguments.sft, num_steps)
         repository = ranks.first(lambda: open_repository(arguments))
-        start = ranks.first(lambda: find_start(arguments, checked.checkpoint, num_steps))
+        start = ranks.first(lambda: _begin(arguments, checked.checkpoint, num_steps))
 
         base = load(arguments, data)
         kept = None
@@ -143,6 +144,12 @@ def _together(arguments: TuneArguments) -> Iterator[None]:
         stack.enter_context(ranks.only_first_speaks())
         ranks.first_alone(lambda: stack.enter_context(run_folder(arguments.output_dir)))
         yield
+
+
+def _begin(arguments: TuneArguments, checkpoint: str | None, num_steps: int) -> Start:
+    start = find_start(arguments, checkpoint, num_steps)
+    check_goes_on(None if start.is_trained else start.checkpoint, arguments)
+    return start
 
 
 def _finish(

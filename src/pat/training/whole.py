@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Collection, Mapping
 from dataclasses import fields
@@ -21,8 +22,17 @@ from pat.loading.stored import stored_tensors
 
 RANDOM_STATE = "rng_state.pth"
 
-INSTEAD = {RANDOM_STATE: (RANDOM_STATE, "rng_state_0.pth"), OPTIMIZER_NAME: (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN)}
-"""Further names of a file: each of several processes writes a random state of its own, FSDP2 its own optimizer."""
+LATEST = "latest"
+"""File of DeepSpeed's that names the folder of its parts; it is written when all of them are."""
+
+INSTEAD = {
+    RANDOM_STATE: (RANDOM_STATE, "rng_state_0.pth"),
+    OPTIMIZER_NAME: (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, LATEST),
+}
+"""Further names of a file: each of several processes writes a random state of its own, FSDP2 and DeepSpeed their own
+optimizer."""
+
+_PARTS = "*zero_pp_rank_*_mp_rank_00_optim_states.pt"
 
 NEEDED = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, RANDOM_STATE, TRAINER_STATE_NAME)
 """Files without which a training that goes on would not be the one that was cut off."""
@@ -51,7 +61,7 @@ def flaw(checkpoint: Path, needed: Collection[str] = NEEDED) -> str | None:
         except Exception as error:  # of many kinds, which each format has for itself
             wrong = f"is not readable ({one_line(error)})"
         if wrong is not None:
-            return f"its {name} {wrong}"
+            return f"its {path.name} {wrong}"
     return None
 
 
@@ -90,8 +100,37 @@ def model_flaw(folder: Path) -> str | None:
         return str(error).rstrip(".")
 
 
+def num_parts(checkpoint: Path) -> int | None:
+    """Return the number of processes that hold a part of a checkpoint of DeepSpeed's; None if it is another's."""
+    return len(_parts(checkpoint / LATEST)) if (checkpoint / LATEST).is_file() else None
+
+
+def _parts(latest: Path) -> list[Path]:
+    name = latest.read_text(encoding="utf-8").strip()
+    if not re.fullmatch(r"global_step\d+", name):  # deepspeed would follow any path
+        raise ValueError(f"names {name!r:.100} instead of a folder of DeepSpeed's")
+    return sorted((latest.parent / name).glob(_PARTS))
+
+
+def _open_parts(latest: Path) -> None:
+    """Raise an error, of any kind, if a file that DeepSpeed goes on from is missing or not whole; unpickle none."""
+    parts = _parts(latest)
+    folder = latest.parent / latest.read_text(encoding="utf-8").strip()
+    held = sorted(int(re.findall(r"zero_pp_rank_(\d+)_", part.name)[0]) for part in parts)
+    states = len(list(latest.parent.glob("rng_state*.pth")))
+    if not held or held != list(range(max(states, 1))):
+        raise ValueError(f"{folder.name} has parts of the processes {held}, of {states}")
+    for path in (*parts, folder / "mp_rank_00_model_states.pt"):
+        try:
+            _open(path)
+        except Exception as error:
+            raise ValueError(f"{path.name}: {one_line(error)}") from error
+
+
 def _open(path: Path) -> Any:
     """Raise an error, of any kind, if a file is not whole; return what it holds if it is JSON."""
+    if path.name == LATEST:
+        return _open_parts(path)
     if path.suffix == ".json":
         return json.loads(path.read_text(encoding="utf-8"))
     if path.suffix == ".safetensors":

@@ -179,3 +179,10 @@ def test_build_operator() -> None:
 def test_an_impossible_rank_is_refused(rank) -> None:
     with pytest.raises(PatError, match="operator_rank"):
         build_operator(40, rank)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_parameters_can_be_viewed_as_bytes(rank: int) -> None:
+    """As DeepSpeed does to tell them to other processes; a column whose stride is left from a row cannot."""
+    for parameter in LowRankOperator(8, rank).parameters():
+        assert parameter.data.view(torch.uint8).shape[-1] == 4 * parameter.shape[-1]
