@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -35,6 +36,9 @@ _LORA = {
 }
 """Fields of `LoraConfig`, and what TRL's ModelConfig calls them."""
 
+
+_NAME = re.compile(r"[\w.]+")
+"""What is a name of modules, or the end of one, and no regular expression."""
 
 _ONE_RUN = "the processes of a run are one run, whose first process alone writes and speaks"
 _NO_METRICS = "it is for a function that computes metrics, which a command line cannot give"
@@ -198,6 +202,9 @@ file, --debug shows tracebacks.\
     def pat_config(self) -> PatConfig:
         """Return the adapter's configuration."""
         lora = {name: getattr(self.model, flag) for name, flag in _LORA.items()}
+        targets = lora["target_modules"]
+        if isinstance(targets, str) and _NAME.fullmatch(targets):
+            lora["target_modules"] = [targets]  # TRL makes text of a single name, which peft takes for a pattern
         return PatConfig(
             task_type="CAUSAL_LM", **lora, **{f.name: getattr(self.pat, f.name) for f in fields(PatOptions)}
         )
