@@ -40,6 +40,9 @@ _LORA = {
 _NAME = re.compile(r"[\w.]+")
 """What is a name of modules, or the end of one, and no regular expression."""
 
+_MAPPINGS = ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+"""Flags that transformers takes any text for, and then cannot use."""
+
 _ONE_RUN = "the processes of a run are one run, whose first process alone writes and speaks"
 _NO_METRICS = "it is for a function that computes metrics, which a command line cannot give"
 
@@ -183,6 +186,9 @@ file, --debug shows tracebacks.\
                 f"Got eval_strategy={str(self.sft.eval_strategy)!r} with held_out=0; expected rows to evaluate on: "
                 "leave --held_out at its default, or set --eval_strategy no."
             )
+        for name in _MAPPINGS:
+            if not isinstance(value := getattr(self.sft, name), Mapping | None):
+                raise PatError(f"Got {name}={value!r}; expected a mapping in JSON.")
         if self.sft.activation_offloading and not torch.accelerator.is_available():
             raise PatError(
                 "Got activation_offloading on a machine without an accelerator to offload from; leave it out."

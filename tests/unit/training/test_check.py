@@ -29,6 +29,10 @@ def checked(folder: Path, **flags: Any) -> None:
     [
         ({"eval_steps": 5}, "eval_steps=5 has no effect without --eval_strategy."),
         ({"eval_steps": 5, "eval_strategy": "steps"}, None),
+        (
+            {"load_best_model_at_end": True, "save_strategy": "no"},
+            "load_best_model_at_end=True has no effect without --eval_strategy.",
+        ),
         ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type=fp4 has no effect without --load_in_4bit."),
         ({"hub_model_id": "me/small"}, "hub_model_id=me/small has no effect without --push_to_hub."),
         ({"hub_model_id": "me/small", "push_to_hub": True}, None),
