@@ -109,7 +109,12 @@ def base_config_for(
     Raises:
         PatError: see `load_config`, or the adapter was made for another base.
     """
-    base_config, family = load_config(name, revision=revision)
+    try:
+        base_config, family = load_config(name, revision=revision)
+    except PatError as error:
+        if os.path.isdir(name) or name != expand(config.base_model_name_or_path or ""):
+            raise
+        raise PatError(f"{error} That is the base of {adapter}; --base_model says where it lies now.") from error
     kept = _kept_tokens(adapter, config, name, base_config, revision=revision)
     if kept is not None:
         base_config.vocab_size = len(kept)
