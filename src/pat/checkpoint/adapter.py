@@ -121,10 +121,10 @@ def base_config_for(
         renumber_specials(base_config, kept)
     indices = config.trainable_token_indices or []
     listed = [index for part in (indices.values() if isinstance(indices, dict) else [indices]) for index in part]
-    num_stored, base_config.vocab_size = (
-        base_config.vocab_size,
-        grown_rows(base_config.vocab_size, max(listed, default=0)),
-    )
+    num_stored, grown = base_config.vocab_size, grown_rows(base_config.vocab_size, max(listed, default=0))
+    made_for = (config.base_shape or {}).get("vocab_size") if isinstance(config, PatConfig) else None
+    if made_for in (None, grown):  # an embedding that was resized in another way cannot be made again
+        base_config.vocab_size = grown
     if isinstance(config, PatConfig):
         check_config(base_config, family, config)
     return base_config, kept is not None or base_config.vocab_size > num_stored
