@@ -27,7 +27,7 @@ from pat.training.announce import announce
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.base import load, load_again
 from pat.training.base_scores import BaseScores
-from pat.training.check import check, check_run
+from pat.training.check import check, check_run, warn_of_warmup
 from pat.training.end_token import taught_to_stop, warn_of_end_token
 from pat.training.folder import CHECKPOINTS, MODEL, RESULTS, clear, find_finished, find_start, run_folder, sweep
 from pat.training.measure import measure, warn_of_losses
@@ -77,6 +77,7 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
             return ranks.first(partial(_end_again, arguments, run, record))
         with phase("Rehearsing a step on a tiny model"):
             num_steps = rehearse(arguments, data, data.vocabulary.config_of(checked.base_config), checked.family)
+        warn_of_warmup(arguments.sft, num_steps)
         repository = ranks.first(lambda: open_repository(arguments))
         start = ranks.first(lambda: find_start(arguments, checked.checkpoint, num_steps))
 
