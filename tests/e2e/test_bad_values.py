@@ -45,6 +45,8 @@ BAD: dict[str, dict[str, str]] = {
         "max_grad_norm": "-1 nan inf",
         "label_smoothing_factor": "-0.1 1 nan",
         "neftune_noise_alpha": "-1 nan",
+        "lr_scheduler_kwargs": "x [1]",
+        "activation_checkpointing_kwargs": "x",
         "torch_empty_cache_steps": "0 -1",
         "logging_steps": "0 -1 nan",
         "eval_steps": "0 -5 nan inf",

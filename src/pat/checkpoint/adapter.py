@@ -110,17 +110,22 @@ def base_config_for(
     Raises:
         PatError: see `load_config`, or the adapter was made for another base.
     """
-    base_config, family = load_config(name, revision=revision)
+    try:
+        base_config, family = load_config(name, revision=revision)
+    except PatError as error:
+        if os.path.isdir(name) or name != expand(config.base_model_name_or_path or ""):
+            raise
+        raise PatError(f"{error} That is the base of {adapter}; --base_model says where it lies now.") from error
     kept = _kept_tokens(adapter, config, name, base_config, revision=revision)
     if kept is not None:
         base_config.vocab_size = len(kept)
         renumber_specials(base_config, kept)
     indices = config.trainable_token_indices or []
     listed = [index for part in (indices.values() if isinstance(indices, dict) else [indices]) for index in part]
-    num_stored, base_config.vocab_size = (
-        base_config.vocab_size,
-        grown_rows(base_config.vocab_size, max(listed, default=0)),
-    )
+    num_stored, grown = base_config.vocab_size, grown_rows(base_config.vocab_size, max(listed, default=0))
+    made_for = (config.base_shape or {}).get("vocab_size") if isinstance(config, PatConfig) else None
+    if made_for in (None, grown):  # an embedding that was resized in another way cannot be made again
+        base_config.vocab_size = grown
     if isinstance(config, PatConfig):
         check_config(base_config, family, config)
     return base_config, kept is not None or base_config.vocab_size > num_stored

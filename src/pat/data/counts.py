@@ -43,8 +43,9 @@ class Counts:
     """How often the chat template leaves out what is joined here by commas; see `left_out`."""
     doubled: Counter[str]
     """How often special tokens at the ends of an example, joined by commas, come twice."""
-    num_glued: int
-    """Examples without anything that tells where the prompt ends and the completion begins."""
+    num_misfits: int
+    """Examples with nothing to tell where a prompt of plain text ends, or whose answer the chat template asks for
+    otherwise than it writes it."""
     num_openings: int
     """Rows whose first message is an assistant's."""
     num_refused: int
@@ -62,10 +63,10 @@ def _count(rows: Dataset, progress: Phase) -> Counts:
     lengths: dict[str, list[Numbers]] = {"num_tokens": [], "num_targets": [], "num_left": []}
     occurring: dict[str, Counter[Any]] = {name: Counter() for name in ("unread", "end", "omitted", "doubled")}
     there: list[npt.NDArray[np.bool_]] = []
-    largest = num_glued = num_openings = 0
+    largest = num_misfits = num_openings = 0
     first_refusal = ""
     last_opening = -1  # a conversation may lie across two batches
-    for batch in batches_of(rows, [*lengths, *occurring, "input_ids", "glued", "opens", "refusal", ROW]):
+    for batch in batches_of(rows, [*lengths, *occurring, "input_ids", "misfit", "opens", "refusal", ROW]):
         progress.done += len(batch)
         is_there = pc.equal(batch["refusal"], "")
         there.append(is_there.to_numpy())
@@ -78,7 +79,7 @@ def _count(rows: Dataset, progress: Phase) -> Counts:
         largest = max(largest, pc.max(pc.list_flatten(batch["input_ids"])).as_py() or 0)
         for name, so_far in occurring.items():
             so_far.update(_occurring(batch[name]))
-        num_glued += pc.sum(batch["glued"]).as_py() or 0
+        num_misfits += pc.sum(batch["misfit"]).as_py() or 0
         openings = np.unique(batch[ROW].filter(batch["opens"]).to_numpy())
         num_openings += int((openings > last_opening).sum())
         last_opening = int(openings[-1]) if len(openings) else last_opening
@@ -98,7 +99,7 @@ def _count(rows: Dataset, progress: Phase) -> Counts:
         doubled=occurring["doubled"],
         num_unread=unread.total(),
         unread=tuple(sorted(_names(unread))),
-        num_glued=num_glued,
+        num_misfits=num_misfits,
         num_openings=num_openings,
     )
 
@@ -121,7 +122,7 @@ def counts_of_batch(encoded: Mapping[str, Sequence[Any]], is_first: Sequence[boo
         ends=Counter(end for place in indices if (end := encoded["end"][place]) is not None),
         num_unread=names.total(),
         unread=tuple(sorted(_names(names))),
-        num_glued=sum(encoded["glued"]),
+        num_misfits=sum(encoded["misfit"]),
         num_openings=sum(encoded["opens"][place] and is_first[place] for place in indices),
         num_refused=len(encoded["refusal"]) - len(indices),
         first_refusal=next(filter(None, encoded["refusal"]), ""),

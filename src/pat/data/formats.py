@@ -105,6 +105,11 @@ def detect_format(columns: Collection[str], source: str, text_field: str = "text
         return Format("text", known["text"])
     one = "".join(columns) if len(columns) == 1 else ""
     separator = next((sign for sign in (";", "\t", "|") if sign in one), None)
+    if "chosen" in known:
+        raise NoFormat(
+            f"{source}: got columns {found}, which tell preferences; only answers are learned here: rename 'chosen' to "
+            "'completion' or 'messages', or use TRL's DPOTrainer on the small model (examples/sft_then_dpo.py)."
+        )
     hint = "rename them" if separator is None else f"separate the columns by commas, not by {separator!r}"
     raise NoFormat(f"{source}: got columns {found}; expected {ACCEPTED}; {hint}.")
 

@@ -96,8 +96,9 @@ def parse_message(item: Any, what: str, chat_template: str = "") -> tuple[Messag
     name, content = (
         next((item[key] for key in keys if key in item), None) for keys in (("role", "from"), ("content", "value"))
     )
-    if not isinstance(name, str) or name not in ROLES:
-        raise RowError(f"{what} has role {name!r}, expected one of {', '.join(ROLES)}.")
+    given, name = name, name.strip().lower() if isinstance(name, str) else None
+    if name not in ROLES:
+        raise RowError(f"{what} has role {given!r}, expected one of {', '.join(ROLES)}.")
     role = name if name == "developer" and reads(chat_template, name) else ROLES[name]
     if mask := next((key for key in MASKS if key in item), None):
         raise RowError(
@@ -181,6 +182,8 @@ def _part(part: Any, what: str) -> str:
     """Return the text of one of OpenAI's content parts."""
     if not isinstance(part, Mapping):
         raise RowError(f"{what} is a list with a part {_kind(part)}, expected a string; of several texts choose one.")
+    if "role" in part or "from" in part:
+        raise RowError(f"{what} is a list of messages, expected a string; give prompt and completion in the same form.")
     kind = part.get("type", "text")
     if kind not in ("text", "input_text", "output_text"):
         raise RowError(f"{what} has a part of type {kind!r}; expected text alone, images and sounds are not learned.")

@@ -89,10 +89,17 @@ def remarks(
             f"Under the chat template {num_endless:,} {all_examples} end their answer without a special token, and do "
             "not teach the model to stop; use a --chat_template_path that ends answers with the end token."
         )
-    is_plain = data.source.template is None and data.source.format.name == "prompt-completion"
-    if is_plain and 2 * counts.num_glued > record.num_examples:
+    if data.source.template == "chat" and counts.num_misfits:
         yield (
-            f"In {counts.num_glued:,} {all_examples} the completion follows its prompt without a space, "
+            f"In {counts.num_misfits:,} {all_examples} the prompt with which the chat template asks for an answer "
+            "(add_generation_prompt) is not what it writes before that answer, as where it opens thoughts that the "
+            "answer has not: the model will be asked otherwise than it learns; use a --chat_template_path that does "
+            "both alike."
+        )
+    is_plain = data.source.template is None and data.source.format.name == "prompt-completion"
+    if is_plain and 2 * counts.num_misfits > record.num_examples:
+        yield (
+            f"In {counts.num_misfits:,} {all_examples} the completion follows its prompt without a space, "
             "a line break or a template between them; end prompts with one, or use --template chat or alpaca."
         )
     if cut.room is not None and record.num_cut_tokens:

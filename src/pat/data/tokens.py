@@ -42,7 +42,7 @@ FEATURES = Features(
         "omitted": Value("string"),  # what the chat template leaves out, see `left_out`
         "doubled": Value("string"),  # special tokens that come twice at the ends: bos, eos
         "opens": Value("bool"),  # whether the first message of the prompt is an assistant's
-        "glued": Value("bool"),  # whether prompt and completion, strings, follow each other without a gap
+        "misfit": Value("bool"),  # whether strings have no gap between them, or a template asks as it does not write
         "refusal": Value("string"),  # why there are no tokens, if the example was skipped
         ROW: Value("int64"),
     }
@@ -107,7 +107,7 @@ class Encoder:
         """
         unread = [""] * len(next(iter(batch.values())))
         omitted: list[set[str]] = [set()] * len(unread)
-        opens, glued = [False] * len(unread), [False] * len(unread)
+        opens, misfit = [False] * len(unread), [False] * len(unread)
         refusals = [""] * len(unread)
         prompts: list[list[int]] | None = None
         if "prompt" not in batch:
@@ -118,7 +118,7 @@ class Encoder:
             prompts = self._ids(batch["prompt"])
             ends = tuple(self.tokenizer.get_added_vocab())
             pairs = zip(batch["prompt"], batch["completion"], strict=True)
-            glued = [not (p[-1:].isspace() or c[:1].isspace() or p.endswith(ends)) for p, c in pairs]
+            misfit = [not (p[-1:].isspace() or c[:1].isspace() or p.endswith(ends)) for p, c in pairs]
         else:
             rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
             source = chat_template_of(self.tokenizer)
@@ -130,6 +130,7 @@ class Encoder:
             omitted = [
                 set() if found.refusal else left_out(found.row, found.whole, found.prompt, source) for found in rendered
             ]
+            misfit = [not found.whole.startswith(found.prompt) for found in rendered]
             opens = [self.completion_only and [m["role"] for m in row["prompt"][:1]] == ["assistant"] for row in rows]
         starts = [0] * len(full)
         if prompts is not None and self.completion_only:
@@ -152,7 +153,7 @@ class Encoder:
             ],
             "doubled": [find_end.doubled(ids) for ids in full],
             "opens": opens,
-            "glued": glued,
+            "misfit": misfit,
             "refusal": refusals,
             ROW: batch.get(ROW, [0] * len(full)),
         }

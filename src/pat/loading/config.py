@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from pat.errors import PatError, one_line
 from pat.families import FAMILIES, Family, get_family
@@ -117,6 +118,11 @@ def _check_folder(name_or_path: str) -> None:
         inner = path / "model"
         hint = f"pass {inner}" if os.path.isfile(inner / "config.json") else "expected a saved model"
         raise PatError(f"Got the model folder {name_or_path!r}, which has no config.json; {hint}.")
+    if os.path.isfile(path / ADAPTER_CONFIG_NAME):
+        raise PatError(
+            f"Got the model folder {name_or_path!r}, which holds an adapter ({ADAPTER_CONFIG_NAME}), and transformers "
+            "would put it on the model; merge it into its base (merge_and_unload), or move the adapter's files away."
+        )
     if os.path.isdir(path) and (size := file.stat().st_size) > MAX_CONFIG_BYTES:
         raise PatError(f"{file}: got {size:,} bytes; expected a configuration of at most {MAX_CONFIG_BYTES:,}.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -36,6 +37,12 @@ _LORA = {
 }
 """Fields of `LoraConfig`, and what TRL's ModelConfig calls them."""
 
+
+_NAME = re.compile(r"[\w.]+")
+"""What is a name of modules, or the end of one, and no regular expression."""
+
+_MAPPINGS = ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+"""Flags that transformers takes any text for, and then cannot use."""
 
 _ONE_RUN = "the processes of a run are one run, whose first process alone writes and speaks"
 _NO_METRICS = "it is for a function that computes metrics, which a command line cannot give"
@@ -180,6 +187,9 @@ file, --debug shows tracebacks.\
                 f"Got eval_strategy={str(self.sft.eval_strategy)!r} with held_out=0; expected rows to evaluate on: "
                 "leave --held_out at its default, or set --eval_strategy no."
             )
+        for name in _MAPPINGS:
+            if not isinstance(value := getattr(self.sft, name), Mapping | None):
+                raise PatError(f"Got {name}={value!r}; expected a mapping in JSON.")
         if self.sft.activation_offloading and not torch.accelerator.is_available():
             raise PatError(
                 "Got activation_offloading on a machine without an accelerator to offload from; leave it out."
@@ -199,6 +209,9 @@ file, --debug shows tracebacks.\
     def pat_config(self) -> PatConfig:
         """Return the adapter's configuration."""
         lora = {name: getattr(self.model, flag) for name, flag in _LORA.items()}
+        targets = lora["target_modules"]
+        if isinstance(targets, str) and _NAME.fullmatch(targets):
+            lora["target_modules"] = [targets]  # TRL makes text of a single name, which peft takes for a pattern
         return PatConfig(
             task_type="CAUSAL_LM", **lora, **{f.name: getattr(self.pat, f.name) for f in fields(PatOptions)}
         )

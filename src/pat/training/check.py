@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
+from trl import SFTConfig
+
 from pat import ranks
 from pat.checkpoint.places import RUN_FILE
 from pat.data.files import is_saved
@@ -47,6 +49,10 @@ NEEDED = {
     "eval_steps": "eval_strategy",
     "eval_on_start": "eval_strategy",
     "eval_packing": "eval_strategy",
+    "eval_delay": "eval_strategy",
+    "eval_accumulation_steps": "eval_strategy",
+    "eval_do_concat_batches": "eval_strategy",
+    "load_best_model_at_end": "eval_strategy",
     "distill_weight": "distill",
     "distill_top_k": "distill",
     "hub_model_id": "push_to_hub",
@@ -160,6 +166,18 @@ def compacts(no_compact: bool, config: PatConfig, *, warns: bool = False) -> boo
             logger.warning("Training goes on at full width after the milestone. %s", obstacle)
         return False
     return True
+
+
+def warn_of_warmup(sft: SFTConfig, num_steps: int) -> None:
+    """Say so if the learning rate grows for longer than a run has steps."""
+    if (num_warm := sft.get_warmup_steps(num_steps)) >= num_steps > 1:
+        logger.warning(
+            "The learning rate grows over %s steps (--warmup_steps), and the run has %s, so that it never gets to %g; "
+            "warm up for fewer.",
+            f"{num_warm:,}",
+            f"{num_steps:,}",
+            sft.learning_rate,
+        )
 
 
 def warn_without_rotation(tuner: PatModel) -> None:

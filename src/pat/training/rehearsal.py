@@ -89,7 +89,7 @@ def _attached(arguments: TuneArguments, data: Prepared, config: Any, shape: Shap
         model = AutoModelForCausalLM.from_config(config, attn_implementation=arguments.model.attn_implementation)
         model = cast(PreTrainedModel, model.float())
         if shape is None:
-            _check_names(arguments, model)
+            _check_names(arguments, pat_config.target_modules, model)
         else:
             data.vocabulary.fit(model)
             names = {name for name, _ in model.named_modules()}
@@ -111,7 +111,7 @@ def _attached(arguments: TuneArguments, data: Prepared, config: Any, shape: Shap
         return cast(PeftModel, get_peft_model(model, data.vocabulary.note(pat_config, config)))
 
 
-def _check_names(arguments: TuneArguments, base: PreTrainedModel) -> None:
+def _check_names(arguments: TuneArguments, targets: Any, base: PreTrainedModel) -> None:
     """Refuse names that peft would pass over.
 
     Raises:
@@ -119,12 +119,14 @@ def _check_names(arguments: TuneArguments, base: PreTrainedModel) -> None:
     """
     model = arguments.model
     modules, parameters = [n for n, _ in base.named_modules()], [n for n, _ in base.named_parameters()]
-    for flag, given, found in (
-        ("lora_modules_to_save", model.lora_modules_to_save, modules),
-        ("lora_target_parameters", model.lora_target_parameters, parameters),
+    for flag, given, found, ends in (
+        # peft asks for one of them to be found, and takes text for a regular expression.
+        ("lora_target_modules", () if isinstance(targets, str) else targets, modules, True),
+        ("lora_modules_to_save", model.lora_modules_to_save, modules, False),
+        ("lora_target_parameters", model.lora_target_parameters, parameters, False),
     ):
         for name in given or ():
-            if not any(f".{name}." in f".{place}." for place in found):
+            if not any(f".{place}".endswith(f".{name}") if ends else f".{name}." in f".{place}." for place in found):
                 raise PatError(f"Got {flag}={name}, but the base has nothing of that name; expected a part of it.")
 
 

@@ -29,7 +29,7 @@ from pat.training.announce import announce
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.base import load, load_again
 from pat.training.base_scores import BaseScores
-from pat.training.check import check, check_run
+from pat.training.check import check, check_run, warn_of_warmup
 from pat.training.deepspeed import check_goes_on
 from pat.training.folder import Start, clear, find_finished, find_start, run_folder, sweep
 from pat.training.held_out import write_held_out
@@ -82,6 +82,7 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
         with phase("Rehearsing a step on a tiny model"):
             num_steps = rehearse(arguments, data, data.vocabulary.config_of(checked.base_config), checked.family)
         log_often(arguments.sft, num_steps)
+        warn_of_warmup(arguments.sft, num_steps)
         repository = ranks.first(lambda: open_repository(arguments))
         start = ranks.first(lambda: _begin(arguments, checked.checkpoint, num_steps))
 

@@ -91,6 +91,7 @@ def plan_attachment(
     stream = known_stream or map_of(model)
     shares_head = stream.head is None
     _check_lora_bias(config, stream)
+    _check_saved(config, stream)
     tied = shares_head and not config.untie_word_embeddings
     rotation = config.resolved_rotation if config.is_resolved else None
     if rotation is None:  # a new adapter, not a loaded one
@@ -240,6 +241,18 @@ def _check_lora_bias(config: PatConfig, stream: ResidualStream) -> None:
                     f"Got lora_bias=True, but {linear.path} has no bias in this model to merge a trained one into; "
                     "leave lora_bias out, or name layers with a bias in target_modules."
                 )
+
+
+def _check_saved(config: PatConfig, stream: ResidualStream) -> None:
+    """Refuse to train modules as a whole that hold what is pruned: peft would copy it, while the gates are put on."""
+    for name in config.modules_to_save or ():
+        for branch in stream.branches:
+            for linear in (*branch.readers, branch.writer):
+                if f".{name}." in f".{linear.path}":
+                    raise PatError(
+                        f"Got modules_to_save with {name!r}, which holds {linear.path}, and PAT acts in it; name the "
+                        f"modules inside that are to be trained as a whole, such as {linear.path.rpartition('.')[2]!r}."
+                    )
 
 
 def _check_rope(base_config: Any, family: Family, shape: Shape) -> None:

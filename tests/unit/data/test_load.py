@@ -80,7 +80,7 @@ CONVERSATIONS: dict[str, tuple[dict[str, Any], Rows]] = {
         [chat(answer("hi"), user("a"), answer("b"))],
     ),
     "ShareGPT": (
-        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"conversations": [{"from": "Human", "value": "a"}, {"from": "gpt", "value": "b"}]},
         [chat(user("a"), answer("b"))],
     ),
     "roles of tools": (
@@ -458,6 +458,11 @@ def test_a_saved_dataset_that_is_not_whole_is_named(tmp_path: Path, file: str, f
             read(folder)
 
 
+def test_preferences_are_named(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    refused(write(tmp_path / "data.jsonl", rows), "which tell preferences", "rename 'chosen' to 'completion'")
+
+
 def test_files_of_other_forms_are_named_by_what_is_missing(tmp_path: Path) -> None:
     files = {"a.jsonl": one("a"), "b.jsonl": json.dumps({"messages": [user("a"), answer("b")]})}
     place = "a.jsonl, line 1: field 'messages' is missing (found instruction, output); expected a list of messages"
@@ -591,6 +596,7 @@ BAD_ROWS: list[tuple[dict[str, Any], Any, str]] = [
     ({"instruction": "a", "output": True}, CHAT, "'output' is of type bool"),
     ({"instruction": "a", "output": {"x": 1}}, CHAT, "'output' is of type dict"),
     ({"instruction": "a", "output": ["b", "c"]}, CHAT, "'output' is a list with a part of type str, expected a string"),
+    ({"instruction": "a", "output": [answer("b")]}, CHAT, "'output' is a list of messages, expected a string"),
     ({"instruction": "\ud800", "output": "b"}, CHAT, "not valid Unicode"),
     ({"instruction": "a", "output": "b", "system": "s"}, NO_CHAT, "'system' has no place in the Alpaca wording"),
     ({"instruction": "a", "output": "b", "history": [["c"]]}, CHAT, "[question, answer] pairs"),

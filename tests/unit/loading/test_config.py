@@ -105,6 +105,12 @@ def test_what_can_be_used_is_not_refused(fields: dict[str, Any], base: Path) -> 
     load_config(str(base))
 
 
+def test_a_model_with_an_adapter_in_its_folder_is_refused(base: Path) -> None:
+    """transformers would put it on the model, of which one part of a run then is measured and another trained."""
+    (base / "adapter_config.json").write_text("{}")
+    assert "holds an adapter (adapter_config.json)" in refused(base)
+
+
 def test_layers_that_the_configuration_has_no_place_for(base: Path) -> None:
     """Without a word transformers would load half a model."""
     edit(base, num_hidden_layers=1)

@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 from pat.errors import PatError
 from pat.loading import load_config
 from pat.training.arguments import build_arguments
-from pat.training.check import NEEDED, WITHOUT_ARGUMENTS, check, check_run
+from pat.training.check import NEEDED, WITHOUT_ARGUMENTS, check, check_run, warn_of_warmup
 from pat.training.run_file import RunFile
 
 
@@ -29,6 +29,10 @@ def checked(folder: Path, **flags: Any) -> None:
     [
         ({"eval_steps": 5}, "eval_steps=5 has no effect without --eval_strategy."),
         ({"eval_steps": 5, "eval_strategy": "steps"}, None),
+        (
+            {"load_best_model_at_end": True, "save_strategy": "no"},
+            "load_best_model_at_end=True has no effect without --eval_strategy.",
+        ),
         ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type=fp4 has no effect without --load_in_4bit."),
         ({"hub_model_id": "me/small"}, "hub_model_id=me/small has no effect without --push_to_hub."),
         ({"hub_model_id": "me/small", "push_to_hub": True}, None),
@@ -63,6 +67,17 @@ def test_what_does_nothing_or_too_much_is_said(
     flags: dict[str, Any], words: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     checked(tmp_path, **flags)
+    assert [words in line if words else line for line in caplog.messages] == ([True] if words else [])
+
+
+@pytest.mark.parametrize(
+    ("warmup_steps", "num_steps", "words"), [(50, 4, "over 50 steps"), (0.5, 4, None), (1, 1, None)]
+)
+def test_a_warmup_longer_than_the_run_is_said(
+    warmup_steps: float, num_steps: int, words: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = build_arguments(model_name_or_path="base", dataset_name="d", output_dir="o", warmup_steps=warmup_steps)
+    warn_of_warmup(arguments.sft, num_steps)
     assert [words in line if words else line for line in caplog.messages] == ([True] if words else [])
 
 

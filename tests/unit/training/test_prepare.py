@@ -289,6 +289,17 @@ def test_ends_of_answers_are_known_however_rows_are_cut(
         assert any("do not teach the model to stop" in line for line in lines_of(caplog)) == (not ends)
 
 
+def test_a_template_that_asks_otherwise_than_it_writes_is_said(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    chats = [{"messages": [say("user", "fox"), say("assistant", text)]} for text in ("dog", "<think>dog")]
+    tokenizer = make_tokenizer()
+    for opened, num in (("", 0), ("<think>", 1)):
+        tokenizer.chat_template = CHAT_TEMPLATE + "{% if add_generation_prompt %}" + opened + "{% endif %}"
+        tokenizer.save_pretrained(base)
+        prepared(base, chats)
+        said = [line for line in lines_of(caplog) if "is not what it writes before that answer" in line]
+        assert len(said) == num and all(line.startswith("In 1 of 2 examples the prompt") for line in said)
+
+
 TURN = "{{ '[' + m.role + ']' + TEXT + '<eos>' }}"
 ALL_BUT_TOOLS = "{% if m.role not in ['tool', 'system'] %}" + TURN.replace("TEXT", "m.content") + "{% endif %}"
 
