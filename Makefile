@@ -1,6 +1,6 @@
 # A fresh machine needs make and Python >= 3.11 with the venv module, nothing else.
 #   make demo   the main job on a small model: install, tune, prune, compare (OUT= chooses another folder)
-#   make test   the same set-up, then every test (ARGS= goes to pytest)
+#   make test   installs what the tests need, then runs every test (ARGS= goes to pytest)
 #   make newest  every test with the newest transformers, trl and peft, beyond the ranges of pyproject.toml, in .venv-newest
 #   make lint   ruff and mypy
 #   make compare CONFIG=tiny  methods x ratios x seeds under one budget; CONFIG= one of benchmarks/compare/configs or a file,

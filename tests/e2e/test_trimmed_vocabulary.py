@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pat
 from pat.checkpoint.merge import merge
+from pat.data.examples import prepare_examples
 from pat.data.vocabulary import Vocabulary
 from pat.errors import PatError
 from pat.nll import response_nll, text_perplexity
 from pat.surgery.describe import count_parameters
-from pat.training.examples import prepare_examples
 from pat.training.tune import TuneResult
 from tests.tiny_runs import tune_flags
 

@@ -120,16 +120,21 @@ def base_license(base_model: str, revision: str | None = None) -> dict[str, str]
 
 
 def hub_id(base_model: str) -> str | None:
-    """Return the id that the hub knows a base by; None where neither its name, its folder nor its card tells it.
+    """Return the id that the hub knows a base by; None where neither its name nor its place in the hub's cache tells.
 
-    A card in a local folder says what the model there comes from, which the hub takes for a base as well.
+    The card in a local folder does not: it names what the model there was made of, which is another model.
     """
     if not os.path.exists(base_model):
         return base_model if _HUB_ID.fullmatch(base_model) else None
     for part in Path(os.path.abspath(base_model)).parts:  # of the hub's own cache
         if part.startswith("models--") and part.count("--") == 2:
             return "/".join(part.split("--")[1:])
-    named = getattr(_base_card(base_model, None), "base_model", None)
+    return None
+
+
+def _named_in_card(base_model: str) -> str | None:
+    """Return the id that a local folder's card gives for what its model was made of."""
+    named = getattr(_base_card(base_model, None), "base_model", None) if os.path.exists(base_model) else None
     named = named[0] if isinstance(named, list) and len(named) == 1 else named
     return named if isinstance(named, str) and _HUB_ID.fullmatch(named) else None
 
@@ -175,7 +180,7 @@ def render_card(cut: Cut, parity: Parity, provenance: Mapping[str, Any]) -> str:
         data,
         template_str=resources.files("pat.checkpoint").joinpath("card.md.jinja").read_text(encoding="utf-8"),
         base=as_markdown(shown_name(base_model)),
-        origin=_origin(shown_name(base_model), named) if base_model not in (named, UNKNOWN) else None,
+        origin=_origin(base_model, named) if base_model not in (named, UNKNOWN) else None,
         cut=cut,
         parity=parity,
         run={name: as_markdown(value) if isinstance(value, str) else value for name, value in provenance.items()},
@@ -196,13 +201,16 @@ def render_card(cut: Cut, parity: Parity, provenance: Mapping[str, Any]) -> str:
     return str(card)
 
 
-def _origin(folder: str, named: str | None) -> str:
+def _origin(base_model: str, named: str | None) -> str:
     """Say what a base is that was not named by an id of the hub."""
+    name = f"`{as_markdown(shown_name(base_model))}`"
     if named is not None:
-        return f"`{as_markdown(folder)}` was a folder; by its card or its place the model in it comes from `{named}`."
+        return f"{name} was a folder of the Hub's cache, of `{named}`."
+    made_of = _named_in_card(base_model)
+    beside = f" Its own card says that it was made of `{made_of}`." if made_of else ""
     return (
-        f"`{as_markdown(folder)}` is the name of a folder and no id of the Hub (owner/name), so the metadata of this "
-        "card have no `base_model`; add it if you publish this model."
+        f"{name} names no model of the Hub (owner/name), so the metadata of this card have no `base_model`; add it if "
+        f"you publish this model.{beside}"
     )
 
 

@@ -28,9 +28,6 @@ from pat.report.progress import quiet_transformers
 from pat.tuner.compaction import CompactModel
 from pat.tuner.model import PatModel
 
-"""Names of what the folder holds."""
-
-
 COMPACTION_REFUSED = (
     "The compact model is not the masked one: {missed}. The adapter as of the milestone and the checkpoints are kept; "
     "the same command with --no_compact true goes on at full width."

@@ -18,6 +18,7 @@ from pat.checkpoint.adapter_tokens import adapter_tokens
 from pat.checkpoint.card import shown_name
 from pat.checkpoint.places import RESULTS
 from pat.data.conversion import TemplateChoice
+from pat.data.examples import prepare_examples
 from pat.data.record import DataRecord
 from pat.data.vocabulary import Vocabulary
 from pat.errors import PatError
@@ -29,7 +30,6 @@ from pat.nll import NLL, Example, read_text, response_nll, text_perplexity
 from pat.report.progress import bars_of_datasets, progress_bar
 from pat.report.records import Record, collected_warnings, write_record
 from pat.report.table import Table
-from pat.training.examples import prepare_examples
 from pat.tuner.model import find_tuner
 
 TOKENS_PER_LIMIT = 1000

@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from pat.checkpoint.card import shown_name
+from pat.data.examples import prepare_examples
 from pat.data.vocabulary import Vocabulary
 from pat.errors import PatError
 from pat.families import Family
@@ -24,7 +25,6 @@ from pat.plan.curves import Measured, Point, flags, interpolated
 from pat.plan.work import num_read
 from pat.report.progress import Phase
 from pat.shape import AXES
-from pat.training.examples import prepare_examples
 from pat.training.precision import bf16_pays_on_cpu
 from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel, find_tuner

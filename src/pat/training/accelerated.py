@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -10,9 +12,23 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from pat.errors import PatError
 from pat.tuner.model import PatModel
-from pat.tuner.prepare import NO_ZERO_3
+from pat.tuner.zero import NO_ZERO_3
 
 HALVES = (torch.bfloat16, torch.float16)
+
+
+def check_installed(deepspeed: Any) -> None:
+    """Check that DeepSpeed is there, if it is asked for; transformers would say so in words of its own.
+
+    Args:
+        deepspeed: the flag of this name; a launcher says it by a variable of the environment.
+
+    Raises:
+        PatError: it is not.
+    """
+    asked = deepspeed is not None or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    if asked and find_spec("deepspeed") is None:
+        raise PatError("Got DeepSpeed, which is not installed: pip install deepspeed, or use DDP or FSDP2.")
 
 
 def check_zero() -> None:
@@ -30,15 +46,16 @@ def check_float32(tuner: PatModel) -> None:
     """Check that the engine has left mask, gates and operators in float32.
 
     Raises:
-        PatError: it has not, as DeepSpeed's own bf16 and fp16 do.
+        PatError: one of them is in half precision.
     """
     modules = [*tuner.all_gates(), *tuner.operators().values()]
     found = next((p.dtype for module in modules for p in module.parameters() if p.dtype in HALVES), None)
     if found is not None:
-        raise PatError(
-            f"Got a mask in {str(found).removeprefix('torch.')}, to which DeepSpeed's own bf16 and fp16 cast whatever "
-            "is trained; set bf16=False and fp16=False in the trainer's arguments, or use DDP or FSDP2."
-        )
+        cause, remedy = "something has cast it", "leave mask and operators as they are attached, and train by autocast"
+        if has_deepspeed():
+            cause = "DeepSpeed's own bf16 and fp16 cast whatever is trained"
+            remedy = "set bf16=False and fp16=False in the trainer's arguments, or use DDP or FSDP2"
+        raise PatError(f"Got a mask in {str(found).removeprefix('torch.')}, expected float32: {cause}; {remedy}.")
 
 
 def leave_sharded_dtypes() -> None:

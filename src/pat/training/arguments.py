@@ -19,6 +19,7 @@ from pat.options import OptionsParser
 from pat.paths import check_writable, expand
 from pat.recipes import recipe_defaults
 from pat.shape import check_request
+from pat.training.accelerated import check_installed
 from pat.training.options import DistillOptions, RunOptions
 from pat.training.precision import bf16_pays_on_cpu
 from pat.training.streaming import check_streaming
@@ -176,6 +177,7 @@ file, --debug shows tracebacks.\
     @staticmethod
     def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         """Return what lies between TRL's defaults and what is given: LoRA's, the machine's, the recipe's."""
+        check_installed(given.get("deepspeed"))
         lora = {flag: PatConfig.__dataclass_fields__[name].default for name, flag in _LORA.items()}
         return {**lora, **_machine_defaults(given), **recipe_defaults(given.get("recipe", RunOptions.recipe))}
 

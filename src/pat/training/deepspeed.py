@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from pat import ranks
 from pat.errors import PatError
 from pat.paths import is_inside
-from pat.training.whole import num_parts
+from pat.training.whole import num_parts, parts_folder
+from pat.tuner.zero import NO_ZERO_3
 
 if TYPE_CHECKING:
     from pat.shape import Shape
@@ -32,14 +33,12 @@ def check_deepspeed(arguments: TuneArguments) -> None:
     sft = arguments.sft
     if (plugin := sft.deepspeed_plugin) is None:
         return
+    if plugin.zero_stage == 3:
+        raise PatError(NO_ZERO_3)
     own = [name for name in ("optimizer", "scheduler") if name in plugin.deepspeed_config]
     precision = "bf16" if sft.bf16 else "fp16"
     _refuse(
-        (
-            plugin.zero_stage not in STAGES,
-            f"ZeRO-{plugin.zero_stage}",
-            "set zero_stage: 2, or shard the weights by FSDP2 (configs/accelerate/fsdp2.yaml)",
-        ),
+        (plugin.zero_stage not in STAGES, f"ZeRO-{plugin.zero_stage}", "set zero_stage: 2"),
         (
             bool(own),
             f"a configuration with {' and '.join(own)}",
@@ -96,7 +95,7 @@ def check_goes_on(checkpoint: str | None, arguments: TuneArguments) -> None:
             f"{checkpoint}: was not written by DeepSpeed, which goes on from its own checkpoints alone; go on with "
             f"the engine that the run began with, {anew}."
         )
-    if uses and not is_inside(checkpoint, arguments.output_dir):
+    if uses and not is_inside(str(parts_folder(Path(checkpoint))), arguments.output_dir):
         raise PatError(
             f"{checkpoint}: lies outside of {arguments.output_dir}, and DeepSpeed opens checkpoints as pickles, which "
             "can run programs; go on in the folder of that run, or with another engine."

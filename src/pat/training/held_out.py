@@ -21,15 +21,6 @@ def write_held_out(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         known = {name: value for name, value in row.items() if value is not None}
         form = "text" if "text" in known else type(known["prompt"]).__name__
-        forms.setdefault(form, []).append(_line(known))
+        forms.setdefault(form, []).append(json.dumps(known, ensure_ascii=False))
     for name, lines in zip(HELD_OUT, forms.values(), strict=False):
         write_whole(folder / name, "\n".join([*lines, ""]))
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    line = json.dumps(row, ensure_ascii=False)
-    try:
-        line.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which no file can hold but as JSON writes it
-        return json.dumps(row)
-    return line

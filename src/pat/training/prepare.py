@@ -20,6 +20,7 @@ from trl import SFTConfig, pack_dataset
 from pat.checkpoint.verification_text import verification_batches
 from pat.data.counts import Counts, count, count_tokens, longest_of
 from pat.data.end_token import ends_of
+from pat.data.kept import kept_of, lengths_of
 from pat.data.load import TrainingData
 from pat.data.record import DataRecord
 from pat.data.tables import ROWS_AT_ONCE
@@ -36,8 +37,6 @@ from pat.training.parts import (
     apart_of,
     encoded,
     epoch_of,
-    kept_of,
-    lengths_of,
     load_parts,
     open_parts,
     records_of,
@@ -82,7 +81,8 @@ class Prepared:
     held_out_groups: Sequence[int]
     """Number of the source of each of them; none if there is only one source."""
     held_out_rows: Sequence[Mapping[str, Any]]
-    """The same as prompts and completions, or texts, before they were tokens; none of a file of their own."""
+    """The held-out rows of the data before they are tokenised, as prompts and completions or texts; empty where
+    `--held_out` names a file."""
     held_out_of_base: Sequence[Example] | None
     """The same examples in the base's tokens, where the vocabulary was trimmed."""
     general: General | None
@@ -204,7 +204,7 @@ def _evaluation(apart: Sequence[Example], sft: SFTConfig, cut: Truncation) -> Da
 
 
 def _rows_of_the_data(parts: Sequence[Part]) -> list[Mapping[str, Any]]:
-    """Return the rows that were kept apart of each source."""
+    """Return the held-out rows of all sources."""
     own = (part.data.held_out for part in parts if part.data.held_out_name is None)
     return [row for rows in own if rows is not None for row in rows.to_list()]
 

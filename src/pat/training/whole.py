@@ -55,6 +55,8 @@ def flaw(checkpoint: Path, needed: Collection[str] = NEEDED) -> str | None:
             if name in needed:
                 return f"it has no {name}"
             continue
+        if path.name == LATEST:
+            continue  # see below
         try:
             content = _open(path)
             wrong = _flaw_of_state(content, checkpoint.name) if name == TRAINER_STATE_NAME else None
@@ -62,6 +64,11 @@ def flaw(checkpoint: Path, needed: Collection[str] = NEEDED) -> str | None:
             wrong = f"is not readable ({one_line(error)})"
         if wrong is not None:
             return f"its {path.name} {wrong}"
+    if (latest := checkpoint / LATEST).is_file():  # beside another engine's optimizer, too
+        try:
+            _open_parts(latest)
+        except Exception as error:
+            return f"its {LATEST} is not readable ({one_line(error)})"
     return None
 
 
@@ -102,20 +109,25 @@ def model_flaw(folder: Path) -> str | None:
 
 def num_parts(checkpoint: Path) -> int | None:
     """Return the number of processes that hold a part of a checkpoint of DeepSpeed's; None if it is another's."""
-    return len(_parts(checkpoint / LATEST)) if (checkpoint / LATEST).is_file() else None
+    return len(list(parts_folder(checkpoint).glob(_PARTS))) if (checkpoint / LATEST).is_file() else None
 
 
-def _parts(latest: Path) -> list[Path]:
-    name = latest.read_text(encoding="utf-8").strip()
-    if not re.fullmatch(r"global_step\d+", name):  # deepspeed would follow any path
+def parts_folder(checkpoint: Path) -> Path:
+    """Return the folder of DeepSpeed's parts in a checkpoint of its.
+
+    Raises:
+        ValueError: it is named otherwise than DeepSpeed names it, which would follow any path.
+    """
+    name = (checkpoint / LATEST).read_text(encoding="utf-8").strip()
+    if not re.fullmatch(r"global_step\d+", name):
         raise ValueError(f"names {name!r:.100} instead of a folder of DeepSpeed's")
-    return sorted((latest.parent / name).glob(_PARTS))
+    return checkpoint / name
 
 
 def _open_parts(latest: Path) -> None:
     """Raise an error, of any kind, if a file that DeepSpeed goes on from is missing or not whole; unpickle none."""
-    parts = _parts(latest)
-    folder = latest.parent / latest.read_text(encoding="utf-8").strip()
+    folder = parts_folder(latest.parent)
+    parts = sorted(folder.glob(_PARTS))
     held = sorted(int(re.findall(r"zero_pp_rank_(\d+)_", part.name)[0]) for part in parts)
     states = len(list(latest.parent.glob("rng_state*.pth")))
     if not held or held != list(range(max(states, 1))):
@@ -129,8 +141,6 @@ def _open_parts(latest: Path) -> None:
 
 def _open(path: Path) -> Any:
     """Raise an error, of any kind, if a file is not whole; return what it holds if it is JSON."""
-    if path.name == LATEST:
-        return _open_parts(path)
     if path.suffix == ".json":
         return json.loads(path.read_text(encoding="utf-8"))
     if path.suffix == ".safetensors":

@@ -12,7 +12,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from pat.budget import choose_shape
 from pat.errors import PatError
@@ -27,13 +26,9 @@ from pat.surgery.rotation import gain_block
 from pat.tuner.config import PatConfig
 from pat.tuner.options import PatOptions
 from pat.tuner.target import ratio_of_target
+from pat.tuner.zero import check_not_taken_apart
 
 logger = logging.getLogger(__name__)
-
-NO_ZERO_3 = (
-    "Got DeepSpeed's ZeRO-3, which leaves no weight whole to choose channels by; set zero_stage: 2, or shard the "
-    "weights by FSDP2 (configs/accelerate/fsdp2.yaml)."
-)
 
 _DEFAULTS = {field.name: field.default for field in fields(PatOptions)}
 
@@ -65,8 +60,7 @@ def plan_attachment(
         PatError: the family is not supported, the width illegal, an option impossible, or the adapter belongs to
             another base model, or DeepSpeed has taken the weights apart.
     """
-    if is_deepspeed_zero3_enabled():
-        raise PatError(NO_ZERO_3)
+    check_not_taken_apart()
     if known_stream is None and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise PatError(
             "Got a model with adapter layers already; load the base model again, call unload() on its PeftModel "

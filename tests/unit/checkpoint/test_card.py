@@ -174,7 +174,7 @@ def test_no_path_of_base_or_data_gets_into_the_card(tmp_path: Path) -> None:
     assert str(tmp_path) not in text
     assert "data: data.jsonl" in text
     assert "base_model" not in ModelCard(text).data.to_dict()  # which the hub takes for an id
-    assert "`base` is the name of a folder and no id of the Hub" in text
+    assert "`base` names no model of the Hub" in text
 
 
 @pytest.mark.parametrize(
@@ -187,11 +187,13 @@ def test_no_path_of_base_or_data_gets_into_the_card(tmp_path: Path) -> None:
         ("/a/b", None),
     ],
 )
-def test_a_folder_whose_card_names_its_base_is_known_by_that(tmp_path: Path, named: str, expected: str | None) -> None:
+def test_what_the_base_was_made_of_is_said_and_is_not_taken_for_the_base(
+    tmp_path: Path, named: str, expected: str | None
+) -> None:
     (tmp_path / "README.md").write_text(f"---\nbase_model: {named}\n---\n# Base\n")
     text = card(model_name_or_path=str(tmp_path))
-    assert ModelCard(text).data.to_dict().get("base_model") == expected
-    assert (f"the model in it comes from `{expected}`" in text) == (expected is not None)
+    assert "base_model" not in ModelCard(text).data.to_dict()
+    assert (f"Its own card says that it was made of `{expected}`" in text) == (expected is not None)
 
 
 def test_a_folder_of_the_hubs_cache_is_known_by_its_place(tmp_path: Path) -> None:

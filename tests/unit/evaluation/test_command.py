@@ -14,12 +14,12 @@ from tiny_training import attach, tuner_of
 from tokenizers.normalizers import Strip
 from transformers import AutoModelForCausalLM
 
+from pat.data.examples import prepare_examples
 from pat.data.vocabulary import Vocabulary
 from pat.errors import PatError
 from pat.evaluation.command import EvaluationRecord, print_evaluation, run_evaluate
 from pat.evaluation.options import EvaluateOptions
 from pat.nll import response_nll, text_perplexity
-from pat.training.examples import prepare_examples
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 3
 ROWS = [{"prompt": f"Say {word}: ", "completion": word} for word in ("yes", "no", "perhaps", "not at all")]

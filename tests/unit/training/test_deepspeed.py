@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,7 +57,7 @@ def test_a_run_that_hands_nothing_over_is_let_pass(flags: dict[str, Any], tmp_pa
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"stage": 3}, "Got ZeRO-3 with DeepSpeed; set zero_stage: 2, or shard the weights by FSDP2"),
+        ({"stage": 3}, "Got DeepSpeed's ZeRO-3, which leaves no weight whole"),
         ({"stage": 0}, "Got ZeRO-0"),
         ({"milestone": 0.3}, r"Got a milestone of 0.3 with DeepSpeed; .*set --milestone 0 or --no_compact true"),
         ({"axes": "hidden"}, "Got a milestone of 0.02"),
@@ -102,6 +103,9 @@ def test_a_checkpoint_is_whole_with_all_of_its_parts(checkpoint: Path) -> None:
     assert "mp_rank_00_model_states.pt" in str(flaw(checkpoint))
     (checkpoint / "latest").write_text("../../elsewhere")
     assert "names '../../elsewhere' instead of a folder of DeepSpeed's" in str(flaw(checkpoint))
+    torch.save({}, checkpoint / "optimizer.pt")  # which hides nothing
+    assert "names '../../elsewhere'" in str(flaw(checkpoint))
+    (checkpoint / "optimizer.pt").unlink()
     (checkpoint / "latest").unlink()
     assert flaw(checkpoint) == "it has no optimizer.pt" and num_parts(checkpoint) is None
 
@@ -123,6 +127,15 @@ def test_it_goes_on_from_its_own_checkpoints_in_as_many_processes(
     run.sft.deepspeed_plugin = None
     with pytest.raises(PatError, match="a part for each of 2 processes, and got another engine"):
         check_goes_on(str(outside), run)
+    run.sft.deepspeed_plugin = plugin
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    linked = tmp_path / "out" / "checkpoints" / "compact" / "checkpoint-3"
+    linked.mkdir()
+    (linked / "latest").write_text("global_step2")
+    (linked / "global_step2").symlink_to(outside / "global_step2")
+    with pytest.raises(PatError, match="DeepSpeed opens checkpoints as pickles"):
+        check_goes_on(str(linked), run)
+    run.sft.deepspeed_plugin = None
     (outside / "latest").unlink()
     check_goes_on(str(outside), run)
     run.sft.deepspeed_plugin = plugin
@@ -130,10 +143,22 @@ def test_it_goes_on_from_its_own_checkpoints_in_as_many_processes(
         check_goes_on(str(outside), run)
 
 
+@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_where_it_is_not_installed_one_line_says_so(
+    by_flag: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = {"deepspeed": "ds.json"} if by_flag else {}
+    if not by_flag:
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(PatError, match=r"^Got DeepSpeed, which is not installed: pip install deepspeed"):
+        build_arguments(model_name_or_path="m", dataset_name="d", output_dir=str(tmp_path / "out"), **flags)
+
+
 def test_a_mask_that_an_engine_has_cast_is_refused() -> None:
     tuner = find_tuner(attach(build("llama", tied=True)))
     assert tuner is not None
     check_float32(tuner)
     tuner.bfloat16()
-    with pytest.raises(PatError, match="Got a mask in bfloat16, to which DeepSpeed's own bf16"):
+    with pytest.raises(PatError, match="Got a mask in bfloat16, expected float32: something has cast it"):
         check_float32(tuner)

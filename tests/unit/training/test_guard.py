@@ -36,14 +36,12 @@ def test_a_model_without_gradients_passes() -> None:
 
 
 def test_an_engine_that_has_stepped_says_which_step_it_left_out() -> None:
-    args, state = SimpleNamespace(fp16=False), SimpleNamespace(global_step=4)
-    for skipped in (False, True):
-        given = {"model": nn.Linear(3, 3), "optimizer": SimpleNamespace(step_was_skipped=skipped)}
-        if not skipped:
-            FiniteGuard().on_pre_optimizer_step(args, state, None, **given)
-            continue
-        with pytest.raises(RunFailed, match="non-finite at step 4"):
-            FiniteGuard().on_pre_optimizer_step(args, state, None, **given)
+    args, state, optimizer = SimpleNamespace(fp16=False), SimpleNamespace(global_step=4), SimpleNamespace()
+    optimizer.step_was_skipped = False
+    FiniteGuard().on_pre_optimizer_step(args, state, None, model=nn.Linear(3, 3), optimizer=optimizer)
+    optimizer.step_was_skipped = True
+    with pytest.raises(RunFailed, match="non-finite at step 4"):
+        FiniteGuard().on_pre_optimizer_step(args, state, None, model=nn.Linear(3, 3), optimizer=optimizer)
 
 
 def test_steps_that_a_loss_scaler_skips_pass_unless_it_skips_nothing_else() -> None:

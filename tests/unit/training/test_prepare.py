@@ -16,12 +16,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTTrainer, clone_chat_template
 
+from pat.data.examples import prepare_examples
 from pat.data.load import load_training_data
 from pat.data.rendered import left_out
 from pat.data.vocabulary import Vocabulary, load_vocabulary
 from pat.errors import PatError
 from pat.training.arguments import TuneArguments, build_arguments
-from pat.training.examples import prepare_examples
 from pat.training.held_out import write_held_out
 from pat.training.prepare import Prepared, prepare
 from pat.tuner.config import PatConfig

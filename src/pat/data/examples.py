@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from pat.data.conversion import TemplateChoice
 from pat.data.counts import count
+from pat.data.kept import kept_of
 from pat.data.load import load_training_data
 from pat.data.record import DataRecord, make_record
 from pat.data.remarks import remarks
@@ -14,7 +15,6 @@ from pat.data.tokens import TRAINED_ON, Encoder, Truncation, encode
 from pat.data.vocabulary import Vocabulary
 from pat.nll import Example
 from pat.questions import evenly_spaced
-from pat.training.parts import kept_of
 
 logger = logging.getLogger(__name__)
 
