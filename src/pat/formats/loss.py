@@ -46,8 +46,8 @@ class LossCheck:
         Raises:
             PatError: it cannot be used, or the model has no tokenizer.
         """
-        from pat.data.vocabulary import Vocabulary
-        from pat.training.examples import prepare_examples  # imports TRL, which takes seconds
+        from pat.data.vocabulary import Vocabulary  # what reads data takes seconds to import
+        from pat.training.examples import prepare_examples
 
         tokenizer: Any = load_tokenizer(name_or_path, config=config)
         self._pad = int(tokenizer.pad_token_id)
