@@ -20,8 +20,8 @@ STAGES = {"base": "base", "tuned": "tuned, with its adapter", "dense": "dense, w
 _TYPE = "Q8_0"
 """Type of the file whose export is named: half the size of 16 bits, and `pat export` writes it by itself."""
 
-_PACKAGES = "gguf xllamacpp"
-"""Packages of the extra `export` that this needs: one writes the file, the other runs it to check it."""
+_WRITES, _CHECKS = "gguf", "xllamacpp"
+"""Packages of the extra `export`: one writes the file, which needs it, and the other runs it to check it."""
 
 
 def print_summary(result: TuneResult) -> None:
@@ -85,8 +85,16 @@ def next_step(result: TuneResult) -> str | None:
     command = (
         f"pat export --model {quote(str(result.model_dir))} --format gguf --quantize {_TYPE} --output {quote(file)}"
     )
-    first = "" if find_spec("gguf") else f" (first: pip install {_PACKAGES})"
-    return f"For llama.cpp, Ollama or LM Studio: {command}{first}"
+    return f"For llama.cpp, Ollama or LM Studio: {command}{_to_install()}"
+
+
+def _to_install() -> str:
+    """Say which packages are missing for the file and its check."""
+    missing = [name for name in (_WRITES, _CHECKS) if not find_spec(name)]
+    if not missing:
+        return ""
+    why = "" if _WRITES in missing else ", which checks the file"
+    return f" (first: pip install {' '.join(missing)}{why})"
 
 
 def _cells(figures: ModelFigures) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,14 +26,32 @@ def finished(folder: Path, model_type: str, axes: list[str], sizes: dict[str, in
 
 
 def test_the_export_that_is_named_is_one_that_can_be_asked_for(tmp_path: Path) -> None:
-    pytest.importorskip("gguf", reason="the extra `export` is not installed")
     line = next_step(finished(tmp_path / "my run", "llama", ["mlp"], {"Q8_0": 3}))
     assert line is not None
-    program, command, *flags = shlex.split(line.partition(": ")[2])
+    program, command, *flags = shlex.split(line.partition(": ")[2].partition(" (first: ")[0])
     assert (program, command) == ("pat", "export")
     given = {name.removeprefix("--"): value for name, value in zip(flags[::2], flags[1::2], strict=True)}
     options = ExportOptions(**given)  # which refuses what it does not know
     assert options.model == str(tmp_path / "my run" / "model") and options.quantize == "Q8_0"
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ((), ".gguf"),
+        (("gguf",), "(first: pip install gguf)"),
+        (("xllamacpp",), "(first: pip install xllamacpp, which checks the file)"),
+        (("gguf", "xllamacpp"), "(first: pip install gguf xllamacpp)"),
+    ],
+)
+def test_what_is_to_be_installed_first_is_what_is_missing(
+    missing: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("gguf", "xllamacpp"):
+        spec = None if name in missing else SimpleNamespace(__spec__=object())
+        monkeypatch.setitem(sys.modules, name, spec)
+    line = next_step(finished(tmp_path, "llama", ["mlp"], {"Q8_0": 3}))
+    assert line is not None and line.endswith(said)
 
 
 @pytest.mark.parametrize(
