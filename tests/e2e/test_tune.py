@@ -471,11 +471,15 @@ def test_elsewhere_a_run_prints_plain_lines(
 
 
 def test_a_short_run_has_a_curve_unless_it_is_told_when_to_log(base: Path, data: Path, tmp_path: Path) -> None:
-    short = flags(base, data, tmp_path / "out", axes="mlp", milestone=0.0, logging_steps=10, max_steps=12)
+    short = flags(base, data, tmp_path / "out", axes="mlp", milestone=0.0, max_steps=12)
+    del short["logging_steps"]
     steps = [row["step"] for row in pat.tune(**short).record.log_history if "loss" in row]
     assert steps == [2, 4, 6, 8, 10, 12]
-    told = pat.tune(**(short | {"output_dir": str(tmp_path / "told"), "logging_steps": 5}))
-    assert [row["step"] for row in told.record.log_history if "loss" in row] == [5, 10]
+    told = tmp_path / "told.yaml"
+    told.write_text("logging_steps: 10\n", encoding="utf-8")  # the library's default
+    assert main(["tune", "--config", str(told), *as_argv(short | {"output_dir": tmp_path / "told"})]) == 0
+    log_history = json.loads((tmp_path / "told" / "results.json").read_text(encoding="utf-8"))["log_history"]
+    assert [row["step"] for row in log_history if "loss" in row] == [10]
 
 
 def test_a_model_tuned_on_alpacas_words_is_asked_in_them(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
