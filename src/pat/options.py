@@ -28,6 +28,9 @@ SAME = (
 )
 """Names that commands, and people, have for the same thing; that of a command is suggested for any of the others."""
 
+GIVEN = "given"
+"""Field, with a default, of a dataclass of several parts that is no part: the names of the options that were given."""
+
 MAX_SHOWN = 200
 """Letters of a value that a message repeats."""
 
@@ -41,7 +44,8 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
     The parser reads these attributes of the class: `USAGE`, `DESCRIPTION`, `MAIN_FLAGS` (names that open the help),
     `REFUSED` (names of fields that would do nothing, each with the value that is so anyway and the reason), `RANGES`
     (of numbers whose fields do not say one themselves, see `pat.ranges`), and the static method `defaults(given)`,
-    which returns defaults that win over those of the fields.
+    which returns defaults that win over those of the fields. A dataclass of several parts may have a field `GIVEN`
+    besides, a set of names.
     """
 
     def __init__(self, prog: str, options: type[T], summary: str = "") -> None:
@@ -198,7 +202,8 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
                     owner(**{field.name: values[field.name] for field in fields(owner) if field.name in values})
                     for _, owner, _ in self._sections
                 ]
-            return parts[0] if self._sections[0][1] is self._class else self._class(*parts)
+            named = {GIVEN: frozenset(given)} if hasattr(self._class, GIVEN) else {}
+            return parts[0] if self._sections[0][1] is self._class else self._class(*parts, **named)
         except PatError:
             raise
         except (ValueError, TypeError, OSError, ImportError) as error:  # what the libraries' own checks raise
@@ -208,7 +213,8 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
 def _sections(options: type[Any]) -> list[tuple[str, type[Any], list[Option]]]:
     """Return heading, dataclass and options of each part that an options dataclass is made of; often it is one."""
     hints = typing.get_type_hints(options)
-    parts = [(field.metadata.get("section", field.name), hints[field.name]) for field in fields(options)]
+    own = [field for field in fields(options) if field.name != GIVEN]
+    parts = [(field.metadata.get("section", field.name), hints[field.name]) for field in own]
     if not all(is_dataclass(part) for _, part in parts):
         parts = [("flags", options)]
     annotations = {part: typing.get_type_hints(part) for _, part in parts}

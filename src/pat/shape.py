@@ -169,6 +169,19 @@ def asked_sizes(options: Any) -> dict[str, int]:
     return {name: size for name, size in given.items() if size is not None}
 
 
+def missed_ratio(options: Mapping[str, Any], share: float) -> float | None:
+    """Return the share of the parameters that was asked for, if another one is cut; None if it is about that.
+
+    Args:
+        options: the request, by name. Without a size or a target it asks for a share, by default of a quarter.
+        share: what is cut, in (0, 1).
+    """
+    if any(options.get(name) is not None for name in (*(axis.option for axis in AXES.values()), *TARGETS)):
+        return None
+    asked = float(options.get("pruning_ratio") or DEFAULT_PRUNING_RATIO)
+    return None if abs(share - asked) <= RATIO_SLACK else asked
+
+
 def check_request(options: ShapeOptions, *, pruning_ratio: float | None = None) -> None:
     """Check what can be said of a request without knowing the model; one axis may be given by its name alone.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -178,13 +179,18 @@ def test_the_card_of_a_merge_tells_of_the_run_what_the_runs_own_card_tells(run: 
         assert merged[heading] == own[heading]
 
 
-def test_the_held_out_rows_lie_beside_the_model_and_give_its_figure_again(run: Path, tmp_path: Path) -> None:
-    file, figures = tmp_path / "figures.json", json.loads((run / "results.json").read_text())["figures"]
-    flags = ["--model", str(run / "model"), "--dataset_name", str(run / "held_out.jsonl"), "--output", str(file)]
-    assert main(["evaluate", *flags]) == 0
+def test_the_command_that_a_run_ends_with_gives_its_figure_again(
+    run: Path, base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cuts = flags(base, data, tmp_path / "out", max_steps=2, max_length=14)  # of 17 and more
+    assert main(["tune", *as_argv(cuts)]) == 0
+    (line,) = re.findall(r"^On the held-out rows: pat (.+)$", capsys.readouterr().out, flags=re.MULTILINE)
+    file = tmp_path / "figures.json"
+    assert main([*shlex.split(line), "--output", str(file)]) == 0
     found = json.loads(file.read_text())["responses"]
-    assert found["num_tokens"] == figures["dense"]["num_held_out_tokens"]
-    assert found["nll"] == pytest.approx(figures["dense"]["held_out_nll"], abs=1e-3)
+    figures, whole = (json.loads((out / "results.json").read_text())["figures"] for out in (tmp_path / "out", run))
+    assert found["num_tokens"] == figures["dense"]["num_held_out_tokens"] < whole["dense"]["num_held_out_tokens"]
+    assert found["nll"] == pytest.approx(figures["dense"]["held_out_nll"], abs=5e-3)  # here in bf16, there in float32
 
 
 def test_an_adapter_of_either_kind_can_be_evaluated(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -465,11 +471,15 @@ def test_elsewhere_a_run_prints_plain_lines(
 
 
 def test_a_short_run_has_a_curve_unless_it_is_told_when_to_log(base: Path, data: Path, tmp_path: Path) -> None:
-    short = flags(base, data, tmp_path / "out", axes="mlp", milestone=0.0, logging_steps=10, max_steps=12)
+    short = flags(base, data, tmp_path / "out", axes="mlp", milestone=0.0, max_steps=12)
+    del short["logging_steps"]
     steps = [row["step"] for row in pat.tune(**short).record.log_history if "loss" in row]
     assert steps == [2, 4, 6, 8, 10, 12]
-    told = pat.tune(**(short | {"output_dir": str(tmp_path / "told"), "logging_steps": 5}))
-    assert [row["step"] for row in told.record.log_history if "loss" in row] == [5, 10]
+    told = tmp_path / "told.yaml"
+    told.write_text("logging_steps: 10\n", encoding="utf-8")  # the library's default
+    assert main(["tune", "--config", str(told), *as_argv(short | {"output_dir": tmp_path / "told"})]) == 0
+    log_history = json.loads((tmp_path / "told" / "results.json").read_text(encoding="utf-8"))["log_history"]
+    assert [row["step"] for row in log_history if "loss" in row] == [10]
 
 
 def test_a_model_tuned_on_alpacas_words_is_asked_in_them(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

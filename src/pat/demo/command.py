@@ -29,7 +29,6 @@ RECIPE: dict[str, Any] = {
     "held_out": 64,
     "dataset_train_split": "train[:2000]",
     "save_strategy": "no",
-    "logging_steps": 10,
 }
 
 MAX_NEW_TOKENS = 60

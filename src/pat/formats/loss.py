@@ -46,7 +46,7 @@ class LossCheck:
         Raises:
             PatError: it cannot be used, or the model has no tokenizer.
         """
-        from pat.data.examples import prepare_examples  # imports TRL, which takes seconds
+        from pat.data.examples import prepare_examples  # what reads data takes seconds to import
         from pat.data.vocabulary import Vocabulary
 
         tokenizer: Any = load_tokenizer(name_or_path, config=config)

@@ -15,7 +15,7 @@ from pat.report import numbers
 from pat.report.facts import Facts, as_number
 from pat.report.pictures import axes_cut, energy_picture, figure_pictures, gate_pictures, training_pictures
 from pat.report.usage import LOAD, plain_way, ways_to_ask
-from pat.shape import RATIO_SLACK
+from pat.shape import missed_ratio
 
 STAGES = {"base": "base", "tuned": "tuned", "dense": "written"}
 """The models of a run, and what they are called in a report."""
@@ -131,13 +131,12 @@ def _headline(facts: Facts) -> str:
 
 def _asked(facts: Facts) -> str | None:
     """Say that another share of the parameters was cut than was asked for, where a trimmed vocabulary has no part."""
-    asked, before, after = (
-        facts.number(*keys)
-        for keys in (("pat_config", "pruning_ratio"), ("cut", "num_parameters_base"), ("cut", "num_parameters"))
-    )
-    if asked is None or not before or after is None or facts.number("cut", "vocab_size") is not None:
+    before, after = (facts.number("cut", name) for name in ("num_parameters_base", "num_parameters"))
+    request = facts.mapping("pat_config")
+    if not request or not before or after is None or facts.number("cut", "vocab_size") is not None:
         return None
-    if abs((share := 1 - after / before) - asked) <= RATIO_SLACK:
+    share, ratio = 1 - after / before, facts.number("pat_config", "pruning_ratio")
+    if (asked := missed_ratio({**request, "pruning_ratio": ratio}, share)) is None:
         return None
     return (
         f"{100 * share:.1f} % of the parameters were cut where {100 * asked:.1f} % were asked for, since sizes have to "

@@ -9,7 +9,7 @@ from pat import ranks
 from pat.loading import empty_model
 from pat.method.schedule import milestone_step
 from pat.report import numbers
-from pat.shape import AXES, DEFAULT_PRUNING_RATIO, RATIO_SLACK, TARGETS, Shape, asked_sizes
+from pat.shape import AXES, Shape, missed_ratio
 from pat.surgery.costs import build_skeleton
 from pat.surgery.describe import head_dim
 from pat.training.arguments import TuneArguments
@@ -87,10 +87,7 @@ def announce(
 
 def _away(arguments: TuneArguments, shape: Shape) -> str:
     """Say how much is cut where that is not about the ratio that was asked for."""
-    pat_config = arguments.pat_config()
-    asked = pat_config.pruning_ratio or DEFAULT_PRUNING_RATIO
-    names_a_size = asked_sizes(pat_config) or any(getattr(pat_config, name) for name in TARGETS)
-    if names_a_size or abs(shape.pruning_ratio - asked) <= RATIO_SLACK:
+    if missed_ratio(vars(arguments.pat_config()), shape.pruning_ratio) is None:
         return ""
     return f" ({shape.pruning_ratio:.1%} of the parameters: {shape.reason})"
 

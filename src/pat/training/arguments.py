@@ -135,6 +135,8 @@ class TuneArguments:
     distill: DistillOptions = field(metadata={"section": "teacher"})
     model: ModelConfig = field(metadata={"section": "model and adapter (TRL's ModelConfig)"})
     sft: OneDevice = field(metadata={"section": "training (TRL's SFTConfig, transformers' TrainingArguments)"})
+    given: frozenset[str] = frozenset()
+    """Names of the options that a flag, a file or a keyword has set, even if to the default."""
 
     USAGE: ClassVar = (
         "pat tune --model_name_or_path M --dataset_name D --output_dir OUT [--pruning_ratio R] [--flag value ...]"

@@ -135,10 +135,11 @@ def _differing(recipe: str, given: Mapping[str, Any]) -> Iterator[Changed]:
                 default.pop("use_configured_state", None)  # which the trainer takes out of its `accelerator_config`
             if option.name not in given or option.name in _NOT_SHOWN:
                 continue
-            found = given[option.name]
-            if found != default and str(found) != str(default):
-                unset = _UNSET.get(option.name, "not set")
-                yield Changed(option.name, *(unset if value is None else str(value) for value in (default, found)))
+            unset, found = _UNSET.get(option.name, "not set"), given[option.name]
+            # Whoever gives what a default comes to has changed nothing.
+            before, after = (unset if value is None else str(value) for value in (default, found))
+            if found != default and before != after:
+                yield Changed(option.name, before, after)
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from shlex import quote
 from transformers.utils import CONFIG_NAME
 
 from pat.checkpoint.places import HELD_OUT, REPORT, RESULTS
+from pat.data.tokens import Truncation
 from pat.report import numbers
 from pat.report.table import Table
 from pat.report.usage import command_to_ask
@@ -20,8 +21,11 @@ STAGES = {"base": "base", "tuned": "tuned, with its adapter", "dense": "dense, w
 _TYPE = "Q8_0"
 """Type of the file whose export is named: half the size of 16 bits, and `pat export` writes it by itself."""
 
-_PACKAGES = "gguf xllamacpp"
-"""Packages of the extra `export` that this needs: one writes the file, the other runs it to check it."""
+_WRITES, _CHECKS = "gguf", "xllamacpp"
+"""Packages of the extra `export`: one writes the file, which needs it, and the other runs it to check it."""
+
+_UNCUT = 10**9
+"""Length to measure at after a run that cuts no row: longer than any."""
 
 
 def print_summary(result: TuneResult) -> None:
@@ -61,15 +65,43 @@ def print_summary(result: TuneResult) -> None:
     print(f"To ask it: {how_to_ask(result)}")
     if (line := next_step(result)) is not None:
         print(line)
-    if (result.output_dir / HELD_OUT[0]).is_file():
-        data = quote(str(result.output_dir / HELD_OUT[0]))
-        print(f"On the held-out rows: pat evaluate --model {quote(str(result.model_dir))} --dataset_name {data}")
+    for line in how_to_measure(result):
+        print(line)
 
 
 def how_to_ask(result: TuneResult) -> str:
     """Return a command that asks the written model in the form of its training, or where the Python for that stands."""
     known = command_to_ask(result.record.prompt_format, str(result.model_dir))
     return known or f"the Python in {result.model_dir / 'README.md'}"
+
+
+def how_to_measure(result: TuneResult) -> list[str]:
+    """Return lines with the commands that measure the written model on the held-out rows as the run has measured it.
+
+    There is one for each file of them, and none where there is no file. Where the run scores what `pat evaluate` cannot
+    be told to score, a line says that instead.
+    """
+    files = [file for name in HELD_OUT if (file := result.output_dir / name).is_file()]
+    record, given = result.record, result.record.training_arguments
+    length = given.get("max_length")
+    cut = Truncation(
+        max_length=length if isinstance(length, int) else None,
+        truncation_mode=str(given.get("truncation_mode")),
+        packing=given.get("packing") is True,
+        packing_strategy=str(given.get("packing_strategy")),
+    )
+    learns_prompts = given.get("completion_only_loss") is False and any(
+        part.format != "text" for part in record.data.sources or (record.data,)
+    )
+    if files and (learns_prompts or cut.keeps_end or cut.room != cut.max_length):
+        names = ", ".join(str(file) for file in files)
+        return [f"Held-out rows: {names}; this run scores other tokens of them than `pat evaluate` does."]
+    tokens = "" if record.cut.vocab_size is None else ", in tokens of the model's own"
+    return [
+        f"On the held-out rows{tokens}: pat evaluate --model {quote(str(result.model_dir))} "
+        f"--dataset_name {quote(str(file))} --max_length {cut.max_length or _UNCUT}"
+        for file in files
+    ]
 
 
 def next_step(result: TuneResult) -> str | None:
@@ -85,8 +117,16 @@ def next_step(result: TuneResult) -> str | None:
     command = (
         f"pat export --model {quote(str(result.model_dir))} --format gguf --quantize {_TYPE} --output {quote(file)}"
     )
-    first = "" if find_spec("gguf") else f" (first: pip install {_PACKAGES})"
-    return f"For llama.cpp, Ollama or LM Studio: {command}{first}"
+    return f"For llama.cpp, Ollama or LM Studio: {command}{_to_install()}"
+
+
+def _to_install() -> str:
+    """Say which packages are missing for the file and its check."""
+    missing = [name for name in (_WRITES, _CHECKS) if not find_spec(name)]
+    if not missing:
+        return ""
+    why = "" if _WRITES in missing else ", which checks the file"
+    return f" (first: pip install {' '.join(missing)}{why})"
 
 
 def _cells(figures: ModelFigures) -> tuple[str, ...]:

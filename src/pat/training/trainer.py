@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +80,9 @@ def count_steps(trainer: SFTTrainer) -> int:
     return int(values[-1])
 
 
-def log_often(sft: SFTConfig, num_steps: int) -> None:
-    """Have a short run log as often as a curve needs, unless another number than the default is asked for."""
-    if sft.logging_steps == SFTConfig.__dataclass_fields__["logging_steps"].default:
+def log_often(sft: SFTConfig, num_steps: int, given: Container[str]) -> None:
+    """Have a short run log as often as a curve needs, unless how often is among the options that were given."""
+    if "logging_steps" not in given:
         sft.logging_steps = min(sft.logging_steps, math.ceil(num_steps / FEWEST_LOGS))
 
 

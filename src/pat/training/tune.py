@@ -81,7 +81,7 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
             return ranks.first(partial(_end_again, arguments, run, record))
         with phase("Rehearsing a step on a tiny model"):
             num_steps = rehearse(arguments, data, data.vocabulary.config_of(checked.base_config), checked.family)
-        log_often(arguments.sft, num_steps)
+        log_often(arguments.sft, num_steps, arguments.given)
         warn_of_warmup(arguments.sft, num_steps)
         repository = ranks.first(lambda: open_repository(arguments))
         start = ranks.first(lambda: _begin(arguments, checked.checkpoint, num_steps))

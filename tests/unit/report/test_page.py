@@ -204,8 +204,14 @@ def test_a_model_that_is_made_small_before_its_first_step_has_no_gates() -> None
 
 def test_a_ratio_that_was_rounded_far_is_told_of_the_model_that_is_there() -> None:
     cut = {"num_parameters_base": 1000, "num_parameters": 850}
-    page = render_report(record(cut=cut, pat_config={"pruning_ratio": 0.125}), None)
-    assert "15.0 % of the parameters were cut where 12.5 % were asked for" in page
-    for asked, more in ((0.145, {}), (0.125, {"vocab_size": 512}), (None, {})):
-        page = render_report(record(cut=cut | more, pat_config={"pruning_ratio": asked}), None)
-        assert "were asked for" not in page
+    for asked, said in ((0.125, "12.5 %"), (None, "25.0 %")):
+        page = render_report(record(cut=cut, pat_config={"pruning_ratio": asked}), None)
+        assert f"15.0 % of the parameters were cut where {said} were asked for" in page
+    for request, more in (
+        ({"pruning_ratio": 0.145}, {}),
+        ({"pruning_ratio": 0.125}, {"vocab_size": 512}),
+        ({"pruning_ratio": None, "pruned_hidden_size": 48}, {}),
+        ({"pruning_ratio": None, "target_latency": 0.8}, {}),
+        ({}, {}),  # of which nothing is known
+    ):
+        assert "were asked for" not in render_report(record(cut=cut | more, pat_config=request), None)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from pat.cli import main
+from pat.training.report import changed_options
+from pat.training.run_file import RunFile
 
 RECORD = {"command": "tune", "recipe": "default", "model_name_or_path": "half a pair \ud800"}
 
@@ -41,3 +43,13 @@ def test_what_cannot_be_reported_on_is_one_line(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert words in line
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(("given", "shown"), [(0.25, []), (None, []), (0.3, [("0.25", "0.3")])])
+def test_whoever_gives_the_ratio_that_is_the_default_has_changed_nothing(
+    given: float | None, shown: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    RunFile({"pruning_ratio": given}, base="", data="").write(tmp_path)
+    changed = changed_options(tmp_path, RECORD | {"training_arguments": {}})
+    assert changed is not None
+    assert [(row.default, row.value) for row in changed if row.name == "pruning_ratio"] == shown
