@@ -7,7 +7,8 @@ from dataclasses import fields
 from shlex import quote
 from typing import Any
 
-from pat.plan.curves import Measured, Point, is_told_apart
+from pat.nll import is_told_apart
+from pat.plan.curves import Measured, Point
 from pat.plan.guide import MEASURED_CUTS
 from pat.plan.options import PlanOptions
 from pat.report import numbers

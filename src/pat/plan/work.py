@@ -33,7 +33,7 @@ def num_read(cut: Collection[str], *, num_layers: int, num_calibrated: int, num_
     return num_scored + sum(reads[axis] for axis in reads if AXES[axis].option in cut)
 
 
-def announce(model: Any, rows: Sequence[Example], todo: float, num_shapes: int, num_steps: int) -> None:
+def say_expected_time(model: Any, rows: Sequence[Example], todo: float, num_shapes: int, num_steps: int) -> None:
     """Say on stderr how long it will take to measure shapes, from what the base takes for some rows.
 
     Args:

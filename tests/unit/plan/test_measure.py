@@ -12,7 +12,7 @@ import pytest
 from pat.cli import main
 from pat.errors import Interrupted
 from pat.loading import load_config
-from pat.plan import bench, measure
+from pat.plan import measure, scorer
 from pat.plan.curves import Measured, Point, interpolated, print_measured
 from pat.plan.options import PlanOptions
 from pat.plan.recommend import recommend
@@ -24,9 +24,9 @@ STORIES, DATA = TESTS / "data" / "stories260K", TESTS / "data" / "instructions.j
 def test_curves_rise_and_candidates_meet_the_budget(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(bench, "NUM_TOKENS", 4096)
-    monkeypatch.setattr(bench, "SPLITS", (0.5,))
-    monkeypatch.setattr(bench, "NUM_PAIRS", 1)
+    monkeypatch.setattr(scorer, "NUM_TOKENS", 4096)
+    monkeypatch.setattr(scorer, "SPLITS", (0.5,))
+    monkeypatch.setattr(scorer, "NUM_PAIRS", 1)
     figure = tmp_path / "curves.png"
     flags = ["--model_name_or_path", str(STORIES), "--calibrate", str(DATA), "--figure", str(figure), "--json"]
     assert main(["plan", *flags, "--shape_search_steps", "2"]) == 0
@@ -51,14 +51,14 @@ def test_curves_rise_and_candidates_meet_the_budget(
 def test_an_interruption_shows_what_was_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    score = bench.Bench.nll
+    score = scorer.ShapeScorer.nll
 
-    def nll(self: bench.Bench, sizes: dict[str, int]) -> float:
+    def nll(self: scorer.ShapeScorer, sizes: dict[str, int]) -> float:
         if len(self.losses) == 5:
             raise KeyboardInterrupt
         return score(self, sizes)
 
-    monkeypatch.setattr(bench.Bench, "nll", nll)
+    monkeypatch.setattr(scorer.ShapeScorer, "nll", nll)
     assert main(["plan", "--model_name_or_path", str(STORIES), "--calibrate", str(DATA), "--json"]) == 130
     printed = capsys.readouterr()
     assert printed.out == ""  # a plan or nothing
@@ -74,7 +74,7 @@ def test_what_it_takes_is_said_before_it_begins(
     def nll(*_: object) -> float:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench.Bench, "nll", nll)
+    monkeypatch.setattr(scorer.ShapeScorer, "nll", nll)
     flags = ["--model_name_or_path", str(STORIES), "--calibrate", str(DATA), "--shape_search_steps", "7"]
     assert main(["plan", *flags]) == 130
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Expected: ")]
@@ -152,9 +152,9 @@ def test_an_interruption_while_shapes_are_tuned_shows_those_that_were(
             raise Interrupted("SIGTERM has stopped the run; the same command goes on from there.", signal.SIGTERM)
         return loss
 
-    monkeypatch.setattr(bench, "NUM_TOKENS", 2048)
-    monkeypatch.setattr(bench, "SHARES", (1.0,))
-    monkeypatch.setattr(bench, "SPLITS", (0.5,))
+    monkeypatch.setattr(scorer, "NUM_TOKENS", 2048)
+    monkeypatch.setattr(scorer, "SHARES", (1.0,))
+    monkeypatch.setattr(scorer, "SPLITS", (0.5,))
     monkeypatch.setattr(measure, "tuned_nll", tuned_nll)
     flags = ["--model_name_or_path", str(STORIES), "--calibrate", str(DATA), "--shape_search_steps", "2"]
     assert main(["plan", *flags]) == 128 + signal.SIGTERM
@@ -167,10 +167,10 @@ def test_the_time_that_is_left_never_grows_where_measurements_take_what_is_expec
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config, family = load_config(str(STORIES))
-    measuring, state = bench.Bench(str(STORIES), str(DATA), config, family), bench.Phase("", "shapes")
+    measuring, state = scorer.ShapeScorer(str(STORIES), str(DATA), config, family), scorer.Phase("", "shapes")
     passed, left = 0.0, list[float]()
 
-    def nll(self: bench.Bench, sizes: dict[str, int]) -> float:
+    def nll(self: scorer.ShapeScorer, sizes: dict[str, int]) -> float:
         nonlocal passed
         if state.share is not None:
             left.append(passed * (1 - state.share) / state.share)
@@ -178,7 +178,7 @@ def test_the_time_that_is_left_never_grows_where_measurements_take_what_is_expec
         self.num_scored = 1
         return 2.0 + 0.1 * len(sizes)
 
-    monkeypatch.setattr(bench.Bench, "nll", nll)
+    monkeypatch.setattr(scorer.ShapeScorer, "nll", nll)
     measuring.run(0.25, state)
     assert left == sorted(left, reverse=True) and len(left) >= 10
     assert state.share == 1.0 and state.done == state.total == len(left) + 1
@@ -218,7 +218,7 @@ def test_what_cannot_be_measured_is_refused(flags: list[str], message: str, caps
 
 def test_the_base_is_the_same_after_every_point_and_no_row_serves_twice() -> None:
     config, family = load_config(str(STORIES))
-    measuring = bench.Bench(str(STORIES), str(DATA), config, family)
+    measuring = scorer.ShapeScorer(str(STORIES), str(DATA), config, family)
     scored = {tuple(row["input_ids"]) for row in measuring.scored}
     assert scored.isdisjoint(tuple(row["input_ids"]) for row in measuring.rows)
     before = measuring.nll({})

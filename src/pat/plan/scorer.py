@@ -53,8 +53,8 @@ BATCH_SIZE = 8
 _BISECTIONS = 7
 
 
-class Bench:
-    """A base model with the rows to calibrate and to score on."""
+class ShapeScorer:
+    """Cuts a base model to shapes and scores them, with the rows to calibrate and to score on."""
 
     def __init__(self, name: str, dataset: str, base_config: Any, family: Family) -> None:
         self.base_config, self.family, self.dataset = base_config, family, shown_name(dataset)
