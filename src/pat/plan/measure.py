@@ -7,6 +7,7 @@ was measured until an interruption is shown.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -27,6 +28,7 @@ def measure_shapes(
     family: Family,
     *,
     pruning_ratio: float,
+    target: Mapping[str, Any] | None = None,
     num_steps: int = 0,
     shown: bool = True,
 ) -> Measured:
@@ -38,13 +40,14 @@ def measure_shapes(
         base_config: of the base model.
         family: of the base model.
         pruning_ratio: budget, as a share of all parameters.
+        target: for the size or the speed, by its option, if it is what the budget comes from; no candidate exceeds it.
         num_steps: optimizer steps to tune each candidate for.
         shown: whether a bar is drawn if a person is looking.
 
     Raises:
         PatError: the data cannot be used, or no axis can be cut as far as the budget asks.
     """
-    scorer = ShapeScorer(name, dataset, base_config, family)
+    scorer = ShapeScorer(name, dataset, base_config, family, target)
     tuned: list[Point] = []
     try:
         # The phases within are hidden: what is left of them says nothing of the whole.
