@@ -29,19 +29,30 @@ def test_the_default_is_recommended_unless_another_shape_is_seen_to_be_better(
 @pytest.mark.parametrize(
     ("asked", "ratios", "flags", "words"),
     [
-        ({}, [0.25], "--pruning_ratio 0.25", "else begin with an eighth"),
+        ({}, [0.25], "--pruning_ratio 0.25", "begin with an eighth, --pruning_ratio 0.125, and cut more"),
         (
             {"pruning_ratio": [0.25, 0.125]},
             [0.251, 0.126],
             "--pruning_ratio 0.125",
-            "the smallest of these cuts, 12.6%",
+            "the smallest of these cuts, 12.6 %",
         ),
-        ({"target_bytes": "100MB"}, [0.4], "--target_bytes 100MB", "no more than --target_bytes 100MB asks for"),
+        (
+            {"target_bytes": "100MB"},
+            [0.4],
+            "--target_bytes 100MB",
+            "(40.0 % cut, as --target_bytes 100MB asks). Training",
+        ),
+        (
+            {"pruned_hidden_size": 48},
+            [0.25],
+            "--pruned_hidden_size 48",
+            "--pruning_ratio 0.125 instead of --pruned_hidden_size 48, and cut more",
+        ),
         (
             {"pruned_num_hidden_layers": 20, "vocabulary_size": 900},
             [0.1],
             "--pruned_num_hidden_layers 20 --vocabulary_size 900",
-            "(10.0% cut). Training has to make up for the cut",
+            "(10.0 % cut). Training has to make up for the cut: with 25 % of its parameters cut, SmolLM2",
         ),
     ],
 )
@@ -51,3 +62,17 @@ def test_without_data_the_smallest_cut_is_recommended(
     said = recommend(PlanOptions(model_name_or_path="base", **asked), ratios, None)
     assert f"pat tune --model_name_or_path base --dataset_name DATA {flags} --output_dir out (" in said
     assert words in said and "yours is not measured" in said
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.6])
+def test_more_than_half_is_recommended_with_the_caution_that_tuning_gives(ratio: float) -> None:
+    point = Point(A, ratio, 4.5)
+    seen = Measured("data.jsonl", 8000, 2000, 4.0, {}, (point,), default=A)
+    target = PlanOptions(model_name_or_path="base", target_bytes="300KB")
+    for options, measured in (
+        (PlanOptions(model_name_or_path="base", pruning_ratio=[ratio]), None),
+        (target, None),
+        (target, seen),
+    ):
+        said = recommend(options, [ratio], measured)
+        assert ("A cut of 60 % of the parameters is more than has been shown to work" in said) == (ratio > 0.5)
