@@ -105,7 +105,7 @@ class ShapeScorer:
         todo = [{}, *curves, *dearest[-1:] * NUM_PAIRS, rule]
         if say is not None:
             with self.autocast:
-                say(self.model, self.scored[:BATCH_SIZE], sum(map(self.work, todo)), len(todo))
+                say(self.model, self.scored[:BATCH_SIZE], sum(map(self.work, todo)), len(todo) - 1)
 
         def scored(sizes: Mapping[str, int], share: float, predicted: float | None = None) -> Point:
             self.losses.append(self.nll(sizes))

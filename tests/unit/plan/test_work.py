@@ -23,4 +23,4 @@ def test_what_it_takes_is_said_before_it_begins(
     flags = ["--model_name_or_path", str(STORIES), "--calibrate", str(DATA), "--shape_search_steps", "7"]
     assert main(["plan", *flags]) == 130
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Expected: ")]
-    assert "minute" in said and "13 shapes" in said and "tuned for 7 steps" in said
+    assert "minute" in said and "12 shapes beside the base" in said and "tuned for 7 steps" in said
