@@ -21,10 +21,11 @@ from pat.plan.guide import MEASURED_CUTS, MODEL_FLOPS_UTILISATION, MeasuredCut, 
 from pat.plan.options import PlanOptions
 from pat.plan.recommend import recommend
 from pat.plan.sharding import ShardedMemory, sharded_memory
+from pat.plan.target import named_target
 from pat.recipes import recipe_defaults
 from pat.report.records import Record
 from pat.serving import trouble
-from pat.shape import AXES, LARGE_RATIO, TARGETS, Shape
+from pat.shape import AXES, LARGE_RATIO, Shape
 from pat.surgery.costs import ModelCost, build_skeleton, cost_of, pruned_config, usual_context
 from pat.tuner.config import PatConfig
 from pat.tuner.memory import TrainingMemory, training_memory
@@ -125,7 +126,7 @@ def run_plan(options: PlanOptions) -> PlanRecord:
             pruning_ratio=ratio,
             axes=options.axes,
             **{axis.option: getattr(options, axis.option) for axis in AXES.values()},
-            **{name: getattr(options, name) for name in TARGETS},
+            **named_target(options),
             multiple_of=options.multiple_of,
             untie_word_embeddings=options.untie_word_embeddings,
         )
@@ -201,6 +202,7 @@ def _measure(options: PlanOptions, base_config: Any, family: Family, pruning_rat
         base_config,
         family,
         pruning_ratio=pruning_ratio,
+        target=named_target(options),
         num_steps=options.shape_search_steps,
         shown=not options.json,
     )

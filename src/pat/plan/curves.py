@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TextIO
 
+from pat.nll import STANDARD_ERRORS, is_told_apart
 from pat.report import numbers
 from pat.report.table import Table
 from pat.shape import AXES
-
-STANDARD_ERRORS = 2
-"""A difference of losses counts as seen beyond so many standard errors; by chance alone one in 20 is as large."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +60,6 @@ class Measured:
 def flags(sizes: Mapping[str, int]) -> str:
     """Return the flags of `pat tune` that ask for some sizes; none for the base."""
     return " ".join(f"--{name} {size}" for name, size in sizes.items())
-
-
-def is_told_apart(difference: float, standard_error: float | None) -> bool:
-    """Tell whether a difference of losses is beyond what so few rows leave open."""
-    return standard_error is not None and abs(difference) > STANDARD_ERRORS * standard_error
 
 
 def measured_table(measured: Measured) -> Table:

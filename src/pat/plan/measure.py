@@ -1,22 +1,23 @@
 """Measure on text what cutting each axis costs before any training, and which shapes come out best under a budget.
 
-`bench.py` cuts and scores; here the time that it takes is said, the shapes are tuned if that is asked for, and what was
-measured until an interruption is shown.
+`scorer.py` cuts and scores; here the time that it takes is said, the shapes are tuned if that is asked for, and what
+was measured until an interruption is shown.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
 from pat.errors import Interrupted, RunFailed
 from pat.families import Family
-from pat.plan.bench import Bench
 from pat.plan.curves import Measured, Point, print_measured
+from pat.plan.scorer import ShapeScorer
 from pat.plan.search import tuned_nll
-from pat.plan.work import announce
+from pat.plan.work import say_expected_time
 from pat.report.progress import hidden, phase, progress_bar
 
 
@@ -27,6 +28,7 @@ def measure_shapes(
     family: Family,
     *,
     pruning_ratio: float,
+    target: Mapping[str, Any] | None = None,
     num_steps: int = 0,
     shown: bool = True,
 ) -> Measured:
@@ -38,29 +40,30 @@ def measure_shapes(
         base_config: of the base model.
         family: of the base model.
         pruning_ratio: budget, as a share of all parameters.
+        target: for the size or the speed, by its option, if it is what the budget comes from; no candidate exceeds it.
         num_steps: optimizer steps to tune each candidate for.
         shown: whether a bar is drawn if a person is looking.
 
     Raises:
         PatError: the data cannot be used, or no axis can be cut as far as the budget asks.
     """
-    bench = Bench(name, dataset, base_config, family)
+    scorer = ShapeScorer(name, dataset, base_config, family, target)
     tuned: list[Point] = []
     try:
         # The phases within are hidden: what is left of them says nothing of the whole.
         with phase("Measuring shapes", "shapes", shown=shown) as state, hidden():
-            bench.run(pruning_ratio, state, partial(announce, num_steps=num_steps) if shown else None)
-        measured = bench.measured()
+            scorer.run(pruning_ratio, state, partial(say_expected_time, num_steps=num_steps) if shown else None)
+        measured = scorer.measured()
         if not num_steps:
             return measured
-        del bench.model  # it is not needed beside those that are tuned
+        del scorer.model  # it is not needed beside those that are tuned
         with progress_bar("Tuning shapes", "shapes", shown=shown) as bar:
             for point in measured.candidates:
                 tuned.append(replace(point, tuned_nll=tuned_nll(name, dataset, point.sizes, num_steps)))
                 bar(len(tuned), len(measured.candidates))
     except (KeyboardInterrupt, RunFailed) as error:
-        if bench.losses:  # minutes of work, which must not be lost
-            found = bench.measured()
+        if scorer.losses:  # minutes of work, which must not be lost
+            found = scorer.measured()
             found = replace(found, candidates=(*tuned, *found.candidates[len(tuned) :]))
             print("Measured until then:", file=sys.stderr)
             print_measured(replace(found, num_steps=num_steps if tuned else 0), file=sys.stderr)

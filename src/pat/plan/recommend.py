@@ -7,15 +7,17 @@ from dataclasses import fields
 from shlex import quote
 from typing import Any
 
-from pat.plan.curves import Measured, Point, is_told_apart
+from pat.nll import is_told_apart
+from pat.plan.curves import Measured, Point
 from pat.plan.guide import MEASURED_CUTS
 from pat.plan.options import PlanOptions
+from pat.plan.target import named_target
 from pat.report import numbers
-from pat.shape import AXES, DEFAULT_PRUNING_RATIO, TARGETS, ShapeOptions
+from pat.shape import AXES, DEFAULT_PRUNING_RATIO, LARGE_RATIO, TARGETS, ShapeOptions, asked_sizes
 
 SMALL_RATIO = 0.15
-"""A cut of up to about an eighth is recommended as it is, and of a larger one it is said to begin with less: on
-stories260K an eighth cost half of what a quarter did (`MEASURED_CUTS`)."""
+"""A cut of up to about an eighth is recommended as it is, and for a larger one the line says to begin with less:
+on stories260K an eighth cost half of what a quarter did (`MEASURED_CUTS`)."""
 
 
 def recommend(options: PlanOptions, ratios: Sequence[float], measured: Measured | None) -> str:
@@ -28,24 +30,33 @@ def recommend(options: PlanOptions, ratios: Sequence[float], measured: Measured 
     """
     if measured is not None and measured.candidates:
         return _of_measured(options, measured)
+    return _of_other_models(options, ratios)
+
+
+def _of_other_models(options: PlanOptions, ratios: Sequence[float]) -> str:
+    """Return what the losses of other models speak for: to begin with little, where the size is left open."""
     known = MEASURED_CUTS[-1]
     evidence = (
-        f"Training has to make up for the cut: with {known.pruning_ratio:.0%} less, {known.model} was still "
-        f"{known.above_base:.3f} nats above its untuned base after {known.num_tokens:,} tokens; yours is not measured."
+        f"Training has to make up for the cut: with {100 * known.pruning_ratio:.0f} % of its parameters cut, "
+        f"{known.model} was still {known.above_base:.3f} nats above its untuned base after {known.num_tokens:,} "
+        "tokens; yours is not measured."
     )
     smallest = min(range(len(ratios)), key=lambda index: ratios[index])
-    share, is_small = f"{ratios[smallest]:.1%}", ratios[smallest] <= SMALL_RATIO
+    share, is_small = f"{100 * ratios[smallest]:.1f} %", ratios[smallest] <= SMALL_RATIO
+    evidence += _caution(ratios[smallest])
     command = _command(options, None, _flags(options, smallest))
     first = "cut more once its held-out loss is below the base's"
-    if targets := [f"--{name} {getattr(options, name)}" for name in TARGETS if getattr(options, name) is not None]:
-        return f"Recommended: {command} ({share} cut, no more than {targets[0]} asks for). {evidence}"
+    if targets := [f"--{name} {value}" for name, value in named_target(options).items()]:
+        return f"Recommended: {command} ({share} cut, as {targets[0]} asks). {evidence}"
     if len(ratios) > 1:
         return f"Recommended: {command} (the smallest of these cuts, {share}); {first}. {evidence}"
     if is_small:
         return f"Recommended: {command} ({share} cut). {evidence}"
+    sizes = [f"--{AXES[axis].option} {size}" for axis, size in asked_sizes(options).items()]
+    instead = f" instead of {' and '.join(sizes)}" if sizes else ""
     return (
         f"Recommended: {command} ({share} cut) if you need a model of this size; else begin with an eighth, "
-        f"--pruning_ratio 0.125, and {first}. {evidence}"
+        f"--pruning_ratio 0.125{instead}, and {first}. {evidence}"
     )
 
 
@@ -65,7 +76,16 @@ def _of_measured(options: PlanOptions, measured: Measured) -> str:
                 taken = point
                 break
         why += "; what is best before training need not be best after it, which --shape_search_steps N tries"
-    return f"Recommended: {_command(options, options.calibrate, taken.options())} ({why})."
+    command = _command(options, options.calibrate, taken.options())
+    return f"Recommended: {command} ({why}).{_caution(taken.pruning_ratio)}"
+
+
+def _caution(pruning_ratio: float) -> str:
+    """Return what `pat tune` will warn of as well, so that no command is recommended without it."""
+    if pruning_ratio <= LARGE_RATIO:
+        return ""
+    share = f"{100 * pruning_ratio:.0f} %"
+    return f" A cut of {share} of the parameters is more than has been shown to work; expect a much worse model."
 
 
 def _above(point: Point, measured: Measured) -> str:

@@ -33,14 +33,14 @@ def num_read(cut: Collection[str], *, num_layers: int, num_calibrated: int, num_
     return num_scored + sum(reads[axis] for axis in reads if AXES[axis].option in cut)
 
 
-def announce(model: Any, rows: Sequence[Example], todo: float, num_shapes: int, num_steps: int) -> None:
+def say_expected_time(model: Any, rows: Sequence[Example], todo: float, num_shapes: int, num_steps: int) -> None:
     """Say on stderr how long it will take to measure shapes, from what the base takes for some rows.
 
     Args:
         model: the base.
         rows: a batch of typical rows.
         todo: what is to be done, in tokens that the base reads.
-        num_shapes: number of shapes, the base included.
+        num_shapes: number of shapes, the base not among them.
         num_steps: steps that each of the best is tuned for afterwards.
     """
     batch = next(iter(batches_from_examples(rows, batch_size=len(rows), pad_token_id=0)))
@@ -51,4 +51,4 @@ def announce(model: Any, rows: Sequence[Example], todo: float, num_shapes: int, 
     then = ""
     if num_steps:
         then = f" The best shapes are tuned for {num_steps:,} steps each afterwards, whose time is not in it."
-    print(f"Expected: {span(seconds)}, to cut and score {num_shapes} shapes.{then}", file=sys.stderr)
+    print(f"Expected: {span(seconds)}, to cut and score {num_shapes} shapes beside the base.{then}", file=sys.stderr)

@@ -14,7 +14,7 @@ from torch import nn
 
 from pat.errors import one_line
 from pat.file_sizes.predict import file_sizes, vocabulary_entries
-from pat.nll import IGNORED, Example, paired_standard_error, response_nll_by_row
+from pat.nll import IGNORED, Example, is_told_apart, paired_standard_error, response_nll_by_row
 from pat.report import numbers
 from pat.report.progress import progress_bar
 from pat.surgery.costs import Skeleton, build_skeleton, cost_of, usual_context
@@ -28,9 +28,6 @@ EVAL_BATCH_SIZE = 8
 MUCH_FORGOTTEN = 0.25
 """Nats per token of general text above the base's loss that are warned of: its perplexity is then 28 % higher. Any
 tuning drifts a little, and a warning of every run would be none."""
-
-STANDARD_ERRORS = 2
-"""It is not warned of differences that lie within so many standard errors."""
 
 
 def measure(
@@ -166,7 +163,7 @@ def warn_of_forgetting(figures: Mapping[str, ModelFigures]) -> None:
     if error is None:  # of other windows: as if the two had nothing to do with each other, which is too large
         error = math.hypot(base.general_standard_error or 0.0, dense.general_standard_error or 0.0)
     distance = dense.general_nll - base.general_nll
-    if distance > max(MUCH_FORGOTTEN, STANDARD_ERRORS * error):
+    if distance > MUCH_FORGOTTEN and is_told_apart(distance, error):
         logger.warning(
             "The model has forgotten much: its loss on general text is %.3f nats per token, its base's %.3f (%s). "
             "Train on more tokens, cut less, or mix general data in (--dataset_name yours.jsonl general.jsonl "

@@ -5,17 +5,12 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pat.cli import main
 from pat.errors import Interrupted
-from pat.loading import load_config
-from pat.plan import bench, measure
-from pat.plan.curves import Measured, Point, interpolated, print_measured
-from pat.plan.options import PlanOptions
-from pat.plan.recommend import recommend
+from pat.plan import measure, scorer
 
 TESTS = Path(__file__).parents[2]
 STORIES, DATA = TESTS / "data" / "stories260K", TESTS / "data" / "instructions.jsonl"
@@ -24,9 +19,9 @@ STORIES, DATA = TESTS / "data" / "stories260K", TESTS / "data" / "instructions.j
 def test_curves_rise_and_candidates_meet_the_budget(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(bench, "NUM_TOKENS", 4096)
-    monkeypatch.setattr(bench, "SPLITS", (0.5,))
-    monkeypatch.setattr(bench, "NUM_PAIRS", 1)
+    monkeypatch.setattr(scorer, "NUM_TOKENS", 4096)
+    monkeypatch.setattr(scorer, "SPLITS", (0.5,))
+    monkeypatch.setattr(scorer, "NUM_PAIRS", 1)
     figure = tmp_path / "curves.png"
     flags = ["--model_name_or_path", str(STORIES), "--calibrate", str(DATA), "--figure", str(figure), "--json"]
     assert main(["plan", *flags, "--shape_search_steps", "2"]) == 0
@@ -51,14 +46,14 @@ def test_curves_rise_and_candidates_meet_the_budget(
 def test_an_interruption_shows_what_was_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    score = bench.Bench.nll
+    score = scorer.ShapeScorer.nll
 
-    def nll(self: bench.Bench, sizes: dict[str, int]) -> float:
+    def nll(self: scorer.ShapeScorer, sizes: dict[str, int]) -> float:
         if len(self.losses) == 5:
             raise KeyboardInterrupt
         return score(self, sizes)
 
-    monkeypatch.setattr(bench.Bench, "nll", nll)
+    monkeypatch.setattr(scorer.ShapeScorer, "nll", nll)
     assert main(["plan", "--model_name_or_path", str(STORIES), "--calibrate", str(DATA), "--json"]) == 130
     printed = capsys.readouterr()
     assert printed.out == ""  # a plan or nothing
@@ -66,80 +61,6 @@ def test_an_interruption_shows_what_was_measured(
     table = printed.err.partition("Measured until then:")[2]
     rows = [line.split("│")[1].strip() for line in table.splitlines() if line.startswith("│")]
     assert [row.rpartition(" ")[0] for row in rows] == ["", *["hidden size"] * 2, *["MLP channels"] * 2]
-
-
-def test_what_it_takes_is_said_before_it_begins(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def nll(*_: object) -> float:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(bench.Bench, "nll", nll)
-    flags = ["--model_name_or_path", str(STORIES), "--calibrate", str(DATA), "--shape_search_steps", "7"]
-    assert main(["plan", *flags]) == 130
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Expected: ")]
-    assert "minute" in said and "13 shapes" in said and "tuned for 7 steps" in said
-
-
-A, B = {"pruned_intermediate_size": 104}, {"pruned_hidden_size": 56}
-
-
-def measured(*candidates: Point, default: dict[str, int]) -> Measured:
-    return Measured("data.jsonl", 8000, 2000, 4.0, {}, candidates, default)
-
-
-def test_a_gain_of_a_cut_is_shown_as_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    noise, fitted = Point(A, 0.25, 3.9, difference_error=0.06), Point(B, 0.25, 3.8, difference_error=0.06)
-    print_measured(measured(noise, default=A))
-    printed = " ".join(capsys.readouterr().out.split())
-    assert (
-        "−0.100 ± 0.060" in printed and "(within 2 standard errors of 0, ±): --pruned_intermediate_size 104." in printed
-    )
-    assert "no gain" not in printed
-    print_measured(measured(noise, fitted, default=A))
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "A loss below the base's is no gain of the cut" in printed
-    print_measured(measured(Point(A, 0.25, 4.5, difference_error=0.06), default=A))
-    printed = capsys.readouterr().out
-    assert "Not told apart" not in printed and "no gain" not in printed and "Predicted" not in printed
-
-
-@pytest.mark.parametrize(("error", "taken"), [(0.06, A), (0.04, B), (None, A)])
-def test_the_default_is_recommended_unless_another_shape_is_seen_to_be_better(
-    error: float | None, taken: dict[str, int]
-) -> None:
-    options = PlanOptions(model_name_or_path="base", calibrate="my data.jsonl")
-    found = measured(Point(B, 0.25, 4.4), Point(A, 0.25, 4.5, best_error=error), default=A)
-    said = recommend(options, [0.25], found)
-    (flags,) = [f"--{name} {size}" for name, size in taken.items()]
-    assert f"pat tune --model_name_or_path base --dataset_name 'my data.jsonl' {flags} --output_dir out" in said
-
-
-@pytest.mark.parametrize(
-    ("asked", "ratios", "flags", "words"),
-    [
-        ({}, [0.25], "--pruning_ratio 0.25", "else begin with an eighth"),
-        (
-            {"pruning_ratio": [0.25, 0.125]},
-            [0.251, 0.126],
-            "--pruning_ratio 0.125",
-            "the smallest of these cuts, 12.6%",
-        ),
-        ({"target_bytes": "100MB"}, [0.4], "--target_bytes 100MB", "no more than --target_bytes 100MB asks for"),
-        (
-            {"pruned_num_hidden_layers": 20, "vocabulary_size": 900},
-            [0.1],
-            "--pruned_num_hidden_layers 20 --vocabulary_size 900",
-            "(10.0% cut). Training has to make up for the cut",
-        ),
-    ],
-)
-def test_without_data_the_smallest_cut_is_recommended(
-    asked: dict[str, Any], ratios: list[float], flags: str, words: str
-) -> None:
-    said = recommend(PlanOptions(model_name_or_path="base", **asked), ratios, None)
-    assert f"pat tune --model_name_or_path base --dataset_name DATA {flags} --output_dir out (" in said
-    assert words in said and "yours is not measured" in said
 
 
 def test_an_interruption_while_shapes_are_tuned_shows_those_that_were(
@@ -152,43 +73,15 @@ def test_an_interruption_while_shapes_are_tuned_shows_those_that_were(
             raise Interrupted("SIGTERM has stopped the run; the same command goes on from there.", signal.SIGTERM)
         return loss
 
-    monkeypatch.setattr(bench, "NUM_TOKENS", 2048)
-    monkeypatch.setattr(bench, "SHARES", (1.0,))
-    monkeypatch.setattr(bench, "SPLITS", (0.5,))
+    monkeypatch.setattr(scorer, "NUM_TOKENS", 2048)
+    monkeypatch.setattr(scorer, "SHARES", (1.0,))
+    monkeypatch.setattr(scorer, "SPLITS", (0.5,))
     monkeypatch.setattr(measure, "tuned_nll", tuned_nll)
     flags = ["--model_name_or_path", str(STORIES), "--calibrate", str(DATA), "--shape_search_steps", "2"]
     assert main(["plan", *flags]) == 128 + signal.SIGTERM
     printed = capsys.readouterr()
     assert printed.out == "" and "goes on" not in printed.err
     assert "4.321" in printed.err.partition("Measured until then:")[2]
-
-
-def test_the_time_that_is_left_never_grows_where_measurements_take_what_is_expected(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    config, family = load_config(str(STORIES))
-    measuring, state = bench.Bench(str(STORIES), str(DATA), config, family), bench.Phase("", "shapes")
-    passed, left = 0.0, list[float]()
-
-    def nll(self: bench.Bench, sizes: dict[str, int]) -> float:
-        nonlocal passed
-        if state.share is not None:
-            left.append(passed * (1 - state.share) / state.share)
-        passed += self.work(sizes)
-        self.num_scored = 1
-        return 2.0 + 0.1 * len(sizes)
-
-    monkeypatch.setattr(bench.Bench, "nll", nll)
-    measuring.run(0.25, state)
-    assert left == sorted(left, reverse=True) and len(left) >= 10
-    assert state.share == 1.0 and state.done == state.total == len(left) + 1
-
-
-def test_between_points_a_curve_is_straight() -> None:
-    points = (Point({"a": 2}, 0.1, 3.0), Point({"a": 1}, 0.3, 4.0))
-    assert interpolated(points, 2.5, 0.05) == pytest.approx(0.25)
-    assert interpolated(points, 2.5, 0.2) == pytest.approx(1.0)
-    assert interpolated(points, 2.5, 0.6) == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize(
@@ -214,14 +107,3 @@ def test_between_points_a_curve_is_straight() -> None:
 def test_what_cannot_be_measured_is_refused(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model_name_or_path", str(STORIES), *flags]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_the_base_is_the_same_after_every_point_and_no_row_serves_twice() -> None:
-    config, family = load_config(str(STORIES))
-    measuring = bench.Bench(str(STORIES), str(DATA), config, family)
-    scored = {tuple(row["input_ids"]) for row in measuring.scored}
-    assert scored.isdisjoint(tuple(row["input_ids"]) for row in measuring.rows)
-    before = measuring.nll({})
-    for sizes in ({"pruned_hidden_size": 48}, {"pruned_intermediate_size": 96}, {"pruned_num_hidden_layers": 4}):
-        assert measuring.nll(sizes) > before
-        assert measuring.nll({}) == before

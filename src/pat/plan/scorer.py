@@ -22,9 +22,10 @@ from pat.families import Family
 from pat.loading import load_base, load_tokenizer
 from pat.nll import Example, batches_from_examples, paired_standard_error, response_nll_by_row
 from pat.plan.curves import Measured, Point, flags, interpolated
+from pat.plan.target import check_of_target
 from pat.plan.work import num_read
 from pat.report.progress import Phase
-from pat.shape import AXES
+from pat.shape import AXES, Shape
 from pat.training.precision import bf16_pays_on_cpu
 from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel, find_tuner
@@ -40,7 +41,8 @@ NUM_PAIRS = 3
 """Number of pairs of axes that are scored themselves."""
 
 SLACK = 0.02
-"""Furthest that a shape may lie from the budget, as a share of all parameters; heads and layers go in large steps."""
+"""Furthest that a shape may lie from the budget, as a share of all parameters; heads and layers go in large steps.
+Where the budget is that of a target, what exceeds the target is no candidate."""
 
 NUM_TOKENS = 8192
 """Tokens to calibrate on, at most; `pat tune` reads more."""
@@ -53,11 +55,16 @@ BATCH_SIZE = 8
 _BISECTIONS = 7
 
 
-class Bench:
-    """A base model with the rows to calibrate and to score on."""
+class ShapeScorer:
+    """Cuts a base model to shapes and scores them, with the rows to calibrate and to score on."""
 
-    def __init__(self, name: str, dataset: str, base_config: Any, family: Family) -> None:
+    def __init__(
+        self, name: str, dataset: str, base_config: Any, family: Family, target: Mapping[str, Any] | None = None
+    ) -> None:
         self.base_config, self.family, self.dataset = base_config, family, shown_name(dataset)
+        self.target = dict(target or {})
+        """Target that the budget was found for, by the name of its option; empty where a share was asked for."""
+        self.is_met = check_of_target(self.target, base_config)
         self.losses: list[float] = []
         """Losses in the order in which they were measured, the base's first."""
         self.rows_of: dict[str, torch.Tensor] = {}
@@ -91,14 +98,14 @@ class Bench:
         """Score the base, the curve of each axis, and the pairs of axes that look best; say before what it takes."""
         shapes = {axis: self.curve(axis, ratio) for axis in AXES}
         shapes = {axis: found for axis, found in shapes.items() if found}
-        rule = self.sizes_of(PatConfig(task_type="CAUSAL_LM", pruning_ratio=ratio))
+        rule = self.sizes_of(PatConfig(task_type="CAUSAL_LM", **(self.target or {"pruning_ratio": ratio})))
         curves = [{AXES[axis].option: size} for axis, found in shapes.items() for size in found]
         # Which pairs is not known yet; these take longest, so that the time that is left never grows.
         dearest = sorted(({AXES[a].option: 0, AXES[b].option: 0} for a, b in combinations(shapes, 2)), key=self.work)
         todo = [{}, *curves, *dearest[-1:] * NUM_PAIRS, rule]
         if say is not None:
             with self.autocast:
-                say(self.model, self.scored[:BATCH_SIZE], sum(map(self.work, todo)), len(todo))
+                say(self.model, self.scored[:BATCH_SIZE], sum(map(self.work, todo)), len(todo) - 1)
 
         def scored(sizes: Mapping[str, int], share: float, predicted: float | None = None) -> Point:
             self.losses.append(self.nll(sizes))
@@ -112,9 +119,7 @@ class Bench:
         for axis, found in shapes.items():
             for size, share in found.items():
                 self.curves[axis] = (*self.curves.get(axis, ()), scored({AXES[axis].option: size}, share))
-        self.candidates += [
-            points[-1] for points in self.curves.values() if abs(points[-1].pruning_ratio - ratio) <= SLACK
-        ]
+        self.candidates += [points[-1] for points in self.curves.values() if self.is_candidate(points[-1].sizes, ratio)]
         pairs = sorted(self.pairs(base_nll, ratio), key=lambda pair: pair[1])[:NUM_PAIRS]
         todo[state.done :] = [sizes for sizes, _ in pairs]
         if rule not in [*(point.sizes for point in self.candidates), *todo[state.done :]]:
@@ -170,10 +175,15 @@ class Bench:
                     sizes = self.meet(a, b, split * ratio, ratio)
                 except PatError:  # not a shape that transformers loads
                     continue
-                if sizes in seen or abs(self.ratio(sizes) - ratio) > SLACK:
+                if sizes in seen or not self.is_candidate(sizes, ratio):
                     continue
                 seen.append(sizes)
                 yield sizes, cast(float, self.predicted(sizes, base_nll))
+
+    def is_candidate(self, sizes: Mapping[str, int], ratio: float) -> bool:
+        """Tell whether some sizes come near enough to the budget, and have no more than its target allows."""
+        shape = self.shape_of(sizes)
+        return abs(shape.pruning_ratio - ratio) <= SLACK and self.is_met(shape)
 
     def predicted(self, sizes: Mapping[str, int], base_nll: float) -> float | None:
         """Return the loss if axes at once cost what each does by its curve; None for one axis, or without a curve."""
@@ -188,31 +198,36 @@ class Bench:
         return None if rows is None or others is None else paired_standard_error(rows, others)
 
     def meet(self, a: str, b: str, share: float, ratio: float) -> dict[str, int]:
-        """Return sizes of two axes that come to a ratio, the first of which takes a share of the parameters."""
+        """Return sizes of two axes that come to a ratio, and meet the target; the first takes a share of all."""
         first = self.sizes_of(PatConfig(task_type="CAUSAL_LM", axes=[a], pruning_ratio=share))
         low, high, best = 0.0, ratio, dict[str, int]()
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
             try:
                 sizes = first | self.sizes_of(PatConfig(task_type="CAUSAL_LM", axes=[b], pruning_ratio=middle))
-                found = self.ratio(sizes)
+                shape = self.shape_of(sizes)
             except PatError:  # so little that nothing is cut of the second
                 low = middle
                 continue
-            if not best or abs(found - ratio) < abs(self.ratio(best) - ratio):
+            found = shape.pruning_ratio
+            if (not best or abs(found - ratio) < abs(self.ratio(best) - ratio)) and self.is_met(shape):
                 best = sizes
             low, high = (middle, high) if found < ratio else (low, middle)
         if not best:
             raise PatError(f"Got axes {a} and {b}, which cannot come to {ratio:g} together.")
         return best
 
-    def shape(self, config: PatConfig) -> Any:
+    def shape(self, config: PatConfig) -> Shape:
         """Return the shape that a configuration comes to."""
         return check_config(self.base_config, self.family, config)
 
+    def shape_of(self, sizes: Mapping[str, int]) -> Shape:
+        """Return the shape that some sizes come to."""
+        return self.shape(PatConfig(task_type="CAUSAL_LM", **cast(Any, sizes)))
+
     def ratio(self, sizes: Mapping[str, int]) -> float:
         """Return the share of all parameters that some sizes cut."""
-        return float(self.shape(PatConfig(task_type="CAUSAL_LM", **cast(Any, sizes))).pruning_ratio)
+        return self.shape_of(sizes).pruning_ratio
 
     def sizes_of(self, config: PatConfig) -> dict[str, int]:
         """Return the sizes that a configuration cuts, by their options."""
