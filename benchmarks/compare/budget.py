@@ -42,10 +42,10 @@ def target_of(model: str, ratio: float) -> Target:
     return Target(hidden_size, width, pat_parameters(empty_model(config), width))
 
 
-def half_vocabulary(model: str) -> int:
-    """Return half the number of tokens of a model, down to a multiple that a trimmed vocabulary can have."""
+def most_of_the_vocabulary(model: str) -> int:
+    """Return three quarters of a model's number of tokens, down to a multiple that a trimmed vocabulary can have."""
     config, _ = load_config(model)
-    return int(config.vocab_size) // 2 // MULTIPLE * MULTIPLE
+    return int(config.vocab_size) * 3 // 4 // MULTIPLE * MULTIPLE
 
 
 def sizes_within(

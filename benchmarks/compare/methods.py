@@ -33,7 +33,7 @@ class Method:
     baseline: str | None = None
     """Name of the way to prune among the baselines, where it is not PAT that prunes."""
     trims_vocabulary: bool = False
-    """Whether half of the tokens go, and so fewer of the other parameters."""
+    """Whether a quarter of the tokens go, and so fewer of the other parameters."""
     has_teacher: bool = False
     """Whether it learns from LoRA's tuned model, too."""
 
@@ -75,7 +75,7 @@ METHODS: dict[str, Method] = {
     "pat": Method("PAT", "PAT"),
     "pat_heads": Method("PAT, heads as well", "PAT", {"axes": ["mlp", "heads"]}),
     "pat_hidden": Method("PAT, hidden size alone", "PAT", {"axes": ["hidden"]}),
-    "pat_vocabulary": Method("PAT, half the vocabulary", "PAT", trims_vocabulary=True),
+    "pat_vocabulary": Method("PAT, 3/4 of the vocabulary", "PAT", trims_vocabulary=True),
     "pat_no_refit": Method("PAT, without refit", "PAT", {"refit": False}),
     "pat_milestone_fiftieth": Method("PAT, milestone 0.02", "PAT", {"milestone": 0.02}),
     "pat_milestone_tenth": Method("PAT, milestone 0.1", "PAT", {"milestone": 0.1}),

@@ -22,10 +22,10 @@ from compare.arguments import cell_arguments
 from compare.baselines import CALIBRATED, prune
 from compare.budget import (
     Target,
-    half_vocabulary,
     lora_parameters_per_rank,
     lora_rank,
     lora_targets,
+    most_of_the_vocabulary,
     pat_rank,
     sizes_within,
     target_of,
@@ -172,7 +172,7 @@ class _Run:
         device = arguments.sft.device
         del base
         target = target_of(self.source, self.cell.ratio)
-        num_tokens = half_vocabulary(self.source) if self.method.trims_vocabulary else None
+        num_tokens = most_of_the_vocabulary(self.source) if self.method.trims_vocabulary else None
         arguments.run.vocabulary_size = num_tokens
         sizes = sizes_within(self.source, target, arguments.pat_config(), vocabulary_size=num_tokens)
         for name, size in sizes.items():
