@@ -5,20 +5,17 @@ Its first start builds an extension, which takes a minute or two.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
+from many_ranks import check_same, free_port, run_flags
 from safetensors.torch import load_file
 
 from pat.cli import main
@@ -31,11 +28,6 @@ ROOT = Path(__file__).parents[2]
 
 ZERO_2, ZERO_3, DDP = "zero2", "zero3", "cpu"
 
-STEPS = 6
-
-LOSS = 1e-5
-"""Largest difference of a loss in nats: float32, sums in another order (see test_tune.py)."""
-
 WEIGHT = 1e-3
 """Largest difference of a written weight. Rounding of the calibration is scaled up in the refit of what fills in for
 channels: 5e-5 between one process and two."""
@@ -43,8 +35,6 @@ channels: 5e-5 between one process and two."""
 MASK = 1e-6
 """Largest difference of a trained number between ZeRO-2 and DDP, which average the same gradients: 1e-8 was measured.
 The regularisers move the mask by 3e-4."""
-
-WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "big", "red", "ball", "then", "ran", "home")
 
 TIMEOUT = 900
 
@@ -66,10 +56,8 @@ def launcher(config: str, num_processes: int) -> list[str]:
         text = text.replace(old, new)
     path = Path(tempfile.mkdtemp()) / f"{config}.yaml"
     path.write_text(text, encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return ["--config_file", str(path), "--num_processes", str(num_processes), "--main_process_port", str(port)]
+    port = str(free_port())
+    return ["--config_file", str(path), "--num_processes", str(num_processes), "--main_process_port", port]
 
 
 def start(argv: list[str], num_processes: int = 2, config: str = ZERO_2) -> subprocess.Popen[str]:
@@ -90,62 +78,19 @@ def run(argv: list[str], num_processes: int = 2, config: str = ZERO_2) -> tuple[
     return process.returncode, err
 
 
-def flags(base: Path, data: Path, out: Path, batch_size: int, **more: Any) -> list[str]:
-    """Return the arguments of a short run of the default recipe, whose milestone is the beginning."""
-    given = {
-        "model_name_or_path": base,
-        "dataset_name": data,
-        "output_dir": out,
-        "per_device_train_batch_size": batch_size,
-        "max_steps": STEPS,
-        "held_out": 8,
-        "max_length": 64,
-        "refit_tokens": 512,
-        "adam_epsilon": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": "true",
-        "use_cpu": "true",
-        "dtype": "float32",
-        "bf16": "false",
-        **more,
-    }
-    return ["tune", *(word for name, value in given.items() for word in (f"--{name}", str(value)))]
-
-
-def check_same(out: Path, reference: Path) -> None:
+def check_same_model(out: Path, reference: Path) -> None:
     """Check that a run has taken the steps of another one, kept the same channels and written the same model."""
-    found, expected = (json.loads((folder / "results.json").read_text("utf-8")) for folder in (out, reference))
-    mine, others = ([row["loss"] for row in record["log_history"] if "loss" in row] for record in (found, expected))
-    assert len(mine) == len(others) == STEPS
-    assert max(abs(one - other) for one, other in zip(mine, others, strict=True)) <= LOSS
-    kept, wanted = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (out, reference))
-    gates = [name for name in wanted if name.endswith(".keep")]
-    assert gates and all(torch.equal(kept[name], wanted[name]) for name in gates)
+    check_same(out, reference)
     written, wanted = (load_file(folder / "model" / "model.safetensors") for folder in (out, reference))
     assert written.keys() == wanted.keys()
     assert max(float((written[name] - wanted[name]).abs().max()) for name in wanted) <= WEIGHT
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ninety-six short rows; no two of them are the same."""
-    generator = torch.Generator().manual_seed(0)
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-
-    def words(num: int) -> str:
-        return " ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (num,), generator=generator))
-
-    lines = ({"prompt": words(4), "completion": f" {words(4 + number % 9)}"} for number in range(96))
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
 def alone(stories260k_path: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process with batches of eight rows, without DeepSpeed."""
     out = tmp_path_factory.mktemp("alone") / "out"
-    assert main(flags(stories260k_path, rows, out, 8)) == 0
+    assert main(run_flags(stories260k_path, rows, out, 8)) == 0
     return out
 
 
@@ -153,7 +98,7 @@ def test_zero_2_is_one_run_and_goes_on_after_a_kill_in_as_many_processes_alone(
     alone: Path, stories260k_path: Path, rows: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    argv = [*flags(stories260k_path, rows, out, 4), "--save_steps", "1"]
+    argv = [*run_flags(stories260k_path, rows, out, 4), "--save_steps", "1"]
     argv[argv.index("--save_strategy") + 1] = "steps"
     process = start(argv)
     checkpoints = out / "checkpoints" / "compact"
@@ -176,7 +121,7 @@ def test_zero_2_is_one_run_and_goes_on_after_a_kill_in_as_many_processes_alone(
 
     status, err = run(argv)
     assert status == 0 and "going on from checkpoints/compact/checkpoint-" in err, err
-    check_same(out, alone)
+    check_same_model(out, alone)
 
     # A part that is cut off is found, and the checkpoint before it is gone on from.
     torn = tmp_path / "torn" / "checkpoints" / "compact"
@@ -187,11 +132,11 @@ def test_zero_2_is_one_run_and_goes_on_after_a_kill_in_as_many_processes_alone(
     assert (
         status == 0 and "checkpoint-2 is passed over" in err and "going on from checkpoints/compact/checkpoint-1" in err
     )
-    check_same(tmp_path / "torn", alone)
+    check_same_model(tmp_path / "torn", alone)
 
 
 def test_a_step_whose_gradients_are_not_finite_ends_the_run(stories260k_path: Path, rows: Path, tmp_path: Path) -> None:
-    status, err = run([*flags(stories260k_path, rows, tmp_path / "out", 4), "--learning_rate", "1e30"])
+    status, err = run([*run_flags(stories260k_path, rows, tmp_path / "out", 4), "--learning_rate", "1e30"])
     assert status == 1 and "became non-finite at step 1" in err, err
     adapter = load_file(tmp_path / "out" / "checkpoints" / "compact" / "last-finite" / "adapter_model.safetensors")
     assert all(value.isfinite().all() for value in adapter.values())
@@ -233,7 +178,7 @@ def test_a_script_of_ones_own_trains_the_same_mask_as_with_ddp(
 
 
 def test_zero_3_is_refused_in_one_line(stories260k_path: Path, rows: Path, tmp_path: Path) -> None:
-    status, err = run(flags(stories260k_path, rows, tmp_path / "out", 4), config=ZERO_3)
+    status, err = run(run_flags(stories260k_path, rows, tmp_path / "out", 4), config=ZERO_3)
     (line,) = (line for line in err.splitlines() if line.startswith("pat: "))
     assert status == 2 and "Got DeepSpeed's ZeRO-3" in line
     assert not (tmp_path / "out").exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,20 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from many_ranks import check_same, free_port, run_flags
 
 from pat.cli import main
 
 HERE = Path(__file__).parent
-
-STEPS = 6
-
-LOSS = 1e-5
-"""Largest difference of a loss in nats: float32, sums in another order. AdamW's epsilon is raised, because with 1e-8 it
-turns gradients that are made of rounding into whole steps."""
-
-WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "big", "red", "ball", "then", "ran", "home")
 
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -43,41 +33,18 @@ TIMEOUT = 600
 
 def flags(base: Path, data: Path, out: Path, batch_size: int, **more: Any) -> list[str]:
     """Return the arguments of a short run of both stages of the default recipe."""
-    given = {
-        "model_name_or_path": base,
-        "dataset_name": data,
-        "output_dir": out,
-        "per_device_train_batch_size": batch_size,
-        "max_steps": STEPS,
-        "milestone": 0.5,
-        "axes": "mlp,hidden",
-        "held_out": "8",
-        "max_length": 64,
-        "refit_tokens": 512,
-        "calibration_tokens": 256,
-        "adam_epsilon": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": "true",
-        "use_cpu": "true",
-        "dtype": "float32",
-        "bf16": "false",
-        **more,
-    }
-    return ["tune", *(word for name, value in given.items() for word in (f"--{name}", *str(value).split(",")))]
+    both = {"milestone": 0.5, "axes": "mlp,hidden", "calibration_tokens": 256}
+    return run_flags(base, data, out, batch_size, **both | more)
 
 
 def start(argv: list[str], num_processes: int, *, fsdp: bool = False) -> subprocess.Popen[str]:
     """Start a run in several processes, as torchrun does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     source = str(HERE.parents[1] / "src")
     environment = os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     launcher = (sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes}")
     program = [str(HERE / "fsdp_on_cpu.py")] if fsdp else ["--module", "pat"]
     return subprocess.Popen(
-        [*launcher, f"--master-port={port}", *program, *argv],
+        [*launcher, f"--master-port={free_port()}", *program, *argv],
         env=environment | (FSDP2 if fsdp else {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -90,36 +57,6 @@ def run(argv: list[str], num_processes: int, *, fsdp: bool = False) -> tuple[int
     process = start(argv, num_processes, fsdp=fsdp)
     _, err = process.communicate(timeout=TIMEOUT)
     return process.returncode, err
-
-
-def losses(out: Path) -> list[float]:
-    """Return the losses of both stages."""
-    record = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    return [row["loss"] for row in record["log_history"] if "loss" in row]
-
-
-def check_same(out: Path, reference: Path) -> None:
-    """Check that a run has taken the steps of another one and kept the same channels."""
-    mine, others = losses(out), losses(reference)
-    assert len(mine) == len(others) == STEPS
-    assert max(abs(one - other) for one, other in zip(mine, others, strict=True)) <= LOSS
-    kept, expected = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (out, reference))
-    gates = [name for name in expected if name.endswith(".keep")]
-    assert len(gates) > 1 and all(torch.equal(kept[name], expected[name]) for name in gates)
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ninety-six short rows; no two of them are the same."""
-    generator = torch.Generator().manual_seed(0)
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-
-    def words(num: int) -> str:
-        return " ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (num,), generator=generator))
-
-    lines = ({"prompt": words(4), "completion": f" {words(4 + number % 9)}"} for number in range(96))
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ def prepare_examples(
     """Return the examples of a dataset to measure a model on, `limit` of them evenly spaced, cut at `max_length`.
 
     Raises:
-        PatError: see `prepare`.
+        PatError: the data cannot be read or converted, or has a token that the model has no embedding for.
     """
     data = load_training_data(name, tokenizer=vocabulary.tokenizer, template=template, held_out=0)
     spaced = evenly_spaced(len(data.train_rows), limit or None)

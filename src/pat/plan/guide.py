@@ -41,7 +41,7 @@ MEASURED_CUTS = (
 )
 
 NOT_MEASURED = (("SmolLM2-135M-Instruct", 0.125),)
-"""Cuts that one would look for beside these, by model and ratio: no run is on record that has LoRA beside it."""
+"""Cuts, by model and ratio, that a reader would look for here, and of which there is no run with LoRA beside it."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What accelerate's engines would do to an adapter without knowing of its mask: cast it, or take it apart."""
+"""Keeps accelerate's engines from casting the mask and operators of an adapter, or taking their weights apart."""
 
 from __future__ import annotations
 

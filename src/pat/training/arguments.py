@@ -40,10 +40,10 @@ _LORA = {
 
 
 _NAME = re.compile(r"[\w.]+")
-"""What is a name of modules, or the end of one, and no regular expression."""
+"""Pattern of a module's name, or the end of one; anything else is taken for a regular expression."""
 
 _MAPPINGS = ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
-"""Flags that transformers takes any text for, and then cannot use."""
+"""Flags for which transformers takes any text, even where it cannot use it."""
 
 _ONE_RUN = "the processes of a run are one run, whose first process alone writes and speaks"
 _NO_METRICS = "it is for a function that computes metrics, which a command line cannot give"

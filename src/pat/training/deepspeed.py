@@ -1,8 +1,8 @@
 """DeepSpeed: which runs of `pat tune` it trains, and from which checkpoints it goes on.
 
 ZeRO-1 and ZeRO-2 leave the model whole in every process and share out the optimizer's state, which DeepSpeed keeps in
-parts of its own form: it can be gone on with by as many processes under DeepSpeed, and by nobody else. So it is no
-engine to hand a state over to at the milestone, and trains runs that have nothing to hand over (docs/adr/0022).
+parts of its own form. Only DeepSpeed, in as many processes, can go on from these. So it cannot take over the state of
+stage one at the milestone, and trains the runs that have nothing to hand over (docs/adr/0022).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def check_deepspeed_run(arguments: TuneArguments, shape: Shape, *, is_quantised:
 
 
 def check_goes_on(checkpoint: str | None, arguments: TuneArguments) -> None:
-    """Check that a run's engine can go on from a checkpoint, as far as DeepSpeed is there or has made it.
+    """Check that a run can go on from a checkpoint, where DeepSpeed trains the run or has written the checkpoint.
 
     Raises:
         PatError: it cannot.

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 EVAL_BATCH_SIZE = 8
 
 MUCH_FORGOTTEN = 0.25
-"""Nats per token of general text above the base's loss that are warned of: its perplexity is then 28 % higher. Any
-tuning drifts a little, and a warning of every run would be none."""
+"""Nats per token of general text above the base's loss that are warned of: its perplexity is then 28 % higher. Every
+tuning moves it a little, and a warning that each run gives would not be read."""
 
 
 def measure(

@@ -32,7 +32,7 @@ _NOT_SHOWN = {
 """Options that the report names elsewhere, that change nothing in the model, or whose defaults are the machine's."""
 
 _UNSET = {"pruning_ratio": f"{DEFAULT_PRUNING_RATIO:g}"}
-"""What options come to that are not set, where that can be said by a value."""
+"""Values that the report shows for options that are not set; for all others it says so in words."""
 
 
 @dataclass(kw_only=True)

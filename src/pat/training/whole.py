@@ -48,27 +48,25 @@ def flaw(checkpoint: Path, needed: Collection[str] = NEEDED) -> str | None:
 
     The trainer writes into the folder's final place: one that was killed leaves a part of them, the last cut off.
     """
-    for name in (*NEEDED, SCALER_NAME):
+    for name in (*NEEDED, SCALER_NAME, LATEST):
         found = (checkpoint / other for other in INSTEAD.get(name, ()))
         path = next((path for path in found if path.is_file()), checkpoint / name)
         if not path.is_file():
             if name in needed:
                 return f"it has no {name}"
             continue
-        if path.name == LATEST:
-            continue  # see below
+        if path.name == LATEST != name:
+            continue  # it has its own turn, also where it stands beside the optimizer of another engine
         try:
+            if name == LATEST:
+                _open_parts(path)
+                continue
             content = _open(path)
             wrong = _flaw_of_state(content, checkpoint.name) if name == TRAINER_STATE_NAME else None
         except Exception as error:  # of many kinds, which each format has for itself
             wrong = f"is not readable ({one_line(error)})"
         if wrong is not None:
             return f"its {path.name} {wrong}"
-    if (latest := checkpoint / LATEST).is_file():  # beside another engine's optimizer, too
-        try:
-            _open_parts(latest)
-        except Exception as error:
-            return f"its {LATEST} is not readable ({one_line(error)})"
     return None
 
 
@@ -108,15 +106,15 @@ def model_flaw(folder: Path) -> str | None:
 
 
 def num_parts(checkpoint: Path) -> int | None:
-    """Return the number of processes that hold a part of a checkpoint of DeepSpeed's; None if it is another's."""
+    """Return how many processes have written a part of a checkpoint; None if DeepSpeed has not written it."""
     return len(list(parts_folder(checkpoint).glob(_PARTS))) if (checkpoint / LATEST).is_file() else None
 
 
 def parts_folder(checkpoint: Path) -> Path:
-    """Return the folder of DeepSpeed's parts in a checkpoint of its.
+    """Return the folder of the processes' parts in a checkpoint that DeepSpeed has written.
 
     Raises:
-        ValueError: it is named otherwise than DeepSpeed names it, which would follow any path.
+        ValueError: its name is none that DeepSpeed gives; DeepSpeed itself would follow any path.
     """
     name = (checkpoint / LATEST).read_text(encoding="utf-8").strip()
     if not re.fullmatch(r"global_step\d+", name):
@@ -135,7 +133,7 @@ def _open_parts(latest: Path) -> None:
     for path in (*parts, folder / "mp_rank_00_model_states.pt"):
         try:
             _open(path)
-        except Exception as error:
+        except Exception as error:  # of many kinds, none of which names the file
             raise ValueError(f"{path.name}: {one_line(error)}") from error
 
 

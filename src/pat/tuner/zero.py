@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-3, which takes a model apart where it is made."""
+"""Refuses DeepSpeed's ZeRO-3, which takes a model apart where it is made."""
 
 from __future__ import annotations
 

@@ -183,6 +183,6 @@ def test_an_impossible_rank_is_refused(rank) -> None:
 
 @pytest.mark.parametrize("rank", [1, 3])
 def test_parameters_can_be_viewed_as_bytes(rank: int) -> None:
-    """As DeepSpeed does to tell them to other processes; a column whose stride is left from a row cannot."""
+    """DeepSpeed views them so to send them to other processes; a column that keeps the stride of a row fails."""
     for parameter in LowRankOperator(8, rank).parameters():
         assert parameter.data.view(torch.uint8).shape[-1] == 4 * parameter.shape[-1]

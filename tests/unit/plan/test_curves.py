@@ -1,4 +1,4 @@
-"""What is shown of measured shapes, and what a curve says between its points."""
+"""Tests of the table of measured shapes, and of curves between their points."""
 
 from __future__ import annotations
 
