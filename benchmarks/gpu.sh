@@ -11,6 +11,7 @@
 # MODEL    a base model for the comparisons of qualities, DATA its instruction data; without them these are left out
 # SCRATCH  folder for 30 GB on the disk that copies and merges are to be timed on; the other parts use TMPDIR (25 GB)
 # PARTS    what to do: nll memory train inference merge, which is the default, and compare
+# TASKS    folder of the questions that the comparison's models are asked; without it they are asked none
 # COMPARE  further flags of the comparison, such as "--steps 100"
 # REHEARSE 1 to try every part without a GPU, in tiny shapes and with a small MODEL, so that no mistake costs its minutes
 # Every part has a time limit of its own, so that one that hangs leaves the others their figures.
@@ -76,9 +77,15 @@ part 180 inference "$PYTHON" benchmarks/inference_speed.py "${speed[@]}" --outpu
 part 300 merge "$PYTHON" benchmarks/merge_cost.py "${merge[@]}" ${SCRATCH:+--scratch "$SCRATCH"} \
     --output "$OUT/merge_cost.json" || failed=1
 if [ -n "${MODEL:-}" ] && [ -n "${DATA:-}" ]; then
+    # Trainings of a small model leave most of the card idle, so several share it; without the service they take turns.
+    if [[ " $PARTS " == *" compare "* ]] && command -v nvidia-cuda-mps-control > /dev/null && [ -z "${REHEARSE:-}" ]; then
+        nvidia-cuda-mps-control -d
+    fi
+    asked=(--tasks none)
+    [ -z "${TASKS:-}" ] || asked=(--data_dir "$TASKS")
     # shellcheck disable=SC2086  # several flags
     part 590 compare "$PYTHON" -m compare --config benchmarks/compare/configs/gpu.yaml --models "$MODEL" --data "$DATA" \
-        --output_dir "$OUT/compare" ${COMPARE:-} || failed=1
+        --output_dir "$OUT/compare" "${asked[@]}" ${COMPARE:-} || failed=1
 fi
 ls -l "$OUT"
 exit $failed
