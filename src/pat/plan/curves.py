@@ -86,7 +86,7 @@ def measured_table(measured: Measured) -> Table:
     known = [candidate.sizes for candidate in measured.candidates]
     curves = [row(point) for points in measured.curves.values() for point in points if point.sizes not in known]
     tuned = [f"after {measured.num_steps} steps"] if measured.num_steps else []
-    base = ["nothing", "", f"{measured.base_nll:.3f}", "", "", *[""] * len(tuned)]
+    base = ["the base, uncut", "", f"{measured.base_nll:.3f}", "", "", *[""] * len(tuned)]
     rows = [base, *curves, *map(row, measured.candidates)]
     title = (
         f"Loss before any training, in nats per token over {measured.num_scored_tokens:,} response tokens of "
