@@ -13,7 +13,7 @@ FEW_EXAMPLES = 200
 """With fewer answers to learn from, nothing that was cut has been seen to come back; a tenth of them, which is held
 out, tells two models apart only where they are far from each other."""
 
-TOKENS_PER_SHARE = 40_000
+TOKENS_PER_SHARE = 30_000
 """Tokens to learn below which they are few, for a cut of all parameters, and as many fewer for a share of them: an
 eighth of SmolLM2-135M came back to its base with 6,228 (the demo's), a quarter did not with many times as many."""
 
