@@ -15,7 +15,7 @@ out, tells two models apart only where they are far from each other."""
 
 TOKENS_PER_SHARE = 30_000
 """Tokens to learn below which they are few, for a cut of all parameters, and as many fewer for a share of them: an
-eighth of SmolLM2-135M came back to its base with 6,228 (the demo's), a quarter did not after 107,624, prompts included."""
+eighth of SmolLM2-135M came back to its base with 6,228 (the demo's), a quarter did not after 107,624 of all kinds."""
 
 MANY_EPOCHS = 10
 """Times that the same rows are gone through from which on they are learned by heart."""
