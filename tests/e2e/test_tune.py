@@ -109,6 +109,7 @@ def test_the_report_of_a_run_shows_its_figures_and_can_be_made_anew(run: Path, t
     assert results["parity"]["num_tokens"] > 0 and f"{results['parity']['num_tokens']:,} places" in first
     assert "<td>max_steps</td>" in first and "accelerator_config" not in first and str(run.parent) not in first
     assert len(results["samples"]) == 2 and all("say" in sample["prompt"] for sample in results["samples"])
+    assert all(f">{sample['reference']}</p>" in first and sample["reference"] for sample in results["samples"])
     assert main(["report", "--run", str(run), "--output", str(tmp_path / "again.html")]) == 0
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == first
     assert [path.name for path in tmp_path.iterdir()] == ["again.html"]
@@ -492,7 +493,7 @@ def test_a_model_tuned_on_alpacas_words_is_asked_in_them(tmp_path: Path, capfd: 
     few = {"max_steps": 2, "max_length": 256, "held_out": str(data), "axes": "mlp"}
     few |= {"save_strategy": "steps", "save_steps": 1, "keep_checkpoints": True}
     run = pat.tune(**flags(stories, data, out, **few)).record
-    assert "(alpaca, Alpaca wording)" in (said := capfd.readouterr().err)
+    assert "(instruction/output, Alpaca wording)" in (said := capfd.readouterr().err)
     assert said.count("The chat template that is written asks in these words.") == 1
     assert AutoTokenizer.from_pretrained(stories).chat_template is None
     merge(out / "adapter", tmp_path / "merged")

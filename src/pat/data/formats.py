@@ -72,6 +72,13 @@ class Format:
     """Columns that only a chat template can express: system, history, tools, chat_template_kwargs."""
 
     @property
+    def title(self) -> str:
+        """The format as people are told of it, by the columns that make it: `question/answer`, `messages`, `text`."""
+        if self.response:
+            return f"{self.prompt}/{self.response}"
+        return self.prompt if self.name == "messages" else self.name
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """All columns that are read."""
         return tuple(name for name in (self.prompt, self.response, self.input, *self.beside) if name)

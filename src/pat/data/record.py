@@ -147,7 +147,7 @@ def make_record(data: TrainingData, counts: Counts, cut: Truncation) -> DataReco
     return DataRecord(
         source=shown_name(data.name),
         held_out_source=data.held_out_name and shown_name(data.held_out_name),
-        format=data.source.format.name,
+        format=data.source.format.title,
         template=data.source.template,
         fingerprint=data.source.fingerprint,
         num_rows=data.num_rows,

@@ -92,7 +92,7 @@ class PlanRecord(Record):
     notes: tuple[str, ...]
     """Sentences that the reader of these figures has to know."""
     recommendation: str
-    """Which of the shapes to take, why, and the command for it."""
+    """Which of the shapes to take and why, and in a line of its own the command for it."""
 
 
 def run_plan(options: PlanOptions) -> PlanRecord:
@@ -259,10 +259,11 @@ def _notes(
     base_config: Any, pat_config: PatConfig, base: ModelCost, candidates: Sequence[Candidate], context: int
 ) -> list[str]:
     notes = [
-        "Prefill: 2 x matmul parameters + 4 x heads x head size x layers x mean number of keys, per token of a text of "
-        f"{context} tokens; the head counts for the last of them only. Expected where arithmetic is the limit.",
-        f"Decode: weights in use and cache, read per token after {context} tokens at batch size 1. Expected where "
-        f"memory bandwidth is the limit. {_cache_note(candidates[-1].shape, base_config)}",
+        "Reading (prefill): 2 x matmul parameters + 4 x heads x head size x layers x mean number of keys, per token of "
+        f"a text of {context} tokens; the head counts for the last of them only. The speed is expected where "
+        "arithmetic is the limit.",
+        f"Writing (decode): weights in use and cache, read per token after {context} tokens at batch size 1. The speed "
+        f"is expected where memory bandwidth is the limit. {_cache_note(candidates[-1].shape, base_config)}",
         f"Training: rank {pat_config.r} on every linear layer; adapter, gradients and Adam take 16 bytes per trainable "
         "parameter; the basis of a rotation and what fills in for MLP channels come on top. Activations are an "
         "estimate; logits (computed in chunks) and the framework itself come on top.",

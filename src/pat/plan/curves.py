@@ -62,16 +62,20 @@ def flags(sizes: Mapping[str, int]) -> str:
     return " ".join(f"--{name} {size}" for name, size in sizes.items())
 
 
+def named(point: Point) -> str:
+    """Return what a shape keeps of each axis that is cut."""
+    labels = {axis.option: axis.label for axis in AXES.values()}
+    return ", ".join(f"{labels[option]} {size:,}" for option, size in point.sizes.items())
+
+
 def measured_table(measured: Measured) -> Table:
     """Return the table of curves and candidates for people."""
-    labels = {axis.option: axis.label for axis in AXES.values()}
 
     def row(point: Point) -> list[str]:
-        sizes = ", ".join(f"{labels[option]} {size:,}" for option, size in point.sizes.items())
         above = numbers.difference(point.nll - measured.base_nll, point.difference_error)
         tuned = [""] * bool(measured.num_steps) if point.tuned_nll is None else [f"{point.tuned_nll:.3f}"]
         return [
-            sizes,
+            named(point),
             f"{point.pruning_ratio:.1%}",
             f"{point.nll:.3f}",
             above,
@@ -82,13 +86,14 @@ def measured_table(measured: Measured) -> Table:
     known = [candidate.sizes for candidate in measured.candidates]
     curves = [row(point) for points in measured.curves.values() for point in points if point.sizes not in known]
     tuned = [f"after {measured.num_steps} steps"] if measured.num_steps else []
-    base = ["nothing", "", f"{measured.base_nll:.3f}", "", "", *[""] * len(tuned)]
+    base = ["the base, uncut", "", f"{measured.base_nll:.3f}", "", "", *[""] * len(tuned)]
     rows = [base, *curves, *map(row, measured.candidates)]
     title = (
-        f"Loss before any training on {measured.num_scored_tokens:,} response tokens of {measured.dataset}, calibrated "
-        f"on {measured.num_calibration_tokens:,}; shapes under the budget at the end, best first"
+        f"Loss before any training, in nats per token over {measured.num_scored_tokens:,} response tokens of "
+        f"{measured.dataset}, calibrated on {measured.num_calibration_tokens:,}; shapes that meet the budget below the "
+        "line, best first"
     )
-    columns = ("what is cut to", "parameters cut", "NLL", "above the base's", "predicted NLL", *tuned)
+    columns = ("shape", "cut", "loss", "above base", "predicted", *tuned)
     return Table(title, columns, rows, num_totals=len(measured.candidates))
 
 

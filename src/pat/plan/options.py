@@ -44,8 +44,8 @@ class PlanOptions(ShapeOptions):
         default=None,
         metadata={
             "help": "Instruction data, as for `pat tune`: measure on it what cutting each axis costs before any "
-            "training, and which shapes under the budget come out best. Needs the model's weights, and takes from "
-            "10 minutes to 25 on two CPU cores for a hundred million parameters; a line says what to expect."
+            "training, and which shapes under the budget come out best. Needs the model's weights, and takes "
+            "minutes or hours: a line says how long, from what the base takes on this machine."
         },
     )
     shape_search_steps: int = field(

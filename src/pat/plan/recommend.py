@@ -1,4 +1,4 @@
-"""The line that ends a plan: which of what it shows to take, why, and the command for it."""
+"""The lines that end a plan: which of what it shows to take and why, and the command for it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from shlex import quote
 from typing import Any
 
 from pat.nll import is_told_apart
-from pat.plan.curves import Measured, Point
+from pat.plan.curves import Measured, Point, named
 from pat.plan.guide import MEASURED_CUTS
 from pat.plan.options import PlanOptions
 from pat.plan.target import named_target
@@ -47,17 +47,19 @@ def _of_other_models(options: PlanOptions, ratios: Sequence[float]) -> str:
     command = _command(options, None, _flags(options, smallest))
     first = "cut more once its held-out loss is below the base's"
     if targets := [f"--{name} {value}" for name, value in named_target(options).items()]:
-        return f"Recommended: {command} ({share} cut, as {targets[0]} asks). {evidence}"
-    if len(ratios) > 1:
-        return f"Recommended: {command} (the smallest of these cuts, {share}); {first}. {evidence}"
-    if is_small:
-        return f"Recommended: {command} ({share} cut). {evidence}"
-    sizes = [f"--{AXES[axis].option} {size}" for axis, size in asked_sizes(options).items()]
-    instead = f" instead of {' and '.join(sizes)}" if sizes else ""
-    return (
-        f"Recommended: {command} ({share} cut) if you need a model of this size; else begin with an eighth, "
-        f"--pruning_ratio 0.125{instead}, and {first}. {evidence}"
-    )
+        what = f"the shape that {targets[0]} asks for, {share} cut"
+    elif len(ratios) > 1:
+        what = f"the smallest of these cuts, {share}; {first}"
+    elif is_small:
+        what = f"this shape, {share} cut"
+    else:
+        sizes = [f"--{AXES[axis].option} {size}" for axis, size in asked_sizes(options).items()]
+        instead = f" instead of {' and '.join(sizes)}" if sizes else ""
+        what = (
+            f"this shape, {share} cut, if you need a model of this size; else begin with an eighth, "
+            f"--pruning_ratio 0.125{instead}, and {first}"
+        )
+    return f"Recommended: {what}. {evidence}\n{command}"
 
 
 def _of_measured(options: PlanOptions, measured: Measured) -> str:
@@ -77,7 +79,7 @@ def _of_measured(options: PlanOptions, measured: Measured) -> str:
                 break
         why += "; what is best before training need not be best after it, which --shape_search_steps N tries"
     command = _command(options, options.calibrate, taken.options())
-    return f"Recommended: {command} ({why}).{_caution(taken.pruning_ratio)}"
+    return f"Recommended: {named(taken)}: {why}.{_caution(taken.pruning_ratio)}\n{command}"
 
 
 def _caution(pruning_ratio: float) -> str:

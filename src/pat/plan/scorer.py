@@ -94,8 +94,14 @@ class ShapeScorer:
             self.model, pays = self.model.to(cast(Any, torch.accelerator.current_accelerator())), False
         self.autocast = torch.autocast(self.model.device.type, torch.bfloat16, enabled=pays)
 
-    def run(self, ratio: float, state: Phase, say: Callable[..., None] | None = None) -> None:
-        """Score the base, the curve of each axis, and the pairs of axes that look best; say before what it takes."""
+    def run(self, ratio: float, state: Phase, say: Callable[..., float] | None = None) -> None:
+        """Score the base, the curve of each axis, and the pairs of axes that look best; say before what it takes.
+
+        Args:
+            ratio: budget, as a share of all parameters.
+            state: is told of each shape that is scored, and of how long all of them are expected to take.
+            say: says so, and returns the seconds; see `say_expected_time`.
+        """
         shapes = {axis: self.curve(axis, ratio) for axis in AXES}
         shapes = {axis: found for axis, found in shapes.items() if found}
         rule = self.sizes_of(PatConfig(task_type="CAUSAL_LM", **(self.target or {"pruning_ratio": ratio})))
@@ -105,7 +111,8 @@ class ShapeScorer:
         todo = [{}, *curves, *dearest[-1:] * NUM_PAIRS, rule]
         if say is not None:
             with self.autocast:
-                say(self.model, self.scored[:BATCH_SIZE], sum(map(self.work, todo)), len(todo) - 1)
+                seconds = say(self.model, self.scored[:BATCH_SIZE], sum(map(self.work, todo)), len(todo) - 1)
+            state.expect(seconds)
 
         def scored(sizes: Mapping[str, int], share: float, predicted: float | None = None) -> Point:
             self.losses.append(self.nll(sizes))

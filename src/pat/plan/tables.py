@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from pat.families import FAMILIES
 from pat.file_sizes.predict import GGUF_TYPES
@@ -25,20 +25,23 @@ _ROTATIONS = {
     "can tell how many these are, and whether they are enough for this width",
 }
 
+MINUTE = 60.0
+"""Seconds below which times on GPUs tell nothing apart: what comes on top of them takes longer."""
+
 
 def print_plan(record: PlanRecord) -> None:
-    """Print a plan on standard output."""
+    """Print a plan on standard output: the shapes, what follows from them, and at the end which one to take."""
     print(f"{record.model_name_or_path} ({record.model_type}, {record.dtype}), hidden size {record.base.hidden_size}.")
     for candidate in record.candidates:
         nearby = ", ".join(map(_describe_width, candidate.nearby_widths))
-        print(
-            f"{candidate.shape.describe()}: {candidate.shape.reason}.", f"Legal widths nearby: {nearby}." * bool(nearby)
-        )
+        legal = f" Legal widths nearby: {nearby}." if nearby else ""
+        print(f"{candidate.shape.describe()}: {candidate.shape.reason}.{legal}")
     if record.candidates[-1].shape.cuts("hidden"):
         print(f"Rotation: {_ROTATIONS[record.rotation]}.")
     print()
-    for table in (_sizes(record), _files(record), _running(record), _training(record), _times(record)):
+    for table in (_sizes(record), _files(record), _running(record), _training(record)):
         table.print()
+    _print_times(record)
     if record.cpu_time is not None:
         _cpu(record, record.cpu_time).print()
     if record.sharded is not None:
@@ -46,9 +49,10 @@ def print_plan(record: PlanRecord) -> None:
     _guide(record).print()
     if record.measured is not None:
         print_measured(record.measured)
-    for note in record.notes:
+    print("\nNotes")
+    for note in (*record.notes, *_odd(record), *_not_measured()):
         print(f"- {note}")
-    print(record.recommendation)
+    print(f"\n{record.recommendation}")
 
 
 def _sizes(record: PlanRecord) -> Table:
@@ -62,7 +66,7 @@ def _sizes(record: PlanRecord) -> Table:
     rows += [
         ["total", *(f"{total:,}" for total in totals)],
         ["change", "", *(f"{total / totals[0] - 1:+.1%}" for total in totals[1:])],
-        ["bytes", *(numbers.scaled(cost.total.num_bytes, "B") for cost in costs)],
+        [f"bytes, {record.dtype}", *(numbers.scaled(cost.total.num_bytes, "B") for cost in costs)],
     ]
     return Table("Parameters", ["part", *_headings(record)], rows, num_totals=3)
 
@@ -76,24 +80,36 @@ def _files(record: PlanRecord) -> Table:
         shown = ["-" if size is None else numbers.scaled(size, "B") for size in sizes]
         return [label, *(size + change for size, change in zip(shown, ["", *changes], strict=True))]
 
-    def shares(label: str, found: Iterable[float]) -> list[str]:
-        return [f"  {label}", *(f"{share:.0%}" if share else "" for share in found)]
-
-    def odd(kind: str, found: Iterable[dict[str, float]]) -> list[str]:
-        return shares(f"in rows too odd for {kind}", (sum(rows.values()) for rows in found))
-
     rows = [
         row("bfloat16", [f.bf16 for f in files]),
         row("int8, linear layers", [f.int8 for f in files]),
-        row("int4, linear layers (AWQ, GPTQ)", [f.int4.num_bytes for f in files]),
-        ["  inputs that share a scale", *(str(f.int4.group_size) for f in files)],
-        odd("int4", (f.int4.odd_rows for f in files)),
-        shares("off the tiles of vLLM's Marlin", (f.int4.off_tiles for f in files)),
+        row("int4, linear layers", [f.int4.num_bytes for f in files]),
+        *(row(f"GGUF {kind}", [f.gguf.get(kind) for f in files]) for kind in GGUF_TYPES),
     ]
+    return Table("File sizes (and their change)", ["stored as", *_headings(record)], [r for r in rows if any(r[1:])])
+
+
+def _odd(record: PlanRecord) -> Iterator[str]:
+    """Yield a line for what keeps quantised files from being as small, or as fast, as their numbers promise."""
+    files = [record.base_files, *(candidate.files for candidate in record.candidates)]
+    names = ["base", *(_sizes_of(candidate.shape) for candidate in record.candidates)]
+
+    def each(shown: Iterable[str]) -> str:
+        return ", ".join(f"{name} {value}" for name, value in zip(names, shown, strict=True))
+
+    def shares(found: list[float]) -> str | None:
+        return f"{each(f'{share:.0%}' for share in found)} of all parameters" if any(found) else None
+
+    groups = [f.int4.group_size for f in files]
+    if len(set(groups)) > 1:
+        yield f"int4 (AWQ, GPTQ), inputs that share a scale: {each(map(str, groups))}. Fewer take more bytes."
+    if said := shares([sum(f.int4.odd_rows.values()) for f in files]):
+        yield f"int4, in layers that no such group fits, and that stay in bfloat16: {said}."
+    if said := shares([f.int4.off_tiles for f in files]):
+        yield f"int4, in layers that are not made of whole 64 x 128 tiles, which vLLM's Marlin kernels pad: {said}."
     for kind in GGUF_TYPES:
-        rows += [row(f"GGUF {kind}", [f.gguf.get(kind) for f in files])]
-        rows += [odd(kind, (f.odd_rows.get(kind, {}) for f in files))]
-    return Table("File sizes", ["numbers", *_headings(record)], [row for row in rows if any(row[1:])])
+        if said := shares([sum(f.odd_rows.get(kind, {}).values()) for f in files]):
+            yield f"GGUF {kind}, in rows whose length does not fit its blocks, and that take a larger type: {said}."
 
 
 def _label(group: str, record: PlanRecord) -> str:
@@ -105,18 +121,25 @@ def _label(group: str, record: PlanRecord) -> str:
 
 
 def _running(record: PlanRecord) -> Table:
-    def row(label: str, field: str, unit: str) -> list[str]:
-        return [label, *(numbers.scaled(getattr(cost, field), unit) for cost in _costs(record))]
+    costs = _costs(record)
 
+    def row(label: str, field: str, unit: str, speedups: list[float] | None = None) -> list[str]:
+        cells = [numbers.scaled(getattr(cost, field), unit) for cost in costs]
+        for place, speedup in enumerate(speedups or (), start=1):
+            cells[place] += f" ({speedup:.2f}x)"
+        return [label, *cells]
+
+    prefill, decode = ([getattr(c, f"{kind}_speedup") for c in record.candidates] for kind in ("prefill", "decode"))
     rows = [
-        row("prefill, per token", "prefill_flops_per_token", "FLOP"),
-        ["expected speed-up", "", *(f"{candidate.prefill_speedup:.2f}x" for candidate in record.candidates)],
-        row("decode, read per token", "decode_bytes_per_token", "B"),
-        ["expected speed-up", "", *(f"{candidate.decode_speedup:.2f}x" for candidate in record.candidates)],
-        row("KV cache, one sequence", "kv_cache_bytes", "B"),
-        row("memory, weights and cache", "inference_bytes", "B"),
+        row("reading, per token", "prefill_flops_per_token", "FLOP", prefill),
+        row("writing, per token", "decode_bytes_per_token", "B", decode),
+        row("KV cache", "kv_cache_bytes", "B"),
+        row("weights and cache", "inference_bytes", "B"),
     ]
-    return Table(f"Running it, context of {record.context} tokens", ["quantity", *_headings(record)], rows)
+    if all(cost.inference_bytes == cost.decode_bytes_per_token for cost in costs):
+        del rows[-1]  # writing a token reads all of it, but for experts
+    title = f"Running it on a text of {record.context:,} tokens (x: expected speed)"
+    return Table(title, ["work or memory", *_headings(record)], rows)
 
 
 def _training(record: PlanRecord) -> Table:
@@ -136,17 +159,20 @@ def _training(record: PlanRecord) -> Table:
     return Table(title, ("purpose", "plain", "with gradient checkpointing"), rows, num_totals=1)
 
 
-def _times(record: PlanRecord) -> Table:
+def _print_times(record: PlanRecord) -> None:
+    what = f"LoRA on a million tokens in texts of {record.training.length}"
+    times = record.training_times
+    if all(time.fits and max(time.base_seconds, *time.small_seconds) < MINUTE for time in times):
+        names = ", ".join(time.hardware.name for time in times)
+        print(f"{what} takes less than a minute on one of these GPUs, computed: {names}.")
+        return
     rows = []
-    for time in record.training_times:
+    for time in times:
         how = "with gradient checkpointing" if time.gradient_checkpointing else "yes"
         seconds = [time.base_seconds, *time.small_seconds]
         shown = [clock(each) if time.fits else "" for each in seconds]
         rows.append([time.hardware.name, how if time.fits else "no", *shown])
-    title = (
-        f"Time of LoRA for a million tokens in texts of {record.training.length} on one GPU, computed (minutes:seconds)"
-    )
-    return Table(title, ["GPU", "fits", *_headings(record)], rows)
+    Table(f"{what} on one GPU, computed (minutes:seconds)", ["GPU", "fits", *_headings(record)], rows).print()
 
 
 def _cpu(record: PlanRecord, time: CpuTime) -> Table:
@@ -174,11 +200,16 @@ def _guide(record: PlanRecord) -> Table:
         ]
         for cut in record.guide
     ]
-    rows += [[model, f"{ratio:.1%}", "", *["not measured"] * 2, ""] for model, ratio in NOT_MEASURED]
-    columns = ("model", "parameters cut", "tokens", "above LoRA's loss", "above the untuned base's", "seeds")
-    return Table(
-        "What cutting MLP channels has cost where it was measured (held-out loss, nats per token)", columns, rows
+    title = (
+        "What cutting MLP channels has cost elsewhere: held-out loss after training, in nats per token above (+) that "
+        "of LoRA on the whole model, and of the untuned base"
     )
+    return Table(title, ("model", "cut", "tokens", "against LoRA", "against base", "runs"), rows)
+
+
+def _not_measured() -> Iterator[str]:
+    for model, ratio in NOT_MEASURED:
+        yield f"What a cut of {ratio:.1%} costs {model} beside LoRA has not been measured."
 
 
 def _sharding(memory: ShardedMemory) -> Table:

@@ -33,8 +33,8 @@ def num_read(cut: Collection[str], *, num_layers: int, num_calibrated: int, num_
     return num_scored + sum(reads[axis] for axis in reads if AXES[axis].option in cut)
 
 
-def say_expected_time(model: Any, rows: Sequence[Example], todo: float, num_shapes: int, num_steps: int) -> None:
-    """Say on stderr how long it will take to measure shapes, from what the base takes for some rows.
+def say_expected_time(model: Any, rows: Sequence[Example], todo: float, num_shapes: int, num_steps: int) -> float:
+    """Say on stderr how long it will take to measure shapes, from what the base takes for some rows; return seconds.
 
     Args:
         model: the base.
@@ -52,3 +52,4 @@ def say_expected_time(model: Any, rows: Sequence[Example], todo: float, num_shap
     if num_steps:
         then = f" The best shapes are tuned for {num_steps:,} steps each afterwards, whose time is not in it."
     print(f"Expected: {span(seconds)}, to cut and score {num_shapes} shapes beside the base.{then}", file=sys.stderr)
+    return seconds

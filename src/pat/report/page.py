@@ -227,9 +227,17 @@ def _parity(parity: Facts, this: str, other: str) -> str | None:
     return said + "."
 
 
-def _samples(facts: Facts) -> list[tuple[str, str, str]]:
+def _samples(facts: Facts) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return each prompt with its answers and whose they are; records of older versions lack the data's."""
     rows = [Facts(row) for row in facts.items("samples") if isinstance(row, Mapping)]
-    return [(row.text("prompt") or "", row.text("base") or "", row.text("small") or "") for row in rows]
+    whose = {"reference": "the data", "base": "base", "small": "written"}
+    return [
+        (
+            row.text("prompt") or "",
+            [(who, row.text(name) or "") for name, who in whose.items() if name != "reference" or row.text(name)],
+        )
+        for row in rows
+    ]
 
 
 def _teacher(facts: Facts) -> str | None:

@@ -48,6 +48,8 @@ class Phase:
         """Whether `total` is how many there are at most."""
         self.share: float | None = None
         """Share of the work that is done, where parts take more or less of it; None where all take as much."""
+        self._expected = 0.0
+        """Seconds that all of it was expected to take before it began; 0 where nothing was."""
         self._count, self._started = count, time.monotonic()
         self._known = (0, 0.0)
         """How many were done when that last changed, and the seconds that had passed."""
@@ -62,11 +64,17 @@ class Phase:
         if self.total is not None:
             so_far += f" of {'up to ' if self.is_most else ''}{self.total:,}"
         so_far += f" {self.unit}" if self.unit else ""
-        if self.total and done:
+        if self.total and (done or self._expected):
             then, share = self._known[1], self.share or done / self.total
-            left = clock(max(0.0, then * (1 - share) / share - (passed - then)))
+            # What was expected counts as much as is left: a first small part tells little of the others.
+            whole = then + (1 - share) * self._expected if self._expected else then / share
+            left = clock(max(0.0, whole * (1 - share) - (passed - then)))
             return f"{so_far}, {'at most ' if self.is_most else ''}{left} left"
         return f"{so_far}, {clock(passed)}"
+
+    def expect(self, seconds: float) -> None:
+        """Begin now, with all of it still to be done, which will take about so many seconds."""
+        self._expected, self._started, self._known = seconds, time.monotonic(), (0, 0.0)
 
     def over(self, parts: Iterable[T]) -> Iterator[T]:
         """Yield parts, counting those that are done; time counts from the first, before which others may be at work."""

@@ -38,7 +38,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
 """
 
 _FORMS = (
-    ("chat template of", "It was tuned on conversations:", _CHAT),
+    ("chat template of", "It was tuned on prompts in its chat template:", _CHAT),
     ("Alpaca", "It was tuned on prompts of these two forms, line breaks included:", _ALPACA),
     (
         "Alpaca template, written as",

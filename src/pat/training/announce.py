@@ -15,7 +15,7 @@ from pat.surgery.describe import head_dim
 from pat.training.arguments import TuneArguments
 from pat.training.check import Checked, compacts
 from pat.training.engine import describe, quantises, shards
-from pat.training.estimate import Reading, ToDo, expected_seconds, span, steps_done
+from pat.training.estimate import Reading, ToDo, expected_seconds, span, steps_done, tokens_there
 from pat.training.folder import Start
 from pat.training.prepare import Prepared
 from pat.training.teacher import announce_teacher
@@ -52,7 +52,7 @@ def announce(
     soft = min(num_steps, milestone_step(milestone, num_steps))
     goes_small = compacts(arguments.run.no_compact, arguments.pat_config())
     rest = "on the small model" if goes_small else "at full width"
-    said, reading = _reading(arguments, checked)
+    said, reading = _reading(arguments, checked, tokens_there(arguments, data))
     sft = arguments.sft
     dtype = str(model.dtype).removeprefix("torch.")
     kind = numbers.arithmetic(dtype, bf16=bool(sft.bf16), fp16=bool(sft.fp16))
@@ -92,8 +92,8 @@ def _away(arguments: TuneArguments, shape: Shape) -> str:
     return f" ({shape.pruning_ratio:.1%} of the parameters: {shape.reason})"
 
 
-def _reading(arguments: TuneArguments, checked: Checked) -> tuple[str, Reading]:
-    """Return what is read before training, in words and in tokens."""
+def _reading(arguments: TuneArguments, checked: Checked, num_there: float) -> tuple[str, Reading]:
+    """Return what is read before training, in words and in tokens, of which there are so many."""
     shape, config, text, rotation, refit, layers = checked.shape, checked.base_config, "", 0, 0, 0
     if shape.cuts("hidden"):
         rotation = arguments.pat.calibration_tokens or DEFAULT_TOKENS_PER_CHANNEL * shape.size("hidden")
@@ -103,11 +103,23 @@ def _reading(arguments: TuneArguments, checked: Checked) -> tuple[str, Reading]:
         widths["mlp"] *= tokens_per_routed(config)
         refit = arguments.pat.refit_tokens or TOKENS_PER_CHANNEL * max(widths[name] for name in read)
         what = " and ".join(AXES[name].label for name in read)
-        text = f" Up to {refit:,} tokens are read first, to choose the {what} (--refit_tokens)."
+        if refit < num_there:
+            text = f" Up to {refit:,} tokens are read first, to choose the {what} (--refit_tokens)."
+        else:
+            text = f" {_all(num_there, arguments)} are read first, to choose the {what}."
     if shape.cuts("layers"):
-        text += f" {LAYER_TOKENS:,} tokens are read {shape.size('layers')} times, to choose the layers."
+        there = f"{LAYER_TOKENS:,} tokens" if num_there > LAYER_TOKENS else _all(num_there, arguments)
+        text += f" {there} are read {shape.size('layers')} times, to choose the layers."
         layers = LAYER_TOKENS
     return text, Reading(rotation, refit, layers)
+
+
+def _all(num_there: float, arguments: TuneArguments) -> str:
+    """Name all tokens that there are; those of a file are reckoned, and not counted."""
+    file = arguments.pat.calibration
+    return (
+        f"All {num_there:,.0f} tokens of the data" if file is None else f"All of {file}, about {num_there:,.0f} tokens,"
+    )
 
 
 def _memory(arguments: TuneArguments, checked: Checked, data: Prepared, model: Any) -> int:

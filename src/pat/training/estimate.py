@@ -247,12 +247,16 @@ def seconds_per_token(model: Any, batches: Sequence[dict[str, torch.Tensor]]) ->
     return seconds / num_tokens
 
 
+def tokens_there(arguments: TuneArguments, data: Prepared) -> float:
+    """Return how many tokens there are to choose channels by: about as many as a file has, or those of the data."""
+    if (path := arguments.pat.calibration) is not None:
+        return os.path.getsize(path) // BYTES_PER_TOKEN
+    return math.inf if data.stream is not None else data.num_tokens
+
+
 def _of_this_process(arguments: TuneArguments, data: Prepared, asked: Reading) -> Reading:
     """Return what one process reads: each time the text begins anew, and has no more tokens than it has."""
-    path = arguments.pat.calibration
-    there: float = math.inf if data.stream is not None else data.num_tokens
-    if path is not None:
-        there = os.path.getsize(path) // BYTES_PER_TOKEN
+    there = tokens_there(arguments, data)
     own = {name: int(min(num_tokens, there)) // ranks.num_processes() for name, num_tokens in asdict(asked).items()}
     return Reading(**own)
 

@@ -125,7 +125,8 @@ class TuneRecord(Record):
     teacher: TeacherRecord | None
     """What the small model has learnt from beside its data, in stage two."""
     samples: list[Sample]
-    """Greedy answers to held-out prompts; empty for texts without prompts, and where the vocabulary is trimmed."""
+    """Greedy answers to held-out prompts, and those of the data; empty for texts without prompts, and where the
+    vocabulary is trimmed."""
     timings: dict[str, float]
     log_history: list[dict[str, Any]]
 

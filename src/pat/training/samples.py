@@ -24,11 +24,13 @@ MAX_NEW_TOKENS = 48
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt and both models' greedy answers."""
+    """One prompt, both models' greedy answers, and the one that the data give."""
 
     prompt: str
     base: str
     small: str
+    reference: str | None = None
+    """Answer of the held-out row, which both were to give; None for a prompt that is of no row."""
 
 
 def greedy_answers(model: PreTrainedModel, data: Prepared) -> list[tuple[str, str]]:
@@ -39,7 +41,7 @@ def greedy_answers(model: PreTrainedModel, data: Prepared) -> list[tuple[str, st
     """
     tokenizer = data.vocabulary.tokenizer
     try:
-        prompts = list(_prompts(data.held_out))
+        prompts = [prompt for prompt, _ in _prompts(data.held_out)]
         with phase("Answering held-out prompts", "tokens", total=MAX_NEW_TOKENS * len(prompts)) as progress:
             answers = []
             for number, prompt in enumerate(prompts):
@@ -51,20 +53,30 @@ def greedy_answers(model: PreTrainedModel, data: Prepared) -> list[tuple[str, st
         return []
 
 
-def paired(base: Sequence[Sequence[str]], small: Sequence[Sequence[str]]) -> list[Sample]:
-    """Put the answers of two models to the same prompts side by side; none if one of them has none."""
-    return [Sample(prompt, first, second) for (prompt, first), (_, second) in zip(base, small, strict=False)]
+def paired(base: Sequence[Sequence[str]], small: Sequence[Sequence[str]], data: Prepared) -> list[Sample]:
+    """Put the answers of two models to the same prompts, and the data's, side by side; none if a model has none."""
+    tokenizer = data.vocabulary.tokenizer
+    given = [
+        cast(str, tokenizer.decode(answer, skip_special_tokens=True)).strip() for _, answer in _prompts(data.held_out)
+    ]
+    return [
+        Sample(prompt, first, second, reference)
+        for (prompt, first), (_, second), reference in zip(base, small, given, strict=False)
+    ]
 
 
-def _prompts(examples: Sequence[Example]) -> Iterator[list[int]]:
-    """Yield the tokens before the first that is to be learned, of the first examples in which they differ."""
+def _prompts(examples: Sequence[Example]) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the tokens before the first that is to be learned, of the first examples in which they differ, and those.
+
+    What is learned is the answer of the row, its end token included.
+    """
     seen: list[list[int]] = []
     for example in examples:
         learned = [place for place, label in enumerate(example["labels"]) if label != IGNORED]
         prompt = list(example["input_ids"][: learned[0]]) if learned else []
         if len(seen) < NUM_PROMPTS and len(prompt) > 1 and prompt not in seen:
             seen.append(prompt)
-            yield prompt
+            yield prompt, [example["input_ids"][place] for place in learned]
 
 
 class _Counting(BaseStreamer):

@@ -31,6 +31,7 @@ from pat.training.base import load, load_again
 from pat.training.base_scores import BaseScores
 from pat.training.check import check, check_run, warn_of_warmup
 from pat.training.deepspeed import check_goes_on
+from pat.training.few_rows import warn_of_few_rows
 from pat.training.folder import Start, clear, find_finished, find_start, run_folder, sweep
 from pat.training.held_out import write_held_out
 from pat.training.measure import measure, warn_of_forgetting, warn_of_losses
@@ -97,6 +98,7 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
         model = arguments.model
         size = Size.of_base(str(model.model_name_or_path), checked.base_config, stored, revision=model.model_revision)
         announce(arguments, checked, data, base, num_steps, start=start, measures_base=kept is None)
+        warn_of_few_rows(data, checked.shape.pruning_ratio, num_steps, run.rows_per_step)
         scores = kept or ranks.first(partial(BaseScores.of, base, data, size))
         data.vocabulary.fit(base)
         for end in data.ends:
@@ -179,7 +181,7 @@ def _finish(
     dense: Any = AutoModelForCausalLM.from_pretrained(folder / MODEL, dtype=inner.dtype)
     size = Size(cut.num_parameters, cut.num_parameters * stored.itemsize)
     figures["dense"] = measure(dense.to(inner.device), data, "dense", size, rows)
-    samples = paired(scores.answers or [], greedy_answers(dense, data))
+    samples = paired(scores.answers or [], greedy_answers(dense, data), data)
     warn_of_losses(figures, dense.config.get_text_config().vocab_size)
     warn_of_forgetting(figures)
     record = _record(arguments, data, trained, cut=cut, figures=figures, parity=parity, samples=samples, **found)

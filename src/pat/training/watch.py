@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,9 @@ SECONDS_WITHOUT_A_LINE = 30
 
 class Watch(TrainerCallback):
     """Shows one training on the live line or, where there is none, in a line for each log and at least twice a minute.
+
+    There a step has one line, with what is logged of it and of no other: the line of a step that is to be logged, or
+    after which held-out rows are scored, waits for the figures.
 
     It takes the place of the trainer's own bar and printer, and has to come after `PatCallback`, which puts the number
     of active channels into the logs.
@@ -43,24 +46,29 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Count the step; a trainer that logs seldom does not look as if it hung."""
         self._seen.end(state)
-        if time.monotonic() - self._said > SECONDS_WITHOUT_A_LINE:
-            self._say(state)
+        if not (control.should_log or control.should_evaluate):
+            self._say_seldom(state)
 
     def on_prediction_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Tell that rows are scored now."""
         self._seen.num_scored += 1
+        self._say_seldom(state)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Note the figures, and print them where there is no live line."""
         logs = kwargs.get("logs") or {}
         self._seen.note(logs)
-        if "loss" in logs or "eval_loss" in logs:
+        if "eval_loss" in logs or ("loss" in logs and not control.should_evaluate):
+            self._say(state)
+
+    def _say_seldom(self, state: TrainerState) -> None:
+        if time.monotonic() - self._said > SECONDS_WITHOUT_A_LINE:
             self._say(state)
 
     def _say(self, state: TrainerState) -> None:
         self._said = time.monotonic()
         if state.is_world_process_zero and not is_drawn():
-            print(self._seen.text(), file=sys.stderr, flush=True)
+            print(self._seen.line(), file=sys.stderr, flush=True)
 
 
 def silence(trainer: Trainer) -> None:
@@ -78,6 +86,8 @@ class _Training(Phase):
         self._left: tuple[float, float] | None = None
         """Seconds that were left at a time."""
         self._figures: dict[str, str] = {}
+        self._noted: dict[str, int] = {}
+        """Steps at whose end these figures were logged."""
 
     def begin(self, state: TrainerState) -> None:
         """Begin a step."""
@@ -95,23 +105,33 @@ class _Training(Phase):
     def note(self, logs: dict[str, Any]) -> None:
         """Note what is shown of a trainer's logs."""
         self.num_scored = 0
+        found: dict[str, str] = {}
         if "loss" in logs:
-            self._figures["loss"] = f"loss {float(logs['loss']):.3f}"
+            found["loss"] = f"loss {float(logs['loss']):.3f}"
         if "eval_loss" in logs:
-            self._figures["eval_loss"] = f"held-out loss {float(logs['eval_loss']):.3f}"
+            found["eval_loss"] = f"held-out loss {float(logs['eval_loss']):.3f}"
         for axis, name in LOGGED.items():
             if name in logs:
-                self._figures[name] = f"{logs[name]:,} {AXES[axis].label} active"
+                found[name] = f"{logs[name]:,} {AXES[axis].label} active"
+        self._figures |= found
+        self._noted |= dict.fromkeys(found, self.step)
 
     def text(self) -> str:
-        """Return the training's state in one line."""
+        """Return the training's state in one line, with the figures that were logged last."""
+        return self._line(self._figures.values())
+
+    def line(self) -> str:
+        """Return the same with the figures of this step alone."""
+        return self._line(self._figures[name] for name in self._figures if self._noted[name] == self.step)
+
+    def _line(self, figures: Iterable[str]) -> str:
         if self._began is None:
             return super().text()
         parts = [f"{self.title}: step {self.step:,} of {self._last:,}"]
         if self._left is not None:  # first, since a narrow terminal cuts off what stands at the end
             then, seconds = self._left
             parts.append(f"{clock(max(0.0, seconds - (time.monotonic() - then)))} left")
-        parts += self._figures.values()
+        parts += figures
         if self.num_scored:
             parts.append(f"scoring held-out rows ({self.num_scored:,} batches)")
         return ", ".join(parts)

@@ -64,16 +64,17 @@ def choose_channels(
     """
     rotate = mask.basis is not None
     enough = DEFAULT_TOKENS_PER_CHANNEL * mask.hidden_size
+    wanted = config.calibration_tokens or enough
     statistics = StreamStatistics(model, stream, full=rotate)
-    statistics.collect(batches, config.calibration_tokens or enough)
+    statistics.collect(batches, wanted)
     if statistics.num_tokens < mask.hidden_size:
         logger.warning(
-            "The %s of %d channels stands on %d calibration tokens, fewer than it has channels; give more text "
-            "(calibration_tokens=%d is the default for this model), or use rotation='none'.",
+            "The %s of %d channels stands on %d calibration tokens, fewer than it has channels; %s, or use "
+            "rotation='none'.",
             "rotation" if rotate else "order of importance",
             mask.hidden_size,
             statistics.num_tokens,
-            enough,
+            more_text(statistics.num_tokens, wanted, "calibration_tokens", enough),
         )
     with without_autocast(next(model.parameters())):
         if not rotate:
@@ -94,6 +95,20 @@ def choose_channels(
         )
     share_from_first_process(order.prior, order.pinned, order.basis, order.head_factor)
     return replace(order, num_tokens=statistics.num_tokens)
+
+
+def more_text(num_tokens: int, enough: int, option: str, default: int) -> str:
+    """Return what helps where a calibration has read too little: more text where it has read all, else more of it.
+
+    Args:
+        num_tokens: tokens that were read.
+        enough: number after which no more are read.
+        option: which sets that number.
+        default: what it is for this model if nobody does.
+    """
+    if num_tokens < enough:
+        return "these are all that there are: give more rows, or a text file that has more (calibration=FILE)"
+    return f"raise {option}, which is {enough} here and {default} by default for this model"
 
 
 class StreamStatistics:

@@ -17,7 +17,7 @@ from pat.report.progress import phase
 from pat.surgery.compensate import elimination, reconstruction, shrink
 from pat.surgery.precision import to_float64, without_autocast
 from pat.surgery.rotation import importance_order
-from pat.tuner.calibration import NOT_FINITE, watch_inputs
+from pat.tuner.calibration import NOT_FINITE, more_text, watch_inputs
 from pat.tuner.experts import ExpertsWatch, tokens_per_routed
 from pat.tuner.shared import share_from_first_process, sum_over_processes, total_over_processes
 
@@ -91,6 +91,10 @@ class InnerMoments:
             for path in group:
                 yield path, moments[path] if self.known else moments.pop(path)
 
+    def remedy(self) -> str:
+        """Return what helps where too few tokens were read."""
+        return more_text(self.num_tokens, self.enough, "refit_tokens", TOKENS_PER_CHANNEL * self.fewest)
+
     def text(self) -> Iterator[Mapping[str, Any]]:
         """Yield the batches from the first one on, whatever has been read of them."""
         yield from self._read
@@ -122,17 +126,18 @@ def order_channels(moments: InnerMoments, writer: Callable[[str], Tensor]) -> No
     if moments.num_scarce:
         logger.warning(
             "%d experts saw fewer calibration tokens than they have channels; their order and refit lean on the "
-            "weights instead, or on them alone. Give more text (refit_tokens=%d is the default for this model).",
+            "weights instead, or on them alone. All together saw %d tokens; %s.",
             moments.num_scarce,
-            TOKENS_PER_CHANNEL * moments.fewest,
+            moments.num_tokens,
+            moments.remedy(),
         )
     if moments.num_tokens < moments.size:
         logger.warning(
             "The order of %d channels before a writer and their refit stand on %d calibration tokens, which are fewer; "
-            "give more text (refit_tokens=%d is the default for this model).",
+            "%s.",
             moments.size,
             moments.num_tokens,
-            TOKENS_PER_CHANNEL * moments.fewest,
+            moments.remedy(),
         )
 
 

@@ -22,7 +22,7 @@ from pat.data import sources
 from pat.data.alpaca_chat import alpaca_chat
 from pat.data.conversion import Reading
 from pat.data.files import split_of
-from pat.data.formats import listed
+from pat.data.formats import detect_format, listed
 from pat.data.load import load_training_data
 from pat.data.streamed import open_source
 from pat.errors import PatError
@@ -247,6 +247,20 @@ def test_rows_without_a_response_are_dropped_and_counted(tmp_path: Path) -> None
     assert (data.num_rows, data.num_dropped, len(data.train), data.source.unread) == (4, 2, 2, ("id",))
     with pytest.raises(PatError, match="all 2 responses are empty"):
         load_training_data(write(tmp_path / "empty.jsonl", rows[2:]))
+
+
+@pytest.mark.parametrize(
+    ("columns", "title"),
+    [
+        (("instruction", "input", "output"), "instruction/output"),
+        (("id", "Question", "answer"), "Question/answer"),
+        (("prompt", "completion"), "prompt/completion"),
+        (("conversations",), "conversations"),
+        (("text",), "text"),
+    ],
+)
+def test_a_format_is_called_by_its_columns(columns: tuple[str, ...], title: str) -> None:
+    assert detect_format(columns, "data.jsonl").title == title
 
 
 def test_a_column_without_a_name_is_never_read(tmp_path: Path) -> None:

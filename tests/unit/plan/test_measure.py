@@ -60,7 +60,7 @@ def test_an_interruption_shows_what_was_measured(
     assert printed.err.splitlines()[-1] == "pat: interrupted"
     table = printed.err.partition("Measured until then:")[2]
     rows = [line.split("│")[1].strip() for line in table.splitlines() if line.startswith("│")]
-    assert [row.rpartition(" ")[0] for row in rows] == ["", *["hidden size"] * 2, *["MLP channels"] * 2]
+    assert [row.rpartition(" ")[0] for row in rows] == ["the base,", *["hidden size"] * 2, *["MLP channels"] * 2]
 
 
 def test_an_interruption_while_shapes_are_tuned_shows_those_that_were(

@@ -41,7 +41,7 @@ def record(**more: Any) -> dict[str, Any]:
         "data": {"num_rows": 390, "num_truncated": 12},
         "timings": {"train_seconds": 61.0},
         "teacher": None,
-        "samples": [{"prompt": "say", "base": "one", "small": "two"}],
+        "samples": [{"prompt": "say", "base": "one", "small": "two", "reference": "three"}],
         "versions": {"torch": "2.13.0"},
         "log_history": [
             {"step": 0, "pat/energy_kept": 0.9375},
@@ -113,6 +113,7 @@ def test_the_page_tells_what_the_record_holds() -> None:
         "the same next token as the tuned one in 100.00 % of 5,100 places",
         "the largest difference of a logit is 2.4e-03",
         "Rounding alone explains 1.7e-03 of that",
+        "say the data three base one written two",
         "Read rows.jsonl twice.",
         "max_steps -1 20",
         "seconds of choosing, cutting and training 61",

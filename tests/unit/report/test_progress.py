@@ -73,3 +73,17 @@ def test_a_total_that_may_not_be_reached_is_called_so() -> None:
     state = progress.Phase("Measuring", "tokens", total=2000)
     state.is_most, state.done = True, 1000
     assert state.text() == "Measuring: 1,000 of up to 2,000 tokens, at most 0:00 left"
+
+
+def test_what_was_expected_gives_way_to_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first small part that took long does not stand for all: 20 seconds for a twentieth would make 380 more."""
+    now = 50.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    state = progress.Phase("Measuring", "shapes", total=13)
+    now = 100.0  # until it is known how long it takes
+    state.expect(120)
+    assert state.text() == "Measuring: 0 of 13 shapes, 2:00 left"
+    now, state.done, state.share = 120.0, 1, 0.05
+    assert state.text() == "Measuring: 1 of 13 shapes, 2:07 left"
+    now, state.done, state.share = 300.0, 12, 0.9
+    assert state.text() == "Measuring: 12 of 13 shapes, 0:21 left"  # 22 seconds at the pace until then

@@ -1,6 +1,7 @@
 """The expected time of a run counts padding and what is left, and drawing its sample moves nothing random on."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -221,10 +222,17 @@ def test_a_short_a_middle_and_a_long_batch_are_timed_while_that_is_quick(
 def test_what_is_read_is_told_apart() -> None:
     given = arguments()
     expected = Reading(DEFAULT_TOKENS_PER_CHANNEL * 48, TOKENS_PER_CHANNEL * HEADS, LAYER_TOKENS)
-    assert _reading(given, checked("hidden", "mlp", "heads", "layers"))[1] == expected
-    assert _reading(given, checked("mlp"))[1] == Reading(refit=TOKENS_PER_CHANNEL * 6)
+    said, reading = _reading(given, checked("hidden", "mlp", "heads", "layers"), math.inf)
+    assert reading == expected and f"Up to {TOKENS_PER_CHANNEL * HEADS:,} tokens" in said
+    assert _reading(given, checked("mlp"), math.inf)[1] == Reading(refit=TOKENS_PER_CHANNEL * 6)
     asked = arguments(calibration_tokens=7, refit_tokens=5)
-    assert _reading(asked, checked("hidden", "mlp"))[1] == Reading(7, 5, 0)
+    assert _reading(asked, checked("hidden", "mlp"), math.inf)[1] == Reading(7, 5, 0)
+
+
+def test_no_more_tokens_are_announced_than_there_are() -> None:
+    said, _ = _reading(arguments(), checked("mlp", "layers"), 90)
+    assert "All 90 tokens of the data are read first, to choose the MLP channels." in said
+    assert "All 90 tokens of the data are read 2 times" in said
 
 
 def test_what_is_done_is_not_expected_again(tmp_path: Path) -> None:

@@ -133,9 +133,18 @@ def test_a_merge_without_the_refit_that_was_asked_for_is_refused() -> None:
             leaving()
 
 
-def test_little_text_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    gated().calibrate([batch(seed=0, batch_size=1)])
-    assert "stand on" in caplog.text and "refit_tokens=1152" in caplog.text
+@pytest.mark.parametrize(
+    ("asked", "remedy"),
+    [
+        (None, "these are all that there are: give more rows"),
+        (1, "raise refit_tokens, which is 1 here"),
+    ],
+)
+def test_little_text_is_said_with_what_helps(asked: int | None, remedy: str, caplog: pytest.LogCaptureFixture) -> None:
+    """No number makes text that is not there longer, and no further rows are read than are asked for."""
+    gated(refit_tokens=asked).calibrate([batch(seed=0, batch_size=1)])
+    assert "stand on" in caplog.text and remedy in caplog.text
+    assert ("1152 by default" in caplog.text) == (asked is not None)
 
 
 def test_under_autocast_the_model_alone_computes_in_bfloat16() -> None:
