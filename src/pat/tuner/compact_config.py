@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,9 +10,12 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 
+from pat.errors import PatError
 from pat.families import get_family
 from pat.surgery.layers import LayerCut
 from pat.tuner.config import PatConfig
+
+logger = logging.getLogger(__name__)
 
 NAMES_OF_EXPERTS = frozenset({"gate_proj", "up_proj", "down_proj"})
 """Names of linear layers that peft takes for those of experts in older checkpoints. In families with experts it then
@@ -35,6 +39,8 @@ def compact_lora_config(
         others: paths of further modules whose LoRA starts anew.
         layers: those that stay, from whose numbers in the base model those in `config` are.
     """
+    if lost := [name for name in config.modules_to_save or () if not layers.renamed_parts([name])]:
+        logger.warning("modules_to_save=%s goes with its layers.", ", ".join(lost))
     shared: dict[str, Any] = {
         "task_type": config.task_type,
         "r": config.r,
@@ -70,6 +76,33 @@ def compact_lora_config(
         rank_pattern={key: rank for key, rank in _by_leaf(ranks, linears).items() if rank != config.r},
         alpha_pattern={key: _whole(a) for key, a in _by_leaf(alphas, linears).items() if _whole(a) != _whole(alpha)},
     )
+
+
+def staying(paths: Iterable[str], layers: LayerCut, *, nothing_else: bool) -> list[str]:
+    """Return which modules with LoRA are in layers that stay; say which go and have none like them that stays.
+
+    Args:
+        paths: of the modules, with the names of the base model.
+        layers: those that stay.
+        nothing_else: whether there is nothing to be trained but these.
+
+    Raises:
+        PatError: then none is left.
+    """
+    paths = list(paths)
+    kept = [path for path in paths if layers.renamed(path) is not None]
+    leaves = {path.rpartition(".")[2] for path in kept}
+    lost = [path for path in paths if path.rpartition(".")[2] not in leaves]
+    if lost and nothing_else and not kept:
+        raise PatError(
+            f"Got LoRA on {', '.join(lost)} alone, whose layers go, so that nothing is left to be trained; name "
+            "modules of all layers in target_modules, or cut other axes."
+        )
+    if lost:
+        logger.warning(
+            "LoRA on %s goes with its layers, and is on nothing of that name in the others.", ", ".join(lost)
+        )
+    return kept
 
 
 def _within_reach(base: PreTrainedModel, targets: Any) -> Any:

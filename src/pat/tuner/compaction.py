@@ -32,7 +32,7 @@ from pat.surgery.dense import build_dense
 from pat.surgery.fold import Channels, Operator, cut_writer_rows
 from pat.surgery.precision import to_float64
 from pat.surgery.residual import Linear, ResidualBranch
-from pat.tuner.compact_config import NAMES_OF_EXPERTS, compact_lora_config
+from pat.tuner.compact_config import NAMES_OF_EXPERTS, compact_lora_config, staying
 from pat.tuner.config import PatConfig
 from pat.tuner.merging import MaskedModel, in_double
 from pat.tuner.weights import base_parameter
@@ -182,7 +182,7 @@ class _Splitter:
             for linear in (*branch.readers, branch.writer)
             if self._is_out_of_reach(linear)
         }
-        paths = [path for path in paths if self.model.layers.renamed(path) is not None]
+        paths = staying(paths, self.model.layers, nothing_else=not factors and not self.config.target_parameters)
         lost = sorted(out_of_reach.intersection(paths))
         if lost:
             logger.warning("LoRA on %d modules such as %s is folded and not trained on.", len(lost), lost[0])
