@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from pat.surgery.axes import prunable, sizes_of
 from pat.surgery.describe import check_tie, head_dim, map_of
 from pat.surgery.residual import ResidualStream
 from pat.surgery.rotation import gain_block
-from pat.tuner.config import PatConfig
+from pat.tuner.config import MODULES_TO_SAVE, PatConfig
 from pat.tuner.idle import warn_of_idle_options
 from pat.tuner.target import ratio_of_target
 from pat.tuner.zero import check_not_taken_apart
@@ -83,7 +84,7 @@ def plan_attachment(
     stream = known_stream or map_of(model)
     shares_head = stream.head is None
     _check_lora_bias(config, stream)
-    _check_saved(config, stream)
+    _check_saved(config, model, stream)
     tied = shares_head and not config.untie_word_embeddings
     rotation = config.resolved_rotation if config.is_resolved else None
     if rotation is None:  # a new adapter, not a loaded one
@@ -227,9 +228,15 @@ def _check_lora_bias(config: PatConfig, stream: ResidualStream) -> None:
                 )
 
 
-def _check_saved(config: PatConfig, stream: ResidualStream) -> None:
-    """Refuse to train modules as a whole that hold what is pruned: peft would copy it, while the gates are put on."""
+def _check_saved(config: PatConfig, model: nn.Module, stream: ResidualStream) -> None:
+    """Refuse to train modules as a whole that are not there, which peft passes over, or that hold what is pruned.
+
+    Peft would copy that, while the gates are put on.
+    """
+    paths = [path for path, _ in model.named_modules()]
     for name in config.modules_to_save or ():
+        if not any(re.match(MODULES_TO_SAVE.replace("{}", name), path) for path in paths):
+            raise PatError(f"Got modules_to_save with {name!r}, but the model has no module of that name.")
         for branch in stream.branches:
             for linear in (*branch.readers, branch.writer):
                 if f".{name}." in f".{linear.path}":

@@ -380,6 +380,11 @@ def test_options_that_do_something_are_not_spoken_of(caplog: pytest.LogCaptureFi
     assert "no effect" not in caplog.text
 
 
+def test_modules_that_are_not_there_are_not_passed_over() -> None:
+    for names in (["nope"], ["norm", "layers.7.input_layernorm"]):
+        refused(build("llama", tied=True), f"{names[-1]}', but the model has no module", modules_to_save=names)
+
+
 def test_a_head_of_its_own_that_is_larger_than_the_cut_is_refused() -> None:
     model = build("llama", tied=True)
     with pytest.raises(PatError, match=r"adds 6,144 parameters, with a cut of 3,942 .*would not be smaller"):
