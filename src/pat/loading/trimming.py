@@ -153,8 +153,21 @@ def trim_embedding(model: PreTrainedModel, kept: Sequence[int]) -> None:
             "longer: %s.",
             ", ".join(map(str, lost)),
         )
+    named = (*_OF_GENERATION, *_SEQUENCES)
+    before = {name: _num_named(getattr(model.generation_config, name, None)) for name in named}
     for config in configs:
         renumber_specials(config, kept)
+    fewer = [n for n in named if _num_named(getattr(model.generation_config, n, None)) < before[n]]
+    if fewer:
+        logger.warning(
+            "The trimmed vocabulary lacks tokens that the base's generation config names in %s; what it says of them "
+            "is left out.",
+            ", ".join(fewer),
+        )
+
+
+def _num_named(value: Any) -> int:
+    return len(value) if isinstance(value, list | dict) else int(value is not None)
 
 
 def special_ids(config: Any) -> list[int]:

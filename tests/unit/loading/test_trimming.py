@@ -144,7 +144,9 @@ def test_a_special_token_that_is_lost_is_said(caplog: pytest.LogCaptureFixture) 
     assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == ["0, 7."]  # 0 is for padding
 
 
-def test_what_generation_forbids_forces_and_favours_is_renumbered(tmp_path: Path) -> None:
+def test_what_generation_forbids_forces_and_favours_is_renumbered(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """It would be other tokens; a sequence of which one is gone is gone."""
     model = build("llama", tied=True, vocab_size=160, eos_token_id=2, bos_token_id=1)
     GenerationConfig(
@@ -157,6 +159,7 @@ def test_what_generation_forbids_forces_and_favours_is_renumbered(tmp_path: Path
     trim_embedding(model, [1, 2, *range(10, 72)])
     generation = model.generation_config
     assert generation.suppress_tokens == [1, 4] and generation.forced_eos_token_id == 3
+    assert "names in suppress_tokens, bad_words_ids, sequence_bias; what" in caplog.text
     assert generation.bad_words_ids == [[2, 3]] and generation.sequence_bias == [[[5], -2.0]]
     model.generation_config = GenerationConfig(sequence_bias={(13,): -2.0, (10, 101): 1.0}, bad_words_ids=[[100]])
     trim_embedding(model, [*range(10, 64)])
