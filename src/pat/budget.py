@@ -22,9 +22,16 @@ COARSE_FIRST = ("layers", "heads", "hidden", "mlp")
 
 HIDDEN, MLP, HEADS, LAYERS = (AXES[name].field for name in ("hidden", "mlp", "heads", "layers"))
 
+MORE_OF_THE_COARSE = 8
+"""Steps by which coarser axes are asked for more than their part, where finer ones cannot give theirs."""
+
 
 class CutsNothing(PatError):
     """A request so small that the nearest legal size is the base's."""
+
+
+class TooMuch(PatError):
+    """A request for more than the finest of the axes can give beside the others."""
 
 
 Sizes = Mapping[str, int]
@@ -63,9 +70,9 @@ def choose_shape(
 ) -> Shape:
     """Choose the sizes of the pruned model: those asked for, or those that a share of all parameters comes to.
 
-    A list of axes takes the same number of parameters off each, as near as legal sizes come to it; but heads and MLP
-    channels go by one ratio where the hidden size stays, as those who prune both do. "auto" cuts the MLP
-    alone as long as half of its channels stay (`MOST_OF_THE_MLP`), and what is left of the budget off the hidden size.
+    A list of axes takes equally many parameters off each, as near as legal sizes come to it, and more off coarser ones
+    where the finest cannot give its part; heads and MLP channels go by one ratio where the hidden size stays. "auto"
+    cuts the MLP alone while half of its channels stay (`MOST_OF_THE_MLP`), and what is left off the hidden size.
 
     Args:
         base: what there is to be cut.
@@ -149,21 +156,44 @@ class _Budget:
         return self.mlp(sizes)
 
     def shared(self, named: Sequence[str]) -> tuple[dict[str, int], str]:
-        """Take its part of the budget off each axis; what one cannot give exactly falls to the next."""
+        """Take its part of the budget off each axis; what the last one cannot give falls to those before it."""
+        for step in range(MORE_OF_THE_COARSE + 1):
+            try:
+                return self.shares(named, step / MORE_OF_THE_COARSE)
+            except TooMuch:
+                if len(named) == 1:
+                    raise
+        least = self.least(named)
+        raise self._too_much(self.base.count(least), f" ({Shape(self.base.sizes, least, self.ratio, '').describe()})")
+
+    def least(self, named: Sequence[str]) -> dict[str, int]:
+        """Return the smallest sizes along some axes together, coarse ones first."""
+        sizes = dict(self.base.sizes)
+        for name in named:
+            if name == "hidden":
+                heads = self.base.num_attention_heads(sizes)
+                least = legal_widths(sizes[HIDDEN], heads, multiple_of=self.multiple_of)[0]
+            else:
+                legal = self.legal(name, None if "hidden" in named else sizes[HIDDEN])
+                least = self.mlp_step if name == "mlp" else min(legal, default=sizes[AXES[name].field])
+            sizes[AXES[name].field] = least
+        return sizes
+
+    def shares(self, named: Sequence[str], more: float) -> tuple[dict[str, int], str]:
+        """Take its part off each axis, and a share, in [0, 1], of what those after it were to give as well."""
         sizes, reason = dict(self.base.sizes), ""
         for position, name in enumerate(named, start=1):
-            share = self.ratio * position / len(named)  # of all parameters, by this axis and those before it
+            is_last, part = name == named[-1], position / len(named)  # by this axis and those before it
+            share = self.ratio * (part + more * (1 - part))
             if name == "mlp":
                 sizes, reason = self.mlp(sizes)
             elif name == "heads" and "mlp" in named and "hidden" not in named:
                 sizes = self.as_many_heads_as_channels(sizes)
             elif name == "hidden":
-                sizes, reason = self.width(sizes, share, is_last=name == named[-1])
+                sizes, reason = self.width(sizes, share, is_last=is_last)
             else:
-                sizes, reason = self.nearest(
-                    name, sizes, share, free_width="hidden" in named, is_last=name == named[-1]
-                )
-        return sizes, reason
+                sizes, reason = self.nearest(name, sizes, share, free_width="hidden" in named, is_last=is_last)
+        return sizes, f"{reason}; the coarser axes give more than an equal part" if more else reason
 
     def as_many_heads_as_channels(self, sizes: dict[str, int]) -> dict[str, int]:
         """Choose the key/value heads of which the share that stays is nearest to that of the MLP channels then."""
@@ -194,7 +224,7 @@ class _Budget:
         asked = self.channels_at(sizes)
         if asked < 1:
             most = 1 - self.base.count(sizes | {MLP: 0}) / self.total
-            raise PatError(
+            raise TooMuch(
                 f"Got pruning_ratio={self.ratio:g} with axes={self.axes}, but the MLPs hold {most:.1%} of the "
                 "parameters; add 'hidden', or ask for less."
             )
@@ -228,10 +258,10 @@ class _Budget:
         why = f"{chosen} of {whole} {axis.label} come nearest to cutting {share:.4g} of {self.total:,} parameters"
         return sizes | {axis.field: chosen}, why + self.beside(sizes, name)
 
-    def _too_much(self, least: int, why: str) -> PatError:
+    def _too_much(self, least: int, why: str) -> TooMuch:
         left = [] if self.axes == ["auto"] else [name for name in AXES if name not in self.axes]
         others = f"add {' or '.join(left)}, or " if left else ""
-        return PatError(
+        return TooMuch(
             f"Got pruning_ratio={self.ratio:g} with axes={self.axes}, which can give {1 - least / self.total:.1%} "
             f"of the parameters at most{why}; {others}ask for less."
         )

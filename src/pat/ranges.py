@@ -80,6 +80,8 @@ def check_range(name: str, value: Any, text: str, *, whole: bool) -> None:
 def check_ranges(options: Any) -> None:
     """Check every number of an options dataclass against the range in its field's metadata.
 
+    A whole number that is given as a fraction (36.0, as JSON and YAML have it) becomes an integer.
+
     Raises:
         PatError: one lies outside, or a number without a range is not finite.
     """
@@ -91,6 +93,8 @@ def check_ranges(options: Any) -> None:
                 raise PatError(f"Got {field.name}={str(value)[:100]!r}; expected a number that is {_words(text)}.")
             takes_fractions = "float" in kind or field.metadata.get("fractions", False)
             check_range(field.name, value, text, whole=not takes_fractions)
+            if isinstance(value, float) and not takes_fractions:
+                object.__setattr__(options, field.name, int(value))  # also of frozen ones
         elif any(isinstance(item, float) and not math.isfinite(item) for item in _items(value)):
             raise PatError(f"Got {field.name}={value}; expected a finite number.")
 

@@ -86,6 +86,27 @@ def test_lora_on_an_embedding_starts_anew_and_dense_layers_beside_experts_are_sa
     assert "is folded and not trained on" in caplog.text
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_pattern_that_fits_a_dense_layer_beside_experts_is_none_of_experts(use_dora: bool) -> None:
+    """Peft takes it for one of experts, which have no DoRA."""
+    fields: dict[str, Any] = {
+        "axes": ["mlp"],
+        "pruned": None,
+        "use_dora": use_dora,
+        "pruning_ratio": 0.2,
+        "refit": False,
+    }
+    fields["use_dora"] = use_dora
+    model = masked_model("qwen3_moe", tied=False, target_modules=r".*(q_proj|down_proj)", **fields)
+    compact = compacted(model).model
+    assert largest_difference(logits64(model), logits64(compact)) <= 1e-6
+    adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in compact.named_modules() if ".lora_A" in name}
+    assert adapted == {"q_proj"}
+    alone = masked_model("qwen3_moe", tied=False, target_modules=r".*mlp\.down_proj", **fields)
+    with pytest.raises(PatError, match=r"LoRA on model\.layers\.1\.mlp\.down_proj alone, .* nothing is left"):
+        compacted(alone)
+
+
 def test_what_starts_anew_is_the_same_whenever_it_is_made() -> None:
     """A run that was cut off between the stages goes on from the same values."""
     model = masked_model("llama", tied=True, use_dora=True)

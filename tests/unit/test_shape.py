@@ -118,6 +118,19 @@ def test_several_axes_share_a_budget_and_the_finest_makes_up_for_the_rest(axes: 
         assert abs(at() - at(layers=found.pruned("layers")) - 0.25 / len(axes) * at()) <= step / 2
 
 
+@pytest.mark.parametrize(
+    ("axes", "ratio"), [(["heads", "layers"], 0.4), (["mlp", "layers"], 0.75), (["mlp", "hidden"], 0.95)], ids=str
+)
+def test_what_the_finest_axis_cannot_give_falls_to_the_coarser_ones(axes: list[str], ratio: float) -> None:
+    """An equal part is more than there is in the heads, or in the MLPs of what is left."""
+    found = shape(axes=axes, pruning_ratio=ratio)
+    assert found.pruning_ratio == pytest.approx(ratio, abs=0.03) and all(found.cuts(axis) for axis in axes)
+    assert "coarser axes give more" in found.reason
+    least = 1 - at(heads=1, layers=1) / at()
+    with pytest.raises(PatError, match=rf"can give {least:.1%} .*\(key/value heads 3 to 1, layers 30 to 1\); add"):
+        shape(axes=["heads", "layers"], pruning_ratio=0.9)
+
+
 def test_of_the_heads_that_are_left_the_hidden_size_is_a_multiple() -> None:
     found = shape(asked={"heads": 2, "hidden": 570})
     assert (found.pruned("heads"), found.pruned("hidden")) == (2, 570)
@@ -210,5 +223,5 @@ def test_what_the_hidden_size_cannot_give_falls_to_the_mlps() -> None:
     found = choose_shape(wide, axes=["layers", "hidden", "mlp"], **request)
     assert found.pruned("hidden") == 64
     assert found.pruning_ratio == pytest.approx(0.95, abs=0.005)  # as near as multiples of 64 MLP channels come
-    with pytest.raises(PatError, match=r"a hidden size of 64\); add mlp or heads, or ask for less"):
+    with pytest.raises(PatError, match=r"at most \(hidden size 128 to 64, layers 2 to 1\); add mlp or heads, or"):
         choose_shape(wide, axes=["layers", "hidden"], **request)

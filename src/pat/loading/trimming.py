@@ -27,6 +27,13 @@ logger = logging.getLogger(__name__)
 MULTIPLE = 64
 """Number of tokens of which a trimmed vocabulary is a multiple, so that the output layer stays fast."""
 
+_OF_GENERATION = (
+    *("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"),
+    *("suppress_tokens", "begin_suppress_tokens"),
+)
+_SEQUENCES = ("bad_words_ids", "force_words_ids", "sequence_bias")
+"""Fields of a generation config that name tokens beside the special ones, the latter sequences of them."""
+
 _TOKENIZER_FILE, _CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 
 
@@ -146,8 +153,21 @@ def trim_embedding(model: PreTrainedModel, kept: Sequence[int]) -> None:
             "longer: %s.",
             ", ".join(map(str, lost)),
         )
+    named = (*_OF_GENERATION, *_SEQUENCES)
+    before = {name: _num_named(getattr(model.generation_config, name, None)) for name in named}
     for config in configs:
         renumber_specials(config, kept)
+    fewer = [n for n in named if _num_named(getattr(model.generation_config, n, None)) < before[n]]
+    if fewer:
+        logger.warning(
+            "The trimmed vocabulary lacks tokens that the base's generation config names in %s; what it says of them "
+            "is left out.",
+            ", ".join(fewer),
+        )
+
+
+def _num_named(value: Any) -> int:
+    return len(value) if isinstance(value, list | dict) else int(value is not None)
 
 
 def special_ids(config: Any) -> list[int]:
@@ -158,14 +178,34 @@ def special_ids(config: Any) -> list[int]:
 
 
 def renumber_specials(config: Any, kept: Sequence[int]) -> None:
-    """Renumber the special tokens that a configuration names; one that is not kept is named no longer."""
+    """Renumber the tokens that a configuration, also one of generation, names; one that is not kept is named no longer.
+
+    Of a sequence of tokens to be forbidden, forced or favoured all have to be kept.
+    """
     new_id = {old: new for new, old in enumerate(kept)}
-    for name in TOKEN_IDS:
+    for name in (*TOKEN_IDS, *_OF_GENERATION):
         value = getattr(config, name, None)
         if isinstance(value, list):
             setattr(config, name, [new_id[token] for token in value if token in new_id])
         elif value is not None:
             setattr(config, name, new_id.get(value))
+    for name in _SEQUENCES:
+        if (value := getattr(config, name, None)) is not None:
+            setattr(config, name, _renumbered(value, new_id) or None)
+
+
+def _renumbered(value: Any, new_id: Mapping[int, int]) -> Any:
+    """Return lists of tokens, however deep, in new numbers; None for one of which a token is not kept."""
+    if isinstance(value, dict):  # a bias for each sequence
+        found = {_renumbered(tokens, new_id): bias for tokens, bias in value.items()}
+        return {tokens: bias for tokens, bias in found.items() if tokens is not None}
+    if all(isinstance(part, int) for part in value):
+        new = [new_id.get(token) for token in value]
+        return None if None in new else type(value)(new)
+    if len(value) == 2 and isinstance(value[1], float):  # the same, as it is written
+        tokens = _renumbered(value[0], new_id)
+        return None if tokens is None else [tokens, value[1]]
+    return [part for part in (_renumbered(part, new_id) for part in value) if part is not None] or None
 
 
 class _Derivations:

@@ -28,8 +28,9 @@ from pat.serving import trouble
 from pat.shape import AXES, LARGE_RATIO, Shape
 from pat.surgery.costs import ModelCost, build_skeleton, cost_of, pruned_config, usual_context
 from pat.tuner.config import PatConfig
+from pat.tuner.idle import warn_of_idle_options
 from pat.tuner.memory import TrainingMemory, training_memory
-from pat.tuner.prepare import check_config, warn_of_idle_options
+from pat.tuner.prepare import check_config
 from pat.widths import legal_widths
 
 NUM_NEIGHBOURS = 3
@@ -145,7 +146,7 @@ def run_plan(options: PlanOptions) -> PlanRecord:
         heads = small_config.num_attention_heads
         candidates.append(_candidate(shape, heads, options.multiple_of, base, cost, files))
     trimmed_base = cost_of(trimmed, context)
-    warn_of_idle_options(config, shape)
+    warn_of_idle_options(config, shape, tied=base.tied)
     training = training_memory(trimmed, config, batch_size=recipe["per_device_train_batch_size"], length=length)
     attached: PatConfig = cast(Any, trimmed.model).peft_config["default"]  # the memory was counted on it
     rotation: Rotation = "none" if attached.resolved_rotation == "none" else "pca"

@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 OF_A_SOFT_MASK = ("mask", "mask_lr_multiplier", "active_loss_weight")
 """Options that act only while the mask is soft."""
 
+OF_OPERATORS = ("identity_loss_weight", "operator_lr_multiplier")
+"""Options that act only while there are operators: at full width, if the hidden size is cut."""
+
 NEEDED = {
     "bnb_4bit_quant_type": "load_in_4bit",
     "use_bnb_nested_quant": "load_in_4bit",
@@ -104,8 +107,9 @@ def check(arguments: TuneArguments) -> Checked:
         arguments = replace(arguments, pat=replace(arguments.pat, pruning_ratio=rest))
         pat_config = arguments.pat_config()
     shape = check_config(trimmed_config, family, pat_config)
-    check_deepspeed_run(arguments, shape, is_quantised=quantises(arguments, base_config))
-    _warn_of_idle_mask(arguments, shape)
+    is_quantised = quantises(arguments, base_config)
+    check_deepspeed_run(arguments, shape, is_quantised=is_quantised)
+    _warn_of_idle_mask(arguments, shape, goes_small=not (arguments.run.no_compact or is_quantised))
     if shape.pruning_ratio > LARGE_RATIO:
         logger.warning(
             "A cut of %.0f %% of the parameters is more than has been shown to work; expect a much worse model.",
@@ -217,10 +221,11 @@ def _warn_of_idle_flags(arguments: TuneArguments) -> None:
                 logger.warning("%s=%s has no effect %s.", name, values[name], where)
 
 
-def _warn_of_idle_mask(arguments: TuneArguments, shape: Shape) -> None:
+def _warn_of_idle_mask(arguments: TuneArguments, shape: Shape, *, goes_small: bool) -> None:
     names: tuple[str, ...]
     if arguments.pat.milestone_share(cuts_hidden=shape.cuts("hidden")) == 0:
-        names, where = OF_A_SOFT_MASK, "on a mask that is hard from the start; raise --milestone"
+        operators = OF_OPERATORS if goes_small and shape.cuts("hidden") else ()
+        names, where = (*OF_A_SOFT_MASK, *operators), "on a mask that is hard from the start; raise --milestone"
     elif arguments.pat.mask == "frozen":
         names, where = OF_A_SOFT_MASK[1:], "on a frozen mask"
     else:

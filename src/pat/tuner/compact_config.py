@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
 
-from pat.families import get_family
+from pat.errors import PatError
+from pat.families import Family, get_family
 from pat.surgery.layers import LayerCut
 from pat.tuner.config import PatConfig
+
+logger = logging.getLogger(__name__)
 
 NAMES_OF_EXPERTS = frozenset({"gate_proj", "up_proj", "down_proj"})
 """Names of linear layers that peft takes for those of experts in older checkpoints. In families with experts it then
@@ -35,6 +39,8 @@ def compact_lora_config(
         others: paths of further modules whose LoRA starts anew.
         layers: those that stay, from whose numbers in the base model those in `config` are.
     """
+    if lost := [name for name in config.modules_to_save or () if not layers.renamed_parts([name])]:
+        logger.warning("modules_to_save=%s goes with its layers.", ", ".join(lost))
     shared: dict[str, Any] = {
         "task_type": config.task_type,
         "r": config.r,
@@ -70,6 +76,46 @@ def compact_lora_config(
         rank_pattern={key: rank for key, rank in _by_leaf(ranks, linears).items() if rank != config.r},
         alpha_pattern={key: _whole(a) for key, a in _by_leaf(alphas, linears).items() if _whole(a) != _whole(alpha)},
     )
+
+
+def means_other_modules(config: PatConfig, layers: LayerCut, family: Family) -> bool:
+    """Tell whether what a configuration says of LoRA's targets means other modules in the small model.
+
+    Layers have other numbers, and peft takes a pattern that fits dense layers among experts for one of experts.
+    """
+    return layers.cuts or (bool(family.expert_parameters) and isinstance(config.target_modules, str))
+
+
+def staying(paths: Iterable[str], layers: LayerCut, out_of_reach: Collection[str], *, nothing_else: bool) -> list[str]:
+    """Return which modules with LoRA can be targeted again in the small model; say which cannot.
+
+    Those that go with their layers are spoken of where none of their name stays.
+
+    Args:
+        paths: of the modules, with the names of the base model.
+        layers: those that stay.
+        out_of_reach: paths of modules that ordinary LoRA cannot have.
+        nothing_else: whether there is nothing to be trained but these.
+
+    Raises:
+        PatError: then none is left.
+    """
+    paths = list(paths)
+    left = [path for path in paths if layers.renamed(path) is not None]
+    kept = [path for path in left if path not in out_of_reach]
+    if paths and not kept and nothing_else:
+        raise PatError(
+            f"Got LoRA on {', '.join(sorted(paths))} alone, which the small model has not, or cannot train, so that "
+            "nothing is left to be trained; name modules of all layers in target_modules, or cut other axes."
+        )
+    if folded := sorted(set(left) - set(kept)):
+        logger.warning("LoRA on %d modules such as %s is folded and not trained on.", len(folded), folded[0])
+    leaves = {path.rpartition(".")[2] for path in left}
+    if lost := [path for path in paths if path.rpartition(".")[2] not in leaves]:
+        logger.warning(
+            "LoRA on %s goes with its layers, and is on nothing of that name in the others.", ", ".join(lost)
+        )
+    return kept
 
 
 def _within_reach(base: PreTrainedModel, targets: Any) -> Any:

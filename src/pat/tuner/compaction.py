@@ -12,7 +12,6 @@ with a scale of 1.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -32,12 +31,10 @@ from pat.surgery.dense import build_dense
 from pat.surgery.fold import Channels, Operator, cut_writer_rows
 from pat.surgery.precision import to_float64
 from pat.surgery.residual import Linear, ResidualBranch
-from pat.tuner.compact_config import NAMES_OF_EXPERTS, compact_lora_config
+from pat.tuner.compact_config import NAMES_OF_EXPERTS, compact_lora_config, means_other_modules, staying
 from pat.tuner.config import PatConfig
 from pat.tuner.merging import MaskedModel, in_double
 from pat.tuner.weights import base_parameter
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,7 @@ def compact(model: MaskedModel, config: PatConfig, adapter: str) -> Compacted:
     base = cast(PreTrainedModel, base.to(model.base.device))  # type: ignore[arg-type]
     others = splitter.lora_without(factors)
     shapes = {path: (len(given.a), given.scale) for path, given in factors.items()}
-    if not factors and model.layers.cuts:  # what the configuration says of layers has other numbers
+    if not factors and means_other_modules(config, model.layers, model.stream.family):
         shapes, others = splitter.shapes(others), []
     shapes, factors = model.layers.renamed_keys(shapes), model.layers.renamed_keys(factors)
     others = list(model.layers.renamed_keys(dict.fromkeys(others)))
@@ -182,11 +179,9 @@ class _Splitter:
             for linear in (*branch.readers, branch.writer)
             if self._is_out_of_reach(linear)
         }
-        paths = [path for path in paths if self.model.layers.renamed(path) is not None]
-        lost = sorted(out_of_reach.intersection(paths))
-        if lost:
-            logger.warning("LoRA on %d modules such as %s is folded and not trained on.", len(lost), lost[0])
-        return [path for path in paths if path not in factors and path not in out_of_reach]
+        nothing_else = not factors and not self.config.target_parameters
+        paths = staying(paths, self.model.layers, out_of_reach, nothing_else=nothing_else)
+        return [path for path in paths if path not in factors]
 
     def shapes(self, paths: Iterable[str]) -> dict[str, tuple[int, float]]:
         """Return rank and scale of the LoRA on some modules, by their paths."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, fields
+import re
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,14 +24,12 @@ from pat.surgery.axes import prunable, sizes_of
 from pat.surgery.describe import check_tie, head_dim, map_of
 from pat.surgery.residual import ResidualStream
 from pat.surgery.rotation import gain_block
-from pat.tuner.config import PatConfig
-from pat.tuner.options import PatOptions
+from pat.tuner.config import MODULES_TO_SAVE, PatConfig
+from pat.tuner.idle import warn_of_idle_options
 from pat.tuner.target import ratio_of_target
 from pat.tuner.zero import check_not_taken_apart
 
 logger = logging.getLogger(__name__)
-
-_DEFAULTS = {field.name: field.default for field in fields(PatOptions)}
 
 
 @dataclass(frozen=True)
@@ -85,12 +84,12 @@ def plan_attachment(
     stream = known_stream or map_of(model)
     shares_head = stream.head is None
     _check_lora_bias(config, stream)
-    _check_saved(config, stream)
+    _check_saved(config, model, stream)
     tied = shares_head and not config.untie_word_embeddings
     rotation = config.resolved_rotation if config.is_resolved else None
     if rotation is None:  # a new adapter, not a loaded one
         if not next(model.parameters()).is_meta:  # one that is only counted; who counts it says so, or attaches again
-            warn_of_idle_options(config, shape)
+            warn_of_idle_options(config, shape, tied=shares_head)
         rotation = _resolve_rotation(model, config, stream, shape, tied=tied)
         config.base_shape, config.base_quantization = _shape_of(base_config, family), quantization_of(base_config)
         config.base_fingerprint = base_fingerprint(base_config, base_config.name_or_path, revision=config.revision)
@@ -99,23 +98,6 @@ def plan_attachment(
         config.resolved_rotation = rotation
     group_width = head_dim(model) * base_config.num_attention_heads // shape.size("heads")
     return AttachmentPlan(stream, shape, group_width, rotation, tied)
-
-
-def warn_of_idle_options(config: PatConfig, shape: Shape) -> None:
-    """Say which options that were given do nothing, because their axis is not cut or a size comes before them."""
-    for is_cut, axis, names in (
-        (shape.cuts("hidden"), "hidden size is", ("operator_rank", "operator_lr_multiplier", "calibration_tokens")),
-        (shape.cuts("mlp") or shape.cuts("heads"), "MLPs and heads are", ("refit", "refit_tokens")),
-    ):
-        if given := [name for name in names if not is_cut and getattr(config, name) != _DEFAULTS[name]]:
-            logger.warning("These options have no effect, since the %s not cut: %s.", axis, ", ".join(given))
-    for name in config.axes if config.axes != ["auto"] and not asked_sizes(config) else ():
-        if not shape.cuts(name):
-            label = AXES[name].label
-            logger.warning("axes=%s cuts no %s: the smallest step there is more than its share.", config.axes, label)
-    named = list(asked_sizes(config))
-    if named and config.axes != ["auto"] and set(named) != set(config.axes):
-        logger.warning("axes=%s has no effect beside the sizes that were given, which cut %s.", config.axes, named)
 
 
 def check_config(base_config: Any, family: Family, config: PatConfig) -> Shape:
@@ -149,7 +131,16 @@ def _shape(base_config: Any, family: Family, config: PatConfig) -> Shape:
     base = prunable(empty_model(base_config))
     choose = partial(choose_shape, base, axes=config.axes, asked=asked_sizes(config), multiple_of=config.multiple_of)
     ratio = ratio_of_target(config, base_config, base, lambda share: choose(pruning_ratio=share))
-    return choose(pruning_ratio=config.pruning_ratio if ratio is None else ratio)
+    shape = choose(pruning_ratio=config.pruning_ratio if ratio is None else ratio)
+    if config.untie_word_embeddings and base_config.tie_word_embeddings:
+        whole, kept = base.count(base.sizes), base.count(shape.pruned_sizes)
+        head = base_config.get_text_config().vocab_size * shape.pruned("hidden")
+        if kept + head >= whole:
+            raise PatError(
+                f"Got untie_word_embeddings, which adds {head:,} parameters, with a cut of {whole - kept:,} "
+                f"({shape.describe()}): the model would not be smaller; cut more, or leave it out."
+            )
+    return shape
 
 
 def default_targets(config: PatConfig, model: nn.Module, stream: ResidualStream) -> PatConfig:
@@ -237,9 +228,15 @@ def _check_lora_bias(config: PatConfig, stream: ResidualStream) -> None:
                 )
 
 
-def _check_saved(config: PatConfig, stream: ResidualStream) -> None:
-    """Refuse to train modules as a whole that hold what is pruned: peft would copy it, while the gates are put on."""
+def _check_saved(config: PatConfig, model: nn.Module, stream: ResidualStream) -> None:
+    """Refuse to train modules as a whole that are not there, which peft passes over, or that hold what is pruned.
+
+    Peft would copy that, while the gates are put on.
+    """
+    paths = [path for path, _ in model.named_modules()]
     for name in config.modules_to_save or ():
+        if not any(re.match(MODULES_TO_SAVE.replace("{}", name), path) for path in paths):
+            raise PatError(f"Got modules_to_save with {name!r}, but the model has no module of that name.")
         for branch in stream.branches:
             for linear in (*branch.readers, branch.writer):
                 if f".{name}." in f".{linear.path}":

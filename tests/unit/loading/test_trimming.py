@@ -8,7 +8,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from pat.errors import PatError
 from pat.loading.trimming import choose_tokens, kept_tokens, trim_embedding, trim_tokenizer
@@ -136,6 +142,28 @@ def test_a_special_token_that_is_lost_is_said(caplog: pytest.LogCaptureFixture) 
     model = build("llama", tied=True, vocab_size=160, eos_token_id=[2, 7], bos_token_id=1)
     trim_embedding(model, [1, 2, *range(10, 72)])
     assert [record.getMessage().rpartition(": ")[2] for record in caplog.records] == ["0, 7."]  # 0 is for padding
+
+
+def test_what_generation_forbids_forces_and_favours_is_renumbered(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would be other tokens; a sequence of which one is gone is gone."""
+    model = build("llama", tied=True, vocab_size=160, eos_token_id=2, bos_token_id=1)
+    GenerationConfig(
+        suppress_tokens=[2, 5, 12],
+        forced_eos_token_id=11,
+        bad_words_ids=[[10, 11], [12, 100]],
+        sequence_bias=[[[13], -2.0], [[10, 101], 1.0]],
+    ).save_pretrained(tmp_path)
+    model.generation_config = GenerationConfig.from_pretrained(tmp_path)
+    trim_embedding(model, [1, 2, *range(10, 72)])
+    generation = model.generation_config
+    assert generation.suppress_tokens == [1, 4] and generation.forced_eos_token_id == 3
+    assert "names in suppress_tokens, bad_words_ids, sequence_bias; what" in caplog.text
+    assert generation.bad_words_ids == [[2, 3]] and generation.sequence_bias == [[[5], -2.0]]
+    model.generation_config = GenerationConfig(sequence_bias={(13,): -2.0, (10, 101): 1.0}, bad_words_ids=[[100]])
+    trim_embedding(model, [*range(10, 64)])
+    assert model.generation_config.sequence_bias == {(3,): -2.0} and model.generation_config.bad_words_ids is None
 
 
 def test_marked_subwords_are_refused() -> None:

@@ -46,6 +46,12 @@ def checked(folder: Path, **flags: Any) -> None:
         ({"mask": "frozen", "pruned_intermediate_size": 40, "milestone": 0.3}, None),
         ({"mask": "frozen", "axes": "hidden"}, None),
         (
+            {"identity_loss_weight": 0.5, "axes": "hidden", "milestone": 0},
+            "identity_loss_weight=0.5 has no effect on a mask that is hard from the start; raise --milestone.",
+        ),
+        ({"identity_loss_weight": 0.5, "axes": "hidden", "milestone": 0, "no_compact": True}, None),
+        ({"identity_loss_weight": 0.5, "axes": "hidden"}, None),
+        (
             {"mask": "frozen", "axes": "hidden", "mask_lr_multiplier": 3},
             "mask_lr_multiplier=3 has no effect on a frozen mask.",
         ),

@@ -23,7 +23,9 @@ def test_it_is_a_lora_config_with_fields_of_its_own() -> None:
     assert config.operator_lr_multiplier == 30 and config.mask == "trainable" and config.rotation == "auto"
     assert [config.milestone_share(cuts_hidden=cuts) for cuts in (True, False)] == [0.02, 0.0]
     assert dataclasses.replace(config, milestone=0.3).milestone_share(cuts_hidden=False) == 0.3
-    assert dataclasses.replace(config, pruned_hidden_size=36).pruned_hidden_size == 36
+    given = dataclasses.replace(config, pruned_hidden_size=36.0, multiple_of=4.0, milestone=1)
+    sizes = [given.pruned_hidden_size, given.multiple_of, given.milestone]
+    assert sizes == [36, 4, 1] and all(isinstance(size, int) for size in sizes)
 
 
 @pytest.mark.parametrize(

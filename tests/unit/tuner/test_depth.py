@@ -24,7 +24,8 @@ DATA = [batch(seed=seed, batch_size=4) for seed in range(3)]
 
 
 def cut(family: str = "llama", **fields: Any) -> PatModel:
-    return tuner_of(attach(build(family, tied=True), axes=["layers"], pruned_num_hidden_layers=2, **fields))
+    sizes = {"pruned_num_hidden_layers": 2}
+    return tuner_of(attach(build(family, tied=True), axes=["layers"], **(sizes | fields)))
 
 
 def without(model: nn.Module, number: int) -> nn.Module:
@@ -111,6 +112,30 @@ def test_lora_that_starts_anew_goes_to_the_same_layers() -> None:
     assert not hasattr(small[0].mlp.up_proj, "lora_A")
     assert small[1].mlp.up_proj.r["default"] == 3 and small[1].mlp.down_proj.r["default"] == 4
     assert small[1].mlp.up_proj.lora_magnitude_vector
+
+
+@torch.no_grad()
+def test_lora_that_goes_with_its_layers_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    def keeping(*numbers: int, **fields: Any) -> PatModel:
+        tuner = cut(**fields)
+        tuner.set_step(1, 1)
+        gate = tuner.layer_gate()
+        assert gate is not None
+        gate.keep.copy_(torch.tensor([number in numbers for number in range(3)]))
+        return tuner
+
+    targets = ["layers.1.self_attn.q_proj", "layers.2.mlp.down_proj"]
+    saved = {"modules_to_save": ["layers.2.input_layernorm", "norm"]}
+    small = keeping(0, 1, target_modules=targets, **saved).compact().attach().model.get_base_model().model.layers
+    assert small[1].self_attn.q_proj.r["default"] == 4 and not hasattr(small[1].mlp.down_proj, "lora_A")
+    assert "LoRA on model.layers.2.mlp.down_proj goes with its layers" in caplog.text
+    assert "modules_to_save=layers.2.input_layernorm goes" in caplog.text
+    for use_dora in (False, True):
+        with pytest.raises(PatError, match=r"Got LoRA on model\.layers\.1\.self_attn\.q_proj, .* nothing is left"):
+            keeping(0, use_dora=use_dora, target_modules=targets, pruned_num_hidden_layers=1).compact()
+    caplog.clear()
+    keeping(0, 1).compact()
+    assert "goes with" not in caplog.text
 
 
 def test_text_that_is_nothing_to_choose_by_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

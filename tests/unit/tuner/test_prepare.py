@@ -359,17 +359,34 @@ def test_targets_asked_for_are_kept(targets: Any) -> None:
             {"axes": ["hidden"], "refit": False, "refit_tokens": 99},
             "the MLPs and heads are not cut: refit, refit_tokens",
         ),
+        ({"axes": ["mlp"], "identity_loss_weight": 0.5}, "the hidden size is not cut: .*identity_loss_weight"),
+        ({"axes": ["layers"], "multiple_of": 7}, "the hidden size and the MLPs are not cut: multiple_of"),
         ({"axes": ["mlp"], "pruned_hidden_size": 36}, r"axes=\['mlp'\] has no effect beside the sizes"),
+        ({"untie_word_embeddings": True}, "untie_word_embeddings=True has no effect"),
     ],
 )
 def test_options_that_do_nothing_are_said(fields: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture) -> None:
+    tied = "untie_word_embeddings" not in fields
     with torch.device("meta"):
-        attach(build("llama", tied=True).to("meta"), **fields)
+        attach(build("llama", tied=tied).to("meta"), **fields)
     assert not caplog.text  # of a model that is only counted
-    attach(build("llama", tied=True), **fields)
+    attach(build("llama", tied=tied), **fields)
     assert re.search(said, caplog.text)
 
 
 def test_options_that_do_something_are_not_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
-    attach(build("llama", tied=True), axes=["hidden", "mlp"], refit_tokens=99, calibration_tokens=99)
+    attach(build("llama", tied=True), axes=["hidden", "mlp"], refit_tokens=99, calibration_tokens=99, multiple_of=4)
+    attach(build("llama", tied=True), untie_word_embeddings=True, multiple_of=4)
     assert "no effect" not in caplog.text
+
+
+def test_modules_that_are_not_there_are_not_passed_over() -> None:
+    for names in (["nope"], ["norm", "layers.7.input_layernorm"]):
+        refused(build("llama", tied=True), f"{names[-1]}', but the model has no module", modules_to_save=names)
+
+
+def test_a_head_of_its_own_that_is_larger_than_the_cut_is_refused() -> None:
+    model = build("llama", tied=True)
+    with pytest.raises(PatError, match=r"adds 6,144 parameters, with a cut of 3,942 .*would not be smaller"):
+        attach(model, axes=["mlp"], pruning_ratio=0.05, untie_word_embeddings=True)
+    attach(model, axes=["mlp"], pruning_ratio=0.1, untie_word_embeddings=True)

@@ -1,0 +1,42 @@
+"""Options that were given and have nothing to act on."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields
+
+from pat.shape import AXES, Shape, asked_sizes
+from pat.tuner.config import PatConfig
+from pat.tuner.options import PatOptions
+
+logger = logging.getLogger(__name__)
+
+_DEFAULTS = {field.name: field.default for field in fields(PatOptions)}
+
+_OF_THE_STREAM = ("operator_rank", "operator_lr_multiplier", "identity_loss_weight", "calibration_tokens")
+
+
+def warn_of_idle_options(config: PatConfig, shape: Shape, *, tied: bool) -> None:
+    """Say which options that were given do nothing, because their axis is not cut or a size comes before them.
+
+    Args:
+        config: the options.
+        shape: what is cut.
+        tied: whether the base has one matrix for its embedding and its head.
+    """
+    for is_cut, axis, names in (
+        (shape.cuts("hidden"), "hidden size is", _OF_THE_STREAM),
+        (shape.cuts("hidden") or shape.cuts("mlp"), "hidden size and the MLPs are", ("multiple_of",)),
+        (shape.cuts("mlp") or shape.cuts("heads"), "MLPs and heads are", ("refit", "refit_tokens")),
+    ):
+        if given := [name for name in names if not is_cut and getattr(config, name) != _DEFAULTS[name]]:
+            logger.warning("These options have no effect, since the %s not cut: %s.", axis, ", ".join(given))
+    for name in config.axes if config.axes != ["auto"] and not asked_sizes(config) else ():
+        if not shape.cuts(name):
+            label = AXES[name].label
+            logger.warning("axes=%s cuts no %s: the smallest step there is more than its share.", config.axes, label)
+    named = list(asked_sizes(config))
+    if named and config.axes != ["auto"] and set(named) != set(config.axes):
+        logger.warning("axes=%s has no effect beside the sizes that were given, which cut %s.", config.axes, named)
+    if config.untie_word_embeddings and not tied:
+        logger.warning("untie_word_embeddings=True has no effect: this model's head has a matrix of its own already.")
