@@ -233,6 +233,11 @@ def _tensors(skeleton: Skeleton, family: GgufFamily, head_size: int) -> tuple[Gg
         how = {"num_heads": heads} if heads and family.interleaved else {}
         add(linear.weight, role, layer, **how)
         if linear.bias is not None:
+            if role in family.no_bias:
+                raise PatError(
+                    f"Got a {family.model_type} model with a bias in {linear.path}, which llama.cpp has no place for. "
+                    "Use --format onnx."
+                )
             add(linear.bias, role, layer, suffix="bias", **how)
 
     add(f"{stream.embedding}.weight", "token_embd")

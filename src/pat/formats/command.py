@@ -16,7 +16,7 @@ from pat.checkpoint.staging import staged_file
 from pat.errors import PatError
 from pat.file_sizes.gguf_layout import GgufLayout, layout_of
 from pat.file_sizes.gguf_types import QUANTIZATIONS, Entry, Quantization
-from pat.file_sizes.gguf_vocabulary import stored_end_tokens, unnamed_ends, vocabulary_of
+from pat.file_sizes.gguf_vocabulary import name_in_file, stored_end_tokens, unlike_added, unnamed_ends, vocabulary_of
 from pat.formats import llama_cpp
 from pat.formats.gguf_file import write_gguf
 from pat.formats.loss import MAX_LENGTH, LossCheck, QuantizedLoss
@@ -96,8 +96,14 @@ def run_export(options: ExportOptions) -> ExportRecord:
             vocabulary = vocabulary_of(tokenizer, config.vocab_size, ends)
             if unnamed := unnamed_ends(tokenizer, ends):
                 logger.warning("The file does not name the end tokens %s, for which GGUF has no place.", unnamed)
+            if unlike := unlike_added(tokenizer):
+                logger.warning(
+                    "In llama.cpp the tokens %s do not take the white space beside them, nor wait for a whole word.",
+                    unlike[:5],
+                )
             skeleton = build_skeleton(config, torch.float32)
-            layout = layout_of(skeleton, vocabulary, name=shown_name(options.model), kind=kind)
+            name = name_in_file(shown_name(options.model), tokenizer)
+            layout = layout_of(skeleton, vocabulary, name=name, kind=kind)
         measured = None
         if options.dataset_name is not None:  # read before the weights: a wrong column should not take minutes
             measured = LossCheck(
@@ -208,7 +214,7 @@ def _check_float32(path: Path, reference: Reference, engine: str | None) -> list
 
 def _go_on(path: Path, reference: Reference) -> tuple[list[int], list[int]]:
     """Return the tokens that llama.cpp adds to the prompt, and those it reads the text as."""
-    with llama_cpp.serve(path, len(reference.tokens) + NEW_TOKENS + 1) as server:
+    with llama_cpp.serve(path, len(reference.prompt) + NEW_TOKENS + 1) as server:
         return server.go_on(reference.prompt, NEW_TOKENS), server.read(reference.text)
 
 

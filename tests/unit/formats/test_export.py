@@ -155,6 +155,12 @@ def test_a_graph_that_cannot_be_recorded_is_one_line(tmp_path: Path, monkeypatch
         write_onnx(model, tmp_path / "x.onnx")
 
 
+def test_a_model_of_few_positions_is_asked_less_and_its_tokenizer_the_whole_text() -> None:
+    model = build("llama", tied=True, max_position_embeddings=48)
+    reference = Reference.of(model, lambda text: {"input_ids": [5] * len(text)})
+    assert len(reference.tokens) == len(reference.text) == 400 and len(reference.prompt) == 48 - 30 - 1
+
+
 def test_every_token_is_held_against_the_model_and_a_tie_excuses_no_other() -> None:
     model = build("llama", tied=False)
     reference = Reference(model, "", (1, 2, 3))
