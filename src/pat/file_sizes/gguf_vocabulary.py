@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from pat.errors import PatError
 from pat.file_sizes.gguf_types import Entry
-from pat.loading.tokenizer import end_tokens
+from pat.loading.tokenizer import check_special_ids, end_tokens
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of tokens in llama.cpp."""
@@ -94,8 +94,9 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, vocab_size: int, ends: Seq
             calls the end of a turn and the end of a message.
 
     Raises:
-        PatError: llama.cpp has no such tokenizer.
+        PatError: llama.cpp has no such tokenizer, or a special token has no row in the embedding.
     """
+    check_special_ids(tokenizer, vocab_size)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = json.loads(backend.to_str()) if backend is not None else {}
     bpe = model.get("model", {})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 from pat.checkpoint.card import shown_name
 from pat.checkpoint.staging import staged_file
-from pat.errors import PatError
+from pat.errors import PatError, RunFailed, one_line
 from pat.file_sizes.gguf_layout import GgufLayout, layout_of
 from pat.file_sizes.gguf_types import QUANTIZATIONS, Entry, Quantization
 from pat.file_sizes.gguf_vocabulary import name_in_file, stored_end_tokens, unlike_added, unnamed_ends, vocabulary_of
@@ -115,10 +116,15 @@ def run_export(options: ExportOptions) -> ExportRecord:
             )
         with phase(f"Loading {shown_name(options.model)}"):
             model = load_base(options.model, dtype=torch.float32)
+        _check_finite(options.model, model)
         loss: QuantizedLoss | None = None
         checks: list[Check] = []
         skipped: list[str] = []
-        with staged_file(options.output) as path, phase(f"Writing {options.output.name}, and checking it"):
+        with (
+            _told_of_disk(options.output),
+            staged_file(options.output) as path,
+            phase(f"Writing {options.output.name}, and checking it"),
+        ):
             reference = None if tokenizer is None or not options.check else Reference.of(model, tokenizer)
             if reference is None:
                 skipped.append("the file against transformers, since --check is false.")
@@ -141,6 +147,26 @@ def run_export(options: ExportOptions) -> ExportRecord:
             not_checked=tuple(skipped),
             warnings=warnings,
         )
+
+
+def _check_finite(name: str, model: PreTrainedModel) -> None:
+    """Refuse a model that has diverged: nothing of it can be compared, since all its logits are alike.
+
+    Raises:
+        PatError: a weight holds a number that is not finite.
+    """
+    for tensor, weight in model_tensors(model).items():
+        if not weight.isfinite().all():
+            raise PatError(f"{name}: its tensor {tensor} holds numbers that are not finite; the training has diverged.")
+
+
+@contextmanager
+def _told_of_disk(output: Path) -> Iterator[None]:
+    """Say which file could not be written, such as on a disk that is full."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(f"{output}: could not be written ({one_line(error)}); nothing is left there.") from error
 
 
 def _kind(options: ExportOptions, config: Any) -> Quantization | None:

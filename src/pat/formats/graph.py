@@ -34,7 +34,7 @@ rounding up itself it may be `MAX_FLOORS` times that of a mere permutation of it
 values of 25,000 in its residual stream, where transformers' own two forms of attention differ by 3e-4 in a logit."""
 
 EXPORTABLE_EXPERTS = "batched_mm"
-"""transformers' form of a mixture of experts that a graph can be recorded of; its others choose rows by their number."""
+"""transformers' form of a mixture of experts that a graph can be recorded of."""
 
 FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
 """OpenVINO's hint without which it computes in bfloat16 on processors that can."""

@@ -348,6 +348,28 @@ def test_what_is_read_back_is_what_was_written(family: str, kind: str, tmp_path:
         np.testing.assert_allclose(model_tensors(other)[name].detach(), weight.detach(), atol=float(step), err_msg=name)
 
 
+@pytest.mark.parametrize(("kind", "number", "fits"), [("F16", 7e4, False), ("Q8_0", 7e4, True), ("Q8_0", 9e6, False)])
+def test_a_number_that_would_be_infinite_in_the_file_is_refused(
+    kind: str, number: float, fits: bool, tmp_path: Path
+) -> None:
+    whole, chosen = skeleton(hidden_size=64, head_dim=16, intermediate_size=96), QUANTIZATIONS[kind]
+    weights = model_tensors(whole.model)
+    weights["model.layers.1.mlp.down_proj.weight"].data[3, 4] = number
+    layout = layout_of(whole, [], name="x", kind=chosen)
+    if fits:
+        write_gguf(layout, weights, tmp_path / "x.gguf", chosen)
+        return
+    with pytest.raises(PatError, match=rf"up to .* in model.layers.1.mlp.down_proj.weight, too large for {kind}"):
+        write_gguf(layout, weights, tmp_path / "x.gguf", chosen)
+
+
+def test_a_special_token_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(tmp_path / "t", added=({"content": "<pad>"},))
+    tokenizer.pad_token = "<pad>"
+    with pytest.raises(PatError, match="its pad_token '<pad>' is token"):
+        vocabulary_of(tokenizer, 512)
+
+
 def test_four_bits_are_counted_by_the_group_that_fits_most_and_what_is_left_is_said() -> None:
     fields: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 128, "head_dim": 32}
     square = 128 * 128 + 2 * 64 * 128 + 128 * 128  # query, key and value, output
