@@ -53,6 +53,8 @@ class GgufFamily:
     present: tuple[str, ...] = ()
     """Fields that must not be None, because llama.cpp has a value of its own for a number that is not in the file."""
 
+    rotates_part: bool = False
+    """Whether llama.cpp may rotate a part of each head; otherwise it does not load a file that says so."""
     no_bias: frozenset[str] = frozenset()
     """Names of tensors whose bias llama.cpp has no place for, without which it does not load the file."""
 
@@ -98,7 +100,9 @@ _RECORDS = (
         expects={"norm_topk_prob": (True,), "mlp_only_layers": ([], None), "decoder_sparse_step": (1,)},
         no_bias=_OUTPUT,
     ),
-    GgufFamily("gemma", "gemma", tied_only=True, scale_of_head=True, activation=_GELU, no_bias=_OUTPUT),
+    GgufFamily(
+        "gemma", "gemma", tied_only=True, scale_of_head=True, activation=_GELU, no_bias=_OUTPUT, rotates_part=True
+    ),
     GgufFamily(
         "gemma2",
         "gemma2",
@@ -124,8 +128,8 @@ _RECORDS = (
         expects=dict.fromkeys(_SOFTCAPS, (None,)),
         no_bias=_OUTPUT,
     ),
-    GgufFamily("phi3", "phi3", derives_head_size=True),
-    GgufFamily("glm4", "glm4"),
+    GgufFamily("phi3", "phi3", derives_head_size=True, rotates_part=True),
+    GgufFamily("glm4", "glm4", rotates_part=True),
     GgufFamily("olmo2", "olmo2", derives_head_size=True, no_bias=_OUTPUT),
     GgufFamily("olmo3", "olmo2", derives_head_size=True, windows=4, no_bias=_OUTPUT),
     GgufFamily("smollm3", "smollm3", interleaved=True, unrotated=4, no_bias=_OUTPUT | _MLP),

@@ -168,6 +168,11 @@ def test_other_families_and_windows_that_llama_cpp_does_not_know_are_refused() -
         ("gemma", {"hidden_act": "silu"}, "hidden_act='silu'"),
         ("arcee", {"hidden_act": "silu"}, "hidden_act='silu'"),
         ("qwen3", {"attention_bias": True}, "with a bias in model.layers.0.self_attn.o_proj"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "rotates 0.5 of each head",
+        ),
         ("smollm3", {"mlp_bias": True}, "with a bias in model.layers.0.mlp"),
         ("ernie4_5", {"use_bias": True}, "with a bias in model.layers.0.mlp"),
     ],
