@@ -72,6 +72,9 @@ _RAN = (
 )
 """Families whose files were run in llama.cpp."""
 
+_GRAPHS = "apertus flex_olmo gemma2 gemma3_text granitemoe ministral3 mistral olmo2 phi3 qwen3_moe"
+"""Families beside Llama whose graphs were run in ONNX Runtime."""
+
 SERVING: tuple[Row, ...] = (
     Row("transformers", "runs"),
     Row(
@@ -105,6 +108,7 @@ SERVING: tuple[Row, ...] = (
     ),
     Row("llama.cpp", "not run here", why="`pat export` has no record of it"),
     Row("ONNX Runtime", "runs", frozenset({"llama"}), why="logits of stories260K and SmolLM2 with fewer MLP channels"),
+    Row("ONNX Runtime", "runs", frozenset(_GRAPHS.split()), why="logits of tiny models, whole"),
     Row("ONNX Runtime", "not run here"),
     Row("OpenVINO", "runs", frozenset({"llama"}), why="logits of stories260K and SmolLM2 with fewer MLP channels"),
     Row("OpenVINO", "not run here"),

@@ -24,7 +24,7 @@ from pat.training.tune import run_tune
 RECIPE: dict[str, Any] = {
     "per_device_train_batch_size": 4,
     "max_length": 128,
-    "learning_rate": 5e-4,
+    "learning_rate": 2.5e-4,
     "refit_tokens": 8192,  # a third of the default, which takes minutes on two cores
     # On a CPU and for texts as short as these it takes a third to a half of the time of PyTorch's fused attention.
     "attn_implementation": "eager",

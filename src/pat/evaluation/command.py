@@ -103,6 +103,7 @@ def _evaluate(options: EvaluateOptions, warnings: list[str]) -> EvaluationRecord
             template=cast(TemplateChoice, options.template),
             max_length=options.max_length,
             limit=options.limit,
+            config=config,
         )
 
     adapted = None if adapter is None else load_adapted(options.model, base_model=options.base_model)

@@ -53,6 +53,11 @@ class GgufFamily:
     present: tuple[str, ...] = ()
     """Fields that must not be None, because llama.cpp has a value of its own for a number that is not in the file."""
 
+    rotates_part: bool = False
+    """Whether llama.cpp may rotate a part of each head; otherwise it does not load a file that says so."""
+    no_bias: frozenset[str] = frozenset()
+    """Names of tensors whose bias llama.cpp has no place for, without which it does not load the file."""
+
     def unlike(self, config: Any) -> tuple[str, Any, str] | None:
         """Return a field that llama.cpp would take otherwise than it is, its value, and what is expected instead."""
         allowed = {"use_bidirectional_attention": (None, False), self.activation_field: self.activation} | self.expects
@@ -77,6 +82,9 @@ _MULTIPLIERS = {
     "logit_scale": "logits_scaling",
 }
 
+_OUTPUT = frozenset({"attn_output"})
+_MLP = frozenset({"ffn_gate", "ffn_up", "ffn_down"})
+
 _RECORDS = (
     GgufFamily("llama", "llama", interleaved=True),
     GgufFamily("iquestcoder", "llama", interleaved=True),
@@ -84,14 +92,17 @@ _RECORDS = (
     GgufFamily("mistral", "llama", interleaved=True),
     GgufFamily("mixtral", "llama", interleaved=True),
     GgufFamily("qwen2", "qwen2", derives_head_size=True, stand_in="llama"),
-    GgufFamily("qwen3", "qwen3"),
+    GgufFamily("qwen3", "qwen3", no_bias=_OUTPUT),
     GgufFamily(
         "qwen3_moe",
         "qwen3moe",
         fields={"expert_feed_forward_length": "moe_intermediate_size"},
         expects={"norm_topk_prob": (True,), "mlp_only_layers": ([], None), "decoder_sparse_step": (1,)},
+        no_bias=_OUTPUT,
     ),
-    GgufFamily("gemma", "gemma", tied_only=True, scale_of_head=True, activation=_GELU),
+    GgufFamily(
+        "gemma", "gemma", tied_only=True, scale_of_head=True, activation=_GELU, no_bias=_OUTPUT, rotates_part=True
+    ),
     GgufFamily(
         "gemma2",
         "gemma2",
@@ -104,6 +115,7 @@ _RECORDS = (
         activation=_GELU,
         activation_field="hidden_activation",
         present=tuple(_SOFTCAPS),
+        no_bias=_OUTPUT,
     ),
     GgufFamily(
         "gemma3_text",
@@ -114,17 +126,18 @@ _RECORDS = (
         activation=_GELU,
         activation_field="hidden_activation",
         expects=dict.fromkeys(_SOFTCAPS, (None,)),
+        no_bias=_OUTPUT,
     ),
-    GgufFamily("phi3", "phi3", derives_head_size=True),
-    GgufFamily("glm4", "glm4"),
-    GgufFamily("olmo2", "olmo2", derives_head_size=True),
-    GgufFamily("olmo3", "olmo2", derives_head_size=True, windows=4),
-    GgufFamily("smollm3", "smollm3", interleaved=True, unrotated=4),
+    GgufFamily("phi3", "phi3", derives_head_size=True, rotates_part=True),
+    GgufFamily("glm4", "glm4", rotates_part=True),
+    GgufFamily("olmo2", "olmo2", derives_head_size=True, no_bias=_OUTPUT),
+    GgufFamily("olmo3", "olmo2", derives_head_size=True, windows=4, no_bias=_OUTPUT),
+    GgufFamily("smollm3", "smollm3", interleaved=True, unrotated=4, no_bias=_OUTPUT | _MLP),
     GgufFamily("granite", "granite", interleaved=True, fields=_MULTIPLIERS),
     GgufFamily("granitemoe", "granitemoe", interleaved=True, fields=_MULTIPLIERS),
-    GgufFamily("arcee", "arcee", interleaved=True, activation=("relu2",)),
-    GgufFamily("ernie4_5", "ernie4_5"),
-    GgufFamily("seed_oss", "seed_oss", ffn_norm="post_attention_norm"),
+    GgufFamily("arcee", "arcee", interleaved=True, activation=("relu2",), no_bias=_OUTPUT | _MLP),
+    GgufFamily("ernie4_5", "ernie4_5", no_bias=_MLP),
+    GgufFamily("seed_oss", "seed_oss", ffn_norm="post_attention_norm", no_bias=_OUTPUT | _MLP),
 )
 
 GGUF_FAMILIES: dict[str, GgufFamily] = {record.model_type: record for record in _RECORDS}

@@ -161,6 +161,10 @@ def _check(family: GgufFamily, config: Any, head_size: int) -> None:
         # The file has no place for a scaling of the layers that see a window.
         if rope.get("rope_type", "default") not in (("default",) if index else ("default", "llama3", "linear")):
             raise PatError(f"{kind} with a rotary embedding of type {rope['rope_type']!r}; use --format onnx.")
+        if (part := rope.get("partial_rotary_factor") or 1.0) != 1.0 and not family.rotates_part:
+            raise PatError(
+                f"{kind} that rotates {part:g} of each head; llama.cpp rotates all of it. Use --format onnx."
+            )
 
 
 def _every(period: int, num_layers: int) -> list[str]:
@@ -181,7 +185,7 @@ def _numbers(family: GgufFamily, config: Any, head_size: int, experts: int) -> l
     if window is not None and family.windows is None and "full_attention" not in types:
         context = min(context, window)  # llama.cpp sees everything, which is the same function up to the window
     ropes = _ropes(config)
-    rotated = int(head_size * ropes[0].get("partial_rotary_factor", 1.0))
+    rotated = int(head_size * (ropes[0].get("partial_rotary_factor") or 1.0))
     numbers: list[tuple[str, Kind, Any]] = [
         ("context_length", "u32", context),
         ("embedding_length", "u32", config.hidden_size),
@@ -233,6 +237,11 @@ def _tensors(skeleton: Skeleton, family: GgufFamily, head_size: int) -> tuple[Gg
         how = {"num_heads": heads} if heads and family.interleaved else {}
         add(linear.weight, role, layer, **how)
         if linear.bias is not None:
+            if role in family.no_bias:
+                raise PatError(
+                    f"Got a {family.model_type} model with a bias in {linear.path}, which llama.cpp has no place for. "
+                    "Use --format onnx."
+                )
             add(linear.bias, role, layer, suffix="bias", **how)
 
     add(f"{stream.embedding}.weight", "token_embd")

@@ -8,6 +8,7 @@ text as the tokenizer does is checked after the export, on a text.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,10 +16,14 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from pat.errors import PatError
 from pat.file_sizes.gguf_types import Entry
-from pat.loading.tokenizer import end_tokens
+from pat.loading.tokenizer import check_special_ids, end_tokens
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of tokens in llama.cpp."""
+
+_PREFIX = {"type": "Prepend", "prepend": "▁"}
+_PIECES = [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+"""Normalizers of tokenizers of pieces, with and without a space before a text."""
 
 ENDS = ("eot", "eom")
 """Names in llama.cpp of end tokens beside the tokenizer's own: the end of a turn, and of a message."""
@@ -35,6 +40,11 @@ PRE_TOKENIZERS = {
 }
 """llama.cpp's names of pre-tokenizers, by the steps that `tokenizer.json` has: patterns, or kinds of steps."""
 
+_PHI3 = r"(?i)phi-?3"
+_PHI3_KEEPS = {"<unk>", "<s>", "<|endoftext|>"}
+"""Under a name like this llama.cpp lets all special tokens but these take the white space behind them, and does not
+load a file that lacks one of them."""
+
 
 def stored_end_tokens(name_or_path: str) -> list[int]:
     """Return the tokens with which generation stops, by the generation configuration of a model; none without one."""
@@ -47,6 +57,27 @@ def stored_end_tokens(name_or_path: str) -> list[int]:
 def unnamed_ends(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> list[str]:
     """Return the end tokens that the metadata of a tokenizer has no place for."""
     return [str(tokenizer.convert_ids_to_tokens(end)) for end in _others(tokenizer, ends)[len(ENDS) :]]
+
+
+def name_in_file(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a model's name as a file has it; llama.cpp reads the text of what is called Phi-3 in a way of its own."""
+    if _strips_as_phi3(tokenizer):
+        return name if re.search(_PHI3, name) else f"phi-3 {name}"
+    return re.sub(_PHI3, "phi 3", name)
+
+
+def unlike_added(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the added tokens that take white space beside them, or are whole words alone, as no file can say."""
+    added = tokenizer.added_tokens_decoder.values()
+    said = _strips_as_phi3(tokenizer)
+    return [str(token) for token in added if token.lstrip or token.single_word or (token.rstrip and not said)]
+
+
+def _strips_as_phi3(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether the added tokens take the white space behind them as llama.cpp has it for the name of Phi-3."""
+    added = {token.content: token.rstrip for token in tokenizer.added_tokens_decoder.values()}
+    alike = all(rstrip == (token not in _PHI3_KEEPS) for token, rstrip in added.items())
+    return alike and added.keys() > _PHI3_KEEPS | {"</s>"}
 
 
 def _others(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> list[int]:
@@ -63,30 +94,38 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, vocab_size: int, ends: Seq
             calls the end of a turn and the end of a message.
 
     Raises:
-        PatError: llama.cpp has no such tokenizer.
+        PatError: llama.cpp has no such tokenizer, or a special token has no row in the embedding.
     """
+    check_special_ids(tokenizer, vocab_size)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = json.loads(backend.to_str()) if backend is not None else {}
     bpe = model.get("model", {})
     if bpe.get("type") != "BPE":
         raise _unknown(f"a model of type {bpe.get('type')}")
+    if any(bpe.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")):
+        raise _unknown("dropout of merges, or a mark within or behind words")
+    first = _first(tokenizer)
     tokens, kinds = _tokens(tokenizer, vocab_size, has_bytes=bool(bpe.get("byte_fallback")))
     merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in bpe["merges"]]
     entries = [
         Entry("tokenizer.ggml.tokens", "[str]", tokens),
         Entry("tokenizer.ggml.token_type", "[i32]", kinds),
     ]
+    steps = _steps(model.get("normalizer"), "normalizers")
     if bpe.get("byte_fallback"):
         if model.get("pre_tokenizer") is not None:
             raise _unknown("pieces with a byte fallback behind a pre-tokenizer")
-        prefix = "Prepend" in json.dumps(model.get("normalizer"))
+        if steps not in (_PIECES, [_PREFIX, *_PIECES]):
+            raise _unknown(f"pieces behind the normalizer {_named(steps)}")
         entries += [
             Entry("tokenizer.ggml.model", "str", "llama"),
             Entry("tokenizer.ggml.pre", "str", "default"),
             Entry("tokenizer.ggml.scores", "[f32]", _scores(tokens, merges)),
-            Entry("tokenizer.ggml.add_space_prefix", "bool", prefix),
+            Entry("tokenizer.ggml.add_space_prefix", "bool", _PREFIX in steps),
         ]
     else:
+        if any(step["type"] != "NFC" for step in steps):
+            raise _unknown(f"byte-level BPE behind the normalizer {_named(steps)}")
         entries += [
             Entry("tokenizer.ggml.model", "str", "gpt2"),
             Entry("tokenizer.ggml.pre", "str", _pre_tokenizer(model.get("pre_tokenizer"))),
@@ -94,7 +133,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, vocab_size: int, ends: Seq
         ]
     others = _others(tokenizer, ends)
     entries += [Entry(f"tokenizer.ggml.{name}_token_id", "u32", end) for name, end in zip(ENDS, others, strict=False)]
-    return entries + _special(tokenizer)
+    return [*entries, *_special(tokenizer, first)]
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, has_bytes: bool) -> tuple[list[str], list[int]]:
@@ -130,11 +169,42 @@ def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
 
 def _pre_tokenizer(steps: dict[str, Any] | None) -> str:
     """Return llama.cpp's name of a pre-tokenizer."""
-    parts = (steps or {}).get("pretokenizers") or ([steps] if steps else [])
+    parts = _steps(steps, "pretokenizers")
     found = tuple(part.get("pattern", {}).get("Regex") or part["type"] for part in parts)
-    if found not in PRE_TOKENIZERS or not all(part.get("individual_digits", True) for part in parts):
-        raise _unknown(f"the pre-tokenizer {' + '.join(found) or 'none'}"[:200])
+    usual: dict[str, dict[str, Any]] = {
+        "Digits": {"individual_digits": True},
+        "Split": {"behavior": "Isolated", "invert": False},
+        "ByteLevel": {"add_prefix_space": False, "use_regex": not any(part["type"] == "Split" for part in parts)},
+    }
+    alike = all(part[name] == value for part in parts for name, value in usual.get(part["type"], {}).items())
+    if found not in PRE_TOKENIZERS or not alike:
+        raise _unknown(f"the pre-tokenizer {_named(parts)}")
     return PRE_TOKENIZERS[found]
+
+
+def _steps(whole: dict[str, Any] | None, of: str) -> list[dict[str, Any]]:
+    """Return the steps of a normalizer or pre-tokenizer, which may be a sequence, or none."""
+    return (whole.get(of) or [whole]) if whole else []
+
+
+def _named(steps: list[dict[str, Any]]) -> str:
+    """Return steps as a message shows them, each with its settings."""
+    said = [f"{step['type']} ({', '.join(f'{k}={v!r}' for k, v in step.items() if k != 'type')})" for step in steps]
+    return (" + ".join(said) or "none")[:300]
+
+
+def _first(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether a tokenizer opens texts with its first token, the only one of all that a file can ask for.
+
+    Raises:
+        PatError: it puts other tokens around a text.
+    """
+    whole, text = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    first = bool(whole[:1] == [tokenizer.bos_token_id])
+    if whole != [*whole[: int(first)], *text]:
+        around = ", ".join(map(str, tokenizer.convert_ids_to_tokens(whole)))
+        raise _unknown(f"tokens around every text beyond one that opens it ({around})")
+    return first
 
 
 def _spaced(part: str) -> str:
@@ -142,7 +212,7 @@ def _spaced(part: str) -> str:
     return part.replace(" ", "Ġ")
 
 
-def _special(tokenizer: PreTrainedTokenizerBase) -> list[Entry]:
+def _special(tokenizer: PreTrainedTokenizerBase, first: bool) -> list[Entry]:
     named = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "unknown": tokenizer.unk_token_id}
     named["padding"] = tokenizer.pad_token_id
     entries = [
@@ -150,8 +220,7 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> list[Entry]:
         for name, token_id in named.items()
         if token_id is not None
     ]
-    first = tokenizer("a")["input_ids"][:1]
-    entries.append(Entry("tokenizer.ggml.add_bos_token", "bool", first == [tokenizer.bos_token_id]))
+    entries.append(Entry("tokenizer.ggml.add_bos_token", "bool", first))
     entries.append(Entry("tokenizer.ggml.add_eos_token", "bool", False))
     template: Any = tokenizer.chat_template
     if isinstance(template, str):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +14,10 @@ from transformers import PreTrainedModel
 
 from pat.checkpoint.card import shown_name
 from pat.checkpoint.staging import staged_file
-from pat.errors import PatError
+from pat.errors import PatError, RunFailed, one_line
 from pat.file_sizes.gguf_layout import GgufLayout, layout_of
 from pat.file_sizes.gguf_types import QUANTIZATIONS, Entry, Quantization
-from pat.file_sizes.gguf_vocabulary import stored_end_tokens, unnamed_ends, vocabulary_of
+from pat.file_sizes.gguf_vocabulary import name_in_file, stored_end_tokens, unlike_added, unnamed_ends, vocabulary_of
 from pat.formats import llama_cpp
 from pat.formats.gguf_file import write_gguf
 from pat.formats.loss import MAX_LENGTH, LossCheck, QuantizedLoss
@@ -96,8 +97,14 @@ def run_export(options: ExportOptions) -> ExportRecord:
             vocabulary = vocabulary_of(tokenizer, config.vocab_size, ends)
             if unnamed := unnamed_ends(tokenizer, ends):
                 logger.warning("The file does not name the end tokens %s, for which GGUF has no place.", unnamed)
+            if unlike := unlike_added(tokenizer):
+                logger.warning(
+                    "In llama.cpp the tokens %s do not take the white space beside them, nor wait for a whole word.",
+                    unlike[:5],
+                )
             skeleton = build_skeleton(config, torch.float32)
-            layout = layout_of(skeleton, vocabulary, name=shown_name(options.model), kind=kind)
+            name = name_in_file(shown_name(options.model), tokenizer)
+            layout = layout_of(skeleton, vocabulary, name=name, kind=kind)
         measured = None
         if options.dataset_name is not None:  # read before the weights: a wrong column should not take minutes
             measured = LossCheck(
@@ -109,10 +116,15 @@ def run_export(options: ExportOptions) -> ExportRecord:
             )
         with phase(f"Loading {shown_name(options.model)}"):
             model = load_base(options.model, dtype=torch.float32)
+        _check_finite(options.model, model)
         loss: QuantizedLoss | None = None
         checks: list[Check] = []
         skipped: list[str] = []
-        with staged_file(options.output) as path, phase(f"Writing {options.output.name}, and checking it"):
+        with (
+            _told_of_disk(options.output),
+            staged_file(options.output) as path,
+            phase(f"Writing {options.output.name}, and checking it"),
+        ):
             reference = None if tokenizer is None or not options.check else Reference.of(model, tokenizer)
             if reference is None:
                 skipped.append("the file against transformers, since --check is false.")
@@ -135,6 +147,26 @@ def run_export(options: ExportOptions) -> ExportRecord:
             not_checked=tuple(skipped),
             warnings=warnings,
         )
+
+
+def _check_finite(name: str, model: PreTrainedModel) -> None:
+    """Refuse a model that has diverged: nothing of it can be compared, since all its logits are alike.
+
+    Raises:
+        PatError: a weight holds a number that is not finite.
+    """
+    for tensor, weight in model_tensors(model).items():
+        if not weight.isfinite().all():
+            raise PatError(f"{name}: its tensor {tensor} holds numbers that are not finite; the training has diverged.")
+
+
+@contextmanager
+def _told_of_disk(output: Path) -> Iterator[None]:
+    """Say which file could not be written, such as on a disk that is full."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(f"{output}: could not be written ({one_line(error)}); nothing is left there.") from error
 
 
 def _kind(options: ExportOptions, config: Any) -> Quantization | None:
@@ -208,7 +240,7 @@ def _check_float32(path: Path, reference: Reference, engine: str | None) -> list
 
 def _go_on(path: Path, reference: Reference) -> tuple[list[int], list[int]]:
     """Return the tokens that llama.cpp adds to the prompt, and those it reads the text as."""
-    with llama_cpp.serve(path, len(reference.tokens) + NEW_TOKENS + 1) as server:
+    with llama_cpp.serve(path, len(reference.prompt) + NEW_TOKENS + 1) as server:
         return server.go_on(reference.prompt, NEW_TOKENS), server.read(reference.text)
 
 

@@ -175,8 +175,10 @@ def adapted(
         raise PatError(f"{adapter}: lacks {len(lacking)} of LoRA's tensors, such as {lacking[0]}; it is not complete.")
     tuner = cast(PatModel, find_tuner(model))
     stream = cast(ResidualStream, tuner.residual_stream)
-    if any(branch.site != branch.writer.path for branch in stream.branches):
+    if any(branch.post_norm is not None for branch in stream.branches):
         raise PatError(f"{name}: has norms behind its branches, where the published code knows no place to act.")
+    if any(branch.site != branch.writer.path for branch in stream.branches):
+        raise PatError(f"{name}: has a mixture of experts, which the published code does not know.")
     keys = [(-1, 0), *((index // 2, index % 2) for index in range(len(stream.branches)))]
     operators = tuner.operators()
     if set(keys) != set(published.places):

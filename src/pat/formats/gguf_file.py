@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pat.errors import PatError
 from pat.file_sizes.gguf_layout import GgufLayout, GgufTensor
 from pat.file_sizes.gguf_types import Quantization
+
+_LARGEST = {"F16": 65504.0, "Q8_0": 65504.0 * 127}
+"""Largest number of a type; the scale of a block of Q8_0, a 127th of its largest number, is a float16."""
 
 
 def write_gguf(layout: GgufLayout, weights: Mapping[str, Tensor], path: Path, kind: Quantization) -> None:
@@ -22,6 +27,9 @@ def write_gguf(layout: GgufLayout, weights: Mapping[str, Tensor], path: Path, ki
         weights: the model's tensors by name, see `model_tensors`.
         path: where to write.
         kind: a kind whose types the `gguf` package can make: plain numbers, or Q8_0.
+
+    Raises:
+        PatError: a number is too large for its type, and would be infinite in the file.
     """
     import gguf  # an extra
 
@@ -41,7 +49,13 @@ def write_gguf(layout: GgufLayout, weights: Mapping[str, Tensor], path: Path, ki
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for tensor in layout.tensors:
-        writer.write_tensor_data(gguf.quants.quantize(_values(tensor, weights), types[tensor.name]))
+        values, type_name = _values(tensor, weights), types[tensor.name].name
+        if (largest := float(np.abs(values).max(initial=0))) > _LARGEST.get(type_name, math.inf):
+            raise PatError(
+                f"Got a model with numbers up to {largest:.3g} in {tensor.source}, too large for {type_name}; give "
+                "--quantize BF16 or F32."
+            )
+        writer.write_tensor_data(gguf.quants.quantize(values, types[tensor.name]))
     writer.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pat.checkpoint.verify import MAX_FLOORS, permutation_floor
-from pat.errors import PatError, RunFailed, one_line
+from pat.errors import PatError, RunFailed, reason_of
 from pat.formats.reference import Check, Reference, require
 
 INPUTS, OUTPUT = ("input_ids", "attention_mask"), "logits"
@@ -31,6 +32,9 @@ MAX_ERRORS = {"onnxruntime": 1e-4, "openvino": 1e-3}
 """Largest difference of a logit: float32 in another order of summation; OpenVINO fuses more. In a model that blows
 rounding up itself it may be `MAX_FLOORS` times that of a mere permutation of its channels (docs/adr/0011): SmolLM2 has
 values of 25,000 in its residual stream, where transformers' own two forms of attention differ by 3e-4 in a logit."""
+
+EXPORTABLE_EXPERTS = "batched_mm"
+"""transformers' form of a mixture of experts that a graph can be recorded of."""
 
 FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
 """OpenVINO's hint without which it computes in bfloat16 on processors that can."""
@@ -59,6 +63,7 @@ def write_onnx(model: PreTrainedModel, path: Path) -> None:
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     with (
         _told(f"A {model.config.model_type} model cannot be written as ONNX"),
+        _exportable_experts(model),
         warnings.catch_warnings(),
         torch.no_grad(),
     ):
@@ -75,6 +80,20 @@ def write_onnx(model: PreTrainedModel, path: Path) -> None:
             external_data=True,
             verbose=False,
         )
+
+
+@contextmanager
+def _exportable_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Have experts computed in a form that a graph can be recorded of, and as before afterwards."""
+    before = getattr(model.config, "_experts_implementation", None)
+    if before in (None, "eager"):  # a model without experts
+        yield
+        return
+    model.set_experts_implementation(EXPORTABLE_EXPERTS)
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
 
 
 def write_openvino(graph: Path, path: Path) -> None:
@@ -139,4 +158,7 @@ def _told(what: str) -> Iterator[None]:
     except PatError:
         raise
     except Exception as error:  # the exporters and engines have errors of their own, without a common root
-        raise RunFailed(f"{what} ({one_line(error) or type(error).__name__}); nothing was written.") from error
+        said = (
+            re.sub(r"\x1b\[\d*m", "", reason_of(error))[:300] or type(error).__name__
+        )  # without the terminal's colours
+        raise RunFailed(f"{what} ({said}); nothing was written.") from error

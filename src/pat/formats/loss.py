@@ -53,7 +53,12 @@ class LossCheck:
         self._pad = int(tokenizer.pad_token_id)
         self._examples: Sequence[Example]
         self._examples, record = prepare_examples(
-            dataset_name, Vocabulary(tokenizer, config.vocab_size), template="auto", max_length=max_length, limit=limit
+            dataset_name,
+            Vocabulary(tokenizer, config.vocab_size),
+            template="auto",
+            max_length=max_length,
+            limit=limit,
+            config=config,
         )
         self._source = record.source
 

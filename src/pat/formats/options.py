@@ -21,6 +21,9 @@ PACKAGES = {
 
 SUFFIXES = {"gguf": ".gguf", "onnx": ".onnx", "openvino": ".xml"}
 
+BESIDE = {"onnx": ".onnx.data", "openvino": ".bin"}
+"""Suffixes of the files that hold a graph's weights, beside it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
@@ -90,8 +93,9 @@ class ExportOptions:
             raise PatError(
                 f"Got output={str(self.output)[:300]!r}; expected a name that ends in {SUFFIXES[self.format]}."
             )
-        if self.output.exists() or self.output.is_symlink():
-            raise PatError(f"{self.output}: exists already; give another name, or remove it first.")
+        for path in (self.output, self.output.with_suffix(BESIDE.get(self.format, self.output.suffix))):
+            if path.exists() or path.is_symlink():
+                raise PatError(f"{path}: exists already; give another name, or remove it first.")
         check_writable(self.output)
         missing = [name for name in PACKAGES[self.format] if find_spec(name) is None]
         if missing:

@@ -141,12 +141,16 @@ def _sorted(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) ->
     parts: dict[tuple[int, int], dict[str, Tensor]] = {}
     mask = None
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.dtype not in DTYPES.values():
+        if tensor.dtype not in DTYPES.values():
             raise PatError(f"{folder}: its tensor {name} holds {tensor.dtype}; expected numbers of 16 bits or more.")
         if not tensor.isfinite().all():
             raise PatError(f"{folder}: its tensor {name} holds numbers that are not finite; the training has diverged.")
         found = _PLACE.fullmatch(name.removeprefix(PREFIX))
         part = _PARTS.get(found["part"]) if found else None
+        if part == "mask" and (
+            found is None or found["layer"] is not None
+        ):  # one mask for all places, which one is it?
+            part = None
         if found is None or part is None:
             if "dimdown" in name or ".lora_" not in name:
                 raise PatError(f"{folder}: has the tensor {name}, which the published code does not write.")

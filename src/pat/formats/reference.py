@@ -32,13 +32,13 @@ class Reference:
     def of(cls, model: PreTrainedModel, tokenizer: Any) -> Reference:
         """Return the reference of a model, on the text that merges are verified on."""
         text = general_text()[:400]
-        most = max(model.config.max_position_embeddings - NEW_TOKENS - 1, 1)
-        return cls(model.eval(), text, tuple(tokenizer(text)["input_ids"][:most]))
+        return cls(model.eval(), text, tuple(tokenizer(text)["input_ids"]))
 
     @property
     def prompt(self) -> list[int]:
-        """The tokens to go on from."""
-        return list(self.tokens[:PROMPT_TOKENS])
+        """The tokens to go on from, as many as leave room in the model for those that are added."""
+        room = self.model.config.max_position_embeddings - NEW_TOKENS - 1
+        return list(self.tokens[: max(min(PROMPT_TOKENS, room), 1)])
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -11,14 +11,17 @@ import logging
 import math
 import os
 import platform
+import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from pat.errors import RunFailed, one_line
 
 SCHEMA_VERSION = 2
 
@@ -78,9 +81,24 @@ def to_json(record: Any) -> str:
 
 
 def write_record(path: Path, record: Any) -> None:
-    """Write a record, or a dictionary, to a JSON file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_json(record), encoding="utf-8")
+    """Write a record, or a dictionary, to a JSON file, which is whole or as it was before.
+
+    Raises:
+        RunFailed: it cannot be written, such as on a disk that is full.
+    """
+    target = Path(os.path.realpath(path))  # a link stays one
+    part = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not target.is_file():  # such as a device, which nothing can take the place of
+            target.write_text(to_json(record), encoding="utf-8")
+            return
+        part.write_text(to_json(record), encoding="utf-8")
+        os.replace(part, target)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise RunFailed(f"{path}: could not be written ({error.strerror or one_line(error)}).") from error
 
 
 @contextmanager

@@ -74,6 +74,15 @@ def test_a_checkpoints_figures_are_those_of_the_library(folder: Path) -> None:
     assert record.num_parameters == sum(p.numel() for p in model.parameters())
 
 
+def test_rows_beyond_the_models_positions_are_told_of(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "long.jsonl"
+    file.write_text(json.dumps({"prompt": "a", "completion": " b" * 80}) + "\n")
+    said = "1 of 1 examples are longer than the 128 positions"
+    for max_length, told in ((512, True), (128, False)):
+        record = run(folder, "base", text_file=None, dataset_name=str(file), max_length=max_length)
+        assert any(said in line for line in record.warnings) == told
+
+
 def test_an_adapter_gives_the_figures_of_its_merged_model_and_not_of_its_base(folder: Path) -> None:
     base, masked, dense = (run(folder, name) for name in ("base", "adapter", "dense"))
     assert masked.base_model == "base" and masked.mask == "hard"

@@ -152,6 +152,23 @@ def test_what_is_not_such_an_adapter_is_refused(tmp_path: Path) -> None:
     refused("fewer", "at 5 places", fewer, *size)
     short = {name: tensor for name, tensor in tensors.items() if "layers.1.mlp.down_proj.lora" not in name}
     refused("short", "lacks 2 of LoRA's tensors", short, *size)
+    whole = {"model.layers.0.dimdown0.dimdown_inout.0.weight": torch.ones(RANK, 48, dtype=torch.int8)}
+    refused("integers", "holds torch.int8; expected numbers of 16 bits", tensors | whole, *size)
+    second = {"model.layers.0.dimdown0.dimdown_mask.mask": torch.ones(1, 1, 48)}
+    refused("another mask", "which the published code does not write", tensors | second, *size)
+
+
+@pytest.mark.parametrize(
+    ("family", "words"), [("gemma2", "norms behind"), ("olmo2", "norms behind"), ("mixtral", "a mixture")]
+)
+def test_a_family_in_which_the_published_code_knows_no_place_is_refused(
+    family: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved_base(tmp_path / "base", family, tied=False)
+    base: Any = AutoModelForCausalLM.from_pretrained(folder)
+    adapter = write_published(tmp_path / "a", folder, published_tensors(base, scaled=True, trained_mask=True))
+    assert main(["convert", "--adapter", str(adapter), "--output_dir", str(tmp_path / "out")]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_trained_mask_says_itself_how_many_stay(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pat import cli
 from pat.checkpoint.staging import staged_file
 from pat.errors import PatError, RunFailed
 from pat.formats.command import ExportRecord, _kind, run_export
-from pat.formats.graph import CHECKED_LENGTHS, INPUTS, check_graph, write_onnx
+from pat.formats.graph import CHECKED_LENGTHS, INPUTS, _exportable_experts, check_graph, write_onnx
 from pat.formats.llama_cpp import Server, _address, _ended_after
 from pat.formats.options import ExportOptions
 from pat.formats.reference import Reference
@@ -155,6 +155,12 @@ def test_a_graph_that_cannot_be_recorded_is_one_line(tmp_path: Path, monkeypatch
         write_onnx(model, tmp_path / "x.onnx")
 
 
+def test_a_model_of_few_positions_is_asked_less_and_its_tokenizer_the_whole_text() -> None:
+    model = build("llama", tied=True, max_position_embeddings=48)
+    reference = Reference.of(model, lambda text: {"input_ids": [5] * len(text)})
+    assert len(reference.tokens) == len(reference.text) == 400 and len(reference.prompt) == 48 - 30 - 1
+
+
 def test_every_token_is_held_against_the_model_and_a_tie_excuses_no_other() -> None:
     model = build("llama", tied=False)
     reference = Reference(model, "", (1, 2, 3))
@@ -201,6 +207,48 @@ def test_an_existing_file_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(PatError, match="exists already"):
         export(tmp_path / "x.gguf")
     assert (tmp_path / "x.gguf").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "output", "other"), [("onnx", "x.onnx", "x.onnx.data"), ("openvino", "x.xml", "x.bin")]
+)
+def test_a_file_that_would_lie_beside_is_looked_for_before_the_work(
+    name: str, output: str, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pat.formats.options.find_spec", lambda name: True)
+    (tmp_path / other).write_text("mine")
+    with pytest.raises(PatError, match=f"{other}: exists already"):
+        ExportOptions(model=str(STORIES), format=name, output=tmp_path / output)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(STORIES)
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("nan")
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    for file in STORIES.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    with pytest.raises(PatError, match=r"model.layers.0.mlp.down_proj.weight holds numbers that are not finite"):
+        run_export(ExportOptions(model=str(folder), format="gguf", output=tmp_path / "x.gguf"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("11008 requested and 2912 written")  # as numpy says it
+
+    monkeypatch.setattr("pat.formats.command.write_gguf", full)
+    with pytest.raises(RunFailed, match=r"x.gguf: could not be written \(11008 requested"):
+        export(tmp_path / "x.gguf", check=False)
+    assert not any(tmp_path.iterdir())
+
+
+def test_experts_are_written_in_a_form_that_a_graph_can_be_recorded_of() -> None:
+    for family, before in (("qwen3_moe", "grouped_mm"), ("llama", "eager")):
+        model = build(family, tied=False)
+        with _exportable_experts(model):
+            assert model.config._experts_implementation == ("eager" if family == "llama" else "batched_mm")
+        assert model.config._experts_implementation == before
 
 
 def test_files_appear_together_or_not_at_all(tmp_path: Path) -> None:

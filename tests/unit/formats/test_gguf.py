@@ -1,6 +1,8 @@
 """What a GGUF file holds: sizes byte by byte, types as llama.cpp gives them, and what is refused."""
 
+import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from pat.errors import PatError
 from pat.file_sizes.gguf_families import GGUF_FAMILIES, gguf_family
 from pat.file_sizes.gguf_layout import layout_of
 from pat.file_sizes.gguf_types import QUANTIZATIONS, Placed, type_of
-from pat.file_sizes.gguf_vocabulary import unnamed_ends, vocabulary_of
+from pat.file_sizes.gguf_vocabulary import name_in_file, unlike_added, unnamed_ends, vocabulary_of
 from pat.file_sizes.int4_size import Int4Size, int4_size
 from pat.file_sizes.predict import file_sizes
 from pat.formats.gguf_file import read_gguf, write_gguf
@@ -37,7 +39,7 @@ USUAL: dict[str, dict[str, object]] = {
 }
 """Fields without which a tiny model of a family is one that llama.cpp does not run."""
 
-PLAIN = {"attention_bias": False, "mlp_bias": False}
+PLAIN = {"attention_bias": False, "mlp_bias": False, "use_bias": False, "attention_out_bias": False}
 BIAS = {"attention_bias": True}
 
 
@@ -165,6 +167,14 @@ def test_other_families_and_windows_that_llama_cpp_does_not_know_are_refused() -
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ("gemma", {"hidden_act": "silu"}, "hidden_act='silu'"),
         ("arcee", {"hidden_act": "silu"}, "hidden_act='silu'"),
+        ("qwen3", {"attention_bias": True}, "with a bias in model.layers.0.self_attn.o_proj"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "rotates 0.5 of each head",
+        ),
+        ("smollm3", {"mlp_bias": True}, "with a bias in model.layers.0.mlp"),
+        ("ernie4_5", {"use_bias": True}, "with a bias in model.layers.0.mlp"),
     ],
 )
 def test_what_llama_cpp_would_run_as_another_function_is_refused(
@@ -175,6 +185,80 @@ def test_what_llama_cpp_would_run_as_another_function_is_refused(
     layout_of(skeleton(family, tied=tied, **usual), [], name="x", kind=QUANTIZATIONS["F32"])
     with pytest.raises(PatError, match=words):
         layout_of(skeleton(family, tied=tied, **(usual | fields)), [], name="x", kind=QUANTIZATIONS["F32"])
+
+
+def tokenizer_with(folder: Path, *, added: tuple[dict[str, Any], ...] = (), **parts: Any) -> Any:
+    """Return the tokenizer of stories260K with other parts and further tokens."""
+    folder.mkdir()
+    shutil.copy(STORIES / "tokenizer_config.json", folder)
+    whole = json.loads((STORIES / "tokenizer.json").read_text())
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    known = {token["content"]: token for token in whole["added_tokens"]}
+    for token in added:
+        known[token["content"]] = {"id": 512 + len(known), **plain, **known.get(token["content"], {}), **token}
+    whole["added_tokens"] = list(known.values())
+    whole["model"] |= parts.pop("model", {})
+    (folder / "tokenizer.json").write_text(json.dumps(whole | parts))
+    return load_plain_tokenizer(str(folder))
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+AS_BYTES = {"model": {"byte_fallback": False}, "normalizer": None, "pre_tokenizer": BYTES}
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({}, None),
+        ({"normalizer": {"type": "NFKC"}}, r"pieces behind the normalizer NFKC"),
+        ({"normalizer": None}, "pieces behind the normalizer none"),
+        ({"model": {"end_of_word_suffix": "</w>"}}, "a mark within or behind words"),
+        (AS_BYTES, None),
+        (AS_BYTES | {"normalizer": {"type": "NFC"}}, None),
+        (AS_BYTES | {"normalizer": {"type": "Lowercase"}}, "byte-level BPE behind the normalizer Lowercase"),
+        (AS_BYTES | {"pre_tokenizer": BYTES | {"add_prefix_space": True}}, "add_prefix_space=True"),
+        (AS_BYTES | {"pre_tokenizer": BYTES | {"use_regex": False}}, "use_regex=False"),
+        (
+            {
+                "post_processor": {
+                    "type": "TemplateProcessing",
+                    "single": [
+                        {"Sequence": {"id": "A", "type_id": 0}},
+                        {"SpecialToken": {"id": "</s>", "type_id": 0}},
+                    ],
+                    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+                    "special_tokens": {"</s>": {"id": "</s>", "ids": [2], "tokens": ["</s>"]}},
+                }
+            },
+            r"tokens around every text beyond one that opens it \(.*a, </s>\)",
+        ),
+    ],
+)
+def test_a_tokenizer_that_llama_cpp_would_run_as_another_is_refused(
+    parts: dict[str, Any], words: str | None, tmp_path: Path
+) -> None:
+    tokenizer = tokenizer_with(tmp_path / "t", **parts)
+    if words is None:
+        assert vocabulary_of(tokenizer, 520)
+    else:
+        with pytest.raises(PatError, match=words):
+            vocabulary_of(tokenizer, 520)
+
+
+def test_a_file_is_called_phi3_if_and_only_if_its_tokens_are_read_as_those_of_phi3(tmp_path: Path) -> None:
+    """llama.cpp goes by the name, and ends at such a name where one of four tokens is missing."""
+    plain = tokenizer_with(tmp_path / "plain", added=({"content": "<|user|>"},))
+    ours = ({"content": "<|user|>", "rstrip": True}, {"content": "</s>", "rstrip": True}, {"content": "<|endoftext|>"})
+    phi = tokenizer_with(tmp_path / "phi", added=ours)
+    other = tokenizer_with(tmp_path / "other", added=({"content": "<|user|>", "rstrip": True},))
+    assert [name_in_file(name, plain) for name in ("model", "my-Phi3-cut", "phi-3")] == [
+        "model",
+        "my-phi 3-cut",
+        "phi 3",
+    ]
+    assert [name_in_file(name, phi) for name in ("model", "Phi-3-cut")] == ["phi-3 model", "Phi-3-cut"]
+    assert name_in_file("phi3", other) == "phi 3"
+    assert (unlike_added(plain), unlike_added(phi), unlike_added(other)) == ([], [], ["<|user|>"])
 
 
 def test_rows_too_odd_for_blocks_are_counted() -> None:
@@ -267,6 +351,28 @@ def test_what_is_read_back_is_what_was_written(family: str, kind: str, tmp_path:
         # 127 steps on either side of zero, of the largest number in each block; a norm's 1 + weight is rounded once.
         step = weight.detach().abs().max() / 127 if kind == "Q8_0" else 1e-6
         np.testing.assert_allclose(model_tensors(other)[name].detach(), weight.detach(), atol=float(step), err_msg=name)
+
+
+@pytest.mark.parametrize(("kind", "number", "fits"), [("F16", 7e4, False), ("Q8_0", 7e4, True), ("Q8_0", 9e6, False)])
+def test_a_number_that_would_be_infinite_in_the_file_is_refused(
+    kind: str, number: float, fits: bool, tmp_path: Path
+) -> None:
+    whole, chosen = skeleton(hidden_size=64, head_dim=16, intermediate_size=96), QUANTIZATIONS[kind]
+    weights = model_tensors(whole.model)
+    weights["model.layers.1.mlp.down_proj.weight"].data[3, 4] = number
+    layout = layout_of(whole, [], name="x", kind=chosen)
+    if fits:
+        write_gguf(layout, weights, tmp_path / "x.gguf", chosen)
+        return
+    with pytest.raises(PatError, match=rf"up to .* in model.layers.1.mlp.down_proj.weight, too large for {kind}"):
+        write_gguf(layout, weights, tmp_path / "x.gguf", chosen)
+
+
+def test_a_special_token_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(tmp_path / "t", added=({"content": "<pad>"},))
+    tokenizer.pad_token = "<pad>"
+    with pytest.raises(PatError, match="its pad_token '<pad>' is token"):
+        vocabulary_of(tokenizer, 512)
 
 
 def test_four_bits_are_counted_by_the_group_that_fits_most_and_what_is_left_is_said() -> None:

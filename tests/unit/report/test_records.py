@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pat.cli import COMMANDS
+from pat.errors import RunFailed
 from pat.report.records import Record, collected_warnings, write_record
 
 SCHEMAS = Path(__file__).resolve().parents[3] / "docs" / "schemas"
@@ -35,6 +36,22 @@ def test_a_record_is_written_with_where_it_comes_from_and_without_what_json_has_
     assert written["figures"] == {"a": 1.5, "b": None, "c": None}
     assert written["folder"] == "a/b" and written["kinds"] == ["one"]
     assert {"pat-llm", "torch", "python"} <= set(written["versions"])
+
+
+def test_a_record_that_cannot_be_written_leaves_the_earlier_one_and_a_link_stays_a_link(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    file, link = tmp_path / "r.json", tmp_path / "link.json"
+    link.symlink_to(file)
+    write_record(link, {"a": 1})
+    assert link.is_symlink() and json.loads(file.read_text()) == {"a": 1}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(RunFailed, match=r"link.json: could not be written"):
+            write_record(link, {"a": "b" * 1000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert json.loads(file.read_text()) == {"a": 1} and sorted(tmp_path.iterdir()) == [link, file]
 
 
 def test_warnings_of_ours_are_collected_and_still_shown(
