@@ -38,7 +38,7 @@ class DemoOptions:
     # are no longer sensible.
     pruning_ratio: float = field(default=0.125, metadata={"help": "Share of all parameters to cut.", "range": "(0, 1)"})
     max_steps: int = field(
-        default=50, metadata={"help": "Optimizer steps; more give a better model.", "range": "[1, inf)"}
+        default=40, metadata={"help": "Optimizer steps; more give a better model.", "range": "[1, inf)"}
     )
     ui: bool = field(
         default=False,
