@@ -26,7 +26,7 @@ RECIPE: dict[str, Any] = {
     "max_length": 128,
     "learning_rate": 2.5e-4,
     "refit_tokens": 8192,  # a third of the default, which takes minutes on two cores
-    # On a CPU and for texts as short as these it takes a third to a half of the time of PyTorch's fused attention.
+    # Quicker than PyTorch's fused attention on a CPU for texts as short as these (docs/results.md).
     "attn_implementation": "eager",
     "held_out": 64,
     "dataset_train_split": "train[:2000]",

@@ -33,9 +33,9 @@ class DemoOptions:
         default=None, metadata={"help": "Instruction data; by default the small set that comes with the package."}
     )
     cache_dir: Path | None = field(default=None, metadata={"help": "Where the downloaded base model is kept."})
-    # Two minutes of training on two cores; three times as many steps gain nothing (docs/results.md). The cut is mild,
-    # because so few steps cannot give a model of 135 M parameters back what a larger cut takes: after 25 % its answers
-    # are no longer sensible.
+    # A minute and a half of training on two cores (docs/results.md has longer ones). The cut is mild, because so few
+    # steps cannot give a model of 135 M parameters back what a larger cut takes: after 25 % its answers are no longer
+    # sensible.
     pruning_ratio: float = field(default=0.125, metadata={"help": "Share of all parameters to cut.", "range": "(0, 1)"})
     max_steps: int = field(
         default=40, metadata={"help": "Optimizer steps; more give a better model.", "range": "[1, inf)"}
