@@ -7,11 +7,11 @@ size, MLP channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 
 from pat.errors import PatError
-from pat.shape import AXES, DEFAULT_PRUNING_RATIO, Shape
+from pat.prunable import HEADS, HIDDEN, LAYERS, MLP, Prunable, Sizes
+from pat.shape import AXES, DEFAULT_PRUNING_RATIO, RATIO_SLACK, Shape
 from pat.widths import ALIGNMENT_SLACK, alignment, choose_width, legal_widths, nearest_aligned
 
 MOST_OF_THE_MLP = 0.5
@@ -20,10 +20,8 @@ ended 0.25 nats below one of the hidden size with as many parameters (121,000 to
 
 COARSE_FIRST = ("layers", "heads", "hidden", "mlp")
 
-HIDDEN, MLP, HEADS, LAYERS = (AXES[name].field for name in ("hidden", "mlp", "heads", "layers"))
-
-MORE_OF_THE_COARSE = 8
-"""Steps by which coarser axes are asked for more than their part, where finer ones cannot give theirs."""
+MORE_OF_THE_COARSE = 64
+"""Number of steps by which coarser axes are asked for more than their part, where finer ones cannot give theirs."""
 
 
 class CutsNothing(PatError):
@@ -32,32 +30,6 @@ class CutsNothing(PatError):
 
 class TooMuch(PatError):
     """A request for more than the finest of the axes can give beside the others."""
-
-
-Sizes = Mapping[str, int]
-"""Sizes by the field of a configuration."""
-
-
-@dataclass(frozen=True)
-class Prunable:
-    """The sizes that a base model has to be cut, and what stands in the way."""
-
-    sizes: dict[str, int]
-    """Its sizes, see `Shape`."""
-    count: Callable[[Sizes], int]
-    """Returns the exact number of parameters at some sizes."""
-    queries_per_group: int = 1
-    """Number of query heads for each key/value head."""
-    mlp_step: int = 1
-    """Number of which the MLP channels that are left are a multiple: what the kernels for experts want."""
-    fewest_layers: int = 1
-    """Number of layers that have to stay: one, or those of the rarer kinds (see `pat.surgery.layers`)."""
-    obstacles: Mapping[str, str] = field(default_factory=dict)
-    """Reasons why axes cannot be cut, by axis."""
-
-    def num_attention_heads(self, sizes: Sizes) -> int:
-        """Return the number of query heads at some sizes."""
-        return self.queries_per_group * sizes[HEADS]
 
 
 def choose_shape(
@@ -157,12 +129,22 @@ class _Budget:
 
     def shared(self, named: Sequence[str]) -> tuple[dict[str, int], str]:
         """Take its part of the budget off each axis; what the last one cannot give falls to those before it."""
+        found = []
         for step in range(MORE_OF_THE_COARSE + 1):
             try:
-                return self.shares(named, step / MORE_OF_THE_COARSE)
+                sizes, reason = self.shares(named, step / MORE_OF_THE_COARSE)
             except TooMuch:
                 if len(named) == 1:
                     raise
+                continue
+            uncut = sum(sizes[AXES[name].field] == self.base.sizes[AXES[name].field] for name in named)
+            missed = abs(1 - self.base.count(sizes) / self.total - self.ratio)
+            if step == 0 or (uncut == 0 and missed <= RATIO_SLACK):
+                return sizes, reason
+            found.append((uncut, missed, step, sizes, reason))
+        if found:
+            *_, sizes, reason = min(found, key=lambda each: each[:3])
+            return sizes, reason
         least = self.least(named)
         raise self._too_much(self.base.count(least), f" ({Shape(self.base.sizes, least, self.ratio, '').describe()})")
 
@@ -251,7 +233,9 @@ class _Budget:
             n: self.base.count(sizes | {axis.field: n}) for n in self.legal(name, None if free_width else sizes[HIDDEN])
         }
         least = min(options.values(), default=self.total)
-        if is_last and least > goal:
+        # Steps of several axes seldom come to the budget exactly, so that a little less has to do.
+        slack = RATIO_SLACK * self.total if len(self.axes) > 1 else 0.0
+        if is_last and least - goal > slack:
             raise self._too_much(least, self.why(name))
         options[whole] = self.base.count(sizes)
         chosen = min(options, key=lambda n: (abs(options[n] - goal), n))

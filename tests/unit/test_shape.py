@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from pat.budget import HEADS, HIDDEN, LAYERS, MLP, Prunable, Sizes, choose_shape
+from pat.budget import choose_shape
 from pat.errors import PatError
+from pat.prunable import HEADS, HIDDEN, LAYERS, MLP, Prunable, Sizes
 from pat.shape import Shape, ShapeOptions, check_request
 
 SMOLLM2 = {HIDDEN: 576, MLP: 1536, HEADS: 3, LAYERS: 30}
@@ -119,7 +120,9 @@ def test_several_axes_share_a_budget_and_the_finest_makes_up_for_the_rest(axes: 
 
 
 @pytest.mark.parametrize(
-    ("axes", "ratio"), [(["heads", "layers"], 0.4), (["mlp", "layers"], 0.75), (["mlp", "hidden"], 0.95)], ids=str
+    ("axes", "ratio"),
+    [(["heads", "layers"], 0.4), (["heads", "layers"], 0.6), (["mlp", "layers"], 0.75), (["mlp", "hidden"], 0.95)],
+    ids=str,
 )
 def test_what_the_finest_axis_cannot_give_falls_to_the_coarser_ones(axes: list[str], ratio: float) -> None:
     """An equal part is more than there is in the heads, or in the MLPs of what is left."""

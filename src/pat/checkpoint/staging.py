@@ -1,4 +1,4 @@
-"""Output folders and files that appear complete or not at all, whenever a run ends."""
+"""Output folders that appear complete or not at all, whenever a run ends."""
 
 from __future__ import annotations
 
@@ -13,13 +13,10 @@ from pathlib import Path
 
 from pat.errors import PatError
 from pat.paths import check_writable
+from pat.whole_files import STAGED, sync_folder
 
 if sys.platform != "win32":
     import fcntl
-
-
-STAGED = ".tmp-"
-"""Part of the name of everything that is being written or removed: `.NAME.tmp-…`."""
 
 
 def check_output_folder(output_dir: str | os.PathLike[str]) -> Path:
@@ -69,7 +66,7 @@ def staged_folder(output_dir: str | os.PathLike[str], *, replaces: bool = False)
         if replaces and target.is_dir() and any(target.iterdir()):
             discard(target)
         _rename(staging, target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except BaseException:  # an interrupt must leave nothing behind either
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
@@ -171,22 +168,6 @@ def remove_unfinished(folder: Path, names: Iterable[str] | None = None) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears complete or not at all; its folder is made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}{STAGED}{secrets.token_hex(4)}")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
 def make_readable(folder: Path) -> None:
     """Give files the permissions of any new file; safetensors makes its own readable by their owner alone."""
     probe = folder / f".probe-{secrets.token_hex(4)}"
@@ -202,23 +183,10 @@ def sync(folder: Path) -> None:
     """Have everything in a folder on the disk, so that its name cannot outlive its contents in a power failure."""
     for path in (*folder.rglob("*"), folder):
         if path.is_dir():
-            _sync_folder(path)
+            sync_folder(path)
         else:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if sys.platform == "win32":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # file systems that know no such thing
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _rename(staging: Path, target: Path) -> None:

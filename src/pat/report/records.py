@@ -11,9 +11,8 @@ import logging
 import math
 import os
 import platform
-import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 from pat.errors import RunFailed, one_line
+from pat.whole_files import write_whole
 
 SCHEMA_VERSION = 2
 
@@ -87,17 +87,12 @@ def write_record(path: Path, record: Any) -> None:
         RunFailed: it cannot be written, such as on a disk that is full.
     """
     target = Path(os.path.realpath(path))  # a link stays one
-    part = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and not target.is_file():  # such as a device, which nothing can take the place of
             target.write_text(to_json(record), encoding="utf-8")
-            return
-        part.write_text(to_json(record), encoding="utf-8")
-        os.replace(part, target)
+        else:
+            write_whole(target, to_json(record))
     except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
         raise RunFailed(f"{path}: could not be written ({error.strerror or one_line(error)}).") from error
 
 

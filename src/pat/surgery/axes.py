@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from pat.budget import Prunable
 from pat.families import Family, get_family
+from pat.prunable import Prunable
 from pat.shape import AXES
 from pat.surgery.adapted import AdaptedMatrix
 from pat.surgery.describe import head_dim, map_of

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pat.checkpoint.staging import write_whole
 from pat.kinds import misfits
 from pat.training.measure import general_rows, measure
 from pat.training.prepare import Prepared
 from pat.training.results import ModelFigures, Size
 from pat.training.run_file import RunFile
 from pat.training.samples import greedy_answers
+from pat.whole_files import write_whole
 
 BASE_SCORES = "base.json"
 """File among the checkpoints of a run. What it depends on may not change within one, but for `dtype`; its digest is

@@ -16,7 +16,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 
 from pat.checkpoint.places import ADAPTER, CHECKPOINTS, COMPACT, MODEL, NAMES, RECORD, RESULTS, RUN_FILE, STAGE_TWO
-from pat.checkpoint.staging import STAGED, check_output_folder, discard, lock_folder, remove_unfinished
+from pat.checkpoint.staging import check_output_folder, discard, lock_folder, remove_unfinished
 from pat.errors import PatError
 from pat.paths import is_inside
 from pat.training.arguments import TuneArguments
@@ -26,6 +26,7 @@ from pat.training.run_file import RunFile
 from pat.training.trained import TRAINING, training_facts
 from pat.training.unwritten import writing_failed
 from pat.training.whole import flaw, model_flaw
+from pat.whole_files import STAGED
 
 logger = logging.getLogger(__name__)
 

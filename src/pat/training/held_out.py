@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pat.checkpoint.places import HELD_OUT
-from pat.checkpoint.staging import write_whole
+from pat.whole_files import write_whole
 
 
 def write_held_out(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pat.checkpoint.places import REPORT, RESULTS
-from pat.checkpoint.staging import write_whole
 from pat.errors import PatError, one_line
 from pat.paths import check_writable, expand_options
 from pat.recipes import RECIPES
@@ -20,6 +19,7 @@ from pat.report.records import Record, plain
 from pat.shape import DEFAULT_PRUNING_RATIO
 from pat.training.arguments import build_arguments
 from pat.training.run_file import RunFile
+from pat.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 

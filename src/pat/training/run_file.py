@@ -17,7 +17,6 @@ from trl import ModelConfig, SFTConfig
 from pat import ranks
 from pat.checkpoint.card import shown_name
 from pat.checkpoint.places import RUN_FILE
-from pat.checkpoint.staging import write_whole
 from pat.data.load import chat_template_of
 from pat.data.mixture import shares
 from pat.data.tokens import TRAINED_ON
@@ -28,6 +27,7 @@ from pat.report.records import plain, to_json
 from pat.training.arguments import REFUSED, TuneArguments
 from pat.training.options import DistillOptions, RunOptions
 from pat.tuner.options import PatOptions
+from pat.whole_files import write_whole
 
 if TYPE_CHECKING:
     from pat.training.prepare import Prepared

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pat import ranks
-from pat.checkpoint.staging import write_whole
+from pat.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 from pat import ranks
 from pat.checkpoint.card import Cut, shown_name
 from pat.checkpoint.places import CHECKPOINTS, MODEL, REPORT, RESULTS
-from pat.checkpoint.staging import discard, staged_folder, write_whole
+from pat.checkpoint.staging import discard, staged_folder
 from pat.checkpoint.verify import Parity
 from pat.checkpoint.write import examine, save_checkpoint
 from pat.data.end_token import taught_to_stop, warn_of_end_token
@@ -46,6 +46,7 @@ from pat.training.samples import greedy_answers, paired
 from pat.training.stages import Stages
 from pat.training.trained import Trained
 from pat.training.trainer import log_often
+from pat.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -106,7 +106,7 @@ def staying(paths: Iterable[str], layers: LayerCut, out_of_reach: Collection[str
     if paths and not kept and nothing_else:
         raise PatError(
             f"Got LoRA on {', '.join(sorted(paths))} alone, which the small model has not, or cannot train, so that "
-            "nothing is left to be trained; name modules of all layers in target_modules, or cut other axes."
+            "LoRA has no module left; name modules of all layers in target_modules, or cut other axes."
         )
     if folded := sorted(set(left) - set(kept)):
         logger.warning("LoRA on %d modules such as %s is folded and not trained on.", len(folded), folded[0])

@@ -48,13 +48,10 @@ _WITHOUT_MERGED_FORM = {
     "arrow_config": "adapters that a router chooses for each token cannot be merged into weights",
 }
 
-MODULES_TO_SAVE = r"(^|.*\.){}($|\..*)"
-"""Pattern that peft makes of an entry of `modules_to_save`."""
-
 _PATTERNS = {
     "target_modules": "{}",
     "exclude_modules": "{}",
-    "modules_to_save": MODULES_TO_SAVE,
+    "modules_to_save": r"(^|.*\.){}($|\..*)",
     "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
     "rank_pattern": r"(.*\.)?({})$",
     "alpha_pattern": r"(.*\.)?({})$",

@@ -1,11 +1,14 @@
-"""Options that were given and have nothing to act on."""
+"""Says which options that were given have nothing to act on, or undo what the cut is for."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import fields
+from typing import Any
 
+from pat.loading import empty_model
 from pat.shape import AXES, Shape, asked_sizes
+from pat.surgery.axes import prunable
 from pat.tuner.config import PatConfig
 from pat.tuner.options import PatOptions
 
@@ -40,3 +43,22 @@ def warn_of_idle_options(config: PatConfig, shape: Shape, *, tied: bool) -> None
         logger.warning("axes=%s has no effect beside the sizes that were given, which cut %s.", config.axes, named)
     if config.untie_word_embeddings and not tied:
         logger.warning("untie_word_embeddings=True has no effect: this model's head has a matrix of its own already.")
+
+
+def warn_of_growth(base_config: Any, shape: Shape) -> None:
+    """Say so if a head of its own adds more to the merged model than is cut.
+
+    Args:
+        base_config: configuration of the base, whose head is its embedding.
+        shape: what is cut.
+    """
+    total = prunable(empty_model(base_config)).count(shape.sizes)
+    cut, head = round(shape.pruning_ratio * total), base_config.get_text_config().vocab_size * shape.pruned("hidden")
+    if head >= cut:
+        logger.warning(
+            "The merged model will not be smaller than its base: its own head adds %s parameters, and %s are cut (%s). "
+            "Cut more, or leave the embedding tied.",
+            f"{head:,}",
+            f"{cut:,}",
+            shape.describe(),
+        )

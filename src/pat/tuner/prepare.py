@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,8 +23,8 @@ from pat.surgery.axes import prunable, sizes_of
 from pat.surgery.describe import check_tie, head_dim, map_of
 from pat.surgery.residual import ResidualStream
 from pat.surgery.rotation import gain_block
-from pat.tuner.config import MODULES_TO_SAVE, PatConfig
-from pat.tuner.idle import warn_of_idle_options
+from pat.tuner.config import PatConfig
+from pat.tuner.idle import warn_of_growth, warn_of_idle_options
 from pat.tuner.target import ratio_of_target
 from pat.tuner.zero import check_not_taken_apart
 
@@ -90,6 +89,8 @@ def plan_attachment(
     if rotation is None:  # a new adapter, not a loaded one
         if not next(model.parameters()).is_meta:  # one that is only counted; who counts it says so, or attaches again
             warn_of_idle_options(config, shape, tied=shares_head)
+            if shares_head and not tied:
+                warn_of_growth(base_config, shape)
         rotation = _resolve_rotation(model, config, stream, shape, tied=tied)
         config.base_shape, config.base_quantization = _shape_of(base_config, family), quantization_of(base_config)
         config.base_fingerprint = base_fingerprint(base_config, base_config.name_or_path, revision=config.revision)
@@ -131,16 +132,7 @@ def _shape(base_config: Any, family: Family, config: PatConfig) -> Shape:
     base = prunable(empty_model(base_config))
     choose = partial(choose_shape, base, axes=config.axes, asked=asked_sizes(config), multiple_of=config.multiple_of)
     ratio = ratio_of_target(config, base_config, base, lambda share: choose(pruning_ratio=share))
-    shape = choose(pruning_ratio=config.pruning_ratio if ratio is None else ratio)
-    if config.untie_word_embeddings and base_config.tie_word_embeddings:
-        whole, kept = base.count(base.sizes), base.count(shape.pruned_sizes)
-        head = base_config.get_text_config().vocab_size * shape.pruned("hidden")
-        if kept + head >= whole:
-            raise PatError(
-                f"Got untie_word_embeddings, which adds {head:,} parameters, with a cut of {whole - kept:,} "
-                f"({shape.describe()}): the model would not be smaller; cut more, or leave it out."
-            )
-    return shape
+    return choose(pruning_ratio=config.pruning_ratio if ratio is None else ratio)
 
 
 def default_targets(config: PatConfig, model: nn.Module, stream: ResidualStream) -> PatConfig:
@@ -229,17 +221,18 @@ def _check_lora_bias(config: PatConfig, stream: ResidualStream) -> None:
 
 
 def _check_saved(config: PatConfig, model: nn.Module, stream: ResidualStream) -> None:
-    """Refuse to train modules as a whole that are not there, which peft passes over, or that hold what is pruned.
+    """Refuse `modules_to_save` that name nothing, which peft passes over, and those that hold pruned matrices.
 
-    Peft would copy that, while the gates are put on.
+    Peft would copy these while the gates act on the original. It takes every module whose path ends with a name.
     """
     paths = [path for path, _ in model.named_modules()]
     for name in config.modules_to_save or ():
-        if not any(re.match(MODULES_TO_SAVE.replace("{}", name), path) for path in paths):
+        if not any(path.endswith(name) for path in paths):
             raise PatError(f"Got modules_to_save with {name!r}, but the model has no module of that name.")
         for branch in stream.branches:
             for linear in (*branch.readers, branch.writer):
-                if f".{name}." in f".{linear.path}":
+                steps = linear.path.split(".")
+                if any(".".join(steps[:n]).endswith(name) for n in range(1, len(steps))):
                     raise PatError(
                         f"Got modules_to_save with {name!r}, which holds {linear.path}, and PAT acts in it; name the "
                         f"modules inside that are to be trained as a whole, such as {linear.path.rpartition('.')[2]!r}."

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from pat.budget import CutsNothing, Prunable
+from pat.budget import CutsNothing
 from pat.errors import PatError
 from pat.loading import stored_dtype
+from pat.prunable import Prunable
 from pat.shape import TARGETS, Shape, ShapeOptions, parse_bytes
 from pat.surgery.costs import build_skeleton, cost_of, pruned_config, usual_context
 

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from pat.checkpoint import staging
-from pat.checkpoint.staging import discard, lock_folder, remove_unfinished, staged_folder, write_whole
+from pat.checkpoint.staging import discard, lock_folder, remove_unfinished, staged_folder
+from pat.whole_files import write_whole
 
 
 def staging_folders(parent: Path) -> list[Path]:
