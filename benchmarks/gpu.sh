@@ -10,7 +10,8 @@
 #          everything is there
 # MODEL    a base model for the comparisons of qualities, DATA its instruction data; without them these are left out
 # SCRATCH  folder for 30 GB on the disk that copies and merges are to be timed on; the other parts use TMPDIR (25 GB)
-# PARTS    what to do: nll memory train inference merge, which is the default, and compare
+# PARTS    what to do: nll memory train inference merge, which is the default, and compare, whose seven trainings want a
+#          card of 100 GB: on one of 80 GB set COMPARE="--workers 5"
 # TASKS    folder of the questions that the comparison's models are asked; without it they are asked none
 # COMPARE  further flags of the comparison, such as "--steps 100"
 # REHEARSE 1 to try every part without a GPU, in tiny shapes and with a small MODEL, so that no mistake costs its minutes
@@ -79,7 +80,7 @@ part 300 merge "$PYTHON" benchmarks/merge_cost.py "${merge[@]}" ${SCRATCH:+--scr
 if [ -n "${MODEL:-}" ] && [ -n "${DATA:-}" ]; then
     # Trainings of a small model leave most of the card idle, so several share it; without the service they take turns.
     if [[ " $PARTS " == *" compare "* ]] && command -v nvidia-cuda-mps-control > /dev/null && [ -z "${REHEARSE:-}" ]; then
-        nvidia-cuda-mps-control -d
+        nvidia-cuda-mps-control -d && trap 'echo quit | nvidia-cuda-mps-control' EXIT
     fi
     asked=(--tasks none)
     [ -z "${TASKS:-}" ] || asked=(--data_dir "$TASKS")

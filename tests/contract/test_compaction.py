@@ -96,7 +96,6 @@ def test_a_pattern_that_fits_a_dense_layer_beside_experts_is_none_of_experts(use
         "pruning_ratio": 0.2,
         "refit": False,
     }
-    fields["use_dora"] = use_dora
     model = masked_model("qwen3_moe", tied=False, target_modules=r".*(q_proj|down_proj)", **fields)
     compact = compacted(model).model
     assert largest_difference(logits64(model), logits64(compact)) <= 1e-6

@@ -25,6 +25,12 @@ _PREFIX = {"type": "Prepend", "prepend": "▁"}
 _PIECES = [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
 """Normalizers of tokenizers of pieces, with and without a space before a text."""
 
+_SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+"""Pre-tokenizer of Gemma, which finds no space behind `_PIECES`."""
+
+_METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False}
+"""Does what `_PIECES` does. With a prefix it has none before a text that begins with a space, unlike llama.cpp."""
+
 ENDS = ("eot", "eom")
 """Names in llama.cpp of end tokens beside the tokenizer's own: the end of a turn, and of a message."""
 
@@ -113,10 +119,9 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, vocab_size: int, ends: Seq
     ]
     steps = _steps(model.get("normalizer"), "normalizers")
     if bpe.get("byte_fallback"):
-        if model.get("pre_tokenizer") is not None:
-            raise _unknown("pieces with a byte fallback behind a pre-tokenizer")
-        if steps not in (_PIECES, [_PREFIX, *_PIECES]):
-            raise _unknown(f"pieces behind the normalizer {_named(steps)}")
+        found = [*steps, *_steps(model.get("pre_tokenizer"), "pretokenizers")]
+        if found not in (_PIECES, [_PREFIX, *_PIECES], [*_PIECES, _SPLIT], [_METASPACE]):
+            raise _unknown(f"pieces with a byte fallback behind {_named(found)}")
         entries += [
             Entry("tokenizer.ggml.model", "str", "llama"),
             Entry("tokenizer.ggml.pre", "str", "default"),
@@ -194,7 +199,7 @@ def _named(steps: list[dict[str, Any]]) -> str:
 
 
 def _first(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tell whether a tokenizer opens texts with its first token, the only one of all that a file can ask for.
+    """Tell whether a tokenizer opens texts with its first token. A file can ask for this one and for no other.
 
     Raises:
         PatError: it puts other tokens around a text.

@@ -86,7 +86,7 @@ def write_onnx(model: PreTrainedModel, path: Path) -> None:
 def _exportable_experts(model: PreTrainedModel) -> Iterator[None]:
     """Have experts computed in a form that a graph can be recorded of, and as before afterwards."""
     before = getattr(model.config, "_experts_implementation", None)
-    if before in (None, "eager"):  # a model without experts
+    if before in (None, "eager"):  # no experts, or left as asked for
         yield
         return
     model.set_experts_implementation(EXPORTABLE_EXPERTS)
@@ -158,7 +158,6 @@ def _told(what: str) -> Iterator[None]:
     except PatError:
         raise
     except Exception as error:  # the exporters and engines have errors of their own, without a common root
-        said = (
-            re.sub(r"\x1b\[\d*m", "", reason_of(error))[:300] or type(error).__name__
-        )  # without the terminal's colours
+        # Exporters colour what they say for a terminal.
+        said = re.sub(r"\x1b\[\d*m", "", reason_of(error))[:300] or type(error).__name__
         raise RunFailed(f"{what} ({said}); nothing was written.") from error

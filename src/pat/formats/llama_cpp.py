@@ -58,7 +58,11 @@ def quantize(source: Path, target: Path, kind: str) -> None:
     Raises:
         RunFailed: llama.cpp cannot.
     """
-    done = subprocess.run([QUANTIZE, str(source), str(target), kind], capture_output=True, text=True, check=False)
+    command = [QUANTIZE, str(source), str(target), kind]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:  # such as a tool for another processor
+        raise RunFailed(f"{QUANTIZE} could not be started ({error.strerror}).") from error
     if done.returncode:
         raise RunFailed(f"{QUANTIZE} could not write {kind}: {_reason(done.stderr + done.stdout)}.")
 

@@ -147,11 +147,8 @@ def _sorted(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) ->
             raise PatError(f"{folder}: its tensor {name} holds numbers that are not finite; the training has diverged.")
         found = _PLACE.fullmatch(name.removeprefix(PREFIX))
         part = _PARTS.get(found["part"]) if found else None
-        if part == "mask" and (
-            found is None or found["layer"] is not None
-        ):  # one mask for all places, which one is it?
-            part = None
-        if found is None or part is None:
+        is_odd = found is not None and part == "mask" and found["layer"] is not None  # one mask serves all places
+        if found is None or part is None or is_odd:
             if "dimdown" in name or ".lora_" not in name:
                 raise PatError(f"{folder}: has the tensor {name}, which the published code does not write.")
             lora[name] = tensor

@@ -28,11 +28,16 @@ MULTIPLE = 64
 """Number of tokens of which a trimmed vocabulary is a multiple, so that the output layer stays fast."""
 
 _OF_GENERATION = (
-    *("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"),
-    *("suppress_tokens", "begin_suppress_tokens"),
+    "decoder_start_token_id",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
 )
+"""Fields of a generation config that name single tokens beside the special ones."""
+
 _SEQUENCES = ("bad_words_ids", "force_words_ids", "sequence_bias")
-"""Fields of a generation config that name tokens beside the special ones, the latter sequences of them."""
+"""Fields that name sequences of tokens."""
 
 _TOKENIZER_FILE, _CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 
@@ -180,7 +185,7 @@ def special_ids(config: Any) -> list[int]:
 def renumber_specials(config: Any, kept: Sequence[int]) -> None:
     """Renumber the tokens that a configuration, also one of generation, names; one that is not kept is named no longer.
 
-    Of a sequence of tokens to be forbidden, forced or favoured all have to be kept.
+    A sequence that is to be forbidden, forced or favoured stays only if all of its tokens are kept.
     """
     new_id = {old: new for new, old in enumerate(kept)}
     for name in (*TOKEN_IDS, *_OF_GENERATION):
@@ -202,7 +207,7 @@ def _renumbered(value: Any, new_id: Mapping[int, int]) -> Any:
     if all(isinstance(part, int) for part in value):
         new = [new_id.get(token) for token in value]
         return None if None in new else type(value)(new)
-    if len(value) == 2 and isinstance(value[1], float):  # the same, as it is written
+    if len(value) == 2 and isinstance(value[1], int | float):  # the same, as it is written
         tokens = _renumbered(value[0], new_id)
         return None if tokens is None else [tokens, value[1]]
     return [part for part in (_renumbered(part, new_id) for part in value) if part is not None] or None

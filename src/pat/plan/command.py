@@ -260,11 +260,11 @@ def _notes(
     base_config: Any, pat_config: PatConfig, base: ModelCost, candidates: Sequence[Candidate], context: int
 ) -> list[str]:
     notes = [
-        "Reading (prefill): 2 x matmul parameters + 4 x heads x head size x layers x mean number of keys, per token of "
-        f"a text of {context} tokens; the head counts for the last of them only. The speed is expected where "
+        "Prefill (reading a text): 2 x matmul parameters + 4 x heads x head size x layers x mean number of keys, per "
+        f"token of a text of {context} tokens; the head counts for the last of them only. The speed is expected where "
         "arithmetic is the limit.",
-        f"Writing (decode): weights in use and cache, read per token after {context} tokens at batch size 1. The speed "
-        f"is expected where memory bandwidth is the limit. {_cache_note(candidates[-1].shape, base_config)}",
+        f"Decode (writing one): weights in use and cache, read per token after {context} tokens at batch size 1. The "
+        f"speed is expected where memory bandwidth is the limit. {_cache_note(candidates[-1].shape, base_config)}",
         f"Training: rank {pat_config.r} on every linear layer; adapter, gradients and Adam take 16 bytes per trainable "
         "parameter; the basis of a rotation and what fills in for MLP channels come on top. Activations are an "
         "estimate; logits (computed in chunks) and the framework itself come on top.",

@@ -95,14 +95,14 @@ def _odd(record: PlanRecord) -> Iterator[str]:
     names = ["base", *(_sizes_of(candidate.shape) for candidate in record.candidates)]
 
     def each(shown: Iterable[str]) -> str:
-        return ", ".join(f"{name} {value}" for name, value in zip(names, shown, strict=True))
+        return ", ".join(f"{value} in {name}" for name, value in zip(names, shown, strict=True))
 
     def shares(found: list[float]) -> str | None:
         return f"{each(f'{share:.0%}' for share in found)} of all parameters" if any(found) else None
 
     groups = [f.int4.group_size for f in files]
     if len(set(groups)) > 1:
-        yield f"int4 (AWQ, GPTQ), inputs that share a scale: {each(map(str, groups))}. Fewer take more bytes."
+        yield f"int4 (AWQ, GPTQ), inputs that share a scale: {each(map(str, groups))}. Smaller groups take more bytes."
     if said := shares([sum(f.int4.odd_rows.values()) for f in files]):
         yield f"int4, in layers that no such group fits, and that stay in bfloat16: {said}."
     if said := shares([f.int4.off_tiles for f in files]):
@@ -131,13 +131,11 @@ def _running(record: PlanRecord) -> Table:
 
     prefill, decode = ([getattr(c, f"{kind}_speedup") for c in record.candidates] for kind in ("prefill", "decode"))
     rows = [
-        row("reading, per token", "prefill_flops_per_token", "FLOP", prefill),
-        row("writing, per token", "decode_bytes_per_token", "B", decode),
+        row("prefill, per token", "prefill_flops_per_token", "FLOP", prefill),
+        row("decode, per token", "decode_bytes_per_token", "B", decode),
         row("KV cache", "kv_cache_bytes", "B"),
         row("weights and cache", "inference_bytes", "B"),
     ]
-    if all(cost.inference_bytes == cost.decode_bytes_per_token for cost in costs):
-        del rows[-1]  # writing a token reads all of it, but for experts
     title = f"Running it on a text of {record.context:,} tokens (x: expected speed)"
     return Table(title, ["work or memory", *_headings(record)], rows)
 
@@ -164,7 +162,7 @@ def _print_times(record: PlanRecord) -> None:
     times = record.training_times
     if all(time.fits and max(time.base_seconds, *time.small_seconds) < MINUTE for time in times):
         names = ", ".join(time.hardware.name for time in times)
-        print(f"{what} takes less than a minute on one of these GPUs, computed: {names}.")
+        print(f"{what} takes less than a minute on each of these GPUs alone, computed: {names}.")
         return
     rows = []
     for time in times:

@@ -66,9 +66,9 @@ def paired(base: Sequence[Sequence[str]], small: Sequence[Sequence[str]], data: 
 
 
 def _prompts(examples: Sequence[Example]) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the tokens before the first that is to be learned, of the first examples in which they differ, and those.
+    """Yield prompt and answer, as tokens, of the first held-out examples whose prompts differ.
 
-    What is learned is the answer of the row, its end token included.
+    The answer is all that is learned, its end token included.
     """
     seen: list[list[int]] = []
     for example in examples:

@@ -153,7 +153,7 @@ def test_what_generation_forbids_forces_and_favours_is_renumbered(
         suppress_tokens=[2, 5, 12],
         forced_eos_token_id=11,
         bad_words_ids=[[10, 11], [12, 100]],
-        sequence_bias=[[[13], -2.0], [[10, 101], 1.0]],
+        sequence_bias=[[[13], -2], [[10, 101], 1]],
     ).save_pretrained(tmp_path)
     model.generation_config = GenerationConfig.from_pretrained(tmp_path)
     trim_embedding(model, [1, 2, *range(10, 72)])

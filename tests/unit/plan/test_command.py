@@ -46,7 +46,7 @@ def test_several_ratios_are_planned_side_by_side(tmp_path: Path, capsys: pytest.
     totals = [cost.total.num_parameters for cost in (record.base, half.cost, quarter.cost)]
     assert ["total", *(f"{total:,}" for total in totals)] in rows
     assert ["change", "", *(f"{total / totals[0] - 1:+.1%}" for total in totals[1:])] in rows
-    (writing,) = [row for row in rows if row[:1] == ["writing, per token"]]
+    (writing,) = [row for row in rows if row[:1] == ["decode, per token"]]
     assert [cell.split()[-1] for cell in writing[2:]] == [f"({c.decode_speedup:.2f}x)" for c in (half, quarter)]
 
 

@@ -26,7 +26,8 @@ def record(num_examples: int, num_target_tokens: int, **facts: Any) -> DataRecor
         (record(54, 30_000), 1.0, 0.25, "few for a cut of 25.0 %"),
         (record(1_000, 7_000), 1.0, 0.25, "few for a cut of 25.0 %"),
         (record(1_000, 90_000, num_cut_target_tokens=83_000), 1.0, 0.25, "with 7,000 tokens to learn"),
-        (record(351, 5_605), 1.7, 0.136, None),  # the demo's, which came back to its base
+        (record(326, 5_484), 160 / 326, 0.136, None),  # the demo's
+        (record(201, 7_501), 1.7, 0.25, None),
         (record(5, 30_000, format="text"), 1.0, 0.25, None),
         (record(52_000, 3_000_000), 0.0004, 0.25, None),  # --max_steps 5
         (record(54, 2_038), 0.4, 0.25, None),
