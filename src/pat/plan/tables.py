@@ -95,10 +95,10 @@ def _odd(record: PlanRecord) -> Iterator[str]:
     names = ["base", *(_sizes_of(candidate.shape) for candidate in record.candidates)]
 
     def each(shown: Iterable[str]) -> str:
-        return ", ".join(f"{value} in {name}" for name, value in zip(names, shown, strict=True))
+        return "; ".join(f"{value} in {name}" for name, value in zip(names, shown, strict=True))
 
     def shares(found: list[float]) -> str | None:
-        return f"{each(f'{share:.0%}' for share in found)} of all parameters" if any(found) else None
+        return f"of all parameters {each(f'{share:.0%}' for share in found)}" if any(found) else None
 
     groups = [f.int4.group_size for f in files]
     if len(set(groups)) > 1:
