@@ -87,4 +87,5 @@ def test_elimination_comes_close_to_the_best_of_all_cuts() -> None:
         found[elimination(a.mT @ a, weight, 3).topk(3).indices] = True
         cuts = [torch.tensor([i in kept for i in range(6)]) for kept in itertools.combinations(range(6), 3)]
         losses = sorted(loss(a, weight, keep) for keep in cuts)
-        assert loss(a, weight, found) <= losses[2]
+        # The last digits of the same sum differ by where it lies in memory.
+        assert loss(a, weight, found) <= losses[2] * (1 + 1e-9)
