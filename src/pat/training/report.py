@@ -137,7 +137,7 @@ def _differing(recipe: str, given: Mapping[str, Any]) -> Iterator[Changed]:
                 continue
             unset, found = _UNSET.get(option.name, "not set"), given[option.name]
             # Whoever gives what a default comes to has changed nothing.
-            before, after = (unset if value is None else str(value) for value in (default, found))
+            before, after = (unset if value in (None, "None") else str(value) for value in (default, found))
             if found != default and before != after:
                 yield Changed(option.name, before, after)
 
