@@ -21,7 +21,7 @@ ended 0.25 nats below one of the hidden size with as many parameters (121,000 to
 COARSE_FIRST = ("layers", "heads", "hidden", "mlp")
 
 MORE_OF_THE_COARSE = 64
-"""Number of steps by which coarser axes are asked for more than their part, where finer ones cannot give theirs."""
+"""Number of steps in which coarser axes take over the part of the finest, where that cannot give it."""
 
 
 class CutsNothing(PatError):
@@ -29,7 +29,7 @@ class CutsNothing(PatError):
 
 
 class TooMuch(PatError):
-    """A request for more than the finest of the axes can give beside the others."""
+    """A request for more parameters than the finest of the axes has beside the others."""
 
 
 def choose_shape(
@@ -128,7 +128,7 @@ class _Budget:
         return self.mlp(sizes)
 
     def shared(self, named: Sequence[str]) -> tuple[dict[str, int], str]:
-        """Take its part of the budget off each axis; what the last one cannot give falls to those before it."""
+        """Take an equal part of the budget off each axis; what the last one cannot give falls to those before it."""
         found = []
         for step in range(MORE_OF_THE_COARSE + 1):
             try:
@@ -162,7 +162,7 @@ class _Budget:
         return sizes
 
     def shares(self, named: Sequence[str], more: float) -> tuple[dict[str, int], str]:
-        """Take its part off each axis, and a share, in [0, 1], of what those after it were to give as well."""
+        """Take an equal part off each axis, and the share `more`, in [0, 1], of what the axes after it were to give."""
         sizes, reason = dict(self.base.sizes), ""
         for position, name in enumerate(named, start=1):
             is_last, part = name == named[-1], position / len(named)  # by this axis and those before it

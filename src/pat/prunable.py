@@ -1,4 +1,4 @@
-"""What there is to be cut of a base model, and what stands in the way."""
+"""Describes what can be cut of a base model: its sizes, its number of parameters, and axes that cannot be cut."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Sizes = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Prunable:
-    """The sizes that a base model has to be cut, and what stands in the way."""
+    """A base model as the choice of a shape sees it: its sizes, and what limits their cut."""
 
     sizes: dict[str, int]
-    """Its sizes, see `Shape`."""
+    """Sizes of the base model, see `Shape`."""
     count: Callable[[Sizes], int]
     """Returns the exact number of parameters at some sizes."""
     queries_per_group: int = 1
     """Number of query heads for each key/value head."""
     mlp_step: int = 1
-    """Number of which the MLP channels that are left are a multiple: what the kernels for experts want."""
+    """The number of MLP channels that stay has to be a multiple of this, as the kernels for experts ask."""
     fewest_layers: int = 1
     """Number of layers that have to stay: one, or those of the rarer kinds (see `pat.surgery.layers`)."""
     obstacles: Mapping[str, str] = field(default_factory=dict)

@@ -88,7 +88,7 @@ def test_lora_on_an_embedding_starts_anew_and_dense_layers_beside_experts_are_sa
 
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_a_pattern_that_fits_a_dense_layer_beside_experts_is_none_of_experts(use_dora: bool) -> None:
-    """Peft takes it for one of experts, which have no DoRA."""
+    """Peft takes the pattern for one of experts, which have no DoRA."""
     fields: dict[str, Any] = {
         "axes": ["mlp"],
         "pruned": None,

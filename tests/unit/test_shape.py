@@ -125,7 +125,7 @@ def test_several_axes_share_a_budget_and_the_finest_makes_up_for_the_rest(axes: 
     ids=str,
 )
 def test_what_the_finest_axis_cannot_give_falls_to_the_coarser_ones(axes: list[str], ratio: float) -> None:
-    """An equal part is more than there is in the heads, or in the MLPs of what is left."""
+    """The heads, or the MLPs of what is left, have fewer parameters than an equal part."""
     found = shape(axes=axes, pruning_ratio=ratio)
     assert found.pruning_ratio == pytest.approx(ratio, abs=0.03) and all(found.cuts(axis) for axis in axes)
     assert "coarser axes give more" in found.reason

@@ -73,7 +73,7 @@ class Format:
 
     @property
     def title(self) -> str:
-        """The format as people are told of it, by the columns that make it: `question/answer`, `messages`, `text`."""
+        """Name of the format in messages and records, made of its columns: `question/answer`, `messages`, `text`."""
         if self.response:
             return f"{self.prompt}/{self.response}"
         return self.prompt if self.name == "messages" else self.name

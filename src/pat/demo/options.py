@@ -37,9 +37,7 @@ class DemoOptions:
     # steps cannot give a model of 135 M parameters back what a larger cut takes: after 25 % its answers are no longer
     # sensible.
     pruning_ratio: float = field(default=0.125, metadata={"help": "Share of all parameters to cut.", "range": "(0, 1)"})
-    max_steps: int = field(
-        default=40, metadata={"help": "Optimizer steps; more give a better model.", "range": "[1, inf)"}
-    )
+    max_steps: int = field(default=40, metadata={"help": "Number of optimizer steps.", "range": "[1, inf)"})
     ui: bool = field(
         default=False,
         metadata={"help": "Serve a page on this machine instead: choose, run, and talk to both models (extra `ui`)."},

@@ -54,9 +54,9 @@ class GgufFamily:
     """Fields that must not be None, because llama.cpp has a value of its own for a number that is not in the file."""
 
     rotates_part: bool = False
-    """Whether llama.cpp may rotate a part of each head; otherwise it does not load a file that says so."""
+    """Whether llama.cpp loads a file in which only a part of each head is rotated."""
     no_bias: frozenset[str] = frozenset()
-    """Names of tensors whose bias llama.cpp has no place for, without which it does not load the file."""
+    """Names of tensors that have no bias in llama.cpp; it does not load a file that holds one."""
 
     def unlike(self, config: Any) -> tuple[str, Any, str] | None:
         """Return a field that llama.cpp would take otherwise than it is, its value, and what is expected instead."""

@@ -29,7 +29,8 @@ _SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPr
 """Pre-tokenizer of Gemma, which finds no space behind `_PIECES`."""
 
 _METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False}
-"""Does what `_PIECES` does. With a prefix it has none before a text that begins with a space, unlike llama.cpp."""
+"""Pre-tokenizer that does what `_PIECES` does. One that prepends a space leaves it out where a text begins with one,
+unlike llama.cpp."""
 
 ENDS = ("eot", "eom")
 """Names in llama.cpp of end tokens beside the tokenizer's own: the end of a turn, and of a message."""
@@ -48,8 +49,8 @@ PRE_TOKENIZERS = {
 
 _PHI3 = r"(?i)phi-?3"
 _PHI3_KEEPS = {"<unk>", "<s>", "<|endoftext|>"}
-"""Under a name like this llama.cpp lets all special tokens but these take the white space behind them, and does not
-load a file that lacks one of them."""
+"""Special tokens that keep the white space behind them where a model's name matches `_PHI3`; in llama.cpp all others
+then strip it. A file of such a name that lacks one of these is not loaded."""
 
 
 def stored_end_tokens(name_or_path: str) -> list[int]:
@@ -66,21 +67,21 @@ def unnamed_ends(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> lis
 
 
 def name_in_file(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a model's name as a file has it; llama.cpp reads the text of what is called Phi-3 in a way of its own."""
+    """Return the name that is written into a file: llama.cpp strips white space where a name is that of Phi-3."""
     if _strips_as_phi3(tokenizer):
         return name if re.search(_PHI3, name) else f"phi-3 {name}"
     return re.sub(_PHI3, "phi 3", name)
 
 
 def unlike_added(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the added tokens that take white space beside them, or are whole words alone, as no file can say."""
+    """Return the added tokens that strip white space, or match whole words only, which no GGUF file can express."""
     added = tokenizer.added_tokens_decoder.values()
     said = _strips_as_phi3(tokenizer)
     return [str(token) for token in added if token.lstrip or token.single_word or (token.rstrip and not said)]
 
 
 def _strips_as_phi3(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tell whether the added tokens take the white space behind them as llama.cpp has it for the name of Phi-3."""
+    """Tell whether the added tokens strip the white space behind them as llama.cpp does under the name of Phi-3."""
     added = {token.content: token.rstrip for token in tokenizer.added_tokens_decoder.values()}
     alike = all(rstrip == (token not in _PHI3_KEEPS) for token, rstrip in added.items())
     return alike and added.keys() > _PHI3_KEEPS | {"</s>"}
@@ -193,13 +194,13 @@ def _steps(whole: dict[str, Any] | None, of: str) -> list[dict[str, Any]]:
 
 
 def _named(steps: list[dict[str, Any]]) -> str:
-    """Return steps as a message shows them, each with its settings."""
+    """Return the text that names steps in a message, each with its settings."""
     said = [f"{step['type']} ({', '.join(f'{k}={v!r}' for k, v in step.items() if k != 'type')})" for step in steps]
     return (" + ".join(said) or "none")[:300]
 
 
 def _first(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tell whether a tokenizer opens texts with its first token. A file can ask for this one and for no other.
+    """Tell whether a tokenizer puts its bos token before a text. A file can ask for this token and for no other.
 
     Raises:
         PatError: it puts other tokens around a text.

@@ -99,7 +99,7 @@ def run_export(options: ExportOptions) -> ExportRecord:
                 logger.warning("The file does not name the end tokens %s, for which GGUF has no place.", unnamed)
             if unlike := unlike_added(tokenizer):
                 logger.warning(
-                    "In llama.cpp the tokens %s do not take the white space beside them, nor wait for a whole word.",
+                    "In llama.cpp the tokens %s neither strip the white space beside them nor match whole words only.",
                     unlike[:5],
                 )
             skeleton = build_skeleton(config, torch.float32)
@@ -150,7 +150,7 @@ def run_export(options: ExportOptions) -> ExportRecord:
 
 
 def _check_finite(name: str, model: PreTrainedModel) -> None:
-    """Refuse a model that has diverged: nothing of it can be compared, since all its logits are alike.
+    """Refuse a model that has diverged, since the comparison of its logits would say nothing.
 
     Raises:
         PatError: a weight holds a number that is not finite.
@@ -162,7 +162,7 @@ def _check_finite(name: str, model: PreTrainedModel) -> None:
 
 @contextmanager
 def _told_of_disk(output: Path) -> Iterator[None]:
-    """Say which file could not be written, such as on a disk that is full."""
+    """Turn an error of the file system into one line that names the file, such as on a disk that is full."""
     try:
         yield
     except OSError as error:

@@ -16,7 +16,7 @@ from pat.file_sizes.gguf_layout import GgufLayout, GgufTensor
 from pat.file_sizes.gguf_types import Quantization
 
 _LARGEST = {"F16": 65504.0, "Q8_0": 65504.0 * 127}
-"""Largest number of a type; the scale of a block of Q8_0, a 127th of its largest number, is a float16."""
+"""Largest number of each type; the scale of a block of Q8_0, a 127th of its largest number, is a float16."""
 
 
 def write_gguf(layout: GgufLayout, weights: Mapping[str, Tensor], path: Path, kind: Quantization) -> None:

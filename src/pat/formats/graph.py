@@ -84,7 +84,7 @@ def write_onnx(model: PreTrainedModel, path: Path) -> None:
 
 @contextmanager
 def _exportable_experts(model: PreTrainedModel) -> Iterator[None]:
-    """Have experts computed in a form that a graph can be recorded of, and as before afterwards."""
+    """Switch experts to a form that a graph can be recorded of, and back afterwards."""
     before = getattr(model.config, "_experts_implementation", None)
     if before in (None, "eager"):  # no experts, or left as asked for
         yield

@@ -36,7 +36,7 @@ class Reference:
 
     @property
     def prompt(self) -> list[int]:
-        """The tokens to go on from, as many as leave room in the model for those that are added."""
+        """Tokens that an engine continues, as many as leave room in the model for those that it adds."""
         room = self.model.config.max_position_embeddings - NEW_TOKENS - 1
         return list(self.tokens[: max(min(PROMPT_TOKENS, room), 1)])
 

@@ -37,7 +37,7 @@ _OF_GENERATION = (
 """Fields of a generation config that name single tokens beside the special ones."""
 
 _SEQUENCES = ("bad_words_ids", "force_words_ids", "sequence_bias")
-"""Fields that name sequences of tokens."""
+"""Fields of a generation config that name sequences of tokens."""
 
 _TOKENIZER_FILE, _CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 
@@ -183,7 +183,7 @@ def special_ids(config: Any) -> list[int]:
 
 
 def renumber_specials(config: Any, kept: Sequence[int]) -> None:
-    """Renumber the tokens that a configuration, also one of generation, names; one that is not kept is named no longer.
+    """Renumber the tokens that the configuration of a model, or of generation, names; those not kept are left out.
 
     A sequence that is to be forbidden, forced or favoured stays only if all of its tokens are kept.
     """
@@ -200,7 +200,7 @@ def renumber_specials(config: Any, kept: Sequence[int]) -> None:
 
 
 def _renumbered(value: Any, new_id: Mapping[int, int]) -> Any:
-    """Return lists of tokens, however deep, in new numbers; None for one of which a token is not kept."""
+    """Return nested lists of tokens in their new numbers; None for a sequence with a token that is not kept."""
     if isinstance(value, dict):  # a bias for each sequence
         found = {_renumbered(tokens, new_id): bias for tokens, bias in value.items()}
         return {tokens: bias for tokens, bias in found.items() if tokens is not None}

@@ -28,7 +28,7 @@ from pat.serving import trouble
 from pat.shape import AXES, LARGE_RATIO, Shape
 from pat.surgery.costs import ModelCost, build_skeleton, cost_of, pruned_config, usual_context
 from pat.tuner.config import PatConfig
-from pat.tuner.idle import warn_of_idle_options
+from pat.tuner.idle import warn_of_growth, warn_of_idle_options
 from pat.tuner.memory import TrainingMemory, training_memory
 from pat.tuner.prepare import check_config
 from pat.widths import legal_widths
@@ -93,7 +93,7 @@ class PlanRecord(Record):
     notes: tuple[str, ...]
     """Sentences that the reader of these figures has to know."""
     recommendation: str
-    """Which of the shapes to take and why, and in a line of its own the command for it."""
+    """Shape that is recommended, with the reason; the command for it is the last line."""
 
 
 def run_plan(options: PlanOptions) -> PlanRecord:
@@ -136,6 +136,8 @@ def run_plan(options: PlanOptions) -> PlanRecord:
             trimmed_config, config.pruning_ratio = trimmed_budget(config, base_config, options.vocabulary_size)
             trimmed = build_skeleton(trimmed_config, dtype)
         shape = check_config(trimmed.model.config, family, config)
+        if config.untie_word_embeddings and base.tied:
+            warn_of_growth(trimmed.model.config, shape)
         small_config = pruned_config(trimmed, shape, tied=base.tied and not options.untie_word_embeddings)
         small = build_skeleton(small_config, dtype)
         cost = cost_of(small, context)

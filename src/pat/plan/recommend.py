@@ -1,4 +1,4 @@
-"""The lines that end a plan: which of what it shows to take and why, and the command for it."""
+"""Recommends one of the shapes of a plan, and gives the reason and the command."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class ShapeScorer:
         self.autocast = torch.autocast(self.model.device.type, torch.bfloat16, enabled=pays)
 
     def run(self, ratio: float, state: Phase, say: Callable[..., float] | None = None) -> None:
-        """Score the base, the curve of each axis, and the pairs of axes that look best; say before what it takes.
+        """Score the base, the curve of each axis, and the pairs of axes that look best; say before how long it takes.
 
         Args:
             ratio: budget, as a share of all parameters.

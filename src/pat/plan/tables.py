@@ -26,7 +26,7 @@ _ROTATIONS = {
 }
 
 MINUTE = 60.0
-"""Seconds below which times on GPUs tell nothing apart: what comes on top of them takes longer."""
+"""Number of seconds below which times on GPUs are not listed: what comes on top of them takes longer."""
 
 
 def print_plan(record: PlanRecord) -> None:
@@ -90,7 +90,7 @@ def _files(record: PlanRecord) -> Table:
 
 
 def _odd(record: PlanRecord) -> Iterator[str]:
-    """Yield a line for what keeps quantised files from being as small, or as fast, as their numbers promise."""
+    """Yield a note for each reason why a quantised file is larger, or slower, than its number of bits promises."""
     files = [record.base_files, *(candidate.files for candidate in record.candidates)]
     names = ["base", *(_sizes_of(candidate.shape) for candidate in record.candidates)]
 

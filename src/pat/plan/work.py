@@ -34,7 +34,7 @@ def num_read(cut: Collection[str], *, num_layers: int, num_calibrated: int, num_
 
 
 def say_expected_time(model: Any, rows: Sequence[Example], todo: float, num_shapes: int, num_steps: int) -> float:
-    """Say on stderr how long it will take to measure shapes, from what the base takes for some rows; return seconds.
+    """Print on stderr how long measuring the shapes will take, by the base's time for some rows; return the seconds.
 
     Args:
         model: the base.

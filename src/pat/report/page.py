@@ -228,7 +228,7 @@ def _parity(parity: Facts, this: str, other: str) -> str | None:
 
 
 def _samples(facts: Facts) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return each prompt with its answers and whose they are; records of older versions lack the data's."""
+    """Return each prompt with its answers and who gave them; records of older versions lack that of the data."""
     rows = [Facts(row) for row in facts.items("samples") if isinstance(row, Mapping)]
     whose = {"reference": "the data", "base": "base", "small": "written"}
     return [

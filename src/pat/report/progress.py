@@ -49,7 +49,7 @@ class Phase:
         self.share: float | None = None
         """Share of the work that is done, where parts take more or less of it; None where all take as much."""
         self._expected = 0.0
-        """Seconds that all of it was expected to take before it began; 0 where nothing was."""
+        """Number of seconds that the work was expected to take before it began; 0 where nothing was expected."""
         self._count, self._started = count, time.monotonic()
         self._known = (0, 0.0)
         """How many were done when that last changed, and the seconds that had passed."""
@@ -73,7 +73,7 @@ class Phase:
         return f"{so_far}, {clock(passed)}"
 
     def expect(self, seconds: float) -> None:
-        """Begin now, with all of it still to be done, which will take about so many seconds."""
+        """Start the clock; the work is expected to take about this many seconds."""
         self._expected, self._started, self._known = seconds, time.monotonic(), (0, 0.0)
 
     def over(self, parts: Iterable[T]) -> Iterator[T]:

@@ -81,7 +81,7 @@ def to_json(record: Any) -> str:
 
 
 def write_record(path: Path, record: Any) -> None:
-    """Write a record, or a dictionary, to a JSON file, which is whole or as it was before.
+    """Write a record, or a dictionary, to a JSON file; where that fails, the file is as it was before.
 
     Raises:
         RunFailed: it cannot be written, such as on a disk that is full.

@@ -93,7 +93,7 @@ def _away(arguments: TuneArguments, shape: Shape) -> str:
 
 
 def _reading(arguments: TuneArguments, checked: Checked, num_there: float) -> tuple[str, Reading]:
-    """Return what is read before training, in words and in tokens, of which there are so many."""
+    """Return what is read before training, in words and in tokens, where `num_there` tokens can be read."""
     shape, config, text, rotation, refit, layers = checked.shape, checked.base_config, "", 0, 0, 0
     if shape.cuts("hidden"):
         rotation = arguments.pat.calibration_tokens or DEFAULT_TOKENS_PER_CHANNEL * shape.size("hidden")
@@ -115,7 +115,7 @@ def _reading(arguments: TuneArguments, checked: Checked, num_there: float) -> tu
 
 
 def _all(num_there: float, arguments: TuneArguments) -> str:
-    """Name all tokens that there are; those of a file are reckoned, and not counted."""
+    """Name all tokens that can be read; the number of those in a file is an estimate."""
     file = arguments.pat.calibration
     return (
         f"All {num_there:,.0f} tokens of the data" if file is None else f"All of {file}, about {num_there:,.0f} tokens,"

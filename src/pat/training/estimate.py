@@ -248,7 +248,7 @@ def seconds_per_token(model: Any, batches: Sequence[dict[str, torch.Tensor]]) ->
 
 
 def tokens_there(arguments: TuneArguments, data: Prepared) -> float:
-    """Return how many tokens there are to choose channels by: about as many as a file has, or those of the data."""
+    """Return the number of tokens that channels can be chosen by: of a calibration file an estimate, or of the data."""
     if (path := arguments.pat.calibration) is not None:
         return os.path.getsize(path) // BYTES_PER_TOKEN
     return math.inf if data.stream is not None else data.num_tokens

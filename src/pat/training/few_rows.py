@@ -10,12 +10,12 @@ from pat.training.prepare import Prepared
 logger = logging.getLogger(__name__)
 
 FEW_EXAMPLES = 200
-"""With fewer answers to learn from, nothing that was cut has been seen to come back; a tenth of them, which is held
-out, tells two models apart only where they are far from each other."""
+"""Number of examples below which a run is warned. No cut model has come back to its base with fewer here, and the part
+of them that is held out tells two models apart only where they differ much."""
 
 TOKENS_PER_SHARE = 30_000
-"""Number of tokens to learn, for each whole of the parameters that is cut, below which a run is warned: a quarter needs
-7,500. This is a choice. Measured are two ends alone: an eighth of SmolLM2-135M is not told apart from its base after
+"""Number of tokens to learn below which a run is warned, times the share of the parameters that is cut: 7,500 for a
+quarter. This is a choice. Measured are two ends alone: an eighth of SmolLM2-135M is not told apart from its base after
 some 2,700 tokens of answers (the demo), and a quarter was behind after 107,624 tokens of prompts and answers."""
 
 MANY_EPOCHS = 10
@@ -39,12 +39,12 @@ def warn_of_few_rows(data: Prepared, pruning_ratio: float, num_steps: int, rows_
 
 
 def remark(record: DataRecord, num_epochs: float, pruning_ratio: float) -> str | None:
-    """Return what there is, what to expect of it and what to do; None where there is enough, or a run is a trial.
+    """Return a warning with what there is, what to expect and what to do; None for enough data, or for a trial.
 
     Args:
         record: of the data.
-        num_epochs: times that the run goes through them. Below 1 there are more rows than it takes, and whoever asks
-            for so few steps knows that they are few.
+        num_epochs: number of times that the run goes through them. Below 1 it does not take all rows, and whoever
+            asks for so few steps knows that they are few.
         pruning_ratio: share of the parameters that is cut.
     """
     if round(num_epochs, 2) < 1:

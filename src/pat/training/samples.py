@@ -24,13 +24,13 @@ MAX_NEW_TOKENS = 48
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt, both models' greedy answers, and the one that the data give."""
+    """A prompt, the greedy answers of both models, and the answer of the data."""
 
     prompt: str
     base: str
     small: str
     reference: str | None = None
-    """Answer of the held-out row, which both were to give; None for a prompt that is of no row."""
+    """Answer of the held-out row; None for a prompt that is from no row."""
 
 
 def greedy_answers(model: PreTrainedModel, data: Prepared) -> list[tuple[str, str]]:
@@ -54,7 +54,7 @@ def greedy_answers(model: PreTrainedModel, data: Prepared) -> list[tuple[str, st
 
 
 def paired(base: Sequence[Sequence[str]], small: Sequence[Sequence[str]], data: Prepared) -> list[Sample]:
-    """Put the answers of two models to the same prompts, and the data's, side by side; none if a model has none."""
+    """Return the answers of two models to the same prompts beside those of the data; none if a model has none."""
     tokenizer = data.vocabulary.tokenizer
     given = [
         cast(str, tokenizer.decode(answer, skip_special_tokens=True)).strip() for _, answer in _prompts(data.held_out)

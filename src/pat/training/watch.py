@@ -21,8 +21,8 @@ SECONDS_WITHOUT_A_LINE = 30
 class Watch(TrainerCallback):
     """Shows one training on the live line or, where there is none, in a line for each log and at least twice a minute.
 
-    There a step has one line, with what is logged of it and of no other: the line of a step that is to be logged, or
-    after which held-out rows are scored, waits for the figures.
+    Without a live line a step has at most one line, which has only the figures of that step: where the step is logged,
+    or held-out rows are scored after it, the line waits for them.
 
     It takes the place of the trainer's own bar and printer, and has to come after `PatCallback`, which puts the number
     of active channels into the logs.
@@ -87,7 +87,7 @@ class _Training(Phase):
         """Seconds that were left at a time."""
         self._figures: dict[str, str] = {}
         self._noted: dict[str, int] = {}
-        """Steps at whose end these figures were logged."""
+        """The step at whose end each figure was logged."""
 
     def begin(self, state: TrainerState) -> None:
         """Begin a step."""
@@ -121,7 +121,7 @@ class _Training(Phase):
         return self._line(self._figures.values())
 
     def line(self) -> str:
-        """Return the same with the figures of this step alone."""
+        """Return the training's state in one line, with the figures of this step alone."""
         return self._line(self._figures[name] for name in self._figures if self._noted[name] == self.step)
 
     def _line(self, figures: Iterable[str]) -> str:

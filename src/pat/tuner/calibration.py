@@ -98,13 +98,13 @@ def choose_channels(
 
 
 def more_text(num_tokens: int, enough: int, option: str, default: int) -> str:
-    """Return what helps where a calibration has read too little: more text where it has read all, else more of it.
+    """Return the advice for a calibration that has read too little: another text if it has read all, else more of it.
 
     Args:
-        num_tokens: tokens that were read.
-        enough: number after which no more are read.
-        option: which sets that number.
-        default: what it is for this model if nobody does.
+        num_tokens: number of tokens that were read.
+        enough: number of tokens after which no more are read.
+        option: name of the option that sets it.
+        default: value of the option for this model.
     """
     if num_tokens < enough:
         return "these are all that there are: give more rows, or a text file that has more (calibration=FILE)"

@@ -40,7 +40,7 @@ def compact_lora_config(
         layers: those that stay, from whose numbers in the base model those in `config` are.
     """
     if lost := [name for name in config.modules_to_save or () if not layers.renamed_parts([name])]:
-        logger.warning("modules_to_save=%s goes with its layers.", ", ".join(lost))
+        logger.warning("These entries of modules_to_save are lost with their layers: %s.", ", ".join(lost))
     shared: dict[str, Any] = {
         "task_type": config.task_type,
         "r": config.r,
@@ -98,22 +98,22 @@ def staying(paths: Iterable[str], layers: LayerCut, out_of_reach: Collection[str
         nothing_else: whether there is nothing to be trained but these.
 
     Raises:
-        PatError: then none is left.
+        PatError: none is left, and there is nothing else to be trained.
     """
     paths = list(paths)
     left = [path for path in paths if layers.renamed(path) is not None]
     kept = [path for path in left if path not in out_of_reach]
     if paths and not kept and nothing_else:
         raise PatError(
-            f"Got LoRA on {', '.join(sorted(paths))} alone, which the small model has not, or cannot train, so that "
-            "LoRA has no module left; name modules of all layers in target_modules, or cut other axes."
+            f"Got LoRA on {', '.join(sorted(paths))} alone, which the small model does not have, or cannot train, so "
+            "that LoRA has no module left; name modules of all layers in target_modules, or cut other axes."
         )
     if folded := sorted(set(left) - set(kept)):
         logger.warning("LoRA on %d modules such as %s is folded and not trained on.", len(folded), folded[0])
     leaves = {path.rpartition(".")[2] for path in left}
     if lost := [path for path in paths if path.rpartition(".")[2] not in leaves]:
         logger.warning(
-            "LoRA on %s goes with its layers, and is on nothing of that name in the others.", ", ".join(lost)
+            "LoRA is lost with its layers, and is on no module of that name in the others: %s.", ", ".join(lost)
         )
     return kept
 

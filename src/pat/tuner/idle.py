@@ -37,7 +37,9 @@ def warn_of_idle_options(config: PatConfig, shape: Shape, *, tied: bool) -> None
     for name in config.axes if config.axes != ["auto"] and not asked_sizes(config) else ():
         if not shape.cuts(name):
             label = AXES[name].label
-            logger.warning("axes=%s cuts no %s: the smallest step there is more than its share.", config.axes, label)
+            logger.warning(
+                "axes=%s cuts no %s: of the legal sizes the base's own comes nearest to the budget.", config.axes, label
+            )
     named = list(asked_sizes(config))
     if named and config.axes != ["auto"] and set(named) != set(config.axes):
         logger.warning("axes=%s has no effect beside the sizes that were given, which cut %s.", config.axes, named)
@@ -46,7 +48,7 @@ def warn_of_idle_options(config: PatConfig, shape: Shape, *, tied: bool) -> None
 
 
 def warn_of_growth(base_config: Any, shape: Shape) -> None:
-    """Say so if a head of its own adds more to the merged model than is cut.
+    """Warn if an untied head adds more parameters to the merged model than are cut.
 
     Args:
         base_config: configuration of the base, whose head is its embedding.

@@ -92,7 +92,7 @@ class InnerMoments:
                 yield path, moments[path] if self.known else moments.pop(path)
 
     def remedy(self) -> str:
-        """Return what helps where too few tokens were read."""
+        """Return the advice for a calibration on too few tokens, see `more_text`."""
         return more_text(self.num_tokens, self.enough, "refit_tokens", TOKENS_PER_CHANNEL * self.fewest)
 
     def text(self) -> Iterator[Mapping[str, Any]]:

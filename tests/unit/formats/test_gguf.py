@@ -253,7 +253,7 @@ def test_a_tokenizer_that_llama_cpp_would_run_as_another_is_refused(
 
 
 def test_a_file_is_called_phi3_if_and_only_if_its_tokens_are_read_as_those_of_phi3(tmp_path: Path) -> None:
-    """llama.cpp goes by the name, and ends at such a name where one of four tokens is missing."""
+    """llama.cpp goes by the name, and does not load a file of such a name that lacks one of four tokens."""
     plain = tokenizer_with(tmp_path / "plain", added=({"content": "<|user|>"},))
     ours = ({"content": "<|user|>", "rstrip": True}, {"content": "</s>", "rstrip": True}, {"content": "<|endoftext|>"})
     phi = tokenizer_with(tmp_path / "phi", added=ours)

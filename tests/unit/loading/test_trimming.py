@@ -147,7 +147,7 @@ def test_a_special_token_that_is_lost_is_said(caplog: pytest.LogCaptureFixture) 
 def test_what_generation_forbids_forces_and_favours_is_renumbered(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It would be other tokens; a sequence of which one is gone is gone."""
+    """Old numbers would name other tokens; a sequence is left out if one of its tokens is."""
     model = build("llama", tied=True, vocab_size=160, eos_token_id=2, bos_token_id=1)
     GenerationConfig(
         suppress_tokens=[2, 5, 12],

@@ -1,4 +1,4 @@
-"""The lines that end a plan."""
+"""A plan ends with a recommendation and its command."""
 
 from __future__ import annotations
 

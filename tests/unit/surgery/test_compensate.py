@@ -86,6 +86,6 @@ def test_elimination_comes_close_to_the_best_of_all_cuts() -> None:
         found = torch.zeros(6, dtype=torch.bool)
         found[elimination(a.mT @ a, weight, 3).topk(3).indices] = True
         cuts = [torch.tensor([i in kept for i in range(6)]) for kept in itertools.combinations(range(6), 3)]
-        losses = sorted(loss(a, weight, keep) for keep in cuts)
-        # The last digits of the same sum differ by where it lies in memory.
-        assert loss(a, weight, found) <= losses[2] * (1 + 1e-9)
+        best = sorted(cuts, key=lambda keep: loss(a, weight, keep))[:3]
+        # By the cuts themselves: the last digits of a loss differ by where its numbers lie in memory.
+        assert any(torch.equal(found, keep) for keep in best)

@@ -128,14 +128,17 @@ def test_lora_that_goes_with_its_layers_is_said(caplog: pytest.LogCaptureFixture
     saved = {"modules_to_save": ["layers.2.input_layernorm", "norm"]}
     small = keeping(0, 1, target_modules=targets, **saved).compact().attach().model.get_base_model().model.layers
     assert small[1].self_attn.q_proj.r["default"] == 4 and not hasattr(small[1].mlp.down_proj, "lora_A")
-    assert "LoRA on model.layers.2.mlp.down_proj goes with its layers" in caplog.text
-    assert "modules_to_save=layers.2.input_layernorm goes" in caplog.text
+    assert (
+        "LoRA is lost with its layers, and is on no module of that name in the others: model.layers.2.mlp.down_proj."
+        in caplog.text
+    )
+    assert "modules_to_save are lost with their layers: layers.2.input_layernorm." in caplog.text
     for use_dora in (False, True):
         with pytest.raises(PatError, match=r"Got LoRA on model\.layers\.1\.self_attn\.q_proj, .* no module left"):
             keeping(0, use_dora=use_dora, target_modules=targets, pruned_num_hidden_layers=1).compact()
     caplog.clear()
     keeping(0, 1).compact()
-    assert "goes with" not in caplog.text
+    assert "lost with" not in caplog.text
 
 
 def test_text_that_is_nothing_to_choose_by_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

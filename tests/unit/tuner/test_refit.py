@@ -141,7 +141,7 @@ def test_a_merge_without_the_refit_that_was_asked_for_is_refused() -> None:
     ],
 )
 def test_little_text_is_said_with_what_helps(asked: int | None, remedy: str, caplog: pytest.LogCaptureFixture) -> None:
-    """No number makes text that is not there longer, and no further rows are read than are asked for."""
+    """A larger number does not help where all text has been read, and another text not where a number was the limit."""
     gated(refit_tokens=asked).calibrate([batch(seed=0, batch_size=1)])
     assert "stand on" in caplog.text and remedy in caplog.text
     assert ("1152 by default" in caplog.text) == (asked is not None)
