@@ -15,6 +15,7 @@ from pat.families import Family
 from pat.file_sizes.predict import FileSizes, file_sizes, vocabulary_entries
 from pat.loading import load_config, stored_dtype
 from pat.nll import max_positions
+from pat.plan.candidate import Candidate, candidate_of
 from pat.plan.cpu import CpuTime, cpu_time
 from pat.plan.curves import Measured
 from pat.plan.guide import MEASURED_CUTS, MODEL_FLOPS_UTILISATION, MeasuredCut, TrainingTime, training_times
@@ -31,32 +32,11 @@ from pat.tuner.config import PatConfig
 from pat.tuner.idle import warn_of_growth, warn_of_idle_options
 from pat.tuner.memory import TrainingMemory, training_memory
 from pat.tuner.prepare import check_config
-from pat.widths import legal_widths
-
-NUM_NEIGHBOURS = 3
-"""Number of legal widths shown on either side of the one taken."""
 
 RECIPE = "default"
 """The recipe whose batch size and length the training memory is for."""
 
 Rotation = Literal["pca", "none", "open"]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One width that the model may be pruned to, and what it comes to."""
-
-    shape: Shape
-    pruning_ratio: float
-    """Share of all parameters that is cut."""
-    nearby_widths: tuple[int, ...]
-    """Legal hidden sizes around the one taken, ascending, itself included; none if it is not cut."""
-    cost: ModelCost
-    files: FileSizes
-    prefill_speedup: float
-    """Expected factor where arithmetic is the limit (reading text, large batches): ratio of FLOPs."""
-    decode_speedup: float
-    """Expected factor where memory is the limit (generating, batch size 1): ratio of bytes read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +126,7 @@ def run_plan(options: PlanOptions) -> PlanRecord:
         spoken = (unwritable, trouble(family.model_type, [name for name in AXES if shape.cuts(name)]))
         file_notes += [note for note in spoken if note and note not in file_notes]
         heads = small_config.num_attention_heads
-        candidates.append(_candidate(shape, heads, options.multiple_of, base, cost, files))
+        candidates.append(candidate_of(shape, heads, options.multiple_of, base, cost, files))
     trimmed_base = cost_of(trimmed, context)
     warn_of_idle_options(config, shape, tied=base.tied)
     training = training_memory(trimmed, config, batch_size=recipe["per_device_train_batch_size"], length=length)
@@ -173,7 +153,10 @@ def run_plan(options: PlanOptions) -> PlanRecord:
         cpu_time=on_this_cpu,
         guide=MEASURED_CUTS,
         measured=measured,
-        notes=(*_notes(base_config, config, base, candidates, context), *file_notes),
+        notes=(
+            *_notes(base_config, config, base, candidates, context, cpu=on_this_cpu, is_measured=measured is not None),
+            *file_notes,
+        ),
         recommendation=recommend(options, [candidate.pruning_ratio for candidate in candidates], measured),
     )
 
@@ -216,30 +199,6 @@ def _measure(options: PlanOptions, base_config: Any, family: Family, pruning_rat
     return measured
 
 
-def _candidate(
-    shape: Shape,
-    num_attention_heads: int,
-    multiple_of: int | None,
-    base: ModelCost,
-    cost: ModelCost,
-    files: FileSizes,
-) -> Candidate:
-    nearby: tuple[int, ...] = ()
-    if shape.cuts("hidden"):
-        legal = legal_widths(shape.size("hidden"), num_attention_heads, multiple_of=multiple_of)
-        position = legal.index(shape.pruned("hidden"))
-        nearby = tuple(legal[max(0, position - NUM_NEIGHBOURS) : position + NUM_NEIGHBOURS + 1])
-    return Candidate(
-        shape=shape,
-        pruning_ratio=1 - cost.total.num_parameters / base.total.num_parameters,
-        nearby_widths=nearby,
-        cost=cost,
-        files=files,
-        prefill_speedup=base.prefill_flops_per_token / cost.prefill_flops_per_token,
-        decode_speedup=base.decode_bytes_per_token / cost.decode_bytes_per_token,
-    )
-
-
 def _cache_note(shape: Shape, base_config: Any) -> str:
     if not shape.cuts("layers") and not shape.cuts("heads"):
         return "Number and size of the attention heads, hence the cache, do not change."
@@ -258,8 +217,23 @@ def _resolve_context(context: int | None, base_config: Any) -> int:
     return context
 
 
+def _cpu_note(time: CpuTime | None) -> str:
+    if time is None:
+        return "--cpu_time measures this machine's CPU for some seconds."
+    if not time.fits:
+        return "Training does not fit into this machine's memory, so that nothing was timed on its CPU."
+    return "Time on this CPU: a layer and the head were timed, and their FLOPs carry it over to the models."
+
+
 def _notes(
-    base_config: Any, pat_config: PatConfig, base: ModelCost, candidates: Sequence[Candidate], context: int
+    base_config: Any,
+    pat_config: PatConfig,
+    base: ModelCost,
+    candidates: Sequence[Candidate],
+    context: int,
+    *,
+    cpu: CpuTime | None,
+    is_measured: bool,
 ) -> list[str]:
     notes = [
         "Prefill (reading a text): 2 x matmul parameters + 4 x heads x head size x layers x mean number of keys, per "
@@ -270,11 +244,11 @@ def _notes(
         f"Training: rank {pat_config.r} on every linear layer; adapter, gradients and Adam take 16 bytes per trainable "
         "parameter; the basis of a rotation and what fills in for MLP channels come on top. Activations are an "
         "estimate; logits (computed in chunks) and the framework itself come on top.",
-        f"Times: FLOPs at {MODEL_FLOPS_UTILISATION:.0%} of the peak in the data sheet, which models below a billion "
-        "parameters do not reach; padding, and choosing and cutting, minutes, come on top. Computed, not measured. "
-        "--cpu_time measures this machine's CPU for some seconds.",
-        "What cuts have cost was measured on two small models after little training, and on no others. "
-        "--calibrate DATA measures yours before training.",
+        f"Times on GPUs: FLOPs at {MODEL_FLOPS_UTILISATION:.0%} of the peak in the data sheet, which models below a "
+        f"billion parameters do not reach; computed, not measured. {_cpu_note(cpu)} Padding, and choosing and cutting, "
+        "minutes, come on top.",
+        "What cuts have cost elsewhere was measured on two small models after little training, and on no others."
+        + ("" if is_measured else " --calibrate DATA measures yours before training."),
     ]
     if stored_dtype(base_config) is None:
         notes.append("The configuration does not name the weights' dtype; bytes are for float32.")

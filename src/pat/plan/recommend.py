@@ -19,6 +19,9 @@ SMALL_RATIO = 0.15
 """A cut of up to about an eighth is recommended as it is, and for a larger one the line says to begin with less:
 on stories260K an eighth cost half of what a quarter did (`MEASURED_CUTS`)."""
 
+FIRST_RATIO = 0.125
+"""What is recommended where the size is left open: the advice and the command have it from here."""
+
 
 def recommend(options: PlanOptions, ratios: Sequence[float], measured: Measured | None) -> str:
     """Return what to do, by what the plan knows: losses that were measured here, or else those of other models.
@@ -50,14 +53,19 @@ def _of_other_models(options: PlanOptions, ratios: Sequence[float]) -> str:
         what = f"the shape that {targets[0]} asks for, {share} cut"
     elif len(ratios) > 1:
         what = f"the smallest of these cuts, {share}; {first}"
+    elif _leaves_size_open(options):
+        what = (
+            f"an eighth to begin with, --pruning_ratio {FIRST_RATIO}; {first}. What stands above is the default, "
+            f"{share} cut, which `pat tune` takes without a ratio"
+        )
     elif is_small:
         what = f"this shape, {share} cut"
     else:
         sizes = [f"--{AXES[axis].option} {size}" for axis, size in asked_sizes(options).items()]
         instead = f" instead of {' and '.join(sizes)}" if sizes else ""
         what = (
-            f"this shape, {share} cut, if you need a model of this size; else begin with an eighth, "
-            f"--pruning_ratio 0.125{instead}, and {first}"
+            f"this shape, {share} cut, which the command asks for, if you need a model of this size; else begin with "
+            f"an eighth, --pruning_ratio {FIRST_RATIO}{instead}, and {first}"
         )
     return f"Recommended: {what}. {evidence}\n{command}"
 
@@ -103,10 +111,15 @@ def _flags(options: PlanOptions, index: int) -> str:
         if option.name not in found and value != getattr(defaults, option.name):
             found[option.name] = value
     if not found.keys() & {"pruning_ratio", *TARGETS, *(axis.option for axis in AXES.values())}:
-        found["pruning_ratio"] = DEFAULT_PRUNING_RATIO
+        found["pruning_ratio"] = FIRST_RATIO if _leaves_size_open(options) else DEFAULT_PRUNING_RATIO
     if options.vocabulary_size is not None:
         found["vocabulary_size"] = options.vocabulary_size
     return " ".join(f"--{name} {_written(value)}" for name, value in found.items())
+
+
+def _leaves_size_open(options: PlanOptions) -> bool:
+    """Tell whether nothing says how much to cut; a trimmed vocabulary alone may come to more than an eighth."""
+    return not (options.pruning_ratio or named_target(options) or asked_sizes(options) or options.vocabulary_size)
 
 
 def _written(value: Any) -> str:

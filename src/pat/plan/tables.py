@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 from pat.families import FAMILIES
 from pat.file_sizes.predict import GGUF_TYPES
 from pat.plan.command import PlanRecord
 from pat.plan.cpu import CpuTime
 from pat.plan.curves import print_measured
-from pat.plan.guide import NOT_MEASURED
+from pat.plan.guide import NOT_MEASURED, TrainingTime
 from pat.plan.sharding import ShardedMemory
 from pat.report import numbers
 from pat.report.progress import clock
@@ -27,6 +28,10 @@ _ROTATIONS = {
 
 MINUTE = 60.0
 """Number of seconds below which times on GPUs are not listed: what comes on top of them takes longer."""
+
+
+HOUR = 3599.5
+"""Number of seconds that are shown as an hour, once they are rounded."""
 
 
 def print_plan(record: PlanRecord) -> None:
@@ -160,29 +165,40 @@ def _training(record: PlanRecord) -> Table:
 def _print_times(record: PlanRecord) -> None:
     what = f"LoRA on a million tokens in texts of {record.training.length}"
     times = record.training_times
-    if all(time.fits and max(time.base_seconds, *time.small_seconds) < MINUTE for time in times):
+    if all(time.fits and max(_gpu_seconds(time)) < MINUTE for time in times):
         names = ", ".join(time.hardware.name for time in times)
         print(f"{what} takes less than a minute on each of these GPUs alone, computed: {names}.")
         return
     rows = []
+    unit, shown_as = _clock_of([each for time in times if time.fits for each in _gpu_seconds(time)])
     for time in times:
         how = "with gradient checkpointing" if time.gradient_checkpointing else "yes"
-        seconds = [time.base_seconds, *time.small_seconds]
-        shown = [clock(each) if time.fits else "" for each in seconds]
+        shown = [shown_as(each) if time.fits else "" for each in _gpu_seconds(time)]
         rows.append([time.hardware.name, how if time.fits else "no", *shown])
-    Table(f"{what} on one GPU, computed (minutes:seconds)", ["GPU", "fits", *_headings(record)], rows).print()
+    Table(f"{what} on one GPU, computed ({unit})", ["GPU", "fits", *_headings(record)], rows).print()
+
+
+def _gpu_seconds(time: TrainingTime) -> list[float]:
+    return [time.base_seconds, *time.small_seconds]
+
+
+def _clock_of(seconds: Sequence[float]) -> tuple[str, Callable[[float], str]]:
+    """Return in which units a table shows durations, the same in every cell, and what writes one so."""
+    hours = max(seconds, default=0.0) >= HOUR
+    return "hours:minutes:seconds" if hours else "minutes:seconds", partial(clock, hours=hours)
 
 
 def _cpu(record: PlanRecord, time: CpuTime) -> Table:
     threads = "1 thread" if time.num_threads == 1 else f"{time.num_threads} threads"
     arithmetic = "bf16 autocast" if time.bf16 else "float32"
-    shown = [clock(seconds) for seconds in (time.base_seconds, *time.small_seconds) if seconds is not None]
+    seconds = [each for each in (time.base_seconds, *time.small_seconds) if each is not None]
+    unit, shown_as = _clock_of(seconds)
     seen = "from a layer and the head as they ran just now" if time.fits else "not timed, since it does not fit"
     title = (
         f"Time of LoRA for a million tokens in texts of {record.training.length} on this machine's CPU, {threads}, "
-        f"{arithmetic}, without gradient checkpointing, {seen} (minutes:seconds)"
+        f"{arithmetic}, without gradient checkpointing, {seen} ({unit})"
     )
-    cells = shown or [""] * len(_costs(record))
+    cells = list(map(shown_as, seconds)) or [""] * len(_costs(record))
     return Table(title, ["", "fits", *_headings(record)], [["this CPU", "yes" if time.fits else "no", *cells]])
 
 

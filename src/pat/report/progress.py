@@ -177,11 +177,11 @@ def is_drawn() -> bool:
     return bool(_live)
 
 
-def clock(seconds: float) -> str:
-    """Return a duration as `1:02` minutes and seconds, or `1:02:03` hours."""
+def clock(seconds: float, *, hours: bool = False) -> str:
+    """Return a duration as `1:02` minutes and seconds, or `1:02:03` from an hour on, or where `hours` asks for it."""
     minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    whole_hours, minutes = divmod(minutes, 60)
+    return f"{whole_hours}:{minutes:02}:{rest:02}" if whole_hours or hours else f"{minutes}:{rest:02}"
 
 
 def _say(state: Phase, over: threading.Event) -> None:

@@ -1,6 +1,7 @@
 """`pat plan`: the widths taken, what is said of them, and what cannot be known without weights."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from tiny_models import SLIDING_WINDOW, build
 from pat import cli
 from pat.errors import PatError
 from pat.plan.command import PlanRecord, run_plan
+from pat.plan.cpu import CpuTime
 from pat.plan.options import PlanOptions
 from pat.plan.tables import print_plan
 
@@ -144,3 +146,32 @@ def test_a_mixture_of_experts_and_json(tmp_path: Path, capsys: pytest.CaptureFix
     facts = json.loads(capsys.readouterr().out)
     assert facts["candidates"][0]["cost"]["total"]["num_parameters"] == record.candidates[0].cost.total.num_parameters
     assert facts["training"]["total_bytes"] == record.training.total_bytes
+
+
+@pytest.mark.parametrize(
+    ("seconds", "unit", "cells"),
+    [
+        ((3_754.0, 62.0), "(hours:minutes:seconds)", ["1:02:34", "0:01:02"]),
+        ((62.0, 61.0), "(minutes:seconds)", ["1:02", "1:01"]),
+    ],
+)
+def test_times_are_headed_by_the_units_of_their_cells(
+    seconds: tuple[float, float], unit: str, cells: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = plan(tmp_path)
+    print_plan(record)
+    assert "--cpu_time measures" in " ".join(capsys.readouterr().out.split())
+    on_cpu = CpuTime(1, None, True, False, 1.0, 1.0, seconds[0], seconds[1:])
+    on_gpus = tuple(replace(time, base_seconds=seconds[0], small_seconds=seconds[1:]) for time in record.training_times)
+    print_plan(replace(record, cpu_time=on_cpu, training_times=on_gpus))
+    printed = capsys.readouterr().out
+    assert " ".join(printed.split()).count(unit) == 2
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines()]
+    assert [row[2:] for row in rows if row and row[0] in ("this CPU", "H100")] == [cells, cells]
+
+
+def test_notes_do_not_advise_what_has_been_done() -> None:
+    stories = str(Path(__file__).resolve().parents[2] / "data" / "stories260K")
+    notes = " ".join(run_plan(PlanOptions(model_name_or_path=stories, cpu_time=True)).notes)
+    assert "--cpu_time" not in notes and "Time on this CPU: a layer and the head were timed" in notes
+    assert "--calibrate DATA measures yours" in notes

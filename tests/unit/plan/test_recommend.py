@@ -32,7 +32,15 @@ def test_the_default_is_recommended_unless_another_shape_is_seen_to_be_better(
 @pytest.mark.parametrize(
     ("asked", "ratios", "flags", "words"),
     [
-        ({}, [0.25], "--pruning_ratio 0.25", "begin with an eighth, --pruning_ratio 0.125, and cut more"),
+        ({}, [0.25], "--pruning_ratio 0.125", "an eighth to begin with, --pruning_ratio 0.125; cut more"),
+        (
+            {"pruning_ratio": [0.25]},
+            [0.25],
+            "--pruning_ratio 0.25",
+            "this shape, 25.0 % cut, which the command asks for, if you need a model of this size; else begin with an "
+            "eighth, --pruning_ratio 0.125, and cut more",
+        ),
+        ({"vocabulary_size": 900}, [0.25], "--pruning_ratio 0.25 --vocabulary_size 900", "which the command asks for"),
         (
             {"pruning_ratio": [0.25, 0.125]},
             [0.251, 0.126],

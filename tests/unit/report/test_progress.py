@@ -64,9 +64,13 @@ def test_elsewhere_there_are_plain_lines_of_what_takes_long(
     assert len(lines.splitlines()) >= 2 and all(line.startswith("Rows") for line in lines.splitlines())
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (62, "1:02"), (3_723, "1:02:03")])
-def test_durations(seconds: float, text: str) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "text", "with_hours"),
+    [(0.4, "0:00", "0:00:00"), (62, "1:02", "0:01:02"), (3_723, "1:02:03", "1:02:03")],
+)
+def test_durations(seconds: float, text: str, with_hours: str) -> None:
     assert progress.clock(seconds) == text
+    assert progress.clock(seconds, hours=True) == with_hours
 
 
 def test_a_total_that_may_not_be_reached_is_called_so() -> None:
