@@ -144,7 +144,9 @@ def _run(name: str, argv: Sequence[str]) -> int:
             warnings.simplefilter("ignore", FutureWarning)
             if command.first and not {"-h", "--help"} & set(argv):
                 first: OptionsParser[Any] = OptionsParser(f"pat {name}", _load(command.first))
-                first.require(first.read(argv, others=True))
+                given = first.read(argv, others=True)
+                if not first.is_misspelt(given):  # or all of the options say so, with the flag that was meant
+                    first.require(given)
             with _loading():
                 declared = _load(command.options)
             options = OptionsParser(f"pat {name}", declared, command.summary).parse(argv)

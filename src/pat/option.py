@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pat.paths import expand
-from pat.ranges import Range, check_range
+from pat.ranges import Range, check_range, did_you_mean
 
 _WORDS = {True: ("true", "yes", "t", "y", "1", "on"), False: ("false", "no", "f", "n", "0", "off")}
 
@@ -82,6 +82,8 @@ class Option:
         if value is None or not self.takes_list:
             return value if value is None else self._read_one(value)
         items = list(value) if isinstance(value, list | tuple | set) else [value]
+        if float in self.kinds and (meant := self._with_points(items)):
+            raise ValueError(f"numbers with a decimal point; did you mean {meant}?")
         if not {str, Path, object} & set(self.kinds):  # numbers may also stand with commas between, as in 1,8,16
             items = [part for item in items for part in (item.split(",") if isinstance(item, str) else [item])]
         if not self.takes_single and bool not in self.kinds and any(isinstance(item, bool) for item in items):
@@ -112,7 +114,24 @@ class Option:
                 return _as(kind, value)
             except ValueError:
                 continue
-        raise ValueError(f"{self._expected()}, or several of them" if self.takes_list else self._expected())
+        expected = f"{self._expected()}, or several of them" if self.takes_list else self._expected()
+        is_number = {int, float} & set(self.kinds) and isinstance(value, str)
+        raise ValueError(
+            expected + (did_you_mean(value, self.range, whole=float not in self.kinds) if is_number else "")
+        )
+
+    def _with_points(self, items: list[Any]) -> str:
+        """Return numbers with points for those with decimal commas, which would be two numbers, one out of range."""
+        words = [item.replace(",", ".") if isinstance(item, str) else str(item) for item in items]
+        if self.range is None or "," not in "".join(map(str, items)):
+            return ""
+        allowed = Range.of(self.range)
+        try:
+            parts = [float(part) for item in items for part in str(item).split(",")]
+            fits = all(float(word) in allowed for word in words) and not all(part in allowed for part in parts)
+        except ValueError:
+            return ""
+        return " ".join(words) if fits else ""
 
     def _expected(self) -> str:
         return " or ".join(_EXPECTED.get(kind, "a text") for kind in self.kinds)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import typing
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
@@ -30,6 +31,9 @@ SAME = (
 
 GIVEN = "given"
 """Field, with a default, of a dataclass of several parts that is no part: the names of the options that were given."""
+
+_FLAG = re.compile("--?[^-0-9.]")
+"""What begins like this is meant as a flag, and no negative number."""
 
 MAX_SHOWN = 200
 """Letters of a value that a message repeats."""
@@ -61,6 +65,8 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
         self._sections = _sections(options)
         self._refused: Mapping[str, tuple[Any, str]] = getattr(options, "REFUSED", {})
         self.options = {option.name: option for _, _, own in reversed(self._sections) for option in own}
+        self.unread: tuple[str, ...] = ()
+        """Flags of the last command line that were let pass, see `read`."""
 
     # -- the three ways in -------------------------------------------------------------------------------------
 
@@ -78,7 +84,7 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
         Raises:
             PatError: see `parse`.
         """
-        self._refuse_unknown(keywords, "", "")
+        self._refuse_unknown(dict.fromkeys(keywords, ""), "", keywords)
         given = {name: self._read(name, value, f"{name}={value!r}") for name, value in keywords.items()}
         return self._make(self._without_nothing(given))
 
@@ -95,11 +101,14 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
         if len(files) > 1:
             raise PatError(f"Got --{CONFIG} twice ({' and '.join(files)}); give one file.")
         given = self._read_file(Path(files[0]).expanduser(), others) if files else {}
-        if not others and rest:
-            flags = [item.partition("=")[0] for item in rest if item.startswith("--")]
-            if not flags:
-                self.error(f"Got {' '.join(rest)!r} without a flag before it")
-            self._refuse_unknown([flag[2:] for flag in flags], "", "--")
+        if rest:
+            flags = [item.partition("=")[0] for item in rest if _FLAG.match(item)]
+            unknown = {flag.lstrip("-"): flag[: -len(flag.lstrip("-"))] for flag in flags}
+            if not others:
+                if not flags:
+                    self.error(f"Got {' '.join(rest)!r} without a flag before it")
+                self._refuse_unknown(unknown, "", {**given, **typed})
+            self.unread = tuple(unknown)
         for name, value in typed.items():
             shown = " ".join(value) if isinstance(value, list) else str(value)
             given[name] = self._read(name, value, f"--{name} {shown!r}")
@@ -111,9 +120,18 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
         Raises:
             PatError: it is.
         """
-        for name, option in self.options.items():
-            if option.default is MISSING and given.get(name) in (None, ""):
-                self.error(f"--{name} is missing ({option.help.partition('. ')[0].rstrip('.')})")
+        if missing := self._missing(given):
+            name, *others = missing
+            beside = f"; so {'are' if others[1:] else 'is'} {_listed(others, '--')}" if others else ""
+            self.error(f"--{name} is missing ({self.options[name].help.partition('. ')[0].rstrip('.')}){beside}")
+
+    def is_misspelt(self, given: Mapping[str, Any]) -> bool:
+        """Tell whether a flag that was let pass looks like one that is missing."""
+        return any(match in self._missing(given) for name in self.unread for match in self._like(name))
+
+    def _missing(self, given: Mapping[str, Any]) -> list[str]:
+        options = self.options.items()
+        return [name for name, option in options if option.default is MISSING and given.get(name) in (None, "")]
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print."""
@@ -150,7 +168,7 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
             elif name in self.options:
                 given[name] = self._read(name, value, f"{name} {value!r}", place)
             elif not others:
-                self._refuse_unknown([name], place, "")
+                self._refuse_unknown({name: ""}, place, None)
         return self._without_nothing(given)
 
     def _without_nothing(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,14 +182,28 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
             shown = f"{name} (not shown)" if self.options[name].is_secret else _shortened(shown)
             self.error(f"{place}: got {shown}; expected {error}" if place else f"Got {shown}; expected {error}")
 
-    def _refuse_unknown(self, names: Iterable[str], place: str, prefix: str) -> None:
-        unknown = [name for name in names if name not in self.options]
-        if unknown:
-            near = [match for name in unknown for match in self._like(name)]
-            guess = f"; did you mean {' or '.join(prefix + match for match in near)}?" if near else ""
-            named = _shortened(", ".join(prefix + name for name in unknown))
-            flags = f"unknown flag{'s' * (len(unknown) > 1)} {named}"
-            self.error(f"{place}: got the {flags}{guess}" if place else f"Got the {flags}{guess}")
+    def _refuse_unknown(self, names: Mapping[str, str], place: str, given: Mapping[str, Any] | None) -> None:
+        """Refuse names that no option has; each comes with the dashes that it was typed with.
+
+        All of them are named at once, each with the option that it likely means, and what is missing besides; `given`
+        is None where that cannot be known yet.
+        """
+        unknown = {name: dashes for name, dashes in names.items() if name not in self.options or dashes == "-"}
+        if not unknown:
+            return
+        prefix = "--" if any(unknown.values()) else ""
+        near = {name: match for name in unknown for match in ([name] if name in self.options else self._like(name))}
+        meant = [
+            f"{prefix}{match}{f' for {unknown[name]}{name}' if len(unknown) > 1 else ''}"
+            for name, match in near.items()
+        ]
+        guess = f"; did you mean {_shortened(' and '.join(meant))}?" if near else ""
+        missing = [] if given is None else [name for name in self._missing(given) if name not in near.values()]
+        if missing:
+            guess += f"{'' if near else ';'} {'M' if near else 'm'}issing besides: {_listed(missing, prefix)}"
+        named = _shortened(", ".join(dashes + name for name, dashes in unknown.items()))
+        flags = f"unknown flag{'s' * (len(unknown) > 1)} {named}"
+        self.error(f"{place}: got the {flags}{guess}" if place else f"Got the {flags}{guess}")
 
     def _like(self, name: str) -> list[str]:
         """Return the option that a name likely means: a main one that it shortens, the same thing, or a name alike."""
@@ -225,6 +257,12 @@ def _sections(options: type[Any]) -> list[tuple[str, type[Any], list[Option]]]:
         return [Option.of(field, annotations[part][field.name], ranges.get(field.name)) for field in names]
 
     return [(heading, part, read(part)) for heading, part in parts]
+
+
+def _listed(names: Sequence[str], prefix: str) -> str:
+    """Return names as they stand in a sentence."""
+    shown = [prefix + name for name in names]
+    return " and ".join([*([", ".join(shown[:-1])] if shown[1:] else []), shown[-1]])
 
 
 def _shortened(text: str) -> str:

@@ -15,6 +15,9 @@ from pat.errors import PatError
 
 _INTERVAL = re.compile(r"([\[(])\s*(\S+)\s*,\s*(\S+?)\s*([\])])$")
 
+_THOUSANDS = re.compile(r"[1-9]\d{0,2}(,\d{3})+$")
+"""Numbers with commas between thousands."""
+
 WORD = 2**63
 """Whole numbers from here on fit no counter of the libraries."""
 
@@ -55,6 +58,34 @@ class Range:
         return " or ".join([*map(_shown, self.others), " and ".join(ends)])
 
 
+def did_you_mean(given: Any, text: str | None, *, whole: bool) -> str:
+    """Return the end of a message with the number that was likely meant; an empty text where none is.
+
+    It is a share where a percentage was given (`25`, `25%`), a number with a point where it has a decimal comma
+    (`0,125`), or a whole one that was written otherwise (`1,000`, `1e3`).
+
+    Args:
+        given: what cannot be.
+        text: the range of the option; None if it has none.
+        whole: whether the option takes no fractions.
+    """
+    word, allowed = str(given).strip()[:100], Range.of(text or "(-inf, inf)")
+    number, is_percentage = word.removesuffix("%").strip(), word.endswith("%")
+    forms = [number.replace(",", ".")] if number.count(",") < 2 and not whole else []
+    forms += [number.replace(",", "")] if _THOUSANDS.match(number) or "," not in number else []
+    is_share = allowed.low >= 0 and allowed.high == 1
+    for form in forms:
+        try:
+            value = float(form)
+        except ValueError:
+            continue
+        as_it_is, hundredth = [] if is_percentage else [value], [value / 100] if is_percentage or value > 1 else []
+        for meant in as_it_is + (hundredth if is_share or text is None else []):
+            if meant in allowed and not (whole and not meant.is_integer()) and (shown := f"{meant:.12g}") != word:
+                return f"; did you mean {shown}?"
+    return ""
+
+
 def check_range(name: str, value: Any, text: str, *, whole: bool) -> None:
     """Check a number, or every number in a list; None, and words that stand for one, are left to whom they are for.
 
@@ -74,7 +105,8 @@ def check_range(name: str, value: Any, text: str, *, whole: bool) -> None:
         is_number = isinstance(item, int | float) and not isinstance(item, bool)
         if not is_number or item not in allowed or (whole and item != int(item)):
             kind = "a whole number" if whole else "a finite number"
-            raise PatError(f"Got {name}={str(item)[:100]}; expected {kind} that is {allowed.describe()}.")
+            hint = did_you_mean(item, text, whole=whole)
+            raise PatError(f"Got {name}={str(item)[:100]}; expected {kind} that is {allowed.describe()}{hint or '.'}")
 
 
 def check_ranges(options: Any) -> None:
@@ -90,7 +122,10 @@ def check_ranges(options: Any) -> None:
         if (text := field.metadata.get("range")) is not None:
             is_text, is_list = isinstance(value, str), isinstance(value, list | tuple | set | dict)
             if (is_text and "str" not in kind) or (is_list and "list" not in kind and "tuple" not in kind):
-                raise PatError(f"Got {field.name}={str(value)[:100]!r}; expected a number that is {_words(text)}.")
+                hint = did_you_mean(value, text, whole="float" not in kind)
+                raise PatError(
+                    f"Got {field.name}={str(value)[:100]!r}; expected a number that is {_words(text)}{hint or '.'}"
+                )
             takes_fractions = "float" in kind or field.metadata.get("fractions", False)
             check_range(field.name, value, text, whole=not takes_fractions)
             if isinstance(value, float) and not takes_fractions:

@@ -222,7 +222,7 @@ def parse_count(number: Any) -> Any:
     if count is None or count.denominator != 1:
         raise PatError(
             f"Got target_num_parameters={number[:100]!r}; expected a whole number of parameters, such as 200M, 1.2B or "
-            "90000000 (bytes, such as 200MB, are for target_bytes)."
+            f"90000000 (bytes, such as 200MB, are for target_bytes){_without_comma(number, _COUNTS) or '.'}"
         )
     return int(count)
 
@@ -235,8 +235,15 @@ def parse_bytes(size: Any) -> int:
     """
     number = _number(str(size), _BYTES)
     if number is None or number < 1:
-        raise PatError(f"Got target_bytes={str(size)[:100]!r}; expected a size such as 200MB or 1.5GB.")
+        hint = _without_comma(str(size), _BYTES) or "."
+        raise PatError(f"Got target_bytes={str(size)[:100]!r}; expected a size such as 200MB or 1.5GB{hint}")
     return int(number)
+
+
+def _without_comma(text: str, suffixes: Mapping[str, int]) -> str:
+    """Return the end of a message with what a number with a decimal comma, or commas between thousands, stands for."""
+    meant = text.strip()[:100].replace(",", "" if text.count(",") > 1 else ".")
+    return f"; did you mean {meant}?" if "," in text and _number(meant, suffixes) is not None else ""
 
 
 def _number(text: str, suffixes: Mapping[str, int]) -> Fraction | None:

@@ -70,6 +70,8 @@ def test_without_a_command_the_overview_names_all_of_them(capsys: pytest.Capture
         (["benchmark", "--model", "m"], 2, "--baseline is missing"),
         (["demo", "--max_steps", "few"], 2, "'few'"),
         (["tune", "--model_name_or_path", "m"], 2, "--dataset_name is missing"),
+        (["tune"], 2, "); so are --dataset_name and --output_dir (see"),
+        (["tune", "--model_name_or_path", "m", "--seed", "3"], 2, "--dataset_name is missing"),
         (["tune", *BASE, "--config", "nowhere.yaml"], 2, "no such file"),
         (["tune", *BASE, "--recipe", "best"], 2, "default, paper"),
     ],
@@ -88,6 +90,15 @@ def test_what_needs_no_model_imports_no_torch_and_is_quick(argv: list[str], stat
         assert done.returncode == status and words in done.stdout + done.stderr
         assert done.stdout.splitlines()[-1] == "False"
     assert len(seconds) == 1 or statistics.median(seconds) <= MAX_SECONDS
+
+
+def test_an_unknown_flag_is_named_before_what_is_missing_for_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of `pat tune`, too, whose required flags are looked for before all of its flags are known."""
+    assert cli.main(["tune", "--model", "M", "--dataset", "d", "--learning_rate", "1e-4"]) == 2
+    assert capsys.readouterr().err == (
+        "pat: Got the unknown flags --model, --dataset; did you mean --model_name_or_path for --model and "
+        "--dataset_name for --dataset? Missing besides: --output_dir (see `pat tune --help`).\n"
+    )
 
 
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))

@@ -10,6 +10,7 @@ import pytest
 
 from pat.errors import PatError
 from pat.options import OptionsParser
+from pat.plan.options import PlanOptions
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,14 @@ def test_keywords_are_values_or_words() -> None:
     ("given", "line"),
     [
         (["--naem", "n"], "Got the unknown flag --naem; did you mean --name?"),
+        (["-naem", "n"], "Got the unknown flag -naem; did you mean --name? (see"),
+        (["-name", "n"], "Got the unknown flag -name; did you mean --name? (see"),
+        (["--rnak=3"], "Got the unknown flag --rnak; did you mean --rank? Missing besides: --name (see `pat test"),
+        (["--zzz", "-1"], "Got the unknown flag --zzz; missing besides: --name (see"),
+        (
+            ["--naem", "n", "--rnak", "3"],
+            "Got the unknown flags --naem, --rnak; did you mean --name for --naem and --rank for --rnak? (see",
+        ),
         (["--lr", "1"], "Got the unknown flag --lr; did you mean --learning_rate?"),
         (["--report", "a"], "Got the unknown flag --report; did you mean --report_to?"),
         (["stray"], "Got 'stray' without a flag before it"),
@@ -195,3 +204,38 @@ def test_what_options_refuse_themselves_is_said_as_they_say_it() -> None:
     with pytest.raises(PatError) as error:
         OptionsParser("pat test", Refusing).build({"name": "n"})
     assert str(error.value) == "Got name='n'; expected another."
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("--pruning_ratio 25", "0.25"),
+        ("--pruning_ratio 0.1 25", "0.25"),
+        ("--pruning_ratio 12.5%", "0.125"),
+        ("--pruning_ratio 0,125", "0.125"),
+        ("--pruning_ratio 0,125 0,25", "0.125 0.25"),
+        ("--target_latency 50", "0.5"),
+        ("--target_latency 0,5", "0.5"),
+        ("--context 1,024", "1024"),
+        ("--context 1e3", "1000"),
+        ("--target_num_parameters 1,2B", "1.2B"),
+        ("--target_num_parameters 100,000,000", "100000000"),
+        ("--target_bytes 1,5GB", "1.5GB"),
+        ("--pruning_ratio 1", None),
+        ("--pruning_ratio -0.2", None),
+        ("--pruning_ratio nan", None),
+        ("--context 0,5", None),
+        ("--context -5", None),
+        ("--gpus 200%", None),
+    ],
+)
+def test_a_percentage_or_a_comma_is_answered_with_the_number_that_was_meant(words: str, meant: str | None) -> None:
+    with pytest.raises(PatError) as error:
+        OptionsParser("pat plan", PlanOptions).parse(["--model_name_or_path", "m", *words.split()])
+    said = str(error.value)
+    assert (f"; did you mean {meant}?" in said) if meant else "did you mean" not in said
+
+
+def test_two_ratios_may_have_a_comma_between_them() -> None:
+    made = OptionsParser("pat plan", PlanOptions).parse(["--model_name_or_path", "m", "--pruning_ratio", "0.125,.25"])
+    assert made.pruning_ratio == [0.125, 0.25]
