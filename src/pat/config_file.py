@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pat.errors import PatError, one_line
+from pat.paths import near
 
 CONFIG = "config"
 """The flag that names a file of flags."""
@@ -83,7 +84,8 @@ def set_environment(variables: Any, place: str) -> None:
 def _text(path: Path) -> str:
     try:
         if not os.path.isfile(path):
-            raise PatError(f"Got --{CONFIG} {path}, but there is no such file; expected a YAML file of flags.")
+            alike = near(path, folder=False)
+            raise PatError(f"Got --{CONFIG} {path}, but there is no such file{alike}; expected a YAML file of flags.")
         if (size := path.stat().st_size) > MAX_BYTES:
             raise PatError(f"{path}: got {size:,} bytes, more than flags can need; expected at most {MAX_BYTES:,}.")
         return path.read_text(encoding="utf-8")

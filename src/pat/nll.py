@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from pat.errors import PatError
+from pat.paths import near
 from pat.report.progress import Progress
 
 if TYPE_CHECKING:
@@ -261,7 +262,7 @@ def read_text(path: Path) -> str:
     """Return the text of a UTF-8 file; `PatError` if it is missing or empty."""
     path = path.expanduser()
     if not os.path.isfile(path):
-        raise PatError(f"{path}: no such file; expected a UTF-8 text file.")
+        raise PatError(f"{path}: no such file{near(path, folder=False)}; expected a UTF-8 text file.")
     try:
         text = path.read_text(encoding="utf-8-sig")  # a byte-order mark is none of the text
     except (OSError, UnicodeDecodeError) as error:

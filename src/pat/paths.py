@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import fields
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pat.errors import PatError
+
+MOST_NAMES = 5_000
+"""Names in a folder among which one is looked for that is like a missing one."""
 
 
 def expand(name: str) -> str:
@@ -56,6 +61,33 @@ def _shortened(path: Path) -> str:
 def looks_local(name: str) -> bool:
     """Tell whether a name can only be that of a folder, because no hub id is written so."""
     return os.path.isabs(expand(name)) or name.startswith(".") or name.count("/") > 1
+
+
+def near(name: str | Path, *, folder: bool | None = None) -> str:
+    """Return names that are like that of a missing file or folder, and are there, for a message; empty without any.
+
+    Args:
+        name: what is not there.
+        folder: whether a folder (True) or a file (False) is wanted; None for either.
+
+    Returns:
+        ` (did you mean PATH?)`, with up to two paths written as the missing one is.
+    """
+    path = Path(expand(str(name)))
+    try:
+        missing = [part for part in (path, *path.parents) if not os.path.exists(part)]
+        if not missing or not missing[-1].name:
+            return ""
+        first = missing[-1]
+        with os.scandir(first.parent) as entries:
+            names = [entry.name for entry in islice(entries, MOST_NAMES) if entry.name.isprintable()]
+        alike = [other for other in names if Path(other).stem == first.name or other.lower() == first.name.lower()]
+        alike += [other for other in get_close_matches(first.name, names, n=5) if other not in alike]
+        found = [first.with_name(other) / path.relative_to(first) for other in alike]
+        there = [str(each) for each in found if os.path.exists(each) and folder in (None, os.path.isdir(each))]
+    except (OSError, ValueError):  # a folder that cannot be listed, or a name that no file can have
+        return ""
+    return f" (did you mean {' or '.join(there[:2])}?)" if there else ""
 
 
 def is_inside(path: str | None, folder: Path) -> bool:

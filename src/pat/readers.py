@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow.parquet
 
 from pat.errors import PatError
+from pat.paths import near
 from pat.strict_json import DECODER, RepeatedField
 
 Row = dict[str, Any]
@@ -54,7 +55,7 @@ def iterate_local(path: Path) -> Iterator[Placed]:
         PatError: no such file, another suffix, no rows, or not readable as what the suffix says (with the line).
     """
     if not os.path.isfile(path):
-        raise PatError(f"{path}: no such file; expected a hub dataset id, a folder or a file ({SUFFIXES}).")
+        raise PatError(f"{path}: no such file{near(path)}; expected a hub dataset id, a folder or a file ({SUFFIXES}).")
     suffix = data_suffix(path)
     if suffix not in READERS:
         raise PatError(f"{path}: got suffix {suffix!r}, expected one of {SUFFIXES}; convert the file.")

@@ -30,7 +30,7 @@ from pat.loading import (
 from pat.loading.stored import dtype_of, stored_tensors
 from pat.loading.tokenizer import load_plain_tokenizer
 from pat.loading.trimming import kept_tokens, renumber_specials, trim_embedding
-from pat.paths import expand, looks_local
+from pat.paths import expand, looks_local, near
 from pat.report.progress import quiet_transformers
 from pat.tuner import PatConfig
 from pat.tuner.config import PatType
@@ -48,10 +48,12 @@ def read_adapter_config(adapter: str | os.PathLike[str]) -> LoraConfig:
     """
     folder = Path(adapter)
     if not os.path.isdir(folder):
-        raise PatError(f"{adapter}: no such folder; expected the folder of a PAT adapter.")
+        raise PatError(f"{adapter}: no such folder{near(folder, folder=True)}; expected the folder of a PAT adapter.")
     if not (folder / CONFIG_NAME).is_file():
         inner = next((n for n in (f"{COMPACT}/{ADAPTER}", ADAPTER) if (folder / n / CONFIG_NAME).is_file()), None)
         hint = f"pass {folder / inner}" if inner else "pass what model.save_pretrained or `pat tune` wrote as adapter"
+        if not inner and (folder / "config.json").is_file():
+            hint = "it holds a model, and a model needs no merge"
         raise PatError(f"{adapter}: has no {CONFIG_NAME}, so it is not the folder of an adapter; {hint}.")
     try:
         stored = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))

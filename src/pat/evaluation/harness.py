@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from pat.errors import PatError
 from pat.evaluation.options import ANSWERS, BATCH_SIZE, PROTOCOLS
 from pat.nll import evaluating
+from pat.paths import near
 from pat.questions import evenly_spaced, resolve_tasks
 from pat.report.records import plain
 
@@ -104,7 +105,8 @@ def load_tasks(
             "The tasks need lm-evaluation-harness, which is not installed; run `pip install 'pat-llm[evaluation]'`."
         )
     if data_dir is not None and not os.path.isdir(data_dir):
-        raise PatError(f"{data_dir}: no such folder; give a --data_dir that holds a <task>.jsonl for each task.")
+        alike = near(data_dir, folder=True)
+        raise PatError(f"{data_dir}: no such folder{alike}; give a --data_dir that holds a <task>.jsonl for each task.")
     from lm_eval.tasks import TaskManager
 
     metadata = {} if data_dir is None else {"data_dir": str(data_dir)}

@@ -30,6 +30,7 @@ from torch import Tensor
 from pat.errors import PatError, one_line
 from pat.kinds import misfits
 from pat.loading.stored import DTYPES
+from pat.paths import near
 
 PREFIX = "base_model.model."
 
@@ -116,7 +117,8 @@ def read_published(adapter: str | Path) -> PublishedAdapter:
     """
     folder = Path(adapter)
     if not os.path.isdir(folder):
-        raise PatError(f"{adapter}: no such folder; expected that of an adapter of the published code.")
+        alike = near(folder, folder=True)
+        raise PatError(f"{adapter}: no such folder{alike}; expected that of an adapter of the published code.")
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise PatError(f"{adapter}: has no {name}; expected what the published code's training has saved.")

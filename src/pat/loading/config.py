@@ -23,7 +23,7 @@ from pat.loading.fit import check_weights
 from pat.loading.quantized import quantization_of
 from pat.loading.sizes import COUNTS, MAX_CONFIG_BYTES, check_sizes, is_count
 from pat.loading.stored import stored_file, stored_tensors
-from pat.paths import expand, looks_local
+from pat.paths import expand, looks_local, near
 
 _CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 """Class names of the causal language models in transformers; older ones have names of their own (GPT2LMHeadModel)."""
@@ -54,8 +54,8 @@ def load_config(name_or_path: str, *, revision: str | None = None) -> tuple[Any,
     except Exception as error:  # every kind that transformers' own checks, and its code without any, can raise
         if not os.path.isdir(name_or_path) and isinstance(error, OSError | HFValidationError):
             raise PatError(
-                f"Got the model {name_or_path!r}, but there is no such folder and no such model on the hub that could "
-                f"be reached: {_reason(error)}"
+                f"Got the model {name_or_path!r}, but there is no such folder{near(name_or_path, folder=True)} and no "
+                f"such model on the hub that could be reached: {_reason(error)}"
             ) from error
         raise _unusable(name_or_path, error, _fields(name_or_path, revision)) from error
     check_kind(name_or_path, config)
@@ -106,7 +106,8 @@ def check_exists(name_or_path: str) -> str:
     path = Path(expand(name_or_path))
     if (looks_local(name_or_path) and not os.path.isdir(path)) or os.path.isfile(path):
         raise PatError(
-            f"Got the model {name_or_path!r}, but there is no such folder; expected a model folder or a hub id."
+            f"Got the model {name_or_path!r}, but there is no such folder{near(path, folder=True)}; expected a model "
+            "folder or a hub id."
         )
     return expand(name_or_path)
 
@@ -114,6 +115,10 @@ def check_exists(name_or_path: str) -> str:
 def _check_folder(name_or_path: str) -> None:
     path = Path(name_or_path)
     file = path / "config.json"
+    if os.path.isdir(path) and not os.path.isfile(file) and os.path.isfile(path / ADAPTER_CONFIG_NAME):
+        raise PatError(
+            f"Got the model folder {name_or_path!r}, which holds an adapter and no model; {_model_of_adapter(path)}."
+        )
     if os.path.isdir(path) and not os.path.isfile(file):
         inner = path / "model"
         hint = f"pass {inner}" if os.path.isfile(inner / "config.json") else "expected a saved model"
@@ -125,6 +130,21 @@ def _check_folder(name_or_path: str) -> None:
         )
     if os.path.isdir(path) and (size := file.stat().st_size) > MAX_CONFIG_BYTES:
         raise PatError(f"{file}: got {size:,} bytes; expected a configuration of at most {MAX_CONFIG_BYTES:,}.")
+
+
+def _model_of_adapter(adapter: Path) -> str:
+    """Say what to pass instead of an adapter: the model of its run, or what is made of it."""
+    try:
+        is_ours = json.loads((adapter / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8")).get("peft_type") == "PAT"
+    except (OSError, ValueError, AttributeError, RecursionError):
+        is_ours = False
+    runs = [folder for folder in list(adapter.absolute().parents)[:3] if os.path.isfile(folder / "run.json")]
+    models = [folder / "model" for folder in runs if os.path.isfile(folder / "model" / "config.json")]
+    if not is_ours and not runs:
+        return "merge it into its base (peft's merge_and_unload; `pat convert` if it is of the paper's own code)"
+    shown = os.path.relpath(models[0]) if models and not adapter.is_absolute() else models[0] if models else None
+    first = f"pass {shown}, the model of its run, or " if shown else ""
+    return f"{first}make a model of it with `pat merge --adapter {adapter} --output_dir MODEL` and pass that"
 
 
 def check_kind(name: str, config: Any) -> None:

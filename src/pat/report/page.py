@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
@@ -38,6 +39,13 @@ _DATA = {
 _FOLDERS = re.compile(r"(?<![\w.:/<])(?:/|~/|[A-Za-z]:\\)(?:[\w.@+-]+[/\\])+(?=[\w.@+-])")
 
 
+_HEAD = 2**16
+"""Bytes of a page that hold its head, with a title that may be long."""
+
+_MARKS = (b'<meta name="generator" content="pat report">', b": report of pat tune</title>")
+"""What stands in the head of a report; the latter alone in those of earlier versions."""
+
+
 @dataclass(frozen=True)
 class Changed:
     """An option that has another value than the recipe's default."""
@@ -45,6 +53,16 @@ class Changed:
     name: str
     default: str
     value: str
+
+
+def is_report(path: Path) -> bool:
+    """Tell whether a file can be read and is a page that `render_report` has made, now or in an earlier version."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(_HEAD)
+    except OSError:
+        return False
+    return any(mark in start for mark in _MARKS)
 
 
 def render_report(record: Mapping[str, Any], changed: Sequence[Changed] | None) -> str:

@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Literal
 
 from pat.checkpoint.places import REPORT, RESULTS
 from pat.errors import PatError, one_line
-from pat.paths import check_writable, expand_options
+from pat.paths import check_writable, expand_options, near
 from pat.recipes import RECIPES
-from pat.report.page import Changed, render_report
+from pat.report.page import Changed, is_report, render_report
 from pat.report.records import Record, plain
 from pat.shape import DEFAULT_PRUNING_RATIO
 from pat.training.arguments import build_arguments
@@ -50,7 +50,7 @@ class ReportOptions:
         """Refuse a file that is none, before anything is read.
 
         Raises:
-            PatError: the output is no .html file in a folder that is there, or cannot be written.
+            PatError: the output is no .html file in a folder that is there, cannot be written, or is another file.
         """
         expand_options(self)
         path = self.output
@@ -60,6 +60,10 @@ class ReportOptions:
         if path.suffix.lower() not in (".html", ".htm") or os.path.isdir(path) or not there:
             raise PatError(f"Got output={path}; expected an .html file in a folder that is there.")
         check_writable(path)
+        if os.path.isfile(path) and os.path.getsize(path) and not is_report(path):
+            raise PatError(
+                f"Got output={path}, which exists and is no report of a run; give another name, or move it away first."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +149,9 @@ def _differing(recipe: str, given: Mapping[str, Any]) -> Iterator[Changed]:
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / RESULTS
     if not os.path.isfile(path):
+        if not os.path.isdir(folder):
+            alike = near(folder, folder=True)
+            raise PatError(f"Got run={folder}, but there is no such folder{alike}; expected that of a `pat tune`.")
         raise PatError(
             f"Got run={folder}, where there is no {RESULTS}; expected the folder of a finished `pat tune`. One that "
             "was stopped goes on by its own command."

@@ -111,6 +111,27 @@ def test_a_model_with_an_adapter_in_its_folder_is_refused(base: Path) -> None:
     assert "holds an adapter (adapter_config.json)" in refused(base)
 
 
+def test_of_an_adapter_the_model_of_its_run_is_named(tmp_path: Path) -> None:
+    """Also of one in a folder below, as checkpoints and the compact model's are, whose own base is no result."""
+    adapter, merge = tmp_path / "compact" / "adapter", "pat merge --adapter"
+    (adapter.parent / "model").mkdir(parents=True)
+    (adapter.parent / "model" / "config.json").write_text("{}")
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert "holds an adapter and no model; merge it into its base (peft's merge_and_unload" in refused(adapter)
+    (adapter / "adapter_config.json").write_text('{"peft_type": "PAT"}')
+    assert f"no model; make a model of it with `{merge} {adapter} --output_dir MODEL` and pass that" in refused(adapter)
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    said = refused(adapter)
+    assert f"pass {tmp_path / 'model'}, the model of its run, or make" in said and f"{merge} {adapter}" in said
+
+
+def test_a_misspelt_folder_is_answered_with_one_like_it(base: Path) -> None:
+    assert f"no such folder (did you mean {base}" in refused(base.with_name(f"{base.name}e"))
+
+
 def test_layers_that_the_configuration_has_no_place_for(base: Path) -> None:
     """Without a word transformers would load half a model."""
     edit(base, num_hidden_layers=1)
