@@ -11,6 +11,11 @@ torchcodec`, which do not fit that torch. A cell is a base model that is cut by 
 does. vLLM reads a prompt in float32 and goes on with the tokens it takes for the likeliest; the log-probabilities that
 it gives to all tokens of the vocabulary (of a real model to the likeliest 20) are held against those of transformers.
 
+A clean run needs Linux (vLLM forks), a checkout with `tests/`, which has the tiny models, two environments that
+do not see each other (the one of `--vllm_python` need not have this package), no network, and an `--output` of its own:
+cells that it has of earlier runs are kept under the versions of the last, so where those have changed take a new file.
+Nothing is timed: other work on the machine changes no figure.
+
 Sizes are such that a size of a head that is derived from the hidden size is one that vLLM's attention on a CPU knows,
 before and after the cut: otherwise it would refuse here what it runs elsewhere.
 """
@@ -110,6 +115,8 @@ def main() -> None:
     if args.answer:
         _answer(json.loads(Path(args.answer).read_text()))
         return
+    if args.vllm_python is None or args.output is None:
+        parser.error("--vllm_python and --output are needed")
     sys.path.insert(0, str(TESTS))
     from tiny_models import FAMILIES
 

@@ -1,6 +1,8 @@
 """The table of engines: one row for each model, and a sentence where one does not run it."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 from pat.families import FAMILIES
@@ -58,3 +60,12 @@ def test_what_llama_cpp_ran_is_what_can_be_written_for_it() -> None:
 def test_the_documentation_has_the_table() -> None:
     page = ROOT / "docs" / "export.md"
     assert serving_table().to_markdown() in page.read_text(encoding="utf-8")
+
+
+def test_the_comparison_with_vllm_explains_itself_where_nothing_is_installed() -> None:
+    """Nor vLLM: `-S` leaves the standard library. What it cannot do without is said before models are made."""
+    script = [sys.executable, "-I", "-S", str(ROOT / "benchmarks" / "serving_vllm.py")]
+    page = subprocess.run([*script, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "A clean run needs" in page and "--vllm_python" in page
+    refused = subprocess.run([*script, "--output", "out.json"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "--vllm_python and --output are needed" in refused.stderr

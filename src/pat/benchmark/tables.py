@@ -122,8 +122,10 @@ def _memory(record: BenchmarkRecord) -> Table:
 
 def _notes(record: BenchmarkRecord) -> list[str]:
     notes = [
-        "Speed: median of the ratios of measurements taken next to each other. Predicted: ratio of FLOPs for prefill, "
-        "of bytes read for decode. Of it: measured over predicted.",
+        "Ratio of speed, above 1 where the model is faster: the median of the ratios of pairs, baseline and model "
+        "measured next to each other. The two columns before it are medians of their own, so that dividing them comes "
+        "to about the same, not to the same. Predicted: ratio of FLOPs for prefill, of bytes read for decode. Of it: "
+        "measured over predicted.",
     ]
     if record.device == "cpu":
         before = _megabytes(record.models["model"].process_bytes)

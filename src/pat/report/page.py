@@ -199,6 +199,7 @@ def _training(facts: Facts) -> list[tuple[str, str]]:
     """Return what is known of the training in words and numbers."""
     rates = ((name, as_number(rate)) for name, rate in facts.mapping("learning_rates").items())
     milestone, seconds = facts.number("cut", "milestone_step"), facts.number("timings", "train_seconds")
+    timed = None if seconds is None else f"{numbers.count(seconds)} (other work on the machine changes them)"
     rows = [
         ("recipe", facts.text("recipe")),
         ("optimizer steps", facts.number("num_steps")),
@@ -209,7 +210,7 @@ def _training(facts: Facts) -> list[tuple[str, str]]:
         ("device", facts.text("device")),
         ("machine", facts.text("machine", "device")),
         ("number format", _arithmetic(facts)),
-        ("seconds of choosing, cutting and training", seconds),
+        ("seconds of choosing, cutting and training", timed),
     ]
     return [
         (label, value if isinstance(value, str) else numbers.count(value)) for label, value in rows if value is not None

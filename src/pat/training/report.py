@@ -43,7 +43,8 @@ class ReportOptions:
 
     run: Path = field(metadata={"help": "Folder of a finished run of `pat tune`, with its results.json."})
     output: Path | None = field(
-        default=None, metadata={"help": "HTML file to write; by default report.html in the folder of the run."}
+        default=None,
+        metadata={"help": "HTML file to write, new or a report; by default report.html in the folder of the run."},
     )
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """The record of made-up measurements as tables, markdown and figure."""
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,16 @@ def record(tmp_path: Path) -> BenchmarkRecord:
             row("decode", 8, [], [4.0, 4.0, 4.0]),
         ],
     )
+
+
+def test_a_ratio_is_of_pairs_and_is_said_to_be_no_quotient_of_the_columns(
+    record: BenchmarkRecord, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_benchmark(replace(record, settings=[row("decode", 1, [0.2, 0.3, 0.5], [0.1, 0.3, 0.4])]))
+    printed = capsys.readouterr().out
+    (cells,) = [line.split("│")[3:6] for line in printed.splitlines() if "33.3" in line]
+    assert [cell.strip() for cell in cells] == ["33.3", "33.3", "1.25x"]  # ratios of 2, 1 and 1.25
+    assert "the median of the ratios of pairs" in printed and "medians of their own" in printed
 
 
 def test_tables_show_figures_ratios_and_what_is_missing(
