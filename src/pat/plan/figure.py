@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pat.plan.curves import Measured, Point
+from pat.report.figure import MARK
 from pat.shape import AXES
 
 _COLORS = {"hidden": "#3b4cc0", "mlp": "#000000", "heads": "#009e73", "layers": "#d55e00"}
@@ -59,7 +60,7 @@ def draw(measured: Measured, title: str, path: Path) -> None:
     axis.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     figure.set_layout_engine("constrained")
-    figure.savefig(path)
+    figure.savefig(path, metadata=MARK)
 
 
 def _sizes(point: Point) -> str:

@@ -68,7 +68,9 @@ class PlanOptions(ShapeOptions):
         },
     )
     nodes: int = field(default=1, metadata={"help": "Number of machines, beside --gpus.", "range": "[1, 4096]"})
-    figure: Path | None = field(default=None, metadata={"help": "PNG file for the curves that --calibrate measures."})
+    figure: Path | None = field(
+        default=None, metadata={"help": "PNG file, new or an earlier figure, for the curves that --calibrate measures."}
+    )
     json: bool = field(default=False, metadata={"help": "Print JSON instead of tables."})
 
     def __post_init__(self) -> None:

@@ -11,6 +11,12 @@ from pat.paths import check_writable
 
 MISSING = "No figure was drawn, because matplotlib is not installed: pip install 'pat-llm[figures]'."
 
+MARK = {"Software": "pat plan"}
+"""Metadata of a figure, by which it is known when it is drawn anew."""
+
+_HEAD = 2**12
+"""Bytes of a PNG file that hold its metadata."""
+
 
 def can_draw() -> bool:
     """Tell whether matplotlib, an optional dependency, is installed."""
@@ -21,10 +27,24 @@ def check_figure(path: Path) -> None:
     """Check that a figure can be drawn into a file before anything is measured for it.
 
     Raises:
-        PatError: matplotlib is missing, it is no PNG file, or it cannot be written there.
+        PatError: matplotlib is missing, it is no PNG file, it cannot be written there, or another file would be lost.
     """
     if not can_draw():
         raise PatError(f"Got figure={path}, but matplotlib is not installed: pip install 'pat-llm[figures]'.")
     if path.suffix.lower() != ".png" or os.path.isdir(path) or not os.path.isdir(path.absolute().parent):
         raise PatError(f"Got figure={path}; expected a .png file in a folder that is there.")
     check_writable(path)
+    if os.path.isfile(path) and os.path.getsize(path) and not _is_figure(path):
+        raise PatError(
+            f"Got figure={path}, which exists and is no figure of `pat plan`; give another name, or move it away first."
+        )
+
+
+def _is_figure(path: Path) -> bool:
+    """Tell whether a file can be read and is a figure that is marked as ours; those of earlier versions are not."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(_HEAD)
+    except OSError:
+        return False
+    return b"Software\0" + MARK["Software"].encode() in start

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from pat.errors import PatError
 from pat.plan.curves import Measured, Point, interpolated, print_measured
+from pat.plan.figure import draw
+from pat.report.figure import check_figure
 
 A, B = {"pruned_intermediate_size": 104}, {"pruned_hidden_size": 56}
 
@@ -34,3 +39,14 @@ def test_between_points_a_curve_is_straight() -> None:
     assert interpolated(points, 2.5, 0.05) == pytest.approx(0.25)
     assert interpolated(points, 2.5, 0.2) == pytest.approx(1.0)
     assert interpolated(points, 2.5, 0.6) == pytest.approx(3.0)
+
+
+def test_a_figure_is_drawn_over_an_earlier_one_and_over_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "curves.png"
+    draw(Measured("data.jsonl", 8000, 2000, 4.0, {"mlp": (Point({}, 0.25, 4.5),)}, (), {}), "title", path)
+    check_figure(path)
+    foreign = path.read_bytes().replace(b"pat plan", b"gnu plot")
+    path.write_bytes(foreign)
+    with pytest.raises(PatError, match="exists and is no figure of `pat plan`"):
+        check_figure(path)
+    assert path.read_bytes() == foreign
