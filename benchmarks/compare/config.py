@@ -114,7 +114,10 @@ class CompareConfig:
     workers: int = field(default=1, metadata={"help": "Cells to run at once."})
     threads: int | None = field(
         default=None,
-        metadata={"help": "CPU threads of each worker; by default OMP_NUM_THREADS, or its share of the cores."},
+        metadata={
+            "help": "CPU threads of each worker; by default OMP_NUM_THREADS, or its share of the cores "
+            "(where it is alone, fewer if they are measured to be faster)."
+        },
     )
     keep_models: bool = field(
         default=False,

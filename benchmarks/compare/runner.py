@@ -26,6 +26,9 @@ from compare.results import FILE, append_row, read_current_rows, row_identity
 from pat.checkpoint.staging import lock_folder
 from pat.errors import PatError, RunFailed
 
+SIZES_TO_TIME = (576, 1536)
+"""Channels of the model and of its MLPs (SmolLM2's) with which the number of threads is chosen."""
+
 
 def run_cells(config: CompareConfig) -> list[dict[str, Any]]:
     """Run what is not done yet, and return all rows.
@@ -96,11 +99,22 @@ def _run_cells(config: CompareConfig) -> list[dict[str, Any]]:
 
 
 def default_threads(workers: int) -> int:
-    """Return the CPU threads of each worker: what OMP_NUM_THREADS says, else its share of the cores."""
+    """Return the CPU threads of each worker: what OMP_NUM_THREADS says, else its share of the cores.
+
+    A worker that is alone takes fewer threads than there are cores where `pat tune` would (`measure_threads`).
+    """
     given = os.environ.get("OMP_NUM_THREADS", "")
     if given.isdecimal() and int(given) > 0:
         return int(given)
-    return max(1, (os.cpu_count() or 1) // workers)
+    share = max(1, (os.cpu_count() or 1) // workers)
+    if workers > 1 or share == 1:
+        return share
+    import torch
+
+    from pat.training.threads import measure_threads
+
+    threads = None if torch.accelerator.is_available() else measure_threads(*SIZES_TO_TIME)
+    return share if threads is None else threads.number
 
 
 def _make_pool(workers: int, threads: int) -> ProcessPoolExecutor:

@@ -27,6 +27,7 @@ from pat.data.formats import ALPACA
 from pat.demo import command as demo
 from pat.evaluation.command import run_evaluate
 from pat.evaluation.options import EvaluateOptions
+from pat.report import numbers
 from pat.surgery.costs import build_skeleton, cost_of, usual_context
 
 SCHEMAS = Path(__file__).resolve().parents[2] / "docs" / "schemas"
@@ -91,6 +92,14 @@ def test_what_a_run_leaves(run: Path) -> None:
     assert figures["dense"]["num_parameters"] < figures["base"]["num_parameters"] < figures["tuned"]["num_parameters"]
     assert figures["dense"]["held_out_nll"] == pytest.approx(figures["tuned"]["held_out_nll"], abs=0.05)  # bf16 weights
     assert figures["dense"]["gguf_bytes"] is None  # llama.cpp has no tokenizer like this one
+    files = sum(file.stat().st_size for file in (run / "model").glob("*.safetensors"))
+    assert results["cut"]["num_bytes"] == figures["dense"]["num_bytes"] < results["cut"]["file_bytes"] == files
+    base, dense = (numbers.flops(figures[stage]["flops_per_token"]) for stage in ("base", "dense"))
+    assert f"| {base} | {dense} (" in (run / "model" / "README.md").read_text(encoding="utf-8")
+    # The trainer counts what it reads from the beginning of each stage on; here that is a part of an epoch.
+    counted = [row["num_tokens"] for row in results["log_history"] if "num_tokens" in row]
+    of_stages = [num for num, after in zip(counted, [*counted[1:], 0], strict=True) if after < num]
+    assert len(of_stages) == 2 and results["num_tokens_seen"] == sum(of_stages)
     assert set(results["learning_rates"]) == {"LoRA", "mask", "operators"}
     revisions = {
         folder: json.loads((run / folder / "adapter_config.json").read_text())["revision"]
@@ -279,8 +288,11 @@ def test_cut_off_before_the_first_checkpoint_it_starts_anew(base: Path, data: Pa
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({}, "6 steps, 2 with a soft mask and 4 on the small model"),
-        ({"no_compact": True, "max_steps": 3}, "3 steps, 1 with a soft mask and 2 at full width"),
+        ({}, "6 steps of 2 read 12 of the 32 examples (0.38 epochs), 2 with a soft mask and 4 on the small model"),
+        (
+            {"no_compact": True, "max_steps": 3},
+            "3 steps of 2 read 6 of the 32 examples (0.19 epochs), 1 with a soft mask and 2 at full width",
+        ),
     ],
 )
 def test_one_line_says_before_training_what_was_understood(
@@ -416,7 +428,7 @@ def test_a_terminal_sees_one_line_before_training_and_one_while_it_runs(
         subprocess.run(argv, stdout=subprocess.PIPE, stderr=sys.stderr, check=True)
     seen = terminal.screen()
     (said,) = (line for line in seen if line.startswith("Data: rows.jsonl"))
-    assert "Expected: less than a minute and " in said
+    assert "Expected: less than a minute (less than a second a step) and " in said
     assert not [line for line in seen if re.search(r"\||train_runtime|'loss'|Milestone|step \d", line)]
     training = [state for state in terminal.states if state.startswith("Training")]
     assert any(re.search(r": step 1 of 6, \d:\d\d left, loss [\d.]+, \d+ MLP channels active", s) for s in training)

@@ -74,13 +74,15 @@ class Cut(Pruning):
 
     num_parameters: int
     num_bytes: int
-    """Size of the checkpoint's weight files."""
+    """Size of the checkpoint's weights."""
+    file_bytes: int | None = None
+    """Size of the files that hold them, which have headers as well; None in records of older versions."""
 
     @classmethod
-    def of(cls, pruning: Pruning, *, num_parameters: int, num_bytes: int) -> Cut:
+    def of(cls, pruning: Pruning, *, num_parameters: int, num_bytes: int, file_bytes: int) -> Cut:
         """Return it for a dense checkpoint of these sizes."""
         facts = {field.name: getattr(pruning, field.name) for field in fields(Pruning)}
-        return cls(**facts, num_parameters=num_parameters, num_bytes=num_bytes)
+        return cls(**facts, num_parameters=num_parameters, num_bytes=num_bytes, file_bytes=file_bytes)
 
     @property
     def parameter_ratio(self) -> float:
@@ -162,7 +164,8 @@ def render_card(cut: Cut, parity: Parity, provenance: Mapping[str, Any]) -> str:
             `num_tokens_seen`, `max_length`, `learning_rates` by group of parameters, `teacher`, `held_out_nll`,
             `held_out_standard_error` and `held_out_difference_error` (of the difference to the base, over the same
             rows) by model, `num_held_out_tokens`, `general_nll` by model, `base_bytes` (of the base's weights),
-            `is_compacted` (the small model was trained on), and a sentence on `engines` that do not run it.
+            `flops_per_token` of `base` and `dense`, `is_compacted` (the small model was trained on), and a sentence on
+            `engines` that do not run it.
     """
     base_model = str(provenance.get("model_name_or_path") or UNKNOWN)
     license_fields: dict[str, Any] = base_license(base_model, provenance.get("revision"))
@@ -192,6 +195,7 @@ def render_card(cut: Cut, parity: Parity, provenance: Mapping[str, Any]) -> str:
         # Without the base's files its number format is taken to be that of this model.
         base_bytes=provenance.get("base_bytes") or cut.num_bytes / cut.parameter_ratio,
         differences=_differences(provenance),
+        flops=_flops(provenance),
         megabytes=numbers.size,
         loss=numbers.loss,
         deviation=numbers.deviation,
@@ -199,6 +203,16 @@ def render_card(cut: Cut, parity: Parity, provenance: Mapping[str, Any]) -> str:
         percent=lambda share: f"{100 * (1 - share):.1f}",
     )
     return str(card)
+
+
+def _flops(provenance: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return the FLOPs of a token of base and small model in words; None where those of the small one are not known."""
+    of = provenance.get("flops_per_token") or {}
+    base, dense = of.get("base"), of.get("dense")
+    if dense is None:
+        return None
+    fewer = f" ({numbers.change(base, dense)})" if base else ""
+    return numbers.flops(base), f"{numbers.flops(dense)}{fewer}"
 
 
 def _origin(base_model: str, named: str | None) -> str:

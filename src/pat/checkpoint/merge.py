@@ -222,6 +222,7 @@ def _facts(results: Mapping[str, Any], *, is_last: bool) -> dict[str, Any]:
         "max_length": (results.get("training_arguments") or {}).get("max_length"),
         "held_out_nll": {stage: figure["held_out_nll"] for stage, figure in figures.items()},
         "base_bytes": (all_figures.get("base") or {}).get("num_bytes"),
+        "flops_per_token": {"base": (all_figures.get("base") or {}).get("flops_per_token")},
         "num_held_out_tokens": next((figure.get("num_held_out_tokens") for figure in figures.values()), None),
         "general_nll": {stage: nll for stage, nll in general.items() if nll is not None},
     }

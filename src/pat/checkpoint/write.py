@@ -30,6 +30,7 @@ from pat.report.progress import phase, quiet_transformers
 from pat.serving import trouble
 from pat.shape import AXES
 from pat.surgery.adapted import AdaptedMatrix, merged
+from pat.surgery.costs import build_skeleton, cost_of, usual_context
 from pat.surgery.dense import DenseForm, rounded
 from pat.surgery.describe import count_parameters
 from pat.surgery.residual import ResidualStream, model_tensors
@@ -107,7 +108,9 @@ def save_checkpoint(
     started = time.perf_counter()
     parity, cut = examine(model, folder, dense, batches, stored=stored, compaction=compaction, progress=progress)
     timings["verify_seconds"] = time.perf_counter() - started
-    facts = {**provenance, "engines": trouble(dense.config.model_type, cut.axes)}
+    cost = cost_of(build_skeleton(dense.config, torch.bfloat16), usual_context(dense.config))
+    flops = {**(provenance.get("flops_per_token") or {}), "dense": cost.prefill_flops_per_token}
+    facts = {**provenance, "flops_per_token": flops, "engines": trouble(dense.config.model_type, cut.axes)}
     (folder / "README.md").write_text(render_card(cut, parity, facts), encoding="utf-8")
     return parity, cut
 
@@ -137,7 +140,13 @@ def examine(
         parity = check(parity, floor=lambda: permutation_floor(load_written(folder, dtype, device), batches))
     tuner = find_tuner(model)
     pruning = cast(Pruning, compaction) if tuner is None else pruning_of(tuner)
-    return parity, Cut.of(pruning, num_parameters=dense.num_parameters(), num_bytes=weight_bytes(folder))
+    num_parameters = dense.num_parameters()
+    return parity, Cut.of(
+        pruning,
+        num_parameters=num_parameters,
+        num_bytes=num_parameters * dtype.itemsize,
+        file_bytes=weight_bytes(folder),
+    )
 
 
 def fold_precision(dtype: torch.dtype) -> torch.dtype:

@@ -29,6 +29,7 @@ from pat.surgery.dense import shrink_config
 from pat.surgery.describe import head_dim
 from pat.surgery.layers import droppable_layers, example_layers, layers_of
 from pat.training.precision import bf16_pays_on_cpu
+from pat.training.threads import measure_threads, using
 from pat.tuner.config import PatConfig
 from pat.tuner.memory import TrainingMemory
 
@@ -46,6 +47,7 @@ class CpuTime:
     """Time of a million tokens of training on this machine's CPU, from a layer and the head that were timed."""
 
     num_threads: int
+    """Number of threads of torch, chosen as `pat tune` chooses it where something is timed."""
     memory_bytes: int | None
     """Memory of the machine, or of the container; None where the system does not say."""
     fits: bool
@@ -79,11 +81,13 @@ def cpu_time(
     num_bytes += base.total.num_parameters * torch.float32.itemsize - memory.base_bytes
     config = skeleton.model.config
     width = int(getattr(config, skeleton.stream.family.hidden_size_field))
-    bf16 = bf16_pays_on_cpu(width, int(getattr(config, "intermediate_size", None) or width))
+    sizes = width, int(getattr(config, "intermediate_size", None) or width)
+    bf16 = bf16_pays_on_cpu(*sizes)
     fits, num_threads = room is None or num_bytes <= room, torch.get_num_threads()
     if not fits:
         return CpuTime(num_threads, room, fits, bf16, None, None, None, ())
-    with phase("Timing a layer and the head on this CPU", shown=shown):
+    with phase("Timing a layer and the head on this CPU", shown=shown), using(measure_threads(*sizes, bf16=bf16)):
+        num_threads = torch.get_num_threads()
         layers, head = _rates(skeleton, memory.length, bf16)
 
     def seconds(cost: ModelCost) -> float:

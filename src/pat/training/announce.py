@@ -15,10 +15,12 @@ from pat.surgery.describe import head_dim
 from pat.training.arguments import TuneArguments
 from pat.training.check import Checked, compacts
 from pat.training.engine import describe, quantises, shards
-from pat.training.estimate import Reading, ToDo, expected_seconds, span, steps_done, tokens_there
+from pat.training.estimate import Reading, ToDo, expect, span, step_span, steps_done, tokens_there
+from pat.training.few_rows import rows_read
 from pat.training.folder import Start
 from pat.training.prepare import Prepared
 from pat.training.teacher import announce_teacher
+from pat.training.threads import Threads
 from pat.tuner.calibration import DEFAULT_TOKENS_PER_CHANNEL
 from pat.tuner.depth import LAYER_TOKENS
 from pat.tuner.experts import tokens_per_routed
@@ -35,6 +37,8 @@ def announce(
     *,
     start: Start,
     measures_base: bool,
+    threads: Threads | None = None,
+    rows_per_step: int | None = None,
 ) -> None:
     """Say in one line on stderr what was understood, and what it will take.
 
@@ -46,6 +50,8 @@ def announce(
         num_steps: optimizer steps of both stages.
         start: where the run begins; what is done by then is not counted among what is expected.
         measures_base: whether the base is still to be scored.
+        threads: the number of them, where it was chosen by measurement.
+        rows_per_step: rows that a step takes, over all processes.
     """
     shape = checked.shape
     milestone = arguments.pat.milestone_share(cuts_hidden=shape.cuts("hidden"))
@@ -65,7 +71,9 @@ def announce(
     costs = []
     if ranks.is_first() and not shards(arguments.sft):
         todo = ToDo.of(start, soft, num_steps, reading, goes_small=goes_small, measures_base=measures_base)
-        costs.append(span(expected_seconds(arguments, checked, data, model, todo)))
+        found = expect(arguments, checked, data, model, todo)
+        each = f" ({step_span(found.step_seconds)})" if found.step_seconds else ""
+        costs.append(span(found.seconds) + each)
     if not quantises(arguments, checked.base_config) and not shards(arguments.sft):
         num_bytes = _memory(arguments, checked, data, model)
         size = f"{num_bytes / 1e9:,.1f} GB" if num_bytes > 1e9 else f"{num_bytes / 1e6:,.0f} MB"
@@ -75,12 +83,14 @@ def announce(
     begins = start.checkpoint is None and not start.is_trained
     after = steps_done(start) or num_steps
     done = "" if begins else f" for what is left after {after:,} step{'' if after == 1 else 's'}"
+    with_threads = "" if threads is None else f" with {threads.describe()}"
     expected = f" Expected{done}: {' and '.join(costs)}." if costs else ""
     print(
         f"{data.record.describe()}{worded} Model: {checked.family.model_type}, {trimmed}{shape.describe()}"
         f"{_away(arguments, shape)}, "
-        f"{kind} on {describe(str(model.device))}; {num_steps:,} steps, "
-        f"{soft:,} with a soft mask and {num_steps - soft:,} {rest}.{said if begins else ''}{taught}{expected}",
+        f"{kind} on {describe(str(model.device))}{with_threads}; "
+        f"{rows_read(data, num_steps, rows_per_step)}, {soft:,} with a soft mask and {num_steps - soft:,} {rest}."
+        f"{said if begins else ''}{taught}{expected}",
         file=sys.stderr,
     )
 
@@ -99,12 +109,13 @@ def _reading(arguments: TuneArguments, checked: Checked, num_there: float) -> tu
         rotation = arguments.pat.calibration_tokens or DEFAULT_TOKENS_PER_CHANNEL * shape.size("hidden")
     widths = {"mlp": shape.size("mlp")}
     widths["heads"] = head_dim(empty_model(config)) * config.num_attention_heads
-    if read := [name for name in widths if shape.cuts(name)]:
+    if cut := [name for name in widths if shape.cuts(name)]:
         widths["mlp"] *= tokens_per_routed(config)
-        refit = arguments.pat.refit_tokens or TOKENS_PER_CHANNEL * max(widths[name] for name in read)
-        what = " and ".join(AXES[name].label for name in read)
+        refit = arguments.pat.refit_tokens or TOKENS_PER_CHANNEL * max(widths[name] for name in cut)
+        what = " and ".join(AXES[name].label for name in cut)
         if refit < num_there:
-            text = f" Up to {refit:,} tokens are read first, to choose the {what} (--refit_tokens)."
+            read = f"{refit:,} tokens, and the rest of their batch, are read first"
+            text = f" {read}, to choose the {what} (--refit_tokens)."
         else:
             text = f" {_all(num_there, arguments)} are read first, to choose the {what}."
     if shape.cuts("layers"):

@@ -18,6 +18,7 @@ from pat.loading import load_config
 from pat.options import OptionsParser
 from pat.paths import check_writable, expand
 from pat.recipes import recipe_defaults
+from pat.report.progress import phase
 from pat.shape import check_request
 from pat.training.accelerated import check_installed
 from pat.training.options import DistillOptions, RunOptions
@@ -254,7 +255,8 @@ def _bf16_pays(given: Mapping[str, Any]) -> bool:
     except PatError:
         return False  # said where the run is checked
     sizes = getattr(config, family.hidden_size_field), getattr(config, "intermediate_size", None)
-    return bf16_pays_on_cpu(sizes[0], sizes[1] or sizes[0])
+    with phase("Measuring whether bf16 is faster on this CPU"):
+        return bf16_pays_on_cpu(sizes[0], sizes[1] or sizes[0])
 
 
 def _bf16_of_run(output_dir: Any) -> bool | None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import IntervalStrategy
+from trl import SFTConfig
 
 from pat import ranks
 from pat.loading import empty_model
-from pat.nll import Example, batches_from_examples, evaluating
-from pat.report.progress import phase
+from pat.nll import Example
 from pat.surgery.costs import build_skeleton, cost_of, usual_context
 from pat.surgery.describe import head_dim
 from pat.training.arguments import TuneArguments
@@ -27,23 +27,15 @@ from pat.training.checkpoints import is_compact
 from pat.training.folder import Start
 from pat.training.prepare import Prepared
 from pat.training.samples import MAX_NEW_TOKENS, NUM_PROMPTS
+from pat.training.speed import num_padded, sample_batches, time_base
 
-PASSES = 3.0
-"""A training step takes about as long as this many forward passes over its tokens: one there, one back through the
-frozen weights, and as much again for the adapter and the optimizer."""
+PASSES, PASSES_UNDER_AUTOCAST = 3.7, 4.3
+"""A training step takes about as long as this many forward passes over its tokens, in float32 and under autocast, which
+makes the forward pass faster than the rest: one there, one back through the frozen weights, and what the adapter, the
+loss over the whole vocabulary and the optimizer take. Measured on SmolLM2-135M, in processor time of one thread."""
 
-NUM_SAMPLED = 64
-"""Batches of the training whose lengths are looked at."""
-
-PLACES = (0.5, 0.25, 0.75)
-"""Places of the batches that are timed, as shares of their number by length. The middle one comes first: where a pass
-takes long, it is the only one."""
-
-SECONDS_TO_TIME = 3.0
-"""No further batch is timed once so many seconds are gone."""
-
-SECONDS_WITHOUT_WARMTH = 0.5
-"""A pass that takes longer is not done again: what its allocations take no longer matters."""
+WITH_ADAPTER = 1.15
+"""How much longer a model reads with its adapter beside its weights."""
 
 BYTES_PER_TOKEN = 4
 """Bytes of a text to calibrate on for each of its tokens, about."""
@@ -53,24 +45,13 @@ ORDERING_FLOPS = 15.0
 multiple of n^3: an inverse takes 2 n^3, the rounds of elimination and the refit half as much, and float64 at least
 twice as long. Measured on a CPU with 1,536 channels."""
 
-COMPARING = 1.5
-"""How much longer two models are compared than they read: over the whole vocabulary, beside folding and writing."""
+COMPARING = 2.0
+"""How much longer two models are compared than they read: over the whole vocabulary, beside folding, writing and
+loading."""
 
 RANGE = (0.75, 1.5)
 """A run may take from and to so many times what was reckoned: the machine does other things meanwhile, and the share of
 a step that is not the forward pass differs between machines."""
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Seconds that the base takes on this machine."""
-
-    training: float
-    """Seconds to read a token, or its padding, in the arithmetic of the training."""
-    reading: float
-    """Seconds to read one in the base's own number format, in which models are scored and compared."""
-    writing: float
-    """Seconds to read a single token, which is about what it takes to write one."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +113,17 @@ def steps_done(start: Start) -> int:
         return 0
 
 
-def expected_seconds(arguments: TuneArguments, checked: Checked, data: Prepared, model: Any, todo: ToDo) -> float:
+@dataclass(frozen=True)
+class Expected:
+    """About how long a run takes."""
+
+    seconds: float
+    """Seconds of all that is left of it."""
+    step_seconds: float
+    """Seconds of a step, the mean of those that are left; 0 if none is."""
+
+
+def expect(arguments: TuneArguments, checked: Checked, data: Prepared, model: Any, todo: ToDo) -> Expected:
     """Return about how many seconds are left of a run, in this process.
 
     Args:
@@ -144,24 +135,32 @@ def expected_seconds(arguments: TuneArguments, checked: Checked, data: Prepared,
     """
     small = 1.0 - checked.shape.pruning_ratio
     tuned, base = small if todo.goes_small else 1.0, 1.0 if todo.measures_base else 0.0
+    sft, num_steps = arguments.sft, todo.soft_steps + todo.small_steps
     batches = sample_batches(arguments, data)
     lengths = [[length for _, length in batch] for batch in batches]
     real, padded = np.mean([(sum(of), num_padded(arguments, of)) for of in lengths], axis=0).tolist()
     speed = time_base(arguments, data, model, batches)
-    passes = PASSES + (1 if arguments.sft.gradient_checkpointing else 0)
+    passes = (PASSES_UNDER_AUTOCAST if sft.bf16 or sft.fp16 else PASSES) + (1 if sft.gradient_checkpointing else 0)
     taught = 1 if arguments.distill.distill else 0  # a forward pass of the teacher
     steps = passes * todo.soft_steps + (passes * tuned + taught) * todo.small_steps
-    seconds = steps * arguments.sft.gradient_accumulation_steps * padded * speed.training
+    stepping = seconds = steps * sft.gradient_accumulation_steps * padded * speed.training
+    if data.evaluation is not None:
+        share = todo.small_steps / num_steps if num_steps else 0.0
+        rows = sum(len(row["input_ids"]) for row in data.evaluation)
+        width = (1 - share + share * tuned) * WITH_ADAPTER
+        seconds += _num_evaluations(sft, data, num_steps) * width * rows * speed.training
     reading = _of_this_process(arguments, data, todo.reading)
     num_read = reading.rotation + reading.refit + reading.layers * checked.shape.size("layers")
     filled = padded / real if arguments.pat.calibration is None else 1.0
     seconds += num_read * filled * speed.training + _choosing(checked, reading.refit, speed.reading)
     verified = sum(int(batch["input_ids"].numel()) for batch in data.verify_on)
+    tuned *= WITH_ADAPTER
     comparisons = (1 + small if todo.compacts else 0) + tuned + small
     seconds += COMPARING * comparisons * verified * speed.reading
     scored = sum(len(row["input_ids"]) for row in _scored(data))
     seconds += (base + tuned + small) * scored * speed.reading
-    return float(seconds + (base + small) * NUM_PROMPTS * MAX_NEW_TOKENS * speed.writing)
+    seconds += (base + small) * NUM_PROMPTS * MAX_NEW_TOKENS * speed.writing
+    return Expected(float(seconds), float(stepping / num_steps) if num_steps else 0.0)
 
 
 def span(seconds: float) -> str:
@@ -169,82 +168,29 @@ def span(seconds: float) -> str:
     low, high = (factor * seconds for factor in RANGE)
     if high < 60:
         return "less than a minute"
-    size, unit = (3600.0, "hours") if low >= 1.5 * 3600 else (60.0, "minutes")
+    return _from_to(low, high, *((3600.0, "hours") if low >= 1.5 * 3600 else (60.0, "minutes")))
+
+
+def step_span(seconds: float) -> str:
+    """Return the duration of a step in the same way."""
+    low, high = (factor * seconds for factor in RANGE)
+    if high < 1:
+        return "less than a second a step"
+    return f"{_from_to(low, high, *((60.0, 'minutes') if low >= 90 else (1.0, 'seconds')))} a step"
+
+
+def _from_to(low: float, high: float, size: float, unit: str) -> str:
     first, last = max(1, round(low / size)), max(2, round(high / size))
     return f"{first:,} to {last:,} {unit}"
 
 
-Batch = Sequence[tuple[int, int]]
-"""Places of the rows of a batch in the data, and their numbers of tokens."""
-
-
-def sample_batches(arguments: TuneArguments, data: Prepared) -> list[Batch]:
-    """Return some batches of rows like those that the trainer makes, without disturbing what is random."""
-    sft = arguments.sft
-    rows = np.random.default_rng(0).permutation(len(data.train))
-    size = min(sft.per_device_train_batch_size, len(rows))
-    rows = rows[: max(1, len(rows) // size) * size][: NUM_SAMPLED * size]
-    chosen = [(int(row), len(ids)) for row, ids in zip(rows, data.train.select(rows)["input_ids"], strict=True)]
-    if sft.train_sampling_strategy == "group_by_length":
-        chosen.sort(key=lambda pair: pair[1])
-    return [chosen[at : at + size] for at in range(0, len(chosen), size)]
-
-
-def num_padded(arguments: TuneArguments, lengths: Sequence[int]) -> int:
-    """Return the number of tokens, padding included, that a batch of rows of these lengths has."""
-    sft = arguments.sft
-    if sft.padding_free or (sft.packing and sft.packing_strategy != "wrapped"):
-        return sum(lengths)
-    multiple = sft.pad_to_multiple_of if isinstance(sft.pad_to_multiple_of, int) else 1
-    return -(-max(lengths) // multiple) * multiple * len(lengths)
-
-
-def time_base(arguments: TuneArguments, data: Prepared, model: Any, batches: Sequence[Batch]) -> Speed:
-    """Time the base on some of the batches, in the arithmetic of the training and in its own.
-
-    Args:
-        arguments: of the run.
-        data: what was found out about its data.
-        model: the base, whose vocabulary may still be another than the data's.
-        batches: of which some are timed.
-    """
-    sft = arguments.sft
-    ordered = sorted(batches, key=lambda batch: num_padded(arguments, [length for _, length in batch]))
-    chosen = [[row for row, _ in ordered[int(place * len(ordered))]] for place in PLACES]
-    # Which tokens they are makes no difference, and the base may lack some of those that the data were given.
-    room = len(model.get_input_embeddings().weight) - 1
-    with phase("Timing the base model"), evaluating(model), torch.no_grad():
-        inputs = [_inputs(data.train.select(rows).to_list(), room, model.device) for rows in chosen]
-        reading = training = seconds_per_token(model, inputs)
-        if sft.fp16 or sft.bf16:
-            with torch.autocast(model.device.type, torch.float16 if sft.fp16 else torch.bfloat16):
-                training = seconds_per_token(model, inputs)
-        writing = seconds_per_token(model, [{name: tensor[:1, :1] for name, tensor in inputs[0].items()}])
-    return Speed(training, reading, writing)
-
-
-def _inputs(rows: Sequence[Example], largest: int, device: torch.device) -> dict[str, torch.Tensor]:
-    batch = next(iter(batches_from_examples(rows, batch_size=len(rows), pad_token_id=0)))
-    ids, mask = batch["input_ids"].clamp_max(largest), batch["attention_mask"]
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
-def seconds_per_token(model: Any, batches: Sequence[dict[str, torch.Tensor]]) -> float:
-    """Return the seconds that a model takes to read a token, or its padding; no more batches than there is time for."""
-    seconds, num_tokens = 0.0, 0
-    begun = time.perf_counter()
-    for inputs in batches:
-        for _ in range(2):  # the first one allocates
-            started = time.perf_counter()
-            logits = model(**inputs, use_cache=False).logits
-            float(logits[0, -1, 0])  # waits for the device
-            taken = time.perf_counter() - started
-            if taken > SECONDS_WITHOUT_WARMTH:
-                break
-        seconds, num_tokens = seconds + taken, num_tokens + inputs["input_ids"].numel()
-        if time.perf_counter() - begun > SECONDS_TO_TIME:
-            break
-    return seconds / num_tokens
+def _num_evaluations(sft: SFTConfig, data: Prepared, num_steps: int) -> float:
+    """Return about how often the trainer scores held-out rows in so many steps."""
+    if sft.eval_strategy == IntervalStrategy.EPOCH:
+        rows = num_steps * sft.per_device_train_batch_size * sft.gradient_accumulation_steps * ranks.num_processes()
+        return rows / len(data.train)
+    every = sft.eval_steps or sft.logging_steps
+    return num_steps / every if every >= 1 else 1 / every
 
 
 def tokens_there(arguments: TuneArguments, data: Prepared) -> float:

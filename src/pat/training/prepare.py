@@ -92,7 +92,7 @@ class Prepared:
     seconds: float
 
     def read(self, num_examples: int, epoch: float) -> tuple[DataRecord, int]:
-        """Return the record of the data when so many examples were trained on, and the number of tokens of these."""
+        """Return the record of the data when so many examples were trained on, and about how many tokens these have."""
         if self.stream is not None:
             return self.stream.read(num_examples)
         return self.record, round(epoch * self.num_tokens)
@@ -102,6 +102,8 @@ class Prepared:
         args = copy.deepcopy(args)
         args.dataset_kwargs = {**cast(dict[str, Any], args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         args.chat_template_path, args.assistant_only_loss = None, False
+        if args.include_num_input_tokens_seen == "no":  # counts what is trained on, over interruptions as well
+            args.include_num_input_tokens_seen = "all" if is_padding_free(args) else "non_padding"
         return args
 
 
@@ -175,6 +177,11 @@ def prepare(arguments: TuneArguments, base_config: Any) -> Prepared:
         verify_on=_verification(held_out or kept, vocabulary, base_config),
         seconds=time.perf_counter() - started,
     )
+
+
+def is_padding_free(sft: SFTConfig) -> bool:
+    """Tell whether a batch is one long row, in which there is no padding."""
+    return bool(sft.padding_free or (sft.packing and sft.packing_strategy != "wrapped"))
 
 
 def _check_tokens(

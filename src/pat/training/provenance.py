@@ -57,6 +57,7 @@ def provenance(
         "held_out_standard_error": known("held_out_standard_error"),
         "held_out_difference_error": known("held_out_difference_error"),
         "general_nll": known("general_nll"),
+        "flops_per_token": known("flops_per_token"),
         "base_bytes": figures["base"].num_bytes,
         "num_held_out_tokens": figures["base"].num_held_out_tokens,
     }

@@ -104,7 +104,8 @@ class TuneRecord(Record):
     seed: int
     num_steps: int
     num_tokens_seen: int
-    """Number of tokens of the prepared rows, counted once for each epoch."""
+    """Number of tokens, without padding, of the rows that were trained on, as often as they were. `num_tokens` in the
+    log counts the same from the beginning of a sitting, or of the stage, on."""
     prompt_format: str
     learning_rates: dict[str, float]
     """Highest learning rate of each group of parameters that was trained."""

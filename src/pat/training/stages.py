@@ -274,6 +274,8 @@ class Stages:
         model = cast(PeftModel, trainer.model)
         restore_router_settings(model.config, self.router_settings)
         state = trainer.state
+        data, about = self.data.read(state.global_step * (self.run_file.rows_per_step or 0), state.epoch or 0.0)
+        counts_padding = self.arguments.sft.include_num_input_tokens_seen == "all"  # as the user asked
         trained = Trained(
             model,
             state.global_step,
@@ -282,7 +284,8 @@ class Stages:
             self.clock.seconds(),
             config.to_dict(),
             self.run_file,
-            *self.data.read(state.global_step * (self.run_file.rows_per_step or 0), state.epoch or 0.0),
+            data,
+            about if counts_padding else state.num_input_tokens_seen or about,
             record,
             self.teaching.record(trainer),
         )

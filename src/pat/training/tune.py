@@ -44,6 +44,7 @@ from pat.training.results import ModelFigures, Size, TuneRecord, TuneResult
 from pat.training.run_file import RunFile
 from pat.training.samples import greedy_answers, paired
 from pat.training.stages import Stages
+from pat.training.threads import choose_threads
 from pat.training.trained import Trained
 from pat.training.trainer import log_often
 from pat.whole_files import write_whole
@@ -61,11 +62,20 @@ def tune(**flags: Any) -> TuneResult:
         PatError: an argument, the model or the data cannot be used; nothing has been written.
         RunFailed: training became non-finite, or the written checkpoint is not the trained model.
     """
-    return run_tune(build_arguments(**flags))
+    return run_tune(build_arguments(**flags), chooses_threads=False)
 
 
-def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()) -> TuneResult:
-    """Run `pat tune` from parsed arguments, with further callbacks for the trainers of both stages; see `tune`."""
+def run_tune(
+    arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = (), *, chooses_threads: bool = True
+) -> TuneResult:
+    """Run `pat tune` from parsed arguments, see `tune`.
+
+    Args:
+        arguments: of the run.
+        callbacks: further ones for the trainers of both stages.
+        chooses_threads: whether it is measured with how many threads a CPU trains fastest. In the process of somebody's
+            script nothing is: `torch.set_num_threads` may have been called there.
+    """
     shown = not arguments.sft.disable_tqdm
     with (
         _together(arguments),
@@ -81,6 +91,7 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
         run = ranks.first_then_others(lambda: check_run(asked, checked, data))
         if (record := ranks.first(lambda: find_finished(arguments, checked.checkpoint))) is not None:
             return ranks.first(partial(_end_again, arguments, run, record))
+        threads = choose_threads(arguments.sft, checked.base_config, checked.family) if chooses_threads else None
         with phase("Rehearsing a step on a tiny model"):
             num_steps = rehearse(arguments, data, data.vocabulary.config_of(checked.base_config), checked.family)
         log_often(arguments.sft, num_steps, arguments.given)
@@ -98,7 +109,17 @@ def run_tune(arguments: TuneArguments, callbacks: Sequence[TrainerCallback] = ()
         stored = stored_dtype(checked.base_config, revision=arguments.model.model_revision) or dtype
         model = arguments.model
         size = Size.of_base(str(model.model_name_or_path), checked.base_config, stored, revision=model.model_revision)
-        announce(arguments, checked, data, base, num_steps, start=start, measures_base=kept is None)
+        announce(
+            arguments,
+            checked,
+            data,
+            base,
+            num_steps,
+            start=start,
+            measures_base=kept is None,
+            threads=threads,
+            rows_per_step=run.rows_per_step,
+        )
         warn_of_few_rows(data, checked.shape.pruning_ratio, num_steps, run.rows_per_step)
         scores = kept or ranks.first(partial(BaseScores.of, base, data, size))
         data.vocabulary.fit(base)

@@ -221,7 +221,7 @@ def watch_inputs(
             watch.selected = real.flatten().nonzero().squeeze(1)
             num_tokens += len(watch.selected)
             model(**inputs, use_cache=False, logits_to_keep=1)
-            progress.done = num_tokens
+            progress.done = min(num_tokens, max_tokens // ranks.num_processes())  # the last batch may have more
     return total_over_processes(num_tokens, model)
 
 

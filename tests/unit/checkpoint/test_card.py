@@ -122,8 +122,10 @@ def test_the_prompt_is_that_of_the_training(prompts: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("engines", [None, "vLLM cannot load it."])
 @pytest.mark.parametrize("prompts", [None, "none, texts as they are", "the Alpaca template or the chat template of it"])
 @pytest.mark.parametrize("losses", [{}, {"base": 2.5, "tuned": 2.25}])
-def test_blocks_stand_apart_by_one_empty_line(prompts: Any, engines: Any, losses: Any) -> None:
-    lines = card(prompt_format=prompts, engines=engines, held_out_nll=losses, max_length=8).splitlines()
+@pytest.mark.parametrize("work", [{}, {"base": 3e8, "dense": 2.4e8}])
+def test_blocks_stand_apart_by_one_empty_line(prompts: Any, engines: Any, losses: Any, work: Any) -> None:
+    facts = {"prompt_format": prompts, "engines": engines, "held_out_nll": losses, "flops_per_token": work}
+    lines = card(**facts, max_length=8).splitlines()
     for before, line, after in zip(lines, lines[1:], lines[2:], strict=False):
         assert not line.startswith("## ") or (before == after == ""), line
         assert not line.startswith("| ") or before == "" or before.startswith("|"), line
@@ -137,6 +139,13 @@ def test_sizes_and_losses_stand_beside_the_bases() -> None:
     text = card(base_bytes=269e6, held_out_nll={"base": 1.8, "tuned": 1.75}, held_out_difference_error={"tuned": 0.01})
     assert "| size of the weights | 269.0 MB | 403.6 MB |" in text
     assert "| base | 1.800 | – |" in text and "| tuned | 1.750 | −0.050 ± 0.010 |" in text
+
+
+def test_the_work_for_a_token_stands_beside_the_bases() -> None:
+    row = "| FLOPs per token of a text of 2,048, or of what the model can read |"
+    assert f"{row} 300.0 MFLOP | 240.0 MFLOP (−20.0 %) |" in card(flops_per_token={"base": 3e8, "dense": 2.4e8})
+    assert f"{row} – | 240.0 MFLOP |" in card(flops_per_token={"base": None, "dense": 2.4e8})  # a merge without a run
+    assert "FLOP" not in card(flops_per_token={"base": 3e8})
 
 
 def test_the_three_lines_are_python() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from pat import ranks
 from pat.surgery.costs import build_skeleton, cost_of, usual_context
-from pat.training import estimate
+from pat.training import estimate, speed
 from pat.training.announce import _reading
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.estimate import (
@@ -23,16 +23,17 @@ from pat.training.estimate import (
     COMPARING,
     ORDERING_FLOPS,
     PASSES,
+    PASSES_UNDER_AUTOCAST,
+    WITH_ADAPTER,
     Reading,
-    Speed,
     ToDo,
-    expected_seconds,
-    num_padded,
-    sample_batches,
+    expect,
     span,
+    step_span,
 )
 from pat.training.folder import Start
 from pat.training.samples import MAX_NEW_TOKENS, NUM_PROMPTS
+from pat.training.speed import Speed, num_padded, sample_batches
 from pat.tuner.calibration import DEFAULT_TOKENS_PER_CHANNEL
 from pat.tuner.depth import LAYER_TOKENS
 from pat.tuner.refit import TOKENS_PER_CHANNEL
@@ -46,15 +47,15 @@ ANSWERING = NUM_PROMPTS * MAX_NEW_TOKENS * WRITING_SECONDS
 LENGTHS = [4, 4, 4, 100] * 50
 SMALL = 0.75
 """Share of the base's parameters that stays."""
+TUNED = WITH_ADAPTER * SMALL
 NUM_VERIFIED = 20
 HEADS = 80
 """Channels of all heads of a tiny Llama together."""
 
 
 def arguments(**flags: Any) -> TuneArguments:
-    return build_arguments(
-        model_name_or_path="base", dataset_name="rows.jsonl", output_dir="out", bf16=False, use_cpu=True, **flags
-    )
+    flags = {"bf16": False, "use_cpu": True} | flags
+    return build_arguments(model_name_or_path="base", dataset_name="rows.jsonl", output_dir="out", **flags)
 
 
 def data(num_scored: int = 0, *, streams: bool = False) -> Any:
@@ -65,6 +66,7 @@ def data(num_scored: int = 0, *, streams: bool = False) -> Any:
         num_tokens=sum(LENGTHS),
         held_out=[{"input_ids": [1] * num_scored}] if num_scored else [],
         general=None,
+        evaluation=None,
         verify_on=[{"input_ids": torch.zeros(2, NUM_VERIFIED // 2)}] if num_scored else [],
         vocabulary=SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0)),
     )
@@ -79,15 +81,14 @@ def checked(*cut: str, family: str = "llama") -> Any:
 
 def seconds(todo: ToDo, about: Any = None, of: Any = None, **flags: Any) -> float:
     """Return the seconds that are expected, but for the answers of the small model."""
-    found = expected_seconds(arguments(**flags), about or checked(), of or data(), None, todo)
-    return found - SMALL * ANSWERING
+    return expect(arguments(**flags), about or checked(), of or data(), None, todo).seconds - SMALL * ANSWERING
 
 
 @pytest.fixture
 def known_time(monkeypatch: pytest.MonkeyPatch) -> float:
     """Have the base take a known time, and return that of a mean batch of four rows with its padding."""
-    speed = Speed(training=SECONDS_PER_TOKEN, reading=READING_SECONDS, writing=WRITING_SECONDS)
-    monkeypatch.setattr(estimate, "time_base", lambda *_: speed)
+    known = Speed(training=SECONDS_PER_TOKEN, reading=READING_SECONDS, writing=WRITING_SECONDS)
+    monkeypatch.setattr(estimate, "time_base", lambda *_: known)
     few = arguments(per_device_train_batch_size=4)
     batches = [[length for _, length in batch] for batch in sample_batches(few, data())]
     padded = sum(num_padded(few, batch) for batch in batches) / len(batches)
@@ -117,6 +118,7 @@ def test_batches_are_those_of_the_trainer_with_their_padding() -> None:
     [
         (ToDo(soft_steps=10), {}, 10 * PASSES),
         (ToDo(small_steps=10), {}, 10 * PASSES * SMALL),
+        (ToDo(small_steps=10), {"bf16": True}, 10 * PASSES_UNDER_AUTOCAST * SMALL),
         (ToDo(soft_steps=2, small_steps=10, goes_small=False), {}, 12 * PASSES),
         (ToDo(small_steps=10), {"gradient_accumulation_steps": 2}, 20 * PASSES * SMALL),
         (ToDo(soft_steps=2, small_steps=10), {"gradient_checkpointing": True}, (2 + 10 * SMALL) * (PASSES + 1)),
@@ -177,9 +179,9 @@ def test_choosing_takes_moments_and_an_order_of_each_writer(
 @pytest.mark.parametrize(
     ("todo", "comparisons", "scorings"),
     [
-        (ToDo(), 2 * SMALL, 2 * SMALL),  # of the written model with the tuned one
-        (ToDo(compacts=True), 1 + SMALL + 2 * SMALL, 2 * SMALL),  # and of the small with the masked one
-        (ToDo(goes_small=False), 1 + SMALL, 1 + SMALL),
+        (ToDo(), TUNED + SMALL, TUNED + SMALL),  # of the written model with the tuned one
+        (ToDo(compacts=True), 1 + SMALL + TUNED + SMALL, TUNED + SMALL),  # and of the small with the masked one
+        (ToDo(goes_small=False), WITH_ADAPTER + SMALL, WITH_ADAPTER + SMALL),
     ],
 )
 def test_comparing_and_scoring_are_reckoned_with(
@@ -210,12 +212,12 @@ def test_a_short_a_middle_and_a_long_batch_are_timed_while_that_is_quick(
             seen.append(input_ids.numel())
             return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 1))
 
-    monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     of = data()
     of.train = Dataset.from_list([{"input_ids": [9] * length, "labels": [1] * length} for length in (100, 4, 8, 8)])
     batches = [[(0, 100)], [(1, 4)], [(2, 8)], [(1, 4)]]
-    speed = estimate.time_base(arguments(), of, Model(), batches)
-    assert (speed.training, speed.reading, speed.writing) == pytest.approx((each, each, each))
+    found = speed.time_base(arguments(), of, Model(), batches)
+    assert (found.training, found.reading, found.writing) == pytest.approx((each, each, each))
     assert seen == lengths
 
 
@@ -223,7 +225,7 @@ def test_what_is_read_is_told_apart() -> None:
     given = arguments()
     expected = Reading(DEFAULT_TOKENS_PER_CHANNEL * 48, TOKENS_PER_CHANNEL * HEADS, LAYER_TOKENS)
     said, reading = _reading(given, checked("hidden", "mlp", "heads", "layers"), math.inf)
-    assert reading == expected and f"Up to {TOKENS_PER_CHANNEL * HEADS:,} tokens" in said
+    assert reading == expected and f" {TOKENS_PER_CHANNEL * HEADS:,} tokens, and the rest" in said
     assert _reading(given, checked("mlp"), math.inf)[1] == Reading(refit=TOKENS_PER_CHANNEL * 6)
     asked = arguments(calibration_tokens=7, refit_tokens=5)
     assert _reading(asked, checked("hidden", "mlp"), math.inf)[1] == Reading(7, 5, 0)
@@ -252,6 +254,37 @@ def test_what_is_done_is_not_expected_again(tmp_path: Path) -> None:
     assert left(tmp_path / "a", "LORA", 7) == ToDo(0, 3, Reading(), goes_small=True, compacts=False)
     trained = ToDo.of(Start(is_trained=True), 4, 10, reading, goes_small=True, measures_base=True)
     assert trained == ToDo(measures_base=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "times"),
+    [
+        ({"eval_strategy": "steps", "eval_steps": 2}, 5),
+        ({"eval_strategy": "steps", "eval_steps": 0.25}, 4),
+        ({"eval_strategy": "epoch", "per_device_train_batch_size": 60}, 10 * 60 / len(LENGTHS)),
+    ],
+)
+def test_evaluations_on_the_way_are_reckoned_with(flags: dict[str, Any], times: float, known_time: float) -> None:
+    of = data()
+    of.evaluation = [{"input_ids": [1] * 700}]
+    todo = ToDo(soft_steps=5, small_steps=5)
+    width = WITH_ADAPTER * (1 + SMALL) / 2
+    more = seconds(todo, of=of, **flags) - seconds(todo, **flags)
+    assert more == pytest.approx(times * width * 700 * SECONDS_PER_TOKEN)
+
+
+def test_a_step_has_a_duration_of_its_own(known_time: float) -> None:
+    todo = ToDo(soft_steps=4, small_steps=4, reading=Reading(refit=100), measures_base=True)
+    given = arguments(per_device_train_batch_size=4, gradient_checkpointing=False)
+    found = expect(given, checked(), data(40), None, todo)
+    assert found.step_seconds == pytest.approx(known_time * PASSES * (1 + SMALL) / 2)
+    assert not expect(given, checked(), data(), None, ToDo()).step_seconds
+    assert [step_span(value) for value in (0.5, 1, 4, 200)] == [
+        "less than a second a step",
+        "1 to 2 seconds a step",
+        "3 to 6 seconds a step",
+        "2 to 5 minutes a step",
+    ]
 
 
 def test_a_duration_is_a_range_in_words() -> None:
