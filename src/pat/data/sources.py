@@ -27,7 +27,7 @@ from pat.data.files import data_files, fingerprint_of, has_own_loading, is_saved
 from pat.data.formats import ALPACA, Format
 from pat.data.tables import ROWS_AT_ONCE, digest, labels_of
 from pat.errors import PatError, reason_of
-from pat.paths import looks_local
+from pat.paths import looks_local, near
 from pat.questions import letter_answer, letter_instruction, load_rows, resolve_tasks
 from pat.readers import (
     DECOMPRESSORS,
@@ -172,11 +172,12 @@ def load_from_hub(name: str, reading: Reading, split: str, config_name: str | No
             return load_dataset(name, name=config_name, split=split, streaming=streaming, **options)
     except ConnectionError as error:
         raise PatError(
-            f"{name}: no such file, and the hub could not be reached; pass an existing file ({SUFFIXES}) or go online."
+            f"{name}: no such file{near(name)}, and the hub could not be reached; pass an existing file ({SUFFIXES}) "
+            "or go online."
         ) from error
     except DatasetNotFoundError as error:
         raise PatError(
-            f"{name}: no such file, and the hub has no such dataset or does not show it to you; "
+            f"{name}: no such file{near(name)}, and the hub has no such dataset or does not show it to you; "
             "check the name, or log in for a gated dataset."
         ) from error
     except Exception as error:  # whatever its parsers, file systems and HTTP client raise

@@ -154,7 +154,7 @@ def check_run(arguments: TuneArguments, checked: Checked, data: Prepared) -> Run
     for folder in folders:
         if (other := RunFile.read(folder)) is not None:
             other.check(run, folder)
-            return run
+            return replace(run, num_threads=other.num_threads)
     logger.warning("%s: has no %s, so its configuration is not known.", checked.checkpoint, RUN_FILE)
     return run
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from pat.checkpoint.places import ADAPTER, CHECKPOINTS, COMPACT, MODEL, NAMES, RECORD, RESULTS, RUN_FILE, STAGE_TWO
 from pat.checkpoint.staging import check_output_folder, discard, lock_folder, remove_unfinished
 from pat.errors import PatError
-from pat.paths import is_inside
+from pat.paths import is_inside, near
 from pat.training.arguments import TuneArguments
 from pat.training.checkpoints import check_taken_over, is_compact, last_checkpoint, numbered_checkpoints, remove_later
 from pat.training.results import TuneRecord
@@ -104,7 +104,7 @@ def check_folder(arguments: TuneArguments) -> str | None:
     elif run is None and not _is_a_beginning(folder):
         check_output_folder(folder)
     if isinstance(named, str) and (found := flaw(Path(named), needed=(SAFETENSORS_WEIGHTS_NAME,))) is not None:
-        raise PatError(f"Got resume_from_checkpoint={named}, but {found}; name another one.")
+        raise PatError(f"Got resume_from_checkpoint={named}, but {found}{near(named, folder=True)}; name another one.")
     if named is True and run is None and not arguments.run.overwrite:
         named = last_checkpoint(folder / CHECKPOINTS)
         if named is None:

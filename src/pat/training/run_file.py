@@ -79,6 +79,8 @@ class RunFile:
     """Whether it began in bf16; unless a flag says otherwise it goes on so, whatever a new measurement would choose."""
     rows_per_step: int | None = None
     """Number of rows that a step takes, over all processes."""
+    num_threads: int | None = None
+    """Number of threads that it began with on a CPU; it goes on with as many, so that its numbers stay the same."""
 
     @classmethod
     def of(cls, arguments: TuneArguments, base_config: Any, data: str, tokens: str | None = None) -> RunFile:
@@ -133,6 +135,10 @@ class RunFile:
     def after(self, *phases: str) -> RunFile:
         """Return a copy with more phases finished."""
         return replace(self, finished=list(dict.fromkeys([*self.finished, *phases])))
+
+    def with_threads(self, num_threads: int) -> RunFile:
+        """Return a copy with the number of threads that it is computed with."""
+        return replace(self, num_threads=num_threads)
 
     def only(self, *phases: str) -> RunFile:
         """Return a copy with no more than these phases finished."""

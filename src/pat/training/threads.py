@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +19,8 @@ from torch.nn.functional import rms_norm, silu
 from trl import SFTConfig
 
 from pat import ranks
-from pat.families import Family
 from pat.report.progress import phase
+from pat.training.check import Checked
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Environment variables by which a user chooses the number."""
@@ -47,22 +46,26 @@ class Threads:
     number: int
     default: int
     """Number that torch had before."""
-    gain: float
-    """How many times as fast the chosen number was."""
+    gain: float | None
+    """How many times as fast the chosen number was; None where it was not measured, since the run began with it."""
 
     def describe(self) -> str:
         """Say what was chosen, and why if it is not what torch had."""
         said = f"{self.number} thread{'' if self.number == 1 else 's'}"
-        return said if self.number == self.default else f"{said} ({self.gain:.1f} times as fast here as {self.default})"
+        if self.number == self.default:
+            return said
+        why = "as it began" if self.gain is None else f"{self.gain:.1f} times as fast here as {self.default}"
+        return f"{said} ({why})"
 
 
-def choose_threads(sft: SFTConfig, base_config: Any, family: Family) -> Threads | None:
+def choose_threads(sft: SFTConfig, checked: Checked, known: int | None = None) -> Threads | None:
     """Have torch use the number of threads that training is fastest with on this CPU, see `measure_threads`.
 
     Args:
         sft: arguments of the trainer.
-        base_config: configuration of the base.
-        family: of the base.
+        checked: what was found out about the run: configuration and family of its base.
+        known: number that the run began with, which it keeps where there are as many: sums by another number differ in
+            their last digits.
 
     Returns:
         None where nothing is changed: besides, on an accelerator and in several processes, whose launcher gives each of
@@ -70,8 +73,12 @@ def choose_threads(sft: SFTConfig, base_config: Any, family: Family) -> Threads 
     """
     if sft.device.type != "cpu" or ranks.num_processes() > 1:
         return None
-    config = base_config.get_text_config()
-    width = int(getattr(config, family.hidden_size_field))
+    default = torch.get_num_threads()
+    if known is not None and known <= default and not chosen_by_user():
+        torch.set_num_threads(known)
+        return Threads(known, default, None)
+    config = checked.base_config.get_text_config()
+    width = int(getattr(config, checked.family.hidden_size_field))
     with phase("Measuring how many threads train fastest on this CPU"):
         threads = measure_threads(width, int(getattr(config, "intermediate_size", None) or width), bf16=bool(sft.bf16))
     if threads is not None:

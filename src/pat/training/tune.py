@@ -73,8 +73,7 @@ def run_tune(
     Args:
         arguments: of the run.
         callbacks: further ones for the trainers of both stages.
-        chooses_threads: whether it is measured with how many threads a CPU trains fastest. In the process of somebody's
-            script nothing is: `torch.set_num_threads` may have been called there.
+        chooses_threads: whether a CPU's number of threads is chosen here. A script's own process has chosen it.
     """
     shown = not arguments.sft.disable_tqdm
     with (
@@ -91,7 +90,8 @@ def run_tune(
         run = ranks.first_then_others(lambda: check_run(asked, checked, data))
         if (record := ranks.first(lambda: find_finished(arguments, checked.checkpoint))) is not None:
             return ranks.first(partial(_end_again, arguments, run, record))
-        threads = choose_threads(arguments.sft, checked.base_config, checked.family) if chooses_threads else None
+        threads = choose_threads(arguments.sft, checked, run.num_threads) if chooses_threads else None
+        run = run.with_threads(torch.get_num_threads())
         with phase("Rehearsing a step on a tiny model"):
             num_steps = rehearse(arguments, data, data.vocabulary.config_of(checked.base_config), checked.family)
         log_often(arguments.sft, num_steps, arguments.given)

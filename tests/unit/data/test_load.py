@@ -796,3 +796,11 @@ def test_hub_trouble_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Excepti
 
     monkeypatch.setattr(sources, "load_dataset_builder", load_dataset)
     refused("owner/name", part)
+
+
+def test_a_folder_with_a_name_like_that_of_a_missing_dataset_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train").mkdir()
+    monkeypatch.chdir(tmp_path)
+    refused("trian", "trian: no such file (did you mean train?)")

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -80,7 +80,8 @@ def test_a_run_in_one_process_on_a_cpu_takes_the_chosen_number(
     two_threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = build("llama", tied=True).config
-    family, asked = get_family(config.model_type), list[Any]()
+    base: Any = SimpleNamespace(base_config=config, family=get_family(config.model_type))
+    asked = list[Any]()
 
     def measured(*sizes: int, bf16: bool) -> Threads:
         asked.append((*sizes, bf16))
@@ -88,12 +89,19 @@ def test_a_run_in_one_process_on_a_cpu_takes_the_chosen_number(
 
     monkeypatch.setattr(threads, "measure_threads", measured)
     on = {kind: SimpleNamespace(device=torch.device(kind), bf16=True) for kind in ("cpu", "meta")}
-    assert choose_threads(on["meta"], config, family) is None  # type: ignore[arg-type]
+    assert choose_threads(on["meta"], base) is None  # type: ignore[arg-type]
     with monkeypatch.context() as many:
         many.setattr(ranks, "num_processes", lambda: 2)
-        assert choose_threads(on["cpu"], config, family) is None  # type: ignore[arg-type]
+        assert choose_threads(on["cpu"], base) is None  # type: ignore[arg-type]
     assert torch.get_num_threads() == 2 and not asked
-    found = choose_threads(on["cpu"], config, family)  # type: ignore[arg-type]
+    found = choose_threads(on["cpu"], base, 4)  # type: ignore[arg-type]
     assert asked == [(config.hidden_size, config.intermediate_size, True)] and torch.get_num_threads() == 1
     assert found is not None and found.describe() == "1 thread (3.1 times as fast here as 2)"
     assert Threads(2, 2, 1.0).describe() == "2 threads"
+
+
+def test_a_run_keeps_the_number_that_it_began_with(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "measure_threads", lambda *_, **__: pytest.fail("measured"))
+    cpu: Any = SimpleNamespace(device=torch.device("cpu"), bf16=False)
+    found = choose_threads(cpu, cast(Any, None), 1)
+    assert torch.get_num_threads() == 1 and found is not None and found.describe() == "1 thread (as it began)"
