@@ -160,16 +160,17 @@ def load_hollow(
 ) -> tuple[PeftModel, StoredWeights] | None:
     """Put a saved adapter on a base model that stays on disk, None if that base or adapter has to be in memory.
 
-    That is so for bases that are quantised or not stored as safetensors, for initialisations of LoRA that change the
-    base, for adapters that carry weights of the base (LoRA on the embedding) or train tokens that it has not, and for
-    trimmed vocabularies.
+    That is so for bases that are quantised or not stored as safetensors, for variants of LoRA that change the base or
+    look at it when they are put on it, for adapters that carry weights of the base (LoRA on the embedding) or train
+    tokens that it has not, and for trimmed vocabularies.
 
     Raises:
         PatError: adapter or base cannot be read, or do not fit each other.
     """
     base_config, changes = base_config_for(adapter, config, name, revision=revision)
     quantised = quantization_of(base_config) is not None or getattr(config, "base_quantization", None) is not None
-    if changes or quantised or config.init_lora_weights not in _INITIALISATIONS:
+    looks_at_base = config.kasa_config is not None or config.monteclora_config is not None
+    if changes or quantised or looks_at_base or config.init_lora_weights not in _INITIALISATIONS:
         return None
     with fitting(name, adapter, config, base_config, revision):
         if carries_base_weights(adapter, config):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import PurePath
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 
 from pat.errors import PatError
 from pat.kinds import misfits
@@ -47,6 +47,17 @@ _WITHOUT_MERGED_FORM = {
     "alora_invocation_tokens": "an adapter that acts on some tokens alone cannot be merged into weights",
     "arrow_config": "adapters that a router chooses for each token cannot be merged into weights",
 }
+
+_INITIALISATIONS_OF_ONE_DAY = {
+    "pissa_niter_": "subtracts a product drawn at random from the base; use 'pissa'",
+    "lora_ga": "subtracts a product of gradients from the base; use 'pissa', 'eva' or none",
+    "corda": "subtracts a product of activations from the base; use 'pissa', 'eva' or none",
+}
+"""Initialisations, by how their names begin, that change the base in a way that no later loading can repeat: the
+adapter would be put on another base than it was trained on."""
+
+_REPEATABLE_CHANGES = ("pissa", "olora", "loftq")
+"""Initialisations that change the base, in the same way each time an adapter is put on it."""
 
 _PATTERNS = {
     "target_modules": "{}",
@@ -96,7 +107,10 @@ class PatConfig(PatOptions, LoraConfig):
     )
     base_vocab_size: int | None = field(
         default=None,
-        metadata={"help": "Filled in: vocabulary size of the base, where it was trimmed before the adapter was made."},
+        metadata={
+            "help": "Filled in: vocabulary size of the base, where it was trimmed before the adapter was made.",
+            "range": "[1, inf)",
+        },
     )
     base_quantization: dict[str, Any] | None = field(
         default=None, metadata={"help": "Filled in: how the base model was quantised when the adapter was made."}
@@ -119,9 +133,12 @@ class PatConfig(PatOptions, LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PatType.PAT
-        plain = {field.name: getattr(self, field.name) for field in fields(PatOptions) if "range" not in field.metadata}
-        if (wrong := misfits(plain, PatOptions)) is not None:  # numbers have their ranges
-            raise PatError(f"G{wrong[1:]}.")
+        for name, reason in _WITHOUT_MERGED_FORM.items():
+            if getattr(self, name):
+                raise PatError(f"Got {name}, which PAT does not support: {reason}; leave it out.")
+        axes: Any = self.axes
+        self.axes = [axes] if isinstance(axes, str) else axes
+        self._check_kinds(field.name for field in fields(self) if "range" not in field.metadata)
         check_patterns(self)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
@@ -137,15 +154,24 @@ class PatConfig(PatOptions, LoraConfig):
         if self.resolved_from is not None:  # maybe of an adapter that was made when there were fewer axes
             self.resolved_from = {axis.option: None for axis in AXES.values()} | self.resolved_from
         check_request(self)
+        self._check_kinds(field.name for field in fields(self))
         if isinstance(self.operator_rank, str) and self.operator_rank != "dense":
             if not self.operator_rank.isdigit():
                 raise PatError(f"Got operator_rank={self.operator_rank!r}; expected a number of ranks or 'dense'.")
             self.operator_rank = int(self.operator_rank)
-        for name, reason in _WITHOUT_MERGED_FORM.items():
-            if getattr(self, name):
-                raise PatError(f"Got {name}, which PAT does not support: {reason}; leave it out.")
+        for name, reason in _INITIALISATIONS_OF_ONE_DAY.items():
+            if str(self.init_lora_weights).lower().startswith(name):
+                raise PatError(
+                    f"Got init_lora_weights={self.init_lora_weights!r}, which {reason}. A saved adapter would be put "
+                    "on another base than it was trained on."
+                )
         if self.resolved_rotation is not None and self.resolved_from is None:  # of an adapter that lacks this record
             self.resolved_from = self.asked()
+
+    def _check_kinds(self, names: Iterable[str]) -> None:
+        """Refuse values of another kind than their field's, which peft and torch would fail on where they use them."""
+        if (wrong := misfits({name: getattr(self, name) for name in names}, PatConfig)) is not None:
+            raise PatError(f"G{wrong[1:]}.")
 
     def asked(self) -> dict[str, Any]:
         """Return the options that decide on sizes and rotation, as they are now."""
@@ -169,6 +195,36 @@ class PatConfig(PatOptions, LoraConfig):
     def is_resolved(self) -> bool:
         """Whether the filled-in fields were chosen by the options as they are now, as in an adapter that is made."""
         return self.resolved_from == self.asked()
+
+
+def check_change(config: PatConfig, others: Sequence[PeftConfig], *, empty: bool) -> None:
+    """Refuse an initialisation that changes the base where others share it, or where its weights are not looked at.
+
+    Args:
+        config: of the adapter that is put on a model.
+        others: of the adapters that are on it.
+        empty: whether the adapter's parameters are made without values (`low_cpu_mem_usage`).
+
+    Raises:
+        PatError: this adapter or one of the others has such an initialisation.
+    """
+    change = next((kind for one in (config, *others) if (kind := _change_of(one)) is not None), None)
+    if change is not None and others:
+        raise PatError(
+            f"Got a second adapter beside one with init_lora_weights={change!r}, which changes the base that both act "
+            "on; merge one first, or use another initialisation (TRL's DPOTrainer adds a second adapter to a model "
+            "that has one: give it the base, and the PatConfig as peft_config)."
+        )
+    if change is not None and empty:
+        raise PatError(
+            f"Got low_cpu_mem_usage with init_lora_weights={change!r}, which is computed of the base's weights; leave "
+            "low_cpu_mem_usage out."
+        )
+
+
+def _change_of(config: PeftConfig) -> str | None:
+    kind = getattr(config, "init_lora_weights", None)
+    return kind if isinstance(kind, str) and kind in _REPEATABLE_CHANGES else None
 
 
 def check_patterns(config: LoraConfig) -> None:

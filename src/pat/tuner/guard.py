@@ -1,9 +1,9 @@
-"""What a forward pass of an adapted model is checked for."""
+"""What an adapted model is checked for when it is loaded and when it runs."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ import torch
 from peft.tuners.lora import LoraModel
 
 from pat.errors import PatError
+from pat.tuner.layer import NAMES
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,22 @@ class GuardedForward(LoraModel):
                 )
         return super().forward(*args, **kwargs)
 
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Take values over; refuse those of an adapter that was made with other options, which peft passes over.
+
+        Raises:
+            PatError: there are some.
+        """
+        # peft puts the adapter's name into the names of those tensors that the adapter has a place for.
+        homeless = [name for name in state_dict if name.startswith(prefix) and _is_nameless(name)]
+        if homeless:
+            raise PatError(
+                f"Got an adapter with {len(homeless)} tensors on file that its configuration has no place for, such as "
+                f"{min(homeless).removeprefix(prefix)}: an option such as axes, rotation, refit, operator_rank or "
+                "target_modules is another than it was saved with, in adapter_config.json or by config=…; put it back."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Refuse a batch of several adapters: masks and operators act on whole batches.
@@ -47,3 +64,9 @@ class GuardedForward(LoraModel):
             )
         with super()._enable_peft_forward_hooks(*args, **kwargs):
             yield
+
+
+def _is_nameless(name: str) -> bool:
+    """Tell whether a tensor of an adapter lacks the adapter's name, which stands before the last part of its own."""
+    *_, outer, holder, leaf = ("", "", *name.split("."))
+    return outer in NAMES or (holder in ("lora_A", "lora_B") and leaf == "weight")

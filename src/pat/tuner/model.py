@@ -25,7 +25,7 @@ from pat.surgery.residual import ResidualStream
 from pat.surgery.rotation import ChannelOrder
 from pat.tuner.attach import add_pruning_layers
 from pat.tuner.compaction import Compacted, compact
-from pat.tuner.config import PatConfig
+from pat.tuner.config import PatConfig, check_change
 from pat.tuner.gates import by_axis, held
 from pat.tuner.guard import GuardedForward
 from pat.tuner.layer import DEPTH_NAME, GATE_NAME, MASK_NAME, NAMES, OPERATOR_NAME, MaskLayer, PruningLayer
@@ -63,13 +63,14 @@ class PatModel(GuardedForward):
         """Attach an adapter: LoRA by peft, then mask, gates and operators."""
         # What is filled in belongs to this adapter: the user's object can be used for another one.
         config = self.peft_config[adapter_name] = copy.deepcopy(self.pat_config(adapter_name))
+        # peft says it as an option or, for the first adapter, by a context that empties new parameters.
+        empty = bool(kwargs.get("low_cpu_mem_usage")) or new_parameters_are_empty()
+        check_change(config, [other for name, other in self.peft_config.items() if name != adapter_name], empty=empty)
         plan = plan_attachment(model, config, known_stream=self.residual_stream)
         self.residual_stream = plan.stream
         keep_plain_layout(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config.resolved_from = config.asked()  # as peft leaves them
-        # peft says it as an option or, for the first adapter, by a context that empties new parameters.
-        empty = bool(kwargs.get("low_cpu_mem_usage")) or new_parameters_are_empty()
         add_pruning_layers(model, adapter_name, config, plan, empty=empty)
         for layer in self._sparsification_layers():
             layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

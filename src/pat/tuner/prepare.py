@@ -144,13 +144,22 @@ def default_targets(config: PatConfig, model: nn.Module, stream: ResidualStream)
         config.target_modules = sorted({path.rpartition(".")[2] for path in targets})
         experts = [linear.path for linear in linears if linear.weight == linear.path]
         if experts and config.target_parameters is None:
-            if config.lora_dropout or config.use_dora:
+            if option := _unfit_for_experts(config):
                 logger.warning(
-                    "LoRA leaves out the expert parameters: peft supports neither dropout nor DoRA on bare parameters."
+                    "LoRA leaves out the expert parameters: peft does not support %s on bare parameters.", option
                 )
             else:
                 config.target_parameters = list(stream.family.expert_parameters)
     return config
+
+
+def _unfit_for_experts(config: PatConfig) -> str | None:
+    """Return the option, if there is one, with which peft puts no LoRA on bare parameters."""
+    names = ["lora_dropout", "lora_bias", "fan_in_fan_out"]
+    names += ["use_dora", "use_bdlora", "velora_config", "kasa_config", "monteclora_config"]
+    if isinstance(config.init_lora_weights, str) and config.init_lora_weights not in ("gaussian", "eva"):
+        return f"init_lora_weights={config.init_lora_weights!r}"
+    return next((name for name in names if getattr(config, name)), None)
 
 
 def new_parameters_are_empty() -> bool:

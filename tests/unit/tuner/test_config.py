@@ -26,6 +26,7 @@ def test_it_is_a_lora_config_with_fields_of_its_own() -> None:
     given = dataclasses.replace(config, pruned_hidden_size=36.0, multiple_of=4.0, milestone=1)
     sizes = [given.pruned_hidden_size, given.multiple_of, given.milestone]
     assert sizes == [36, 4, 1] and all(isinstance(size, int) for size in sizes)
+    assert [PatConfig(axes=axes).axes for axes in ("auto", ("mlp", "hidden"))] == [["auto"], ["mlp", "hidden"]]
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,15 @@ def test_it_is_a_lora_config_with_fields_of_its_own() -> None:
         ({"layer_replication": [(0, 1)]}, r"layer_replication.*does not support"),
         ({"alora_invocation_tokens": [5]}, r"alora_invocation_tokens.*some tokens alone"),
         ({"arrow_config": ArrowConfig()}, r"arrow_config.*router"),
+        ({"init_lora_weights": "pissa_niter_4"}, r"pissa_niter_4.*at random.*another base.*"),
+        ({"init_lora_weights": "lora_ga"}, r"lora_ga.*another base than it was trained on"),
+        ({"init_lora_weights": "corda"}, r"corda.*another base than it was trained on"),
+        ({"axes": "mpl"}, r"axes=\['mpl'\]; expected 'auto'"),
+        ({"bias": 3}, r"bias='3'; expected"),
+        ({"lora_alpha": None}, r"lora_alpha='None'; expected a number"),
+        ({"base_shape": "llama"}, r"base_shape='llama'; expected a mapping"),
+        ({"resolved_from": 3}, r"resolved_from='3'; expected a mapping"),
+        ({"base_vocab_size": -1}, r"base_vocab_size=-1; expected a whole number"),
         ({"target_modules": "("}, r"target_modules='\('; expected a regular expression.*unterminated"),
         ({"exclude_modules": "a{99999999999999}"}, r"exclude_modules=.*expected a regular expression"),
         ({"modules_to_save": ["norm", "["]}, r"modules_to_save='\['.*expected a regular expression"),

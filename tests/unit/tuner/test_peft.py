@@ -55,6 +55,15 @@ def load_with_another_size(folder: Path) -> None:
     model.merge_and_unload()
 
 
+def load_with_other_options(folder: Path, **fields: Any) -> None:
+    PeftModel.from_pretrained(shallow("llama", tied=False), saved(folder), config=pat_config(**fields))
+
+
+def load_without_memory(folder: Path) -> None:
+    hard(init_lora_weights="pissa").save_pretrained(folder)
+    PeftModel.from_pretrained(shallow("llama", tied=False), folder, low_cpu_mem_usage=True)
+
+
 def on_gpt2() -> None:
     base = AutoModelForCausalLM.from_config(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=8, n_positions=8))
     get_peft_model(base, PatConfig())
@@ -80,6 +89,10 @@ REFUSED: dict[str, list[tuple[str, Callable[[Path], Any]]]] = {
         ("one adapter", lambda _: pair().generate(**batch(), adapter_names=["default", "other"])),
     ],
     "`from_pretrained(config=…)` of another size": [(r"keeps 36 entries.* says 24", load_with_another_size)],
+    "`from_pretrained(config=…)` with options that have fewer tensors": [
+        (r"16 tensors .*pat_hsm", lambda folder: load_with_other_options(folder, axes=["mlp"])),
+        (r"tensors .*down_proj", lambda folder: load_with_other_options(folder, target_modules=["q_proj"])),
+    ],
     "`inject_adapter_in_model`, transformers' `add_adapter` and `load_adapter`": [
         ("get_peft_model", lambda _: inject_adapter_in_model(pat_config(), shallow("llama", tied=False))),
         (IN_TRANSFORMERS, lambda _: shallow("llama", tied=False).add_adapter(pat_config())),
@@ -91,6 +104,14 @@ REFUSED: dict[str, list[tuple[str, Callable[[Path], Any]]]] = {
         ("different peft types", lambda _: hard().add_adapter("lora", LoraConfig(target_modules=["q_proj"]))),
     ],
     "`layer_replication`, aLoRA, Arrow": [("layer_replication", lambda _: PatConfig(layer_replication=[(0, 1)]))],
+    "PiSSA by a random `niter`, LoRA-GA, CorDA": [
+        ("at random", lambda _: PatConfig(init_lora_weights="pissa_niter_4"))
+    ],
+    "a second adapter beside PiSSA, OLoRA or LoftQ": [
+        ("changes the base", lambda _: hard(init_lora_weights="pissa").add_adapter("other", pat_config())),
+        ("changes the base", lambda _: hard().add_adapter("other", pat_config(init_lora_weights="olora"))),
+    ],
+    "`low_cpu_mem_usage` with PiSSA, OLoRA or LoftQ": [("leave low_cpu_mem_usage out", load_without_memory)],
     "LoRA on `lm_head`": [("lm_head", lambda _: attach(shallow("llama", tied=False), target_modules=["lm_head"]))],
     "an adapter on one end of a tied model": [
         ("break the tie", lambda _: attach(shallow("llama", tied=True), target_modules=["embed_tokens"])),

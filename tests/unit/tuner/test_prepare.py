@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.lora.config import KasaConfig, MontecloraConfig
 from tiny_models import FAMILIES, build
 from tiny_training import attach, logits, pat_config, tuner_of
 from torch import nn
@@ -328,7 +329,17 @@ def test_default_targets_cover_the_experts() -> None:
     assert {"gate_proj", "up_proj", "down_proj"} <= set(mixed.target_modules)  # its one layer without experts
 
 
-@pytest.mark.parametrize("fields", [{"use_dora": True}, {"lora_dropout": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"use_dora": True},
+        {"lora_dropout": 0.1},
+        {"kasa_config": KasaConfig()},
+        {"monteclora_config": MontecloraConfig()},
+        *({"init_lora_weights": kind} for kind in ("pissa", "olora", "mica", "orthogonal")),
+    ],
+    ids=str,
+)
 def test_experts_are_left_out_with_a_warning_where_peft_refuses_them(fields: dict[str, Any]) -> None:
     with collected_warnings() as said:
         model = attach(build("mixtral", tied=True), **fields)
