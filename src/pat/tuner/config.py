@@ -48,7 +48,7 @@ _WITHOUT_MERGED_FORM = {
     "arrow_config": "adapters that a router chooses for each token cannot be merged into weights",
 }
 
-_INITIALISATIONS_OF_ONE_DAY = {
+_UNREPEATABLE_CHANGES = {
     "pissa_niter_": "subtracts a product drawn at random from the base; use 'pissa'",
     "lora_ga": "subtracts a product of gradients from the base; use 'pissa', 'eva' or none",
     "corda": "subtracts a product of activations from the base; use 'pissa', 'eva' or none",
@@ -159,7 +159,7 @@ class PatConfig(PatOptions, LoraConfig):
             if not self.operator_rank.isdigit():
                 raise PatError(f"Got operator_rank={self.operator_rank!r}; expected a number of ranks or 'dense'.")
             self.operator_rank = int(self.operator_rank)
-        for name, reason in _INITIALISATIONS_OF_ONE_DAY.items():
+        for name, reason in _UNREPEATABLE_CHANGES.items():
             if str(self.init_lora_weights).lower().startswith(name):
                 raise PatError(
                     f"Got init_lora_weights={self.init_lora_weights!r}, which {reason}. A saved adapter would be put "
