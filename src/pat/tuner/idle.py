@@ -1,12 +1,14 @@
-"""Says which options that were given have nothing to act on, or undo what the cut is for."""
+"""Says which options that were given have nothing to act on, or undo what the cut is for, and which base is another."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import fields
+from pathlib import PurePath
 from typing import Any
 
-from pat.loading import empty_model
+from pat.loading import base_fingerprint, empty_model
+from pat.loading.fingerprint import is_same
 from pat.shape import AXES, Shape, asked_sizes
 from pat.surgery.axes import prunable
 from pat.tuner.config import PatConfig
@@ -63,4 +65,20 @@ def warn_of_growth(base_config: Any, shape: Shape) -> None:
             f"{head:,}",
             f"{cut:,}",
             shape.describe(),
+        )
+
+
+def warn_of_another_base(config: PatConfig, base_config: Any) -> None:
+    """Warn if a made adapter is put on a model of the shape of its base whose files are others.
+
+    `pat merge` and `pat evaluate` refuse that. From Python it may be meant, for a base that was cast, say.
+    """
+    found = base_fingerprint(base_config, base_config.name_or_path, revision=config.revision)
+    if is_same(config.base_fingerprint, found) is False:
+        logger.warning(
+            "The adapter was made for a base with the fingerprint …%s, and %s has …%s, by other weights or another "
+            "configuration: what it computes there is not what was trained.",
+            str(config.base_fingerprint)[-8:],
+            PurePath(base_config.name_or_path).name,
+            str(found)[-8:],
         )

@@ -24,7 +24,7 @@ from pat.surgery.describe import check_tie, head_dim, map_of
 from pat.surgery.residual import ResidualStream
 from pat.surgery.rotation import gain_block
 from pat.tuner.config import PatConfig
-from pat.tuner.idle import warn_of_growth, warn_of_idle_options
+from pat.tuner.idle import warn_of_another_base, warn_of_growth, warn_of_idle_options
 from pat.tuner.target import ratio_of_target
 from pat.tuner.zero import check_not_taken_apart
 
@@ -97,6 +97,8 @@ def plan_attachment(
         cut = [axis.field for axis in AXES.values() if axis.name == "hidden" or shape.cuts(axis.name)]
         config.resolved_width = {field: shape.pruned_sizes[field] for field in cut}
         config.resolved_rotation = rotation
+    else:
+        warn_of_another_base(config, base_config)
     group_width = head_dim(model) * base_config.num_attention_heads // shape.size("heads")
     return AttachmentPlan(stream, shape, group_width, rotation, tied)
 

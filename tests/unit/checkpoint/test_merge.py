@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from hardened import hardened
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import KasaConfig, MontecloraConfig
 from safetensors.torch import load_file, save_file
 from tiny_models import batch, build, fill_hub_cache, tiny_tokenizer
@@ -27,6 +27,7 @@ from pat.checkpoint.merge import merge
 from pat.checkpoint.verification_text import CONTEXT, MAX_TOKENS, verification_batches
 from pat.errors import PatError
 from pat.loading import TokenSetup, keep_plain_layout
+from pat.report.records import collected_warnings
 
 ROUNDING = 2e-5
 """Float32 rounding on the tiny models' logits, see test_verify.py."""
@@ -362,6 +363,17 @@ def test_the_base_may_lie_in_other_files(work: Path) -> None:
     AutoModelForCausalLM.from_pretrained(work / "base").save_pretrained(work / "other", max_shard_size="60KB")
     tiny_tokenizer(work / "other")
     merge(work / "adapter", work / "out", base_model=str(work / "other"), progress=False)
+
+
+def test_another_base_of_the_shape_is_said_in_python_too(work: Path) -> None:
+    shutil.copytree(work / "base", work / "other")
+    change_tensors(work / "other" / "model.safetensors", lambda tensors: tensors["model.norm.weight"].mul_(2))
+    said = {}
+    for name in ("base", "other"):
+        with collected_warnings() as said[name]:
+            PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(work / name), work / "adapter")
+    assert not said["base"] and len(said["other"]) == 1
+    assert re.search("made for a base with the fingerprint .* other has", said["other"][0])
 
 
 @pytest.mark.parametrize("known", [None, "0" * 64])
