@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 from pat.data.load import load_training_data
 from pat.nll import batches_from_examples, response_nll
 from pat.recipes import recipe_defaults
-from pat.training.callback import PatCallback
+from pat.training.callbacks.callback import PatCallback
 from pat.tuner import PatConfig, find_tuner
 
 SEARCHED = ("recipe", "learning_rate", "mask_lr_multiplier", "milestone", "lora_alpha")

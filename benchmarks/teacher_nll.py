@@ -103,7 +103,7 @@ def tuned(model: str, folder: Path, seed: int) -> Path:
 
     from pat.training.arguments import build_arguments
     from pat.training.check import check
-    from pat.training.prepare import prepare
+    from pat.training.inputs.prepare import prepare
     from pat.training.trainer import make_trainer
 
     target = folder / f"tuned-{seed}"

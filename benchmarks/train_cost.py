@@ -39,11 +39,11 @@ from pat.loading import TokenSetup, load_config
 from pat.recipes import recipe_defaults
 from pat.report.records import environment
 from pat.training.arguments import TuneArguments, build_arguments
-from pat.training.base_scores import BaseScores
-from pat.training.folder import Start
-from pat.training.prepare import Prepared, prepare
-from pat.training.results import ModelFigures
-from pat.training.run_file import RunFile
+from pat.training.inputs.prepare import Prepared, prepare
+from pat.training.outcome.results import ModelFigures
+from pat.training.run.base_scores import BaseScores
+from pat.training.run.folder import Start
+from pat.training.run.run_file import RunFile
 from pat.training.stages import Stages
 from pat.training.trainer import make_trainer
 from pat.tuner import PatConfig, PatModel, find_tuner

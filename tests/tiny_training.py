@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from pat.training.callback import PatCallback
+from pat.training.callbacks.callback import PatCallback
 from pat.tuner import PatConfig, PatModel, find_tuner
 
 GAIN_TOLERANCE = 0.4

@@ -43,8 +43,8 @@ from pat.evaluation.harness import evaluate_tasks, load_tasks
 from pat.loading import load_base, load_config, load_tokenizer, stored_dtype
 from pat.report.records import environment
 from pat.training.arguments import TuneArguments
-from pat.training.distill import DistillingTrainer, Teacher
-from pat.training.guard import FiniteGuard
+from pat.training.callbacks.guard import FiniteGuard
+from pat.training.distillation.distill import DistillingTrainer, Teacher
 from pat.training.tune import run_tune
 
 

@@ -111,7 +111,7 @@ def default_threads(workers: int) -> int:
         return share
     import torch
 
-    from pat.training.threads import measure_threads
+    from pat.training.preflight.threads import measure_threads
 
     threads = None if torch.accelerator.is_available() else measure_threads(*SIZES_TO_TIME)
     return share if threads is None else threads.number

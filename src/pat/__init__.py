@@ -10,8 +10,8 @@ from pat.errors import PatError
 from pat.registration import register_with_peft
 
 if TYPE_CHECKING:
-    from pat.training.callback import PatCallback
-    from pat.training.distill import DistillationMixin, Teacher
+    from pat.training.callbacks.callback import PatCallback
+    from pat.training.distillation.distill import DistillationMixin, Teacher
     from pat.training.tune import tune
     from pat.tuner.config import PatConfig
 
@@ -20,10 +20,10 @@ __version__ = "0.1.0"
 __all__ = ["DistillationMixin", "PatCallback", "PatConfig", "PatError", "Teacher", "tune"]
 
 _HOMES = {
-    "DistillationMixin": "pat.training.distill",
-    "PatCallback": "pat.training.callback",
+    "DistillationMixin": "pat.training.distillation.distill",
+    "PatCallback": "pat.training.callbacks.callback",
     "PatConfig": "pat.tuner.config",
-    "Teacher": "pat.training.distill",
+    "Teacher": "pat.training.distillation.distill",
     "tune": "pat.training.tune",
 }
 

@@ -43,7 +43,7 @@ COMMANDS = {
         "Data + base model -> tuned, smaller dense checkpoint (the main job).",
         options="pat.training.arguments:TuneArguments",
         run="pat.training.tune:run_tune",
-        show="pat.training.summary:print_summary",
+        show="pat.training.outcome.summary:print_summary",
         first="pat.training.options:RunOptions",
     ),
     "plan": Command(
@@ -54,9 +54,9 @@ COMMANDS = {
     ),
     "report": Command(
         "A run of `pat tune` as one page of HTML: figures, drawings, what was cut, how to load it.",
-        options="pat.training.report:ReportOptions",
-        run="pat.training.report:run_report",
-        show="pat.training.report:print_report",
+        options="pat.training.outcome.report:ReportOptions",
+        run="pat.training.outcome.report:run_report",
+        show="pat.training.outcome.report:print_report",
     ),
     "merge": Command(
         "PAT adapter -> dense checkpoint, streamed and verified.",

@@ -12,7 +12,7 @@ from tiny_models import build, tiny_tokenizer
 from tiny_training import arguments, attach, largest_difference, logits, tuner_of
 
 from pat.errors import PatError
-from pat.training.callback import PatCallback
+from pat.training.callbacks.callback import PatCallback
 
 disable_progress_bars()
 

@@ -26,8 +26,8 @@ from tiny_training import (
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from pat.training.callback import PatCallback
-from pat.training.regularise import Regularisers
+from pat.training.callbacks.callback import PatCallback
+from pat.training.callbacks.regularise import Regularisers
 
 disable_progress_bars()
 

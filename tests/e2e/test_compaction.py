@@ -21,7 +21,7 @@ from pat.checkpoint.merge import merge
 from pat.cli import main
 from pat.errors import PatError
 from pat.training.arguments import build_arguments
-from pat.training.checkpoints import last_checkpoint
+from pat.training.run.checkpoints import last_checkpoint
 from pat.training.stages import Stages
 from pat.training.tune import run_tune
 from pat.tuner import PatModel

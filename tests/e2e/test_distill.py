@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 import pat
 from pat.cli import main
 from pat.errors import PatError
+from pat.training.distillation.teacher import OWN
 from pat.training.stages import Stages
-from pat.training.teacher import OWN
 from pat.tuner import PatModel
 
 MILESTONE = 2

@@ -26,9 +26,9 @@ import pat
 from pat.checkpoint.staging import lock_folder
 from pat.cli import main
 from pat.errors import PatError
-from pat.training.base_scores import BaseScores
-from pat.training.checkpoints import last_checkpoint
-from pat.training.run_file import RunFile
+from pat.training.run.base_scores import BaseScores
+from pat.training.run.checkpoints import last_checkpoint
+from pat.training.run.run_file import RunFile
 
 STEPS = 3
 

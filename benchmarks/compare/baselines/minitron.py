@@ -3,7 +3,7 @@ Distillation"): channels by their activations, the weights sliced, nothing refit
 
 The importance of a channel is what the paper found best: of what goes into the down projection the mean absolute value
 over the tokens of a sequence, then the L2 norm over the sequences. Every layer keeps the same number of channels. The
-knowledge distillation that follows in the paper is the comparison's training (`pat.training.distill`).
+knowledge distillation that follows in the paper is the comparison's training (`pat.training.distillation.distill`).
 
 Where we differ from the paper: MLPs alone are cut, as PAT's default cuts them, so that shapes are equal and the
 criterion and the training are what is compared; the paper chooses among shapes of heads, MLPs and hidden size.

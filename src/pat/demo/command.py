@@ -16,9 +16,9 @@ from pat.report.progress import phase, quiet_transformers
 from pat.report.records import Record
 from pat.report.table import Table
 from pat.training.arguments import build_arguments
-from pat.training.results import TuneRecord, TuneResult
-from pat.training.samples import Sample
-from pat.training.summary import print_summary
+from pat.training.outcome.results import TuneRecord, TuneResult
+from pat.training.outcome.samples import Sample
+from pat.training.outcome.summary import print_summary
 from pat.training.tune import run_tune
 
 RECIPE: dict[str, Any] = {

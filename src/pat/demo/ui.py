@@ -24,7 +24,7 @@ from pat.report import numbers
 from pat.report.progress import current
 from pat.report.table import Table
 from pat.training.arguments import build_arguments
-from pat.training.results import TuneResult
+from pat.training.outcome.results import TuneResult
 from pat.training.tune import run_tune
 
 POLICY = (

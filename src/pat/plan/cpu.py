@@ -28,8 +28,8 @@ from pat.surgery.costs import ModelCost, Skeleton, build_skeleton, cost_of
 from pat.surgery.dense import shrink_config
 from pat.surgery.describe import head_dim
 from pat.surgery.layers import droppable_layers, example_layers, layers_of
-from pat.training.precision import bf16_pays_on_cpu
-from pat.training.threads import measure_threads, using
+from pat.training.preflight.precision import bf16_pays_on_cpu
+from pat.training.preflight.threads import measure_threads, using
 from pat.tuner.config import PatConfig
 from pat.tuner.memory import TrainingMemory
 

@@ -26,7 +26,7 @@ from pat.plan.target import check_of_target
 from pat.plan.work import num_read
 from pat.report.progress import Phase
 from pat.shape import AXES, Shape
-from pat.training.precision import bf16_pays_on_cpu
+from pat.training.preflight.precision import bf16_pays_on_cpu
 from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel, find_tuner
 from pat.tuner.prepare import check_config

@@ -11,8 +11,8 @@ import torch
 from pat.nll import Example, batches_from_examples, evaluating
 from pat.report.progress import phase
 from pat.shape import AXES
-from pat.training.estimate import span
-from pat.training.speed import seconds_per_token
+from pat.training.preflight.estimate import span
+from pat.training.preflight.speed import seconds_per_token
 from pat.tuner.depth import LAYER_TOKENS
 
 CALIBRATION_PASSES = {"hidden": 1.5, "mlp": 5.0, "heads": 2.0}

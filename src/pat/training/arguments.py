@@ -20,10 +20,10 @@ from pat.paths import check_writable, expand
 from pat.recipes import recipe_defaults
 from pat.report.progress import phase
 from pat.shape import check_request
-from pat.training.accelerated import check_installed
+from pat.training.engines.accelerated import check_installed
+from pat.training.inputs.streaming import check_streaming
 from pat.training.options import DistillOptions, RunOptions
-from pat.training.precision import bf16_pays_on_cpu
-from pat.training.streaming import check_streaming
+from pat.training.preflight.precision import bf16_pays_on_cpu
 from pat.tuner.config import PatConfig
 from pat.tuner.options import PatOptions
 

@@ -14,8 +14,8 @@ from pat.checkpoint.compact import check_compact, read_compaction
 from pat.loading import load_base, load_config, quantization_of
 from pat.report.progress import is_live, phase
 from pat.training.arguments import TuneArguments
-from pat.training.engine import place_for
-from pat.training.prepare import Prepared
+from pat.training.engines.engine import place_for
+from pat.training.inputs.prepare import Prepared
 
 
 def load(arguments: TuneArguments, data: Prepared) -> PreTrainedModel:

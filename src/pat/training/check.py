@@ -22,13 +22,13 @@ from pat.serving import trouble
 from pat.shape import AXES, LARGE_RATIO, Shape
 from pat.surgery.residual import ResidualStream
 from pat.training.arguments import TuneArguments
-from pat.training.calibration_text import read_calibration
-from pat.training.deepspeed import check_deepspeed, check_deepspeed_run
-from pat.training.engine import check_engine, quantises
-from pat.training.folder import check_folder
-from pat.training.prepare import Prepared
-from pat.training.run_file import RunFile, tokens_fingerprint
-from pat.training.teacher import check_distillation, check_teacher
+from pat.training.distillation.teacher import check_distillation, check_teacher
+from pat.training.engines.deepspeed import check_deepspeed, check_deepspeed_run
+from pat.training.engines.engine import check_engine, quantises
+from pat.training.inputs.calibration_text import read_calibration
+from pat.training.inputs.prepare import Prepared
+from pat.training.run.folder import check_folder
+from pat.training.run.run_file import RunFile, tokens_fingerprint
 from pat.tuner.compaction import check_compactable
 from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel

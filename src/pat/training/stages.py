@@ -31,20 +31,21 @@ from pat.method.schedule import milestone_step
 from pat.report.progress import phase, say
 from pat.training.arguments import TuneArguments
 from pat.training.base import load_compact, with_adapter
-from pat.training.base_scores import BaseScores
-from pat.training.beginning import begun
-from pat.training.callback import PatCallback
+from pat.training.callbacks.callback import PatCallback
+from pat.training.callbacks.guard import FiniteGuard
+from pat.training.callbacks.interrupt import StopOnSignal
+from pat.training.callbacks.watch import Watch, silence
 from pat.training.check import compacts, warn_without_rotation
-from pat.training.checkpoints import check_fit, continue_from, is_compact, load_finished, load_hard, taken_from
-from pat.training.folder import Start
-from pat.training.guard import FiniteGuard
-from pat.training.handover import checkpoint_for, is_sharded, unsharded, write_adapter
-from pat.training.interrupt import StopOnSignal
-from pat.training.prepare import Prepared
-from pat.training.run_file import RunFile
-from pat.training.sittings import Clock, SaveSeconds
-from pat.training.teacher import Teaching
-from pat.training.trained import Trained, last_adapter, training_facts
+from pat.training.distillation.teacher import Teaching
+from pat.training.engines.handover import checkpoint_for, is_sharded, unsharded, write_adapter
+from pat.training.inputs.prepare import Prepared
+from pat.training.run.base_scores import BaseScores
+from pat.training.run.beginning import begun
+from pat.training.run.checkpoints import check_fit, continue_from, is_compact, load_finished, load_hard, taken_from
+from pat.training.run.folder import Start
+from pat.training.run.run_file import RunFile
+from pat.training.run.sittings import Clock, SaveSeconds
+from pat.training.run.trained import Trained, last_adapter, training_facts
 from pat.training.trainer import (
     KeepLog,
     SaveTokens,
@@ -53,7 +54,6 @@ from pat.training.trainer import (
     restore_router_settings,
     router_settings,
 )
-from pat.training.watch import Watch, silence
 from pat.tuner.compaction import CompactModel
 from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel, find_tuner

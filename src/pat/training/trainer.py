@@ -16,10 +16,10 @@ from trl import SFTConfig, SFTTrainer
 from pat import ranks
 from pat.checkpoint.staging import make_readable, sync
 from pat.loading import TokenSetup
-from pat.training.accelerated import has_deepspeed
-from pat.training.callback import complete_head
-from pat.training.distill import DistillingTrainer
-from pat.training.prepare import Prepared
+from pat.training.callbacks.callback import complete_head
+from pat.training.distillation.distill import DistillingTrainer
+from pat.training.engines.accelerated import has_deepspeed
+from pat.training.inputs.prepare import Prepared
 from pat.tuner.model import find_tuner
 
 FEWEST_LOGS = 10

@@ -25,27 +25,27 @@ from pat.loading import TokenSetup, empty_model, load_config, stored_dtype
 from pat.loading.tokenizer import load_plain_tokenizer
 from pat.report.progress import bars_of_datasets, hidden, phase, quiet_transformers
 from pat.report.records import collected_warnings, to_json
-from pat.training.announce import announce
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.base import load, load_again
-from pat.training.base_scores import BaseScores
 from pat.training.check import check, check_run, warn_of_warmup
-from pat.training.deepspeed import check_goes_on
-from pat.training.few_rows import warn_of_few_rows
-from pat.training.folder import Start, clear, find_finished, find_start, run_folder, sweep
-from pat.training.held_out import write_held_out
-from pat.training.measure import measure, warn_of_forgetting, warn_of_losses
-from pat.training.prepare import Prepared, prepare
-from pat.training.provenance import provenance, recorded_facts
-from pat.training.push import open_repository, push
-from pat.training.rehearsal import rehearse
-from pat.training.report import report_of_run
-from pat.training.results import ModelFigures, Size, TuneRecord, TuneResult
-from pat.training.run_file import RunFile
-from pat.training.samples import greedy_answers, paired
+from pat.training.engines.deepspeed import check_goes_on
+from pat.training.inputs.prepare import Prepared, prepare
+from pat.training.outcome.held_out import write_held_out
+from pat.training.outcome.measure import measure, warn_of_forgetting, warn_of_losses
+from pat.training.outcome.provenance import provenance, recorded_facts
+from pat.training.outcome.push import open_repository, push
+from pat.training.outcome.report import report_of_run
+from pat.training.outcome.results import ModelFigures, Size, TuneRecord, TuneResult
+from pat.training.outcome.samples import greedy_answers, paired
+from pat.training.preflight.announce import announce
+from pat.training.preflight.few_rows import warn_of_few_rows
+from pat.training.preflight.rehearsal import rehearse
+from pat.training.preflight.threads import choose_threads
+from pat.training.run.base_scores import BaseScores
+from pat.training.run.folder import Start, clear, find_finished, find_start, run_folder, sweep
+from pat.training.run.run_file import RunFile
+from pat.training.run.trained import Trained
 from pat.training.stages import Stages
-from pat.training.threads import choose_threads
-from pat.training.trained import Trained
 from pat.training.trainer import log_often
 from pat.whole_files import write_whole
 

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoTokenizer
 from pat.data.mixture import apportioned, drawn, quotas
 from pat.errors import PatError
 from pat.training.arguments import build_arguments
-from pat.training.prepare import Prepared, prepare
-from pat.training.run_file import RunFile
+from pat.training.inputs.prepare import Prepared, prepare
+from pat.training.run.run_file import RunFile
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:

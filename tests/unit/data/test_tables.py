@@ -15,7 +15,7 @@ from pat.data import conversion, sources, tables, tokens
 from pat.data.load import load_training_data
 from pat.errors import PatError
 from pat.training.arguments import build_arguments
-from pat.training.prepare import Prepared, prepare
+from pat.training.inputs.prepare import Prepared, prepare
 
 
 @pytest.fixture(autouse=True)

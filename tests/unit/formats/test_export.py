@@ -23,8 +23,8 @@ from pat.formats.graph import CHECKED_LENGTHS, INPUTS, _exportable_experts, chec
 from pat.formats.llama_cpp import Server, _address, _ended_after
 from pat.formats.options import ExportOptions
 from pat.formats.reference import Reference
-from pat.training.measure import measure
-from pat.training.results import Size
+from pat.training.outcome.measure import measure
+from pat.training.outcome.results import Size
 
 pytest.importorskip("gguf")
 

@@ -59,7 +59,7 @@ def test_warnings_of_ours_are_collected_and_still_shown(
 ) -> None:
     monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own
     with collected_warnings() as said:
-        logging.getLogger("pat.training.callback").warning("%d rows are lost.", 3)
+        logging.getLogger("pat.training.callbacks.callback").warning("%d rows are lost.", 3)
         logging.getLogger("elsewhere").warning("Not ours.")
     logging.getLogger("pat").warning("Too late.")
     assert said == ["3 rows are lost."]

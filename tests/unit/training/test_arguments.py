@@ -12,7 +12,7 @@ from pat.option import Option
 from pat.options import OptionsParser
 from pat.training.arguments import REFUSED, TuneArguments, build_arguments
 from pat.training.options import RunOptions
-from pat.training.run_file import MAY_CHANGE
+from pat.training.run.run_file import MAY_CHANGE
 
 BASE: dict[str, Any] = {"model_name_or_path": "base", "dataset_name": "data.jsonl", "output_dir": "out"}
 

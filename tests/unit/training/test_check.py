@@ -14,7 +14,7 @@ from pat.errors import PatError
 from pat.loading import load_config
 from pat.training.arguments import build_arguments
 from pat.training.check import NEEDED, WITHOUT_ARGUMENTS, check, check_run, warn_of_warmup
-from pat.training.run_file import RunFile
+from pat.training.run.run_file import RunFile
 
 
 def checked(folder: Path, **flags: Any) -> None:

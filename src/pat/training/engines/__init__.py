@@ -1,0 +1,1 @@
+"""Several processes: DDP, FSDP2 and DeepSpeed, and optimizer states handed from one to another."""

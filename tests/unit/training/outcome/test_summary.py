@@ -1,0 +1,118 @@
+"""The end of a run: the command that it names is one that `pat export` takes."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pat.evaluation.options import EvaluateOptions
+from pat.formats.options import ExportOptions
+from pat.options import OptionsParser
+from pat.training.outcome.results import ModelFigures
+from pat.training.outcome.summary import how_to_ask, how_to_measure, next_step
+
+
+def finished(folder: Path, model_type: str, axes: list[str], sizes: dict[str, int] | None) -> Any:
+    (folder / "model").mkdir(parents=True, exist_ok=True)
+    (folder / "model" / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return SimpleNamespace(
+        output_dir=folder,
+        model_dir=folder / "model",
+        figures={"dense": ModelFigures(1, 2, gguf_bytes=sizes)},
+        record=SimpleNamespace(cut=SimpleNamespace(axes=axes)),
+    )
+
+
+def test_the_export_that_is_named_is_one_that_can_be_asked_for(tmp_path: Path) -> None:
+    line = next_step(finished(tmp_path / "my run", "llama", ["mlp"], {"Q8_0": 3}))
+    assert line is not None
+    program, command, *flags = shlex.split(line.partition(": ")[2].partition(" (first: ")[0])
+    assert (program, command) == ("pat", "export")
+    given = {name.removeprefix("--"): value for name, value in zip(flags[::2], flags[1::2], strict=True)}
+    options = ExportOptions(**given)  # which refuses what it does not know
+    assert options.model == str(tmp_path / "my run" / "model") and options.quantize == "Q8_0"
+
+
+@pytest.mark.parametrize(
+    ("given", "length"),
+    [
+        ({"max_length": 128, "completion_only_loss": "None"}, 128),
+        ({"max_length": 512, "packing": True, "packing_strategy": "bfd", "truncation_mode": "keep_end"}, 512),
+        ({"max_length": "None", "truncation_mode": "keep_start"}, 10**9),
+        ({"max_length": 128, "completion_only_loss": False}, None),
+        ({"max_length": 128, "truncation_mode": "keep_end"}, None),
+        ({"max_length": 128, "packing": True, "packing_strategy": "wrapped"}, None),
+    ],
+)
+def test_the_held_out_rows_are_measured_as_in_the_run_or_no_command_says_so(
+    given: dict[str, Any], length: int | None, tmp_path: Path
+) -> None:
+    result = finished(tmp_path / "it's mine", "llama", ["mlp"], None)
+    result.record.training_arguments = given
+    result.record.cut.vocab_size = None
+    result.record.data = SimpleNamespace(format="messages", sources=())
+    assert how_to_measure(result) == []
+    files = [result.output_dir / name for name in ("held_out.jsonl", "held_out_2.jsonl")]
+    for file in files:
+        file.touch()
+    lines = how_to_measure(result)
+    if length is None:
+        (line,) = lines
+        assert all(str(file) in line for file in files) and "--model" not in line
+        return
+    asked = [shlex.split(line.partition(": ")[2]) for line in lines]
+    assert [words[:2] for words in asked] == [["pat", "evaluate"]] * 2
+    options = [OptionsParser("pat evaluate", EvaluateOptions).parse(words[2:]) for words in asked]
+    assert [one.dataset_name for one in options] == [str(file) for file in files]
+    assert {(one.model, one.max_length) for one in options} == {(str(result.model_dir), length)}
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ((), ".gguf"),
+        (("gguf",), "(first: pip install gguf)"),
+        (("xllamacpp",), "(first: pip install xllamacpp, which checks the file)"),
+        (("gguf", "xllamacpp"), "(first: pip install gguf xllamacpp)"),
+    ],
+)
+def test_what_is_to_be_installed_first_is_what_is_missing(
+    missing: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("gguf", "xllamacpp"):
+        spec = None if name in missing else SimpleNamespace(__spec__=object())
+        monkeypatch.setitem(sys.modules, name, spec)
+    line = next_step(finished(tmp_path, "llama", ["mlp"], {"Q8_0": 3}))
+    assert line is not None and line.endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "question"),
+    [
+        ("the chat template of the tokenizer or none, texts as they are", '([{"role": "user", '),
+        ("the Alpaca template, written as the chat template", '([{"role": "user", '),
+        ("none, texts as they are", '("Hello", '),
+        ("the Alpaca template", None),
+    ],
+)
+def test_the_end_says_how_the_model_is_asked(prompts: str, question: str | None, tmp_path: Path) -> None:
+    result = finished(tmp_path / "it's mine", "llama", ["mlp"], None)
+    result.record.prompt_format = prompts
+    said = how_to_ask(result)
+    if question is None:
+        assert said.endswith("README.md")
+        return
+    program, flag, code = shlex.split(said)
+    compile(code, "hint", "exec")
+    assert (program, flag) == ("python", "-c") and f'"{result.model_dir}")' + question in code
+
+
+@pytest.mark.parametrize(
+    ("model_type", "axes", "sizes"), [("phi3", ["hidden"], {"Q8_0": 3}), ("llama", ["mlp"], None), ("glm4_moe", [], {})]
+)
+def test_no_export_is_named_that_would_fail(model_type: str, axes: list[str], sizes: Any, tmp_path: Path) -> None:
+    assert next_step(finished(tmp_path, model_type, axes, sizes)) is None

@@ -1,0 +1,74 @@
+"""Data that will not do for a cut are spoken of before training, and trials are not."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pat.data.record import DataRecord
+from pat.training.preflight.few_rows import TRIAL_STEPS, remark, rows_read
+
+ZEROS = {name: 0 for name, field in DataRecord.__dataclass_fields__.items() if field.type == "int"}
+
+
+def record(num_examples: int, num_target_tokens: int, **facts: Any) -> DataRecord:
+    known: dict[str, Any] = {"source": "rows.jsonl", "held_out_source": None, "format": "question/answer"}
+    known |= {"template": "chat", "fingerprint": "", "unused_columns": ()}
+    counts = {"num_examples": num_examples, "num_target_tokens": num_target_tokens}
+    return DataRecord(**(ZEROS | known | counts | facts))
+
+
+@pytest.mark.parametrize(
+    ("data", "num_epochs", "ratio", "words"),
+    [
+        (record(54, 2_038), 1.04, 0.25, "once through 54 examples with 2,038 tokens to learn, which are few for a cut"),
+        (record(54, 2_038), 3.0, 0.25, "3 times through 54 examples"),
+        (record(54, 30_000), 1.0, 0.25, "few for a cut of 25.0 %"),
+        (record(1_000, 7_000), 1.0, 0.25, "few for a cut of 25.0 %"),
+        (record(1_000, 90_000, num_cut_target_tokens=83_000), 1.0, 0.25, "with 7,000 tokens to learn"),
+        (record(326, 5_484), 160 / 326, 0.136, "read about 160 of 326 examples, with some 2,692 tokens to learn"),
+        (record(326, 5_484), 160 / 326, 0.136, "Take more steps (82 read all examples once), or cut less"),
+        (record(54, 2_038), 0.4, 0.25, "(100 read all examples once) and more rows, or mix others in"),
+        (record(2_000, 50_000), 0.4, 0.25, None),
+        (record(5, 90_000, format="text"), 0.4, 0.25, None),
+        (record(201, 7_501), 1.7, 0.25, None),
+        (record(5, 30_000, format="text"), 1.0, 0.25, None),
+        (record(1_000, 50_000), 40.0, 0.25, "40 times through the same 1,000 examples"),
+        (record(1_000, 50_000), 3.0, 0.25, None),
+    ],
+)
+def test_too_little_is_said(data: DataRecord, num_epochs: float, ratio: float, words: str | None) -> None:
+    said = remark(data, num_epochs, ratio, num_steps=40)
+    assert said is None if words is None else words in (said or "") and "more" in (said or "")
+
+
+def test_a_trial_of_some_steps_is_not_spoken_to() -> None:
+    assert remark(record(52_000, 3_000_000), 0.0004, 0.25, TRIAL_STEPS) is None
+    assert remark(record(52_000, 3_000_000), 0.0004, 0.25, TRIAL_STEPS + 1)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_steps", "rows_per_step", "words"),
+    [
+        (380, 40, 4, "40 steps of 4 read 160 of the 380 examples (0.42 epochs)"),
+        (52_000, 5, 4, "5 steps of 4 read 20 of the 52,000 examples (0.00038 epochs)"),
+        (380, 95, 4, "95 steps of 4 go once through the 380 examples"),
+        (380, 1_000, 2, "1,000 steps of 2 go 5.3 times through the 380 examples"),
+        (190, 40, 2, "40 steps of 2 read 80 of the 190 rows of an epoch (0.42 epochs)"),  # packed, or drawn
+        (380, 1, None, "1 step"),
+    ],
+)
+def test_what_the_steps_read_is_said(num_rows: int, num_steps: int, rows_per_step: int | None, words: str) -> None:
+    data: Any = SimpleNamespace(
+        train=range(num_rows), stream=None, record=record(num_rows if num_rows != 190 else 380, 9)
+    )
+    assert rows_read(data, num_steps, rows_per_step) == words
+    streamed: Any = SimpleNamespace(train=range(num_rows), stream=object())
+    assert rows_read(streamed, 40, 4) == "40 steps of 4 examples"
+
+
+def test_sources_of_texts_and_answers_are_looked_at_together() -> None:
+    parts: Any = [replace(record(54, 30_000), format=name) for name in ("text", "messages")]
+    assert remark(record(108, 60_000, format="text, messages", sources=tuple(parts)), 1.0, 0.25, 40)
+    assert not remark(record(108, 60_000, format="text", sources=(parts[0],)), 1.0, 0.25, 40)
