@@ -44,7 +44,8 @@ def check_tie(model: PreTrainedModel, *, untie: bool = False) -> bool:
     if model.config.tie_word_embeddings and not shared and not untie:
         raise PatError(
             "Got a model whose configuration says tie_word_embeddings=true, but whose weights hold a head that is not "
-            "the embedding; set tie_word_embeddings to false in its config.json, or tune with untie_word_embeddings=True."
+            "the embedding; set tie_word_embeddings to false in its config.json, or tune with "
+            "untie_word_embeddings=True."
         )
     return shared
 
