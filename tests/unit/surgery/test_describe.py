@@ -19,7 +19,7 @@ def test_whether_a_model_is_tied_is_seen_in_its_tensors(tied: bool, said: bool) 
     assert shares_head(model) == tied
     assert (map_of(model).head is None) == tied
     if said and not tied:
-        with pytest.raises(PatError, match=r"set tie_word_embeddings to false .* --untie_word_embeddings"):
+        with pytest.raises(PatError, match=r"set tie_word_embeddings to false .* untie_word_embeddings=True"):
             check_tie(model)
         assert not check_tie(model, untie=True)
     else:
