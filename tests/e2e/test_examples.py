@@ -67,7 +67,7 @@ def test_the_notebook(stories260k_path: Path, tmp_path: Path, monkeypatch: pytes
     write(tmp_path / "data.jsonl", [{"prompt": f"one {i} ", "completion": f"two {i}"} for i in range(24)])
     monkeypatch.chdir(tmp_path)
     run = tuning.run_tune
-    monkeypatch.setattr(tuning, "run_tune", lambda arguments: run(shortened(arguments)))
+    monkeypatch.setattr(tuning, "run_tune", lambda arguments, **more: run(shortened(arguments), **more))
     names: dict[str, Any] = {}
     for cell in cells:
         exec("".join(cell["source"]), names)  # our own notebook
