@@ -180,7 +180,7 @@ class _Run:
         rank, num_trainable = pat_rank(arguments, budget)
         arguments.model.lora_r, arguments.model.lora_alpha = rank, self.alpha(rank)
         recorder = self._recorder()
-        result = run_tune(arguments, [recorder])
+        result = run_tune(arguments, [recorder], chooses_threads=False)  # as many as the worker was given
         self.facts |= {
             "rank": rank,
             "num_trainable": num_trainable,

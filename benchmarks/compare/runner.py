@@ -114,7 +114,7 @@ def default_threads(workers: int) -> int:
     from pat.training.preflight.threads import measure_threads
 
     threads = None if torch.accelerator.is_available() else measure_threads(*SIZES_TO_TIME)
-    return share if threads is None else threads.number
+    return share if threads is None or threads.number == threads.default else threads.number
 
 
 def _make_pool(workers: int, threads: int) -> ProcessPoolExecutor:

@@ -71,7 +71,7 @@ def near(name: str | Path, *, folder: bool | None = None) -> str:
         folder: whether a folder (True) or a file (False) is wanted; None for either.
 
     Returns:
-        ` (did you mean PATH?)`, with up to two paths written as the missing one is.
+        ` (did you mean PATH?)`, with up to two paths, relative where the missing one is; a leading `~` is written out.
     """
     path = Path(expand(str(name)))
     try:

@@ -15,7 +15,7 @@ from pat.errors import PatError
 
 _INTERVAL = re.compile(r"([\[(])\s*(\S+)\s*,\s*(\S+?)\s*([\])])$")
 
-_THOUSANDS = re.compile(r"[1-9]\d{0,2}(,\d{3})+$")
+THOUSANDS = re.compile(r"[1-9]\d{0,2}(,\d{3})+$")
 """Numbers with commas between thousands."""
 
 WORD = 2**63
@@ -71,8 +71,8 @@ def did_you_mean(given: Any, text: str | None, *, whole: bool) -> str:
     """
     word, allowed = str(given).strip()[:100], Range.of(text or "(-inf, inf)")
     number, is_percentage = word.removesuffix("%").strip(), word.endswith("%")
-    forms = [number.replace(",", ".")] if number.count(",") < 2 and not whole else []
-    forms += [number.replace(",", "")] if _THOUSANDS.match(number) or "," not in number else []
+    # A comma before three digits is read as one between thousands.
+    forms = [number.replace(",", "" if THOUSANDS.match(number) else ".")] if "," in number else [number]
     is_share = allowed.low >= 0 and allowed.high == 1
     for form in forms:
         try:

@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 from pat.errors import PatError
-from pat.ranges import check_ranges
+from pat.ranges import THOUSANDS, check_ranges
 
 DEFAULT_PRUNING_RATIO = 0.25
 
@@ -242,8 +242,11 @@ def parse_bytes(size: Any) -> int:
 
 def _without_comma(text: str, suffixes: Mapping[str, int]) -> str:
     """Return the end of a message with what a number with a decimal comma, or commas between thousands, stands for."""
-    meant = text.strip()[:100].replace(",", "" if text.count(",") > 1 else ".")
-    return f"; did you mean {meant}?" if "," in text and _number(meant, suffixes) is not None else ""
+    text = text.strip()[:100]
+    number = text.rstrip("".join(set("".join(suffixes).lower() + "".join(suffixes) + " ")))
+    meant = text.replace(",", "" if THOUSANDS.match(number) else ".")
+    value = _number(meant, suffixes) if "," in text else None
+    return f"; did you mean {meant}?" if value is not None and value >= 1 and value.denominator == 1 else ""
 
 
 def _number(text: str, suffixes: Mapping[str, int]) -> Fraction | None:

@@ -275,7 +275,7 @@ def test_results_that_diverge_are_results_and_not_tried_again(compared: Path, tm
 def test_a_rate_whose_merge_is_refused_is_not_taken_and_a_result_says_so(
     compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any) -> Any:
+    def refuse(*_: Any, **__: Any) -> Any:
         raise ParityMissed("not the tuned model")
 
     config = config_of(compared, output_dir=tmp_path)

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any, cast
 
 import torch
@@ -142,9 +143,12 @@ def _model_of_adapter(adapter: Path) -> str:
     models = [folder / "model" for folder in runs if os.path.isfile(folder / "model" / "config.json")]
     if not is_ours and not runs:
         return "merge it into its base (peft's merge_and_unload; `pat convert` if it is of the paper's own code)"
-    shown = os.path.relpath(models[0]) if models and not adapter.is_absolute() else models[0] if models else None
-    first = f"pass {shown}, the model of its run, or " if shown else ""
-    return f"{first}make a model of it with `pat merge --adapter {adapter} --output_dir MODEL` and pass that"
+    first = ""
+    if models:
+        shown = models[0] if adapter.is_absolute() else os.path.relpath(models[0])
+        first = f"pass {shown}, the model of its run, or "
+    command = f"pat merge --adapter {quote(str(adapter))} --output_dir MODEL"
+    return f"{first}make a model of it with `{command}` and pass that"
 
 
 def check_kind(name: str, config: Any) -> None:

@@ -29,7 +29,6 @@ _ROTATIONS = {
 MINUTE = 60.0
 """Number of seconds below which times on GPUs are not listed: what comes on top of them takes longer."""
 
-
 HOUR = 3599.5
 """Number of seconds that are shown as an hour, once they are rounded."""
 

@@ -38,7 +38,6 @@ _DATA = {
 
 _FOLDERS = re.compile(r"(?<![\w.:/<])(?:/|~/|[A-Za-z]:\\)(?:[\w.@+-]+[/\\])+(?=[\w.@+-])")
 
-
 _HEAD = 2**16
 """Bytes of a page that hold its head, with a title that may be long."""
 

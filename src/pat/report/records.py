@@ -47,7 +47,7 @@ class Machine:
     """Name of the accelerator, or of the processor."""
     num_cores: int | None
     num_threads: int
-    """Number of threads of torch on the CPU; on one `pat tune` takes fewer than torch does where they are faster."""
+    """Number of threads of torch on the CPU. `pat tune` may have chosen fewer than torch's own."""
 
     @classmethod
     def here(cls) -> Machine:

@@ -40,7 +40,7 @@ from pat.training.outcome.samples import greedy_answers, paired
 from pat.training.preflight.announce import announce
 from pat.training.preflight.few_rows import warn_of_few_rows
 from pat.training.preflight.rehearsal import rehearse
-from pat.training.preflight.threads import choose_threads
+from pat.training.preflight.threads import choose_threads, remember_threads, restored_threads
 from pat.training.run.base_scores import BaseScores
 from pat.training.run.folder import Start, clear, find_finished, find_start, run_folder, sweep
 from pat.training.run.run_file import RunFile
@@ -79,6 +79,7 @@ def run_tune(
     with (
         _together(arguments),
         collected_warnings() as warnings,
+        restored_threads(),
         hidden(not shown),
         bars_of_datasets(shown=shown),
         quiet_transformers(),
@@ -91,7 +92,7 @@ def run_tune(
         if (record := ranks.first(lambda: find_finished(arguments, checked.checkpoint))) is not None:
             return ranks.first(partial(_end_again, arguments, run, record))
         threads = choose_threads(arguments.sft, checked, run.num_threads) if chooses_threads else None
-        run = run.with_threads(torch.get_num_threads())
+        run = remember_threads(run, arguments.sft)
         with phase("Rehearsing a step on a tiny model"):
             num_steps = rehearse(arguments, data, data.vocabulary.config_of(checked.base_config), checked.family)
         log_often(arguments.sft, num_steps, arguments.given)

@@ -138,6 +138,7 @@ class PatConfig(PatOptions, LoraConfig):
                 raise PatError(f"Got {name}, which PAT does not support: {reason}; leave it out.")
         axes: Any = self.axes
         self.axes = [axes] if isinstance(axes, str) else axes
+        # Numbers may be written as texts until their ranges have been checked.
         self._check_kinds(field.name for field in fields(self) if "range" not in field.metadata)
         check_patterns(self)
         for name, choices in _CHOICES.items():
@@ -154,7 +155,7 @@ class PatConfig(PatOptions, LoraConfig):
         if self.resolved_from is not None:  # maybe of an adapter that was made when there were fewer axes
             self.resolved_from = {axis.option: None for axis in AXES.values()} | self.resolved_from
         check_request(self)
-        self._check_kinds(field.name for field in fields(self))
+        self._check_kinds(field.name for field in fields(self) if "range" in field.metadata)
         if isinstance(self.operator_rank, str) and self.operator_rank != "dense":
             if not self.operator_rank.isdigit():
                 raise PatError(f"Got operator_rank={self.operator_rank!r}; expected a number of ranks or 'dense'.")
@@ -224,7 +225,7 @@ def check_change(config: PatConfig, others: Sequence[PeftConfig], *, empty: bool
 
 def _change_of(config: PeftConfig) -> str | None:
     kind = getattr(config, "init_lora_weights", None)
-    return kind if isinstance(kind, str) and kind in _REPEATABLE_CHANGES else None
+    return kind if isinstance(kind, str) and kind.lower() in _REPEATABLE_CHANGES else None
 
 
 def check_patterns(config: LoraConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -40,13 +41,15 @@ class GuardedForward(LoraModel):
         Raises:
             PatError: there are some.
         """
-        # peft puts the adapter's name into the names of those tensors that the adapter has a place for.
-        homeless = [name for name in state_dict if name.startswith(prefix) and _is_nameless(name)]
+        own = {name for name, _ in chain(self.named_parameters(remove_duplicate=False), self.named_buffers())}
+        given = (name for name in state_dict if name.startswith(prefix) and _is_adapters(name))
+        homeless = [name for name in given if name.removeprefix(prefix) not in own]
         if homeless:
             raise PatError(
-                f"Got an adapter with {len(homeless)} tensors on file that its configuration has no place for, such as "
-                f"{min(homeless).removeprefix(prefix)}: an option such as axes, rotation, refit, operator_rank or "
-                "target_modules is another than it was saved with, in adapter_config.json or by config=…; put it back."
+                f"Got an adapter whose file has tensors that its configuration has no place for ({len(homeless):,}, "
+                f"such as {min(homeless).removeprefix(prefix)}): an option such as axes, rotation, refit, use_dora, "
+                "operator_rank or target_modules is another than it was saved with, in adapter_config.json or by "
+                "config=…; put it back."
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -66,7 +69,6 @@ class GuardedForward(LoraModel):
             yield
 
 
-def _is_nameless(name: str) -> bool:
-    """Tell whether a tensor of an adapter lacks the adapter's name, which stands before the last part of its own."""
-    *_, outer, holder, leaf = ("", "", *name.split("."))
-    return outer in NAMES or (holder in ("lora_A", "lora_B") and leaf == "weight")
+def _is_adapters(name: str) -> bool:
+    """Tell by its name whether a tensor belongs to an adapter, and not to the base."""
+    return any(part in NAMES or part.startswith("lora_") for part in name.split("."))

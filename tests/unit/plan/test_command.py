@@ -103,10 +103,10 @@ def test_what_does_nothing_is_said_once(tmp_path: Path, caplog: pytest.LogCaptur
     ]
 
 
-def test_an_untied_head_that_is_larger_than_the_cut_is_said_of_each_ratio(
+def test_an_untied_head_that_is_larger_than_the_cut_is_said_of_the_ratio_that_grows(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plan(tmp_path, tied=True, untie_word_embeddings=True, axes=["mlp"], pruning_ratio=[0.05, 0.1])
+    plan(tmp_path, tied=True, untie_word_embeddings=True, axes=["mlp"], pruning_ratio=[0.1, 0.05])
     assert caplog.text.count("will not be smaller than its base") == 1
 
 

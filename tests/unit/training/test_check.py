@@ -115,10 +115,11 @@ def test_going_on_with_other_rows_per_step_is_said(tmp_path: Path, caplog: pytes
         for size in (2, 6)
     )
     (tmp_path / "out").mkdir()
-    RunFile.of(before, config, "d").write(tmp_path / "out")
+    RunFile.of(before, config, "d").with_threads(3).write(tmp_path / "out")
     on: Any = SimpleNamespace(base_config=config, checkpoint=None)
     assert check_run(before, on, prepared).rows_per_step == 2 and not caplog.messages
-    assert check_run(after, on, prepared).rows_per_step == 6
+    going_on = check_run(after, on, prepared)
+    assert going_on.rows_per_step == 6 and going_on.num_threads == 3
     [message] = caplog.messages
     assert "A step takes 6 rows from here on, after 2" in message
     after.run.streaming = True

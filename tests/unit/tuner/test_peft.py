@@ -59,6 +59,11 @@ def load_with_other_options(folder: Path, **fields: Any) -> None:
     PeftModel.from_pretrained(shallow("llama", tied=False), saved(folder), config=pat_config(**fields))
 
 
+def load_without(folder: Path, option: str) -> None:
+    hard(**{option: True}).save_pretrained(folder)
+    PeftModel.from_pretrained(shallow("llama", tied=False), folder, config=pat_config())
+
+
 def load_without_memory(folder: Path) -> None:
     hard(init_lora_weights="pissa").save_pretrained(folder)
     PeftModel.from_pretrained(shallow("llama", tied=False), folder, low_cpu_mem_usage=True)
@@ -90,8 +95,10 @@ REFUSED: dict[str, list[tuple[str, Callable[[Path], Any]]]] = {
     ],
     "`from_pretrained(config=…)` of another size": [(r"keeps 36 entries.* says 24", load_with_another_size)],
     "`from_pretrained(config=…)` with options that have fewer tensors": [
-        (r"16 tensors .*pat_hsm", lambda folder: load_with_other_options(folder, axes=["mlp"])),
+        (r"no place for \(16, .*pat_hsm", lambda folder: load_with_other_options(folder, axes=["mlp"])),
         (r"tensors .*down_proj", lambda folder: load_with_other_options(folder, target_modules=["q_proj"])),
+        ("magnitude_vector", lambda folder: load_without(folder, "use_dora")),
+        (r"lora_B.*\.bias", lambda folder: load_without(folder, "lora_bias")),
     ],
     "`inject_adapter_in_model`, transformers' `add_adapter` and `load_adapter`": [
         ("get_peft_model", lambda _: inject_adapter_in_model(pat_config(), shallow("llama", tied=False))),
@@ -109,7 +116,7 @@ REFUSED: dict[str, list[tuple[str, Callable[[Path], Any]]]] = {
     ],
     "a second adapter beside PiSSA, OLoRA or LoftQ": [
         ("changes the base", lambda _: hard(init_lora_weights="pissa").add_adapter("other", pat_config())),
-        ("changes the base", lambda _: hard().add_adapter("other", pat_config(init_lora_weights="olora"))),
+        ("changes the base", lambda _: hard().add_adapter("other", pat_config(init_lora_weights="OLoRA"))),
     ],
     "`low_cpu_mem_usage` with PiSSA, OLoRA or LoftQ": [("leave low_cpu_mem_usage out", load_without_memory)],
     "LoRA on `lm_head`": [("lm_head", lambda _: attach(shallow("llama", tied=False), target_modules=["lm_head"]))],

@@ -105,7 +105,8 @@ class TuneRecord(Record):
     num_steps: int
     num_tokens_seen: int
     """Number of tokens, without padding, of the rows that were trained on, as often as they were. `num_tokens` in the
-    log counts the same from the beginning of a sitting, or of the stage, on."""
+    log counts the same from the beginning of a sitting, or of the stage, on. With `include_num_input_tokens_seen`
+    "all" it is an estimate."""
     prompt_format: str
     learning_rates: dict[str, float]
     """Highest learning rate of each group of parameters that was trained."""

@@ -50,7 +50,7 @@ def announce(
         num_steps: optimizer steps of both stages.
         start: where the run begins; what is done by then is not counted among what is expected.
         measures_base: whether the base is still to be scored.
-        threads: the number of them, where it was chosen by measurement.
+        threads: the number of them, where it was chosen.
         rows_per_step: rows that a step takes, over all processes.
     """
     shape = checked.shape

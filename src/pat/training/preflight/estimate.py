@@ -82,6 +82,8 @@ class ToDo:
     """Whether the small model is still to be made."""
     measures_base: bool = False
     """Whether the base is still to be scored, and to answer."""
+    done_share: float = 0.0
+    """Share of all steps that are done."""
 
     @classmethod
     def of(
@@ -99,6 +101,7 @@ class ToDo:
             goes_small=goes_small,
             compacts=goes_small and not is_small,
             measures_base=measures_base,
+            done_share=done / num_steps if num_steps else 0.0,
         )
 
 
@@ -148,7 +151,7 @@ def expect(arguments: TuneArguments, checked: Checked, data: Prepared, model: An
         share = todo.small_steps / num_steps if num_steps else 0.0
         rows = sum(len(row["input_ids"]) for row in data.evaluation)
         width = (1 - share + share * tuned) * WITH_ADAPTER
-        seconds += _num_evaluations(sft, data, num_steps) * width * rows * speed.training
+        seconds += _num_evaluations(sft, data, num_steps, todo.done_share) * width * rows * speed.training
     reading = _of_this_process(arguments, data, todo.reading)
     num_read = reading.rotation + reading.refit + reading.layers * checked.shape.size("layers")
     filled = padded / real if arguments.pat.calibration is None else 1.0
@@ -184,13 +187,22 @@ def _from_to(low: float, high: float, size: float, unit: str) -> str:
     return f"{first:,} to {last:,} {unit}"
 
 
-def _num_evaluations(sft: SFTConfig, data: Prepared, num_steps: int) -> float:
-    """Return about how often the trainer scores held-out rows in so many steps."""
+def _num_evaluations(sft: SFTConfig, data: Prepared, num_steps: int, share_done: float) -> float:
+    """Return about how often the trainer scores held-out rows in the steps that are left.
+
+    Args:
+        sft: arguments of the trainer.
+        data: what was found out about its data.
+        num_steps: steps that are left.
+        share_done: share of all steps that are done.
+    """
+    if not num_steps:
+        return 0.0
     if sft.eval_strategy == IntervalStrategy.EPOCH:
         rows = num_steps * sft.per_device_train_batch_size * sft.gradient_accumulation_steps * ranks.num_processes()
         return rows / len(data.train)
     every = sft.eval_steps or sft.logging_steps
-    return num_steps / every if every >= 1 else 1 / every
+    return num_steps / every if every >= 1 else (1 - share_done) / every
 
 
 def tokens_there(arguments: TuneArguments, data: Prepared) -> float:

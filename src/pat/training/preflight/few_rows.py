@@ -40,13 +40,22 @@ def rows_read(data: Prepared, num_steps: int, rows_per_step: int | None) -> str:
         return steps
     if data.stream is not None:
         return f"{steps} of {rows_per_step:,} examples"
-    num_rows, num_read = len(data.train), num_steps * rows_per_step
+    num_rows, one = len(data.train), num_steps == 1
     unit = "examples" if num_rows == data.record.num_examples else "rows of an epoch"
-    epochs = num_read / num_rows
+    epochs = _num_epochs(num_rows, num_steps, rows_per_step)
     if round(epochs, 2) < 1:
-        return f"{steps} of {rows_per_step:,} read {num_read:,} of the {num_rows:,} {unit} ({epochs:.2g} epochs)"
+        share = f"{epochs:.2g} epochs" if epochs >= 0.01 else "less than 0.01 epochs"
+        num_read = f"{num_steps * rows_per_step:,}"
+        return f"{steps} of {rows_per_step:,} read{'s' * one} {num_read} of the {num_rows:,} {unit} ({share})"
     times = "once" if round(epochs, 1) == 1 else f"{round(epochs, 1):g} times"
-    return f"{steps} of {rows_per_step:,} go {times} through the {num_rows:,} {unit}"
+    return f"{steps} of {rows_per_step:,} go{'es' * one} {times} through the {num_rows:,} {unit}"
+
+
+def _num_epochs(num_rows: int, num_steps: int, rows_per_step: int) -> float:
+    """Return how many times a run goes through its rows; the last step of each epoch takes those that are left."""
+    if num_steps * rows_per_step < num_rows:
+        return num_steps * rows_per_step / num_rows
+    return num_steps / math.ceil(num_rows / rows_per_step)
 
 
 def warn_of_few_rows(data: Prepared, pruning_ratio: float, num_steps: int, rows_per_step: int | None) -> None:
@@ -60,7 +69,8 @@ def warn_of_few_rows(data: Prepared, pruning_ratio: float, num_steps: int, rows_
     """
     if data.stream is not None or rows_per_step is None:
         return
-    said = remark(data.record, num_steps * rows_per_step / len(data.train), pruning_ratio, num_steps)
+    num_epochs = _num_epochs(len(data.train), num_steps, rows_per_step)
+    said = remark(data.record, num_epochs, pruning_ratio, num_steps)
     if said is not None:
         logger.warning("%s", said)
 

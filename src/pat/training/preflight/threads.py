@@ -6,6 +6,7 @@ one in truth, that waiting can take many times as long as the work.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,9 @@ from trl import SFTConfig
 from pat import ranks
 from pat.report.progress import phase
 from pat.training.check import Checked
+from pat.training.run.run_file import RunFile
+
+logger = logging.getLogger(__name__)
 
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """Environment variables by which a user chooses the number."""
@@ -41,7 +45,7 @@ _NUM_TOKENS = 64
 
 @dataclass(frozen=True)
 class Threads:
-    """A number of threads that was chosen by measurement."""
+    """A number of threads that was chosen: by measurement, or since the run began with it."""
 
     number: int
     default: int
@@ -68,15 +72,15 @@ def choose_threads(sft: SFTConfig, checked: Checked, known: int | None = None) -
             their last digits.
 
     Returns:
-        None where nothing is changed: besides, on an accelerator and in several processes, whose launcher gives each of
-        them its number.
+        None where nothing is changed: also on an accelerator, and in several processes, each of which has its number
+        from the launcher.
     """
     if sft.device.type != "cpu" or ranks.num_processes() > 1:
         return None
     default = torch.get_num_threads()
-    if known is not None and known <= default and not chosen_by_user():
-        torch.set_num_threads(known)
-        return Threads(known, default, None)
+    if known is not None and 1 <= known <= default and not chosen_by_user():
+        torch.set_num_threads(int(known))
+        return Threads(int(known), default, None)
     config = checked.base_config.get_text_config()
     width = int(getattr(config, checked.family.hidden_size_field))
     with phase("Measuring how many threads train fastest on this CPU"):
@@ -147,6 +151,36 @@ def fastest(seconds: Callable[[int], float], default: int) -> Threads:
             break
     gain = median(found[default]) / median(found[best])
     return Threads(best, default, gain) if gain >= LEAST_GAIN else Threads(default, default, 1.0)
+
+
+@contextmanager
+def restored_threads() -> Iterator[None]:
+    """Have torch use the number of threads afterwards that it used before."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def remember_threads(run: RunFile, sft: SFTConfig) -> RunFile:
+    """Return a run's description with the number of threads that it goes on with; say so if that is another one.
+
+    Args:
+        run: description of the run.
+        sft: arguments of the trainer. On an accelerator, and in several processes, no number is remembered.
+    """
+    if sft.device.type != "cpu" or ranks.num_processes() > 1:
+        return run.with_threads(None)
+    number = torch.get_num_threads()
+    if run.num_threads not in (None, number):
+        logger.warning(
+            "The run goes on with %d threads after %s, so that the last digits of its figures may be other ones; "
+            "OMP_NUM_THREADS sets the number.",
+            number,
+            run.num_threads,
+        )
+    return run.with_threads(number)
 
 
 @contextmanager

@@ -80,7 +80,8 @@ class RunFile:
     rows_per_step: int | None = None
     """Number of rows that a step takes, over all processes."""
     num_threads: int | None = None
-    """Number of threads that it began with on a CPU; it goes on with as many, so that its numbers stay the same."""
+    """Number of threads of its last sitting, if that was one process on a CPU. It goes on with as many, so that its
+    numbers stay the same."""
 
     @classmethod
     def of(cls, arguments: TuneArguments, base_config: Any, data: str, tokens: str | None = None) -> RunFile:
@@ -136,7 +137,7 @@ class RunFile:
         """Return a copy with more phases finished."""
         return replace(self, finished=list(dict.fromkeys([*self.finished, *phases])))
 
-    def with_threads(self, num_threads: int) -> RunFile:
+    def with_threads(self, num_threads: int | None) -> RunFile:
         """Return a copy with the number of threads that it is computed with."""
         return replace(self, num_threads=num_threads)
 

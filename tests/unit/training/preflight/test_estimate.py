@@ -249,9 +249,9 @@ def test_what_is_done_is_not_expected_again(tmp_path: Path) -> None:
         return ToDo.of(start, 4, 10, reading, goes_small=True, measures_base=False)
 
     assert left(None) == ToDo(4, 6, reading, goes_small=True, compacts=True)
-    assert left(tmp_path / "a", step=3) == ToDo(1, 6, Reading(refit=20), goes_small=True, compacts=True)
-    assert left(tmp_path / "a", step=4) == ToDo(0, 6, Reading(), goes_small=True, compacts=True)
-    assert left(tmp_path / "a", "LORA", 7) == ToDo(0, 3, Reading(), goes_small=True, compacts=False)
+    assert left(tmp_path / "a", step=3) == ToDo(1, 6, Reading(refit=20), goes_small=True, compacts=True, done_share=0.3)
+    assert left(tmp_path / "a", step=4) == ToDo(0, 6, Reading(), goes_small=True, compacts=True, done_share=0.4)
+    assert left(tmp_path / "a", "LORA", 7) == ToDo(0, 3, Reading(), goes_small=True, compacts=False, done_share=0.7)
     trained = ToDo.of(Start(is_trained=True), 4, 10, reading, goes_small=True, measures_base=True)
     assert trained == ToDo(measures_base=True)
 
@@ -260,17 +260,18 @@ def test_what_is_done_is_not_expected_again(tmp_path: Path) -> None:
     ("flags", "times"),
     [
         ({"eval_strategy": "steps", "eval_steps": 2}, 5),
-        ({"eval_strategy": "steps", "eval_steps": 0.25}, 4),
+        ({"eval_strategy": "steps", "eval_steps": 0.25}, 4 * 10 / 40),  # of the 40 steps of the run 30 are done
         ({"eval_strategy": "epoch", "per_device_train_batch_size": 60}, 10 * 60 / len(LENGTHS)),
     ],
 )
 def test_evaluations_on_the_way_are_reckoned_with(flags: dict[str, Any], times: float, known_time: float) -> None:
     of = data()
     of.evaluation = [{"input_ids": [1] * 700}]
-    todo = ToDo(soft_steps=5, small_steps=5)
+    todo = ToDo(soft_steps=5, small_steps=5, done_share=0.75)
     width = WITH_ADAPTER * (1 + SMALL) / 2
     more = seconds(todo, of=of, **flags) - seconds(todo, **flags)
     assert more == pytest.approx(times * width * 700 * SECONDS_PER_TOKEN)
+    assert seconds(ToDo(), of=of, **flags) == seconds(ToDo(), **flags)
 
 
 def test_a_step_has_a_duration_of_its_own(known_time: float) -> None:

@@ -52,7 +52,9 @@ def test_a_trial_of_some_steps_is_not_spoken_to() -> None:
     ("num_rows", "num_steps", "rows_per_step", "words"),
     [
         (380, 40, 4, "40 steps of 4 read 160 of the 380 examples (0.42 epochs)"),
-        (52_000, 5, 4, "5 steps of 4 read 20 of the 52,000 examples (0.00038 epochs)"),
+        (52_000, 5, 4, "5 steps of 4 read 20 of the 52,000 examples (less than 0.01 epochs)"),
+        (52_000, 1, 4, "1 step of 4 reads 4 of the 52,000 examples (less than 0.01 epochs)"),
+        (100, 6, 64, "6 steps of 64 go 3 times through the 100 examples"),  # the second step of each takes 36
         (380, 95, 4, "95 steps of 4 go once through the 380 examples"),
         (380, 1_000, 2, "1,000 steps of 2 go 5.3 times through the 380 examples"),
         (190, 40, 2, "40 steps of 2 read 80 of the 190 rows of an epoch (0.42 epochs)"),  # packed, or drawn

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +10,16 @@ import torch
 from pat import ranks
 from pat.families import get_family
 from pat.training.preflight import threads
-from pat.training.preflight.threads import Threads, choose_threads, fastest, measure_threads, using
+from pat.training.preflight.threads import (
+    Threads,
+    choose_threads,
+    fastest,
+    measure_threads,
+    remember_threads,
+    restored_threads,
+    using,
+)
+from pat.training.run.run_file import RunFile
 from tests.tiny_models import build
 
 
@@ -100,8 +109,32 @@ def test_a_run_in_one_process_on_a_cpu_takes_the_chosen_number(
     assert Threads(2, 2, 1.0).describe() == "2 threads"
 
 
+CPU: Any = SimpleNamespace(device=torch.device("cpu"), bf16=False)
+
+
 def test_a_run_keeps_the_number_that_it_began_with(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "measure_threads", lambda *_, **__: pytest.fail("measured"))
-    cpu: Any = SimpleNamespace(device=torch.device("cpu"), bf16=False)
-    found = choose_threads(cpu, cast(Any, None), 1)
+    base: Any = SimpleNamespace(base_config=(model := build("llama", tied=True).config), family=get_family("llama"))
+    assert model.model_type == "llama"
+    monkeypatch.setattr(threads, "_work", lambda *_: pytest.fail("measured"))
+    found = choose_threads(CPU, base, 1)
     assert torch.get_num_threads() == 1 and found is not None and found.describe() == "1 thread (as it began)"
+    torch.set_num_threads(2)
+    with monkeypatch.context() as environment:
+        environment.setenv("OMP_NUM_THREADS", "2")
+        assert choose_threads(CPU, base, 1) is None and torch.get_num_threads() == 2
+    monkeypatch.setattr(threads, "measure_threads", lambda *_, **__: None)
+    for unusable in (0, -1, 3):
+        assert choose_threads(CPU, base, unusable) is None and torch.get_num_threads() == 2
+
+
+def test_another_number_than_before_is_said(two_threads: None, caplog: pytest.LogCaptureFixture) -> None:
+    run = RunFile({}, "b", "d")
+    assert remember_threads(run, CPU).num_threads == 2
+    assert remember_threads(run.with_threads(2), CPU).num_threads == 2 and not caplog.messages
+    elsewhere: Any = SimpleNamespace(device=torch.device("meta"))
+    assert remember_threads(run.with_threads(2), elsewhere).num_threads is None and not caplog.messages
+    assert remember_threads(run.with_threads(4), CPU).num_threads == 2
+    assert ["goes on with 2 threads after 4" in message for message in caplog.messages] == [True]
+    with restored_threads():
+        torch.set_num_threads(1)
+    assert torch.get_num_threads() == 2
