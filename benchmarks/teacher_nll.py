@@ -102,8 +102,8 @@ def tuned(model: str, folder: Path, seed: int) -> Path:
     from transformers import AutoModelForCausalLM
 
     from pat.training.arguments import build_arguments
-    from pat.training.check import check
     from pat.training.inputs.prepare import prepare
+    from pat.training.preflight.check import check
     from pat.training.trainer import make_trainer
 
     target = folder / f"tuned-{seed}"

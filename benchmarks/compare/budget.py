@@ -19,7 +19,7 @@ from pat.surgery.axes import prunable
 from pat.surgery.costs import build_skeleton, pruned_config
 from pat.surgery.describe import count_parameters
 from pat.training.arguments import TuneArguments
-from pat.training.check import compacts
+from pat.training.preflight.check import compacts
 from pat.tuner.config import PatConfig
 from pat.tuner.prepare import check_config
 from pat.widths import choose_width

@@ -33,7 +33,7 @@ GIVEN = "given"
 """Field, with a default, of a dataclass of several parts that is no part: the names of the options that were given."""
 
 _FLAG = re.compile("--?[^-0-9.]")
-"""What begins like this is meant as a flag, and no negative number."""
+"""Beginning of a word that is meant as a flag; negative numbers begin otherwise."""
 
 MAX_SHOWN = 200
 """Letters of a value that a message repeats."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import fields
 from difflib import get_close_matches
 from itertools import islice
@@ -12,7 +13,7 @@ from typing import Any
 from pat.errors import PatError
 
 MOST_NAMES = 5_000
-"""Names in a folder among which one is looked for that is like a missing one."""
+"""Number of names in a folder that are compared with a missing one."""
 
 
 def expand(name: str) -> str:
@@ -61,6 +62,22 @@ def _shortened(path: Path) -> str:
 def looks_local(name: str) -> bool:
     """Tell whether a name can only be that of a folder, because no hub id is written so."""
     return os.path.isabs(expand(name)) or name.startswith(".") or name.count("/") > 1
+
+
+def head_holds(path: Path, marks: Iterable[bytes], num_bytes: int) -> bool:
+    """Tell whether a file can be read and holds one of several marks in its first bytes.
+
+    Args:
+        path: of the file.
+        marks: of which one is enough.
+        num_bytes: number of bytes that are looked at.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(num_bytes)
+    except OSError:
+        return False
+    return any(mark in start for mark in marks)
 
 
 def near(name: str | Path, *, folder: bool | None = None) -> str:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from string import ascii_letters
 from typing import Any
 
 from pat.errors import PatError
@@ -243,7 +244,7 @@ def parse_bytes(size: Any) -> int:
 def _without_comma(text: str, suffixes: Mapping[str, int]) -> str:
     """Return the end of a message with what a number with a decimal comma, or commas between thousands, stands for."""
     text = text.strip()[:100]
-    number = text.rstrip("".join(set("".join(suffixes).lower() + "".join(suffixes) + " ")))
+    number = text.rstrip(f"{ascii_letters} ")
     meant = text.replace(",", "" if THOUSANDS.match(number) else ".")
     value = _number(meant, suffixes) if "," in text else None
     return f"; did you mean {meant}?" if value is not None and value >= 1 and value.denominator == 1 else ""

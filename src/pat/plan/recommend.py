@@ -20,7 +20,7 @@ SMALL_RATIO = 0.15
 on stories260K an eighth cost half of what a quarter did (`MEASURED_CUTS`)."""
 
 FIRST_RATIO = 0.125
-"""What is recommended where the size is left open: the advice and the command have it from here."""
+"""Pruning ratio that the advice and the printed command recommend where the size is left open."""
 
 
 def recommend(options: PlanOptions, ratios: Sequence[float], measured: Measured | None) -> str:

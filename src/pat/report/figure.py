@@ -7,12 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pat.errors import PatError
-from pat.paths import check_writable
+from pat.paths import check_writable, head_holds
 
 MISSING = "No figure was drawn, because matplotlib is not installed: pip install 'pat-llm[figures]'."
 
 MARK = {"Software": "pat plan"}
-"""Metadata of a figure, by which it is known when it is drawn anew."""
+"""Metadata by which a figure is recognised as one of `pat plan`."""
 
 _HEAD = 2**12
 """Bytes of a PNG file that hold its metadata."""
@@ -42,9 +42,4 @@ def check_figure(path: Path) -> None:
 
 def _is_figure(path: Path) -> bool:
     """Tell whether a file can be read and is a figure that is marked as ours; those of earlier versions are not."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(_HEAD)
-    except OSError:
-        return False
-    return b"Software\0" + MARK["Software"].encode() in start
+    return head_holds(path, [b"Software\0" + MARK["Software"].encode()], _HEAD)

@@ -12,6 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from pat.paths import head_holds
 from pat.report import numbers
 from pat.report.facts import Facts, as_number
 from pat.report.pictures import axes_cut, energy_picture, figure_pictures, gate_pictures, training_pictures
@@ -42,7 +43,7 @@ _HEAD = 2**16
 """Bytes of a page that hold its head, with a title that may be long."""
 
 _MARKS = (b'<meta name="generator" content="pat report">', b": report of pat tune</title>")
-"""What stands in the head of a report; the latter alone in those of earlier versions."""
+"""Texts by which the head of a report is recognised; reports of earlier versions have the second one alone."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,7 @@ class Changed:
 
 def is_report(path: Path) -> bool:
     """Tell whether a file can be read and is a page that `render_report` has made, now or in an earlier version."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(_HEAD)
-    except OSError:
-        return False
-    return any(mark in start for mark in _MARKS)
+    return head_holds(path, _MARKS, _HEAD)
 
 
 def render_report(record: Mapping[str, Any], changed: Sequence[Changed] | None) -> str:

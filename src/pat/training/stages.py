@@ -35,10 +35,10 @@ from pat.training.callbacks.callback import PatCallback
 from pat.training.callbacks.guard import FiniteGuard
 from pat.training.callbacks.interrupt import StopOnSignal
 from pat.training.callbacks.watch import Watch, silence
-from pat.training.check import compacts, warn_without_rotation
 from pat.training.distillation.teacher import Teaching
 from pat.training.engines.handover import checkpoint_for, is_sharded, unsharded, write_adapter
 from pat.training.inputs.prepare import Prepared
+from pat.training.preflight.check import compacts, warn_without_rotation
 from pat.training.run.base_scores import BaseScores
 from pat.training.run.beginning import begun
 from pat.training.run.checkpoints import check_fit, continue_from, is_compact, load_finished, load_hard, taken_from

@@ -27,7 +27,6 @@ from pat.report.progress import bars_of_datasets, hidden, phase, quiet_transform
 from pat.report.records import collected_warnings, to_json
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.base import load, load_again
-from pat.training.check import check, check_run, warn_of_warmup
 from pat.training.engines.deepspeed import check_goes_on
 from pat.training.inputs.prepare import Prepared, prepare
 from pat.training.outcome.held_out import write_held_out
@@ -38,6 +37,7 @@ from pat.training.outcome.report import report_of_run
 from pat.training.outcome.results import ModelFigures, Size, TuneRecord, TuneResult
 from pat.training.outcome.samples import greedy_answers, paired
 from pat.training.preflight.announce import announce
+from pat.training.preflight.check import check, check_run, warn_of_warmup
 from pat.training.preflight.few_rows import warn_of_few_rows
 from pat.training.preflight.rehearsal import rehearse
 from pat.training.preflight.threads import choose_threads, remember_threads, restored_threads

@@ -1,4 +1,4 @@
-"""What an adapted model is checked for when it is loaded and when it runs."""
+"""Checks of an adapted model, when it is loaded and when it runs."""
 
 from __future__ import annotations
 

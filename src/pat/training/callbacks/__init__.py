@@ -1,1 +1,1 @@
-"""What a trainer carries along: the gates' schedule and calibration, regularisers, guards, the live line."""
+"""Callbacks of the trainers: the gates' schedule and calibration, regularisers, guards, the live line."""

@@ -1,1 +1,1 @@
-"""What is read: rows of the data as examples with token ids, in order or as a stream, and text to calibrate on."""
+"""Inputs of a training: rows of the data as examples with token ids, also streamed, and text to calibrate on."""

@@ -1,1 +1,1 @@
-"""What is measured, written and shown of a finished run: figures, samples, results.json, the report."""
+"""The outcome of a run: figures, samples, results.json, the report."""

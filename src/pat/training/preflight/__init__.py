@@ -1,1 +1,1 @@
-"""What is found out and said before training: rehearsal, arithmetic, threads, expected time, too few rows."""
+"""Checks and estimates before training: arguments, a rehearsal, arithmetic, threads, time, too few rows."""

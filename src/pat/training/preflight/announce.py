@@ -13,10 +13,10 @@ from pat.shape import AXES, Shape, missed_ratio
 from pat.surgery.costs import build_skeleton
 from pat.surgery.describe import head_dim
 from pat.training.arguments import TuneArguments
-from pat.training.check import Checked, compacts
 from pat.training.distillation.teacher import announce_teacher
 from pat.training.engines.engine import describe, quantises, shards
 from pat.training.inputs.prepare import Prepared
+from pat.training.preflight.check import Checked, compacts
 from pat.training.preflight.estimate import Reading, ToDo, expect, span, step_span, steps_done, tokens_there
 from pat.training.preflight.few_rows import rows_read
 from pat.training.preflight.threads import Threads

@@ -22,9 +22,9 @@ from pat.nll import Example
 from pat.surgery.costs import build_skeleton, cost_of, usual_context
 from pat.surgery.describe import head_dim
 from pat.training.arguments import TuneArguments
-from pat.training.check import Checked
 from pat.training.inputs.prepare import Prepared
 from pat.training.outcome.samples import MAX_NEW_TOKENS, NUM_PROMPTS
+from pat.training.preflight.check import Checked
 from pat.training.preflight.speed import num_padded, sample_batches, time_base
 from pat.training.run.checkpoints import is_compact
 from pat.training.run.folder import Start

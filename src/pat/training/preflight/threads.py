@@ -21,7 +21,7 @@ from trl import SFTConfig
 
 from pat import ranks
 from pat.report.progress import phase
-from pat.training.check import Checked
+from pat.training.preflight.check import Checked
 from pat.training.run.run_file import RunFile
 
 logger = logging.getLogger(__name__)
@@ -120,10 +120,8 @@ def measure_threads(hidden_size: int, intermediate_size: int, *, bf16: bool = Fa
         work()
         return time.perf_counter() - started
 
-    try:
+    with restored_threads():
         return fastest(seconds, default)
-    finally:
-        torch.set_num_threads(default)
 
 
 def fastest(seconds: Callable[[int], float], default: int) -> Threads:
@@ -186,14 +184,10 @@ def remember_threads(run: RunFile, sft: SFTConfig) -> RunFile:
 @contextmanager
 def using(threads: Threads | None) -> Iterator[None]:
     """Have torch use a number of threads meanwhile; None changes nothing."""
-    if threads is None:
+    with restored_threads():
+        if threads is not None:
+            torch.set_num_threads(threads.number)
         yield
-        return
-    torch.set_num_threads(threads.number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads.default)
 
 
 def _work(hidden_size: int, intermediate_size: int, bf16: bool) -> Callable[[], None]:

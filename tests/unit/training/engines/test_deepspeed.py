@@ -17,9 +17,9 @@ from transformers import TrainerState
 
 from pat.errors import PatError
 from pat.training.arguments import TuneArguments, build_arguments
-from pat.training.check import check
 from pat.training.engines.accelerated import check_float32
 from pat.training.engines.deepspeed import check_goes_on
+from pat.training.preflight.check import check
 from pat.training.run.whole import flaw, num_parts
 from pat.tuner.model import find_tuner
 

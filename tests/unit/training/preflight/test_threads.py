@@ -97,13 +97,13 @@ def test_a_run_in_one_process_on_a_cpu_takes_the_chosen_number(
         return Threads(1, 2, 3.14)
 
     monkeypatch.setattr(threads, "measure_threads", measured)
-    on = {kind: SimpleNamespace(device=torch.device(kind), bf16=True) for kind in ("cpu", "meta")}
-    assert choose_threads(on["meta"], base) is None  # type: ignore[arg-type]
+    on: dict[str, Any] = {kind: SimpleNamespace(device=torch.device(kind), bf16=True) for kind in ("cpu", "meta")}
+    assert choose_threads(on["meta"], base) is None
     with monkeypatch.context() as many:
         many.setattr(ranks, "num_processes", lambda: 2)
-        assert choose_threads(on["cpu"], base) is None  # type: ignore[arg-type]
+        assert choose_threads(on["cpu"], base) is None
     assert torch.get_num_threads() == 2 and not asked
-    found = choose_threads(on["cpu"], base, 4)  # type: ignore[arg-type]
+    found = choose_threads(on["cpu"], base, 4)
     assert asked == [(config.hidden_size, config.intermediate_size, True)] and torch.get_num_threads() == 1
     assert found is not None and found.describe() == "1 thread (3.1 times as fast here as 2)"
     assert Threads(2, 2, 1.0).describe() == "2 threads"
@@ -113,8 +113,7 @@ CPU: Any = SimpleNamespace(device=torch.device("cpu"), bf16=False)
 
 
 def test_a_run_keeps_the_number_that_it_began_with(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    base: Any = SimpleNamespace(base_config=(model := build("llama", tied=True).config), family=get_family("llama"))
-    assert model.model_type == "llama"
+    base: Any = SimpleNamespace(base_config=build("llama", tied=True).config, family=get_family("llama"))
     monkeypatch.setattr(threads, "_work", lambda *_: pytest.fail("measured"))
     found = choose_threads(CPU, base, 1)
     assert torch.get_num_threads() == 1 and found is not None and found.describe() == "1 thread (as it began)"

@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 from pat.errors import PatError
 from pat.loading import load_config
 from pat.training.arguments import build_arguments
-from pat.training.check import NEEDED, WITHOUT_ARGUMENTS, check, check_run, warn_of_warmup
+from pat.training.preflight.check import NEEDED, WITHOUT_ARGUMENTS, check, check_run, warn_of_warmup
 from pat.training.run.run_file import RunFile
 
 
