@@ -111,10 +111,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # nobody reads on, as in `pat tune --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if debug:
             raise
-        goes_on = "; the same command goes on from what is finished" if arguments[0] == "tune" else ""
+        known = str(error) or "the same command goes on from what is finished"
+        goes_on = f"; {known}" if arguments[0] == "tune" else ""
         print(f"pat: interrupted{goes_on}", file=sys.stderr)
         return 130
     except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -21,14 +22,18 @@ import torch
 from faults import Fault
 from tiny_models import build, tiny_tokenizer
 from tiny_runs import tune_flags
+from transformers import TrainerCallback, TrainerState
 
 import pat
 from pat.checkpoint.staging import lock_folder
 from pat.cli import main
 from pat.errors import PatError
+from pat.training.arguments import build_arguments
+from pat.training.callbacks import save
 from pat.training.run.base_scores import BaseScores
 from pat.training.run.checkpoints import last_checkpoint
 from pat.training.run.run_file import RunFile
+from pat.training.tune import run_tune
 
 STEPS = 3
 
@@ -110,7 +115,8 @@ def test_a_finished_run_says_so(places: Path, whole: tuple[Path, list[str]], cap
     before = untouched(out)
     assert main(argv(places, out)) == 0
     captured = capfd.readouterr()
-    assert len(captured.out.splitlines()) == 1 and "is finished, after 3 steps" in captured.out
+    finished, asks = captured.out.splitlines()
+    assert "is finished, after 3 steps" in finished and asks.startswith("To ask it: ")
     assert untouched(out) == before
     assert pat.tune(**flags(places, out)).record.num_steps == STEPS
     with pytest.raises(PatError, match=r"max_steps: 3 in the run, 4 given.*--overwrite true"):
@@ -189,6 +195,24 @@ def test_a_signal_saves_says_so_and_the_run_goes_on(
     again = faults.run(argv(places, out, **more), out)
     assert again.status == 0 and "going on from checkpoints/checkpoint-1" in again.said
     assert tensors(out) == tensors(whole[0])
+
+
+def test_without_a_word_on_saving_checkpoints_come_by_time(
+    places: Path, whole: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ends(TrainerCallback):
+        def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                raise ZeroDivisionError
+
+    given = {name: value for name, value in flags(places, tmp_path / "out").items() if not name.startswith("save_")}
+    monkeypatch.setattr(save, "SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(save, "SHARE", math.inf)
+    with pytest.raises(ZeroDivisionError):
+        run_tune(build_arguments(**given), [Ends()])
+    assert last_checkpoint(tmp_path / "out" / "checkpoints") == str(tmp_path / "out" / LAST)
+    pat.tune(**given)
+    assert tensors(tmp_path / "out") == tensors(whole[0])
 
 
 def test_a_second_signal_stops_at_once(places: Path, tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def test_a_finished_run_is_not_overwritten(
     again = flags(base, data, run, resume_from_checkpoint=given, model_revision="v1")
     assert main(["tune", *as_argv(again)]) == status
     captured = capsys.readouterr()
-    assert len((captured.err if status else captured.out).strip().splitlines()) == 1
+    assert len((captured.err if status else captured.out).strip().splitlines()) == (1 if status else 2)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
 
 
@@ -295,13 +295,17 @@ def test_cut_off_before_the_first_checkpoint_it_starts_anew(base: Path, data: Pa
         ),
     ],
 )
-def test_one_line_says_before_training_what_was_understood(
+def test_a_few_lines_say_before_training_what_was_understood(
     base: Path, data: Path, tmp_path: Path, more: dict[str, Any], words: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pat.tune(**flags(base, data, tmp_path / "out", **more))
-    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("Data: ")]
-    assert "rows.jsonl" in line and "held out" in line and "hidden size 48 to 36, float32 on cpu" in line
-    assert words in line
+    seen = capfd.readouterr().err.splitlines()
+    heads = ("Expected: ", "Training: ", "Model: ", "Data: ")
+    first = next(number for number, line in enumerate(seen) if line.startswith(heads[0]))
+    lines = seen[first : first + len(heads)]
+    assert [line.startswith(head) for line, head in zip(lines, heads, strict=True)] == [True] * len(heads)
+    assert words in lines[1] and "hidden size 48 to 36, float32 on cpu" in lines[2]
+    assert "rows.jsonl" in lines[3] and "held out" in lines[3]
 
 
 def test_what_is_doubtful_of_a_run_is_kept_with_its_results(base: Path, data: Path, tmp_path: Path) -> None:
@@ -427,8 +431,10 @@ def test_a_terminal_sees_one_line_before_training_and_one_while_it_runs(
         argv = [sys.executable, "-c", SLOWLY, json.dumps({name: str(value) for name, value in values.items()})]
         subprocess.run(argv, stdout=subprocess.PIPE, stderr=sys.stderr, check=True)
     seen = terminal.screen()
-    (said,) = (line for line in seen if line.startswith("Data: rows.jsonl"))
-    assert "Expected: less than a minute (less than a second a step) and " in said
+    assert len([line for line in seen if line.startswith("Data: rows.jsonl")]) == 1
+    (said,) = (line for line in seen if line.startswith("Expected: "))
+    assert said.startswith("Expected: less than a minute (less than a second a step) and ")
+    assert len([line for line in seen if line.startswith("Training: 6 steps")]) == 1
     assert not [line for line in seen if re.search(r"\||train_runtime|'loss'|Milestone|step \d", line)]
     training = [state for state in terminal.states if state.startswith("Training")]
     assert any(re.search(r": step 1 of 6, \d:\d\d left, loss [\d.]+, \d+ MLP channels active", s) for s in training)

@@ -142,6 +142,9 @@ def test_errors_are_one_line_and_a_status(
         replace(monkeypatch, cli.COMMANDS["tune"].run, error)
         assert cli.main(["tune", "--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]) == status
         assert capsys.readouterr().err == "pat: interrupted; the same command goes on from what is finished\n"
+        replace(monkeypatch, cli.COMMANDS["tune"].run, KeyboardInterrupt("nothing is kept yet"))
+        assert cli.main(["tune", "--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]) == status
+        assert capsys.readouterr().err == "pat: interrupted; nothing is kept yet\n"
     for argv in (["--debug", "plan"], ["plan", "--debug"]):
         with pytest.raises(type(error)):
             cli.main([*argv, "--model_name_or_path", "m"])

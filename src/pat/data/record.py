@@ -90,6 +90,11 @@ class DataRecord:
         """Whether all that is trained on was put into Alpaca's words; plain text is not, whatever template is named."""
         return all(part.template == "alpaca" and part.format != "text" for part in self.sources or (self,))
 
+    @property
+    def num_left_out(self) -> int:
+        """Number of examples that have nothing to learn, and are not trained on."""
+        return self.num_cut_away + self.num_without_targets
+
     def describe_read(self) -> str:
         """Say in one line what was read of a stream."""
         return (
@@ -102,8 +107,13 @@ class DataRecord:
         """Return a record as it was stored."""
         return cls(**{**facts, "sources": tuple(SourceRecord(**source) for source in facts.get("sources", ()))})
 
-    def describe(self) -> str:
-        """Say in one line what was understood."""
+    def describe(self, num_tokens: int | None = None) -> str:
+        """Say in one line what was understood.
+
+        Args:
+            num_tokens: that are trained on, if that is known to the last one. Else those of examples that are left out
+                are among them, but for what is cut off.
+        """
         template = _describe_template(self.template)
         skipped = f", {self.num_skipped:,} skipped" if self.num_skipped else ""
         what = f"{self.source} ({self.format}, {template})"
@@ -112,9 +122,13 @@ class DataRecord:
         rows, apart = f", {self.num_rows:,} rows; ", ""
         if self.is_streamed:
             rows, apart = f", read while training goes on; in its first {self.num_rows:,} rows ", ", the first"
+        left_out = f", {self.num_left_out:,} of them left out," if self.num_left_out else ""
+        tokens = self.num_tokens - self.num_cut_tokens if num_tokens is None else num_tokens
+        before = "" if tokens == self.num_tokens else f" ({self.num_tokens:,} before truncation)"
         return (
-            f"Data: {what}{rows}{self.num_examples:,} examples "
-            f"with {self.num_tokens:,} tokens to train on, {self.num_target_tokens:,} of them to learn, "
+            f"Data: {what}{rows}{self.num_examples:,} examples{left_out} "
+            f"with {tokens:,} tokens to train on{before}, "
+            f"{self.num_target_tokens - self.num_cut_target_tokens:,} of them to learn, "
             f"{self.num_truncated:,} truncated{skipped}; {self.num_held_out:,} held out{apart}."
         )
 

@@ -60,10 +60,12 @@ class Phase:
         done = self.done if self._count is None else self._count()
         if done != self._known[0]:
             self._known = done, passed
-        so_far = f"{self.title}: {done:,}" if self.unit else self.title
-        if self.total is not None:
-            so_far += f" of {'up to ' if self.is_most else ''}{self.total:,}"
-        so_far += f" {self.unit}" if self.unit else ""
+        so_far = self.title
+        if self.unit and (done or self.total is not None):  # none, of nobody knows how many, says nothing
+            so_far += f": {done:,}"
+            if self.total is not None:
+                so_far += f" of {'up to ' if self.is_most else ''}{self.total:,}"
+            so_far += f" {self.unit}"
         if self.total and (done or self._expected):
             then, share = self._known[1], self.share or done / self.total
             # What was expected counts as much as is left: a first small part tells little of the others.

@@ -27,6 +27,8 @@ from pat.report.progress import bars_of_datasets, hidden, phase, quiet_transform
 from pat.report.records import collected_warnings, to_json
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.base import load, load_again
+from pat.training.callbacks.save import saving
+from pat.training.callbacks.slow import SlowSteps
 from pat.training.engines.deepspeed import check_goes_on
 from pat.training.inputs.prepare import Prepared, prepare
 from pat.training.outcome.held_out import write_held_out
@@ -43,6 +45,7 @@ from pat.training.preflight.rehearsal import rehearse
 from pat.training.preflight.threads import choose_threads, remember_threads, restored_threads
 from pat.training.run.base_scores import BaseScores
 from pat.training.run.folder import Start, clear, find_finished, find_start, run_folder, sweep
+from pat.training.run.kept import telling_what_is_kept
 from pat.training.run.run_file import RunFile
 from pat.training.run.trained import Trained
 from pat.training.stages import Stages
@@ -93,7 +96,7 @@ def run_tune(
             return ranks.first(partial(_end_again, arguments, run, record))
         threads = choose_threads(arguments.sft, checked, run.num_threads) if chooses_threads else None
         run = remember_threads(run, arguments.sft)
-        with phase("Rehearsing a step on a tiny model"):
+        with phase("Trying the options in a step of a tiny model"):
             num_steps = rehearse(arguments, data, data.vocabulary.config_of(checked.base_config), checked.family)
         log_often(arguments.sft, num_steps, arguments.given)
         warn_of_warmup(arguments.sft, num_steps)
@@ -110,16 +113,8 @@ def run_tune(
         stored = stored_dtype(checked.base_config, revision=arguments.model.model_revision) or dtype
         model = arguments.model
         size = Size.of_base(str(model.model_name_or_path), checked.base_config, stored, revision=model.model_revision)
-        announce(
-            arguments,
-            checked,
-            data,
-            base,
-            num_steps,
-            start=start,
-            measures_base=kept is None,
-            threads=threads,
-            rows_per_step=run.rows_per_step,
+        step_seconds = announce(
+            arguments, checked, data, base, num_steps, run, start=start, measures_base=kept is None, threads=threads
         )
         warn_of_few_rows(data, checked.shape.pruning_ratio, num_steps, run.rows_per_step)
         scores = kept or ranks.first(partial(BaseScores.of, base, data, size))
@@ -137,7 +132,7 @@ def run_tune(
             base,
             partial(load_again, arguments, data),
             scores,
-            callbacks,
+            (*callbacks, *saving(arguments), SlowSteps(step_seconds)),
         )
         del base  # nobody else may hold it, or it stays in memory beside the small model
         trained = stages.run(start)
@@ -167,6 +162,7 @@ def _together(arguments: TuneArguments) -> Iterator[None]:
     _ = arguments.sft.device  # connects the processes
     ranks.meet()
     with ExitStack() as stack:
+        stack.enter_context(telling_what_is_kept(arguments.output_dir))
         stack.enter_context(ranks.only_first_speaks())
         ranks.first_alone(lambda: stack.enter_context(run_folder(arguments.output_dir)))
         yield

@@ -131,7 +131,7 @@ class StreamStatistics:
             Diverged: the model's activations are not finite.
         """
         recorders = {site: partial(self.record, site) for site in self._sites()}
-        self.num_tokens = watch_inputs(self.model, recorders, batches, max_tokens, "Measuring the residual stream")
+        self.num_tokens = watch_inputs(self.model, recorders, batches, max_tokens, "Reading text to order the channels")
         sum_over_processes(*self._moments.values())
         if not all(moment.isfinite().all() for moment in self._moments.values()):
             raise Diverged(NOT_FINITE)

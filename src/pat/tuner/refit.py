@@ -75,7 +75,9 @@ class InnerMoments:
             moments: dict[str, Tensor] = {}
             experts = {p: ExpertsWatch(self.model.get_submodule(p)) for p in group if _has_experts(self.gates[p])}
             watchers = {path: experts.get(path) or partial(_add, moments, path) for path in group}
-            self.num_tokens = watch_inputs(self.model, watchers, self.text(), self.enough, "Measuring the branches")
+            self.num_tokens = watch_inputs(
+                self.model, watchers, self.text(), self.enough, "Reading text to choose what is cut"
+            )
             sum_over_processes(*(moment for path, moment in moments.items() if path not in experts))
             for path, watch in experts.items():
                 moments[path] = watch.moments
@@ -115,7 +117,7 @@ def order_channels(moments: InnerMoments, writer: Callable[[str], Tensor]) -> No
     """
     if not moments.gates:
         return
-    with phase("Ordering channels", "branches", total=len(moments.gates)) as progress:
+    with phase("Choosing what is cut", "modules", total=len(moments.gates)) as progress:
         for path, moment in progress.over(moments):
             gate = moments.gates[path]
             with without_autocast(moment):
@@ -143,7 +145,7 @@ def order_channels(moments: InnerMoments, writer: Callable[[str], Tensor]) -> No
 
 def refit(gates: Mapping[str, InnerGate], moments: Iterable[tuple[str, Tensor]]) -> None:
     """Fit the reconstruction of hard gates, given the second moments of what goes into them (and maybe into others)."""
-    with phase("Fitting what stays", "branches", total=len(gates)) as progress:
+    with phase("Fitting what stays", "modules", total=len(gates)) as progress:
         for path, moment in moments:
             if (gate := gates.get(path)) is not None:
                 assert gate.reconstruction is not None, "it awaits a refit"

@@ -79,6 +79,13 @@ def test_a_total_that_may_not_be_reached_is_called_so() -> None:
     assert state.text() == "Measuring: 1,000 of up to 2,000 tokens, at most 0:00 left"
 
 
+def test_none_of_an_unknown_number_is_not_said() -> None:
+    state = progress.Phase("Scoring", "batches")
+    assert state.text() == "Scoring, 0:00"
+    state.done = 1
+    assert state.text() == "Scoring: 1 batches, 0:00"
+
+
 def test_what_was_expected_gives_way_to_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A first small part that took long does not stand for all: 20 seconds for a twentieth would make 380 more."""
     now = 50.0

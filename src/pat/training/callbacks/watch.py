@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from statistics import fmean
 from typing import Any
 
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
@@ -16,6 +18,10 @@ from pat.training.callbacks.callback import LOGGED
 
 SECONDS_WITHOUT_A_LINE = 30
 """Seconds after which a step's end is told of where there is no live line, if the trainer has logged nothing."""
+
+LEAST_STEPS_LATELY, SHARE_LATELY = 10, 0.05
+"""Steps whose mean tells what those to come will take: the last ten, or the last twentieth of a long training, where
+more of them make the time left calmer. A slow spell is forgotten once it lies so many steps back."""
 
 
 class Watch(TrainerCallback):
@@ -81,8 +87,15 @@ class _Training(Phase):
 
     def __init__(self, title: str) -> None:
         super().__init__(title)
-        self.step = self.num_scored = self._first = self._last = 0
+        self.step = self.num_scored = self._last = 0
         self._began: float | None = None
+        """When the last step began."""
+        self._ended: float | None = None
+        """When the last step ended."""
+        self._lately: deque[float] = deque()
+        """Seconds of the last steps."""
+        self._between: list[float] = [0.0, 0.0]
+        """Seconds between steps, for scoring, saving and reading data, and how often that was."""
         self._left: tuple[float, float] | None = None
         """Seconds that were left at a time."""
         self._figures: dict[str, str] = {}
@@ -91,16 +104,24 @@ class _Training(Phase):
 
     def begin(self, state: TrainerState) -> None:
         """Begin a step."""
-        self.num_scored = 0
-        self._last = state.max_steps
+        self.num_scored, now = 0, time.monotonic()
         if self._began is None:
-            self._began, self.step, self._first = time.monotonic(), state.global_step, state.global_step
+            self.step, self._last = state.global_step, state.max_steps
+            self._lately = deque(maxlen=max(LEAST_STEPS_LATELY, round(SHARE_LATELY * self._last)))
+        if self._ended is not None:
+            self._between = [self._between[0] + now - self._ended, self._between[1] + 1]
+        self._began = now
 
     def end(self, state: TrainerState) -> None:
         """End a step."""
         self.step, now = state.global_step, time.monotonic()
-        if self._began is not None and self.step > self._first:
-            self._left = now, (now - self._began) / (self.step - self._first) * (self._last - self.step)
+        if self._began is None:
+            return
+        self._lately.append(now - self._began)
+        self._ended = now
+        # What comes now and then between steps is a mean over all of them, or it would come and go with the last ones.
+        each = fmean(self._lately) + self._between[0] / max(1.0, self._between[1])
+        self._left = now, each * (self._last - self.step)
 
     def note(self, logs: dict[str, Any]) -> None:
         """Note what is shown of a trainer's logs."""

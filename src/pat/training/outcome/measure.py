@@ -30,6 +30,10 @@ MUCH_FORGOTTEN = 0.25
 tuning moves it a little, and a warning that each run gives would not be read."""
 
 
+_NAMES = {"base": "base", "tuned": "tuned", "dense": "written"}
+"""What models are called where a person sees it."""
+
+
 def measure(
     model: nn.Module, data: Prepared, stage: str, size: Size, rows: dict[str, torch.Tensor] | None = None
 ) -> ModelFigures:
@@ -71,7 +75,7 @@ def _on_held_out(model: nn.Module, data: Prepared, stage: str, rows: dict[str, t
     if of_base is not None and stage == "base":
         examples = of_base
     pad_token_id = 0 if examples is of_base else cast(int, data.vocabulary.tokenizer.pad_token_id)  # padding is masked
-    with progress_bar(f"Scoring held-out rows with the {stage} model", "batches") as bar:
+    with progress_bar(f"Scoring held-out rows with the {_NAMES[stage]} model", "batches") as bar:
         start = time.perf_counter()
         nll, rows[stage] = response_nll_by_row(
             model, examples, batch_size=EVAL_BATCH_SIZE, pad_token_id=pad_token_id, progress=bar
@@ -108,7 +112,7 @@ def _on_general_text(model: nn.Module, data: Prepared, stage: str, rows: dict[st
     if (text := data.general) is None:
         return {}
     windows = text.windows_of_base if stage == "base" else text.windows
-    with progress_bar(f"Scoring general text with the {stage} model", "batches") as bar:
+    with progress_bar(f"Scoring general text with the {_NAMES[stage]} model", "batches") as bar:
         nll, rows[general_rows(stage)] = response_nll_by_row(
             model, windows, batch_size=EVAL_BATCH_SIZE, pad_token_id=0, progress=bar
         )  # padding is masked
@@ -157,18 +161,23 @@ def warn_of_losses(figures: Mapping[str, ModelFigures], vocab_size: int) -> None
 def warn_of_forgetting(figures: Mapping[str, ModelFigures]) -> None:
     """Say so if general text has become much harder for the model than for its base, and what helps."""
     base, dense = figures["base"], figures["dense"]
-    if base.general_nll is None or dense.general_nll is None:
-        return
-    error = dense.general_difference_error
-    if error is None:  # of other windows: as if the two had nothing to do with each other, which is too large
-        error = math.hypot(base.general_standard_error or 0.0, dense.general_standard_error or 0.0)
-    distance = dense.general_nll - base.general_nll
-    if distance > MUCH_FORGOTTEN and is_told_apart(distance, error):
+    if base.general_nll is not None and dense.general_nll is not None and has_forgotten_much(base, dense):
         logger.warning(
             "The model has forgotten much: its loss on general text is %.3f nats per token, its base's %.3f (%s). "
             "Train on more tokens, cut less, or mix general data in (--dataset_name yours.jsonl general.jsonl "
             "--dataset_weights 7 3).",
             dense.general_nll,
             base.general_nll,
-            numbers.difference(distance, dense.general_difference_error),
+            numbers.difference(dense.general_nll - base.general_nll, dense.general_difference_error),
         )
+
+
+def has_forgotten_much(base: ModelFigures, dense: ModelFigures) -> bool:
+    """Tell whether general text has become much harder, beyond what so little text leaves open; not without it."""
+    if base.general_nll is None or dense.general_nll is None:
+        return False
+    error = dense.general_difference_error
+    if error is None:  # of other windows: as if the two had nothing to do with each other, which is too large
+        error = math.hypot(base.general_standard_error or 0.0, dense.general_standard_error or 0.0)
+    distance = dense.general_nll - base.general_nll
+    return distance > MUCH_FORGOTTEN and is_told_apart(distance, error)

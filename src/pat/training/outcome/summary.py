@@ -10,10 +10,12 @@ from transformers.utils import CONFIG_NAME
 
 from pat.checkpoint.places import HELD_OUT, REPORT, RESULTS
 from pat.data.tokens import Truncation
+from pat.nll import is_told_apart
 from pat.report import numbers
 from pat.report.table import Table
 from pat.report.usage import command_to_ask
 from pat.serving import verdicts
+from pat.training.outcome.measure import has_forgotten_much
 from pat.training.outcome.results import ModelFigures, TuneResult
 
 STAGES = {"base": "base", "tuned": "tuned, with its adapter", "dense": "dense, written"}
@@ -35,6 +37,7 @@ def print_summary(result: TuneResult) -> None:
             f"{result.output_dir}: this run is finished, after {result.record.num_steps:,} steps; the model is in "
             f"{result.model_dir}, and --overwrite true starts anew."
         )
+        print(f"To ask it: {how_to_ask(result)}")
         return
     tokens = f"{result.figures['dense'].num_held_out_tokens:,}"
     Table(
@@ -43,18 +46,8 @@ def print_summary(result: TuneResult) -> None:
         rows=[(name, *_cells(result.figures[stage])) for stage, name in STAGES.items()],
     ).print()
     base, dense = result.figures["base"], result.figures["dense"]
-    if base.held_out_nll is not None and dense.held_out_nll is not None and dense.held_out_difference_error is not None:
-        found = numbers.difference(dense.held_out_nll - base.held_out_nll, dense.held_out_difference_error)
-        print(f"Held-out NLL, written model against base: {found} (± standard error of the same rows' differences).")
-    if base.general_nll is not None:
-        by = ""
-        if dense.general_nll is not None:
-            by = f"; {numbers.difference(dense.general_nll - base.general_nll, dense.general_difference_error)}"
-        print(
-            f"General text, which shows what was forgotten: {numbers.loss(base.general_nll)} before, "
-            f"{numbers.loss(dense.general_nll, dense.general_standard_error)} now (nats per token over "
-            f"{base.num_general_tokens:,} tokens{by})."
-        )
+    for line in against_base(base, dense):
+        print(line)
     fewer = f"{1 - dense.num_parameters / base.num_parameters:.1%} fewer parameters"
     if base.flops_per_token and dense.flops_per_token:
         fewer += f", {1 - dense.flops_per_token / base.flops_per_token:.1%} fewer FLOPs to read a token"
@@ -63,10 +56,37 @@ def print_summary(result: TuneResult) -> None:
     if (result.output_dir / REPORT).is_file():
         print(f"Report: {result.output_dir / REPORT}")
     print(f"To ask it: {how_to_ask(result)}")
-    if (line := next_step(result)) is not None:
-        print(line)
+    if (following := next_step(result)) is not None:
+        print(following)
     for line in how_to_measure(result):
         print(line)
+
+
+def against_base(base: ModelFigures, dense: ModelFigures) -> list[str]:
+    """Return lines on how the written model's losses differ from its base's, and whether that can be told at all."""
+    lines = []
+    error = dense.held_out_difference_error
+    if base.held_out_nll is not None and dense.held_out_nll is not None and error is not None:
+        distance = dense.held_out_nll - base.held_out_nll
+        lines.append(
+            f"Held-out NLL, written model against base: {numbers.difference(distance, error)} (± standard error of the "
+            f"same rows' differences){'' if is_told_apart(distance, error) else ': not told apart'}."
+        )
+    if base.general_nll is not None:
+        by = ends = ""
+        if dense.general_nll is not None:
+            distance, error = dense.general_nll - base.general_nll, dense.general_difference_error
+            by = f"; {numbers.difference(distance, error)}"
+            if has_forgotten_much(base, dense):
+                ends = ": the model has forgotten much of what its base knew"
+            elif error is not None and not is_told_apart(distance, error):
+                ends = ": not told apart"
+        lines.append(
+            f"General text, which shows what was forgotten: {numbers.loss(base.general_nll)} before, "
+            f"{numbers.loss(dense.general_nll, dense.general_standard_error)} now (nats per token over "
+            f"{base.num_general_tokens:,} tokens{by}){ends}."
+        )
+    return lines
 
 
 def how_to_ask(result: TuneResult) -> str:

@@ -17,10 +17,11 @@ from pat.training.distillation.teacher import announce_teacher
 from pat.training.engines.engine import describe, quantises, shards
 from pat.training.inputs.prepare import Prepared
 from pat.training.preflight.check import Checked, compacts
-from pat.training.preflight.estimate import Reading, ToDo, expect, span, step_span, steps_done, tokens_there
+from pat.training.preflight.estimate import Reading, ToDo, expect, steps_done, tokens_there
 from pat.training.preflight.few_rows import rows_read
 from pat.training.preflight.threads import Threads
 from pat.training.run.folder import Start
+from pat.training.run.run_file import RunFile
 from pat.tuner.calibration import DEFAULT_TOKENS_PER_CHANNEL
 from pat.tuner.depth import LAYER_TOKENS
 from pat.tuner.experts import tokens_per_routed
@@ -34,13 +35,13 @@ def announce(
     data: Prepared,
     model: Any,
     num_steps: int,
+    run: RunFile,
     *,
     start: Start,
     measures_base: bool,
     threads: Threads | None = None,
-    rows_per_step: int | None = None,
-) -> None:
-    """Say in one line on stderr what was understood, and what it will take.
+) -> float:
+    """Say in a few lines on stderr what the run will take, and what was understood; the most important first.
 
     Args:
         arguments: of the run.
@@ -48,10 +49,13 @@ def announce(
         data: what was found out about its data.
         model: the base.
         num_steps: optimizer steps of both stages.
+        run: its description, with the rows that a step takes over all processes.
         start: where the run begins; what is done by then is not counted among what is expected.
         measures_base: whether the base is still to be scored.
         threads: the number of them, where it was chosen.
-        rows_per_step: rows that a step takes, over all processes.
+
+    Returns:
+        The seconds that a step was reckoned to take; 0 where that was not reckoned, or no step is left.
     """
     shape = checked.shape
     milestone = arguments.pat.milestone_share(cuts_hidden=shape.cuts("hidden"))
@@ -68,12 +72,12 @@ def announce(
     worded = ""
     if data.record.is_alpaca and data.vocabulary.writes_alpaca:
         worded = " The chat template that is written asks in these words."
-    costs = []
+    costs, step_seconds = [], 0.0
     if ranks.is_first() and not shards(arguments.sft):
         todo = ToDo.of(start, soft, num_steps, reading, goes_small=goes_small, measures_base=measures_base)
         found = expect(arguments, checked, data, model, todo)
-        each = f" ({step_span(found.step_seconds)})" if found.step_seconds else ""
-        costs.append(span(found.seconds) + each)
+        step_seconds = found.step_seconds
+        costs.append(found.describe(cuts=todo.compacts))
     if not quantises(arguments, checked.base_config) and not shards(arguments.sft):
         num_bytes = _memory(arguments, checked, data, model)
         size = f"{num_bytes / 1e9:,.1f} GB" if num_bytes > 1e9 else f"{num_bytes / 1e6:,.0f} MB"
@@ -84,15 +88,18 @@ def announce(
     after = steps_done(start) or num_steps
     done = "" if begins else f" for what is left after {after:,} step{'' if after == 1 else 's'}"
     with_threads = "" if threads is None else f" with {threads.describe()}"
-    expected = f" Expected{done}: {' and '.join(costs)}." if costs else ""
-    print(
-        f"{data.record.describe()}{worded} Model: {checked.family.model_type}, {trimmed}{shape.describe()}"
-        f"{_away(arguments, shape)}, "
-        f"{kind} on {describe(str(model.device))}{with_threads}; "
-        f"{rows_read(data, num_steps, rows_per_step)}, {soft:,} with a soft mask and {num_steps - soft:,} {rest}."
-        f"{said if begins else ''}{taught}{expected}",
-        file=sys.stderr,
+    where = f"all {rest}" if not soft else f"{soft:,} with a soft mask and {num_steps - soft:,} {rest}"
+    # Of sources that are mixed, and of a stream, an epoch is not what the record counts.
+    num_tokens = None if data.record.sources or data.stream is not None else data.num_tokens
+    lines = (
+        f"Expected{done}: {' and '.join(costs)}." if costs else "",
+        f"Training: {rows_read(data, num_steps, run.rows_per_step)}, {where}.{said if begins else ''}{taught}",
+        f"Model: {checked.family.model_type}, {trimmed}{shape.describe()}{_away(arguments, shape)}, "
+        f"{kind} on {describe(str(model.device))}{with_threads}.",
+        f"{data.record.describe(num_tokens)}{worded}",
     )
+    print("\n".join(filter(None, lines)), file=sys.stderr)
+    return step_seconds
 
 
 def _away(arguments: TuneArguments, shape: Shape) -> str:

@@ -124,6 +124,18 @@ class Expected:
     """Seconds of all that is left of it."""
     step_seconds: float
     """Seconds of a step, the mean of those that are left; 0 if none is."""
+    beside_seconds: float = 0.0
+    """Seconds of what is no step: measuring, cutting, scoring (on the way as well) and writing."""
+
+    def describe(self, *, cuts: bool) -> str:
+        """Say how long it takes: in all, a step, and what is beside the steps; `cuts` says whether that has a cut."""
+        if not self.step_seconds:
+            return span(self.seconds)
+        parts = [step_span(self.step_seconds)]
+        if not _is_short(self.seconds):
+            what = "measuring, cutting and writing" if cuts else "measuring and writing"
+            parts.append(f"{span(self.beside_seconds)} for {what}")
+        return f"{span(self.seconds)} ({', beside '.join(parts)})"
 
 
 def expect(arguments: TuneArguments, checked: Checked, data: Prepared, model: Any, todo: ToDo) -> Expected:
@@ -146,7 +158,7 @@ def expect(arguments: TuneArguments, checked: Checked, data: Prepared, model: An
     passes = (PASSES_UNDER_AUTOCAST if sft.bf16 or sft.fp16 else PASSES) + (1 if sft.gradient_checkpointing else 0)
     taught = 1 if arguments.distill.distill else 0  # a forward pass of the teacher
     steps = passes * todo.soft_steps + (passes * tuned + taught) * todo.small_steps
-    stepping = seconds = steps * sft.gradient_accumulation_steps * padded * speed.training
+    seconds = stepping = steps * sft.gradient_accumulation_steps * padded * speed.training
     if data.evaluation is not None:
         share = todo.small_steps / num_steps if num_steps else 0.0
         rows = sum(len(row["input_ids"]) for row in data.evaluation)
@@ -163,14 +175,15 @@ def expect(arguments: TuneArguments, checked: Checked, data: Prepared, model: An
     scored = sum(len(row["input_ids"]) for row in _scored(data))
     seconds += (base + tuned + small) * scored * speed.reading
     seconds += (base + small) * NUM_PROMPTS * MAX_NEW_TOKENS * speed.writing
-    return Expected(float(seconds), float(stepping / num_steps) if num_steps else 0.0)
+    each = float(stepping / num_steps) if num_steps else 0.0
+    return Expected(float(seconds), each, float(seconds - stepping))
 
 
 def span(seconds: float) -> str:
     """Return a duration that is reckoned, in words: from what to what it may be."""
-    low, high = (factor * seconds for factor in RANGE)
-    if high < 60:
+    if _is_short(seconds):
         return "less than a minute"
+    low, high = (factor * seconds for factor in RANGE)
     return _from_to(low, high, *((3600.0, "hours") if low >= 1.5 * 3600 else (60.0, "minutes")))
 
 
@@ -180,6 +193,10 @@ def step_span(seconds: float) -> str:
     if high < 1:
         return "less than a second a step"
     return f"{_from_to(low, high, *((60.0, 'minutes') if low >= 90 else (1.0, 'seconds')))} a step"
+
+
+def _is_short(seconds: float) -> bool:
+    return RANGE[1] * seconds < 60
 
 
 def _from_to(low: float, high: float, size: float, unit: str) -> str:

@@ -42,7 +42,7 @@ def rows_read(data: Prepared, num_steps: int, rows_per_step: int | None) -> str:
     if data.stream is not None:
         return f"{steps} of {rows_per_step:,} examples"
     num_rows, one = len(data.train), num_steps == 1
-    unit = "examples" if num_rows == data.record.num_examples else "rows of an epoch"
+    unit = "examples" if num_rows == _num_trained(data.record) else "rows of an epoch"
     epochs = _num_epochs(num_rows, num_steps, rows_per_step)
     if round(epochs, 2) < 1:
         share = f"{epochs:.2g} epochs" if epochs >= 0.01 else "less than 0.01 epochs"
@@ -50,6 +50,11 @@ def rows_read(data: Prepared, num_steps: int, rows_per_step: int | None) -> str:
         return f"{steps} of {rows_per_step:,} read{'s' * one} {num_read} of the {num_rows:,} {unit} ({share})"
     times = "once" if round(epochs, 1) == 1 else f"{round(epochs, 1):g} times"
     return f"{steps} of {rows_per_step:,} go{'es' * one} {times} through the {num_rows:,} {unit}"
+
+
+def _num_trained(record: DataRecord) -> int:
+    """Return the number of examples that are trained on, where each of them is a row."""
+    return record.num_examples - record.num_left_out
 
 
 def _num_epochs(num_rows: int, num_steps: int, rows_per_step: int) -> float:
@@ -85,7 +90,7 @@ def remark(record: DataRecord, num_epochs: float, pruning_ratio: float, num_step
         pruning_ratio: share of the parameters that is cut.
         num_steps: optimizer steps of the run.
     """
-    num_examples, num_tokens = record.num_examples, record.num_target_tokens - record.num_cut_target_tokens
+    num_examples, num_tokens = _num_trained(record), record.num_target_tokens - record.num_cut_target_tokens
     is_text = all(part.format == "text" for part in record.sources or (record,))
 
     def are_few(share: float) -> bool:

@@ -58,8 +58,13 @@ class Threads:
         said = f"{self.number} thread{'' if self.number == 1 else 's'}"
         if self.number == self.default:
             return said
-        why = "as it began" if self.gain is None else f"{self.gain:.1f} times as fast here as {self.default}"
-        return f"{said} ({why})"
+        if self.gain is None:
+            return f"{said} (as it began)"
+        times = f"{self.gain:.{0 if self.gain >= 10 else 1}f} times"
+        return (
+            f"{said} (here {times} as fast as {self.default}, which would wait for one another, as where other "
+            "programs use the CPU)"
+        )
 
 
 def choose_threads(sft: SFTConfig, checked: Checked, known: int | None = None) -> Threads | None:

@@ -193,14 +193,19 @@ def test_what_is_lost_is_counted_and_said(base: Path, caplog: pytest.LogCaptureF
     assert (record.num_rows, record.num_dropped, record.num_examples) == (4, 1, 3)
     assert (record.num_truncated, record.num_cut_away, len(data.train)) == (2, 1, 2)
     dropped, columns, cut, endless, away = lines_of(caplog)
-    assert dropped == "1 of 4 rows have no response and are left out." and columns == "These columns are not read: id."
+    assert dropped == "1 of 4 rows has no response and is left out." and columns == "These columns are not read: id."
     assert "2 of 3 examples are cut at --max_length 32" in cut and f"{record.num_cut_tokens:,} of" in cut
     _, prompt, longest = sorted(len(row) for row in prepared(base, rows, max_length=None).train["input_ids"])
     caplog.clear()
     assert cut.endswith(f"raise it to {longest}.") and f"raise it to {prompt}, or keep" in away
     assert "2 of 3 examples lose the end of their response" in endless
     assert "1 of 3 examples have no response left within --max_length 32" in away and "keep_end" in away
-    assert "4 rows; 3 examples with" in record.describe() and "2 truncated; 0 held out" in record.describe()
+    said = record.describe(data.num_tokens)
+    there, learnt = (sum(len(row) for row in data.train[name]) for name in ("input_ids", "labels"))
+    learnt -= sum(row.count(-100) for row in data.train["labels"])
+    assert f"4 rows; 3 examples, 1 of them left out, with {there} tokens to train on ({record.num_tokens} be" in said
+    assert f" truncation), {learnt} of them to learn, 2 truncated; 0 held out" in said
+    assert f" {record.num_tokens - record.num_cut_tokens} tokens to train on (" in record.describe()
 
     record = prepared(base, rows[:3], max_length=32, truncation_mode="keep_end").record
     assert (record.num_truncated, record.num_cut_away) == (1, 0) and record.num_cut_tokens > 0

@@ -13,7 +13,7 @@ from pat.evaluation.options import EvaluateOptions
 from pat.formats.options import ExportOptions
 from pat.options import OptionsParser
 from pat.training.outcome.results import ModelFigures
-from pat.training.outcome.summary import how_to_ask, how_to_measure, next_step
+from pat.training.outcome.summary import against_base, how_to_ask, how_to_measure, next_step
 
 
 def finished(folder: Path, model_type: str, axes: list[str], sizes: dict[str, int] | None) -> Any:
@@ -109,6 +109,31 @@ def test_the_end_says_how_the_model_is_asked(prompts: str, question: str | None,
     program, flag, code = shlex.split(said)
     compile(code, "hint", "exec")
     assert (program, flag) == ("python", "-c") and f'"{result.model_dir}")' + question in code
+
+
+@pytest.mark.parametrize(
+    ("more", "held_out", "general"),
+    [
+        (0.01, ": not told apart.", ": not told apart."),
+        (0.1, "differences).", "0 ± 0.020)."),
+        (0.5, "differences).", ": the model has forgotten much of what its base knew."),
+    ],
+)
+def test_the_end_says_which_losses_are_told_apart_and_what_was_forgotten(
+    more: float, held_out: str, general: str
+) -> None:
+    base = ModelFigures(1, 2, held_out_nll=2.0, general_nll=3.0, num_general_tokens=9)
+    dense = ModelFigures(
+        1,
+        2,
+        held_out_nll=2 + more,
+        held_out_difference_error=0.02,
+        general_nll=3 + more,
+        general_difference_error=0.02,
+    )
+    first, second = against_base(base, dense)
+    assert first.endswith(held_out) and second.endswith(general)
+    assert against_base(ModelFigures(1, 2), dense) == []
 
 
 @pytest.mark.parametrize(

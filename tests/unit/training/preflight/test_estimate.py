@@ -26,6 +26,7 @@ from pat.training.preflight.estimate import (
     PASSES,
     PASSES_UNDER_AUTOCAST,
     WITH_ADAPTER,
+    Expected,
     Reading,
     ToDo,
     expect,
@@ -279,6 +280,7 @@ def test_a_step_has_a_duration_of_its_own(known_time: float) -> None:
     given = arguments(per_device_train_batch_size=4, gradient_checkpointing=False)
     found = expect(given, checked(), data(40), None, todo)
     assert found.step_seconds == pytest.approx(known_time * PASSES * (1 + SMALL) / 2)
+    assert found.beside_seconds == pytest.approx(found.seconds - 8 * found.step_seconds)
     assert not expect(given, checked(), data(), None, ToDo()).step_seconds
     assert [step_span(value) for value in (0.5, 1, 4, 200)] == [
         "less than a second a step",
@@ -286,6 +288,20 @@ def test_a_step_has_a_duration_of_its_own(known_time: float) -> None:
         "3 to 6 seconds a step",
         "2 to 5 minutes a step",
     ]
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (Expected(300, 4, 80), "4 to 8 minutes (3 to 6 seconds a step, beside 1 to 2 minutes for measuring, cutting "),
+        (Expected(300, 4, 10), "4 to 8 minutes (3 to 6 seconds a step, beside less than a minute for measuring, "),
+        (Expected(20, 1, 10), "less than a minute (1 to 2 seconds a step)"),
+        (Expected(300, 0, 300), "4 to 8 minutes"),
+    ],
+)
+def test_what_is_beside_the_steps_is_said(found: Expected, words: str) -> None:
+    assert found.describe(cuts=True).startswith(words)
+    assert "cutting" not in found.describe(cuts=False)
 
 
 def test_a_duration_is_a_range_in_words() -> None:

@@ -28,6 +28,7 @@ def record(num_examples: int, num_target_tokens: int, **facts: Any) -> DataRecor
         (record(1_000, 7_000), 1.0, 0.25, "few for a cut of 25.0 %"),
         (record(1_000, 90_000, num_cut_target_tokens=83_000), 1.0, 0.25, "with 7,000 tokens to learn"),
         (record(326, 5_484), 160 / 326, 0.136, "read about 160 of 326 examples, with some 2,692 tokens to learn"),
+        (record(380, 5_484, num_cut_away=8), 64 / 372, 0.136, "read about 64 of 372 examples"),  # as `rows_read` says
         (record(326, 5_484), 160 / 326, 0.136, "Take more steps (82 read all examples once), or cut less"),
         (record(54, 2_038), 0.4, 0.25, "(100 read all examples once) and more rows, or mix others in"),
         (record(2_000, 50_000), 0.4, 0.25, None),
@@ -65,6 +66,10 @@ def test_what_the_steps_read_is_said(num_rows: int, num_steps: int, rows_per_ste
     data: Any = SimpleNamespace(
         train=range(num_rows), stream=None, record=record(num_rows if num_rows != 190 else 380, 9)
     )
+    assert rows_read(data, num_steps, rows_per_step) == words
+    # Of 8 examples more nothing is left to learn.
+    known = data.record
+    data.record = replace(known, num_examples=known.num_examples + 8, num_cut_away=5, num_without_targets=3)
     assert rows_read(data, num_steps, rows_per_step) == words
     streamed: Any = SimpleNamespace(train=range(num_rows), stream=object())
     assert rows_read(streamed, 40, 4) == "40 steps of 4 examples"
