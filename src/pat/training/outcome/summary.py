@@ -22,7 +22,7 @@ _TYPE = "Q8_0"
 """Type of the file whose export is named: half the size of 16 bits, and `pat export` writes it by itself."""
 
 _WRITES, _CHECKS = "gguf", "xllamacpp"
-"""Packages of the extra `export`: one writes the file, which needs it, and the other runs it to check it."""
+"""Packages of the extra `gguf`: one writes the file, which needs it, and the other runs it to check it."""
 
 _UNCUT = 10**9
 """Length to measure at after a run that cuts no row: longer than any."""
@@ -126,7 +126,7 @@ def _to_install() -> str:
     if not missing:
         return ""
     why = "" if _WRITES in missing else ", which checks the file"
-    return f" (first: pip install {' '.join(missing)}{why})"
+    return f" (first: pip install 'pat-llm[gguf]'{why})"
 
 
 def _cells(figures: ModelFigures) -> tuple[str, ...]:

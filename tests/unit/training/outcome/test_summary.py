@@ -75,9 +75,8 @@ def test_the_held_out_rows_are_measured_as_in_the_run_or_no_command_says_so(
     ("missing", "said"),
     [
         ((), ".gguf"),
-        (("gguf",), "(first: pip install gguf)"),
-        (("xllamacpp",), "(first: pip install xllamacpp, which checks the file)"),
-        (("gguf", "xllamacpp"), "(first: pip install gguf xllamacpp)"),
+        (("gguf",), "(first: pip install 'pat-llm[gguf]')"),
+        (("xllamacpp",), "(first: pip install 'pat-llm[gguf]', which checks the file)"),
     ],
 )
 def test_what_is_to_be_installed_first_is_what_is_missing(
