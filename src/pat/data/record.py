@@ -112,10 +112,11 @@ class DataRecord:
         rows, apart = f", {self.num_rows:,} rows; ", ""
         if self.is_streamed:
             rows, apart = f", read while training goes on; in its first {self.num_rows:,} rows ", ", the first"
+        cut = f" ({self.num_cut_tokens:,} of them beyond --max_length)" if self.num_cut_tokens else ""
+        left = self.num_target_tokens - self.num_cut_target_tokens
         return (
-            f"Data: {what}{rows}{self.num_examples:,} examples "
-            f"with {self.num_tokens:,} tokens to train on, {self.num_target_tokens:,} of them to learn, "
-            f"{self.num_truncated:,} truncated{skipped}; {self.num_held_out:,} held out{apart}."
+            f"Data: {what}{rows}{self.num_examples:,} examples with {self.num_tokens:,} tokens{cut}, "
+            f"{left:,} to learn, {self.num_truncated:,} truncated{skipped}; {self.num_held_out:,} held out{apart}."
         )
 
 

@@ -34,7 +34,7 @@ from pat.training.base import load_compact, with_adapter
 from pat.training.callbacks.callback import PatCallback
 from pat.training.callbacks.guard import FiniteGuard
 from pat.training.callbacks.interrupt import StopOnSignal
-from pat.training.callbacks.watch import Watch, silence
+from pat.training.callbacks.watch import SlowSteps, Watch, silence
 from pat.training.distillation.teacher import Teaching
 from pat.training.engines.handover import checkpoint_for, is_sharded, unsharded, write_adapter
 from pat.training.inputs.prepare import Prepared
@@ -83,6 +83,8 @@ class Stages:
     """Figures of the base model, which are kept among the checkpoints."""
     callbacks: Sequence[TrainerCallback] = ()
     """Further callbacks of both trainers."""
+    slow_steps: SlowSteps = field(default_factory=SlowSteps)
+    """Warns once where steps take much longer than was announced."""
     router_settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the model's configuration that its trainer has changed for itself."""
 
@@ -199,7 +201,7 @@ class Stages:
             )
 
     def _train(self, trainer: SFTTrainer, part: str, resume_from: str | None) -> None:
-        stop, watch = StopOnSignal(), Watch(TITLES[part])
+        stop, watch = StopOnSignal(), Watch(TITLES[part], self.slow_steps)
         for callback in (*self.callbacks, stop):
             trainer.add_callback(callback)
         try:

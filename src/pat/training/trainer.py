@@ -25,6 +25,14 @@ from pat.tuner.model import find_tuner
 FEWEST_LOGS = 10
 """Times that a run logs its loss, if it has as many steps: fewer points make no curve."""
 
+FEWEST_SAVES = 10
+"""Times that a run writes a checkpoint, if it has as many steps: an interruption costs a tenth of it at most."""
+
+KEPT_CHECKPOINTS = 2
+"""Checkpoints of a run that are kept: the last one, and one before it in case that is torn."""
+
+_OPTIONS_OF_SAVING = ("save_steps", "save_strategy", "save_total_limit", "load_best_model_at_end")
+
 _ROUTER_SETTINGS = ("output_router_logits", "router_aux_loss_coef", "num_experts")
 
 
@@ -80,10 +88,14 @@ def count_steps(trainer: SFTTrainer) -> int:
     return int(values[-1])
 
 
-def log_often(sft: SFTConfig, num_steps: int, given: Container[str]) -> None:
-    """Have a short run log as often as a curve needs, unless how often is among the options that were given."""
+def log_and_save_often(sft: SFTConfig, num_steps: int, given: Container[str]) -> None:
+    """Have a short run log as often as a curve needs, and save so that little is lost, unless it was told how often."""
     if "logging_steps" not in given:
         sft.logging_steps = min(sft.logging_steps, math.ceil(num_steps / FEWEST_LOGS))
+    if not any(name in given for name in _OPTIONS_OF_SAVING):
+        sft.save_steps = min(sft.save_steps, math.ceil(num_steps / FEWEST_SAVES))
+        if "keep_checkpoints" not in given:
+            sft.save_total_limit = KEPT_CHECKPOINTS
 
 
 class StopAtMilestone(TrainerCallback):

@@ -27,6 +27,7 @@ from pat.report.progress import bars_of_datasets, hidden, phase, quiet_transform
 from pat.report.records import collected_warnings, to_json
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.base import load, load_again
+from pat.training.callbacks.watch import SlowSteps
 from pat.training.engines.deepspeed import check_goes_on
 from pat.training.inputs.prepare import Prepared, prepare
 from pat.training.outcome.held_out import write_held_out
@@ -38,7 +39,6 @@ from pat.training.outcome.results import ModelFigures, Size, TuneRecord, TuneRes
 from pat.training.outcome.samples import greedy_answers, paired
 from pat.training.preflight.announce import announce
 from pat.training.preflight.check import check, check_run, warn_of_warmup
-from pat.training.preflight.few_rows import warn_of_few_rows
 from pat.training.preflight.rehearsal import rehearse
 from pat.training.preflight.threads import choose_threads, remember_threads, restored_threads
 from pat.training.run.base_scores import BaseScores
@@ -46,7 +46,7 @@ from pat.training.run.folder import Start, clear, find_finished, find_start, run
 from pat.training.run.run_file import RunFile
 from pat.training.run.trained import Trained
 from pat.training.stages import Stages
-from pat.training.trainer import log_often
+from pat.training.trainer import log_and_save_often
 from pat.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def run_tune(
         run = remember_threads(run, arguments.sft)
         with phase("Rehearsing a step on a tiny model"):
             num_steps = rehearse(arguments, data, data.vocabulary.config_of(checked.base_config), checked.family)
-        log_often(arguments.sft, num_steps, arguments.given)
+        log_and_save_often(arguments.sft, num_steps, arguments.given)
         warn_of_warmup(arguments.sft, num_steps)
         repository = ranks.first(lambda: open_repository(arguments))
         start = ranks.first(lambda: _begin(arguments, checked.checkpoint, num_steps))
@@ -110,7 +110,7 @@ def run_tune(
         stored = stored_dtype(checked.base_config, revision=arguments.model.model_revision) or dtype
         model = arguments.model
         size = Size.of_base(str(model.model_name_or_path), checked.base_config, stored, revision=model.model_revision)
-        announce(
+        step_seconds = announce(
             arguments,
             checked,
             data,
@@ -121,7 +121,6 @@ def run_tune(
             threads=threads,
             rows_per_step=run.rows_per_step,
         )
-        warn_of_few_rows(data, checked.shape.pruning_ratio, num_steps, run.rows_per_step)
         scores = kept or ranks.first(partial(BaseScores.of, base, data, size))
         data.vocabulary.fit(base)
         for end in data.ends:
@@ -138,6 +137,7 @@ def run_tune(
             partial(load_again, arguments, data),
             scores,
             callbacks,
+            SlowSteps(step_seconds),
         )
         del base  # nobody else may hold it, or it stays in memory beside the small model
         trained = stages.run(start)

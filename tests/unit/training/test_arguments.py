@@ -13,6 +13,7 @@ from pat.options import OptionsParser
 from pat.training.arguments import REFUSED, TuneArguments, build_arguments
 from pat.training.options import RunOptions
 from pat.training.run.run_file import MAY_CHANGE
+from pat.training.trainer import log_and_save_often
 
 BASE: dict[str, Any] = {"model_name_or_path": "base", "dataset_name": "data.jsonl", "output_dir": "out"}
 
@@ -92,3 +93,22 @@ def test_the_trainer_takes_one_gpu_of_several(monkeypatch: pytest.MonkeyPatch) -
 def test_offloading_needs_something_to_offload_from() -> None:
     with pytest.raises(PatError, match="without an accelerator"):
         build_arguments(**BASE, activation_offloading=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "num_steps", "every", "kept"),
+    [
+        ({}, 16, (2, 2), 2),
+        ({}, 7_000, (10, 500), 2),
+        ({"logging_steps": 7, "save_steps": 100}, 16, (7, 100), None),
+        ({"save_total_limit": 3}, 16, (2, 500), 3),
+        ({"keep_checkpoints": True}, 16, (2, 2), None),
+    ],
+)
+def test_a_short_run_logs_and_saves_ten_times_unless_it_is_told_how_often(
+    given: dict[str, Any], num_steps: int, every: tuple[int, int], kept: int | None
+) -> None:
+    arguments = build_arguments(model_name_or_path="base", dataset_name="data", output_dir="out", bf16=False, **given)
+    log_and_save_often(arguments.sft, num_steps, arguments.given)
+    assert (arguments.sft.logging_steps, arguments.sft.save_steps) == every
+    assert arguments.sft.save_total_limit == kept

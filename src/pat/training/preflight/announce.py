@@ -18,7 +18,7 @@ from pat.training.engines.engine import describe, quantises, shards
 from pat.training.inputs.prepare import Prepared
 from pat.training.preflight.check import Checked, compacts
 from pat.training.preflight.estimate import Reading, ToDo, expect, span, step_span, steps_done, tokens_there
-from pat.training.preflight.few_rows import rows_read
+from pat.training.preflight.few_rows import rows_read, warn_of_few_rows
 from pat.training.preflight.threads import Threads
 from pat.training.run.folder import Start
 from pat.tuner.calibration import DEFAULT_TOKENS_PER_CHANNEL
@@ -39,8 +39,8 @@ def announce(
     measures_base: bool,
     threads: Threads | None = None,
     rows_per_step: int | None = None,
-) -> None:
-    """Say in one line on stderr what was understood, and what it will take.
+) -> float:
+    """Say in one line on stderr what was understood, and what it will take; warn of data that will not do for it.
 
     Args:
         arguments: of the run.
@@ -52,6 +52,9 @@ def announce(
         measures_base: whether the base is still to be scored.
         threads: the number of them, where it was chosen.
         rows_per_step: rows that a step takes, over all processes.
+
+    Returns:
+        About how many seconds a step takes; 0 where that is not known.
     """
     shape = checked.shape
     milestone = arguments.pat.milestone_share(cuts_hidden=shape.cuts("hidden"))
@@ -68,11 +71,12 @@ def announce(
     worded = ""
     if data.record.is_alpaca and data.vocabulary.writes_alpaca:
         worded = " The chat template that is written asks in these words."
-    costs = []
+    costs, step_seconds = [], 0.0
     if ranks.is_first() and not shards(arguments.sft):
         todo = ToDo.of(start, soft, num_steps, reading, goes_small=goes_small, measures_base=measures_base)
         found = expect(arguments, checked, data, model, todo)
-        each = f" ({step_span(found.step_seconds)})" if found.step_seconds else ""
+        step_seconds = found.step_seconds
+        each = f" ({step_span(step_seconds)})" if step_seconds else ""
         costs.append(span(found.seconds) + each)
     if not quantises(arguments, checked.base_config) and not shards(arguments.sft):
         num_bytes = _memory(arguments, checked, data, model)
@@ -93,6 +97,8 @@ def announce(
         f"{said if begins else ''}{taught}{expected}",
         file=sys.stderr,
     )
+    warn_of_few_rows(data, shape.pruning_ratio, num_steps, rows_per_step)
+    return step_seconds
 
 
 def _away(arguments: TuneArguments, shape: Shape) -> str:

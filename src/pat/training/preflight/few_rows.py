@@ -110,8 +110,8 @@ def remark(record: DataRecord, num_epochs: float, pruning_ratio: float, num_step
             return None
         remedy = f"Take more steps ({math.ceil(num_steps / num_epochs):,} read all examples once)"
         return (
-            f"The steps read about {num_epochs * num_examples:,.0f} of {num_examples:,} examples, with some "
-            f"{num_epochs * num_tokens:,.0f} tokens to learn, which are {few}: {expect}. "
+            f"The steps read {100 * num_epochs:.2g} % of the data, with some {num_epochs * num_tokens:,.0f} tokens to "
+            f"learn, which are {few}: {expect}. "
             f"{remedy}{f' and more rows ({wanted}), or {mix}' if are_few(1.0) else ''}, or cut less."
         )
     times = "once" if round(num_epochs) == 1 else f"{num_epochs:,.0f} times"

@@ -201,6 +201,8 @@ def test_what_is_lost_is_counted_and_said(base: Path, caplog: pytest.LogCaptureF
     assert "2 of 3 examples lose the end of their response" in endless
     assert "1 of 3 examples have no response left within --max_length 32" in away and "keep_end" in away
     assert "4 rows; 3 examples with" in record.describe() and "2 truncated; 0 held out" in record.describe()
+    left = record.num_target_tokens - record.num_cut_target_tokens
+    assert f"({record.num_cut_tokens:,} of them beyond --max_length), {left:,} to learn" in record.describe()
 
     record = prepared(base, rows[:3], max_length=32, truncation_mode="keep_end").record
     assert (record.num_truncated, record.num_cut_away) == (1, 0) and record.num_cut_tokens > 0

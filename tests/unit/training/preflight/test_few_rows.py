@@ -28,7 +28,7 @@ def record(num_examples: int, num_target_tokens: int, **facts: Any) -> DataRecor
         (record(1_000, 124_000), 1.0, 0.25, "Train on more rows (125,000 tokens to learn or more)"),
         (record(380, 31_688), 1.0, 0.125, "expect a model that answers worse than the base"),
         (record(1_000, 90_000, num_cut_target_tokens=83_000), 1.0, 0.25, "with 7,000 tokens to learn"),
-        (record(326, 5_484), 160 / 326, 0.136, "read about 160 of 326 examples, with some 2,692 tokens to learn"),
+        (record(326, 5_484), 160 / 326, 0.136, "The steps read 49 % of the data, with some 2,692 tokens to learn"),
         (
             record(326, 5_484),
             160 / 326,
