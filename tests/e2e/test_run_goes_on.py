@@ -110,7 +110,8 @@ def test_a_finished_run_says_so(places: Path, whole: tuple[Path, list[str]], cap
     before = untouched(out)
     assert main(argv(places, out)) == 0
     captured = capfd.readouterr()
-    assert len(captured.out.splitlines()) == 1 and "is finished, after 3 steps" in captured.out
+    finished, ask = captured.out.splitlines()
+    assert "is finished, after 3 steps" in finished and ask.startswith("To ask it: ")
     assert untouched(out) == before
     assert pat.tune(**flags(places, out)).record.num_steps == STEPS
     with pytest.raises(PatError, match=r"max_steps: 3 in the run, 4 given.*--overwrite true"):

@@ -295,13 +295,15 @@ def test_cut_off_before_the_first_checkpoint_it_starts_anew(base: Path, data: Pa
         ),
     ],
 )
-def test_one_line_says_before_training_what_was_understood(
+def test_some_lines_say_before_training_what_was_understood(
     base: Path, data: Path, tmp_path: Path, more: dict[str, Any], words: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pat.tune(**flags(base, data, tmp_path / "out", **more))
-    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("Data: ")]
-    assert "rows.jsonl" in line and "held out" in line and "hidden size 48 to 36, float32 on cpu" in line
-    assert words in line
+    said = capfd.readouterr().err
+    assert re.search(
+        r"^Data: rows\.jsonl .* held out\.\nModel: .*hidden size 48 to 36, float32 on cpu.*\nSteps: ", said, re.M
+    )
+    assert f"\nSteps: {words}.\nExpected: " in said
 
 
 def test_what_is_doubtful_of_a_run_is_kept_with_its_results(base: Path, data: Path, tmp_path: Path) -> None:
@@ -418,7 +420,7 @@ run_tune(build_arguments(**json.loads(sys.argv[1])), [Slowly()])
 """
 
 
-def test_a_terminal_sees_one_line_before_training_and_one_while_it_runs(
+def test_a_terminal_sees_some_lines_before_training_and_one_while_it_runs(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = flags(base, data, tmp_path / "out", disable_tqdm=False, eval_strategy="steps", eval_steps=4, axes="mlp")
@@ -427,8 +429,9 @@ def test_a_terminal_sees_one_line_before_training_and_one_while_it_runs(
         argv = [sys.executable, "-c", SLOWLY, json.dumps({name: str(value) for name, value in values.items()})]
         subprocess.run(argv, stdout=subprocess.PIPE, stderr=sys.stderr, check=True)
     seen = terminal.screen()
-    (said,) = (line for line in seen if line.startswith("Data: rows.jsonl"))
-    assert "Expected: less than a minute (less than a second a step) and " in said
+    assert sum(line.startswith("Data: rows.jsonl") for line in seen) == 1
+    (said,) = (line for line in seen if line.startswith("Expected: "))
+    assert "less than a minute (less than a second a step, and less than a minute beside the steps) and " in said
     assert not [line for line in seen if re.search(r"\||train_runtime|'loss'|Milestone|step \d", line)]
     training = [state for state in terminal.states if state.startswith("Training")]
     assert any(re.search(r": step 1 of 6, \d:\d\d left, loss [\d.]+, \d+ MLP channels active", s) for s in training)

@@ -41,9 +41,11 @@ def remarks(
         first = f"; the first is {data.first_held_out_bad}" if data.first_held_out_bad else "."
         yield f"{data.num_held_out_bad:,} held-out rows cannot be used and are skipped, as --on_bad_row says{first}"
     if record.num_dropped:
-        yield f"{record.num_dropped:,} of {record.num_rows:,} rows have no response and are left out."
+        have = "has no response and is" if record.num_dropped == 1 else "have no response and are"
+        yield f"{record.num_dropped:,} of {record.num_rows:,} rows {have} left out."
     if record.num_held_out_dropped:
-        yield f"{record.num_held_out_dropped:,} held-out rows have no response and are left out."
+        rows = "row has no response and is" if record.num_held_out_dropped == 1 else "rows have no response and are"
+        yield f"{record.num_held_out_dropped:,} held-out {rows} left out."
     if record.num_unlearned_openings:
         yield (
             f"In {record.num_unlearned_openings:,} rows the conversation opens with a message of the assistant; it is "

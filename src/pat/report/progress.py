@@ -60,6 +60,8 @@ class Phase:
         done = self.done if self._count is None else self._count()
         if done != self._known[0]:
             self._known = done, passed
+        if self.unit and self.total is None and not done:
+            return f"{self.title}, {clock(passed)}"
         so_far = f"{self.title}: {done:,}" if self.unit else self.title
         if self.total is not None:
             so_far += f" of {'up to ' if self.is_most else ''}{self.total:,}"

@@ -93,7 +93,7 @@ def run_tune(
             return ranks.first(partial(_end_again, arguments, run, record))
         threads = choose_threads(arguments.sft, checked, run.num_threads) if chooses_threads else None
         run = remember_threads(run, arguments.sft)
-        with phase("Rehearsing a step on a tiny model"):
+        with phase("Trying the options on a tiny model"):
             num_steps = rehearse(arguments, data, data.vocabulary.config_of(checked.base_config), checked.family)
         log_and_save_often(arguments.sft, num_steps, arguments.given)
         warn_of_warmup(arguments.sft, num_steps)

@@ -75,7 +75,9 @@ class InnerMoments:
             moments: dict[str, Tensor] = {}
             experts = {p: ExpertsWatch(self.model.get_submodule(p)) for p in group if _has_experts(self.gates[p])}
             watchers = {path: experts.get(path) or partial(_add, moments, path) for path in group}
-            self.num_tokens = watch_inputs(self.model, watchers, self.text(), self.enough, "Measuring the branches")
+            self.num_tokens = watch_inputs(
+                self.model, watchers, self.text(), self.enough, "Reading text, to choose what is cut"
+            )
             sum_over_processes(*(moment for path, moment in moments.items() if path not in experts))
             for path, watch in experts.items():
                 moments[path] = watch.moments

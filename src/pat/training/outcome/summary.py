@@ -10,6 +10,7 @@ from transformers.utils import CONFIG_NAME
 
 from pat.checkpoint.places import HELD_OUT, REPORT, RESULTS
 from pat.data.tokens import Truncation
+from pat.nll import is_told_apart
 from pat.report import numbers
 from pat.report.table import Table
 from pat.report.usage import command_to_ask
@@ -33,7 +34,7 @@ def print_summary(result: TuneResult) -> None:
     if result.was_finished:
         print(
             f"{result.output_dir}: this run is finished, after {result.record.num_steps:,} steps; the model is in "
-            f"{result.model_dir}, and --overwrite true starts anew."
+            f"{result.model_dir}, and --overwrite true starts anew.\nTo ask it: {how_to_ask(result)}"
         )
         return
     tokens = f"{result.figures['dense'].num_held_out_tokens:,}"
@@ -44,8 +45,10 @@ def print_summary(result: TuneResult) -> None:
     ).print()
     base, dense = result.figures["base"], result.figures["dense"]
     if base.held_out_nll is not None and dense.held_out_nll is not None and dense.held_out_difference_error is not None:
-        found = numbers.difference(dense.held_out_nll - base.held_out_nll, dense.held_out_difference_error)
-        print(f"Held-out NLL, written model against base: {found} (± standard error of the same rows' differences).")
+        distance = dense.held_out_nll - base.held_out_nll
+        found = numbers.difference(distance, dense.held_out_difference_error)
+        apart = "" if is_told_apart(distance, dense.held_out_difference_error) else "; the two are not told apart"
+        print(f"Held-out NLL, written model against base: {found} (± standard error of the difference){apart}.")
     if base.general_nll is not None:
         by = ""
         if dense.general_nll is not None:

@@ -40,7 +40,7 @@ def announce(
     threads: Threads | None = None,
     rows_per_step: int | None = None,
 ) -> float:
-    """Say in one line on stderr what was understood, and what it will take; warn of data that will not do for it.
+    """Say in four lines on stderr what was understood, and what it will take; warn of data that will not do for it.
 
     Args:
         arguments: of the run.
@@ -60,7 +60,6 @@ def announce(
     milestone = arguments.pat.milestone_share(cuts_hidden=shape.cuts("hidden"))
     soft = min(num_steps, milestone_step(milestone, num_steps))
     goes_small = compacts(arguments.run.no_compact, arguments.pat_config())
-    rest = "on the small model" if goes_small else "at full width"
     said, reading = _reading(arguments, checked, tokens_there(arguments, data))
     sft = arguments.sft
     dtype = str(model.dtype).removeprefix("torch.")
@@ -76,8 +75,8 @@ def announce(
         todo = ToDo.of(start, soft, num_steps, reading, goes_small=goes_small, measures_base=measures_base)
         found = expect(arguments, checked, data, model, todo)
         step_seconds = found.step_seconds
-        each = f" ({step_span(step_seconds)})" if step_seconds else ""
-        costs.append(span(found.seconds) + each)
+        parts = f" ({step_span(step_seconds)}, and {span(found.rest)} beside the steps)" if step_seconds else ""
+        costs.append(span(found.seconds) + parts)
     if not quantises(arguments, checked.base_config) and not shards(arguments.sft):
         num_bytes = _memory(arguments, checked, data, model)
         size = f"{num_bytes / 1e9:,.1f} GB" if num_bytes > 1e9 else f"{num_bytes / 1e6:,.0f} MB"
@@ -88,17 +87,24 @@ def announce(
     after = steps_done(start) or num_steps
     done = "" if begins else f" for what is left after {after:,} step{'' if after == 1 else 's'}"
     with_threads = "" if threads is None else f" with {threads.describe()}"
-    expected = f" Expected{done}: {' and '.join(costs)}." if costs else ""
+    expected = f"\nExpected{done}: {' and '.join(costs)}." if costs else ""
     print(
-        f"{data.record.describe()}{worded} Model: {checked.family.model_type}, {trimmed}{shape.describe()}"
-        f"{_away(arguments, shape)}, "
-        f"{kind} on {describe(str(model.device))}{with_threads}; "
-        f"{rows_read(data, num_steps, rows_per_step)}, {soft:,} with a soft mask and {num_steps - soft:,} {rest}."
-        f"{said if begins else ''}{taught}{expected}",
+        f"{data.record.describe()}{worded}\n"
+        f"Model: {checked.family.model_type}, {trimmed}{shape.describe()}{_away(arguments, shape)}, "
+        f"{kind} on {describe(str(model.device))}{with_threads}.{said if begins else ''}{taught}\n"
+        f"Steps: {rows_read(data, num_steps, rows_per_step)}, {_stages(soft, num_steps, goes_small)}.{expected}",
         file=sys.stderr,
     )
     warn_of_few_rows(data, shape.pruning_ratio, num_steps, rows_per_step)
     return step_seconds
+
+
+def _stages(soft: int, num_steps: int, goes_small: bool) -> str:
+    """Say which of the steps are taken with a soft mask, and what the others train."""
+    rest = "on the small model" if goes_small else "at full width"
+    if not soft:
+        return f"all {rest}" if num_steps > 1 else rest
+    return f"{soft:,} with a soft mask and {num_steps - soft:,} {rest}"
 
 
 def _away(arguments: TuneArguments, shape: Shape) -> str:

@@ -124,6 +124,8 @@ class Expected:
     """Seconds of all that is left of it."""
     step_seconds: float
     """Seconds of a step, the mean of those that are left; 0 if none is."""
+    rest: float
+    """Seconds of what does not depend on the number of steps: choosing, cutting, scoring, comparing, writing."""
 
 
 def expect(arguments: TuneArguments, checked: Checked, data: Prepared, model: Any, todo: ToDo) -> Expected:
@@ -163,7 +165,7 @@ def expect(arguments: TuneArguments, checked: Checked, data: Prepared, model: An
     scored = sum(len(row["input_ids"]) for row in _scored(data))
     seconds += (base + tuned + small) * scored * speed.reading
     seconds += (base + small) * NUM_PROMPTS * MAX_NEW_TOKENS * speed.writing
-    return Expected(float(seconds), float(stepping / num_steps) if num_steps else 0.0)
+    return Expected(float(seconds), float(stepping / num_steps) if num_steps else 0.0, float(seconds - stepping))
 
 
 def span(seconds: float) -> str:

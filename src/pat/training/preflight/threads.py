@@ -58,7 +58,9 @@ class Threads:
         said = f"{self.number} thread{'' if self.number == 1 else 's'}"
         if self.number == self.default:
             return said
-        why = "as it began" if self.gain is None else f"{self.gain:.1f} times as fast here as {self.default}"
+        why = (
+            "as it began" if self.gain is None else f"{self.gain:.2g} times as fast as {self.default}, which wait here"
+        )
         return f"{said} ({why})"
 
 

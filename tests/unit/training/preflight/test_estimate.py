@@ -18,7 +18,7 @@ from pat.surgery.costs import build_skeleton, cost_of, usual_context
 from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.outcome.samples import MAX_NEW_TOKENS, NUM_PROMPTS
 from pat.training.preflight import estimate, speed
-from pat.training.preflight.announce import _reading
+from pat.training.preflight.announce import _reading, _stages
 from pat.training.preflight.estimate import (
     BYTES_PER_TOKEN,
     COMPARING,
@@ -231,6 +231,11 @@ def test_what_is_read_is_told_apart() -> None:
     assert _reading(asked, checked("hidden", "mlp"), math.inf)[1] == Reading(7, 5, 0)
 
 
+def test_stages_without_steps_are_not_spoken_of() -> None:
+    assert _stages(0, 9, True) == "all on the small model"
+    assert _stages(2, 9, False) == "2 with a soft mask and 7 at full width"
+
+
 def test_no_more_tokens_are_announced_than_there_are() -> None:
     said, _ = _reading(arguments(), checked("mlp", "layers"), 90)
     assert "All 90 tokens of the data are read first, to choose the MLP channels." in said
@@ -279,6 +284,10 @@ def test_a_step_has_a_duration_of_its_own(known_time: float) -> None:
     given = arguments(per_device_train_batch_size=4, gradient_checkpointing=False)
     found = expect(given, checked(), data(40), None, todo)
     assert found.step_seconds == pytest.approx(known_time * PASSES * (1 + SMALL) / 2)
+    assert (
+        found.rest == pytest.approx(found.seconds - found.step_seconds * (todo.soft_steps + todo.small_steps))
+        and found.rest > 0
+    )
     assert not expect(given, checked(), data(), None, ToDo()).step_seconds
     assert [step_span(value) for value in (0.5, 1, 4, 200)] == [
         "less than a second a step",

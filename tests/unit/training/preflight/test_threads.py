@@ -105,7 +105,7 @@ def test_a_run_in_one_process_on_a_cpu_takes_the_chosen_number(
     assert torch.get_num_threads() == 2 and not asked
     found = choose_threads(on["cpu"], base, 4)
     assert asked == [(config.hidden_size, config.intermediate_size, True)] and torch.get_num_threads() == 1
-    assert found is not None and found.describe() == "1 thread (3.1 times as fast here as 2)"
+    assert found is not None and found.describe() == "1 thread (3.1 times as fast as 2, which wait here)"
     assert Threads(2, 2, 1.0).describe() == "2 threads"
 
 
