@@ -65,7 +65,8 @@ def run_demo(options: DemoOptions) -> DemoRecord | None:
         session = Session(base, options.output_dir, RECIPE | {"dataset_name": data})
         serve(session, ratio=options.pruning_ratio, num_steps=options.max_steps, port=options.port)
         return None
-    print(f"Tuning {base.name} on {Path(data).name}: {options.max_steps} steps, cutting {options.pruning_ratio:.1%}")
+    doing = f"Tuning {base.name} on {Path(data).name}: {options.max_steps} steps, cutting {options.pruning_ratio:.1%}"
+    print(doing + ("" if options.dataset_name else "; that is little to learn from, as in any demo, and it says so"))
     result = run_tune(
         build_arguments(
             model_name_or_path=str(base),

@@ -30,6 +30,7 @@ from pat.report.records import Record, collected_warnings
 from pat.surgery.costs import Skeleton, build_skeleton
 from pat.surgery.describe import map_of
 from pat.surgery.residual import model_tensors
+from pat.training.preflight.threads import Threads, measure_threads, using
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ class ExportRecord(Record):
     """Comparisons with transformers that were made."""
     not_checked: tuple[str, ...] = field(default=())
     """Sentences on what was not compared, and why."""
+    command_to_ask: str | None = None
+    """Shell command that asks a GGUF file; None of another format."""
 
 
 def print_export(record: ExportRecord) -> None:
@@ -74,6 +77,9 @@ def print_export(record: ExportRecord) -> None:
         print(f"- {check.engine} {check.version}, {check.what}: {check.value:.4g}{bound}")
     for sentence in record.not_checked:
         print(f"- Not checked: {sentence}")
+    if record.command_to_ask is not None:
+        first = "" if llama_cpp.engine_version() else " (first: pip install 'pat-llm[gguf]')"
+        print(f"To ask it: {record.command_to_ask}{first}")
 
 
 def run_export(options: ExportOptions) -> ExportRecord:
@@ -117,12 +123,14 @@ def run_export(options: ExportOptions) -> ExportRecord:
         with phase(f"Loading {shown_name(options.model)}"):
             model = load_base(options.model, dtype=torch.float32)
         _check_finite(options.model, model)
+        threads = _threads(config)
         loss: QuantizedLoss | None = None
         checks: list[Check] = []
         skipped: list[str] = []
         with (
             _told_of_disk(options.output),
             staged_file(options.output) as path,
+            using(threads),
             phase(f"Writing {options.output.name}, and checking it"),
         ):
             reference = None if tokenizer is None or not options.check else Reference.of(model, tokenizer)
@@ -145,8 +153,23 @@ def run_export(options: ExportOptions) -> ExportRecord:
             loss=loss,
             checks=tuple(checks),
             not_checked=tuple(skipped),
+            command_to_ask=None if kind is None else _command_to_ask(options.output, tokenizer, threads),
             warnings=warnings,
         )
+
+
+def _threads(config: Any) -> Threads | None:
+    """Return with how many threads the checks are fastest; llama.cpp waits for busy cores as torch does."""
+    text = config.get_text_config()
+    width = int(text.hidden_size)
+    with phase("Measuring how many threads are fastest on this CPU"):
+        return measure_threads(width, int(getattr(text, "intermediate_size", None) or width))
+
+
+def _command_to_ask(output: Path, tokenizer: Any, threads: Threads | None) -> str:
+    fewer = threads.number if threads is not None and threads.number < threads.default else None
+    has_chat = bool(getattr(tokenizer, "chat_template", None))
+    return llama_cpp.command_to_ask(output, has_chat=has_chat, num_threads=fewer)
 
 
 def _check_finite(name: str, model: PreTrainedModel) -> None:

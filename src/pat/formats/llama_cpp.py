@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 from typing import IO, Any
 
 from pat.errors import PatError, RunFailed, one_line
@@ -27,6 +28,9 @@ QUANTIZE, SERVER = "llama-quantize", "xllamacpp"
 
 PATIENCE = 600
 """Seconds in which the server has to load a model, and to answer."""
+
+CONTEXT = 2048
+"""Tokens of prompt and answer that there is room for where a file is asked by the command that is printed."""
 
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Opens addresses of this machine itself, which no proxy reaches, whatever the environment says."""
@@ -50,6 +54,30 @@ def require_quantizer(kind: str) -> None:
 def engine_version() -> str | None:
     """Return the version of the server's package, None where it is not installed."""
     return version(SERVER) if find_spec(SERVER) else None
+
+
+def command_to_ask(file: Path, *, has_chat: bool, num_threads: int | None = None) -> str:
+    """Return a shell command that asks a GGUF file for a greedy answer, or has it go on with a text.
+
+    Args:
+        file: the GGUF file.
+        has_chat: whether it has a chat template.
+        num_threads: number of threads to ask for; None leaves it to llama.cpp, which takes one for each core.
+    """
+    given, place, answer = '"prompt": "Hello"', "completions", '["text"]'
+    if has_chat:
+        given, place, answer = (
+            '"messages": [{"role": "user", "content": "Hello"}]',
+            "chat_completions",
+            '["message"]["content"]',
+        )
+    threads = "" if num_threads is None else f"p.cpuparams.n_threads = p.cpuparams_batch.n_threads = {num_threads}; "
+    code = (
+        f"import {SERVER} as x; p = x.CommonParams(); p.model.path = {json.dumps(str(file), ensure_ascii=False)}; "
+        f"p.n_ctx, p.verbosity = {CONTEXT}, 0; {threads}"
+        f'print(x.Server(p).handle_{place}({{{given}, "max_tokens": 100, "temperature": 0}})["choices"][0]{answer})'
+    )
+    return f"python -c {quote(code)}"
 
 
 def quantize(source: Path, target: Path, kind: str) -> None:

@@ -17,7 +17,7 @@ PACKAGES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("onnx", "onnxscript", "openvino"),
 }
-"""Packages that a format needs; all are in the extra `export`."""
+"""Packages that a format needs. Those of GGUF are in the extra `gguf`, all of them in `export`."""
 
 SUFFIXES = {"gguf": ".gguf", "onnx": ".onnx", "openvino": ".xml"}
 
@@ -99,6 +99,7 @@ class ExportOptions:
         check_writable(self.output)
         missing = [name for name in PACKAGES[self.format] if find_spec(name) is None]
         if missing:
+            extra = "gguf" if self.format == "gguf" else "export"
             raise PatError(
-                f"--format {self.format} needs {', '.join(missing)}; install the extra: pip install 'pat-llm[export]'."
+                f"--format {self.format} needs {', '.join(missing)}; install the extra: pip install 'pat-llm[{extra}]'."
             )

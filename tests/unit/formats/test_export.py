@@ -1,6 +1,7 @@
 """`pat export`: what is asked for, what is refused before the work, and a file that takes its place whole."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from pat.checkpoint.staging import staged_file
 from pat.errors import PatError, RunFailed
 from pat.formats.command import ExportRecord, _kind, run_export
 from pat.formats.graph import CHECKED_LENGTHS, INPUTS, _exportable_experts, check_graph, write_onnx
-from pat.formats.llama_cpp import Server, _address, _ended_after
+from pat.formats.llama_cpp import Server, _address, _ended_after, command_to_ask
 from pat.formats.options import ExportOptions
 from pat.formats.reference import Reference
 from pat.training.outcome.measure import measure
@@ -45,6 +46,7 @@ def test_a_model_becomes_a_file_of_the_predicted_size(tmp_path: Path) -> None:
     assert figures.gguf_bytes is not None and set(figures.gguf_bytes) == {"Q8_0", "Q4_K_M"}
     # Each file carries the name of its model.
     assert figures.gguf_bytes["Q8_0"] == pytest.approx(record.predicted_bytes, abs=64)
+    assert str(tmp_path / "stories.gguf") in (record.command_to_ask or "")
     assert record.checks or any("xllamacpp is not installed" in sentence for sentence in record.not_checked)
 
 
@@ -173,6 +175,32 @@ def test_every_token_is_held_against_the_model_and_a_tie_excuses_no_other() -> N
     with torch.no_grad():
         model.lm_head.weight.zero_()  # every token ties with every other
     assert reference.compare([5, 0, 7]) == (1, 2)
+
+
+@pytest.mark.parametrize("has_chat", [True, False])
+def test_the_command_that_asks_a_file_is_one_that_runs(
+    has_chat: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Stub:
+        """Does as the package's server; the real one was asked by hand."""
+
+        model, cpuparams, cpuparams_batch = SimpleNamespace(), SimpleNamespace(), SimpleNamespace()
+
+        def handle_chat_completions(self, request: dict[str, Any]) -> dict[str, Any]:
+            return {"choices": [{"message": {"content": f"{self.model.path} {request['messages'][0]['content']}"}}]}
+
+        def handle_completions(self, request: dict[str, Any]) -> dict[str, Any]:
+            return {"choices": [{"text": f"{self.model.path} {request['prompt']}"}]}
+
+    stub = Stub()
+    package = SimpleNamespace(CommonParams=lambda: stub, Server=lambda params: params)
+    monkeypatch.setitem(sys.modules, "xllamacpp", package)
+    command = command_to_ask(Path('it\'s "small".gguf'), has_chat=has_chat, num_threads=1)
+    words = shlex.split(command)
+    assert words[:2] == ["python", "-c"]
+    exec(words[2], {})
+    assert capsys.readouterr().out == 'it\'s "small".gguf Hello\n'
+    assert stub.cpuparams.n_threads == stub.cpuparams_batch.n_threads == 1
 
 
 @pytest.mark.parametrize("answer", [b"no JSON", b"{}", b'{"tokens": 3}'])

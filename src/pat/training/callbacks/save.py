@@ -19,7 +19,7 @@ SHARE = 0.05
 NUM_KEPT = 2
 """Checkpoints of a stage that stay on the disk, so that one that is torn leaves the one before it."""
 
-_ASKED = frozenset({"save_steps", "save_strategy", "save_only_model"})
+_ASKED = frozenset({"save_steps", "save_strategy", "save_only_model", "load_best_model_at_end"})
 
 
 class SaveByTime(TrainerCallback):

@@ -24,7 +24,7 @@ _TYPE = "Q8_0"
 """Type of the file whose export is named: half the size of 16 bits, and `pat export` writes it by itself."""
 
 _WRITES, _CHECKS = "gguf", "xllamacpp"
-"""Packages of the extra `export`: one writes the file, which needs it, and the other runs it to check it."""
+"""Packages of the extra `gguf`: one writes the file, which needs it, and the other runs it to check it."""
 
 _UNCUT = 10**9
 """Length to measure at after a run that cuts no row: longer than any."""
@@ -70,7 +70,7 @@ def against_base(base: ModelFigures, dense: ModelFigures) -> list[str]:
         distance = dense.held_out_nll - base.held_out_nll
         lines.append(
             f"Held-out NLL, written model against base: {numbers.difference(distance, error)} (± standard error of the "
-            f"same rows' differences){'' if is_told_apart(distance, error) else ': not told apart'}."
+            f"difference){'' if is_told_apart(distance, error) else '; the two are not told apart'}."
         )
     if base.general_nll is not None:
         by = ends = ""
@@ -80,7 +80,7 @@ def against_base(base: ModelFigures, dense: ModelFigures) -> list[str]:
             if has_forgotten_much(base, dense):
                 ends = ": the model has forgotten much of what its base knew"
             elif error is not None and not is_told_apart(distance, error):
-                ends = ": not told apart"
+                ends = "; the two are not told apart"
         lines.append(
             f"General text, which shows what was forgotten: {numbers.loss(base.general_nll)} before, "
             f"{numbers.loss(dense.general_nll, dense.general_standard_error)} now (nats per token over "
@@ -146,7 +146,7 @@ def _to_install() -> str:
     if not missing:
         return ""
     why = "" if _WRITES in missing else ", which checks the file"
-    return f" (first: pip install {' '.join(missing)}{why})"
+    return f" (first: pip install 'pat-llm[gguf]'{why})"
 
 
 def _cells(figures: ModelFigures) -> tuple[str, ...]:

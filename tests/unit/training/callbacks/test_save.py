@@ -49,6 +49,7 @@ def test_a_checkpoint_that_takes_long_is_rarer(monkeypatch: pytest.MonkeyPatch) 
         ({"save_steps": 500}, False, None),  # given, if only the default
         ({"save_strategy": "no"}, False, None),
         ({"save_only_model": True}, False, None),
+        ({"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 50}, False, None),
         ({"keep_checkpoints": True}, False, None),
     ],
 )

@@ -8,25 +8,27 @@ from pat.training.outcome.measure import MUCH_FORGOTTEN, warn_of_forgetting, war
 from pat.training.outcome.results import ModelFigures
 
 
-def figures(base: float | None, dense: float | None) -> dict[str, ModelFigures]:
-    return {stage: ModelFigures(1, 2, nll, None, 10, None) for stage, nll in {"base": base, "dense": dense}.items()}
+def figures(base: float | None, dense: float | None, error: float | None = None) -> dict[str, ModelFigures]:
+    return {"base": ModelFigures(1, 2, base), "dense": ModelFigures(1, 2, dense, None, error)}
 
 
 @pytest.mark.parametrize(
-    ("base", "dense", "words"),
+    ("base", "dense", "error", "words"),
     [
-        (3.0, 2.9, None),
-        (None, None, None),
-        (3.0, 3.1, "worse on the held-out rows than its base"),
-        (3.0, 4.9, "no better than guessing"),
-        (6.0, math.nan, "no better than guessing"),
-        (6.0, 5.5, "no better than guessing"),
+        (3.0, 2.9, 0.01, None),
+        (None, None, None, None),
+        (3.0, 3.1, None, "is worse than its base on the held-out rows (3.100 against 3.000"),
+        (3.0, 3.1, 0.04, "is worse than its base"),
+        (3.0, 3.1, 0.06, "not better than its base, and not told apart from it, on the held-out rows"),
+        (3.0, 4.9, 0.01, "no better than guessing"),
+        (6.0, math.nan, None, "no better than guessing"),
+        (6.0, 5.5, 0.01, "no better than guessing"),
     ],
 )
 def test_a_model_that_has_not_learnt_is_said_to(
-    base: float | None, dense: float | None, words: str | None, caplog: pytest.LogCaptureFixture
+    base: float | None, dense: float | None, error: float | None, words: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    warn_of_losses(figures(base, dense), vocab_size=128)  # of which the logarithm is 4.85
+    warn_of_losses(figures(base, dense, error), vocab_size=128)  # of which the logarithm is 4.85
     assert len(caplog.messages) == (words is not None)
     assert words is None or words in caplog.text
 

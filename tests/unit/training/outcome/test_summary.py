@@ -75,9 +75,8 @@ def test_the_held_out_rows_are_measured_as_in_the_run_or_no_command_says_so(
     ("missing", "said"),
     [
         ((), ".gguf"),
-        (("gguf",), "(first: pip install gguf)"),
-        (("xllamacpp",), "(first: pip install xllamacpp, which checks the file)"),
-        (("gguf", "xllamacpp"), "(first: pip install gguf xllamacpp)"),
+        (("gguf",), "(first: pip install 'pat-llm[gguf]')"),
+        (("xllamacpp",), "(first: pip install 'pat-llm[gguf]', which checks the file)"),
     ],
 )
 def test_what_is_to_be_installed_first_is_what_is_missing(
@@ -114,9 +113,9 @@ def test_the_end_says_how_the_model_is_asked(prompts: str, question: str | None,
 @pytest.mark.parametrize(
     ("more", "held_out", "general"),
     [
-        (0.01, ": not told apart.", ": not told apart."),
-        (0.1, "differences).", "0 ± 0.020)."),
-        (0.5, "differences).", ": the model has forgotten much of what its base knew."),
+        (0.01, "; the two are not told apart.", "; the two are not told apart."),
+        (0.1, "difference).", "0 ± 0.020)."),
+        (0.5, "difference).", ": the model has forgotten much of what its base knew."),
     ],
 )
 def test_the_end_says_which_losses_are_told_apart_and_what_was_forgotten(

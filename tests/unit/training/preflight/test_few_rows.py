@@ -25,18 +25,30 @@ def record(num_examples: int, num_target_tokens: int, **facts: Any) -> DataRecor
         (record(54, 2_038), 1.04, 0.25, "once through 54 examples with 2,038 tokens to learn, which are few for a cut"),
         (record(54, 2_038), 3.0, 0.25, "3 times through 54 examples"),
         (record(54, 30_000), 1.0, 0.25, "few for a cut of 25.0 %"),
-        (record(1_000, 7_000), 1.0, 0.25, "few for a cut of 25.0 %"),
+        (record(1_000, 124_000), 1.0, 0.25, "Train on more rows (125,000 tokens to learn or more)"),
+        (record(380, 31_688, num_cut_away=8), 1.0, 0.125, "goes once through 372 examples"),  # as `rows_read` says
+        (record(380, 31_688), 1.0, 0.125, "expect a model that answers worse than the base"),
         (record(1_000, 90_000, num_cut_target_tokens=83_000), 1.0, 0.25, "with 7,000 tokens to learn"),
-        (record(326, 5_484), 160 / 326, 0.136, "read about 160 of 326 examples, with some 2,692 tokens to learn"),
-        (record(380, 5_484, num_cut_away=8), 64 / 372, 0.136, "read about 64 of 372 examples"),  # as `rows_read` says
-        (record(326, 5_484), 160 / 326, 0.136, "Take more steps (82 read all examples once), or cut less"),
-        (record(54, 2_038), 0.4, 0.25, "(100 read all examples once) and more rows, or mix others in"),
-        (record(2_000, 50_000), 0.4, 0.25, None),
-        (record(5, 90_000, format="text"), 0.4, 0.25, None),
-        (record(201, 7_501), 1.7, 0.25, None),
-        (record(5, 30_000, format="text"), 1.0, 0.25, None),
-        (record(1_000, 50_000), 40.0, 0.25, "40 times through the same 1,000 examples"),
-        (record(1_000, 50_000), 3.0, 0.25, None),
+        (record(326, 5_484), 160 / 326, 0.136, "The steps read 49 % of the data, with some 2,692 tokens to learn"),
+        (
+            record(326, 5_484),
+            160 / 326,
+            0.136,
+            "Take more steps (82 read all examples once) and more rows (68,000 tokens to learn or more)",
+        ),
+        (
+            record(54, 2_038),
+            0.4,
+            0.25,
+            "(100 read all examples once) and more rows (125,000 tokens to learn or more), or mix",
+        ),
+        (record(4_000, 150_000), 0.4, 0.25, "Take more steps (100 read all examples once), or cut less"),
+        (record(2_000, 350_000), 0.4, 0.25, None),
+        (record(5, 350_000, format="text"), 0.4, 0.25, None),
+        (record(201, 125_001), 1.7, 0.25, None),
+        (record(5, 125_000, format="text"), 1.0, 0.25, None),
+        (record(1_000, 150_000), 40.0, 0.25, "40 times through the same 1,000 examples"),
+        (record(1_000, 150_000), 3.0, 0.25, None),
     ],
 )
 def test_too_little_is_said(data: DataRecord, num_epochs: float, ratio: float, words: str | None) -> None:
@@ -76,6 +88,6 @@ def test_what_the_steps_read_is_said(num_rows: int, num_steps: int, rows_per_ste
 
 
 def test_sources_of_texts_and_answers_are_looked_at_together() -> None:
-    parts: Any = [replace(record(54, 30_000), format=name) for name in ("text", "messages")]
-    assert remark(record(108, 60_000, format="text, messages", sources=tuple(parts)), 1.0, 0.25, 40)
-    assert not remark(record(108, 60_000, format="text", sources=(parts[0],)), 1.0, 0.25, 40)
+    parts: Any = [replace(record(54, 65_000), format=name) for name in ("text", "messages")]
+    assert remark(record(108, 130_000, format="text, messages", sources=tuple(parts)), 1.0, 0.25, 40)
+    assert not remark(record(108, 130_000, format="text", sources=(parts[0],)), 1.0, 0.25, 40)
