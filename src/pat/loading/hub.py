@@ -41,7 +41,7 @@ def hub_options(name_or_path: str, revision: str | None = None) -> dict[str, Any
     except HFValidationError:  # no id of the hub, which the libraries say in one line, and at once
         return {}
     start = f"Got the model {name_or_path!r}, but there is no such folder{near(name_or_path, folder=True)}"
-    at = "" if revision is None else f" at revision {revision!r}"
+    at = "" if revision in (None, "main") else f" at revision {revision!r}"
     missing = f"{start}, it is not in the hub's cache on this machine{at}, and the hub"
     if is_offline_mode():
         if is_cached:
