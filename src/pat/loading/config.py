@@ -21,6 +21,7 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 from pat.errors import PatError, one_line
 from pat.families import FAMILIES, Family, get_family
 from pat.loading.fit import check_weights
+from pat.loading.hub import hub_options
 from pat.loading.quantized import quantization_of
 from pat.loading.sizes import COUNTS, MAX_CONFIG_BYTES, check_sizes, is_count
 from pat.loading.stored import stored_file, stored_tensors
@@ -49,16 +50,17 @@ def load_config(name_or_path: str, *, revision: str | None = None) -> tuple[Any,
     """
     name_or_path = check_exists(name_or_path)
     _check_folder(name_or_path)
-    check_sizes(name_or_path, _fields(name_or_path, revision))
+    hub = hub_options(name_or_path, revision)
+    check_sizes(name_or_path, _fields(name_or_path, revision, hub))
     try:
-        config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False, **hub)
     except Exception as error:  # every kind that transformers' own checks, and its code without any, can raise
         if not os.path.isdir(name_or_path) and isinstance(error, OSError | HFValidationError):
             raise PatError(
                 f"Got the model {name_or_path!r}, but there is no such folder{near(name_or_path, folder=True)} and no "
                 f"such model on the hub that could be reached: {_reason(error)}"
             ) from error
-        raise _unusable(name_or_path, error, _fields(name_or_path, revision)) from error
+        raise _unusable(name_or_path, error, _fields(name_or_path, revision, hub)) from error
     check_kind(name_or_path, config)
     family = get_family(config.model_type)
     _check_values(name_or_path, config)
@@ -66,7 +68,7 @@ def load_config(name_or_path: str, *, revision: str | None = None) -> tuple[Any,
     try:
         model = empty_model(config)
     except Exception as error:
-        raise _unusable(name_or_path, error, _fields(name_or_path, revision)) from error
+        raise _unusable(name_or_path, error, _fields(name_or_path, revision, hub)) from error
     model.config = config
     check_weights(name_or_path, model, family, stored_tensors(name_or_path, revision=revision) or {})
     return config, family
@@ -241,10 +243,10 @@ def _are_tokens(field: str, given: Any, vocab_size: int) -> bool:
     )
 
 
-def _fields(name: str, revision: str | None) -> Any:
+def _fields(name: str, revision: str | None, hub: Mapping[str, Any]) -> Any:
     """Return the content of `config.json`, None if it cannot be read."""
     try:
-        return PretrainedConfig.get_config_dict(name, revision=revision)[0]
+        return PretrainedConfig.get_config_dict(name, revision=revision, **hub)[0]
     except Exception:
         return None
 

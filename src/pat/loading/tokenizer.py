@@ -14,6 +14,7 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from pat.errors import PatError
 from pat.loading.config import NO_PADDING, TOKEN_IDS, check_exists
+from pat.loading.hub import hub_options
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -41,9 +42,10 @@ def load_plain_tokenizer(name_or_path: str, *, revision: str | None = None) -> P
         PatError: there is no tokenizer, or none that can be used.
     """
     name_or_path = check_exists(name_or_path)
+    hub = hub_options(name_or_path, revision)
     try:
-        # Without the last, transformers would ask at the terminal whether to run code that the tokenizer brings.
-        loaded = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+        # Without the third, transformers would ask at the terminal whether to run code that the tokenizer brings.
+        loaded = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=False, **hub)
         loaded("a text")  # what a tokenizer's configuration sets is looked at only when it is used
         for name in _SPECIAL:  # an unknown token that is no token is looked for without end
             getattr(loaded, f"{name}_id")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -15,10 +14,12 @@ from pat.families import Family
 from pat.file_sizes.predict import FileSizes, file_sizes, vocabulary_entries
 from pat.loading import load_config, stored_dtype
 from pat.nll import max_positions
+from pat.plan.after_cut import memory_after_cut
 from pat.plan.candidate import Candidate, candidate_of
 from pat.plan.cpu import CpuTime, cpu_time
 from pat.plan.curves import Measured
-from pat.plan.guide import MEASURED_CUTS, MODEL_FLOPS_UTILISATION, MeasuredCut, TrainingTime, training_times
+from pat.plan.guide import MEASURED_CUTS, MeasuredCut, TrainingTime, training_times
+from pat.plan.notes import notes_of
 from pat.plan.options import PlanOptions
 from pat.plan.recommend import recommend
 from pat.plan.sharding import ShardedMemory, sharded_memory
@@ -26,7 +27,7 @@ from pat.plan.target import named_target
 from pat.recipes import recipe_defaults
 from pat.report.records import Record
 from pat.serving import trouble
-from pat.shape import AXES, LARGE_RATIO, Shape
+from pat.shape import AXES
 from pat.surgery.costs import ModelCost, build_skeleton, cost_of, pruned_config, usual_context
 from pat.tuner.config import PatConfig
 from pat.tuner.idle import warn_of_growth, warn_of_idle_options
@@ -56,7 +57,10 @@ class PlanRecord(Record):
     candidates: tuple[Candidate, ...]
     """One for each ratio, in the order in which they were given."""
     training: TrainingMemory
-    """Memory of training up to the milestone, which is at the base's width, for the last of the ratios."""
+    """Memory of training before the cut, at the base's width, for the last of the ratios: the most that `pat tune`
+    takes."""
+    training_after_cut: tuple[TrainingMemory, ...]
+    """Memory of training each of the candidates from the cut on, which comes first unless the hidden size is cut."""
     sharded: ShardedMemory | None
     """The same on several GPUs, with FSDP2; None where their number was not given."""
     vocabulary_size: int | None
@@ -73,7 +77,7 @@ class PlanRecord(Record):
     notes: tuple[str, ...]
     """Sentences that the reader of these figures has to know."""
     recommendation: str
-    """Shape that is recommended, with the reason; the command for it is the last line."""
+    """Shape that is recommended, with the reason; its last line is the command for it."""
 
 
 def run_plan(options: PlanOptions) -> PlanRecord:
@@ -100,7 +104,7 @@ def run_plan(options: PlanOptions) -> PlanRecord:
         )
     if options.vocabulary_size is not None:
         check_vocabulary_size(options.model_name_or_path, base_config, options.vocabulary_size)
-    candidates, in_training = [], []
+    candidates, in_training, smalls = [], [], []
     for ratio in options.pruning_ratio or (None,):
         config = PatConfig(
             task_type="CAUSAL_LM",
@@ -127,10 +131,16 @@ def run_plan(options: PlanOptions) -> PlanRecord:
         file_notes += [note for note in spoken if note and note not in file_notes]
         heads = small_config.num_attention_heads
         candidates.append(candidate_of(shape, heads, options.multiple_of, base, cost, files))
+        smalls.append(small)
     trimmed_base = cost_of(trimmed, context)
     warn_of_idle_options(config, shape, tied=base.tied)
-    training = training_memory(trimmed, config, batch_size=recipe["per_device_train_batch_size"], length=length)
+    batch_size = recipe["per_device_train_batch_size"]
+    training = training_memory(trimmed, config, batch_size=batch_size, length=length)
     attached: PatConfig = cast(Any, trimmed.model).peft_config["default"]  # the memory was counted on it
+    after_cut = [
+        memory_after_cut(small, attached, candidate.shape, batch_size=batch_size, length=length)
+        for small, candidate in zip(smalls, candidates, strict=True)
+    ]
     rotation: Rotation = "none" if attached.resolved_rotation == "none" else "pca"
     on_this_cpu = None
     if options.cpu_time:
@@ -147,6 +157,7 @@ def run_plan(options: PlanOptions) -> PlanRecord:
         base_files=base_files,
         candidates=tuple(candidates),
         training=training,
+        training_after_cut=tuple(after_cut),
         sharded=_shard(options, training, trimmed_base, cost, base_config),
         vocabulary_size=options.vocabulary_size,
         training_times=training_times(base_in_training, tuple(in_training), training),
@@ -154,7 +165,9 @@ def run_plan(options: PlanOptions) -> PlanRecord:
         guide=MEASURED_CUTS,
         measured=measured,
         notes=(
-            *_notes(base_config, config, base, candidates, context, cpu=on_this_cpu, is_measured=measured is not None),
+            *notes_of(
+                base_config, config, base, candidates, context, cpu=on_this_cpu, is_measured=measured is not None
+            ),
             *file_notes,
         ),
         recommendation=recommend(options, [candidate.pruning_ratio for candidate in candidates], measured),
@@ -199,14 +212,6 @@ def _measure(options: PlanOptions, base_config: Any, family: Family, pruning_rat
     return measured
 
 
-def _cache_note(shape: Shape, base_config: Any) -> str:
-    if not shape.cuts("layers") and not shape.cuts("heads"):
-        return "Number and size of the attention heads, hence the cache, do not change."
-    if shape.cuts("layers") and len(set(getattr(base_config, "layer_types", None) or ())) > 1:
-        return "Its layers have caches of several sizes; here the last ones go, tuning chooses by what is lost."
-    return "The size of the attention heads does not change; the cache shrinks with their number, or the layers'."
-
-
 def _resolve_context(context: int | None, base_config: Any) -> int:
     if context is None:
         return usual_context(base_config)
@@ -215,50 +220,3 @@ def _resolve_context(context: int | None, base_config: Any) -> int:
         most = "" if limit is None else f" to {limit}, the model's max_position_embeddings"
         raise PatError(f"Got context={context}; expected a number of tokens from 1{most}.")
     return context
-
-
-def _cpu_note(time: CpuTime | None) -> str:
-    if time is None:
-        return "--cpu_time measures this machine's CPU for some seconds."
-    if not time.fits:
-        return "Training does not fit into this machine's memory, so that nothing was timed on its CPU."
-    return "Time on this CPU: a layer and the head were timed, and their FLOPs carry it over to the models."
-
-
-def _notes(
-    base_config: Any,
-    pat_config: PatConfig,
-    base: ModelCost,
-    candidates: Sequence[Candidate],
-    context: int,
-    *,
-    cpu: CpuTime | None,
-    is_measured: bool,
-) -> list[str]:
-    notes = [
-        "Prefill (reading a text): 2 x matmul parameters + 4 x heads x head size x layers x mean number of keys, per "
-        f"token of a text of {context} tokens; the head counts for the last of them only. The speed is expected where "
-        "arithmetic is the limit.",
-        f"Decode (writing one): weights in use and cache, read per token after {context} tokens at batch size 1. The "
-        f"speed is expected where memory bandwidth is the limit. {_cache_note(candidates[-1].shape, base_config)}",
-        f"Training: rank {pat_config.r} on every linear layer; adapter, gradients and Adam take 16 bytes per trainable "
-        "parameter; the basis of a rotation and what fills in for MLP channels come on top. Activations are an "
-        "estimate; logits (computed in chunks) and the framework itself come on top.",
-        f"Times on GPUs: FLOPs at {MODEL_FLOPS_UTILISATION:.0%} of the peak in the data sheet, which models below a "
-        f"billion parameters do not reach; computed, not measured. {_cpu_note(cpu)} Padding, and choosing and cutting, "
-        "minutes, come on top.",
-        "What cuts have cost elsewhere was measured on two small models after little training, and on no others."
-        + ("" if is_measured else " --calibrate DATA measures yours before training."),
-    ]
-    if stored_dtype(base_config) is None:
-        notes.append("The configuration does not name the weights' dtype; bytes are for float32.")
-    elif pat_config.target_bytes is not None and stored_dtype(base_config) == torch.float32:
-        notes.append("target_bytes is for float32, as the base is stored; in bfloat16 the model takes half of that.")
-    if getattr(base_config, "quantization_config", None) is not None:
-        notes.append("The base is quantised; sizes are those of the dequantised weights, which the merge writes.")
-    if any(candidate.pruning_ratio > LARGE_RATIO for candidate in candidates):
-        notes.append("Cutting more than half of a model has not been shown to work; expect a much worse model.")
-    if base.tied and not candidates[0].cost.tied:
-        heads = (f"{candidate.cost.groups['head'].num_parameters:,}" for candidate in candidates)
-        notes.append(f"Untying gives the pruned model a head of {' or '.join(heads)} parameters of its own.")
-    return notes

@@ -22,6 +22,12 @@ on stories260K an eighth cost half of what a quarter did (`MEASURED_CUTS`)."""
 FIRST_RATIO = 0.125
 """Pruning ratio that the advice and the printed command recommend where the size is left open."""
 
+CUT_MORE = (
+    "cut more once its loss on held-out rows is below the base's by more than the standard error of the difference, "
+    "and its loss on general text has not risen much"
+)
+"""What a run has to show before more is cut; fine-tuning forgets, which the rows of its own data cannot show."""
+
 
 def recommend(options: PlanOptions, ratios: Sequence[float], measured: Measured | None) -> str:
     """Return what to do, by what the plan knows: losses that were measured here, or else those of other models.
@@ -41,21 +47,21 @@ def _of_other_models(options: PlanOptions, ratios: Sequence[float]) -> str:
     known = MEASURED_CUTS[-1]
     evidence = (
         f"Training has to make up for the cut: with {100 * known.pruning_ratio:.0f} % of its parameters cut, "
-        f"{known.model} was still {known.above_base:.3f} nats above its untuned base after {known.num_tokens:,} "
-        "tokens; yours is not measured."
+        f"{known.model} was still {known.above_base:.3f} nats per token above its untuned base after "
+        f"{known.num_tokens:,} tokens; yours is not measured."
     )
     smallest = min(range(len(ratios)), key=lambda index: ratios[index])
     share, is_small = f"{100 * ratios[smallest]:.1f} %", ratios[smallest] <= SMALL_RATIO
     evidence += _caution(ratios[smallest])
     command = _command(options, None, _flags(options, smallest))
-    first = "cut more once its held-out loss is below the base's"
+    first = CUT_MORE
     if targets := [f"--{name} {value}" for name, value in named_target(options).items()]:
         what = f"the shape that {targets[0]} asks for, {share} cut"
     elif len(ratios) > 1:
         what = f"the smallest of these cuts, {share}; {first}"
     elif _leaves_size_open(options):
         what = (
-            f"an eighth to begin with, --pruning_ratio {FIRST_RATIO}; {first}. What stands above is the default, "
+            f"an eighth to begin with, --pruning_ratio {FIRST_RATIO}; {first}. The tables below are for the default, "
             f"{share} cut, which `pat tune` takes without a ratio"
         )
     elif is_small:

@@ -6,10 +6,9 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 
 from pat.surgery.costs import Skeleton
-from pat.tuner.config import PatConfig
 
 ADAM_BYTES = 8
 """Bytes per trainable parameter: two float32 moments."""
@@ -44,12 +43,12 @@ class TrainingMemory:
     """Everything, with gradient checkpointing."""
 
 
-def training_memory(skeleton: Skeleton, config: PatConfig, *, batch_size: int, length: int) -> TrainingMemory:
+def training_memory(skeleton: Skeleton, config: PeftConfig, *, batch_size: int, length: int) -> TrainingMemory:
     """Attach the adapter to the skeleton, count it, and estimate the rest.
 
     Args:
         skeleton: the base model; carries the adapter afterwards.
-        config: the adapter's configuration.
+        config: the adapter's configuration: PAT's, or that of LoRA on a small model.
         batch_size: number of rows in a forward pass.
         length: number of tokens in a row.
 

@@ -231,7 +231,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "before its milestone": (early, {}, "milestone: step 4"),
     "base gone": (lambda w: shutil.rmtree(w / "base"), {}, "which is not there; pass --base_model"),
     "no such folder": (lambda _: None, {"base_model": "./nowhere"}, "no such folder"),
-    "no such hub id": (lambda _: None, {"base_model": "no-such-org/no-such-model"}, "no such model"),
+    "no such hub id": (lambda _: None, {"base_model": "no-such-org/no-such-model"}, "no such folder"),
     "names no base": (lambda w: edit_config(w / "adapter", base_model_name_or_path=None), {}, "--base_model"),
     "base without weights": (lambda w: (w / "base/model.safetensors").unlink(), {}, "Could not load the model"),
     "base cut short": (lambda w: cut(w / "base/model.safetensors", 1000), {}, "Could not load the model"),

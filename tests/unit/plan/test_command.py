@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import get_peft_model
 from tiny_models import SLIDING_WINDOW, build
+from tiny_training import tuner_of
 
 from pat import cli
 from pat.errors import PatError
@@ -14,6 +16,7 @@ from pat.plan.command import PlanRecord, run_plan
 from pat.plan.cpu import CpuTime
 from pat.plan.options import PlanOptions
 from pat.plan.tables import print_plan
+from pat.tuner import PatConfig
 
 
 def plan(folder: Path, family: str = "llama", *, tied: bool = True, **options: Any) -> PlanRecord:
@@ -149,6 +152,34 @@ def test_a_mixture_of_experts_and_json(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
+    ("family", "asked", "when"),
+    [
+        ("llama", {"pruned_intermediate_size": 40}, "The cut comes before the first step"),
+        ("llama", {"pruned_num_hidden_layers": 2}, "The cut comes before the first step"),
+        ("llama", {"pruned_hidden_size": 36}, "up to the milestone"),
+        ("mixtral", {"pruned_hidden_size": 36}, "up to the milestone"),
+    ],
+)
+def test_memory_after_the_cut_is_that_of_the_model_which_is_trained_then(
+    family: str, asked: dict[str, int], when: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = plan(tmp_path, family, axes=["auto"], **asked)
+    (after,) = record.training_after_cut
+    config = PatConfig(task_type="CAUSAL_LM", rotation="none", refit=False, **asked)
+    tuner = tuner_of(get_peft_model(build(family, tied=True), config))
+    tuner.set_step(1, 1)
+    small = tuner.compact().attach().model
+    trained = sum(p.numel() for p in small.parameters() if p.requires_grad)
+    assert after.num_trainable_parameters == trained
+    assert after.base_bytes == sum(p.nbytes for p in small.parameters() if not p.requires_grad)
+    print_plan(record)
+    printed = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines()]
+    assert ["trained parameters", f"{record.training.num_trainable_parameters:,}", f"{trained:,}"] in rows
+    assert when in printed and "`pat tune` announces the column before the cut" in printed
+
+
+@pytest.mark.parametrize(
     ("seconds", "unit", "cells"),
     [
         ((3_754.0, 62.0), "(hours:minutes:seconds)", ["1:02:34", "0:01:02"]),
@@ -160,7 +191,10 @@ def test_times_are_headed_by_the_units_of_their_cells(
 ) -> None:
     record = plan(tmp_path)
     print_plan(record)
-    assert "--cpu_time measures" in " ".join(capsys.readouterr().out.split())
+    before = " ".join(capsys.readouterr().out.split())
+    assert "--cpu_time measures" in before and "--max_steps" in before
+    # Advice and command come before all figures.
+    assert before.index("Recommended: ") < before.index("--output_dir out") < before.index("MLP channels")
     on_cpu = CpuTime(1, None, True, False, 1.0, 1.0, seconds[0], seconds[1:])
     on_gpus = tuple(replace(time, base_seconds=seconds[0], small_seconds=seconds[1:]) for time in record.training_times)
     print_plan(replace(record, cpu_time=on_cpu, training_times=on_gpus))
@@ -168,6 +202,9 @@ def test_times_are_headed_by_the_units_of_their_cells(
     assert " ".join(printed.split()).count(unit) == 2
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines()]
     assert [row[2:] for row in rows if row and row[0] in ("this CPU", "H100")] == [cells, cells]
+    (each,) = [row[2:] for row in rows if row and row[0].startswith("steps an hour")]
+    steps = [3600 / (second * 4 * 512 / 1e6) for second in seconds]
+    assert each == [f"{number:,.0f}" for number in steps]
 
 
 def test_notes_do_not_advise_what_has_been_done() -> None:

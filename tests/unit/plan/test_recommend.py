@@ -1,4 +1,4 @@
-"""A plan ends with a recommendation and its command."""
+"""A plan recommends a shape, with its command."""
 
 from __future__ import annotations
 
@@ -73,6 +73,8 @@ def test_without_data_the_smallest_cut_is_recommended(
     said = recommend(PlanOptions(model_name_or_path="base", **asked), ratios, None)
     assert f"pat tune --model_name_or_path base --dataset_name DATA {flags} --output_dir out" == said.splitlines()[-1]
     assert words in said and "yours is not measured" in said
+    if "cut more" in words:
+        assert "by more than the standard error" in said and "general text has not risen much" in said
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.6])
