@@ -12,7 +12,7 @@ from pat.data.vocabulary import check_vocabulary_size, trimmed_budget
 from pat.errors import PatError
 from pat.families import Family
 from pat.file_sizes.predict import FileSizes, file_sizes, vocabulary_entries
-from pat.loading import load_config, stored_dtype
+from pat.loading import load_config, quantization_of, stored_dtype
 from pat.nll import max_positions
 from pat.plan.after_cut import memory_after_cut
 from pat.plan.candidate import Candidate, candidate_of
@@ -60,7 +60,8 @@ class PlanRecord(Record):
     """Memory of training before the cut, at the base's width, for the last of the ratios: the most that `pat tune`
     takes."""
     training_after_cut: tuple[TrainingMemory, ...]
-    """Memory of training each of the candidates from the cut on, which comes first unless the hidden size is cut."""
+    """Memory of training each of the candidates from the cut on, which comes first unless the hidden size is cut; none
+    for a quantised base, where training stays at the base's width."""
     sharded: ShardedMemory | None
     """The same on several GPUs, with FSDP2; None where their number was not given."""
     vocabulary_size: int | None
@@ -140,6 +141,7 @@ def run_plan(options: PlanOptions) -> PlanRecord:
     after_cut = [
         memory_after_cut(small, attached, candidate.shape, batch_size=batch_size, length=length)
         for small, candidate in zip(smalls, candidates, strict=True)
+        if quantization_of(base_config) is None  # else training stays at full width
     ]
     rotation: Rotation = "none" if attached.resolved_rotation == "none" else "pca"
     on_this_cpu = None

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pat.loading import stored_dtype
+from pat.loading import quantization_of, stored_dtype
 from pat.plan.candidate import Candidate
 from pat.plan.cpu import CpuTime
 from pat.plan.guide import MODEL_FLOPS_UTILISATION
@@ -85,7 +85,9 @@ def _cpu_note(time: CpuTime | None) -> str:
 def _memory_note(base_config: Any, config: PatConfig, shapes: Sequence[Shape]) -> str:
     """Say what the columns of the training's memory hold for, and where `pat tune` announces another figure."""
     first = (
-        "Training takes the column before the cut up to the milestone, and that of the cut after it."
+        "The base is quantised, so that training stays at its width to the end."
+        if quantization_of(base_config) is not None
+        else "Training takes the column before the cut up to the milestone, and that of the cut after it."
         if any(shape.cuts("hidden") for shape in shapes)
         else "The cut comes before the first step, so that training takes the column of the cut; before it channels "
         "are chosen, without an optimizer."

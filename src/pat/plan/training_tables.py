@@ -60,7 +60,7 @@ def _memory(record: PlanRecord) -> Table:
     ]
     memory = record.training
     title = f"Memory for training on batches of {memory.batch_size} rows of {memory.length} tokens"
-    return Table(title, ("purpose", "before the cut", *headings(record)[1:]), rows, num_totals=2)
+    return Table(title, ("purpose", "before the cut", *headings(record)[1 : len(columns)]), rows, num_totals=2)
 
 
 def _print_gpu_times(record: PlanRecord) -> None:

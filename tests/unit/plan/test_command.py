@@ -113,7 +113,7 @@ def test_an_untied_head_that_is_larger_than_the_cut_is_said_of_the_ratio_that_gr
     assert caplog.text.count("will not be smaller than its base") == 1
 
 
-def test_notes_say_what_was_assumed(tmp_path: Path) -> None:
+def test_notes_say_what_was_assumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     del stored["dtype"]
@@ -121,7 +121,10 @@ def test_notes_say_what_was_assumed(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(stored))
     record = run_plan(PlanOptions(model_name_or_path=str(tmp_path), untie_word_embeddings=True))
     notes = " ".join(record.notes)
-    assert "float32" in notes and "quantised" in notes
+    assert "float32" in notes and "quantised; sizes" in notes
+    assert "training stays at its width to the end" in notes and record.training_after_cut == ()
+    print_plan(record)
+    assert f"│ {record.training.num_trainable_parameters:,} │" in " ".join(capsys.readouterr().out.split())
     assert f"{record.candidates[0].cost.groups['head'].num_parameters:,}" in notes
 
 
