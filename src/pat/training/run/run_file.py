@@ -100,7 +100,7 @@ class RunFile:
         if (weights := arguments.run.dataset_weights) is not None:
             shown["dataset_weights"] = [round(share, 12) for share in shares(weights)]
         if (teacher := arguments.distill.teacher) is not None:  # checked, so that its configuration can be read
-            config = AutoConfig.from_pretrained(teacher, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(teacher, trust_remote_code=False, **hub_options(teacher))
             shown["teacher"] = f"{shown_name(teacher)} {fingerprint(teacher, config)}"
         shown |= {name: _content(configuration[name]) for name in _FILES}
         base = fingerprint(arguments.run.model_name_or_path, base_config)
