@@ -23,6 +23,7 @@ from pat.data.tokens import TRAINED_ON
 from pat.errors import PatError, one_line
 from pat.kinds import misfits
 from pat.loading.fingerprint import base_fingerprint
+from pat.loading.hub import hub_options
 from pat.report.records import plain, to_json
 from pat.training.arguments import REFUSED, TuneArguments
 from pat.training.options import DistillOptions, RunOptions
