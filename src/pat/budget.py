@@ -213,11 +213,11 @@ class _Budget:
         channels = nearest_aligned(asked, sizes[MLP], self.mlp_step)
         why = f"cutting {self.ratio:.4g} of {self.total:,} parameters leaves {asked:.0f} of {sizes[MLP]} MLP channels"
         why += self.beside(sizes, "mlp")
+        if (best := alignment(channels)) == 1:
+            return sizes | {MLP: channels}, why if channels == round(asked) else f"{why}; {channels} is the nearest"
         is_near = 0 <= asked - channels <= ALIGNMENT_SLACK * asked
-        among = f"; from there to {ALIGNMENT_SLACK:.0%} below, {channels}" if is_near else f"; {channels}"
-        best = alignment(channels)
-        suits = f" suits hardware best (a multiple of {best})" if best > 1 else " is the nearest"
-        return sizes | {MLP: channels}, why + among + suits
+        among = f"from there to {ALIGNMENT_SLACK:.0%} below, " if is_near else ""
+        return sizes | {MLP: channels}, f"{why}; {among}{channels} suits hardware best (a multiple of {best})"
 
     def channels_at(self, sizes: Sizes) -> float:
         """Return how many MLP channels the budget leaves beside other sizes."""

@@ -124,7 +124,7 @@ class DataRecord:
             rows, apart = f", read while training goes on; in its first {self.num_rows:,} rows ", ", the first"
         left_out = f", {self.num_left_out:,} of them left out," if self.num_left_out else ""
         tokens = self.num_tokens - self.num_cut_tokens if num_tokens is None else num_tokens
-        before = "" if tokens == self.num_tokens else f" ({self.num_tokens:,} before truncation)"
+        before = "" if tokens == self.num_tokens else f" (of {self.num_tokens:,} that were read)"
         return (
             f"Data: {what}{rows}{self.num_examples:,} examples{left_out} "
             f"with {tokens:,} tokens to train on{before}, "

@@ -66,7 +66,10 @@ def run_demo(options: DemoOptions) -> DemoRecord | None:
         serve(session, ratio=options.pruning_ratio, num_steps=options.max_steps, port=options.port)
         return None
     doing = f"Tuning {base.name} on {Path(data).name}: {options.max_steps} steps, cutting {options.pruning_ratio:.1%}"
-    print(doing + ("" if options.dataset_name else "; that is little to learn from, as in any demo, and it says so"))
+    print(
+        doing
+        + ("" if options.dataset_name else "; a warning follows that these are few rows, as they have to be in a demo")
+    )
     result = run_tune(
         build_arguments(
             model_name_or_path=str(base),

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from pat.checkpoint.card import shown_name
 from pat.checkpoint.staging import staged_file
 from pat.errors import PatError, RunFailed, one_line
+from pat.families import Family
 from pat.file_sizes.gguf_layout import GgufLayout, layout_of
 from pat.file_sizes.gguf_types import QUANTIZATIONS, Entry, Quantization
 from pat.file_sizes.gguf_vocabulary import name_in_file, stored_end_tokens, unlike_added, unnamed_ends, vocabulary_of
@@ -30,7 +31,7 @@ from pat.report.records import Record, collected_warnings
 from pat.surgery.costs import Skeleton, build_skeleton
 from pat.surgery.describe import map_of
 from pat.surgery.residual import model_tensors
-from pat.training.preflight.threads import Threads, measure_threads, using
+from pat.training.preflight.threads import Threads, chosen_by_user, layer_sizes, measure_threads, using
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def run_export(options: ExportOptions) -> ExportRecord:
         RunFailed: the file is not the model, or the engine cannot run it; nothing is left behind.
     """
     with collected_warnings() as warnings:
-        config, _ = load_config(options.model)
+        config, family = load_config(options.model)
         kind = _kind(options, config)
         tokenizer = load_plain_tokenizer(options.model) if options.check else None
         layout: GgufLayout | None = None
@@ -123,7 +124,7 @@ def run_export(options: ExportOptions) -> ExportRecord:
         with phase(f"Loading {shown_name(options.model)}"):
             model = load_base(options.model, dtype=torch.float32)
         _check_finite(options.model, model)
-        threads = _threads(config)
+        threads = _threads(config, family) if options.check or kind is not None else None
         loss: QuantizedLoss | None = None
         checks: list[Check] = []
         skipped: list[str] = []
@@ -158,16 +159,16 @@ def run_export(options: ExportOptions) -> ExportRecord:
         )
 
 
-def _threads(config: Any) -> Threads | None:
+def _threads(config: Any, family: Family) -> Threads | None:
     """Return with how many threads the checks are fastest; llama.cpp waits for busy cores as torch does."""
-    text = config.get_text_config()
-    width = int(text.hidden_size)
     with phase("Measuring how many threads are fastest on this CPU"):
-        return measure_threads(width, int(getattr(text, "intermediate_size", None) or width))
+        return measure_threads(*layer_sizes(config, family))
 
 
 def _command_to_ask(output: Path, tokenizer: Any, threads: Threads | None) -> str:
-    fewer = threads.number if threads is not None and threads.number < threads.default else None
+    number = torch.get_num_threads() if threads is None else threads.number
+    is_fewer = chosen_by_user() if threads is None else number < threads.default
+    fewer = number if is_fewer else None
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     return llama_cpp.command_to_ask(output, has_chat=has_chat, num_threads=fewer)
 

@@ -14,7 +14,7 @@ from pat.tuner.memory import TrainingMemory, training_memory
 def memory_after_cut(
     small: Skeleton, config: PatConfig, shape: Shape, *, batch_size: int, length: int
 ) -> TrainingMemory:
-    """Return the memory of training from the cut on.
+    """Return the memory of training from the cut on, in bytes.
 
     Args:
         small: the small model; carries LoRA afterwards.

@@ -58,7 +58,7 @@ class PlanRecord(Record):
     """One for each ratio, in the order in which they were given."""
     training: TrainingMemory
     """Memory of training before the cut, at the base's width, for the last of the ratios: the most that `pat tune`
-    takes."""
+    takes for that one."""
     training_after_cut: tuple[TrainingMemory, ...]
     """Memory of training each of the candidates from the cut on, which comes first unless the hidden size is cut; none
     for a quantised base, where training stays at the base's width."""

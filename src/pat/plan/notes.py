@@ -84,18 +84,20 @@ def _cpu_note(time: CpuTime | None) -> str:
 
 def _memory_note(base_config: Any, config: PatConfig, shapes: Sequence[Shape]) -> str:
     """Say what the columns of the training's memory hold for, and where `pat tune` announces another figure."""
-    first = (
-        "The base is quantised, so that training stays at its width to the end."
-        if quantization_of(base_config) is not None
-        else "Training takes the column before the cut up to the milestone, and that of the cut after it."
-        if any(shape.cuts("hidden") for shape in shapes)
-        else "The cut comes before the first step, so that training takes the column of the cut; before it channels "
-        "are chosen, without an optimizer."
-    ) + (
-        " The column before it is for the last of the cuts, which the others differ little from."
-        if len(shapes) > 1
-        else ""
+    at_first = (
+        "the cut comes before the first step, so that training takes the column of the cut; before it channels are "
     )
+    at_first += "chosen, without an optimizer"
+    later = "training takes the column before the cut up to the milestone, and that of the cut after it"
+    cuts_hidden = {shape.cuts("hidden") for shape in shapes}
+    if quantization_of(base_config) is not None:
+        first = "The base is quantised, so that training stays at its width to the end."
+    elif len(cuts_hidden) > 1:
+        first = f"Where the hidden size is cut, {later}; else {at_first}."
+    else:
+        first = f"{(later if cuts_hidden == {True} else at_first).capitalize()}."
+    if len(shapes) > 1:
+        first += " The column before it is that of the last of the cuts."
     in_float32 = (
         ""
         if stored_dtype(base_config) in (None, torch.float32)

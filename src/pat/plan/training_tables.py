@@ -14,12 +14,10 @@ from pat.report import numbers
 from pat.report.progress import clock
 from pat.report.table import Table
 
-SECONDS_PER_HOUR = 3600.0
-
 MINUTE = 60.0
 """Number of seconds below which times on GPUs are not listed: what comes on top of them takes longer."""
 
-HOUR = 3599.5
+SHOWN_AS_AN_HOUR = 3599.5
 """Number of seconds that are shown as an hour, once they are rounded."""
 
 
@@ -89,7 +87,7 @@ def _gpu_seconds(time: TrainingTime) -> list[float]:
 
 def _clock_of(seconds: Sequence[float]) -> tuple[str, Callable[[float], str]]:
     """Return in which units a table shows durations, the same in every cell, and what writes one so."""
-    hours = max(seconds, default=0.0) >= HOUR
+    hours = max(seconds, default=0.0) >= SHOWN_AS_AN_HOUR
     return "hours:minutes:seconds" if hours else "minutes:seconds", partial(clock, hours=hours)
 
 
@@ -115,7 +113,7 @@ def _cpu(record: PlanRecord, time: CpuTime) -> Table:
                 *(f"{each:,.2g} s" if each < 10 else f"{each:,.0f} s" for each in steps),
             ]
         )
-        rows.append(["steps an hour", "", *(f"{SECONDS_PER_HOUR / each:,.0f}" for each in steps)])
+        rows.append(["steps an hour", "", *(f"{3600 / each:,.0f}" for each in steps)])
     return Table(title, ["", "fits", *headings(record)], rows)
 
 

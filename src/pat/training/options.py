@@ -115,6 +115,11 @@ class RunOptions:
         default=False, metadata={"help": "Leave the trainer's checkpoints in OUTPUT_DIR/checkpoints after success."}
     )
 
+    @property
+    def same_command(self) -> str:
+        """What goes on with the run where it is given again; with --overwrite each time begins anew."""
+        return "the same command without --overwrite" if self.overwrite else "the same command"
+
     def __post_init__(self) -> None:
         if isinstance(self.held_out, bool):
             raise PatError(f"Got held_out={self.held_out}; expected a number of rows, a share below 1, or a file.")

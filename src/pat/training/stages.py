@@ -199,7 +199,7 @@ class Stages:
             )
 
     def _train(self, trainer: SFTTrainer, part: str, resume_from: str | None) -> None:
-        stop, watch = StopOnSignal(), Watch(TITLES[part])
+        stop, watch = StopOnSignal(self.arguments.run.same_command), Watch(TITLES[part])
         for callback in (*self.callbacks, stop):
             trainer.add_callback(callback)
         try:

@@ -132,7 +132,7 @@ def run_tune(
             base,
             partial(load_again, arguments, data),
             scores,
-            (*callbacks, *saving(arguments), SlowSteps(step_seconds)),
+            (*callbacks, *saving(arguments), SlowSteps(step_seconds, arguments.run.same_command)),
         )
         del base  # nobody else may hold it, or it stays in memory beside the small model
         trained = stages.run(start)
@@ -162,7 +162,7 @@ def _together(arguments: TuneArguments) -> Iterator[None]:
     _ = arguments.sft.device  # connects the processes
     ranks.meet()
     with ExitStack() as stack:
-        stack.enter_context(telling_what_is_kept(arguments.output_dir))
+        stack.enter_context(telling_what_is_kept(arguments))
         stack.enter_context(ranks.only_first_speaks())
         ranks.first_alone(lambda: stack.enter_context(run_folder(arguments.output_dir)))
         yield

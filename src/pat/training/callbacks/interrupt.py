@@ -23,7 +23,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopOnSignal(TrainerCallback):
     """Has a trainer save and stop when one of `SIGNALS` has come; the second one does what it always does, at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, same_command: str = "the same command") -> None:
+        """Make it; `same_command` is what goes on with the run."""
+        self.same_command = same_command
         self.received: signal.Signals | None = None
         self._before: dict[int, Any] = {}
         self._has_saved = False
@@ -58,7 +60,7 @@ class StopOnSignal(TrainerCallback):
         if self.received is not None:
             raise Interrupted(
                 f"{self.received.name} has stopped the run after step {trainer.state.global_step:,} of "
-                f"{trainer.state.max_steps:,}, with a checkpoint; the same command goes on from there.",
+                f"{trainer.state.max_steps:,}, with a checkpoint; {self.same_command} goes on from there.",
                 self.received,
             )
 

@@ -32,9 +32,14 @@ class SlowSteps(TrainerCallback):
     another, which a person sees only as a run that takes many times as long as announced (docs/adr/0029).
     """
 
-    def __init__(self, step_seconds: float) -> None:
-        """Make it; a step was reckoned to take so many seconds, or 0 where nothing was announced."""
-        self.step_seconds = step_seconds
+    def __init__(self, step_seconds: float, same_command: str = "the same command") -> None:
+        """Make it.
+
+        Args:
+            step_seconds: that a step was reckoned to take, or 0 where nothing was announced.
+            same_command: what goes on with the run.
+        """
+        self.step_seconds, self.same_command = step_seconds, same_command
         self._began: float | None = None
         self._slow: list[float] = []
         """Seconds of the last steps, as long as they are slow."""
@@ -53,10 +58,11 @@ class SlowSteps(TrainerCallback):
             return
         self._slow.append(seconds)
         if len(self._slow) == IN_A_ROW:
-            logger.warning("%s", _remark(sum(self._slow) / IN_A_ROW, self.step_seconds, str(args.device.type)))
+            mean, device = sum(self._slow) / IN_A_ROW, str(args.device.type)
+            logger.warning("%s", _remark(mean, self.step_seconds, device, self.same_command))
 
 
-def _remark(seconds: float, announced: float, device: str) -> str:
+def _remark(seconds: float, announced: float, device: str, same_command: str) -> str:
     """Return what is said of steps that take so many seconds, where about so many were announced."""
     said = (
         f"The last {IN_A_ROW} steps took {seconds:,.0f} seconds each, where {step_span(announced)} "
@@ -67,5 +73,5 @@ def _remark(seconds: float, announced: float, device: str) -> str:
         return said
     return (
         f"{said} The {torch.get_num_threads()} threads of this run then wait for one another: stop it with Ctrl-C, "
-        "which keeps a checkpoint, and give the same command with OMP_NUM_THREADS=1 in front, which goes on from there."
+        f"which keeps a checkpoint, and give {same_command} with OMP_NUM_THREADS=1 in front, which goes on from there."
     )

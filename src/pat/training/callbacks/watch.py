@@ -94,8 +94,9 @@ class _Training(Phase):
         """When the last step ended."""
         self._lately: deque[float] = deque()
         """Seconds of the last steps."""
-        self._between: list[float] = [0.0, 0.0]
-        """Seconds between steps, for scoring, saving and reading data, and how often that was."""
+        self._seconds_between = 0.0
+        """Seconds between all steps so far, for scoring, saving and reading data."""
+        self._num_between = 0
         self._left: tuple[float, float] | None = None
         """Seconds that were left at a time."""
         self._figures: dict[str, str] = {}
@@ -109,7 +110,8 @@ class _Training(Phase):
             self.step, self._last = state.global_step, state.max_steps
             self._lately = deque(maxlen=max(LEAST_STEPS_LATELY, round(SHARE_LATELY * self._last)))
         if self._ended is not None:
-            self._between = [self._between[0] + now - self._ended, self._between[1] + 1]
+            self._seconds_between += now - self._ended
+            self._num_between += 1
         self._began = now
 
     def end(self, state: TrainerState) -> None:
@@ -120,7 +122,9 @@ class _Training(Phase):
         self._lately.append(now - self._began)
         self._ended = now
         # What comes now and then between steps is a mean over all of them, or it would come and go with the last ones.
-        each = fmean(self._lately) + self._between[0] / max(1.0, self._between[1])
+        each = fmean(self._lately)
+        if self._num_between:
+            each += self._seconds_between / self._num_between
         self._left = now, each * (self._last - self.step)
 
     def note(self, logs: dict[str, Any]) -> None:

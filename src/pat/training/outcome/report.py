@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _NOT_SHOWN = {
     *("model_name_or_path", "dataset_name", "output_dir", "logging_dir", "run_name", "recipe", "hub_token", "seed"),
     *("disable_tqdm", "report_to", "resume_from_checkpoint", "push_to_hub", "keep_checkpoints"),
-    *("dtype", "use_cpu", "bf16", "gradient_checkpointing", "logging_steps"),
+    *("dtype", "use_cpu", "bf16", "gradient_checkpointing", "logging_steps", "save_total_limit"),
 }
 """Options that the report names elsewhere, that change nothing in the model, or whose defaults are the machine's."""
 

@@ -99,30 +99,30 @@ def remark(record: DataRecord, num_epochs: float, pruning_ratio: float, num_step
     num_wanted = TOKENS_PER_SHARE * pruning_ratio
     is_text = all(part.format == "text" for part in record.sources or (record,))
 
-    def are_few(share: float) -> bool:
-        few_examples = share * num_examples < FEW_EXAMPLES and not is_text
-        return share * num_tokens < num_wanted or few_examples
+    def missing(share: float) -> list[str]:
+        examples = [f"{FEW_EXAMPLES:,} examples"] * (share * num_examples < FEW_EXAMPLES and not is_text)
+        return examples + [f"{num_wanted:,.0f} tokens to learn"] * (share * num_tokens < num_wanted)
 
     few = f"few for a cut of {100 * pruning_ratio:.1f} % of the parameters"
     expect = (
-        "expect a model that answers worse than the base, unless the data teach something quite new to that "
+        "expect a model that answers worse than the base, unless that does not know the task of the data at all "
         f"({MEASURED})"
     )
-    wanted = f"{num_wanted:,.0f} tokens to learn or more"
+    wanted = f"{' and '.join(missing(1.0))} or more"
     mix = "mix others in (--dataset_name yours.jsonl general.jsonl --dataset_weights 7 3)"
     if round(num_epochs, 2) < 1:
-        if num_steps <= TRIAL_STEPS or not are_few(num_epochs):
+        if num_steps <= TRIAL_STEPS or not missing(num_epochs):
             return None
         remedy = f"Take more steps ({math.ceil(num_steps / num_epochs):,} read all examples once)"
         return (
             f"The steps read {100 * num_epochs:.2g} % of the data, with some {num_epochs * num_tokens:,.0f} tokens to "
             f"learn, which are {few}: {expect}. "
-            f"{remedy}{f' and more rows ({wanted}), or {mix}' if are_few(1.0) else ''}, or cut less."
+            f"{remedy}{f' and more rows ({wanted}), or {mix}' if missing(1.0) else ''}, or cut less."
         )
     times = "once" if round(num_epochs) == 1 else f"{num_epochs:,.0f} times"
     there = f"{num_examples:,} examples with {num_tokens:,} tokens to learn"
     remedy = "Train on more rows"
-    if are_few(1.0):
+    if missing(1.0):
         return (
             f"The run goes {times} through {there}, which are {few}: {expect}. {remedy} ({wanted}), {mix}, or cut less."
         )

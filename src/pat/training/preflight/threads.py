@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch.nn.functional import rms_norm, silu
 from trl import SFTConfig
 
 from pat import ranks
+from pat.families import Family
 from pat.report.progress import phase
 from pat.training.preflight.check import Checked
 from pat.training.run.run_file import RunFile
@@ -62,8 +64,8 @@ class Threads:
             return f"{said} (as it began)"
         times = f"{self.gain:.{0 if self.gain >= 10 else 1}f} times"
         return (
-            f"{said} (here {times} as fast as {self.default}, which would wait for one another, as where other "
-            "programs use the CPU)"
+            f"{said} ({times} as fast as {self.default} on this CPU: threads wait for one another where other programs "
+            "use it)"
         )
 
 
@@ -86,13 +88,18 @@ def choose_threads(sft: SFTConfig, checked: Checked, known: int | None = None) -
     if known is not None and 1 <= known <= default and not chosen_by_user():
         torch.set_num_threads(int(known))
         return Threads(int(known), default, None)
-    config = checked.base_config.get_text_config()
-    width = int(getattr(config, checked.family.hidden_size_field))
     with phase("Measuring how many threads train fastest on this CPU"):
-        threads = measure_threads(width, int(getattr(config, "intermediate_size", None) or width), bf16=bool(sft.bf16))
+        threads = measure_threads(*layer_sizes(checked.base_config, checked.family), bf16=bool(sft.bf16))
     if threads is not None:
         torch.set_num_threads(threads.number)
     return threads
+
+
+def layer_sizes(config: Any, family: Family) -> tuple[int, int]:
+    """Return the hidden size of a model and the number of channels of its MLPs, by its configuration and family."""
+    text = config.get_text_config()
+    width = int(getattr(text, family.hidden_size_field))
+    return width, int(getattr(text, "intermediate_size", None) or width)
 
 
 def chosen_by_user() -> bool:

@@ -203,8 +203,8 @@ def test_what_is_lost_is_counted_and_said(base: Path, caplog: pytest.LogCaptureF
     said = record.describe(data.num_tokens)
     there, learnt = (sum(len(row) for row in data.train[name]) for name in ("input_ids", "labels"))
     learnt -= sum(row.count(-100) for row in data.train["labels"])
-    assert f"4 rows; 3 examples, 1 of them left out, with {there} tokens to train on ({record.num_tokens} be" in said
-    assert f" truncation), {learnt} of them to learn, 2 truncated; 0 held out" in said
+    assert f"4 rows; 3 examples, 1 of them left out, with {there} tokens to train on (of {record.num_tokens} t" in said
+    assert f" that were read), {learnt} of them to learn, 2 truncated; 0 held out" in said
     assert f" {record.num_tokens - record.num_cut_tokens} tokens to train on (" in record.describe()
 
     record = prepared(base, rows[:3], max_length=32, truncation_mode="keep_end").record

@@ -27,6 +27,8 @@ def record(num_examples: int, num_target_tokens: int, **facts: Any) -> DataRecor
         (record(54, 30_000), 1.0, 0.25, "few for a cut of 25.0 %"),
         (record(1_000, 124_000), 1.0, 0.25, "Train on more rows (125,000 tokens to learn or more)"),
         (record(380, 31_688, num_cut_away=8), 1.0, 0.125, "goes once through 372 examples"),  # as `rows_read` says
+        (record(150, 400_000), 1.0, 0.25, "Train on more rows (200 examples or more)"),
+        (record(150, 4_000), 1.0, 0.25, "Train on more rows (200 examples and 125,000 tokens to learn or more)"),
         (record(380, 31_688), 1.0, 0.125, "expect a model that answers worse than the base"),
         (record(1_000, 90_000, num_cut_target_tokens=83_000), 1.0, 0.25, "with 7,000 tokens to learn"),
         (record(326, 5_484), 160 / 326, 0.136, "The steps read 49 % of the data, with some 2,692 tokens to learn"),
@@ -40,7 +42,7 @@ def record(num_examples: int, num_target_tokens: int, **facts: Any) -> DataRecor
             record(54, 2_038),
             0.4,
             0.25,
-            "(100 read all examples once) and more rows (125,000 tokens to learn or more), or mix",
+            "(100 read all examples once) and more rows (200 examples and 125,000 tokens to learn or more), or mix",
         ),
         (record(4_000, 150_000), 0.4, 0.25, "Take more steps (100 read all examples once), or cut less"),
         (record(2_000, 350_000), 0.4, 0.25, None),

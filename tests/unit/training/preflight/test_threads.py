@@ -106,9 +106,9 @@ def test_a_run_in_one_process_on_a_cpu_takes_the_chosen_number(
     found = choose_threads(on["cpu"], base, 4)
     assert asked == [(config.hidden_size, config.intermediate_size, True)] and torch.get_num_threads() == 1
     assert found is not None and found.describe() == (
-        "1 thread (here 3.1 times as fast as 2, which would wait for one another, as where other programs use the CPU)"
+        "1 thread (3.1 times as fast as 2 on this CPU: threads wait for one another where other programs use it)"
     )
-    assert "(here 55 times as fast as 2," in Threads(1, 2, 55.1).describe()
+    assert "(55 times as fast as 2 on" in Threads(1, 2, 55.1).describe()
     assert Threads(2, 2, 1.0).describe() == "2 threads"
 
 
