@@ -53,7 +53,7 @@ def hub() -> Iterator[tuple[str, Counter[str]]]:
 
     class Hub(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
-            name = self.path.split("/")[2]
+            name = self.path.removeprefix("/api/models").split("/")[2]
             asked[name] += 1
             if name in ERRORS:
                 status, code = ERRORS[name]
