@@ -16,6 +16,7 @@ from transformers.tokenization_utils_base import (
 
 from pat.errors import PatError, one_line
 from pat.loading import TokenSetup, check_special_ids
+from pat.loading.hub import hub_options
 from pat.loading.tokenizer import load_plain_tokenizer
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -45,8 +46,9 @@ def adapter_tokens(
         tokenizer.chat_template = template
     check_special_ids(tokenizer, base_config.vocab_size)
     generation_config = base_tokenizer = None
-    with suppress(OSError):
-        generation_config = GenerationConfig.from_pretrained(name, revision=revision or "main")
+    with suppress(OSError, PatError):
+        hub = hub_options(name, revision)
+        generation_config = GenerationConfig.from_pretrained(name, revision=revision or "main", **hub)
     with suppress(OSError):
         generation_config = GenerationConfig.from_pretrained(folder)
     if is_there:

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from pat.errors import PatError
 from pat.file_sizes.gguf_types import Entry
+from pat.loading.hub import hub_options
 from pat.loading.tokenizer import check_special_ids, end_tokens
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -54,9 +55,13 @@ then strip it. A file of such a name that lacks one of these is not loaded."""
 
 
 def stored_end_tokens(name_or_path: str) -> list[int]:
-    """Return the tokens with which generation stops, by the generation configuration of a model; none without one."""
+    """Return the tokens with which generation stops, by the generation configuration of a model; none without one.
+
+    Raises:
+        PatError: there is no such model, see `hub_options`.
+    """
     try:
-        return end_tokens(GenerationConfig.from_pretrained(name_or_path))
+        return end_tokens(GenerationConfig.from_pretrained(name_or_path, **hub_options(name_or_path)))
     except OSError:
         return []
 

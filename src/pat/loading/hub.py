@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -11,6 +14,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -19,16 +23,27 @@ from transformers.utils import CONFIG_NAME
 from pat.errors import PatError, one_line
 from pat.paths import near
 
+logger = logging.getLogger(__name__)
 
-def hub_options(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
+_ALL = ("", None)
+_FROM_CACHE: set[tuple[str, str | None]] = set()
+"""Models and revisions that this process takes from the cache without asking again; `_ALL` once nobody answered."""
+
+
+def hub_options(
+    name_or_path: str, revision: str | None = None, *, files: Sequence[str] = (CONFIG_NAME,)
+) -> dict[str, Any]:
     """Return what to tell `from_pretrained` of the hub: to do without it, where it cannot be reached.
 
     Nothing is asked for a folder, or in offline mode (HF_HUB_OFFLINE=1). Otherwise it is one request, which waits for
-    HF_HUB_ETAG_TIMEOUT seconds (10) at most; where nobody answers, a model in the cache is taken from there.
+    HF_HUB_ETAG_TIMEOUT seconds (10) at most. Where nobody answers, or the hub does not have or show a model any more,
+    a model in the cache is taken from there, a line is logged, and the process does not ask again. What is not in the
+    cache is always asked for, so that it can be had once the network is back.
 
     Args:
         name_or_path: folder or hub id.
         revision: of the model on the hub.
+        files: files of which one in the cache means that the model is there.
 
     Raises:
         PatError: it is not in the cache of this machine, and the hub has no such model, does not show it, or cannot be
@@ -37,37 +52,66 @@ def hub_options(name_or_path: str, revision: str | None = None) -> dict[str, Any
     if os.path.isdir(name_or_path):
         return {}
     try:
-        is_cached = isinstance(try_to_load_from_cache(name_or_path, CONFIG_NAME, revision=revision), str)
+        found = [try_to_load_from_cache(name_or_path, file, revision=revision) for file in files]
     except HFValidationError:  # no id of the hub, which the libraries say in one line, and at once
         return {}
+    is_cached = any(isinstance(path, str) for path in found)
     start = f"Got the model {name_or_path!r}, but there is no such folder{near(name_or_path, folder=True)}"
     at = "" if revision in (None, "main") else f" at revision {revision!r}"
     missing = f"{start}, it is not in the hub's cache on this machine{at}, and the hub"
     if is_offline_mode():
         if is_cached:
             return {}
-        raise PatError(f"{missing} is not asked in offline mode (HF_HUB_OFFLINE=1); pass a model folder, or leave it.")
+        raise PatError(
+            f"{missing} is not asked in offline mode (HF_HUB_OFFLINE=1); pass a model folder, or unset HF_HUB_OFFLINE."
+        )
+    model = (name_or_path, revision)
+    if is_cached and _FROM_CACHE & {_ALL, model}:
+        return {"local_files_only": True}
     try:
         _ask(name_or_path, revision)
     except HfHubHTTPError as error:
-        if is_cached or not isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
-            return {}  # the libraries say which file is missing, and a busy hub is worth their trying again
-        if isinstance(error, GatedRepoError):
-            reason = "the hub shows it only to those who have been given access; ask for that on its page there"
-        else:
-            reason = f"the hub has no such model{at}, or does not show it to you; check the name"
-        raise PatError(f"{start}, and {reason}, and log in (hf auth login).") from error
-    except Exception as error:  # whatever its HTTP client raises: no network, no such host, a proxy, a certificate
+        if not isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
+            return {}  # a busy hub is worth the libraries' trying again
         if is_cached:
+            _FROM_CACHE.add(model)
+            logger.warning(
+                "The hub has no model %r%s any more, or does not show it to you; its copy in the cache is used.",
+                name_or_path,
+                at,
+            )
+            return {"local_files_only": True}
+        if isinstance(error, GatedRepoError):
+            reason = "the hub shows it only to those who have been given access; ask for that on its page there, and"
+        else:
+            reason = f"the hub has no such model{at}, or does not show it to you; check the name, or"
+        raise PatError(f"{start}, and {reason} log in (hf auth login).") from error
+    except Exception as error:  # whatever its HTTP client raises: no network, no such host, a proxy, a certificate
+        detail = f"at {constants.ENDPOINT} ({one_line(error) or type(error).__name__})"
+        if is_cached:
+            _FROM_CACHE.add(_ALL)
+            logger.warning("The hub cannot be reached %s; models in the cache are taken from there.", detail)
             return {"local_files_only": True}
         raise PatError(
-            f"{missing} cannot be reached at {constants.ENDPOINT} ({one_line(error) or type(error).__name__}); pass a "
-            "model folder, or go online. Models in the cache need no network (HF_HUB_OFFLINE=1 asks for none)."
+            f"{missing} cannot be reached {detail}; pass a model folder, or go online. Models in the cache need no "
+            "network (HF_HUB_OFFLINE=1 asks for none)."
         ) from error
     return {}
+
+
+def weights_options(name_or_path: str, revision: str | None = None) -> dict[str, Any]:
+    """Return what to tell `from_pretrained` of an auto class of models, which looks for an adapter by other options.
+
+    Raises:
+        PatError: see `hub_options`.
+    """
+    hub = hub_options(name_or_path, revision)
+    return {**hub, "adapter_kwargs": dict(hub)} if hub else {}
 
 
 @cache
 def _ask(name: str, revision: str | None) -> None:
     """Ask for the head of a model's configuration, once a process if there is one; errors are not remembered."""
-    get_hf_file_metadata(hf_hub_url(name, CONFIG_NAME, revision=revision))
+    with suppress(RemoteEntryNotFoundError):  # a tokenizer, or an adapter, by itself
+        get_hf_file_metadata(hf_hub_url(name, CONFIG_NAME, revision=revision))
+    _FROM_CACHE.discard(_ALL)  # the network is back

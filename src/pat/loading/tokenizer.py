@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any, cast
 
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.tokenization_utils_base import FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE
+from transformers.utils import CONFIG_NAME
 
 from pat.errors import PatError
 from pat.loading.config import NO_PADDING, TOKEN_IDS, check_exists
 from pat.loading.hub import hub_options
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+_FILES = (TOKENIZER_CONFIG_FILE, FULL_TOKENIZER_FILE, CONFIG_NAME)
+"""Files by which a tokenizer is in the hub's cache. It may lie there without a model, or beside one without the first
+two."""
 
 _SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
@@ -42,7 +47,7 @@ def load_plain_tokenizer(name_or_path: str, *, revision: str | None = None) -> P
         PatError: there is no tokenizer, or none that can be used.
     """
     name_or_path = check_exists(name_or_path)
-    hub = hub_options(name_or_path, revision)
+    hub = hub_options(name_or_path, revision, files=_FILES)
     try:
         # Without the third, transformers would ask at the terminal whether to run code that the tokenizer brings.
         loaded = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=False, **hub)

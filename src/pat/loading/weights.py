@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from pat.errors import PatError
 from pat.loading.config import load_config
 from pat.loading.fit import too_few_layers
-from pat.loading.hub import hub_options
+from pat.loading.hub import weights_options
 from pat.loading.quantized import keep_plain_layout
 from pat.loading.stored import dtype_of, stored_tensors
 from pat.paths import expand
@@ -52,7 +52,7 @@ def load_base(
         "device_map": device_map,
     }
     options |= {name: value for name, value in optional.items() if value is not None}
-    options |= hub_options(name_or_path, revision)
+    options |= weights_options(name_or_path, revision)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name_or_path,

@@ -22,7 +22,7 @@ from pat.data.vocabulary import Vocabulary
 from pat.errors import PatError, one_line
 from pat.loading import check_kind, quantization_of
 from pat.loading.config import check_exists
-from pat.loading.hub import hub_options
+from pat.loading.hub import hub_options, weights_options
 from pat.loading.stored import stored_tensors
 from pat.loading.tokenizer import load_plain_tokenizer
 from pat.nll import Example
@@ -272,7 +272,7 @@ def _config(name: str) -> Any:
 def _load(arguments: TuneArguments) -> Any:
     """Load a teacher of any family onto the trainer's device."""
     name = check_exists(cast(str, arguments.distill.teacher))
-    options: dict[str, Any] = {"dtype": arguments.model.dtype or "auto", **hub_options(name)}
+    options: dict[str, Any] = {"dtype": arguments.model.dtype or "auto", **weights_options(name)}
     if arguments.model.attn_implementation is not None:
         options["attn_implementation"] = arguments.model.attn_implementation
     try:
