@@ -24,7 +24,7 @@ def main(base: str, data: str, out: str, **more: Any) -> SFTTrainer:
     """Train an adapter on a base and save it; `more` are arguments of the trainer."""
     arguments = SFTConfig(
         output_dir=f"{out}/checkpoints",
-        learning_rate=5e-4,
+        learning_rate=1e-3,
         max_length=512,
         per_device_train_batch_size=4,
         gradient_checkpointing_kwargs={"use_reentrant": False},

@@ -94,6 +94,10 @@ PAT_REVISION = 3
 matches the rank of LoRA on the small model instead of before the milestone."""
 
 
+OF_THE_COMPARISON = ("learning_rate", "max_length", "num_train_epochs", "per_device_train_batch_size")
+"""Options of a recipe that every comparison sets for all methods, so that their defaults decide nothing."""
+
+
 def decisive(name: str) -> dict[str, Any]:
     """Return what decides a method's figures beside a comparison's settings, as JSON: of PAT its defaults, too."""
     method = METHODS[name]
@@ -103,6 +107,7 @@ def decisive(name: str) -> dict[str, Any]:
         from pat.tuner.options import PatOptions
 
         facts = {"revision": PAT_REVISION, **asdict(PatOptions()), **recipe_defaults("default"), **facts}
+        facts = {option: value for option, value in facts.items() if option not in OF_THE_COMPARISON}
     return cast(dict[str, Any], json.loads(json.dumps(facts)))
 
 
@@ -114,7 +119,8 @@ def outdated(row: Mapping[str, Any]) -> str | None:
     now = decisive(name)
     if then is None:
         return "with which ones is not on record"
-    differing = sorted(key for key in {**then, **now} if then.get(key) != now.get(key))
+    keys = {**then, **now}.keys() - {*OF_THE_COMPARISON}  # which older rows keep
+    differing = sorted(key for key in keys if then.get(key) != now.get(key))
     return ", ".join(f"{key}={then.get(key)}, now {now.get(key)}" for key in differing) or None
 
 

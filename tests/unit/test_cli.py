@@ -218,7 +218,7 @@ def test_what_the_libraries_refuse_is_one_line() -> None:
 def test_recipes_are_defaults_under_all_flags() -> None:
     default = parse()
     assert default.pat == PatOptions() and default.pat_config() == PatConfig(task_type="CAUSAL_LM")
-    assert default.sft.learning_rate == 5e-4 and default.sft.max_length == 512
+    assert default.sft.learning_rate == 1e-3 and default.sft.max_length == 512
     paper = parse("--recipe=paper", "--milestone", "0.5")
     assert paper.sft.learning_rate == 5e-5 and paper.pat.milestone == 0.5
     assert (paper.pat.operator_lr_multiplier, paper.model.use_rslora) == (1.0, False)

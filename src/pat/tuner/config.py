@@ -88,7 +88,7 @@ class PatConfig(PatOptions, LoraConfig):
     # LoRA's part of the recipe; peft's own defaults are others.
     r: int = field(default=20, metadata={"help": "Rank of LoRA.", "range": "[1, 65536]"})
     lora_alpha: int = field(
-        default=40,
+        default=10,
         metadata={"help": "Numerator of the factor on LoRA's product.", "range": "(0, inf)", "fractions": True},
     )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before LoRA's product.", "range": "[0, 1)"})

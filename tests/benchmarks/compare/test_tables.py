@@ -229,6 +229,8 @@ def test_rows_of_an_older_default_are_not_taken_for_current_and_are_named(
     entry |= {"identity": row_identity(settings, explicit)}
     monkeypatch.undo()
     assert outdated(entry) is None
+    entry["identity"]["method"]["learning_rate"] = 7.0  # a recipe's, where the comparison has its own
+    assert outdated(entry) is None
     monkeypatch.setattr("compare.methods.PAT_REVISION", 99)
     assert outdated(entry) == "revision=3, now 99"
     del entry["identity"]["method"]
