@@ -24,7 +24,6 @@ from pat.training.tune import run_tune
 RECIPE: dict[str, Any] = {
     "per_device_train_batch_size": 4,
     "max_length": 128,
-    "learning_rate": 2.5e-4,
     "refit_tokens": 8192,  # a third of the default, which takes minutes on two cores
     # Quicker than PyTorch's fused attention on a CPU for texts as short as these (docs/results.md).
     "attn_implementation": "eager",
