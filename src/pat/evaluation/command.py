@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from torch import nn
@@ -24,12 +25,14 @@ from pat.data.vocabulary import Vocabulary
 from pat.errors import PatError
 from pat.evaluation.harness import TaskScores, evaluate_tasks, load_tasks
 from pat.evaluation.options import COMMAND, EvaluateOptions
+from pat.families import get_family
 from pat.loading import load_base, load_config, load_tokenizer, padded
 from pat.loading.weights import resolve_device
 from pat.nll import NLL, Example, read_text, response_nll, text_perplexity
-from pat.report.progress import bars_of_datasets, progress_bar
+from pat.report.progress import bars_of_datasets, phase, progress_bar
 from pat.report.records import Record, collected_warnings, write_record
 from pat.report.table import Table
+from pat.training.preflight.threads import layer_sizes, measure_threads, restored_threads
 from pat.tuner.model import find_tuner
 
 TOKENS_PER_LIMIT = 1000
@@ -68,7 +71,7 @@ def run_evaluate(options: EvaluateOptions) -> EvaluationRecord:
     Raises:
         PatError: model, text, data or questions cannot be used.
     """
-    with collected_warnings() as warnings, bars_of_datasets():
+    with collected_warnings() as warnings, bars_of_datasets(), restored_threads():
         record = _evaluate(options, warnings)
     for file in (options.output, options.output_dir and options.output_dir / RESULTS):
         if file is not None:
@@ -109,6 +112,11 @@ def _evaluate(options: EvaluateOptions, warnings: list[str]) -> EvaluationRecord
     adapted = None if adapter is None else load_adapted(options.model, base_model=options.base_model)
     network: nn.Module = adapted or load_base(name)
     network = network.to(resolve_device("auto")).eval()
+    if next(network.parameters()).device.type == "cpu":
+        with phase("Measuring how many threads are fastest on this CPU"):
+            threads = measure_threads(*layer_sizes(config, get_family(config.model_type)))
+        if threads is not None:
+            torch.set_num_threads(threads.number)
     text = responses = scores = None
     if content is not None:
         max_tokens = None if options.limit is None else options.limit * TOKENS_PER_LIMIT

@@ -56,15 +56,16 @@ def hub_options(
     except HFValidationError:  # no id of the hub, which the libraries say in one line, and at once
         return {}
     is_cached = any(isinstance(path, str) for path in found)
-    start = f"Got the model {name_or_path!r}, but there is no such folder{near(name_or_path, folder=True)}"
+    meant = near(name_or_path, folder=True)
+    start = f"Got the model {name_or_path!r}, but there is no such folder{meant}"
     at = "" if revision in (None, "main") else f" at revision {revision!r}"
+    short = f"{start}, and no such model in the hub's cache or on the hub that could be reached."
     missing = f"{start}, it is not in the hub's cache on this machine{at}, and the hub"
     if is_offline_mode():
         if is_cached:
             return {}
-        raise PatError(
-            f"{missing} is not asked in offline mode (HF_HUB_OFFLINE=1); pass a model folder, or unset HF_HUB_OFFLINE."
-        )
+        why = "is not asked in offline mode (HF_HUB_OFFLINE=1); pass a model folder, or unset HF_HUB_OFFLINE."
+        raise PatError(short if meant else f"{missing} {why}")
     model = (name_or_path, revision)
     if is_cached and _FROM_CACHE & {_ALL, model}:
         return {"local_files_only": True}
@@ -92,10 +93,9 @@ def hub_options(
             _FROM_CACHE.add(_ALL)
             logger.warning("The hub cannot be reached %s; models in the cache are taken from there.", detail)
             return {"local_files_only": True}
-        raise PatError(
-            f"{missing} cannot be reached {detail}; pass a model folder, or go online. Models in the cache need no "
-            "network (HF_HUB_OFFLINE=1 asks for none)."
-        ) from error
+        why = f"cannot be reached {detail}; pass a model folder, or go online. Models in the cache need no network "
+        why += "(HF_HUB_OFFLINE=1 asks for none)."
+        raise PatError(short if meant else f"{missing} {why}") from error
     return {}
 
 

@@ -25,8 +25,8 @@ STAGES = {"base": "base", "tuned": "tuned", "dense": "written"}
 _DATA = {
     "num_rows": "rows of the source",
     "num_examples": "examples to train on",
-    "num_tokens": "tokens of these examples",
-    "num_target_tokens": "tokens of these that are learned",
+    "num_tokens": "tokens of these examples, before any is cut off",
+    "num_target_tokens": "tokens of these that are to be learned",
     "num_held_out": "examples held out for the figures",
     "num_dropped": "rows left out, because they have no response",
     "num_held_out_dropped": "held-out rows left out, because they have no response",

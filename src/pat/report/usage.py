@@ -15,7 +15,8 @@ tokenizer = AutoTokenizer.from_pretrained({folder})
 _CHAT = """\
 messages = [{"role": "user", "content": "…"}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
+answer = model.generate(**inputs, max_new_tokens=100, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))
 """
 
 _ALPACA = r"""prompt = (
@@ -29,12 +30,13 @@ prompt_with_input = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 ).format(instruction="…", input="…")
 inputs = tokenizer(prompt, return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
+answer = model.generate(**inputs, max_new_tokens=100, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))
 """
 
 _PLAIN = """\
 inputs = tokenizer("…", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100, do_sample=False)[0]))
 """
 
 _FORMS = (
@@ -60,12 +62,13 @@ def ways_to_ask(prompt_format: str | None) -> list[tuple[str, str]]:
     return [(sentence, code) for words, sentence, code in _FORMS if words in (prompt_format or "")]
 
 
-def command_to_ask(prompt_format: str | None, folder: str) -> str | None:
-    """Return a command that asks a model in the form of the training; None where no short one does.
+def command_to_ask(prompt_format: str | None, folder: str, num_threads: int | None = None) -> str | None:
+    """Return a command that asks a model greedily in the form of the training; None where no short one does.
 
     Args:
         prompt_format: see `ways_to_ask`.
         folder: of the model.
+        num_threads: number of threads to answer with; None leaves it to torch.
     """
     if "chat template" in (prompt_format or ""):
         asked, answer = '[{"role": "user", "content": "Hello"}]', '["generated_text"][-1]["content"]'
@@ -74,7 +77,9 @@ def command_to_ask(prompt_format: str | None, folder: str) -> str | None:
     else:
         return None
     model = f'pipeline("text-generation", {json.dumps(folder)})'
-    code = f"from transformers import pipeline; print({model}({asked}, max_new_tokens=100)[0]{answer})"
+    threads = "" if num_threads is None else f"import torch; torch.set_num_threads({num_threads}); "
+    options = "max_new_tokens=100, do_sample=False"
+    code = f"{threads}from transformers import pipeline; print({model}({asked}, {options})[0]{answer})"
     return f"python -c {quote(code)}"
 
 

@@ -6,6 +6,7 @@ import json
 from importlib.util import find_spec
 from shlex import quote
 
+import torch
 from transformers.utils import CONFIG_NAME
 
 from pat.checkpoint.places import HELD_OUT, REPORT, RESULTS
@@ -91,7 +92,10 @@ def against_base(base: ModelFigures, dense: ModelFigures) -> list[str]:
 
 def how_to_ask(result: TuneResult) -> str:
     """Return a command that asks the written model in the form of its training, or where the Python for that stands."""
-    known = command_to_ask(result.record.prompt_format, str(result.model_dir))
+    number = result.record.machine.num_threads
+    # Fewer than torch takes by itself, as a run that measures it does where cores are busy or few.
+    fewer = number if result.record.device == "cpu" and number < torch.get_num_threads() else None
+    known = command_to_ask(result.record.prompt_format, str(result.model_dir), fewer)
     return known or f"the Python in {result.model_dir / 'README.md'}"
 
 

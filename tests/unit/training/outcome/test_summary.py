@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from pat.evaluation.options import EvaluateOptions
 from pat.formats.options import ExportOptions
@@ -98,9 +99,13 @@ def test_what_is_to_be_installed_first_is_what_is_missing(
         ("the Alpaca template", None),
     ],
 )
-def test_the_end_says_how_the_model_is_asked(prompts: str, question: str | None, tmp_path: Path) -> None:
+def test_the_end_says_how_the_model_is_asked(
+    prompts: str, question: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result = finished(tmp_path / "it's mine", "llama", ["mlp"], None)
-    result.record.prompt_format = prompts
+    result.record.prompt_format, result.record.device = prompts, "cpu"
+    result.record.machine = SimpleNamespace(num_threads=1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     said = how_to_ask(result)
     if question is None:
         assert said.endswith("README.md")
@@ -108,6 +113,9 @@ def test_the_end_says_how_the_model_is_asked(prompts: str, question: str | None,
     program, flag, code = shlex.split(said)
     compile(code, "hint", "exec")
     assert (program, flag) == ("python", "-c") and f'"{result.model_dir}")' + question in code
+    assert "do_sample=False" in code and code.startswith("import torch; torch.set_num_threads(1); ")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert "threads" not in how_to_ask(result)
 
 
 @pytest.mark.parametrize(
