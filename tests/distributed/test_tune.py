@@ -40,7 +40,9 @@ def flags(base: Path, data: Path, out: Path, batch_size: int, **more: Any) -> li
 def start(argv: list[str], num_processes: int, *, fsdp: bool = False) -> subprocess.Popen[str]:
     """Start a run in several processes, as torchrun does."""
     source = str(HERE.parents[1] / "src")
-    environment = os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # accelerate writes into the environment of a process that has had arguments for FSDP, as other tests have.
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
+    environment = clean | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     launcher = (sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_processes}")
     program = [str(HERE / "fsdp_on_cpu.py")] if fsdp else ["--module", "pat"]
     return subprocess.Popen(
