@@ -29,10 +29,10 @@ from pat.families import get_family
 from pat.loading import load_base, load_config, load_tokenizer, padded
 from pat.loading.weights import resolve_device
 from pat.nll import NLL, Example, read_text, response_nll, text_perplexity
-from pat.report.progress import bars_of_datasets, phase, progress_bar
+from pat.report.progress import bars_of_datasets, progress_bar
 from pat.report.records import Record, collected_warnings, write_record
 from pat.report.table import Table
-from pat.training.preflight.threads import layer_sizes, measure_threads, restored_threads
+from pat.training.preflight.threads import restored_threads, threads_for
 from pat.tuner.model import find_tuner
 
 TOKENS_PER_LIMIT = 1000
@@ -113,8 +113,7 @@ def _evaluate(options: EvaluateOptions, warnings: list[str]) -> EvaluationRecord
     network: nn.Module = adapted or load_base(name)
     network = network.to(resolve_device("auto")).eval()
     if next(network.parameters()).device.type == "cpu":
-        with phase("Measuring how many threads are fastest on this CPU"):
-            threads = measure_threads(*layer_sizes(config, get_family(config.model_type)))
+        threads = threads_for(config, get_family(config.model_type))
         if threads is not None:
             torch.set_num_threads(threads.number)
     text = responses = scores = None

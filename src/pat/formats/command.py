@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from pat.checkpoint.card import shown_name
 from pat.checkpoint.staging import staged_file
 from pat.errors import PatError, RunFailed, one_line
-from pat.families import Family
 from pat.file_sizes.gguf_layout import GgufLayout, layout_of
 from pat.file_sizes.gguf_types import QUANTIZATIONS, Entry, Quantization
 from pat.file_sizes.gguf_vocabulary import name_in_file, stored_end_tokens, unlike_added, unnamed_ends, vocabulary_of
@@ -31,7 +30,7 @@ from pat.report.records import Record, collected_warnings
 from pat.surgery.costs import Skeleton, build_skeleton
 from pat.surgery.describe import map_of
 from pat.surgery.residual import model_tensors
-from pat.training.preflight.threads import Threads, chosen_by_user, layer_sizes, measure_threads, using
+from pat.training.preflight.threads import Threads, chosen_by_user, threads_for, using
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +123,8 @@ def run_export(options: ExportOptions) -> ExportRecord:
         with phase(f"Loading {shown_name(options.model)}"):
             model = load_base(options.model, dtype=torch.float32)
         _check_finite(options.model, model)
-        threads = _threads(config, family) if options.check or kind is not None else None
+        # llama.cpp waits for busy cores as torch does.
+        threads = threads_for(config, family) if options.check or kind is not None else None
         loss: QuantizedLoss | None = None
         checks: list[Check] = []
         skipped: list[str] = []
@@ -157,12 +157,6 @@ def run_export(options: ExportOptions) -> ExportRecord:
             command_to_ask=None if kind is None else _command_to_ask(options.output, tokenizer, threads),
             warnings=warnings,
         )
-
-
-def _threads(config: Any, family: Family) -> Threads | None:
-    """Return with how many threads the checks are fastest; llama.cpp waits for busy cores as torch does."""
-    with phase("Measuring how many threads are fastest on this CPU"):
-        return measure_threads(*layer_sizes(config, family))
 
 
 def _command_to_ask(output: Path, tokenizer: Any, threads: Threads | None) -> str:

@@ -1,4 +1,4 @@
-"""What the columns of a plan's tables are called."""
+"""Names of the columns in the tables of a plan."""
 
 from __future__ import annotations
 

@@ -86,8 +86,8 @@ def _memory_note(base_config: Any, config: PatConfig, shapes: Sequence[Shape]) -
     """Say what the columns of the training's memory hold for, and where `pat tune` announces another figure."""
     at_first = (
         "the cut comes before the first step, so that training takes the column of the cut; before it channels are "
+        "chosen, without an optimizer"
     )
-    at_first += "chosen, without an optimizer"
     later = "training takes the column before the cut up to the milestone, and that of the cut after it"
     cuts_hidden = {shape.cuts("hidden") for shape in shapes}
     if quantization_of(base_config) is not None:

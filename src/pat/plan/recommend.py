@@ -26,7 +26,7 @@ CUT_MORE = (
     "cut more once its loss on held-out rows is below the base's by more than the standard error of the difference, "
     "and its loss on general text has not risen much"
 )
-"""What a run has to show before more is cut; fine-tuning forgets, which the rows of its own data cannot show."""
+"""Condition for cutting more. General text is part of it because held-out rows do not show what fine-tuning forgets."""
 
 
 def recommend(options: PlanOptions, ratios: Sequence[float], measured: Measured | None) -> str:

@@ -20,7 +20,7 @@ from pat.report.usage import LOAD, plain_way, ways_to_ask
 from pat.shape import missed_ratio
 
 STAGES = {"base": "base", "tuned": "tuned", "dense": "written"}
-"""The models of a run, and what they are called in a report."""
+"""Names of the models of a run in reports and on the live line."""
 
 _DATA = {
     "num_rows": "rows of the source",

@@ -117,7 +117,7 @@ class RunOptions:
 
     @property
     def same_command(self) -> str:
-        """What goes on with the run where it is given again; with --overwrite each time begins anew."""
+        """Words for the command that goes on with the run; the same one with --overwrite would begin anew."""
         return "the same command without --overwrite" if self.overwrite else "the same command"
 
     def __post_init__(self) -> None:

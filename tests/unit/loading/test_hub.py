@@ -1,4 +1,4 @@
-"""What the hub does not have, or nobody answers for, is refused after one request; what is in the cache is used."""
+"""The hub is asked once: a model that it lacks is refused, and one in the cache is used without it."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from pat.errors import one_line
 from pat.file_sizes.predict import file_sizes, vocabulary_entries
 from pat.nll import IGNORED, Example, is_told_apart, paired_standard_error, response_nll_by_row
 from pat.report import numbers
+from pat.report.page import STAGES
 from pat.report.progress import progress_bar
 from pat.surgery.costs import Skeleton, build_skeleton, cost_of, usual_context
 from pat.training.inputs.prepare import Prepared
@@ -33,11 +34,8 @@ WHAT_HELPED = (
     "Cut less (half the cut halved the distance to LoRA on the whole model), or train on more tokens (0.09 nats for "
     "nearly three times as many)."
 )
-"""What a user can do about a loss, and what it brought where it was measured (`docs/experiments.md`): the cut on
+"""Advice on a loss above the base's, with the gain where it was measured (`docs/experiments.md`): the cut on
 stories260K, the tokens on SmolLM2-135M at 25 %, one seed. The default rate is the best of those that were tried."""
-
-_NAMES = {"base": "base", "tuned": "tuned", "dense": "written"}
-"""What models are called where a person sees it."""
 
 
 def measure(
@@ -81,7 +79,7 @@ def _on_held_out(model: nn.Module, data: Prepared, stage: str, rows: dict[str, t
     if of_base is not None and stage == "base":
         examples = of_base
     pad_token_id = 0 if examples is of_base else cast(int, data.vocabulary.tokenizer.pad_token_id)  # padding is masked
-    with progress_bar(f"Scoring held-out rows with the {_NAMES[stage]} model", "batches") as bar:
+    with progress_bar(f"Scoring held-out rows with the {STAGES[stage]} model", "batches") as bar:
         start = time.perf_counter()
         nll, rows[stage] = response_nll_by_row(
             model, examples, batch_size=EVAL_BATCH_SIZE, pad_token_id=pad_token_id, progress=bar
@@ -118,7 +116,7 @@ def _on_general_text(model: nn.Module, data: Prepared, stage: str, rows: dict[st
     if (text := data.general) is None:
         return {}
     windows = text.windows_of_base if stage == "base" else text.windows
-    with progress_bar(f"Scoring general text with the {_NAMES[stage]} model", "batches") as bar:
+    with progress_bar(f"Scoring general text with the {STAGES[stage]} model", "batches") as bar:
         nll, rows[general_rows(stage)] = response_nll_by_row(
             model, windows, batch_size=EVAL_BATCH_SIZE, pad_token_id=0, progress=bar
         )  # padding is masked

@@ -23,7 +23,7 @@ MEASURED = (
     "SmolLM2-135M-Instruct ended 0.16 nats per token behind with 12.5 % cut and 32,000 such tokens, and 0.38 with 25 % "
     "and some 106,000"
 )
-"""What a run may be compared with: a user's, and the one of 304,237 tokens, prompts included, in
+"""Two runs that a new one may be compared with: a user's, and the one of 304,237 tokens, prompts included, in
 `docs/experiments.md`."""
 
 MANY_EPOCHS = 10

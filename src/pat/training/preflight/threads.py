@@ -88,18 +88,24 @@ def choose_threads(sft: SFTConfig, checked: Checked, known: int | None = None) -
     if known is not None and 1 <= known <= default and not chosen_by_user():
         torch.set_num_threads(int(known))
         return Threads(int(known), default, None)
-    with phase("Measuring how many threads train fastest on this CPU"):
-        threads = measure_threads(*layer_sizes(checked.base_config, checked.family), bf16=bool(sft.bf16))
+    threads = threads_for(checked.base_config, checked.family, bf16=bool(sft.bf16))
     if threads is not None:
         torch.set_num_threads(threads.number)
     return threads
 
 
-def layer_sizes(config: Any, family: Family) -> tuple[int, int]:
-    """Return the hidden size of a model and the number of channels of its MLPs, by its configuration and family."""
+def threads_for(config: Any, family: Family, *, bf16: bool = False) -> Threads | None:
+    """Return the number of threads that work of a model's size is fastest with on this CPU, see `measure_threads`.
+
+    Args:
+        config: of the model.
+        family: of the model.
+        bf16: whether the work is done under bf16 autocast.
+    """
     text = config.get_text_config()
     width = int(getattr(text, family.hidden_size_field))
-    return width, int(getattr(text, "intermediate_size", None) or width)
+    with phase("Measuring how many threads are fastest on this CPU"):
+        return measure_threads(width, int(getattr(text, "intermediate_size", None) or width), bf16=bf16)
 
 
 def chosen_by_user() -> bool:

@@ -7,18 +7,9 @@ import pytest
 import torch
 
 from pat.training.callbacks import slow
-from pat.training.preflight import threads
 from pat.training.preflight.estimate import RANGE
 
-
-@pytest.fixture(autouse=True)
-def two_threads(monkeypatch: pytest.MonkeyPatch) -> Any:
-    for name in threads.VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 def said(

@@ -55,16 +55,6 @@ def test_fewer_threads_are_taken_where_they_are_clearly_faster(
     assert len(repeated) == 2 and default in repeated and asked.total() < 20
 
 
-@pytest.fixture
-def two_threads(monkeypatch: pytest.MonkeyPatch) -> Any:
-    for name in threads.VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_what_the_user_has_said_is_not_measured(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "_work", lambda *_: pytest.fail("measured"))
     for name in threads.VARIABLES:

@@ -1,4 +1,4 @@
-"""What an interruption leaves is said by what lies in the folder."""
+"""An interruption says what is kept, by the files in the folder of the run."""
 
 from pathlib import Path
 from typing import Any
