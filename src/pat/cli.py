@@ -36,6 +36,8 @@ class Command:
     """Function of the record that prints it."""
     first: str = ""
     """Dataclass of those of its options that are looked at before the import of the others, which takes seconds."""
+    flags: str = ""
+    """Function that returns the names of all its flags without that import, or None where they cannot be had so."""
 
 
 COMMANDS = {
@@ -45,6 +47,7 @@ COMMANDS = {
         run="pat.training.tune:run_tune",
         show="pat.training.outcome.summary:print_summary",
         first="pat.training.options:RunOptions",
+        flags="pat.training.flag_names:flag_names",
     ),
     "plan": Command(
         "Sizes, legal widths, cost and memory of a pruned model, from its configuration alone.",
@@ -66,7 +69,7 @@ COMMANDS = {
     ),
     "convert": Command(
         "Adapter of the paper's published code -> dense checkpoint, verified.",
-        options="pat.formats.convert:ConvertOptions",
+        options="pat.formats.options:ConvertOptions",
         run="pat.formats.convert:run_convert",
         show="pat.formats.convert:print_convert",
     ),
@@ -144,10 +147,10 @@ def _run(name: str, argv: Sequence[str]) -> int:
             # What the libraries will change in their next versions is nothing a person at the terminal can act on.
             warnings.simplefilter("ignore", FutureWarning)
             if command.first and not {"-h", "--help"} & set(argv):
-                first: OptionsParser[Any] = OptionsParser(f"pat {name}", _load(command.first))
-                given = first.read(argv, others=True)
-                if not first.is_misspelt(given):  # or all of the options say so, with the flag that was meant
-                    first.require(given)
+                flags = _load(command.flags)()
+                if flags is not None:
+                    first: OptionsParser[Any] = OptionsParser(f"pat {name}", _load(command.first))
+                    first.require(first.read(argv, others=flags))
             with _loading():
                 declared = _load(command.options)
             options = OptionsParser(f"pat {name}", declared, command.summary).parse(argv)

@@ -38,6 +38,8 @@ class Option:
     """Interval of its numbers, see `pat.ranges`."""
     is_secret: bool = False
     """Whether its value is never shown."""
+    names: str | None = None
+    """What its texts name, which is looked for at once: `model`, `dataset` or `adapter`."""
 
     @classmethod
     def of(cls, field: Field[Any], annotation: Any, range_of_it: str | None = None) -> Option:
@@ -66,6 +68,7 @@ class Option:
             help=str(field.metadata.get("help", "")),
             range=field.metadata.get("range", range_of_it),
             is_secret=bool(field.metadata.get("secret", False)),
+            names=field.metadata.get("names"),
         )
 
     @property
@@ -99,6 +102,19 @@ class Option:
         """
         if self.range is not None:
             check_range(self.name, value, self.range, whole=float not in self.kinds)
+
+    def look_for(self, value: Any) -> None:
+        """Look for what a value names, where that can only be on this machine.
+
+        Raises:
+            PatError: it is not there.
+        """
+        if self.names is None or value is None:
+            return
+        from pat.named import CHECKS  # reads tables, whose library takes longer than all that `pat --help` imports
+
+        for name in value if isinstance(value, list) else [value]:
+            CHECKS[self.names](str(name))
 
     def _read_one(self, value: Any) -> Any:
         word = value.value if isinstance(value, enum.Enum) else value

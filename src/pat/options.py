@@ -65,8 +65,7 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
         self._sections = _sections(options)
         self._refused: Mapping[str, tuple[Any, str]] = getattr(options, "REFUSED", {})
         self.options = {option.name: option for _, _, own in reversed(self._sections) for option in own}
-        self.unread: tuple[str, ...] = ()
-        """Flags of the last command line that were let pass, see `read`."""
+        self._others: frozenset[str] = frozenset()
 
     # -- the three ways in -------------------------------------------------------------------------------------
 
@@ -88,30 +87,35 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
         given = {name: self._read(name, value, f"{name}={value!r}") for name, value in keywords.items()}
         return self._make(self._without_nothing(given))
 
-    def read(self, argv: Sequence[str], *, others: bool = False) -> dict[str, Any]:
-        """Return what a command line and its `--config` file give; `others` lets flags pass that are not known here.
+    def read(self, argv: Sequence[str], *, others: frozenset[str] = frozenset()) -> dict[str, Any]:
+        """Return what a command line and its `--config` file give, and look for the models and data that they name.
+
+        Args:
+            argv: words of the command line.
+            others: names of flags that are let pass, because another parser reads them.
 
         Raises:
             PatError: see `parse`.
         """
+        self._others = others
         self._declare()
         words, rest = self.parse_known_args([_underscored(argument) for argument in argv])
         typed = vars(words)
         files = typed.pop(CONFIG, [])
         if len(files) > 1:
             raise PatError(f"Got --{CONFIG} twice ({' and '.join(files)}); give one file.")
-        given = self._read_file(Path(files[0]).expanduser(), others) if files else {}
+        given = self._read_file(Path(files[0]).expanduser()) if files else {}
         if rest:
             flags = [item.partition("=")[0] for item in rest if _FLAG.match(item)]
             unknown = {flag.lstrip("-"): flag[: -len(flag.lstrip("-"))] for flag in flags}
-            if not others:
-                if not flags:
-                    self.error(f"Got {' '.join(rest)!r} without a flag before it")
-                self._refuse_unknown(unknown, "", {**given, **typed})
-            self.unread = tuple(unknown)
+            if not flags:
+                self.error(f"Got {' '.join(rest)!r} without a flag before it")
+            self._refuse_unknown(unknown, "", {**given, **typed})
         for name, value in typed.items():
             shown = " ".join(value) if isinstance(value, list) else str(value)
             given[name] = self._read(name, value, f"--{name} {shown!r}")
+        for name, value in given.items():
+            self.options[name].look_for(value)
         return given
 
     def require(self, given: Mapping[str, Any]) -> None:
@@ -124,10 +128,6 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
             name, *others = missing
             beside = f"; so {'are' if others[1:] else 'is'} {_listed(others, '--')}" if others else ""
             self.error(f"--{name} is missing ({self.options[name].help.partition('. ')[0].rstrip('.')}){beside}")
-
-    def is_misspelt(self, given: Mapping[str, Any]) -> bool:
-        """Tell whether a flag that was let pass looks like one that is missing."""
-        return any(match in self._missing(given) for name in self.unread for match in self._like(name))
 
     def _missing(self, given: Mapping[str, Any]) -> list[str]:
         options = self.options.items()
@@ -159,7 +159,7 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
         layer = getattr(self._class, "defaults", None)
         return layer(given) if callable(layer) else {}
 
-    def _read_file(self, path: Path, others: bool) -> dict[str, Any]:
+    def _read_file(self, path: Path) -> dict[str, Any]:
         given = {}
         for name, value, line in read_config(path):
             place = f"{path}, line {line}"
@@ -167,7 +167,7 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
                 set_environment(value, place)
             elif name in self.options:
                 given[name] = self._read(name, value, f"{name} {value!r}", place)
-            elif not others:
+            else:
                 self._refuse_unknown({name: ""}, place, None)
         return self._without_nothing(given)
 
@@ -188,11 +188,13 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
         All of them are named at once, each with the option that it likely means, and what is missing besides; `given`
         is None where that cannot be known yet.
         """
-        unknown = {name: dashes for name, dashes in names.items() if name not in self.options or dashes == "-"}
+        known = {*self.options, *self._others}
+        passed = {*known, *(f"no_{name}" for name in self._others)}
+        unknown = {name: dashes for name, dashes in names.items() if name not in passed or dashes == "-"}
         if not unknown:
             return
         prefix = "--" if any(unknown.values()) else ""
-        near = {name: match for name in unknown for match in ([name] if name in self.options else self._like(name))}
+        near = {name: match for name in unknown for match in ([name] if name in known else self._like(name))}
         meant = [
             f"{prefix}{match}{f' for {unknown[name]}{name}' if len(unknown) > 1 else ''}"
             for name, match in near.items()
@@ -207,7 +209,8 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
 
     def _like(self, name: str) -> list[str]:
         """Return the option that a name likely means: a main one that it shortens, the same thing, or a name alike."""
-        main = [option for option in getattr(self._class, "MAIN_FLAGS", ()) if option in self.options]
+        known = [*self.options, *sorted(self._others - {*self.options})]
+        main = [option for option in getattr(self._class, "MAIN_FLAGS", ()) if option in known]
         likely = [
             option
             for option in main
@@ -215,8 +218,8 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
             or option.endswith(f"_{name}")
             or name == "".join(word[:1] for word in option.split("_"))
         ]
-        same = [option for names in SAME if name in names for option in names if option in self.options]
-        return (likely or same or difflib.get_close_matches(name, [*main, *self.options], n=1))[:1]
+        same = [option for names in SAME if name in names for option in names if option in known]
+        return (likely or same or difflib.get_close_matches(name, [*main, *known], n=1))[:1]
 
     def _make(self, given: Mapping[str, Any]) -> T:
         self.require(given)

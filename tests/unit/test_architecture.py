@@ -17,8 +17,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
         "pat.errors pat.paths pat.families pat.widths pat.ranges pat.shape pat.prunable pat.budget pat.config_file "
-        "pat.kinds pat.option pat.options pat.loading pat.nll pat.general_text pat.report pat.recipes pat.questions "
-        "pat.ranks pat.readers pat.serving pat.strict_json pat.whole_files",
+        "pat.kinds pat.named pat.option pat.options pat.loading pat.nll pat.general_text pat.report pat.recipes "
+        "pat.questions pat.ranks pat.readers pat.serving pat.strict_json pat.whole_files",
         "pat.method",
         "pat.surgery",
         "pat.file_sizes",

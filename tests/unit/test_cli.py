@@ -18,7 +18,7 @@ from pat.training.arguments import TuneArguments, build_arguments
 from pat.tuner.config import PatConfig
 from pat.tuner.options import PatOptions
 
-BASE = ["--model_name_or_path", "base", "--dataset_name", "data.jsonl", "--output_dir", "out"]
+BASE = ["--model_name_or_path", "base", "--dataset_name", "me/data", "--output_dir", "out"]
 
 MAX_SECONDS = 0.5
 """From the start of the interpreter to its end, for what needs no model: a person notices no delay."""
@@ -74,6 +74,12 @@ def test_without_a_command_the_overview_names_all_of_them(capsys: pytest.Capture
         (["tune", "--model_name_or_path", "m", "--seed", "3"], 2, "--dataset_name is missing"),
         (["tune", *BASE, "--config", "nowhere.yaml"], 2, "no such file"),
         (["tune", *BASE, "--recipe", "best"], 2, "default, paper"),
+        (["tune", *BASE, "--learnig_rate", "1e-4"], 2, "unknown flag --learnig_rate; did you mean --learning_rate?"),
+        (["tune", *BASE, "--no_gradient_checkpoint"], 2, "unknown flag --no_gradient_checkpoint; did you mean"),
+        (["tune", "--model_name_or_path", "./nowhere", *BASE[2:]], 2, "Got the model './nowhere', but there"),
+        (["plan", "--model_name_or_path", "m", "--calibrate", "nowhere.csv"], 2, "nowhere.csv: no such file"),
+        (["benchmark", "--model", "m", "--baseline", "./nowhere"], 2, "Got the model './nowhere'"),
+        (["convert", "--adapter", "nowhere", "--output_dir", "o"], 2, "nowhere: no such folder; expected that of an"),
     ],
 )
 def test_what_needs_no_model_imports_no_torch_and_is_quick(argv: list[str], status: int, words: str) -> None:
@@ -174,8 +180,8 @@ REQUIRED = {
     "tune": BASE,
     "plan": BASE[:2],
     "report": ["--run", "out"],
-    "merge": ["--adapter", "a", "--output_dir", "out"],
-    "convert": ["--adapter", "a", "--output_dir", "out"],
+    "merge": ["--adapter", ".", "--output_dir", "out"],
+    "convert": ["--adapter", ".", "--output_dir", "out"],
     "evaluate": ["--model", "m", "--text_file", "t"],
     "benchmark": ["--model", "m", "--baseline", "b"],
     "export": ["--model", "m", "--format", "gguf", "--output", "out.gguf"],
@@ -223,7 +229,7 @@ def test_recipes_are_defaults_under_all_flags() -> None:
     assert paper.sft.learning_rate == 5e-5 and paper.pat.milestone == 0.5
     assert (paper.pat.operator_lr_multiplier, paper.model.use_rslora) == (1.0, False)
     assert paper == build_arguments(
-        model_name_or_path="base", dataset_name="data.jsonl", output_dir="out", recipe="paper", milestone=0.5
+        model_name_or_path="base", dataset_name="me/data", output_dir="out", recipe="paper", milestone=0.5
     )
 
 

@@ -20,8 +20,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 class BenchmarkOptions:
     """A comparison of two models. Lists are sorted and free of repetitions."""
 
-    model: str = field(metadata={"help": "Folder or hub id of the smaller model."})
-    baseline: str = field(metadata={"help": "Folder or hub id of the model that it is compared with."})
+    model: str = field(metadata={"help": "Folder or hub id of the smaller model.", "names": "model"})
+    baseline: str = field(
+        metadata={"help": "Folder or hub id of the model that it is compared with.", "names": "model"}
+    )
     contexts: list[int] = field(
         default_factory=lambda: [128, 512, 2048],  # 128 is the paper's
         metadata={

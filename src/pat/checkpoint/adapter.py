@@ -30,7 +30,8 @@ from pat.loading import (
 from pat.loading.stored import dtype_of, stored_tensors
 from pat.loading.tokenizer import load_plain_tokenizer
 from pat.loading.trimming import kept_tokens, renumber_specials, trim_embedding
-from pat.paths import expand, looks_local, near
+from pat.named import check_adapter
+from pat.paths import expand, looks_local
 from pat.report.progress import quiet_transformers
 from pat.tuner import PatConfig
 from pat.tuner.config import PatType
@@ -46,9 +47,7 @@ def read_adapter_config(adapter: str | os.PathLike[str]) -> LoraConfig:
     Raises:
         PatError: no such folder, no adapter in it, one of another method, or one whose files cannot be used.
     """
-    folder = Path(adapter)
-    if not os.path.isdir(folder):
-        raise PatError(f"{adapter}: no such folder{near(folder, folder=True)}; expected the folder of a PAT adapter.")
+    folder = check_adapter(adapter)
     if not (folder / CONFIG_NAME).is_file():
         inner = next((n for n in (f"{COMPACT}/{ADAPTER}", ADAPTER) if (folder / n / CONFIG_NAME).is_file()), None)
         hint = f"pass {folder / inner}" if inner else "pass what model.save_pretrained or `pat tune` wrote as adapter"

@@ -29,21 +29,21 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 @dataclass(frozen=True, kw_only=True)
 class Pruning:
-    """The cut that was made in a base model, and how its channels were chosen."""
+    """The cut that was made in a base model, and how its channels were chosen.
+
+    Sizes before and after, equal where nothing is cut. Older versions wrote none of an axis that they left alone.
+    """
 
     hidden_size: int
     pruned_hidden_size: int
     intermediate_size: int | None = None
-    """MLP channels of the base model; None where they are not cut."""
+    """Number of MLP channels of the base, for each expert where it has several."""
     pruned_intermediate_size: int | None = None
     num_key_value_heads: int | None = None
-    """Key/value heads of the base model; None where they are not cut."""
     pruned_num_key_value_heads: int | None = None
     num_hidden_layers: int | None = None
-    """Layers of the base model; None where they are not cut."""
     pruned_num_hidden_layers: int | None = None
     vocab_size: int | None = None
-    """Vocabulary size of the base model; None where it is not trimmed."""
     pruned_vocab_size: int | None = None
     num_parameters_base: int
     rotation: str

@@ -20,12 +20,15 @@ class MergeOptions:
         PatError: a dtype that there is none of.
     """
 
-    adapter: str | Path = field(metadata={"help": "Folder of the adapter, of a PAT run or of its compact model."})
+    adapter: str | Path = field(
+        metadata={"help": "Folder of the adapter, of a PAT run or of its compact model.", "names": "adapter"}
+    )
     output_dir: str | Path = field(
         metadata={"help": "A new or empty folder for the model; it appears complete, or not at all."}
     )
     base_model: str | None = field(
-        default=None, metadata={"help": "Folder or hub id of the base, if it is no longer where it was."}
+        default=None,
+        metadata={"help": "Folder or hub id of the base, if it is no longer where it was.", "names": "model"},
     )
     dtype: str | None = field(
         default=None, metadata={"help": "Data type of the weights, such as bfloat16; by default the base's."}

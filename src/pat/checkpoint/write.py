@@ -200,15 +200,18 @@ def weight_bytes(folder: Path) -> int:
 
 
 def pruning_of(tuner: PatModel) -> Pruning:
-    """Return what merging or compacting the active adapter cuts."""
+    """Return what merging or compacting the active adapter cuts, with the sizes that it leaves alone."""
     mask, config, stream = tuner.mask(), tuner.pat_config(), cast(ResidualStream, tuner.residual_stream)
     sizes: dict[str, Any] = {}
+    for axis in AXES.values():
+        sizes |= dict.fromkeys((axis.field, axis.option), (config.base_shape or {}).get(axis.field))
     for name, (gate, *_) in tuner.gates_by_axis().items():
         sizes |= {AXES[name].field: gate.size, AXES[name].option: gate.num_kept}
     base_config = copy.deepcopy(cast(PreTrainedModel, tuner.model).config)
+    sizes["pruned_vocab_size"] = base_config.vocab_size
     if config.base_vocab_size is not None:
-        sizes |= {"vocab_size": config.base_vocab_size, "pruned_vocab_size": base_config.vocab_size}
         base_config.vocab_size = config.base_vocab_size
+    sizes["vocab_size"] = base_config.vocab_size
     return Pruning(
         **sizes,
         num_parameters_base=count_parameters(base_config, tied=stream.head is None),

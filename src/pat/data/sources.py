@@ -27,11 +27,11 @@ from pat.data.files import data_files, fingerprint_of, has_own_loading, is_saved
 from pat.data.formats import ALPACA, Format
 from pat.data.tables import ROWS_AT_ONCE, digest, labels_of
 from pat.errors import PatError, reason_of
+from pat.named import FILE_SUFFIXES, TASK_PREFIX
 from pat.paths import looks_local, near
 from pat.questions import letter_answer, letter_instruction, load_rows, resolve_tasks
 from pat.readers import (
     DECOMPRESSORS,
-    READERS,
     SUFFIXES,
     Placed,
     file_fingerprint,
@@ -40,17 +40,11 @@ from pat.readers import (
 )
 from pat.report.progress import phase
 
-TASK_PREFIX = "task:"
-"""Begins the name of a dataset that is made of tasks' questions."""
-
 SMALL_BYTES = 8 * 2**20
 """A file of so many bytes, unless it is compressed, is converted in memory."""
 
 SMALL_ROWS = 10_000
 """Rows of a dataset that are converted in memory."""
-
-# What ends in one of these is meant as a file even where there is none: no reason to ask the hub.
-FILE_SUFFIXES = {*READERS, *DECOMPRESSORS, ".txt", ".arrow", ".xlsx", ".zip", ".yaml", ".yml"}
 
 
 def load_source(name: str, reading: Reading, *, split: str = "train", config_name: str | None = None) -> Source:
@@ -67,18 +61,6 @@ def load_source(name: str, reading: Reading, *, split: str = "train", config_nam
     if os.path.exists(path) or looks_local(name) or path.suffix.lower() in FILE_SUFFIXES:
         return _load_files(path, {"train": [path]}, reading, split)
     return _load_hub(name, reading, split, config_name)
-
-
-def check_exists(name: str) -> None:
-    """Check that a local file or folder is there, before others are read.
-
-    Raises:
-        PatError: it is not.
-    """
-    path = Path(name).expanduser()
-    is_meant = looks_local(name) or path.suffix.lower() in FILE_SUFFIXES
-    if is_meant and not name.startswith(TASK_PREFIX) and not os.path.exists(path):
-        next(iterate_local(path))  # says so
 
 
 def load_task_source(name: str, split: str, template: TemplateChoice = "auto") -> Source:

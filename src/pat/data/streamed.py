@@ -14,9 +14,10 @@ from datasets import Dataset
 
 from pat.data.conversion import PLACE, ROW, ROWS_LOOKED_AT, Conversion, Reading, Source, look_at
 from pat.data.files import data_files, fingerprint_of, has_own_loading, is_saved, load_saved, say_unread
-from pat.data.sources import FILE_SUFFIXES, load_from_hub
+from pat.data.sources import load_from_hub
 from pat.data.tables import labels_of
 from pat.errors import PatError, RunFailed, reason_of
+from pat.named import FILE_SUFFIXES
 from pat.paths import looks_local
 from pat.readers import Placed, Row, iterate_local, row_of_table
 from pat.report.progress import Phase

@@ -30,7 +30,11 @@ class DemoOptions:
         metadata={"help": "Folder of the run: new or empty, or that of the same command before."},
     )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Instruction data; by default the small set that comes with the package."}
+        default=None,
+        metadata={
+            "help": "Instruction data; by default the small set that comes with the package.",
+            "names": "dataset",
+        },
     )
     cache_dir: Path | None = field(default=None, metadata={"help": "Where the downloaded base model is kept."})
     # A minute and a half of training on two cores (docs/results.md has longer ones). The cut is mild, because so few

@@ -30,14 +30,15 @@ ANSWERS = "answers-"
 class EvaluateOptions:
     """One evaluation of one model."""
 
-    model: str = field(metadata={"help": "Model folder or hub id, or the folder of a PAT adapter."})
+    model: str = field(metadata={"help": "Model folder or hub id, or the folder of a PAT adapter.", "names": "model"})
     base_model: str | None = field(
         default=None,
-        metadata={"help": "Folder or hub id of an adapter's base, if it is no longer where it was."},
+        metadata={"help": "Folder or hub id of an adapter's base, if it is no longer where it was.", "names": "model"},
     )
     text_file: Path | None = field(default=None, metadata={"help": "Plain text whose perplexity is measured."})
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Instruction data; the mean NLL of its responses is measured."}
+        default=None,
+        metadata={"help": "Instruction data; the mean NLL of its responses is measured.", "names": "dataset"},
     )
     template: str = field(
         default="auto", metadata={"help": "Prompt template of the instruction data: auto, chat or alpaca."}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,12 +16,12 @@ from pat.checkpoint.adapter_tokens import adapter_tokens
 from pat.checkpoint.card import Cut, shown_name
 from pat.checkpoint.fitting import fitting
 from pat.checkpoint.merge import check_writing, form_of
-from pat.checkpoint.options import MergeOptions
 from pat.checkpoint.places import RESULTS
 from pat.checkpoint.staging import staged_folder
 from pat.checkpoint.verify import Parity
 from pat.checkpoint.write import save_checkpoint
 from pat.errors import PatError
+from pat.formats.options import ConvertOptions
 from pat.formats.published import PublishedAdapter, read_published
 from pat.loading import check_quantization, load_base, load_config
 from pat.loading.weights import resolve_device
@@ -39,20 +39,6 @@ _OF_LORA = ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "rank
 
 _UNTOUCHED_BASE = (None, True, False, "gaussian")
 """Initialisations of LoRA that leave the base as it is."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertOptions(MergeOptions):
-    """The published code's adapter, and the form in which the model is written."""
-
-    adapter: str | Path = field(metadata={"help": "Folder of an adapter that the paper's published code has saved."})
-    pruned_hidden_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of channels that a frozen mask keeps (its dimdown_dim); a trained mask says so itself.",
-            "range": "[1, 1048576]",
-        },
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The options of `pat export`: flags, YAML keys and Python keywords alike."""
+"""The options of `pat export` and `pat convert`: flags, YAML keys and Python keywords alike."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
+from pat.checkpoint.options import MergeOptions
 from pat.errors import PatError
 from pat.file_sizes.gguf_types import QUANTIZATIONS
 from pat.paths import check_writable, expand_options
@@ -35,7 +36,7 @@ class ExportOptions:
 
     MAIN_FLAGS: ClassVar = ("model", "format", "output")
 
-    model: str = field(metadata={"help": "Folder of the model (or a hub id), such as OUT/model."})
+    model: str = field(metadata={"help": "Folder of the model (or a hub id), such as OUT/model.", "names": "model"})
     format: str = field(
         metadata={
             "help": "gguf (llama.cpp, Ollama, LM Studio), onnx (ONNX Runtime) or openvino.",
@@ -57,7 +58,8 @@ class ExportOptions:
         default=None,
         metadata={
             "help": "With gguf, instruction data that was not trained on; the mean NLL of its responses is measured "
-            "with the weights as they are, and with those of the file."
+            "with the weights as they are, and with those of the file.",
+            "names": "dataset",
         },
     )
     limit: int | None = field(
@@ -103,3 +105,19 @@ class ExportOptions:
             raise PatError(
                 f"--format {self.format} needs {', '.join(missing)}; install the extra: pip install 'pat-llm[{extra}]'."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(MergeOptions):
+    """The published code's adapter, and the form in which the model is written."""
+
+    adapter: str | Path = field(
+        metadata={"help": "Folder of an adapter that the paper's published code has saved.", "names": "adapter"}
+    )
+    pruned_hidden_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of channels that a frozen mask keeps (its dimdown_dim); a trained mask says so itself.",
+            "range": "[1, 1048576]",
+        },
+    )

@@ -15,7 +15,6 @@ with the mask m of 0 and 1. (The paper has the scale inside the product, `diag(v
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from torch import Tensor
 from pat.errors import PatError, one_line
 from pat.kinds import misfits
 from pat.loading.stored import DTYPES
-from pat.paths import near
+from pat.named import check_adapter
 
 PREFIX = "base_model.model."
 
@@ -115,10 +114,7 @@ def read_published(adapter: str | Path) -> PublishedAdapter:
     Raises:
         PatError: no such folder, or its files are not those of such an adapter.
     """
-    folder = Path(adapter)
-    if not os.path.isdir(folder):
-        alike = near(folder, folder=True)
-        raise PatError(f"{adapter}: no such folder{alike}; expected that of an adapter of the published code.")
+    folder = check_adapter(adapter)
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise PatError(f"{adapter}: has no {name}; expected what the published code's training has saved.")

@@ -25,7 +25,8 @@ from pat.loading.hub import hub_options
 from pat.loading.quantized import quantization_of
 from pat.loading.sizes import COUNTS, MAX_CONFIG_BYTES, check_sizes, is_count
 from pat.loading.stored import stored_file, stored_tensors
-from pat.paths import expand, looks_local, near
+from pat.named import check_model
+from pat.paths import near
 
 _CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 """Class names of the causal language models in transformers; older ones have names of their own (GPT2LMHeadModel)."""
@@ -48,7 +49,7 @@ def load_config(name_or_path: str, *, revision: str | None = None) -> tuple[Any,
         PatError: no such model, not a causal language model, a family without a record, a field that transformers
             cannot use, or weights on this machine whose shapes are not those of the configuration.
     """
-    name_or_path = check_exists(name_or_path)
+    name_or_path = check_model(name_or_path)
     _check_folder(name_or_path)
     hub = hub_options(name_or_path, revision)
     check_sizes(name_or_path, _fields(name_or_path, revision, hub))
@@ -98,21 +99,6 @@ def check_quantization(config: PretrainedConfig) -> None:
             f"Got the model {config.name_or_path!r}, whose weights are quantised by {method}; expected weights of 16 "
             f"or 32 bits, or {TRAINABLE_QUANTIZATION} in 4 or 8 bits: take the checkpoint it was quantised from."
         )
-
-
-def check_exists(name_or_path: str) -> str:
-    """Return a hub id or the path of a folder that exists; what can only be a path never goes to the hub.
-
-    Raises:
-        PatError: there is no such folder.
-    """
-    path = Path(expand(name_or_path))
-    if (looks_local(name_or_path) and not os.path.isdir(path)) or os.path.isfile(path):
-        raise PatError(
-            f"Got the model {name_or_path!r}, but there is no such folder{near(path, folder=True)}; expected a model "
-            "folder or a hub id."
-        )
-    return expand(name_or_path)
 
 
 def _check_folder(name_or_path: str) -> None:

@@ -14,8 +14,9 @@ from transformers.tokenization_utils_base import FULL_TOKENIZER_FILE, TOKENIZER_
 from transformers.utils import CONFIG_NAME
 
 from pat.errors import PatError
-from pat.loading.config import NO_PADDING, TOKEN_IDS, check_exists
+from pat.loading.config import NO_PADDING, TOKEN_IDS
 from pat.loading.hub import hub_options
+from pat.named import check_model
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -46,7 +47,7 @@ def load_plain_tokenizer(name_or_path: str, *, revision: str | None = None) -> P
     Raises:
         PatError: there is no tokenizer, or none that can be used.
     """
-    name_or_path = check_exists(name_or_path)
+    name_or_path = check_model(name_or_path)
     hub = hub_options(name_or_path, revision, files=_FILES)
     try:
         # Without the third, transformers would ask at the terminal whether to run code that the tokenizer brings.

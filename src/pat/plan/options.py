@@ -20,7 +20,10 @@ class PlanOptions(ShapeOptions):
     MAIN_FLAGS: ClassVar = ("model_name_or_path", "pruning_ratio")
 
     model_name_or_path: str = field(
-        metadata={"help": "Base model folder or hub id; only its configuration is read, unless --calibrate is given."}
+        metadata={
+            "help": "Base model folder or hub id; only its configuration is read, unless --calibrate is given.",
+            "names": "model",
+        }
     )
     pruning_ratio: list[float] | None = field(  # type: ignore[assignment]  # several are set side by side
         default=None,
@@ -45,7 +48,8 @@ class PlanOptions(ShapeOptions):
         metadata={
             "help": "Instruction data, as for `pat tune`: measure on it what cutting each axis costs before any "
             "training, and which shapes under the budget come out best. Needs the model's weights, and takes "
-            "minutes or hours: a line says how long, from what the base takes on this machine."
+            "minutes or hours: a line says how long, from what the base takes on this machine.",
+            "names": "dataset",
         },
     )
     shape_search_steps: int = field(

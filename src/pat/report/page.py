@@ -146,7 +146,10 @@ def _asked(facts: Facts) -> str | None:
     """Say that another share of the parameters was cut than was asked for, where a trimmed vocabulary has no part."""
     before, after = (facts.number("cut", name) for name in ("num_parameters_base", "num_parameters"))
     request = facts.mapping("pat_config")
-    if not request or not before or after is None or facts.number("cut", "vocab_size") is not None:
+    if not request or not before or after is None:
+        return None
+    vocabulary, trimmed = facts.number("cut", "vocab_size"), facts.number("cut", "pruned_vocab_size")
+    if vocabulary is not None and trimmed is not None and trimmed < vocabulary:
         return None
     share, ratio = 1 - after / before, facts.number("pat_config", "pruning_ratio")
     if (asked := missed_ratio({**request, "pruning_ratio": ratio}, share)) is None:

@@ -12,7 +12,7 @@ import math
 import os
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,6 +39,16 @@ def installed_versions() -> dict[str, str]:
     return found | {"python": platform.python_version()}
 
 
+def _processor() -> str:
+    """Return the name of the processor, which Python itself knows on few systems; else the name of its architecture."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        if names and names[0]:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
 @dataclass(frozen=True)
 class Machine:
     """The machine that a command ran on."""
@@ -52,8 +62,7 @@ class Machine:
     @classmethod
     def here(cls) -> Machine:
         """Return this machine."""
-        processor = platform.processor() or platform.machine()
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
         return cls(device, os.cpu_count(), torch.get_num_threads())
 
 

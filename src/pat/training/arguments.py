@@ -157,22 +157,7 @@ Every flag of transformers' TrainingArguments and TRL's SFTConfig and ModelConfi
 - may stand for _. The defaults shown are the recipe's (--recipe) and the libraries'. --config FILE takes flags from a
 file, --debug shows tracebacks.\
 """
-    MAIN_FLAGS: ClassVar = (
-        "model_name_or_path",
-        "dataset_name",
-        "output_dir",
-        "pruning_ratio",
-        "recipe",
-        "template",
-        "max_length",
-        "num_train_epochs",
-        "max_steps",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "learning_rate",
-        "lora_r",
-        "seed",
-    )
+    MAIN_FLAGS: ClassVar = RunOptions.MAIN_FLAGS
     """Flags that most runs set."""
     REFUSED: ClassVar = REFUSED
     RANGES: ClassVar = RANGES

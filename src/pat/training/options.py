@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from pat.errors import PatError
 from pat.ranges import check_ranges
@@ -20,12 +21,30 @@ DISTILL_WEIGHTS = "(0, 1]"
 class RunOptions:
     """Model, data and housekeeping of one run."""
 
-    model_name_or_path: str = field(metadata={"help": "Base model: a folder or a hub id."})
+    MAIN_FLAGS: ClassVar = (
+        "model_name_or_path",
+        "dataset_name",
+        "output_dir",
+        "pruning_ratio",
+        "recipe",
+        "template",
+        "max_length",
+        "num_train_epochs",
+        "max_steps",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "lora_r",
+        "seed",
+    )
+
+    model_name_or_path: str = field(metadata={"help": "Base model: a folder or a hub id.", "names": "model"})
     dataset_name: str | list[str] = field(
         metadata={
             "help": "Training data: a hub id, a local .json, .jsonl, .parquet, .csv or .tsv file (also compressed as "
             ".gz, .bz2, .xz or .zst), or a folder of such files; its format is detected. Several are mixed. "
-            "task:arc_easy,piqa (task:FOLDER/arc_easy,piqa for <task>.train.jsonl files) is the train split of tasks."
+            "task:arc_easy,piqa (task:FOLDER/arc_easy,piqa for <task>.train.jsonl files) is the train split of tasks.",
+            "names": "dataset",
         }
     )
     output_dir: Path = field(
@@ -155,7 +174,10 @@ class DistillOptions:
     )
     teacher: str | None = field(
         default=None,
-        metadata={"help": "Another teacher, a folder or hub id of a model with the base's tokenizer; sets --distill."},
+        metadata={
+            "help": "Another teacher, a folder or hub id of a model with the base's tokenizer; sets --distill.",
+            "names": "model",
+        },
     )
     distill_weight: float = field(
         default=0.5,

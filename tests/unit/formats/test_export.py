@@ -56,7 +56,7 @@ def test_a_model_becomes_a_file_of_the_predicted_size(tmp_path: Path) -> None:
         (["--format", "pickle"], "expected one of gguf, onnx, openvino"),
         (["--format", "gguf", "--quantize", "Q3"], "expected one of F32"),
         (["--format", "onnx", "--quantize", "Q8_0"], "it is for gguf alone"),
-        (["--format", "onnx", "--dataset_name", "rows.jsonl"], "it is for gguf alone"),
+        (["--format", "onnx", "--dataset_name", "me/rows"], "it is for gguf alone"),
         (["--format", "gguf", "--limit", "3"], "without dataset_name"),
         (["--format", "gguf", "--dataset_name", "no.jsonl"], "no.jsonl"),
         (["--format", "onnx"], "expected a name that ends in .onnx"),

@@ -211,7 +211,7 @@ def test_a_ratio_that_was_rounded_far_is_told_of_the_model_that_is_there() -> No
         assert f"15.0 % of the parameters were cut where {said} were asked for" in page
     for request, more in (
         ({"pruning_ratio": 0.145}, {}),
-        ({"pruning_ratio": 0.125}, {"vocab_size": 512}),
+        ({"pruning_ratio": 0.125}, {"vocab_size": 512, "pruned_vocab_size": 256}),
         ({"pruning_ratio": None, "pruned_hidden_size": 48}, {}),
         ({"pruning_ratio": None, "target_latency": 0.8}, {}),
         ({}, {}),  # of which nothing is known

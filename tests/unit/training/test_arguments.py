@@ -10,7 +10,9 @@ from trl import ModelConfig, SFTConfig
 from pat.errors import PatError
 from pat.option import Option
 from pat.options import OptionsParser
+from pat.training import flag_names as flag_names_module
 from pat.training.arguments import REFUSED, TuneArguments, build_arguments
+from pat.training.flag_names import flag_names
 from pat.training.options import RunOptions
 from pat.training.run.run_file import MAY_CHANGE
 
@@ -44,6 +46,18 @@ dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocess
 remove_unused_columns label_names train_sampling_strategy length_column_name debug skip_memory_metrics
 router_aux_loss_coef padding_free pad_to_multiple_of loss_type activation_offloading pad_token
 """
+
+
+def test_the_flags_are_known_before_the_libraries_are_imported() -> None:
+    """Or a flag of theirs would be refused as misspelt, or a misspelt one pass for seconds."""
+    assert flag_names() == set(OptionsParser("pat tune", TuneArguments).options)
+
+
+def test_libraries_that_declare_their_flags_otherwise_are_asked_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_base = tuple(declared for declared in flag_names_module._CLASSES if declared[2] != "TrainingArguments")
+    for other in ((), (("transformers", "training_args.py", "Renamed"),), (("no_such_package", "a.py", "A"),)):
+        monkeypatch.setattr(flag_names_module, "_CLASSES", (*without_base, *other))
+        assert flag_names() is None
 
 
 def test_every_flag_has_its_place() -> None:

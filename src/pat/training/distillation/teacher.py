@@ -21,10 +21,10 @@ from pat.checkpoint.places import CHECKPOINTS
 from pat.data.vocabulary import Vocabulary
 from pat.errors import PatError, one_line
 from pat.loading import check_kind, quantization_of
-from pat.loading.config import check_exists
 from pat.loading.hub import hub_options, weights_options
 from pat.loading.stored import stored_tensors
 from pat.loading.tokenizer import load_plain_tokenizer
+from pat.named import check_model
 from pat.nll import Example
 from pat.training.arguments import TuneArguments
 from pat.training.distillation.distill import DistillingTrainer, Lessons, Teacher
@@ -259,7 +259,7 @@ def _identity(arguments: TuneArguments, model: PeftModel | None, base_id: str) -
 
 def _config(name: str) -> Any:
     try:
-        config = AutoConfig.from_pretrained(check_exists(name), trust_remote_code=False, **hub_options(name))
+        config = AutoConfig.from_pretrained(check_model(name), trust_remote_code=False, **hub_options(name))
         stored_tensors(name)  # refuses an index that names files outside the folder
     except PatError:
         raise
@@ -271,7 +271,7 @@ def _config(name: str) -> Any:
 
 def _load(arguments: TuneArguments) -> Any:
     """Load a teacher of any family onto the trainer's device."""
-    name = check_exists(cast(str, arguments.distill.teacher))
+    name = check_model(cast(str, arguments.distill.teacher))
     options: dict[str, Any] = {"dtype": arguments.model.dtype or "auto", **weights_options(name)}
     if arguments.model.attn_implementation is not None:
         options["attn_implementation"] = arguments.model.attn_implementation

@@ -24,10 +24,11 @@ from pat.data.load import (
 from pat.data.mixture import apportioned, drawn, mixed, quotas, shares
 from pat.data.record import DataRecord, combined, make_record
 from pat.data.remarks import held_out_remarks, overlap_remarks, position_remarks, remarks
-from pat.data.sources import check_exists, load_source
+from pat.data.sources import load_source
 from pat.data.streamed import StreamedSource, open_source
 from pat.data.tokens import Encoder, Truncation, encode
 from pat.errors import PatError
+from pat.named import check_dataset
 from pat.nll import Example
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def load_parts(arguments: TuneArguments, tokenizer: PreTrainedTokenizerBase) -> 
     """
     sft, run = arguments.sft, arguments.run
     for name in run.dataset_names:
-        check_exists(name)
+        check_dataset(name)
     return [
         load_training_data(
             name,
@@ -118,7 +119,7 @@ def open_parts(
         learns_prompts=sft.completion_only_loss is False,
     )
     for name in run.dataset_names:
-        check_exists(name)
+        check_dataset(name)
     opened = []
     for name, (own, most) in zip(run.dataset_names, _held_out_of_each(arguments), strict=True):
         num = 0 if isinstance(own, str) else most if own is None else int(own)

@@ -1,0 +1,64 @@
+"""Models and datasets that are named: those that can only be local are looked for before anything large is imported."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from pat.errors import PatError
+from pat.paths import expand, looks_local, near
+from pat.readers import DECOMPRESSORS, READERS, iterate_local
+
+TASK_PREFIX = "task:"
+"""Begins the name of a dataset that is made of tasks' questions."""
+
+FILE_SUFFIXES = {*READERS, *DECOMPRESSORS, ".txt", ".arrow", ".xlsx", ".zip", ".yaml", ".yml"}
+"""What ends in one of these is meant as a file even where there is none: no reason to ask the hub."""
+
+
+def check_model(name_or_path: str) -> str:
+    """Return a hub id or the path of a folder that exists; what can only be a path never goes to the hub.
+
+    Raises:
+        PatError: there is no such folder.
+    """
+    path = Path(expand(name_or_path))
+    if (looks_local(name_or_path) and not os.path.isdir(path)) or os.path.isfile(path):
+        raise PatError(
+            f"Got the model {name_or_path!r}, but there is no such folder{near(path, folder=True)}; expected a model "
+            "folder or a hub id."
+        )
+    return expand(name_or_path)
+
+
+def check_dataset(name: str) -> None:
+    """Check that a local file or folder is there, before others are read.
+
+    Raises:
+        PatError: it is not.
+    """
+    path = Path(expand(name))
+    is_meant = looks_local(name) or path.suffix.lower() in FILE_SUFFIXES
+    if is_meant and not name.startswith(TASK_PREFIX) and not os.path.exists(path):
+        next(iterate_local(path))  # says so
+
+
+def check_adapter(name: str | os.PathLike[str]) -> Path:
+    """Return the folder of an adapter, which exists.
+
+    Raises:
+        PatError: it is not.
+    """
+    path = Path(expand(str(name)))
+    if not os.path.isdir(path):
+        raise PatError(f"{name}: no such folder{near(path, folder=True)}; expected that of an adapter.")
+    return path
+
+
+CHECKS: Mapping[str, Callable[[str], object]] = {
+    "model": check_model,
+    "dataset": check_dataset,
+    "adapter": check_adapter,
+}
+"""How each kind of thing that an option names is looked for, see `pat.option.Option.names`."""
