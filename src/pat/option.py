@@ -125,6 +125,8 @@ class Option:
             raise ValueError(f"one of {', '.join(self.choices)}")
         if dict in self.kinds and isinstance(value, bool):  # which libraries would open as a file: that of its number
             raise ValueError(self._expected())
+        if isinstance(value, float) and value.is_integer() and int in self.kinds and float not in self.kinds:
+            value = int(value)
         for kind in self.kinds:
             try:
                 return _as(kind, value)

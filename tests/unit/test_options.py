@@ -128,6 +128,8 @@ def test_keywords_are_values_or_words() -> None:
     assert made.inner == Inner("n", learning_rate=1)
     assert made.other == Other("n", sizes=[2, 3], rank=4, report_to=["a", "b"], folder=Path.home() / "x")
     assert parser().build({"name": "n", "sizes": "2,3", "flag": "yes"}).other.sizes == [2, 3]
+    whole = parser().build({"name": "n", "rank": 4.0, "learning_rate": 1.0})
+    assert type(whole.other.rank) is int and type(whole.inner.learning_rate) is float
 
 
 @pytest.mark.parametrize(
