@@ -19,6 +19,7 @@ from pat.plan.scorer import ShapeScorer
 from pat.plan.search import tuned_nll
 from pat.plan.work import say_expected_time
 from pat.report.progress import hidden, phase, progress_bar
+from pat.training.preflight.threads import using
 
 
 def measure_shapes(
@@ -50,17 +51,18 @@ def measure_shapes(
     scorer = ShapeScorer(name, dataset, base_config, family, target)
     tuned: list[Point] = []
     try:
-        # The phases within are hidden: what is left of them says nothing of the whole.
-        with phase("Measuring shapes", "shapes", shown=shown) as state, hidden():
-            scorer.run(pruning_ratio, state, partial(say_expected_time, num_steps=num_steps) if shown else None)
-        measured = scorer.measured()
-        if not num_steps:
-            return measured
-        del scorer.model  # it is not needed beside those that are tuned
-        with progress_bar("Tuning shapes", "shapes", shown=shown) as bar:
-            for point in measured.candidates:
-                tuned.append(replace(point, tuned_nll=tuned_nll(name, dataset, point.sizes, num_steps)))
-                bar(len(tuned), len(measured.candidates))
+        with using(scorer.threads):
+            # The phases within are hidden: what is left of them says nothing of the whole.
+            with phase("Measuring shapes", "shapes", shown=shown) as state, hidden():
+                scorer.run(pruning_ratio, state, partial(say_expected_time, num_steps=num_steps) if shown else None)
+            measured = scorer.measured()
+            if not num_steps:
+                return measured
+            del scorer.model  # it is not needed beside those that are tuned
+            with progress_bar("Tuning shapes", "shapes", shown=shown) as bar:
+                for point in measured.candidates:
+                    tuned.append(replace(point, tuned_nll=tuned_nll(name, dataset, point.sizes, num_steps)))
+                    bar(len(tuned), len(measured.candidates))
     except (KeyboardInterrupt, RunFailed) as error:
         if scorer.losses:  # minutes of work, which must not be lost
             found = scorer.measured()

@@ -27,6 +27,7 @@ from pat.plan.work import num_read
 from pat.report.progress import Phase
 from pat.shape import AXES, Shape
 from pat.training.preflight.precision import bf16_pays_on_cpu
+from pat.training.preflight.threads import Threads, threads_for
 from pat.tuner.config import PatConfig
 from pat.tuner.model import PatModel, find_tuner
 from pat.tuner.prepare import check_config
@@ -90,8 +91,12 @@ class ShapeScorer:
         self.model: Any = load_base(name)
         sizes = getattr(base_config, family.hidden_size_field), getattr(base_config, "intermediate_size", 0)
         pays = self.model.dtype == torch.float32 and bf16_pays_on_cpu(sizes[0], sizes[1] or sizes[0])
+        self.threads: Threads | None = None
+        """Threads that are fastest on this CPU; None on an accelerator, and where the user has chosen them."""
         if torch.accelerator.is_available():
             self.model, pays = self.model.to(cast(Any, torch.accelerator.current_accelerator())), False
+        else:
+            self.threads = threads_for(base_config, family, bf16=pays)
         self.autocast = torch.autocast(self.model.device.type, torch.bfloat16, enabled=pays)
 
     def run(self, ratio: float, state: Phase, say: Callable[..., float] | None = None) -> None:
