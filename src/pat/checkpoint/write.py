@@ -202,12 +202,12 @@ def weight_bytes(folder: Path) -> int:
 def pruning_of(tuner: PatModel) -> Pruning:
     """Return what merging or compacting the active adapter cuts, with the sizes that it leaves alone."""
     mask, config, stream = tuner.mask(), tuner.pat_config(), cast(ResidualStream, tuner.residual_stream)
+    base_config = copy.deepcopy(cast(PreTrainedModel, tuner.model).config)
     sizes: dict[str, Any] = {}
     for axis in AXES.values():
-        sizes |= dict.fromkeys((axis.field, axis.option), (config.base_shape or {}).get(axis.field))
+        sizes |= dict.fromkeys((axis.field, axis.option), getattr(base_config, axis.field, None))
     for name, (gate, *_) in tuner.gates_by_axis().items():
         sizes |= {AXES[name].field: gate.size, AXES[name].option: gate.num_kept}
-    base_config = copy.deepcopy(cast(PreTrainedModel, tuner.model).config)
     sizes["pruned_vocab_size"] = base_config.vocab_size
     if config.base_vocab_size is not None:
         base_config.vocab_size = config.base_vocab_size

@@ -109,7 +109,9 @@ def test_results_tell_what_was_done(work: Path) -> None:
     assert stored["cut"]["hidden_size"] == 48
     assert stored["cut"]["pruned_hidden_size"] == 36
     assert stored["cut"]["num_parameters"] == result.record.cut.num_parameters < stored["cut"]["num_parameters_base"]
-    sizes = stored["cut"]
+    sizes, base = stored["cut"], json.loads((work / "base" / "config.json").read_text())
+    for left_alone in ("intermediate_size", "num_key_value_heads", "num_hidden_layers", "vocab_size"):
+        assert sizes[left_alone] == sizes[f"pruned_{left_alone}"] == base[left_alone]
     assert sizes["file_bytes"] == (work / "out" / "model.safetensors").stat().st_size > sizes["num_bytes"]
     assert stored["pat_config"]["peft_type"] == "PAT"
     assert str(work) not in text
