@@ -46,7 +46,7 @@ COMMANDS = {
         options="pat.training.arguments:TuneArguments",
         run="pat.training.tune:run_tune",
         show="pat.training.outcome.summary:print_summary",
-        first="pat.training.options:RunOptions",
+        first="pat.training.options:EarlyOptions",
         flags="pat.training.flag_names:flag_names",
     ),
     "plan": Command(
@@ -147,10 +147,8 @@ def _run(name: str, argv: Sequence[str]) -> int:
             # What the libraries will change in their next versions is nothing a person at the terminal can act on.
             warnings.simplefilter("ignore", FutureWarning)
             if command.first and not {"-h", "--help"} & set(argv):
-                flags = _load(command.flags)()
-                if flags is not None:
-                    first: OptionsParser[Any] = OptionsParser(f"pat {name}", _load(command.first))
-                    first.require(first.read(argv, others=flags))
+                first: OptionsParser[Any] = OptionsParser(f"pat {name}", _load(command.first))
+                first.require(first.read(argv, others=_load(command.flags)()))
             with _loading():
                 declared = _load(command.options)
             options = OptionsParser(f"pat {name}", declared, command.summary).parse(argv)

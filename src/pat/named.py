@@ -1,9 +1,10 @@
-"""Models and datasets that are named: those that can only be local are looked for before anything large is imported."""
+"""Models, datasets and adapters that are named: what can only be local is looked for before any large import."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from pat.errors import PatError
@@ -15,6 +16,9 @@ TASK_PREFIX = "task:"
 
 FILE_SUFFIXES = {*READERS, *DECOMPRESSORS, ".txt", ".arrow", ".xlsx", ".zip", ".yaml", ".yml"}
 """What ends in one of these is meant as a file even where there is none: no reason to ask the hub."""
+
+
+PUBLISHED = "an adapter of the published code"
 
 
 def check_model(name_or_path: str) -> str:
@@ -36,7 +40,7 @@ def check_dataset(name: str) -> None:
     """Check that a local file or folder is there, before others are read.
 
     Raises:
-        PatError: it is not.
+        PatError: there is no such file or folder.
     """
     path = Path(expand(name))
     is_meant = looks_local(name) or path.suffix.lower() in FILE_SUFFIXES
@@ -44,15 +48,19 @@ def check_dataset(name: str) -> None:
         next(iterate_local(path))  # says so
 
 
-def check_adapter(name: str | os.PathLike[str]) -> Path:
+def check_adapter(name: str | os.PathLike[str], kind: str = "a PAT adapter") -> Path:
     """Return the folder of an adapter, which exists.
 
+    Args:
+        name: of the folder.
+        kind: of adapter, for the message.
+
     Raises:
-        PatError: it is not.
+        PatError: there is no such folder.
     """
     path = Path(expand(str(name)))
     if not os.path.isdir(path):
-        raise PatError(f"{name}: no such folder{near(path, folder=True)}; expected that of an adapter.")
+        raise PatError(f"{name}: no such folder{near(path, folder=True)}; expected the folder of {kind}.")
     return path
 
 
@@ -60,5 +68,6 @@ CHECKS: Mapping[str, Callable[[str], object]] = {
     "model": check_model,
     "dataset": check_dataset,
     "adapter": check_adapter,
+    "published adapter": partial(check_adapter, kind=PUBLISHED),
 }
 """How each kind of thing that an option names is looked for, see `pat.option.Option.names`."""

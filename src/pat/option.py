@@ -6,6 +6,7 @@ import argparse
 import enum
 import json
 import os
+import re
 import types
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass
@@ -16,6 +17,9 @@ from pat.paths import expand
 from pat.ranges import Range, check_range, did_you_mean
 
 _WORDS = {True: ("true", "yes", "t", "y", "1", "on"), False: ("false", "no", "f", "n", "0", "off")}
+
+_WHOLE = re.compile(r"[+-]?[0-9]{1,15}\.0+")
+"""A whole number with a decimal point, as a float is written."""
 
 _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", dict: "a mapping in JSON"}
 
@@ -39,7 +43,7 @@ class Option:
     is_secret: bool = False
     """Whether its value is never shown."""
     names: str | None = None
-    """What its texts name, which is looked for at once: `model`, `dataset` or `adapter`."""
+    """What its texts name, which is looked for at once: a key of `pat.named.CHECKS`."""
 
     @classmethod
     def of(cls, field: Field[Any], annotation: Any, range_of_it: str | None = None) -> Option:
@@ -125,8 +129,8 @@ class Option:
             raise ValueError(f"one of {', '.join(self.choices)}")
         if dict in self.kinds and isinstance(value, bool):  # which libraries would open as a file: that of its number
             raise ValueError(self._expected())
-        if isinstance(value, float) and value.is_integer() and int in self.kinds and float not in self.kinds:
-            value = int(value)
+        if int in self.kinds and float not in self.kinds and _WHOLE.fullmatch(str(value)):
+            value = int(float(value))
         for kind in self.kinds:
             try:
                 return _as(kind, value)

@@ -26,6 +26,7 @@ SAME = (
     ("model_name_or_path", "base_model", "model", "base"),
     ("dataset_name", "calibrate", "dataset", "data"),
     ("output_dir", "output"),
+    ("lora_r", "lora_rank", "rank"),
 )
 """Names that commands, and people, have for the same thing; that of a command is suggested for any of the others."""
 
@@ -65,7 +66,7 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
         self._sections = _sections(options)
         self._refused: Mapping[str, tuple[Any, str]] = getattr(options, "REFUSED", {})
         self.options = {option.name: option for _, _, own in reversed(self._sections) for option in own}
-        self._others: frozenset[str] = frozenset()
+        self._others: frozenset[str] | None = frozenset()
 
     # -- the three ways in -------------------------------------------------------------------------------------
 
@@ -87,12 +88,12 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
         given = {name: self._read(name, value, f"{name}={value!r}") for name, value in keywords.items()}
         return self._make(self._without_nothing(given))
 
-    def read(self, argv: Sequence[str], *, others: frozenset[str] = frozenset()) -> dict[str, Any]:
+    def read(self, argv: Sequence[str], *, others: frozenset[str] | None = frozenset()) -> dict[str, Any]:
         """Return what a command line and its `--config` file give, and look for the models and data that they name.
 
         Args:
             argv: words of the command line.
-            others: names of flags that are let pass, because another parser reads them.
+            others: names of flags that are let pass, because another parser reads them; None lets all pass.
 
         Raises:
             PatError: see `parse`.
@@ -160,7 +161,7 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
         return layer(given) if callable(layer) else {}
 
     def _read_file(self, path: Path) -> dict[str, Any]:
-        given = {}
+        given, unknown = {}, {}
         for name, value, line in read_config(path):
             place = f"{path}, line {line}"
             if name == "env":
@@ -168,8 +169,15 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
             elif name in self.options:
                 given[name] = self._read(name, value, f"{name} {value!r}", place)
             else:
-                self._refuse_unknown({name: ""}, place, None)
+                unknown[name] = line
+        if lines := [str(line) for name, line in unknown.items() if not self._passes(name)]:
+            place = f"{path}, line{'s' * (len(lines) > 1)} {_listed(lines)}"
+            self._refuse_unknown(dict.fromkeys(unknown, ""), place, None)
         return self._without_nothing(given)
+
+    def _passes(self, name: str) -> bool:
+        """Tell whether a flag is known here, or may be read by another parser."""
+        return name in self.options or self._others is None or bool({name, name.removeprefix("no_")} & self._others)
 
     def _without_nothing(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Leave out what is nothing, as after the colon in a file: the default holds, unless none is a value."""
@@ -188,13 +196,11 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
         All of them are named at once, each with the option that it likely means, and what is missing besides; `given`
         is None where that cannot be known yet.
         """
-        known = {*self.options, *self._others}
-        passed = {*known, *(f"no_{name}" for name in self._others)}
-        unknown = {name: dashes for name, dashes in names.items() if name not in passed or dashes == "-"}
+        unknown = {name: dashes for name, dashes in names.items() if dashes == "-" or not self._passes(name)}
         if not unknown:
             return
         prefix = "--" if any(unknown.values()) else ""
-        near = {name: match for name in unknown for match in ([name] if name in known else self._like(name))}
+        near = {name: match for name in unknown for match in ([name] if self._passes(name) else self._like(name))}
         meant = [
             f"{prefix}{match}{f' for {unknown[name]}{name}' if len(unknown) > 1 else ''}"
             for name, match in near.items()
@@ -209,7 +215,9 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
 
     def _like(self, name: str) -> list[str]:
         """Return the option that a name likely means: a main one that it shortens, the same thing, or a name alike."""
-        known = [*self.options, *sorted(self._others - {*self.options})]
+        known = [option for option in (*self.options, *sorted(self._others or ())) if option not in self._refused]
+        if name.startswith("no_"):
+            known += [f"no_{option}" for option in known]
         main = [option for option in getattr(self._class, "MAIN_FLAGS", ()) if option in known]
         likely = [
             option
@@ -262,7 +270,7 @@ def _sections(options: type[Any]) -> list[tuple[str, type[Any], list[Option]]]:
     return [(heading, part, read(part)) for heading, part in parts]
 
 
-def _listed(names: Sequence[str], prefix: str) -> str:
+def _listed(names: Sequence[str], prefix: str = "") -> str:
     """Return names as they stand in a sentence."""
     shown = [prefix + name for name in names]
     return " and ".join([*([", ".join(shown[:-1])] if shown[1:] else []), shown[-1]])

@@ -75,11 +75,22 @@ def test_without_a_command_the_overview_names_all_of_them(capsys: pytest.Capture
         (["tune", *BASE, "--config", "nowhere.yaml"], 2, "no such file"),
         (["tune", *BASE, "--recipe", "best"], 2, "default, paper"),
         (["tune", *BASE, "--learnig_rate", "1e-4"], 2, "unknown flag --learnig_rate; did you mean --learning_rate?"),
-        (["tune", *BASE, "--no_gradient_checkpoint"], 2, "unknown flag --no_gradient_checkpoint; did you mean"),
+        (["tune", *BASE, "--no_gradient_checkpoint"], 2, "did you mean --no_gradient_checkpointing?"),
+        (["tune", *BASE, "--lora_rank", "8"], 2, "unknown flag --lora_rank; did you mean --lora_r?"),
+        (["tune", *BASE, "--teacher", "./nowhere"], 2, "Got the model './nowhere', but there is no such folder"),
         (["tune", "--model_name_or_path", "./nowhere", *BASE[2:]], 2, "Got the model './nowhere', but there"),
         (["plan", "--model_name_or_path", "m", "--calibrate", "nowhere.csv"], 2, "nowhere.csv: no such file"),
         (["benchmark", "--model", "m", "--baseline", "./nowhere"], 2, "Got the model './nowhere'"),
-        (["convert", "--adapter", "nowhere", "--output_dir", "o"], 2, "nowhere: no such folder; expected that of an"),
+        (
+            ["merge", "--adapter", "nowhere", "--output_dir", "o"],
+            2,
+            "nowhere: no such folder; expected the folder of a PAT",
+        ),
+        (
+            ["convert", "--adapter", "nowhere", "--output_dir", "o"],
+            2,
+            "expected the folder of an adapter of the published",
+        ),
     ],
 )
 def test_what_needs_no_model_imports_no_torch_and_is_quick(argv: list[str], status: int, words: str) -> None:

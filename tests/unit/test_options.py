@@ -61,6 +61,7 @@ def parser() -> OptionsParser[Options]:
         ("--report_to a b", "report_to", ["a", "b"]),
         ("--rank 3", "rank", 3),
         ("--rank dense", "rank", "dense"),
+        ("--sizes 3.0 4", "sizes", [3, 4]),
         ("--flag", "flag", True),
         ("--flag no", "flag", False),
         ("--on False", "on", False),
@@ -180,6 +181,10 @@ def test_what_cannot_be_is_said_in_one_line(given: Any, line: str) -> None:
     [
         ("name: n\nlearning_rate: a lot\n", "c.yaml, line 2: got learning_rate 'a lot'; expected a number"),
         ("naem: n\n", "c.yaml, line 1: got the unknown flag naem; did you mean name?"),
+        (
+            "naem: n\nflag: true\nrnak: 3\n",
+            "c.yaml, lines 1 and 3: got the unknown flags naem, rnak; did you mean name for naem and rank for rnak?",
+        ),
         ("name: n\nflag: 1\n\nflag: 0\n", "c.yaml, line 4: got flag a second time (line 2); give it once."),
         ("name: [", "c.yaml, line 1: not valid YAML"),
         ("just text", "c.yaml: got no YAML mapping"),

@@ -31,7 +31,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 class Pruning:
     """The cut that was made in a base model, and how its channels were chosen.
 
-    Sizes before and after, equal where nothing is cut. Older versions wrote none of an axis that they left alone.
+    Every size stands before and after the cut, and both are equal where nothing is cut. Records of older versions have
+    null for an axis that they left alone.
     """
 
     hidden_size: int
@@ -53,6 +54,12 @@ class Pruning:
     def describe(self) -> str:
         """Say what was cut."""
         return ", ".join(f"{name} {before} to {after}" for name, before, after in self.sizes)
+
+    @property
+    def trims_vocabulary(self) -> bool:
+        """Whether the small model has fewer tokens than its base."""
+        before, after = self.vocab_size, self.pruned_vocab_size
+        return before is not None and after is not None and after < before
 
     @property
     def sizes(self) -> list[tuple[str, int, int]]:

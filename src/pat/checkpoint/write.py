@@ -30,6 +30,7 @@ from pat.report.progress import phase, quiet_transformers
 from pat.serving import trouble
 from pat.shape import AXES
 from pat.surgery.adapted import AdaptedMatrix, merged
+from pat.surgery.axes import sizes_of
 from pat.surgery.costs import build_skeleton, cost_of, usual_context
 from pat.surgery.dense import DenseForm, rounded
 from pat.surgery.describe import count_parameters
@@ -204,8 +205,9 @@ def pruning_of(tuner: PatModel) -> Pruning:
     mask, config, stream = tuner.mask(), tuner.pat_config(), cast(ResidualStream, tuner.residual_stream)
     base_config = copy.deepcopy(cast(PreTrainedModel, tuner.model).config)
     sizes: dict[str, Any] = {}
+    before = sizes_of(base_config, stream.family)
     for axis in AXES.values():
-        sizes |= dict.fromkeys((axis.field, axis.option), getattr(base_config, axis.field, None))
+        sizes |= dict.fromkeys((axis.field, axis.option), before.get(axis.field))
     for name, (gate, *_) in tuner.gates_by_axis().items():
         sizes |= {AXES[name].field: gate.size, AXES[name].option: gate.num_kept}
     sizes["pruned_vocab_size"] = base_config.vocab_size

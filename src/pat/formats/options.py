@@ -112,7 +112,10 @@ class ConvertOptions(MergeOptions):
     """The published code's adapter, and the form in which the model is written."""
 
     adapter: str | Path = field(
-        metadata={"help": "Folder of an adapter that the paper's published code has saved.", "names": "adapter"}
+        metadata={
+            "help": "Folder of an adapter that the paper's published code has saved.",
+            "names": "published adapter",
+        }
     )
     pruned_hidden_size: int | None = field(
         default=None,

@@ -29,7 +29,7 @@ from torch import Tensor
 from pat.errors import PatError, one_line
 from pat.kinds import misfits
 from pat.loading.stored import DTYPES
-from pat.named import check_adapter
+from pat.named import PUBLISHED, check_adapter
 
 PREFIX = "base_model.model."
 
@@ -114,7 +114,7 @@ def read_published(adapter: str | Path) -> PublishedAdapter:
     Raises:
         PatError: no such folder, or its files are not those of such an adapter.
     """
-    folder = check_adapter(adapter)
+    folder = check_adapter(adapter, PUBLISHED)
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise PatError(f"{adapter}: has no {name}; expected what the published code's training has saved.")

@@ -55,6 +55,8 @@ class Measured:
     """Sizes that `pat tune` takes for the budget by itself, which are among the candidates."""
     num_steps: int = 0
     """Optimizer steps that each candidate was tuned for."""
+    num_threads: int | None = None
+    """Number of threads of torch on the CPU that measured; None on an accelerator."""
 
 
 def flags(sizes: Mapping[str, int]) -> str:
@@ -100,6 +102,9 @@ def measured_table(measured: Measured) -> Table:
 def print_measured(measured: Measured, *, file: TextIO | None = None) -> None:
     """Print the table of curves and candidates, and what has to be known to read it."""
     measured_table(measured).print(file=file)
+    if measured.num_threads is not None:
+        plural = "" if measured.num_threads == 1 else "s"
+        print(f"Measured with {measured.num_threads} thread{plural} on this CPU.", file=file)
     points = [*(point for curve in measured.curves.values() for point in curve), *measured.candidates]
     if any(point.predicted_nll is not None for point in points):
         print(

@@ -97,6 +97,8 @@ class ShapeScorer:
             self.model, pays = self.model.to(cast(Any, torch.accelerator.current_accelerator())), False
         else:
             self.threads = threads_for(base_config, family, bf16=pays)
+        self.num_threads: int | None = None
+        """Number of threads that shapes were scored with; None before, and on an accelerator."""
         self.autocast = torch.autocast(self.model.device.type, torch.bfloat16, enabled=pays)
 
     def run(self, ratio: float, state: Phase, say: Callable[..., float] | None = None) -> None:
@@ -107,6 +109,8 @@ class ShapeScorer:
             state: is told of each shape that is scored, and of how long all of them are expected to take.
             say: says so, and returns the seconds; see `say_expected_time`.
         """
+        if self.model.device.type == "cpu":
+            self.num_threads = torch.get_num_threads()
         shapes = {axis: self.curve(axis, ratio) for axis in AXES}
         shapes = {axis: found for axis, found in shapes.items() if found}
         rule = self.sizes_of(PatConfig(task_type="CAUSAL_LM", **(self.target or {"pruning_ratio": ratio})))
@@ -165,6 +169,7 @@ class ShapeScorer:
             curves=dict(self.curves),
             candidates=(*candidates[:1], *behind),
             default=self.default,
+            num_threads=self.num_threads,
         )
 
     def curve(self, axis: str, ratio: float) -> dict[int, float]:

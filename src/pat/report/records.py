@@ -39,14 +39,17 @@ def installed_versions() -> dict[str, str]:
     return found | {"python": platform.python_version()}
 
 
-def _processor() -> str:
-    """Return the name of the processor, which Python itself knows on few systems; else the name of its architecture."""
+def processor_name(file: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the name of the processor, which Python itself knows on few systems; else the name of its architecture.
+
+    Args:
+        file: of Linux, in which the lines that begin with `model name` have it, on x86 for one.
+    """
+    names: list[str] = []
     with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        if names and names[0]:
-            return names[0]
-    return platform.processor() or platform.machine()
+    return next(filter(None, names), "") or platform.processor() or platform.machine()
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,13 @@ class Machine:
     """Name of the accelerator, or of the processor."""
     num_cores: int | None
     num_threads: int
-    """Number of threads of torch on the CPU. `pat tune` may have chosen fewer than torch's own."""
+    """Number of threads of torch on the CPU. `pat tune` may have chosen fewer than torch's own, and the parts of `pat
+    plan` that measure say their number themselves."""
 
     @classmethod
     def here(cls) -> Machine:
         """Return this machine."""
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
         return cls(device, os.cpu_count(), torch.get_num_threads())
 
 

@@ -32,16 +32,24 @@ def flag_names() -> frozenset[str] | None:
             return None
         bases |= {base.id for base in declared.bases if isinstance(base, ast.Name)}
         lines = [line for line in declared.body if isinstance(line, ast.AnnAssign)]
-        lines = [line for line in lines if "ClassVar" not in ast.unparse(line.annotation)]
+        lines = [line for line in lines if not _is_no_flag(line)]
         names |= {line.target.id for line in lines if isinstance(line.target, ast.Name)}
     return frozenset(names) if bases <= {name for *_, name in _CLASSES} else None
 
 
+def _is_no_flag(line: ast.AnnAssign) -> bool:
+    """Tell whether what a class annotates is of the class, or a field that is not given."""
+    value = line.value
+    keywords = value.keywords if isinstance(value, ast.Call) else []
+    hidden = any(word.arg == "init" and ast.unparse(word.value) == "False" for word in keywords)
+    return hidden or "ClassVar" in ast.unparse(line.annotation)
+
+
 def _declaration(package: str, file: str, name: str) -> ast.ClassDef | None:
-    found = importlib.util.find_spec(package)
-    folders = found.submodule_search_locations if found is not None else None
     try:
+        found = importlib.util.find_spec(package)
+        folders = found.submodule_search_locations if found is not None else None
         tree = ast.parse(Path(next(iter(folders or [])), file).read_text(encoding="utf-8"))
-    except (OSError, StopIteration, SyntaxError, UnicodeDecodeError):
+    except (OSError, StopIteration, SyntaxError, ValueError):
         return None
     return next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)

@@ -10,6 +10,7 @@ from typing import ClassVar
 from pat.errors import PatError
 from pat.ranges import check_ranges
 from pat.recipes import RECIPES
+from pat.training.refused import REFUSED
 
 ON_BAD_ROW = ("error", "skip")
 
@@ -17,26 +18,28 @@ DISTILL_WEIGHTS = "(0, 1]"
 """Range of the share that the divergence from a teacher has in the loss."""
 
 
+MAIN_FLAGS = (
+    "model_name_or_path",
+    "dataset_name",
+    "output_dir",
+    "pruning_ratio",
+    "recipe",
+    "template",
+    "max_length",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lora_r",
+    "seed",
+)
+"""Flags that most runs set, of all parts of the options. They open the help, and a misspelt flag is most likely one."""
+
+
 @dataclass
 class RunOptions:
     """Model, data and housekeeping of one run."""
-
-    MAIN_FLAGS: ClassVar = (
-        "model_name_or_path",
-        "dataset_name",
-        "output_dir",
-        "pruning_ratio",
-        "recipe",
-        "template",
-        "max_length",
-        "num_train_epochs",
-        "max_steps",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "learning_rate",
-        "lora_r",
-        "seed",
-    )
 
     model_name_or_path: str = field(metadata={"help": "Base model: a folder or a hub id.", "names": "model"})
     dataset_name: str | list[str] = field(
@@ -195,3 +198,14 @@ class DistillOptions:
     def __post_init__(self) -> None:
         check_ranges(self)
         self.distill = self.distill or self.teacher is not None
+
+
+@dataclass(frozen=True)
+class EarlyOptions:
+    """Options of `pat tune` that need nothing large, and are looked at before the import of those that do."""
+
+    run: RunOptions
+    distill: DistillOptions
+
+    MAIN_FLAGS: ClassVar = MAIN_FLAGS
+    REFUSED: ClassVar = REFUSED

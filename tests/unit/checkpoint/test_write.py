@@ -91,6 +91,13 @@ def test_the_number_of_experts_has_the_names_of_both_transformers(family: str, t
     assert fields["num_experts"] == fields["num_local_experts"] == build(family, tied=True).config.num_local_experts
 
 
+def test_sizes_that_are_left_alone_are_those_of_one_expert() -> None:
+    model = tuned(family="qwen3_moe")
+    pruning, config = pruning_of(find_tuner(model)), model.config
+    assert pruning.intermediate_size == pruning.pruned_intermediate_size == config.moe_intermediate_size
+    assert config.moe_intermediate_size != config.intermediate_size and not pruning.trims_vocabulary
+
+
 def test_the_masked_model_stays_as_it_was(tmp_path: Path) -> None:
     model = tuned(tied=False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

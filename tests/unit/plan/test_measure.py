@@ -7,10 +7,12 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from pat.cli import main
 from pat.errors import Interrupted
 from pat.plan import measure, scorer
+from pat.training.preflight.threads import Threads, restored_threads
 
 TESTS = Path(__file__).parents[2]
 STORIES, DATA = TESTS / "data" / "stories260K", TESTS / "data" / "instructions.jsonl"
@@ -24,8 +26,13 @@ def test_curves_rise_and_candidates_meet_the_budget(
     monkeypatch.setattr(scorer, "NUM_PAIRS", 1)
     figure = tmp_path / "curves.png"
     flags = ["--model_name_or_path", str(STORIES), "--calibrate", str(DATA), "--figure", str(figure), "--json"]
-    assert main(["plan", *flags, "--shape_search_steps", "2"]) == 0
+    monkeypatch.setattr(scorer, "threads_for", lambda *_, **__: Threads(1, 2, 3.0))
+    with restored_threads():
+        torch.set_num_threads(2)
+        assert main(["plan", *flags, "--shape_search_steps", "2"]) == 0
+        assert torch.get_num_threads() == 2
     measured = json.loads(capsys.readouterr().out)["measured"]
+    assert measured["num_threads"] == 1
     for points in measured["curves"].values():
         losses = [measured["base_nll"], *(point["nll"] for point in points)]
         assert losses == sorted(losses)

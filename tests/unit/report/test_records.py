@@ -3,6 +3,7 @@
 import enum
 import json
 import logging
+import platform
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from pat.cli import COMMANDS
 from pat.errors import RunFailed
-from pat.report.records import Record, collected_warnings, write_record
+from pat.report.records import Record, collected_warnings, processor_name, write_record
 
 SCHEMAS = Path(__file__).resolve().parents[3] / "docs" / "schemas"
 
@@ -74,3 +75,10 @@ def test_the_published_schemas_are_those_of_the_records() -> None:
     assert {path.stem for path in SCHEMAS.glob("*.json")} == set(COMMANDS)
     for name, schema in module.schemas().items():
         assert json.loads((SCHEMAS / f"{name}.json").read_text()) == schema, name
+
+
+def test_the_processor_is_named_by_linux_or_by_its_architecture(tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    assert processor_name(file) == (platform.processor() or platform.machine())
+    file.write_text("processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\nmodel\t\t: 1\n")
+    assert processor_name(file) == "Some CPU @ 2 GHz"

@@ -11,9 +11,10 @@ from pat.errors import PatError
 from pat.option import Option
 from pat.options import OptionsParser
 from pat.training import flag_names as flag_names_module
-from pat.training.arguments import REFUSED, TuneArguments, build_arguments
+from pat.training.arguments import TuneArguments, build_arguments
 from pat.training.flag_names import flag_names
 from pat.training.options import RunOptions
+from pat.training.refused import REFUSED
 from pat.training.run.run_file import MAY_CHANGE
 
 BASE: dict[str, Any] = {"model_name_or_path": "base", "dataset_name": "data.jsonl", "output_dir": "out"}

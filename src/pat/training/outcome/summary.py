@@ -120,7 +120,7 @@ def how_to_measure(result: TuneResult) -> list[str]:
     if files and (learns_prompts or cut.keeps_end or cut.room != cut.max_length):
         names = ", ".join(str(file) for file in files)
         return [f"Held-out rows: {names}; this run scores other tokens of them than `pat evaluate` does."]
-    tokens = "" if record.cut.vocab_size is None else ", in tokens of the model's own"
+    tokens = ", in tokens of the model's own" if record.cut.trims_vocabulary else ""
     return [
         f"On the held-out rows{tokens}: pat evaluate --model {quote(str(result.model_dir))} "
         f"--dataset_name {quote(str(file))} --max_length {cut.max_length or _UNCUT}"

@@ -25,8 +25,9 @@ from pat.kinds import misfits
 from pat.loading.fingerprint import base_fingerprint
 from pat.loading.hub import hub_options
 from pat.report.records import plain, to_json
-from pat.training.arguments import REFUSED, TuneArguments
+from pat.training.arguments import TuneArguments
 from pat.training.options import DistillOptions, RunOptions
+from pat.training.refused import REFUSED
 from pat.tuner.options import PatOptions
 from pat.whole_files import write_whole
 

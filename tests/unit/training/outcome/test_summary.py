@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from pat.checkpoint.card import Pruning
 from pat.evaluation.options import EvaluateOptions
 from pat.formats.options import ExportOptions
 from pat.options import OptionsParser
@@ -54,7 +56,9 @@ def test_the_held_out_rows_are_measured_as_in_the_run_or_no_command_says_so(
 ) -> None:
     result = finished(tmp_path / "it's mine", "llama", ["mlp"], None)
     result.record.training_arguments = given
-    result.record.cut.vocab_size = None
+    sizes = {"hidden_size": 64, "pruned_hidden_size": 64, "vocab_size": 512, "pruned_vocab_size": 512}
+    whole = Pruning(**sizes, num_parameters_base=2, rotation="none", mask="trainable", milestone_step=0)
+    result.record.cut = whole
     result.record.data = SimpleNamespace(format="messages", sources=())
     assert how_to_measure(result) == []
     files = [result.output_dir / name for name in ("held_out.jsonl", "held_out_2.jsonl")]
@@ -66,6 +70,9 @@ def test_the_held_out_rows_are_measured_as_in_the_run_or_no_command_says_so(
         assert all(str(file) in line for file in files) and "--model" not in line
         return
     asked = [shlex.split(line.partition(": ")[2]) for line in lines]
+    assert lines[0].startswith("On the held-out rows: ")
+    result.record.cut = replace(whole, pruned_vocab_size=256)
+    assert how_to_measure(result)[0].startswith("On the held-out rows, in tokens of the model's own: ")
     assert [words[:2] for words in asked] == [["pat", "evaluate"]] * 2
     options = [OptionsParser("pat evaluate", EvaluateOptions).parse(words[2:]) for words in asked]
     assert [one.dataset_name for one in options] == [str(file) for file in files]
