@@ -255,14 +255,21 @@ def _answer(request: dict[str, Any]) -> None:
                 answer = _ask(cell, LLM, SamplingParams)
             except BaseException as error:  # whatever it is, it is the outcome
                 traceback.print_exc()
-                lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-                answer = {"error": f"{type(error).__name__}: {' '.join(lines)}"[:300]}
+                answer = {"error": _told(error)}
             target.write_text(json.dumps(answer | {"vllm": versions}))
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if not target.exists():
             target.write_text(json.dumps({"error": f"its process ended with {status}", "vllm": versions}))
         print(f"{ANSWERED}{name}", flush=True)
+
+
+def _told(error: BaseException) -> str:
+    """Return an error's type and words; of one without words, as most assertions are, the line that raised it."""
+    words = " ".join(str(error).split())
+    if not words and (frames := traceback.extract_tb(error.__traceback__)):
+        words = f"{frames[-1].line} ({Path(frames[-1].filename).name})"
+    return f"{type(error).__name__}: {words}"[:300]
 
 
 def _ask(cell: dict[str, Any], llm_class: Any, sampling_class: Any) -> dict[str, Any]:

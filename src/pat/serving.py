@@ -13,7 +13,8 @@ from typing import Literal
 from pat.report.table import Table
 from pat.shape import AXES
 
-Verdict = Literal["runs", "fails", "silently wrong", "not run here"]
+Verdict = Literal["runs", "fails", "silently wrong", "refused", "not run here"]
+"""Refused: this package does not write the file that the engine needs."""
 
 
 @dataclass(frozen=True)
@@ -104,15 +105,23 @@ SERVING: tuple[Row, ...] = (
         "llama.cpp",
         "runs",
         frozenset(_RAN.split()),
-        why="30 greedy tokens of tiny models, whole and with hidden size cut",
+        why="30 greedy tokens of tiny models, whole, as cut by default, and with hidden size cut",
     ),
-    Row("llama.cpp", "not run here", why="`pat export` has no record of it"),
+    Row("llama.cpp", "refused", why="`pat export` has no record of it"),
     Row("ONNX Runtime", "runs", frozenset({"llama"}), why="logits of stories260K and SmolLM2 with fewer MLP channels"),
     Row("ONNX Runtime", "runs", frozenset(_GRAPHS.split()), why="logits of tiny models, whole"),
     Row("ONNX Runtime", "not run here"),
     Row("OpenVINO", "runs", frozenset({"llama"}), why="logits of stories260K and SmolLM2 with fewer MLP channels"),
     Row("OpenVINO", "not run here"),
 )
+
+
+_SAID = {
+    "fails": "{} cannot load a model of type {}{}, because {}",
+    "silently wrong": "{} reads a model of type {}{} wrongly and without an error, because {}",
+    "refused": "{} gets no file of a model of type {}{}, because {}",
+}
+"""What is said of a verdict before training: of the engine, the type, what is cut, and why."""
 
 
 def verdicts(model_type: str, cut: Collection[str]) -> dict[str, Row]:
@@ -122,13 +131,9 @@ def verdicts(model_type: str, cut: Collection[str]) -> dict[str, Row]:
 
 def trouble(model_type: str, cut: Collection[str]) -> str | None:
     """Return one sentence on the engines that a pruned model does not run in, or wrongly; None if none is known."""
-    bad = [row for row in verdicts(model_type, cut).values() if row.verdict in ("fails", "silently wrong")]
-    said = {
-        "fails": "{} cannot load a model of type {}{}, because {}",
-        "silently wrong": "{} reads a model of type {}{} wrongly and without an error, because {}",
-    }
+    bad = [row for row in verdicts(model_type, cut).values() if row.verdict in _SAID]
     parts = [
-        said[row.verdict].format(row.engine, model_type, " with this cut" if row.axes else "", row.why)
+        _SAID[row.verdict].format(row.engine, model_type, " with this cut" if row.axes else "", row.why)
         + (f"; {row.remedy}" if row.remedy else "")
         for row in bad
     ]

@@ -42,6 +42,15 @@ def test_a_type_that_an_engine_does_not_know_is_told_whatever_is_cut() -> None:
     )
 
 
+def test_a_family_of_which_no_file_is_written_is_told_before_training() -> None:
+    refused = {family for family in FAMILIES if verdicts(family, ["mlp"])["llama.cpp"].verdict == "refused"}
+    assert refused == set(FAMILIES) - set(GGUF_FAMILIES)
+    for family in refused:
+        assert f"llama.cpp gets no file of a model of type {family}, because `pat export`" in (
+            trouble(family, ["mlp"]) or ""
+        )
+
+
 def test_what_vllm_came_to_is_what_the_record_says() -> None:
     cells = json.loads((ROOT / "benchmarks" / "results" / "serving_vllm.json").read_text(encoding="utf-8"))["cells"]
     for family in FAMILIES:

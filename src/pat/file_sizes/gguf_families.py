@@ -1,9 +1,9 @@
 """The one place for what llama.cpp makes of a model family: its architecture there, and where the two part.
 
 What a family's tensors are is said in `pat.families`; a record here adds how a GGUF file names the architecture and
-what of a configuration it carries. Every record was run on a tiny model, whole and with its hidden size cut: tokens of
-llama.cpp beside those of transformers (`pat.serving` has the verdicts, also on the heads that llama.cpp cannot load).
-Cuts of other axes were not run for each family.
+what of a configuration it carries. Every record was run on a tiny model, whole, as the default cuts it, and with its
+hidden size cut: tokens of llama.cpp beside those of transformers (`pat.serving` has the verdicts, also on the heads
+that llama.cpp cannot load). Heads and layers cut by themselves were not run for each family.
 """
 
 from __future__ import annotations
