@@ -83,8 +83,10 @@ def bars(title: str, rows: Sequence[Bar]) -> Markup:
         parts.append(_rect(0, top, length, _BAR, f"fill {bar.kind}"))
         if bar.error is not None:
             left, right, middle = (max(0.0, length + sign * bar.error * scale) for sign in (-1, 1, 0))
-            parts.append(_path([(left, top + _BAR / 2), (right, top + _BAR / 2)], "whisker"))
-            parts += [_path([(x, top + 2), (x, top + _BAR - 2)], "whisker") for x in (left, right) if x != middle]
+            strokes = [[(left, top + _BAR / 2), (right, top + _BAR / 2)]]
+            strokes += [[(x, top + 2), (x, top + _BAR - 2)] for x in (left, right) if x != middle]
+            # The halo has the page's colour: ink alone is hard to see on the bars of either scheme.
+            parts += [_path(stroke, kind) for kind in ("halo", "whisker") for stroke in strokes]
     described = "; ".join(f"{bar.label}: {bar.text}" for bar in rows)
     return _svg(title, described, len(rows) * _ROW - 4, parts)
 

@@ -191,6 +191,7 @@ def test_drawings_say_in_words_what_they_show() -> None:
     page = render_report(record(), None)
     drawings = re.findall(r'<svg [^>]*role="img" aria-label="([^"]+)"><title>', page)
     assert len(drawings) == page.count("<svg") == 12
+    assert page.count('class="halo"') == page.count('class="whisker"') > 0  # else no bar of either scheme shows it
     assert any("base: 1,234,567; tuned: 1,300,000; written: 987,654" in said for said in drawings)
 
 
