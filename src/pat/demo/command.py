@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from transformers import pipeline
 
+from pat.checkpoint.places import RESULTS
 from pat.data.load import load_training_data
 from pat.demo.data import SAMPLE_PROMPTS, demo_data_path
 from pat.demo.model import prepare_smollm2
@@ -64,11 +65,13 @@ def run_demo(options: DemoOptions) -> DemoRecord | None:
         session = Session(base, options.output_dir, RECIPE | {"dataset_name": data})
         serve(session, ratio=options.pruning_ratio, num_steps=options.max_steps, port=options.port)
         return None
-    doing = f"Tuning {base.name} on {Path(data).name}: {options.max_steps} steps, cutting {options.pruning_ratio:.1%}"
-    print(
-        doing
-        + ("" if options.dataset_name else "; a warning follows that these are few rows, as they have to be in a demo")
-    )
+    if (options.output_dir / RESULTS).is_file():
+        print(f"{options.output_dir} holds a finished run already: its models answer again, and nothing is trained.")
+    else:
+        warned = "a warning follows that these are few rows, as they have to be in a demo"
+        few = "" if options.dataset_name else f"; {warned}"
+        doing = f"{options.max_steps} steps, cutting {options.pruning_ratio:.1%}{few}"
+        print(f"Tuning {base.name} on {Path(data).name}: {doing}")
     result = run_tune(
         build_arguments(
             model_name_or_path=str(base),

@@ -72,9 +72,10 @@ def thinned(points: Sequence[Point]) -> tuple[list[Point], int]:
 def bars(title: str, rows: Sequence[Bar]) -> Markup:
     """Draw horizontal bars from zero on a common scale, or each on its own if it has a `whole`."""
     longest = max((bar.value + (bar.error or 0) for bar in rows), default=0.0)
+    room = WIDTH - 2 if any(bar.error for bar in rows) else WIDTH  # the end of an error's line is as wide as its stroke
     parts = []
     for number, bar in enumerate(rows):
-        scale = WIDTH / ((bar.whole or longest) or 1)
+        scale = room / ((bar.whole or longest) or 1)
         top, length = number * _ROW + 20, max(0.0, min(bar.value * scale, WIDTH))
         parts.append(_text(0, top - 6, bar.label))
         parts.append(_text(WIDTH, top - 6, bar.text, "end", "strong"))

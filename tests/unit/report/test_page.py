@@ -99,6 +99,13 @@ def hostile(value: Any) -> Any:
     return HOSTILE if isinstance(value, str) else value
 
 
+def test_the_headline_says_where_the_models_are_not_told_apart() -> None:
+    figures = record()["figures"]
+    figures["dense"] |= {"held_out_difference_error": 0.2}
+    page = render_report(record(figures=figures), None)
+    assert "0.249 ± 0.200 below that of the untuned base (2.500); the two are not told apart. On general text" in page
+
+
 def test_the_page_tells_what_the_record_holds() -> None:
     words = " ".join(Page(render_report(record(), [Changed("max_steps", "-1", "20")])).words.split())
     for fact in (
