@@ -20,12 +20,12 @@ from pat.ranges import Range
 from pat.training.arguments import TuneArguments
 
 GIVEN: dict[str, dict[str, str]] = {
-    "tune": {"model_name_or_path": "./nowhere", "dataset_name": "./nowhere.jsonl", "output_dir": "out"},
-    "plan": {"model_name_or_path": "./nowhere"},
-    "merge": {"adapter": "./nowhere", "output_dir": "out"},
-    "convert": {"adapter": "./nowhere", "output_dir": "out"},
-    "evaluate": {"model": "./nowhere", "text_file": "./nowhere.txt"},
-    "benchmark": {"model": "./nowhere", "baseline": "./nowhere"},
+    "tune": {"model_name_or_path": "me/nowhere", "dataset_name": "me/nowhere", "output_dir": "out"},
+    "plan": {"model_name_or_path": "me/nowhere"},
+    "merge": {"adapter": ".", "output_dir": "out"},
+    "convert": {"adapter": ".", "output_dir": "out"},
+    "evaluate": {"model": "me/nowhere", "text_file": "./nowhere.txt"},
+    "benchmark": {"model": "me/nowhere", "baseline": "me/nowhere"},
     "demo": {"output_dir": "out"},
 }
 

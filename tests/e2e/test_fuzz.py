@@ -65,7 +65,9 @@ WORDS = TEXTS | st.integers().map(str) | st.floats().map(str)
 def required(command: str) -> dict[str, str]:
     from dataclasses import MISSING
 
-    return {name: "./nowhere" for name, option in PARSERS[command].options.items() if option.default is MISSING}
+    options = PARSERS[command].options.items()
+    # Where a model is looked for at once there is a folder, or no other value would be read.
+    return {name: "." if option.names else "./nowhere" for name, option in options if option.default is MISSING}
 
 
 @st.composite
@@ -129,7 +131,7 @@ def test_files_of_flags(tmp_path: Path) -> None:
 
     def check(content: bytes) -> None:
         write(path, content)
-        given = {"model_name_or_path": "./nowhere", "dataset_name": "./nowhere", "output_dir": "out"}
+        given = {"model_name_or_path": ".", "dataset_name": ".", "output_dir": "out"}
         flags = [f"--{name}={value}" for name, value in given.items()]
         attempt(lambda: read_config(path), content)
         attempt(lambda: parser_of("tune").parse([*flags, f"--config={path}"]), content)
