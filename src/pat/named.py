@@ -44,6 +44,8 @@ def check_dataset(name: str) -> None:
     """
     path = Path(expand(name))
     is_meant = looks_local(name) or path.suffix.lower() in FILE_SUFFIXES
+    # A misspelt ending beside a file that is there: the hub would be asked for half a minute where it is out of reach.
+    is_meant = is_meant or bool(path.suffix and path.parent == Path() and near(path, folder=False))
     if is_meant and not name.startswith(TASK_PREFIX) and not os.path.exists(path):
         next(iterate_local(path))  # says so
 

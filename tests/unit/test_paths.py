@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from pat.errors import PatError
+from pat.named import check_dataset
 from pat.paths import near
 
 
@@ -36,3 +38,14 @@ def test_what_is_there_and_alike_is_named_as_it_was_typed(
     assert near(name, folder=folder) == (f" (did you mean {' or '.join(found)}?)" if found else "")
     absolute = [str(tmp_path / each) for each in found]
     assert near(tmp_path / name, folder=folder) == (f" (did you mean {' or '.join(absolute)}?)" if found else "")
+
+
+def test_a_dataset_with_a_misspelt_ending_beside_its_file_is_no_id_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train.csv").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PatError, match=r"train\.cvs: no such file \(did you mean train\.csv\?\)"):
+        check_dataset("train.cvs")
+    for name in ("train", "squad.v2", "me/train.cvs", "task:train.cvs"):
+        check_dataset(name)
