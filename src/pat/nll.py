@@ -27,8 +27,6 @@ Example = Mapping[str, Sequence[int]]
 """One tokenised row: `input_ids`, and as many `labels` (-100: not scored)."""
 
 IGNORED = -100
-STANDARD_ERRORS = 2
-"""A difference of losses counts as seen beyond so many standard errors; by chance alone one in 20 is as large."""
 
 LOGIT_ROWS = 256
 """Number of rows of logits that are turned into float32 at once; a vocabulary of 262,144 takes 1 MB a row."""
@@ -157,11 +155,6 @@ def paired_standard_error(rows_M2: Tensor, base_M2: Tensor) -> float | None:
     differences_M, tokens_M = rows_M2[:, 0] - base_M2[:, 0], base_M2[:, 1]
     mean = (differences_M.sum() / tokens_M.sum()).item()
     return _standard_error(mean, torch.stack([differences_M, tokens_M], dim=1))
-
-
-def is_told_apart(difference: float, standard_error: float | None) -> bool:
-    """Tell whether a difference of losses is beyond what so few rows leave open; never where its error is not known."""
-    return standard_error is not None and abs(difference) > STANDARD_ERRORS * standard_error
 
 
 def _exponential(nll: float) -> float:

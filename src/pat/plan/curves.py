@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TextIO
 
-from pat.nll import STANDARD_ERRORS, is_told_apart
 from pat.report import numbers
 from pat.report.table import Table
 from pat.shape import AXES
@@ -112,11 +111,14 @@ def print_measured(measured: Measured, *, file: TextIO | None = None) -> None:
             "predict for one axis (–).",
             file=file,
         )
-    apart = {point.options(): is_told_apart(point.nll - measured.base_nll, point.difference_error) for point in points}
+    apart = {
+        point.options(): numbers.is_told_apart(point.nll - measured.base_nll, point.difference_error)
+        for point in points
+    }
     if open_ := [name for name, is_apart in apart.items() if not is_apart]:
         print(
-            f"Not told apart from the base's by so few rows (within {STANDARD_ERRORS} standard errors of 0, ±): "
-            f"{', '.join(open_)}.",
+            f"Not told apart from the base's by so few rows (within {numbers.STANDARD_ERRORS} standard errors of 0, "
+            f"±): {', '.join(open_)}.",
             file=file,
         )
     if any(point.nll < measured.base_nll and apart[point.options()] for point in points):

@@ -7,7 +7,6 @@ from dataclasses import fields
 from shlex import quote
 from typing import Any
 
-from pat.nll import is_told_apart
 from pat.plan.curves import Measured, Point, named
 from pat.plan.guide import MEASURED_CUTS
 from pat.plan.options import PlanOptions
@@ -84,7 +83,7 @@ def _of_measured(options: PlanOptions, measured: Measured) -> str:
         why = f"the least loss after {measured.num_steps:,} steps, {numbers.loss(taken.tuned_nll)}"
     else:
         for point in measured.candidates[1:]:
-            if point.sizes == measured.default and not is_told_apart(point.nll - taken.nll, point.best_error):
+            if point.sizes == measured.default and not numbers.is_told_apart(point.nll - taken.nll, point.best_error):
                 why = (
                     f"the default's shape, which {measured.num_scored_tokens:,} tokens do not tell from the best one "
                     f"before training, {_above(point, measured)}"

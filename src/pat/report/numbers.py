@@ -4,7 +4,15 @@ from __future__ import annotations
 
 MISSING = "–"
 
+STANDARD_ERRORS = 2
+"""A difference of losses counts as seen beyond so many standard errors; by chance alone one in 20 is as large."""
+
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def is_told_apart(difference: float, standard_error: float | None) -> bool:
+    """Tell whether a difference of losses is beyond what so few rows leave open; never where its error is not known."""
+    return standard_error is not None and abs(difference) > STANDARD_ERRORS * standard_error
 
 
 def count(number: float | None) -> str:

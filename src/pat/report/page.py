@@ -12,7 +12,6 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from pat.nll import is_told_apart
 from pat.paths import head_holds
 from pat.report import numbers
 from pat.report.facts import Facts, as_number
@@ -137,7 +136,7 @@ def _headline(facts: Facts) -> str:
         same = f"{said}, and its held-out loss is that of the untuned base, {numbers.loss(dense)} nats per token."
         return same + _forgotten(facts)
     error = facts.number("figures", "dense", "held_out_difference_error")
-    doubt = "" if error is None or is_told_apart(distance, error) else "; the two are not told apart"
+    doubt = "" if error is None or numbers.is_told_apart(distance, error) else "; the two are not told apart"
     return (
         f"{said}, and its held-out loss is {numbers.loss(dense)} nats per token, {numbers.loss(abs(distance), error)} "
         f"{'below' if distance < 0 else 'above'} that of the untuned base ({numbers.loss(base)}){doubt}."

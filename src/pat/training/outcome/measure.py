@@ -14,7 +14,7 @@ from torch import nn
 
 from pat.errors import one_line
 from pat.file_sizes.predict import file_sizes, vocabulary_entries
-from pat.nll import IGNORED, Example, is_told_apart, paired_standard_error, response_nll_by_row
+from pat.nll import IGNORED, Example, paired_standard_error, response_nll_by_row
 from pat.report import numbers
 from pat.report.page import STAGES
 from pat.report.progress import progress_bar
@@ -154,7 +154,7 @@ def warn_of_losses(figures: Mapping[str, ModelFigures], vocab_size: int) -> None
         )
     elif dense > base:
         error = figures["dense"].held_out_difference_error
-        is_worse = error is None or is_told_apart(dense - base, error)
+        is_worse = error is None or numbers.is_told_apart(dense - base, error)
         logger.warning(
             "The model is %s on the held-out rows (%.3f against %.3f nats per token, a difference of %s). %s",
             "worse than its base" if is_worse else "not better than its base, and not told apart from it,",
@@ -187,4 +187,4 @@ def has_forgotten_much(base: ModelFigures, dense: ModelFigures) -> bool:
     if error is None:  # of other windows: as if the two had nothing to do with each other, which is too large
         error = math.hypot(base.general_standard_error or 0.0, dense.general_standard_error or 0.0)
     distance = dense.general_nll - base.general_nll
-    return distance > MUCH_FORGOTTEN and is_told_apart(distance, error)
+    return distance > MUCH_FORGOTTEN and numbers.is_told_apart(distance, error)

@@ -11,7 +11,6 @@ from transformers.utils import CONFIG_NAME
 
 from pat.checkpoint.places import HELD_OUT, REPORT, RESULTS
 from pat.data.tokens import Truncation
-from pat.nll import is_told_apart
 from pat.report import numbers
 from pat.report.table import Table
 from pat.report.usage import command_to_ask
@@ -71,7 +70,7 @@ def against_base(base: ModelFigures, dense: ModelFigures) -> list[str]:
         distance = dense.held_out_nll - base.held_out_nll
         lines.append(
             f"Held-out NLL, written model against base: {numbers.difference(distance, error)} (± standard error of the "
-            f"difference){'' if is_told_apart(distance, error) else '; the two are not told apart'}."
+            f"difference){'' if numbers.is_told_apart(distance, error) else '; the two are not told apart'}."
         )
     if base.general_nll is not None:
         by = ends = ""
@@ -80,7 +79,7 @@ def against_base(base: ModelFigures, dense: ModelFigures) -> list[str]:
             by = f"; {numbers.difference(distance, error)}"
             if has_forgotten_much(base, dense):
                 ends = ": the model has forgotten much of what its base knew"
-            elif error is not None and not is_told_apart(distance, error):
+            elif error is not None and not numbers.is_told_apart(distance, error):
                 ends = "; the two are not told apart"
         lines.append(
             f"General text, which shows what was forgotten: {numbers.loss(base.general_nll)} before, "
