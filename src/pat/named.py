@@ -12,13 +12,13 @@ from pat.paths import expand, looks_local, near
 from pat.readers import DECOMPRESSORS, READERS, iterate_local
 
 TASK_PREFIX = "task:"
-"""Begins the name of a dataset that is made of tasks' questions."""
-
-FILE_SUFFIXES = {*READERS, *DECOMPRESSORS, ".txt", ".arrow", ".xlsx", ".zip", ".yaml", ".yml"}
-"""What ends in one of these is meant as a file even where there is none: no reason to ask the hub."""
-
+"""Beginning of the name of a dataset that is made of tasks' questions."""
 
 PUBLISHED = "an adapter of the published code"
+"""Words for an adapter that `pat convert` reads."""
+
+_FILE_SUFFIXES = {*READERS, *DECOMPRESSORS, ".txt", ".arrow", ".xlsx", ".zip", ".yaml", ".yml"}
+"""Suffixes that only names of files have. The hub is not asked for such a name, even where no file has it."""
 
 
 def check_model(name_or_path: str) -> str:
@@ -36,6 +36,11 @@ def check_model(name_or_path: str) -> str:
     return expand(name_or_path)
 
 
+def means_file(name: str) -> bool:
+    """Tell whether the name of a dataset can only be that of a file or folder, because no hub id is written so."""
+    return looks_local(name) or Path(name).suffix.lower() in _FILE_SUFFIXES
+
+
 def check_dataset(name: str) -> None:
     """Check that a local file or folder is there, before others are read.
 
@@ -43,10 +48,9 @@ def check_dataset(name: str) -> None:
         PatError: there is no such file or folder.
     """
     path = Path(expand(name))
-    is_meant = looks_local(name) or path.suffix.lower() in FILE_SUFFIXES
-    # A misspelt ending beside a file that is there: the hub would be asked for half a minute where it is out of reach.
-    is_meant = is_meant or bool(path.suffix and path.parent == Path() and near(path, folder=False))
-    if is_meant and not name.startswith(TASK_PREFIX) and not os.path.exists(path):
+    # For a misspelt ending beside the file the hub would be asked for half a minute where it is out of reach.
+    is_misspelt = bool(path.suffix) and path.parent == Path() and bool(near(path, folder=False))
+    if (means_file(name) or is_misspelt) and not name.startswith(TASK_PREFIX) and not os.path.exists(path):
         next(iterate_local(path))  # says so
 
 
@@ -72,4 +76,4 @@ CHECKS: Mapping[str, Callable[[str], object]] = {
     "adapter": check_adapter,
     "published adapter": partial(check_adapter, kind=PUBLISHED),
 }
-"""How each kind of thing that an option names is looked for, see `pat.option.Option.names`."""
+"""Functions that look for what an option names, by the kind of it; see `pat.option.Option.names`."""

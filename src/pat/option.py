@@ -43,7 +43,7 @@ class Option:
     is_secret: bool = False
     """Whether its value is never shown."""
     names: str | None = None
-    """What its texts name, which is looked for at once: a key of `pat.named.CHECKS`."""
+    """Kind of thing that its value names, such as a model: a key of `pat.named.CHECKS`, by which it is looked for."""
 
     @classmethod
     def of(cls, field: Field[Any], annotation: Any, range_of_it: str | None = None) -> Option:

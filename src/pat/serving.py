@@ -14,7 +14,7 @@ from pat.report.table import Table
 from pat.shape import AXES
 
 Verdict = Literal["runs", "fails", "silently wrong", "refused", "not run here"]
-"""Refused: this package does not write the file that the engine needs."""
+"""Verdicts on an engine. Where one is refused, this package does not write the file that the engine needs."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ _SAID = {
     "silently wrong": "{} reads a model of type {}{} wrongly and without an error, because {}",
     "refused": "{} gets no file of a model of type {}{}, because {}",
 }
-"""What is said of a verdict before training: of the engine, the type, what is cut, and why."""
+"""Sentences before training on an engine that does not run a model, by the verdict. Each takes the name of the engine,
+the type of the model, what is cut, and the reason."""
 
 
 def verdicts(model_type: str, cut: Collection[str]) -> dict[str, Row]:

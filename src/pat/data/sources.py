@@ -27,8 +27,8 @@ from pat.data.files import data_files, fingerprint_of, has_own_loading, is_saved
 from pat.data.formats import ALPACA, Format
 from pat.data.tables import ROWS_AT_ONCE, digest, labels_of
 from pat.errors import PatError, reason_of
-from pat.named import FILE_SUFFIXES, TASK_PREFIX
-from pat.paths import looks_local, near
+from pat.named import TASK_PREFIX, means_file
+from pat.paths import near
 from pat.questions import letter_answer, letter_instruction, load_rows, resolve_tasks
 from pat.readers import (
     DECOMPRESSORS,
@@ -58,7 +58,7 @@ def load_source(name: str, reading: Reading, *, split: str = "train", config_nam
         return load_task_source(name, split, reading.template)
     if os.path.isdir(path):
         return _load_folder(path, reading, split, config_name)
-    if os.path.exists(path) or looks_local(name) or path.suffix.lower() in FILE_SUFFIXES:
+    if os.path.exists(path) or means_file(name):
         return _load_files(path, {"train": [path]}, reading, split)
     return _load_hub(name, reading, split, config_name)
 

@@ -17,8 +17,7 @@ from pat.data.files import data_files, fingerprint_of, has_own_loading, is_saved
 from pat.data.sources import load_from_hub
 from pat.data.tables import labels_of
 from pat.errors import PatError, RunFailed, reason_of
-from pat.named import FILE_SUFFIXES
-from pat.paths import looks_local
+from pat.named import means_file
 from pat.readers import Placed, Row, iterate_local, row_of_table
 from pat.report.progress import Phase
 
@@ -98,7 +97,7 @@ def _open(
             read = _part(name, splits, split)
             say_unread(path, read)
             return lambda: chain.from_iterable(map(iterate_local, read)), lambda _: fingerprint_of(read, _ends)
-    elif os.path.exists(path) or looks_local(name) or path.suffix.lower() in FILE_SUFFIXES:
+    elif os.path.exists(path) or means_file(name):
         if split != "train":
             raise PatError(f"{name}: got split {split!r}; a file is one split, 'train'.")
         return lambda: iterate_local(path), lambda _: _ends(path)

@@ -38,7 +38,7 @@ def flag_names() -> frozenset[str] | None:
 
 
 def _is_no_flag(line: ast.AnnAssign) -> bool:
-    """Tell whether what a class annotates is of the class, or a field that is not given."""
+    """Tell whether a line declares a variable of the class, or a field that no caller can give."""
     value = line.value
     keywords = value.keywords if isinstance(value, ast.Call) else []
     hidden = any(word.arg == "init" and ast.unparse(word.value) == "False" for word in keywords)
