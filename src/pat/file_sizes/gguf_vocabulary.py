@@ -29,9 +29,15 @@ _PIECES = [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
 _SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 """Pre-tokenizer of Gemma, which finds no space behind `_PIECES`."""
 
-_METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False}
-"""Pre-tokenizer that does what `_PIECES` does. One that prepends a space leaves it out where a text begins with one,
-unlike llama.cpp."""
+_METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
+"""Pre-tokenizer that does what `_PIECES` does, with a space before a text or without, by its `prepend_scheme`."""
+
+_OTHER_SPACES = {
+    "first": "before a text, unless it begins with one or with a special token",
+    "always": "there, unless there is one",
+}
+"""Where a tokenizer of a `prepend_scheme` puts a space, unlike llama.cpp, which puts one before every text and behind
+every special token or never does; "first" is what transformers 5 makes of Llama 2's tokenizer."""
 
 ENDS = ("eot", "eom")
 """Names in llama.cpp of end tokens beside the tokenizer's own: the end of a turn, and of a message."""
@@ -85,6 +91,12 @@ def unlike_added(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [str(token) for token in added if token.lstrip or token.single_word or (token.rstrip and not said)]
 
 
+def unlike_spaces(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return where a tokenizer puts a space of its own, if llama.cpp puts one elsewhere as well."""
+    steps = _steps(json.loads(tokenizer.backend_tokenizer.to_str()).get("pre_tokenizer"), "pretokenizers")
+    return next((_OTHER_SPACES[scheme] for step in steps if (scheme := step.get("prepend_scheme")) in _OTHER_SPACES), None)
+
+
 def _strips_as_phi3(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Tell whether the added tokens strip the white space behind them as llama.cpp does under the name of Phi-3."""
     added = {token.content: token.rstrip for token in tokenizer.added_tokens_decoder.values()}
@@ -126,13 +138,14 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, vocab_size: int, ends: Seq
     steps = _steps(model.get("normalizer"), "normalizers")
     if bpe.get("byte_fallback"):
         found = [*steps, *_steps(model.get("pre_tokenizer"), "pretokenizers")]
-        if found not in (_PIECES, [_PREFIX, *_PIECES], [*_PIECES, _SPLIT], [_METASPACE]):
+        metaspaces = [[_METASPACE | {"prepend_scheme": scheme}] for scheme in ("never", *_OTHER_SPACES)]
+        if found not in (_PIECES, [_PREFIX, *_PIECES], [*_PIECES, _SPLIT], *metaspaces):
             raise _unknown(f"pieces with a byte fallback behind {_named(found)}")
         entries += [
             Entry("tokenizer.ggml.model", "str", "llama"),
             Entry("tokenizer.ggml.pre", "str", "default"),
             Entry("tokenizer.ggml.scores", "[f32]", _scores(tokens, merges)),
-            Entry("tokenizer.ggml.add_space_prefix", "bool", _PREFIX in steps),
+            Entry("tokenizer.ggml.add_space_prefix", "bool", _PREFIX in steps or found in metaspaces[1:]),
         ]
     else:
         if any(step["type"] != "NFC" for step in steps):

@@ -17,7 +17,14 @@ from pat.checkpoint.staging import staged_file
 from pat.errors import PatError, RunFailed, one_line
 from pat.file_sizes.gguf_layout import GgufLayout, layout_of
 from pat.file_sizes.gguf_types import QUANTIZATIONS, Entry, Quantization
-from pat.file_sizes.gguf_vocabulary import name_in_file, stored_end_tokens, unlike_added, unnamed_ends, vocabulary_of
+from pat.file_sizes.gguf_vocabulary import (
+    name_in_file,
+    stored_end_tokens,
+    unlike_added,
+    unlike_spaces,
+    unnamed_ends,
+    vocabulary_of,
+)
 from pat.formats import llama_cpp
 from pat.formats.gguf_file import write_gguf
 from pat.formats.loss import MAX_LENGTH, LossCheck, QuantizedLoss
@@ -107,6 +114,11 @@ def run_export(options: ExportOptions) -> ExportRecord:
                 logger.warning(
                     "In llama.cpp the tokens %s neither strip the white space beside them nor match whole words only.",
                     unlike[:5],
+                )
+            if spaces := unlike_spaces(tokenizer):
+                logger.warning(
+                    "llama.cpp puts a space before every text and behind every special token; this tokenizer puts one %s.",
+                    spaces,
                 )
             skeleton = build_skeleton(config, torch.float32)
             name = name_in_file(shown_name(options.model), tokenizer)

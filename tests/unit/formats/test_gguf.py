@@ -16,7 +16,7 @@ from pat.errors import PatError
 from pat.file_sizes.gguf_families import GGUF_FAMILIES, gguf_family
 from pat.file_sizes.gguf_layout import layout_of
 from pat.file_sizes.gguf_types import QUANTIZATIONS, Placed, type_of
-from pat.file_sizes.gguf_vocabulary import name_in_file, unlike_added, unnamed_ends, vocabulary_of
+from pat.file_sizes.gguf_vocabulary import name_in_file, unlike_added, unlike_spaces, unnamed_ends, vocabulary_of
 from pat.file_sizes.int4_size import Int4Size, int4_size
 from pat.file_sizes.predict import file_sizes
 from pat.formats.gguf_file import read_gguf, write_gguf
@@ -218,7 +218,7 @@ AS_BYTES = {"model": {"byte_fallback": False}, "normalizer": None, "pre_tokenize
         ({"normalizer": SPACES, "pre_tokenizer": GEMMA}, None),
         ({"pre_tokenizer": GEMMA}, "behind Prepend .*Split"),
         ({"normalizer": None, "pre_tokenizer": METASPACE}, None),
-        ({"normalizer": None, "pre_tokenizer": METASPACE | {"prepend_scheme": "first"}}, "prepend_scheme='first'"),
+        ({"normalizer": None, "pre_tokenizer": METASPACE | {"split": True}}, "split=True"),
         ({"model": {"end_of_word_suffix": "</w>"}}, "a mark within or behind words"),
         (AS_BYTES, None),
         (AS_BYTES | {"normalizer": {"type": "NFC"}}, None),
@@ -250,6 +250,27 @@ def test_a_tokenizer_that_llama_cpp_would_run_as_another_is_refused(
     else:
         with pytest.raises(PatError, match=words):
             vocabulary_of(tokenizer, 520)
+
+
+@pytest.mark.parametrize(
+    ("parts", "prefix", "told"),
+    [
+        ({}, True, None),
+        ({"normalizer": SPACES, "pre_tokenizer": GEMMA}, False, None),
+        ({"normalizer": None, "pre_tokenizer": METASPACE}, False, None),
+        ({"normalizer": None, "pre_tokenizer": METASPACE | {"prepend_scheme": "first"}}, True, "before a text"),
+        ({"normalizer": None, "pre_tokenizer": METASPACE | {"prepend_scheme": "always"}}, True, "there, unless"),
+        (AS_BYTES, None, None),
+    ],
+)
+def test_a_space_before_a_text_is_in_the_file_and_told_where_llama_cpp_puts_more(
+    parts: dict[str, Any], prefix: bool | None, told: str | None, tmp_path: Path
+) -> None:
+    tokenizer = tokenizer_with(tmp_path / "t", **parts)
+    entries = {entry.key: entry.value for entry in vocabulary_of(tokenizer, 520)}
+    assert entries.get("tokenizer.ggml.add_space_prefix") is prefix
+    said = unlike_spaces(tokenizer)
+    assert said is None if told is None else told in str(said)
 
 
 def test_a_file_is_called_phi3_if_and_only_if_its_tokens_are_read_as_those_of_phi3(tmp_path: Path) -> None:
