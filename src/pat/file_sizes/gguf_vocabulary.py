@@ -94,7 +94,8 @@ def unlike_added(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def unlike_spaces(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return where a tokenizer puts a space of its own, if llama.cpp puts one elsewhere as well."""
     steps = _steps(json.loads(tokenizer.backend_tokenizer.to_str()).get("pre_tokenizer"), "pretokenizers")
-    return next((_OTHER_SPACES[scheme] for step in steps if (scheme := step.get("prepend_scheme")) in _OTHER_SPACES), None)
+    schemes = (step.get("prepend_scheme") for step in steps)
+    return next((_OTHER_SPACES[scheme] for scheme in schemes if scheme in _OTHER_SPACES), None)
 
 
 def _strips_as_phi3(tokenizer: PreTrainedTokenizerBase) -> bool:
