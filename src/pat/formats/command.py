@@ -117,7 +117,7 @@ def run_export(options: ExportOptions) -> ExportRecord:
                 )
             if spaces := unlike_spaces(tokenizer):
                 logger.warning(
-                    "llama.cpp puts a space before each text and behind each special token; this tokenizer puts one %s.",
+                    "llama.cpp puts a space before each text and behind each special token; this one puts one %s.",
                     spaces,
                 )
             skeleton = build_skeleton(config, torch.float32)
