@@ -57,7 +57,7 @@ COMMANDS = {
     ),
     "report": Command(
         "A run of `pat tune` as one page of HTML: figures, drawings, what was cut, how to load it.",
-        options="pat.training.outcome.report:ReportOptions",
+        options="pat.training.outcome.options:ReportOptions",
         run="pat.training.outcome.report:run_report",
         show="pat.training.outcome.report:print_report",
     ),

@@ -36,7 +36,8 @@ from pat.formats.published import read_published
 from pat.loading import base_fingerprint, load_base, load_config, load_tokenizer
 from pat.options import OptionsParser
 from pat.readers import READERS
-from pat.training.outcome.report import ReportOptions, run_report
+from pat.training.outcome.options import ReportOptions
+from pat.training.outcome.report import run_report
 from pat.training.outcome.results import TuneRecord
 from pat.training.run.run_file import RunFile
 from pat.tuner import PatConfig

@@ -190,7 +190,7 @@ def test_a_reader_that_has_gone_is_no_error(
 REQUIRED = {
     "tune": BASE,
     "plan": BASE[:2],
-    "report": ["--run", "out"],
+    "report": ["--run", "run"],
     "merge": ["--adapter", ".", "--output_dir", "out"],
     "convert": ["--adapter", ".", "--output_dir", "out"],
     "evaluate": ["--model", "m", "--text_file", "t"],
@@ -201,7 +201,12 @@ REQUIRED = {
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_a_command_runs_its_options_and_shows_what_comes_of_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_runs_its_options_and_shows_what_comes_of_it(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
     command = cli.COMMANDS[name]
     ran, shown = replace(monkeypatch, command.run, "record"), replace(monkeypatch, command.show)
     assert cli.main([name, *REQUIRED[name]]) == 0

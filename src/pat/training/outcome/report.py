@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from pat.checkpoint.places import REPORT, RESULTS
+from pat.checkpoint.places import REPORT
 from pat.errors import PatError, one_line
-from pat.paths import check_writable, expand_options, near
 from pat.recipes import RECIPES
-from pat.report.page import Changed, is_report, render_report
+from pat.report.page import Changed, render_report
 from pat.report.records import Record, plain
 from pat.shape import DEFAULT_PRUNING_RATIO
 from pat.training.arguments import build_arguments
+from pat.training.outcome.options import ReportOptions
 from pat.training.run.run_file import RunFile
 from pat.whole_files import write_whole
 
@@ -33,38 +31,6 @@ _NOT_SHOWN = {
 
 _UNSET = {"pruning_ratio": f"{DEFAULT_PRUNING_RATIO:g}"}
 """Values that the report shows for options that are not set; for all others it says so in words."""
-
-
-@dataclass(kw_only=True)
-class ReportOptions:
-    """The run to report on, and the file to write."""
-
-    MAIN_FLAGS: ClassVar = ("run", "output")
-
-    run: Path = field(metadata={"help": "Folder of a finished run of `pat tune`, with its results.json."})
-    output: Path | None = field(
-        default=None,
-        metadata={"help": "HTML file to write, new or a report; by default report.html in the folder of the run."},
-    )
-
-    def __post_init__(self) -> None:
-        """Refuse a file that is none, before anything is read.
-
-        Raises:
-            PatError: the output is no .html file in a folder that is there, cannot be written, or is another file.
-        """
-        expand_options(self)
-        path = self.output
-        if path is None:
-            return
-        there = os.path.isdir(path.absolute().parent)
-        if path.suffix.lower() not in (".html", ".htm") or os.path.isdir(path) or not there:
-            raise PatError(f"Got output={path}; expected an .html file in a folder that is there.")
-        check_writable(path)
-        if os.path.isfile(path) and os.path.getsize(path) and not is_report(path):
-            raise PatError(
-                f"Got output={path}, which exists and is no report of a run; give another name, or move it away first."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +50,7 @@ def run_report(options: ReportOptions) -> ReportRecord:
         PatError: there is no record of `pat tune` in the folder, or the file cannot be written.
     """
     report = options.output or options.run / REPORT
-    content = render_report(record := _read(options.run), changed_options(options.run, record))
+    content = render_report(record := options.record(), changed_options(options.run, record))
     # A text from JSON may hold half of a surrogate pair, which no file can.
     encoded = content.encode("utf-8", "replace")
     try:
@@ -145,24 +111,3 @@ def _differing(recipe: str, given: Mapping[str, Any]) -> Iterator[Changed]:
             before, after = (unset if value in (None, "None") else str(value) for value in (default, found))
             if found != default and before != after:
                 yield Changed(option.name, before, after)
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    path = folder / RESULTS
-    if not os.path.isfile(path):
-        if not os.path.isdir(folder):
-            alike = near(folder, folder=True)
-            raise PatError(f"Got run={folder}, but there is no such folder{alike}; expected that of a `pat tune`.")
-        raise PatError(
-            f"Got run={folder}, where there is no {RESULTS}; expected the folder of a finished `pat tune`. One that "
-            "was stopped goes on by its own command."
-        )
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise PatError(f"{path}: not readable ({one_line(error)}); expected the record of a `pat tune`.") from error
-    command = record.get("command") if isinstance(record, dict) else None
-    if command != "tune":
-        of = f"the record of `pat {command}`" if isinstance(command, str) else "no record of a command"
-        raise PatError(f"{path}: holds {of}; expected that of `pat tune`.")
-    return dict(record)
