@@ -168,7 +168,14 @@ def run_plan(options: PlanOptions) -> PlanRecord:
         measured=measured,
         notes=(
             *notes_of(
-                base_config, config, base, candidates, context, cpu=on_this_cpu, is_measured=measured is not None
+                base_config,
+                config,
+                base,
+                candidates,
+                context,
+                cpu=on_this_cpu,
+                is_measured=measured is not None,
+                vocabulary_size=options.vocabulary_size,
             ),
             *file_notes,
         ),

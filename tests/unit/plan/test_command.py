@@ -128,6 +128,17 @@ def test_notes_say_what_was_assumed(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"{record.candidates[0].cost.groups['head'].num_parameters:,}" in notes
 
 
+@pytest.mark.parametrize(("vocab_size", "size"), [(32_768, "24576"), (16_384, None), (512, None)])
+def test_a_smaller_vocabulary_is_named_where_it_takes_much_of_a_model(
+    vocab_size: int, size: str | None, tmp_path: Path
+) -> None:
+    plan(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text()) | {"vocab_size": vocab_size}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    notes = " ".join(run_plan(PlanOptions(model_name_or_path=str(tmp_path), pruning_ratio=[0.25])).notes)
+    assert f"--vocabulary_size {size} drops" in notes if size else "--vocabulary_size" not in notes
+
+
 def test_a_trimmed_vocabulary_is_said_to_be_missing_from_the_sizes() -> None:
     stories = str(Path(__file__).resolve().parents[2] / "data" / "stories260K")
     trimmed = run_plan(PlanOptions(model_name_or_path=stories, pruning_ratio=[0.25], vocabulary_size=320))
