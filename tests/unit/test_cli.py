@@ -81,6 +81,7 @@ def test_without_a_command_the_overview_names_all_of_them(capsys: pytest.Capture
         (["tune", "--model_name_or_path", "./nowhere", *BASE[2:]], 2, "Got the model './nowhere', but there"),
         (["plan", "--model_name_or_path", "m", "--calibrate", "nowhere.csv"], 2, "nowhere.csv: no such file"),
         (["benchmark", "--model", "m", "--baseline", "./nowhere"], 2, "Got the model './nowhere'"),
+        (["report", "--run", "nowhere"], 2, "Got run=nowhere, but there is no such folder"),
         (
             ["merge", "--adapter", "nowhere", "--output_dir", "o"],
             2,
@@ -205,7 +206,7 @@ def test_a_command_runs_its_options_and_shows_what_comes_of_it(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "results.json").write_text("{}")
+    (tmp_path / "run" / "results.json").write_text('{"command": "tune"}')
     monkeypatch.chdir(tmp_path)
     command = cli.COMMANDS[name]
     ran, shown = replace(monkeypatch, command.run, "record"), replace(monkeypatch, command.show)

@@ -33,11 +33,12 @@ _METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
 """Pre-tokenizer that does what `_PIECES` does, with a space before a text or without, by its `prepend_scheme`."""
 
 _OTHER_SPACES = {
-    "first": "before a text, unless it begins with one or with a special token",
-    "always": "there, unless there is one",
+    "first": "The tokenizer puts a space before a text that begins neither with one nor with a special token.",
+    "always": "The tokenizer puts a space before a text and behind special tokens unless there is one.",
 }
-"""Where a tokenizer of a `prepend_scheme` puts a space, unlike llama.cpp, which puts one before every text and behind
-every special token or never does; "first" is what transformers 5 makes of Llama 2's tokenizer."""
+"""What a tokenizer does under each `prepend_scheme` that llama.cpp lacks. transformers 5 has "first" for Llama 2's, and
+"always" where its file says `legacy`. Such a file asks llama.cpp for spaces, as that of its own converter does, since a
+text without special tokens is then read alike; the prompts of a chat template may not be."""
 
 ENDS = ("eot", "eom")
 """Names in llama.cpp of end tokens beside the tokenizer's own: the end of a turn, and of a message."""
@@ -92,7 +93,7 @@ def unlike_added(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def unlike_spaces(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return where a tokenizer puts a space of its own, if llama.cpp puts one elsewhere as well."""
+    """Return where a tokenizer puts spaces of its own, in a sentence, if llama.cpp puts more."""
     steps = _steps(json.loads(tokenizer.backend_tokenizer.to_str()).get("pre_tokenizer"), "pretokenizers")
     schemes = (step.get("prepend_scheme") for step in steps)
     return next((_OTHER_SPACES[scheme] for scheme in schemes if scheme in _OTHER_SPACES), None)

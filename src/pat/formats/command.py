@@ -117,7 +117,8 @@ def run_export(options: ExportOptions) -> ExportRecord:
                 )
             if spaces := unlike_spaces(tokenizer):
                 logger.warning(
-                    "llama.cpp puts a space before each text and behind each special token; this one puts one %s.",
+                    "%s llama.cpp puts one before every text and behind every special token, so that prompts of a chat "
+                    "template may be read with other tokens than in training.",
                     spaces,
                 )
             skeleton = build_skeleton(config, torch.float32)

@@ -24,6 +24,7 @@ from pat.plan.options import PlanOptions
 from pat.plan.recommend import recommend
 from pat.plan.sharding import ShardedMemory, sharded_memory
 from pat.plan.target import named_target
+from pat.plan.vocabulary import advise_smaller_vocabulary
 from pat.recipes import recipe_defaults
 from pat.report.records import Record
 from pat.serving import trouble
@@ -168,15 +169,9 @@ def run_plan(options: PlanOptions) -> PlanRecord:
         measured=measured,
         notes=(
             *notes_of(
-                base_config,
-                config,
-                base,
-                candidates,
-                context,
-                cpu=on_this_cpu,
-                is_measured=measured is not None,
-                vocabulary_size=options.vocabulary_size,
+                base_config, config, base, candidates, context, cpu=on_this_cpu, is_measured=measured is not None
             ),
+            *filter(None, [advise_smaller_vocabulary(options, base_config, base)]),
             *file_notes,
         ),
         recommendation=recommend(options, [candidate.pruning_ratio for candidate in candidates], measured),

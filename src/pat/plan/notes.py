@@ -8,20 +8,12 @@ from typing import Any
 import torch
 
 from pat.loading import quantization_of, stored_dtype
-from pat.loading.trimming import MULTIPLE
 from pat.plan.candidate import Candidate
 from pat.plan.cpu import CpuTime
 from pat.plan.guide import MODEL_FLOPS_UTILISATION
 from pat.shape import LARGE_RATIO, Shape
 from pat.surgery.costs import ModelCost
 from pat.tuner.config import PatConfig
-
-LARGE_EMBEDDING = 0.15
-"""Share of the parameters in embedding and head from which on a smaller one is named. Of SmolLM2-135M it is 0.21,
-and there it gained 0.08 to 0.10 nats (docs/experiments.md)."""
-
-LARGE_VOCABULARY = 16_384
-"""Number of tokens below which it is not named: a language needs so many, or its words are written in more pieces."""
 
 
 def notes_of(
@@ -33,7 +25,6 @@ def notes_of(
     *,
     cpu: CpuTime | None,
     is_measured: bool,
-    vocabulary_size: int | None = None,
 ) -> list[str]:
     """Return the sentences that the reader of a plan's figures has to know.
 
@@ -45,7 +36,6 @@ def notes_of(
         context: number of tokens that costs are for.
         cpu: time on this machine's CPU, where it was measured.
         is_measured: whether the shapes were measured on data.
-        vocabulary_size: number of tokens that stay, where fewer were asked for.
     """
     notes = [
         "Prefill (reading a text): 2 x matmul parameters + 4 x heads x head size x layers x mean number of keys, per "
@@ -62,8 +52,6 @@ def notes_of(
         "Fine-tuning forgets: while the loss on rows like those of the data falls, that on general text rises. `pat "
         "tune` measures both on the base and on the small model: general_nll in results.json, and in its report.",
     ]
-    if vocabulary_size is None and (smaller := _smaller_vocabulary(base_config, base)):
-        notes.append(smaller)
     if stored_dtype(base_config) is None:
         notes.append("The configuration does not name the weights' dtype; bytes are for float32.")
     elif pat_config.target_bytes is not None and stored_dtype(base_config) == torch.float32:
@@ -76,20 +64,6 @@ def notes_of(
         heads = (f"{candidate.cost.groups['head'].num_parameters:,}" for candidate in candidates)
         notes.append(f"Untying gives the pruned model a head of {' or '.join(heads)} parameters of its own.")
     return notes
-
-
-def _smaller_vocabulary(base_config: Any, base: ModelCost) -> str | None:
-    """Return what a smaller vocabulary may gain, where it takes much of a model."""
-    vocab_size = int(base_config.get_text_config().vocab_size)
-    share = sum(base.groups[name].num_parameters for name in ("embedding", "head")) / base.total.num_parameters
-    size = vocab_size * 3 // 4 // MULTIPLE * MULTIPLE
-    if share < LARGE_EMBEDDING or size < LARGE_VOCABULARY:
-        return None
-    return (
-        f"The vocabulary takes {share:.0%} of the parameters. For data in one language, --vocabulary_size {size} drops "
-        "the tokens that the data use least, and more of the layers stays in a model of the same size: on "
-        "SmolLM2-135M that lost 0.08 to 0.10 nats less. Other languages then take more tokens."
-    )
 
 
 def _cache_note(shape: Shape, base_config: Any) -> str:

@@ -86,6 +86,16 @@ def test_the_loss_is_measured_with_the_weights_of_the_file(tmp_path: Path) -> No
     assert 0 < abs(losses["Q8_0"].after.nll - losses["Q8_0"].before.nll) < 0.05
 
 
+def test_spaces_that_llama_cpp_adds_are_told(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(STORIES, model)
+    settings = json.loads((model / "tokenizer_config.json").read_text()) | {"tokenizer_class": "LlamaTokenizer"}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    record = run_export(ExportOptions(model=str(model), format="gguf", output=tmp_path / "x.gguf", check=False))
+    (warning,) = record.warnings
+    assert "behind every special token, so that prompts of a chat template may" in warning
+
+
 def test_a_file_may_be_called_as_one_on_the_way(tmp_path: Path) -> None:
     export(tmp_path / "float32.gguf", quantize="F16")
     assert [path.name for path in tmp_path.iterdir()] == ["float32.gguf"]

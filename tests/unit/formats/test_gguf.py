@@ -258,8 +258,8 @@ def test_a_tokenizer_that_llama_cpp_would_run_as_another_is_refused(
         ({}, True, None),
         ({"normalizer": SPACES, "pre_tokenizer": GEMMA}, False, None),
         ({"normalizer": None, "pre_tokenizer": METASPACE}, False, None),
-        ({"normalizer": None, "pre_tokenizer": METASPACE | {"prepend_scheme": "first"}}, True, "before a text"),
-        ({"normalizer": None, "pre_tokenizer": METASPACE | {"prepend_scheme": "always"}}, True, "there, unless"),
+        ({"normalizer": None, "pre_tokenizer": METASPACE | {"prepend_scheme": "first"}}, True, "neither with one"),
+        ({"normalizer": None, "pre_tokenizer": METASPACE | {"prepend_scheme": "always"}}, True, "unless there is one"),
         (AS_BYTES, None, None),
     ],
 )

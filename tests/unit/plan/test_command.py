@@ -128,15 +128,28 @@ def test_notes_say_what_was_assumed(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"{record.candidates[0].cost.groups['head'].num_parameters:,}" in notes
 
 
-@pytest.mark.parametrize(("vocab_size", "size"), [(32_768, "24576"), (16_384, None), (512, None)])
-def test_a_smaller_vocabulary_is_named_where_it_takes_much_of_a_model(
-    vocab_size: int, size: str | None, tmp_path: Path
+@pytest.mark.parametrize(
+    ("fields", "options", "size"),
+    [
+        ({}, {}, "36864"),
+        ({}, {"pruning_ratio": [0.25]}, "36864"),
+        ({"vocab_size": 36_864}, {}, None),
+        ({"intermediate_size": 60_000}, {}, None),  # of which the vocabulary is little
+        ({"tie_word_embeddings": False}, {}, None),
+        ({}, {"pruning_ratio": [0.05, 0.25]}, None),  # the vocabulary alone saves more
+        ({}, {"target_latency": 0.8}, None),
+        ({}, {"pruned_intermediate_size": 8}, None),
+        ({}, {"pruning_ratio": [0.25], "vocabulary_size": 36_864}, None),
+    ],
+)
+def test_a_smaller_vocabulary_is_advised_where_it_takes_much_of_a_model_and_would_be_taken(
+    fields: dict[str, Any], options: dict[str, Any], size: str | None, tmp_path: Path
 ) -> None:
-    plan(tmp_path)
-    stored = json.loads((tmp_path / "config.json").read_text()) | {"vocab_size": vocab_size}
-    (tmp_path / "config.json").write_text(json.dumps(stored))
-    notes = " ".join(run_plan(PlanOptions(model_name_or_path=str(tmp_path), pruning_ratio=[0.25])).notes)
-    assert f"--vocabulary_size {size} drops" in notes if size else "--vocabulary_size" not in notes
+    config = build("llama", tied=True).config.to_dict()
+    large = {"vocab_size": 49_152, "intermediate_size": 12_000}
+    (tmp_path / "config.json").write_text(json.dumps(config | large | fields))
+    notes = " ".join(run_plan(PlanOptions(model_name_or_path=str(tmp_path), axes=["mlp"], **options)).notes)
+    assert (f"--vocabulary_size {size} drops" in notes) if size else ("The vocabulary takes" not in notes)
 
 
 def test_a_trimmed_vocabulary_is_said_to_be_missing_from_the_sizes() -> None:

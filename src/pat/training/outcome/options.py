@@ -31,19 +31,10 @@ class ReportOptions:
 
         Raises:
             PatError: the output is no .html file in a folder that is there, cannot be written, or is another file; or
-                there is no `results.json` in the folder of the run.
+                there is no record in the folder of the run, see `read_record`.
         """
         expand_options(self)
-        if not os.path.isfile(self.run / RESULTS):
-            if not os.path.isdir(self.run):
-                alike = near(self.run, folder=True)
-                raise PatError(
-                    f"Got run={self.run}, but there is no such folder{alike}; expected that of a `pat tune`."
-                )
-            raise PatError(
-                f"Got run={self.run}, where there is no {RESULTS}; expected the folder of a finished `pat tune`. One "
-                "that was stopped goes on by its own command."
-            )
+        read_record(self.run)
         path = self.output
         if path is None:
             return
@@ -56,19 +47,30 @@ class ReportOptions:
                 f"Got output={path}, which exists and is no report of a run; give another name, or move it away first."
             )
 
-    def record(self) -> dict[str, Any]:
-        """Read the record of the run.
 
-        Raises:
-            PatError: it cannot be read, or is that of another command.
-        """
-        path = self.run / RESULTS
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise PatError(f"{path}: not readable ({one_line(error)}); expected the record of a `pat tune`.") from error
-        command = record.get("command") if isinstance(record, dict) else None
-        if command != "tune":
-            of = f"the record of `pat {command}`" if isinstance(command, str) else "no record of a command"
-            raise PatError(f"{path}: holds {of}; expected that of `pat tune`.")
-        return dict(record)
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return the content of the `results.json` of a run of `pat tune`.
+
+    Raises:
+        PatError: there is none, it cannot be read, or it is that of another command.
+    """
+    path = folder / RESULTS
+    if not os.path.isfile(path):
+        if os.path.isfile(folder):
+            raise PatError(f"Got run={folder}, which is a file; expected the folder of a `pat tune`.")
+        if not os.path.isdir(folder):
+            alike = near(folder, folder=True)
+            raise PatError(f"Got run={folder}, but there is no such folder{alike}; expected that of a `pat tune`.")
+        raise PatError(
+            f"Got run={folder}, where there is no {RESULTS}; expected the folder of a finished `pat tune`. One that "
+            "was stopped goes on by its own command."
+        )
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PatError(f"{path}: not readable ({one_line(error)}); expected the record of a `pat tune`.") from error
+    command = record.get("command") if isinstance(record, dict) else None
+    if command != "tune":
+        of = f"the record of `pat {command}`" if isinstance(command, str) else "no record of a command"
+        raise PatError(f"{path}: holds {of}; expected that of `pat tune`.")
+    return dict(record)

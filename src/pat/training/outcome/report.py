@@ -15,7 +15,7 @@ from pat.report.page import Changed, render_report
 from pat.report.records import Record, plain
 from pat.shape import DEFAULT_PRUNING_RATIO
 from pat.training.arguments import build_arguments
-from pat.training.outcome.options import ReportOptions
+from pat.training.outcome.options import ReportOptions, read_record
 from pat.training.run.run_file import RunFile
 from pat.whole_files import write_whole
 
@@ -50,7 +50,7 @@ def run_report(options: ReportOptions) -> ReportRecord:
         PatError: there is no record of `pat tune` in the folder, or the file cannot be written.
     """
     report = options.output or options.run / REPORT
-    content = render_report(record := options.record(), changed_options(options.run, record))
+    content = render_report(record := read_record(options.run), changed_options(options.run, record))
     # A text from JSON may hold half of a surrogate pair, which no file can.
     encoded = content.encode("utf-8", "replace")
     try:
