@@ -210,8 +210,7 @@ def _decode(path: Path, text: str, line: int | None = None) -> Any:
     except RepeatedField as error:
         raise PatError(f"{path}{f', line {line}' if line else ''}: {error}; expected each once.") from error
     except RecursionError as error:
-        deep = _DEEP.search(text)
-        number = first + (text.count("\n", 0, deep.start()) if deep else 0)
+        number = first + (text.count("\n", 0, deep.start()) if (deep := _DEEP.search(text)) else 0)
         raise PatError(f"{path}, line {number}: nested too deeply to be read; leave that field out.") from error
 
 
@@ -229,13 +228,11 @@ def _read_csv(path: Path) -> Iterator[Placed]:
         with _opened(path) as file:
             text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
             reader = csv.DictReader(text, strict=True, delimiter=delimiter)
-            while (
-                reader.fieldnames is not None and not "".join(reader.fieldnames).strip() and len(reader.fieldnames) < 2
-            ):
+            while (names := reader.fieldnames) is not None and not "".join(names).strip() and len(names) < 2:
                 reader.fieldnames = None  # a blank line: the next one is the header
             _refuse_repeated(reader.fieldnames or (), f"{path}, line {reader.line_num}")
             for row in reader:
-                yield _row_of_cells(path, row, reader.line_num, len(reader.fieldnames or ()))
+                yield _row_of_cells(path, row, reader.line_num, reader.fieldnames or ())
     except csv.Error as error:
         raise PatError(f"{path}, the row from line {reader.line_num + 1} on: not valid CSV ({error}).") from error
     finally:
@@ -248,14 +245,17 @@ def _refuse_repeated(columns: Iterable[str], place: str) -> None:
         raise PatError(f"{place}: got more than one column {name!r}; give each a name of its own.")
 
 
-def _row_of_cells(path: Path, row: Row, last_line: int, num_fields: int) -> Placed:
-    # DictReader files surplus fields under None and fills missing ones with None.
-    if None in row or None in row.values():
+def separator_hint(columns: Sequence[str], otherwise: str) -> str:
+    """Return what to do where the header of a table has another separator than commas, else the other words."""
+    sign = next((sign for sign in (";", "\t", "|") if len(columns) == 1 and sign in columns[0]), None)
+    return otherwise if sign is None else f"separate the columns by commas, not by {sign!r}"
+
+
+def _row_of_cells(path: Path, row: Row, last_line: int, columns: Sequence[str]) -> Placed:
+    if None in row or None in row.values():  # surplus fields stand under None, and missing ones are None
         place = f"{path}, line {last_line}"
-        return place, PatError(
-            f"{place}: got another number of fields than the header's {num_fields}; quote fields that contain "
-            "separators or line breaks."
-        )
+        hint = separator_hint(columns, "quote fields that contain separators or line breaks")
+        return place, PatError(f"{place}: got another number of fields than the header's {len(columns)}; {hint}.")
     # Quoted fields may span lines.
     return f"{path}, line {last_line - sum(value.count(chr(10)) for value in row.values())}", row
 

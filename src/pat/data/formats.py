@@ -25,6 +25,7 @@ from pat.data.messages import (
     text_of,
 )
 from pat.errors import PatError
+from pat.readers import separator_hint
 
 Template = Literal["chat", "alpaca"]
 
@@ -110,14 +111,12 @@ def detect_format(columns: Collection[str], source: str, text_field: str = "text
         return Format("alpaca", prompt, response, first(CONTEXTS, prompt), beside)
     if "text" in known:
         return Format("text", known["text"])
-    one = "".join(columns) if len(columns) == 1 else ""
-    separator = next((sign for sign in (";", "\t", "|") if sign in one), None)
     if "chosen" in known:
         raise NoFormat(
             f"{source}: got columns {found}, which tell preferences; only answers are learned here: rename 'chosen' to "
             "'completion' or 'messages', or use TRL's DPOTrainer on the small model (examples/sft_then_dpo.py)."
         )
-    hint = "rename them" if separator is None else f"separate the columns by commas, not by {separator!r}"
+    hint = separator_hint(list(columns), "rename them")
     raise NoFormat(f"{source}: got columns {found}; expected {ACCEPTED}; {hint}.")
 
 

@@ -153,8 +153,8 @@ def _guide(record: PlanRecord) -> Table:
 
 
 def _not_measured() -> Iterator[str]:
-    for model, ratio in NOT_MEASURED:
-        yield f"What a cut of {ratio:.1%} costs {model} beside LoRA has not been measured."
+    for model, ratio, known in NOT_MEASURED:
+        yield f"What a cut of {ratio:.1%} costs {model} beside LoRA has not been measured; {known}."
 
 
 def _costs(record: PlanRecord) -> list[ModelCost]:

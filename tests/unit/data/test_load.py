@@ -591,6 +591,7 @@ BAD_FILES: list[tuple[str, str | bytes, list[str]]] = [
     ("data.parquet", "no parquet", ["not readable", "expected a parquet file"]),
     ("data.jsonl", '{"frage": "a", "antwort": "b"}', ["columns antwort, frage", "instruction", "messages", "rename"]),
     ("data.csv", "question;answer\na;b\n", ["columns question;answer", "by commas, not by ';'"]),
+    ("data.csv", "question;answer\na;b, c\n", ["line 2: got another number of fields", "by commas, not by ';'"]),
     ("data.csv", 'question,answer\na,b\nc,"d\ne,f\n', ["the row from line 3 on: not valid CSV"]),
 ]
 

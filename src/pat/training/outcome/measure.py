@@ -139,12 +139,16 @@ def _num_scored(example: Example) -> int:
     return sum(label != IGNORED for label in example["labels"][1:])
 
 
+NEAR_GUESSING = 0.01
+"""Nats below a uniform choice within which a model still guesses: equal logits may come out below it by rounding."""
+
+
 def warn_of_losses(figures: Mapping[str, ModelFigures], vocab_size: int) -> None:
     """Say so if tuning has made the model worse than its base, or no better than guessing."""
     base, dense = figures["base"].held_out_nll, figures["dense"].held_out_nll
     if base is None or dense is None:
         return
-    if not dense < math.log(vocab_size):
+    if not dense < math.log(vocab_size) - NEAR_GUESSING:
         logger.warning(
             "The model is no better than guessing: its held-out loss is %.3f, and a uniform choice among %d tokens has "
             "%.3f. Train longer, cut less, or lower the learning rate.",
