@@ -148,7 +148,7 @@ def _run(name: str, argv: Sequence[str]) -> int:
             warnings.simplefilter("ignore", FutureWarning)
             if command.first and not {"-h", "--help"} & set(argv):
                 first: OptionsParser[Any] = OptionsParser(f"pat {name}", _load(command.first))
-                first.require(first.read(argv, others=_load(command.flags)()))
+                first.check(first.read(argv, others=_load(command.flags)()))
             with _loading():
                 declared = _load(command.options)
             options = OptionsParser(f"pat {name}", declared, command.summary).parse(argv)

@@ -119,6 +119,16 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
             self.options[name].look_for(value)
         return given
 
+    def check(self, given: Mapping[str, Any]) -> None:
+        """Check that nothing that has to be given is missing, and that numbers are in range.
+
+        Raises:
+            PatError: something is, or one is not.
+        """
+        self.require(given)
+        for name, value in given.items():
+            self.options[name].check(value)
+
     def require(self, given: Mapping[str, Any]) -> None:
         """Check that nothing that has to be given is missing.
 

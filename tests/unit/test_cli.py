@@ -74,6 +74,7 @@ def test_without_a_command_the_overview_names_all_of_them(capsys: pytest.Capture
         (["tune", "--model_name_or_path", "m", "--seed", "3"], 2, "--dataset_name is missing"),
         (["tune", *BASE, "--config", "nowhere.yaml"], 2, "no such file"),
         (["tune", *BASE, "--recipe", "best"], 2, "default, paper"),
+        (["tune", *BASE, "--pruning_ratio", "25"], 2, "above 0 and below 1; did you mean 0.25?"),
         (["tune", *BASE, "--learnig_rate", "1e-4"], 2, "unknown flag --learnig_rate; did you mean --learning_rate?"),
         (["tune", *BASE, "--no_gradient_checkpoint"], 2, "did you mean --no_gradient_checkpointing?"),
         (["tune", *BASE, "--lora_rank", "8"], 2, "unknown flag --lora_rank; did you mean --lora_r?"),

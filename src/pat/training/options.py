@@ -10,6 +10,7 @@ from typing import ClassVar
 from pat.errors import PatError
 from pat.ranges import check_ranges
 from pat.recipes import RECIPES
+from pat.shape import ShapeOptions
 from pat.training.refused import REFUSED
 
 ON_BAD_ROW = ("error", "skip")
@@ -206,6 +207,7 @@ class EarlyOptions:
 
     run: RunOptions
     distill: DistillOptions
+    shape: ShapeOptions
 
     MAIN_FLAGS: ClassVar = MAIN_FLAGS
     REFUSED: ClassVar = REFUSED
