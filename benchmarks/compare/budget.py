@@ -13,7 +13,7 @@ from torch import nn
 from compare.baselines import pat_parameters
 from pat.checkpoint.hollow import hollow_model
 from pat.loading import empty_model, load_config
-from pat.loading.trimming import MULTIPLE
+from pat.plan.vocabulary import three_quarters
 from pat.shape import AXES
 from pat.surgery.axes import prunable
 from pat.surgery.costs import build_skeleton, pruned_config
@@ -45,7 +45,7 @@ def target_of(model: str, ratio: float) -> Target:
 def most_of_the_vocabulary(model: str) -> int:
     """Return three quarters of a model's number of tokens, down to a multiple that a trimmed vocabulary can have."""
     config, _ = load_config(model)
-    return int(config.vocab_size) * 3 // 4 // MULTIPLE * MULTIPLE
+    return three_quarters(int(config.vocab_size))
 
 
 def sizes_within(

@@ -123,7 +123,7 @@ class OptionsParser(argparse.ArgumentParser, Generic[T]):
         """Check that nothing that has to be given is missing, and that numbers are in range.
 
         Raises:
-            PatError: something is, or one is not.
+            PatError: an option is missing, or a number is out of its range.
         """
         self.require(given)
         for name, value in given.items():

@@ -36,9 +36,9 @@ _OTHER_SPACES = {
     "first": "The tokenizer puts a space before a text that begins neither with one nor with a special token.",
     "always": "The tokenizer puts a space before a text and behind special tokens unless there is one.",
 }
-"""What a tokenizer does under each `prepend_scheme` that llama.cpp lacks. transformers 5 has "first" for Llama 2's, and
-"always" where its file says `legacy`. Such a file asks llama.cpp for spaces, as that of its own converter does, since a
-text without special tokens is then read alike; the prompts of a chat template may not be."""
+"""Behaviour of a tokenizer for each `prepend_scheme` that llama.cpp lacks. transformers 5 gives Llama 2's tokenizer
+"first", or "always" if its file says `legacy`. The GGUF file asks llama.cpp for spaces, as llama.cpp's own converter
+does, because a text without special tokens is then read alike; the prompts of a chat template may not be."""
 
 ENDS = ("eot", "eom")
 """Names in llama.cpp of end tokens beside the tokenizer's own: the end of a turn, and of a message."""
@@ -93,7 +93,7 @@ def unlike_added(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def unlike_spaces(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return where a tokenizer puts spaces of its own, in a sentence, if llama.cpp puts more."""
+    """Return a sentence that says where a tokenizer puts spaces, or None if llama.cpp puts the same ones."""
     steps = _steps(json.loads(tokenizer.backend_tokenizer.to_str()).get("pre_tokenizer"), "pretokenizers")
     schemes = (step.get("prepend_scheme") for step in steps)
     return next((_OTHER_SPACES[scheme] for scheme in schemes if scheme in _OTHER_SPACES), None)

@@ -22,6 +22,11 @@ FEWEST_TOKENS = 32_768
 24,576 a quarter of that (docs/experiments.md)."""
 
 
+def three_quarters(vocab_size: int) -> int:
+    """Return three quarters of a number of tokens, down to a number that a trimmed vocabulary can have."""
+    return vocab_size * 3 // 4 // MULTIPLE * MULTIPLE
+
+
 def advise_smaller_vocabulary(options: PlanOptions, base_config: Any, base: ModelCost) -> str | None:
     """Return what a smaller vocabulary may gain, where it takes much of a tied model and the flag can be given.
 
@@ -32,7 +37,7 @@ def advise_smaller_vocabulary(options: PlanOptions, base_config: Any, base: Mode
     """
     vocab_size = int(base_config.get_text_config().vocab_size)
     share = base.groups["embedding"].num_parameters / base.total.num_parameters
-    size = vocab_size * 3 // 4 // MULTIPLE * MULTIPLE
+    size = three_quarters(vocab_size)
     if options.vocabulary_size is not None or asked_sizes(options) or named_target(options):
         return None
     if not base.tied or share < LARGE_EMBEDDING or size < FEWEST_TOKENS:
